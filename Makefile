@@ -1,0 +1,50 @@
+# Plain venv and pip, nothing else: `make test PYTHON=python3.13 VENV=.venv-3.13` uses another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU devices
+
+.PHONY: quickstart test test-core test-slow test-interop lint clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/installed
+	$(BIN)/python -m peftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: lint test-core
+
+test-core: $(VENV)/installed-test
+	$(PYTEST) -m "not slow and not interop"
+
+test-slow: $(VENV)/installed-test
+	$(PYTEST) -m "slow and not interop"
+
+test-interop: $(VENV)/installed-interop
+	$(PYTEST) -m interop
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-* build dist .cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +
+
+# Stamps: a second make installs nothing, a changed pyproject.toml does.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) --editable ".[test]"
+	touch $@ $(VENV)/installed
+
+# torch first and alone: a release that this platform lacks must fail here, in one line, not in a resolver's search.
+$(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable ".[test,interop]"
+	touch $@ $(VENV)/installed $(VENV)/installed-test

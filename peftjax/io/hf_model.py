@@ -1,0 +1,362 @@
+"""Base models from and to Hugging Face directories, one tensor at a time."""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peftjax import models, sharding
+from peftjax.core import variables
+from peftjax.core.paths import suggest
+from peftjax.io import hf_files
+from peftjax.io.hf_files import StoredTensor, TensorSpec, enumerate_some, resolve
+from peftjax.nn.slot import Slot
+
+__all__ = ["load_model", "make_random", "resolve", "save_model"]
+
+MAX_SHARD_BYTES = 5 * 10**9
+_WRITER = {"format": "pt", "writer": "peftjax"}  # "pt": the orientation of the tensors; transformers asks for it
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A base parameter and the checkpoint tensors that hold it: one, or one a layer if it is stacked.
+
+    shape and axes are the parameter's, with a leading "layers" if stacked; stored_shape is that of each tensor, whose
+    two dimensions stand the other way round if `transposed` (torch keeps [out, in]).
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self._stored(self.shape)
+
+    def stored_sharding(self, whole: NamedSharding) -> NamedSharding:
+        """Where one stored tensor lies so that every device has just what goes into its part of the parameter."""
+        return NamedSharding(whole.mesh, PartitionSpec(*self._stored(tuple(whole.spec))))
+
+    def _stored(self, dimensions: tuple) -> tuple:
+        layer = dimensions[1:] if self.stacked else dimensions
+        return layer[::-1] if self.transposed else layer
+
+
+def entries(model: Any) -> list[Entry]:
+    """Every base parameter of a model with its checkpoint tensors, from `hf_modules` and its modules' `hf_leaves`."""
+    result = []
+    for path, variable in variables.flat(model)[1].items():
+        if type(variable) is not nnx.Param:
+            continue
+        module_path, _, leaf = path.rpartition(".")
+        module = functools.reduce(getattr, module_path.split("."), model)
+        suffix, transposed = type(module).hf_leaves[leaf]
+        template = f"{type(model).hf_modules[module_path]}.{suffix}"
+        stacked = variable.axes[0] == "layers"
+        keys = tuple(template.format(layer) for layer in range(variable.shape[0])) if stacked else (template,)
+        result.append(Entry(path, keys, tuple(variable.shape), tuple(variable.axes), stacked, transposed))
+    return result
+
+
+# --- Loading ---
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    *,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    remat: str = "none",
+) -> Any:
+    """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
+
+    dtype: of the computation; param_dtype: of the parameters (default: dtype), into which any stored float is converted.
+    Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two of its
+    largest tensors.
+
+    Raises:
+        ValueError: see `resolve` and `hf_files.read_tensors`; or the tensors are not those that config.json asks for:
+            every missing and unexpected one is named, and every one of a wrong shape or dtype.
+    """
+    if quantize:
+        raise ValueError(f"quantize={quantize!r}: NF4 and int8 bases come in a later version; for now quantize=None")
+    directory = resolve(path, revision)
+    config = _read_config(directory, dtype, param_dtype, remat)
+    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    table = entries(model)
+    tensors = _match(model, table, hf_files.read_tensors(directory), directory)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    values = {
+        entry.path: _load(entry, [tensors[key] for key in entry.keys], np.dtype(config.param_dtype), mesh)
+        for entry in table
+    }
+    variables.update(model, values)
+    return model
+
+
+def make_random(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    remat: str = "none",
+    seed: int = 0,
+) -> Any:
+    """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`."""
+    config = _read_config(resolve(path, revision), dtype, param_dtype, remat)
+    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    abstract = variables.flat(model)[1]
+    shardings = {path: sharding.spec(variable.axes, variable.shape, mesh) for path, variable in abstract.items()}
+
+    def make() -> variables.FlatTree:
+        made = variables.flat(config.make(nnx.Rngs(seed)))[1]
+        return {path: variable.get_value() for path, variable in made.items()}
+
+    variables.update(model, jax.jit(make, out_shardings=shardings)())
+    return model
+
+
+def _read_config(directory: Path, dtype: str, param_dtype: str | None, remat: str) -> Any:
+    for name in (dtype, param_dtype or dtype):
+        if name not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+    fields = hf_files.read_json(directory / "config.json")
+    if quantization := fields.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise ValueError(
+            f"{directory} is quantized ({method}); such weights are not read yet: give the model it was made from"
+        )
+    return models.from_hf_config(fields, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+
+
+def _match(
+    model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor], directory: Path
+) -> dict[str, StoredTensor]:
+    """The stored tensor of every key in the table; whatever does not fit is told in one error, before any is read."""
+    stored = {name: tensor for name, tensor in stored.items() if not _ignored(model, name)}
+    expected = {key: entry for entry in table for key in entry.keys}
+    tied = {other: key for other, key in type(model).hf_tied.items() if other not in expected and other in stored}
+    twins: dict[str, StoredTensor] = {}
+    for other, key in tied.items():
+        twins[other] = stored.pop(other)
+        stored.setdefault(key, twins[other])
+    missing = [key for key in expected if key not in stored]
+    unexpected = sorted(name for name in stored if name not in expected)
+    unexpected[:20] = [f"{name}{suggest(name, missing)}" for name in unexpected[:20]]  # all of them could take minutes
+    shapes, dtypes = [], []
+    for key in (key for key in expected if key in stored):
+        shape, asked = stored[key].shape, expected[key].stored_shape
+        if shape != asked:
+            shapes.append(f"{key} is stored as {list(shape)}, config.json asks for {list(asked)}")
+        if not jnp.issubdtype(hf_files.DTYPES[stored[key].dtype], jnp.floating):
+            dtypes.append(f"{key} is stored as {stored[key].dtype}, a float is needed")
+    problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
+    if any(problems.values()):
+        told = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
+        raise ValueError(
+            f"{directory}: the stored tensors are not those of its config.json (model_type "
+            f"{hf_files.read_json(directory / 'config.json').get('model_type')!r}):\n" + "\n".join(told) + "\n"
+            "Check that config.json and the weights belong together, and that the weights are those of the whole model"
+        )
+    for other, key in tied.items():
+        if stored[key] is not twins[other] and not _equal(stored[key], twins[other]):
+            raise ValueError(
+                f"{directory}: config.json ties {other} to {key}, but both are stored and differ; "
+                "to keep both set tie_word_embeddings to false, to keep one take the other out of the file"
+            )
+    return stored
+
+
+def _ignored(model: Any, name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in type(model).hf_ignored)
+
+
+def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:
+    """Whether two stored tensors hold the same numbers, compared some rows at a time."""
+    if one.shape != other.shape:
+        return False
+    chunks = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    return all(
+        np.array_equal(*(np.array(tensor.open()[chunk], np.float64) for tensor in (one, other))) for chunk in chunks
+    )
+
+
+def _load(entry: Entry, tensors: Sequence[StoredTensor], dtype: np.dtype, mesh: Mesh) -> jax.Array:
+    whole = sharding.spec(entry.axes, entry.shape, mesh)
+    part = entry.stored_sharding(whole)
+    if not entry.stacked:
+        value = _read(tensors[0], dtype, part)
+        return jax.jit(jnp.transpose, out_shardings=whole)(value) if entry.transposed else value
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=whole)(entry.shape, dtype)
+    put = jax.jit(_put, donate_argnums=0, static_argnums=3, out_shardings=whole)
+    for layer, tensor in enumerate(tensors):
+        # Without the wait all layers would be read before the first is in its place.
+        stack = jax.block_until_ready(put(stack, _read(tensor, dtype, part), layer, entry.transposed))
+    return stack
+
+
+def _put(stack: jax.Array, value: jax.Array, layer: jax.Array, transposed: bool) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value.T if transposed else value, layer, axis=0)
+
+
+def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
+    """The tensor on the devices, each device's slice read from disk and converted by itself."""
+    view = tensor.open()
+    # A copy always: an array that still looked into the file would change, or crash, when the file does.
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: np.array(view[index], dtype, order="C"))
+
+
+# --- Saving ---
+
+
+def save_model(
+    model: Any, path: str | Path, *, source: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a model as a Hugging Face directory: config.json, and model.safetensors or shards of it with their index.
+
+    The dtype is the parameters'. `source`: a model directory (as for `resolve`) whose tokenizer and generation files are
+    copied. One tensor at a time is brought to the host. The directory appears at once when it is complete, and replaces
+    one that was written here before.
+
+    Raises:
+        ValueError: adapters are active, or the target holds something else.
+    """
+    target = Path(path).expanduser()
+    if active := sorted(
+        {name for _, slot in nnx.iter_modules(model) if isinstance(slot, Slot) for name in slot.active}
+    ):
+        raise ValueError(
+            f"adapters are active in the model: {', '.join(active)}; a Hugging Face model directory cannot hold them: "
+            "merge or detach them first, or save them by save_adapter"
+        )
+    _check_target(target)
+    side_files = [] if source is None else _side_files(resolve(source))
+    writing = jax.process_index() == 0
+    temporary = target.with_name(f".{target.name}.peftjax-tmp")
+    if writing:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+        temporary.mkdir(parents=True)
+    try:
+        _write_weights(model, temporary, max_shard_bytes, writing)
+        if writing:
+            (temporary / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            for file in side_files:
+                shutil.copyfile(file, temporary / file.name)
+            _replace(target, temporary)
+    finally:
+        if writing:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_model")  # every process may read it once it returns
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; give a directory that is not there yet")
+    weights = list(target.glob("model*.safetensors"))
+    if not weights or any(hf_files.read_metadata(file).get("writer") != _WRITER["writer"] for file in weights):
+        raise ValueError(
+            f"{target} exists and is no model directory written by save_model: choose another, or delete it"
+        )
+    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES)
+    if foreign := sorted(
+        entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
+    ):
+        raise ValueError(
+            f"{target} holds more than a model and would be replaced: {enumerate_some(foreign)}; move that away, or "
+            "choose another directory"
+        )
+
+
+def _side_files(directory: Path) -> list[Path]:
+    return sorted(file for pattern in hf_files.SIDE_FILES for file in directory.glob(pattern) if file.is_file())
+
+
+def _replace(target: Path, complete: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        old = target.with_name(f".{target.name}.peftjax-old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        complete.rename(target)
+        shutil.rmtree(old)
+    else:
+        complete.rename(target)
+
+
+def _write_weights(model: Any, directory: Path, max_shard_bytes: int, writing: bool) -> None:
+    values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
+    sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
+    specs = [
+        TensorSpec(key, np.dtype(values[entry.path].dtype), entry.stored_shape) for key, (entry, _) in sources.items()
+    ]
+    # By width, as the file format wants it; then what is not stacked, then layer by layer.
+    specs.sort(key=lambda spec: (-spec.dtype.itemsize, sources[spec.name][1] if sources[spec.name][0].stacked else -1))
+    shards = _split(specs, max_shard_bytes)
+    names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        arrays: Iterator[np.ndarray] = (
+            _fetch(values[entry.path], entry, layer) for entry, layer in (sources[spec.name] for spec in shard)
+        )
+        if writing:
+            hf_files.write_tensors(directory / name, shard, arrays, _WRITER)
+        else:
+            collections.deque(arrays, maxlen=0)  # every process takes part in gathering what is sharded over processes
+    if writing and len(shards) > 1:
+        where = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": where}
+        (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Consecutive runs of at most `max_bytes`; a tensor larger than that stands alone."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _fetch(value: jax.Array, entry: Entry, layer: int) -> np.ndarray:
+    """One stored tensor on the host of every process."""
+    everywhere = None
+    if not value.is_fully_addressable:  # only then must the devices gather it
+        everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
+    take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
+    return np.asarray(take(value, layer, entry.stacked, entry.transposed))
+
+
+def _take(value: jax.Array, layer: jax.Array, stacked: bool, transposed: bool) -> jax.Array:
+    value = jax.lax.dynamic_index_in_dim(value, layer, axis=0, keepdims=False) if stacked else value
+    return value.T if transposed else value

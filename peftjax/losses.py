@@ -1,0 +1,84 @@
+"""Cross entropy over a large vocabulary, a chunk of the sequence at a time."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Totals(NamedTuple):
+    """Sums over tokens, float32 scalars: they add up over chunks and microbatches, and loss / tokens is the mean."""
+
+    loss: jax.Array  # sum of weight * -log p(target)
+    tokens: jax.Array  # sum of weight
+    correct: jax.Array  # sum of weight where the target has the largest logit
+
+
+def chunked_cross_entropy(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+) -> Totals:
+    """sum_bt weights[b, t] * (logsumexp_v logits[b, t, v] - logits[b, t, targets[b, t]]), never holding all logits.
+
+    hidden: [B, T, D]; targets: [B, T] int; weights: [B, T], 0 where there is no loss; `logits_fn`: [B, c, D] ->
+    [B, c, V], which may close over parameters that get gradients. The head is applied to `chunk` positions of every
+    sequence at a time and again in the backward pass, so the largest array of either pass is one chunk's float32
+    logits, [B, chunk, V]. Cutting along T leaves the batch dimension sharded as it is. A last chunk that is not full
+    is padded with weight 0; `chunk >= T` is one chunk, without a loop and without computing anything twice.
+
+    Logits may have any dtype; the softmax is float32. A target is not looked at where the weight is 0; outside [0, V)
+    under any other weight it makes the loss NaN, because a loss that ignored it would look healthy.
+
+    Raises ValueError if `chunk` is less than 1. Recomputing instead of storing: Chen et al. 2016 (arXiv:1604.06174),
+    section 4, applied to the head alone.
+    """
+    if chunk < 1:
+        raise ValueError(f"The loss is computed over {chunk} positions at a time (loss_chunk); give 1 or more.")
+    weights = weights.astype(jnp.float32)
+    length = targets.shape[1]
+    if chunk >= length:
+        return _totals(logits_fn(hidden), targets, weights)
+
+    chunks = -(-length // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # a scan keeps the two passes apart by itself
+    def add_chunk(sums: Totals, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Totals, None]:
+        hidden, targets, weights = part
+        return jax.tree.map(jnp.add, sums, _totals(logits_fn(hidden), targets, weights)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(add_chunk, Totals(zero, zero, zero), (cut(hidden), cut(targets), cut(weights)))
+    return sums
+
+
+def next_token_loss(model: Any, batch: Mapping[str, jax.Array], chunk: int) -> Totals:
+    """The cross entropy of a decoder on a batch: tokens, targets, loss_weights [B, T], and when documents are packed
+    also positions and segments. Padding stands on the right, so without packing causal attention needs no mask."""
+    inputs = {name: batch[name] for name in ("positions", "segments") if name in batch}
+    hidden, _ = model.hidden(batch["tokens"], **inputs)
+    return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
+
+
+def _totals(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Totals:
+    """Totals of logits [B, c, V] for targets and weights [B, c]."""
+    logits = logits.astype(jnp.float32)
+    vocab = logits.shape[-1]
+    targets = jnp.where(weights == 0, 0, targets)
+    # A comparison with every id instead of a gather: its gradient is a select instead of a scatter, and both stay
+    # local to each device's share of a sharded vocabulary.
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
+    at_target = ids == targets[..., None]  # [B, c, V]
+    target_logits = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
+    target_logits = jnp.where((targets >= 0) & (targets < vocab), target_logits, jnp.nan)
+    losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    hits = jnp.argmax(logits, axis=-1) == targets
+    return Totals(jnp.sum(weights * losses), jnp.sum(weights), jnp.sum(weights * hits))

@@ -1,0 +1,47 @@
+"""PEFT methods by name, and what one does with them: attach, use, detach, merge, unmerge."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from peftjax.core.paths import suggest
+from peftjax.methods.attach import active_view, attach, attached, count_trainable, detach, merge, unmerge, use
+from peftjax.methods.base import Method
+from peftjax.methods.full import Full
+from peftjax.methods.lora import Lora
+
+METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (Full, Lora)}
+
+__all__ = [
+    "METHODS", "Full", "Lora", "Method", "active_view", "attach", "attached", "count_trainable", "detach", "from_config", "make_config",
+    "merge", "method_defaults", "unmerge", "use",
+]  # fmt: skip
+
+
+def method_class(name: str) -> type[Method]:
+    """The method called `name`; a ValueError with the near names where there is none."""
+    if name not in METHODS:
+        raise ValueError(f"method.name: {name!r} is not a method.{suggest(name, METHODS)} Methods: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """The fields of a config's `method` section for this method, with their defaults."""
+    cls = method_class(name)
+    return {"name": name} | {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def make_config(name: str, **fields: Any) -> ConfigDict:
+    """The `method` section of a config: every field of the method, those given here and the defaults of the others."""
+    defaults = method_defaults(name)
+    for field in fields:
+        if field not in defaults:
+            raise ValueError(f"method.{field}: {name} has no such field.{suggest(field, defaults)} It has: {', '.join(defaults)}")
+    return ConfigDict(defaults | fields)
+
+
+def from_config(section: Any) -> Method:
+    """The method that a config's `method` section describes."""
+    fields = dict(section.items())
+    return method_class(fields.pop("name"))(**fields)

@@ -1,0 +1,185 @@
+"""Adapters of a model by name: attach, use, detach, merge, unmerge.
+
+Each function changes the model it is given and returns it. Base parameters never change, but by `merge`, which
+remembers them for `unmerge`.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from peftjax.core.paths import suggest
+from peftjax.methods.base import Method, sites
+
+
+def attached(model: nnx.Module) -> dict[str, Method]:
+    """The methods attached to a model, by adapter name."""
+    return dict(getattr(model, "methods", ()))
+
+
+def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs) -> Any:
+    """Put the adapters of `method` into the model's slots under `name`, and make them the active ones.
+
+    Raises:
+        ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
+            unchanged then.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or name == "active":
+        raise ValueError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
+    if name in attached(model):
+        raise ValueError(f"adapter {name!r} is attached already; detach it first or choose another name")
+    try:
+        method.attach(model, name, rngs)
+    except Exception:
+        _remove(model, name)
+        raise
+    model.methods = (*getattr(model, "methods", ()), (name, method))
+    return use(model, name)
+
+
+def use(model: Any, name: str | None) -> Any:
+    """Let the adapters called `name`, and no others, take part in the computation; None: the base alone."""
+    if name is not None:
+        _require(model, name)
+    for site in sites(model):
+        slot = site.module.adapters
+        slot.active = (name,) if name is not None and name in slot.names() else ()
+    return model
+
+
+def detach(model: Any, name: str = "default") -> Any:
+    """Take the adapters called `name` out; the model is as it was before they were attached."""
+    _require(model, name)
+    if name in merged(model):
+        unmerge(model, name)
+    _remove(model, name)
+    model.methods = tuple(item for item in model.methods if item[0] != name)
+    return model
+
+
+def merge(model: Any, name: str = "default") -> Any:
+    """Change the base's parameters so that, alone, they compute what they do with the adapters called `name`.
+
+    A head tied to the embedding gets a kernel of its own if the adapters change either of the two. The parameters that
+    were there are kept on the host for `unmerge`.
+
+    Raises:
+        ValueError: the method does more than change weights, or the adapters are merged already.
+    """
+    _require(model, name)
+    if name in merged(model):
+        raise ValueError(f"adapter {name!r} is merged already")
+    changed = [site for site in sites(model) if name in site.module.adapters.names()]
+    untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
+    if untied:
+        model.untie()
+    before: dict[str, dict[str, np.ndarray]] = {}
+    for site in changed:
+        parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
+        new = site.module.adapters.adapter(name).merged(**parameters)
+        before[site.path] = {leaf: np.asarray(parameters[leaf]) for leaf in new}
+        for leaf, value in new.items():
+            site.parameters[leaf].set_value(_like(value, parameters[leaf]))
+    model.merges = Merges([Merge(name, before, untied), *_merges(model)])
+    return use(model, None)
+
+
+def unmerge(model: Any, name: str = "default") -> Any:
+    """Undo `merge`: the base's parameters have the bits they had, and the adapters are the active ones again.
+
+    Raises:
+        ValueError: the adapters are not merged, or others were merged after them.
+    """
+    _require(model, name)
+    if name not in merged(model)[:1]:
+        raise ValueError(f"adapter {name!r} is not the one merged last; merged, newest first: {merged(model)}")
+    last, *others = _merges(model)
+    by_path = {site.path: site for site in sites(model)}
+    for path, leaves in last.before.items():
+        for leaf, value in leaves.items():
+            variable = by_path[path].parameters[leaf]
+            variable.set_value(_like(value, variable.get_value()))
+    if last.untied:
+        model.tie()
+    model.merges = Merges(others)
+    return use(model, name)
+
+
+def merged(model: Any) -> list[str]:
+    """The names of merged adapters, the newest first."""
+    return [merge.name for merge in _merges(model)]
+
+
+def count_trainable(model: Any, name: str = "default") -> int:
+    """How many parameters the adapters called `name` train: those that an adapter file holds, without the rows that
+    pad layers of smaller rank."""
+    _require(model, name)
+    total = 0
+    for site in sites(model):
+        if name in site.module.adapters.names():
+            adapter = site.module.adapters.adapter(name)
+            for layer in site.layers:
+                for leaf in adapter.hf_leaves(layer).values():
+                    shape = getattr(adapter, leaf.leaf).shape[0 if layer is None else 1 :]
+                    total += np.broadcast_to(np.zeros(()), shape)[leaf.window].size
+    return total
+
+
+def active_view(model: Any) -> Any:
+    """The model without adapters that take no part, and without names: `a0`, `a1`, ... in their order.
+
+    Its structure is the same for any adapter of the same shapes, so a compiled function takes them all. Arrays are
+    shared with the model.
+    """
+    view = nnx.merge(*nnx.split(model))
+    for site in sites(view):
+        slot = site.module.adapters
+        active = [slot.adapter(name) for name in slot.active]
+        for name in slot.names():
+            slot.remove(name)
+        for index, adapter in enumerate(active):
+            slot.add(f"a{index}", adapter)
+        slot.active = tuple(f"a{index}" for index in range(len(active)))
+    view.methods, view.merges = (), None
+    return view
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """One merge: {path: {leaf: the host's copy of the array before}}, and whether it untied the head."""
+
+    name: str
+    before: dict[str, dict[str, np.ndarray]]
+    untied: bool
+
+
+class Merges:
+    """The merges of a model, newest first. Not a list, so that NNX takes it for structure and keeps its arrays out of
+    the state."""
+
+    def __init__(self, items: list[Merge]) -> None:
+        self.items = items
+
+
+def _merges(model: Any) -> list[Merge]:
+    merges = getattr(model, "merges", None)
+    return merges.items if merges else []
+
+
+def _require(model: Any, name: str) -> None:
+    if name not in attached(model):
+        raise ValueError(f"no adapter {name!r} is attached.{suggest(name, attached(model))} Attached: {list(attached(model))}")
+
+
+def _remove(model: Any, name: str) -> None:
+    for site in sites(model):
+        if name in site.module.adapters.names():
+            site.module.adapters.remove(name)
+
+
+def _like(value: Any, old: jax.Array) -> jax.Array:
+    return jax.device_put(value, old.sharding)

@@ -1,0 +1,301 @@
+"""LoRA: y = x W + s (x A) B, with W frozen, A random and B zero at the start.
+
+Hu et al. 2021 (arXiv:2106.09685), section 4.1, eq. 3, with s = alpha / r; rank-stabilised LoRA has s = alpha / sqrt(r)
+(Kalajdzievski 2023, arXiv:2312.03732, eq. 3). The derivation is in docs/lora.md.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.base import (
+    HfLeaf,
+    Method,
+    MethodAdapter,
+    Override,
+    Site,
+    by_name,
+    check_table,
+    choose,
+    copy_whole,
+    place,
+    sites,
+)
+from peftjax.nn.dropout import Dropout
+from peftjax.nn.embedding import Embedding
+from peftjax.nn.linear import Linear
+from peftjax.quant.matmul import matmul
+
+REGEX = set("*+?()[]{}|^$\\")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Method):
+    """Options of LoRA; module names are Hugging Face's (`q_proj`, `model.layers.0.mlp.up_proj`).
+
+    rank, alpha: as in the paper. rank_pattern, alpha_pattern: exceptions by module name, {"layers.0.self_attn.q_proj": 4}.
+    dropout: on the adapter's input, in training.
+    targets: "all-linear" (every Linear but the head), a tuple of names or name endings, or a string: a regular
+    expression for the whole name, or names separated by commas. Linear and Embedding layers can be targets.
+    exclude: names or a regular expression to leave out. layers_to_transform: only these layers.
+    bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
+    modules_to_save: layers to train whole beside it, such as lm_head.
+    dtype: of A and B; the computation runs in the dtype of the activations.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: str | tuple[str, ...] = ()
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    method: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+
+    def __post_init__(self) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, field)
+            items = value.items() if isinstance(value, Mapping) else value
+            object.__setattr__(self, field, tuple((str(key), number) for key, number in items))
+        for field in ("targets", "exclude"):
+            object.__setattr__(self, field, _pattern(getattr(self, field)))
+        for field in ("layers_to_transform", "modules_to_save"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for rank in (self.rank, *dict(self.rank_pattern).values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"method.rank must be a whole number of at least 1, it is {rank!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
+        if self.layers_to_transform and isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ValueError("method.layers_to_transform goes with names, not with a regular expression for whole names")
+
+    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
+        saved = choose(sites(model), self.modules_to_save, what="modules_to_save") if self.modules_to_save else []
+        for site, mask in self.chosen(model):
+            place(site, name, self._adapter(site, mask, rngs))
+        copy_whole(model, saved, name)
+        if self.bias != "none":
+            self._train_biases(model, name)
+
+    def chosen(self, model: nnx.Module) -> list[tuple[Site, np.ndarray]]:
+        """The sites that get a LoRA, each with a bool for every layer."""
+        layers = [site for site in sites(model) if isinstance(site.module, Linear | Embedding)]
+        layers = [site for site in layers if not any(_names(site, entry) for entry in self.modules_to_save)]
+        targets = self.targets
+        if targets == "all-linear":
+            outputs = getattr(type(model), "output_layers", ())
+            layers = [site for site in layers if isinstance(site.module, Linear) and site.path not in outputs]
+            targets = ".*"
+        chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
+        check_table("rank_pattern", self.rank_pattern, chosen)
+        check_table("alpha_pattern", self.alpha_pattern, chosen)
+        return chosen
+
+    def _adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoraLinear | LoraEmbedding":
+        ranks = np.where(mask, by_name(site, self.rank_pattern, self.rank), 0)
+        limit = min(site.module.in_features, site.module.out_features)
+        if ranks.max() > limit:
+            raise ValueError(f"method.rank={ranks.max()} is larger than {site.names[0]} allows: its smaller side is {limit}")
+        alphas = by_name(site, self.alpha_pattern, self.alpha)
+        scales = alphas / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
+        kind = LoraLinear if isinstance(site.module, Linear) else LoraEmbedding
+        return kind(site, ranks, scales, dropout=self.dropout, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+    def _train_biases(self, model: nnx.Module, name: str) -> None:
+        targeted = {site.path: mask for site, mask in self.chosen(model)}
+        trained = 0
+        for site in sites(model):
+            if "bias" not in site.parameters or (self.bias == "lora_only" and site.path not in targeted):
+                continue
+            mask = np.ones(len(site.names), bool) if self.bias == "all" else targeted[site.path]
+            bias = site.parameters["bias"]
+            copy = PeftParam(jnp.array(bias.get_value(), jnp.float32), axes=bias.axes)
+            trained += 1
+            if site.path in targeted:
+                lora = site.module.adapters.adapter(name)
+                lora.bias, lora.bias_layers = nnx.data(copy), tuple(bool(x) for x in mask)
+            elif name not in site.module.adapters.names():
+                adapter = Override({"bias": copy.get_value()}, {"bias": bias.axes}, {"bias": HfLeaf("bias")},
+                                   tuple(bool(x) for x in mask))  # fmt: skip
+                place(site, name, adapter)
+        if not trained:
+            raise ValueError(f"method.bias={self.bias!r}: no layer in question has a bias; set it to 'none'")
+
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
+        targets: Any = list(self.targets) if isinstance(self.targets, tuple) else self.targets
+        if targets == "all-linear":
+            targets = sorted({hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names})
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": targets,
+            "exclude_modules": (list(self.exclude) if isinstance(self.exclude, tuple) else self.exclude) or None,
+            "bias": self.bias,
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "layers_to_transform": list(self.layers_to_transform) or None,
+            "layers_pattern": None,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Lora":
+        known = {
+            "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": None,
+            "bias": "none", "use_rslora": False, "rank_pattern": None, "alpha_pattern": None,
+            "layers_to_transform": None, "modules_to_save": None,
+        }  # fmt: skip
+        get = {key: config.get(key, default) for key, default in known.items()}
+        if get["target_modules"] is None:
+            raise ValueError("adapter_config.json: target_modules is missing; LoRA needs it")
+        # Fields that say how to train, or where peft's own model keeps things; they do not change what is computed.
+        harmless = {"layers_pattern", "fan_in_fan_out", "init_lora_weights", "runtime_config", "megatron_core",
+                    "ensure_weight_tying", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+                    "lora_ga_config"}  # fmt: skip
+        for key, value in config.items():
+            if key not in known and key not in harmless and value:
+                raise ValueError(f"adapter_config.json: {key}={value!r} is not supported for LoRA")
+        init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
+            raise ValueError(
+                f"adapter_config.json: init_lora_weights={init!r} changes the base model too and is not supported; "
+                "convert the adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        layers = get["layers_to_transform"]
+        return cls(
+            rank=get["r"],
+            alpha=get["lora_alpha"],
+            dropout=get["lora_dropout"],
+            targets=_from_json(get["target_modules"]),
+            exclude=_from_json(get["exclude_modules"] or ()),
+            rslora=get["use_rslora"],
+            rank_pattern=tuple((get["rank_pattern"] or {}).items()),
+            alpha_pattern=tuple((get["alpha_pattern"] or {}).items()),
+            layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+            bias=get["bias"],
+            modules_to_save=tuple(get["modules_to_save"] or ()),
+        )
+
+
+class LoraLinear(MethodAdapter):
+    """x W + (x A * scale) B. a: [*stack, in, R], b: [*stack, R, out], scale: [*stack, R].
+
+    R is the largest rank in the stack; a layer of smaller rank has scale 0 beyond its own, a layer left out everywhere:
+    there A and B get no gradient.
+    """
+
+    names: ClassVar[dict[str, HfLeaf]] = {
+        "lora_A.weight": HfLeaf("a", transposed=True),
+        "lora_B.weight": HfLeaf("b", transposed=True),
+    }
+
+    def __init__(
+        self, site: Site, ranks: np.ndarray, scales: np.ndarray, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.ranks = tuple(int(rank) for rank in ranks)  # one for each layer, 0 where there is none
+        rank, stack = max(self.ranks), site.stack
+        owner = site.module
+        active = np.arange(rank) < ranks[:, None]  # [layers, R]
+        scale = jnp.asarray(active * scales[:, None], jnp.float32).reshape(*stack, rank)
+        a, b = self.initial((*stack, owner.in_features, rank), (*stack, rank, owner.out_features), rngs)
+        self.a = PeftParam((a * active.reshape(*stack, 1, rank)).astype(dtype), axes=site.lead(owner.axes[0], "rank"))
+        self.b = PeftParam((b * active.reshape(*stack, rank, 1)).astype(dtype), axes=site.lead("rank", owner.axes[1]))
+        self.scale = PeftConstant(scale, axes=site.lead("rank"))
+        self.bias = nnx.data(None)
+        self.bias_layers: tuple[bool, ...] = ()
+        self.dropout = Dropout(dropout, stack)
+
+    def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """A uniform in +-1/sqrt(in) (peft's Kaiming uniform with a = sqrt(5)), B zero: shapes to arrays."""
+        bound = a[-2] ** -0.5
+        return jax.random.uniform(rngs.params(), a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32)
+
+    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+        (x,) = inputs
+        if self.bias is not None:
+            parameters["bias"] = self.bias.get_value()
+        low = self._scaled(matmul(self.dropout(x), self.a.get_value()))  # [..., R]
+        return compute(x, **parameters) + matmul(low, self.b.get_value())
+
+    def _scaled(self, low: jax.Array) -> jax.Array:
+        return low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape)
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        rank = self.ranks[layer or 0]
+        if not rank:
+            return {}
+        windows = {"a": (slice(None), slice(rank)), "b": (slice(rank), slice(None))}
+        leaves = {key: dataclasses.replace(leaf, window=windows[leaf.leaf]) for key, leaf in self.names.items()}
+        if self.bias is not None and self.bias_layers[layer or 0]:
+            leaves["base_layer.bias"] = HfLeaf("bias")
+        return leaves
+
+    def delta(self) -> jax.Array:
+        """s A B, float32 [*stack, in, out]."""
+        a, b = self.a.get_value().astype(jnp.float32), self.b.get_value().astype(jnp.float32)
+        return jnp.matmul(a * self.scale.get_value()[..., None, :], b)
+
+    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
+        kernel = parameters["kernel"]
+        merged = {"kernel": (kernel.astype(jnp.float32) + self.delta()).astype(kernel.dtype)}
+        if self.bias is not None:
+            merged["bias"] = self.bias.get_value().astype(parameters["bias"].dtype)
+        return merged
+
+
+class LoraEmbedding(LoraLinear):
+    """E[token] + (A[token] * scale) B: the same update of a table [V, D], with A zero and B normal at the start."""
+
+    names: ClassVar[dict[str, HfLeaf]] = {
+        "lora_embedding_A": HfLeaf("a", transposed=True),
+        "lora_embedding_B": HfLeaf("b", transposed=True),
+    }
+
+    def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """A zero, B normal with standard deviation 1, as peft does."""
+        return jnp.zeros(a, jnp.float32), jax.random.normal(rngs.params(), b, jnp.float32)
+
+    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+        (tokens,) = inputs
+        y = compute(tokens, **parameters)
+        low = self._scaled(jnp.take(self.a.get_value(), tokens, axis=0).astype(y.dtype))  # [B, T, R]
+        return y + matmul(low, self.b.get_value())
+
+    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
+        table = parameters["embedding"]
+        return {"embedding": (table.astype(jnp.float32) + self.delta()).astype(table.dtype)}
+
+
+def _pattern(value: Any) -> str | tuple[str, ...]:
+    """A regular expression or "all-linear" as it is; names, also in one string between commas, as a tuple."""
+    if not isinstance(value, str):
+        return tuple(value)
+    if value == "all-linear" or REGEX & set(value):
+        return value
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _from_json(value: Any) -> str | tuple[str, ...]:
+    # peft reads any string as a regular expression: one without special characters means that very name
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _names(site: Site, entry: str) -> bool:
+    return any(name == entry or name.endswith("." + entry) for name in site.names)

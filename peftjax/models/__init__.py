@@ -1,0 +1,28 @@
+"""Model families, found by the `model_type` of a Hugging Face config.json."""
+
+import importlib
+from typing import Any
+
+from peftjax.core.paths import suggest
+
+# model_type -> the module whose `from_hf` reads such a config
+FAMILIES = {
+    "llama": "peftjax.models.llama",
+    "mistral": "peftjax.models.llama",
+    "qwen2": "peftjax.models.llama",
+    "qwen3": "peftjax.models.llama",
+}
+
+
+def from_hf_config(config: dict[str, Any], **options: Any) -> Any:
+    """The `ModelConfig` of a Hugging Face config.json; `options`: dtype, param_dtype, remat.
+
+    Raises:
+        ValueError: the architecture is not supported, or a field's value is not.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {kind!r} is not supported.{suggest(kind, FAMILIES)} Supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return importlib.import_module(FAMILIES[kind]).from_hf(config, **options)

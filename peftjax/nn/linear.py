@@ -1,0 +1,49 @@
+"""y = x W + b, with a slot."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.nn.slot import Slot
+from peftjax.quant.matmul import matmul
+
+
+class Linear(nnx.Module):
+    """x W + b over the last axis: [..., in] -> [..., out] in the dtype of x.
+
+    kernel: [in, out], axes `axes`; bias: [out] or None. A layer made with `tied=True` owns no kernel: each call gives
+    it one (`linear(x, kernel=...)`), as the head of a model with tied embeddings does.
+    """
+
+    hf_leaves: ClassVar = {"kernel": ("weight", True), "bias": ("bias", False)}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        use_bias: bool = False,
+        tied: bool = False,
+        stddev: float = 0.02,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.in_features, self.out_features, self.axes = in_features, out_features, axes
+        value = stddev * jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.data(None if tied else nnx.Param(value.astype(dtype), axes=axes))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((out_features,), dtype), axes=axes[1:]) if use_bias else None)
+        self.adapters = Slot()
+
+    def __call__(self, x: jax.Array, **parameters: jax.Array) -> jax.Array:
+        return self.adapters(self, self.dense, x, **parameters)
+
+    def dense(self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+        """The base computation; `kernel` and `bias` stand in for the layer's own."""
+        kernel = self.kernel.get_value() if kernel is None else kernel
+        y = matmul(x, kernel)
+        if bias is None and self.bias is not None:
+            bias = self.bias.get_value()
+        return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)

@@ -1,0 +1,33 @@
+"""Root-mean-square normalisation, with a slot."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.nn.slot import Slot
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, the mean in float32 (Zhang and Sennrich 2019, eq. 4).
+
+    scale: [D]. The normalised x is cast back before the scale is applied, as Llama does.
+    """
+
+    hf_leaves: ClassVar = {"scale": ("weight", False)}
+
+    def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((features,), dtype), axes=(axis,))
+        self.adapters = Slot()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.adapters(self, self.normalize, x)
+
+    def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """The base computation; `scale` stands in for the layer's own."""
+        scale = self.scale.get_value() if scale is None else scale
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)

@@ -1,0 +1,146 @@
+"""Rotary position embedding, with every scaling that a Llama config.json can carry."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies theta^(-2i/H), i < H/2 (Su et al. 2021, eq. 15), scaled by `kind`.
+
+    default    as they are
+    linear     divided by `factor` (position interpolation, Chen et al. 2023)
+    dynamic    theta grows with the sequence beyond `max_positions` (NTK-aware scaling)
+    yarn       interpolated below `beta_slow` turns, kept above `beta_fast`, blended between; cos and sin scaled by
+               `attention_factor` (Peng et al. 2023, sections 3.2 to 3.4)
+    longrope   divided per frequency by `short_factor`, or by `long_factor` beyond `original_positions` (Ding et al. 2024)
+    llama3     interpolated for wavelengths longer than original_positions / low_freq_factor, blended between (Llama 3.1)
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    kind: str = "default"
+    max_positions: int = 2048
+    original_positions: int = 2048
+    factor: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of position times frequency: int [B, T] -> two float32 [B, T, H/2]."""
+        frequencies = self._frequencies(jnp.max(positions) + 1)
+        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+        return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
+
+    def _frequencies(self, length: jax.Array) -> jax.Array:
+        exponents = jnp.arange(0, self.head_dim, 2, dtype=jnp.float32) / self.head_dim
+        plain = 1.0 / (self.theta**exponents)
+        match self.kind:
+            case "default":
+                return plain
+            case "linear":
+                return plain / self.factor
+            case "dynamic":
+                beyond = jnp.maximum(length, self.max_positions).astype(jnp.float32) / self.max_positions
+                growth = self.factor * beyond - (self.factor - 1)
+                return 1.0 / ((self.theta * growth ** (self.head_dim / (self.head_dim - 2))) ** exponents)
+            case "longrope":
+                long, short = jnp.asarray(self.long_factor), jnp.asarray(self.short_factor)
+                return plain / jnp.where(length > self.original_positions, long, short)
+            case "yarn":
+                keep = 1.0 - jnp.asarray(self._yarn_ramp(), jnp.float32)
+                return plain / self.factor * (1 - keep) + plain * keep
+            case "llama3":
+                turns = self.original_positions * plain / (2 * math.pi)
+                blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+                blend = jnp.clip(blend, 0.0, 1.0)
+                return (1 - blend) * plain / self.factor + blend * plain
+        raise AssertionError(self.kind)
+
+    def _yarn_ramp(self) -> np.ndarray:
+        def dimension(turns: float) -> float:  # the index whose frequency makes `turns` turns over the original length
+            return self.head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        high = high + 0.001 if low == high else high
+        return np.clip((np.arange(self.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (x_i, x_{i + H/2}) of every head: [B, T, N, H], with cos and sin [B, T, H/2]."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, H/2]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
+    """The `Rope` of a Hugging Face config's `rope_parameters` (which holds rope_theta too).
+
+    Raises:
+        ValueError: an unknown rope_type, a missing field, or one that its type does not use.
+    """
+    given = {key: value for key, value in parameters.items() if key not in ("type", "rope_type")}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
+    if kind not in KINDS:
+        raise ValueError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
+    theta = float(given.pop("rope_theta", 10000.0))
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1.0 is not a Llama's; this family rotates all of a head")
+    needed = {
+        "default": set(),
+        "linear": {"factor"},
+        "dynamic": {"factor"},
+        "yarn": set(),
+        "longrope": {"short_factor", "long_factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    }[kind]
+    if missing := sorted(name for name in needed if given.get(name) is None):
+        raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}")
+    original = given.pop("original_max_position_embeddings", None) or max_positions
+    rope = {"head_dim": head_dim, "theta": theta, "kind": kind, "max_positions": max_positions}
+    rope["original_positions"] = original
+    if kind in ("yarn", "longrope"):
+        rope |= _scaled_attention(kind, given, max_positions, original)
+    optional = {"yarn": {"beta_fast", "beta_slow", "truncate"}}.get(kind, set())
+    for name in sorted((needed | optional) & set(given)):
+        value = given.pop(name)
+        if name not in rope and value is not None:
+            rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
+    if unused := sorted(name for name, value in given.items() if value is not None):
+        raise ValueError(f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; take it out of rope_scaling")
+    for name in ("short_factor", "long_factor"):
+        if kind == "longrope" and len(rope[name]) != head_dim // 2:
+            raise ValueError(f"config.json: {name} has {len(rope[name])} numbers, a head of {head_dim} needs {head_dim // 2}")
+    return Rope(**rope)
+
+
+def _scaled_attention(kind: str, given: dict, max_positions: int, original: int) -> dict:
+    factor = float(given.pop("factor", None) or max_positions / original)
+    attention = given.pop("attention_factor", None)
+    mscale, mscale_all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+    if attention is None and kind == "longrope":
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    elif attention is None:
+        both = mscale and mscale_all_dim
+        attention = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
+    return {"factor": factor, "attention_factor": float(attention)}
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,0 +1,49 @@
+"""Blocks made under vmap and run by one scan, so that compile time and code do not grow with depth."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from peftjax.nn.slot import Slot
+
+REMAT = ("none", "block")
+
+
+def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
+    """`layers` blocks as one module whose every parameter has a leading "layers" axis, each layer its own random bits."""
+    graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+    keys = jax.random.split(rngs.params(), layers)
+    block = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
+    for _, variable in nnx.to_flat_state(nnx.state(block)):
+        variable.set_metadata(axes=("layers", *variable.axes))
+    return block
+
+
+def scan_stack(
+    block: Any, body: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, per_layer: Any, remat: str
+) -> tuple[jax.Array, Any]:
+    """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers; returns the last x and all outs stacked.
+
+    With remat="block" the backward pass keeps each layer's input alone and computes the layer again.
+    """
+    graph, state = nnx.split(block)
+
+    def step(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+        layer_state, layer_inputs = slices
+        return body(nnx.merge(graph, layer_state), x, layer_inputs)
+
+    if remat == "block":
+        step = jax.checkpoint(step, prevent_cse=False)  # a scan needs no barrier against common-subexpression elimination
+    return jax.lax.scan(step, x, (state, per_layer))
+
+
+class Residual(nnx.Module):
+    """x + f(x), with the slot in which bottleneck adapters sit: they wrap f."""
+
+    def __init__(self) -> None:
+        self.adapters = Slot()
+
+    def __call__(self, x: jax.Array, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return x + self.adapters(self, sublayer, x)

@@ -1,0 +1,157 @@
+"""The optimizer and its learning rate, from `config.optim`.
+
+Every optimizer is the same chain; only the direction d_t differs:
+
+    g_t <- g_t * min(1, clip_norm / ||g_t||)          one norm over all trained parameters; off at clip_norm = 0
+    d_t  = direction of descent from g_t and the moments
+    p_t  = p_{t-1} - lr_t * (d_t + weight_decay * p_{t-1})       decay only where `decay_mask` says so
+
+The decay is decoupled from the gradient's moments (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 line 12)
+and multiplied with the whole learning rate, as PyTorch and Hugging Face do. Clipping by the global norm: Pascanu et al.
+2013 (arXiv:1211.5063), algorithm 1.
+
+Trees are flat ({path: array}); frozen leaves stand as `optax.MaskedNode()` and have no gradient, no share in the norm,
+no moment and no update.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from peftjax.core.paths import suggest
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    """lr(s), the learning rate of update number s = 0, 1, ..., steps - 1; with w = warmup_steps, f = final_fraction:
+
+        s <  w:   learning_rate * s / w
+        s >= w:   learning_rate * (f + (1 - f) * shape(x)),   x = (s - w) / (steps - w)
+        shape(x): constant 1 (whatever f is); linear 1 - x; cosine (1 + cos(pi x)) / 2
+
+    So the first update of a warmup has rate 0, update w the full one, and number `steps`, which no longer happens,
+    would have learning_rate * f, as any after it. This is the rate that Hugging Face transformers gives to the update of the same
+    number (get_constant_, get_linear_ and get_cosine_schedule_with_warmup). Cosine: Loshchilov & Hutter 2017
+    (arXiv:1608.03983), equation 5, without restarts.
+
+    Takes an int or an int32 array, traced or not; returns a float32 scalar. Raises ValueError for an unknown schedule,
+    a value out of range and a warmup longer than the run.
+    """
+    _validate(config, steps)
+    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        left = jnp.clip((steps - step) / max(1, steps - warmup), 0.0, 1.0)  # 1 - x
+        decayed = {
+            "constant": 1.0,
+            "linear": final + (1 - final) * left,
+            "cosine": final + (1 - final) * jnp.sin(0.5 * jnp.pi * left) ** 2,  # = (1 + cos(pi x)) / 2, exact near 0
+        }[config.schedule]
+        return peak * jnp.where(step < warmup, step / max(1, warmup), decayed)
+
+    return schedule
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, steps: int, decay_mask: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """The chain at the head of this file: clip, direction, decay, learning rate. `update` needs `params`.
+
+    adamw      m_t = b1 m_{t-1} + (1 - b1) g_t,  v_t = b2 v_{t-1} + (1 - b2) g_t^2,
+               d_t = (m_t / (1 - b1^t)) / (sqrt(v_t / (1 - b2^t)) + eps)
+               Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2. Equal to torch.optim.AdamW.
+    adafactor  d_t = u_t / max(1, RMS(u_t)),  u_t = g_t / sqrt(v_t),  v_t = c_t v_{t-1} + (1 - c_t)(g_t^2 + 1e-30),
+               c_t = 1 - t^-0.8; where two dimensions have at least 128, v_t is the outer product of its row and column
+               means over the two largest. Shazeer & Stern 2018 (arXiv:1804.04235), algorithms 4 and 5, with our own
+               learning rate: no scaling by the parameter's RMS, no relative step, no momentum. A leaf with stacked
+               layers is one parameter: its RMS is over all of them.
+    lion       d_t = sign(b1 m_{t-1} + (1 - b1) g_t),  m_t = b2 m_{t-1} + (1 - b2) g_t
+               Chen et al. 2023 (arXiv:2302.06675), algorithm 2; they use b2 = 0.99 and a learning rate 3 to 10 times
+               smaller than AdamW's.
+    sgd        d_t = m_t = momentum * m_{t-1} + g_t
+               Loshchilov & Hutter 2019, algorithm 1, with the rate outside of the momentum as in torch.optim.SGD.
+
+    Gradients and parameters may have any float dtype; all of it is computed and stored in float32, because a bfloat16
+    v_t stands still: it cannot take in a thousandth of a new value.
+
+    `decay_mask` is a tree of booleans such as `decay_mask()` makes. For the log, `make_schedule(config, steps)(s)` is
+    the rate of update s. Raises ValueError for an unknown name and a value out of range.
+    """
+    _validate(config, steps)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    return _in_float32(
+        optax.chain(
+            *clip,
+            _direction(config),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(make_schedule(config, steps)),
+        )
+    )
+
+
+def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """{path: whether weight decay applies}: to matrices, not to norms' scales, biases and other vectors.
+
+    `axes` names each parameter's dimensions; a leading "layers" stacks the layers' parameters and is no dimension of
+    theirs. Frozen leaves (`optax.MaskedNode`) stay what they are.
+    """
+    return {
+        path: value if isinstance(value, optax.MaskedNode) else value.ndim - (axes[path][:1] == ("layers",)) >= 2
+        for path, value in trainable.items()
+    }
+
+
+def _direction(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """d_t of `make_optimizer`."""
+    if config.name == "adamw":
+        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    if config.name == "lion":
+        return optax.scale_by_lion(config.b1, config.b2)
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on float32 copies of gradients and parameters, so that its state and its updates are float32."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(optax.tree.cast(params, jnp.float32))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _validate(config: ml_collections.ConfigDict, steps: int) -> None:
+    """ValueError for the first field of `config` that is out of its range (NaN is out of every range)."""
+    for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if config[field] not in known:
+            hint = suggest(config[field], known)
+            raise ValueError(f"optim.{field} is {config[field]!r}; it can be {', '.join(known)}.{hint}")
+    for field in ("b1", "b2", "momentum"):
+        if not 0 <= config[field] < 1:
+            raise ValueError(f"optim.{field} is {config[field]}; it must be at least 0 and less than 1.")
+    for field in ("learning_rate", "weight_decay", "clip_norm"):
+        if not 0 <= config[field] < math.inf:
+            raise ValueError(f"optim.{field} is {config[field]}; it must be a finite number of at least 0.")
+    if not 0 < config.eps < math.inf:  # 0 would divide 0 by 0: LoRA's A has no gradient while B is zero
+        raise ValueError(f"optim.eps is {config.eps}; it must be more than 0, for example 1e-8.")
+    if not 0 <= config.final_fraction <= 1:
+        raise ValueError(f"optim.final_fraction is {config.final_fraction}; it must be from 0 to 1.")
+    if not 0 <= config.warmup_steps <= steps:
+        raise ValueError(
+            f"optim.warmup_steps is {config.warmup_steps}, but training has {steps} steps (train.steps): "
+            f"it must be from 0 to {steps}."
+        )

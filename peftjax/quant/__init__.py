@@ -1,0 +1,1 @@
+"""Number formats of frozen kernels, and the one product that knows them."""

@@ -1,0 +1,27 @@
+"""What must be set before jax is imported, here and in the processes that tests start; and the shared fixtures."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# (3,) + (2, 3) broadcasts silently elsewhere; here it is an error, because it is how shapes go wrong unseen
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# compiled programs outlive the process: the second run of the tests does not compile
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("PEFTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with real checkpoints and data: $PEFTJAX_ASSETS, or shared/assets beside the repository."""
+    folder = Path(os.environ.get("PEFTJAX_ASSETS", ROOT.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"no real checkpoints at {folder}; set PEFTJAX_ASSETS")
+    return folder

@@ -1,0 +1,102 @@
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peftjax.core import cli
+from peftjax.core.errors import UserError
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, main, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    return stop.value.code
+
+
+def _raising(error: BaseException):
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_a_command_gets_its_arguments_and_its_result_is_the_exit_code(monkeypatch):
+    assert _run(monkeypatch, len, "a", "b", "c") == 3
+
+
+def test_a_command_that_returns_nothing_has_succeeded(monkeypatch):
+    assert not _run(monkeypatch, lambda argv: None)
+
+
+@pytest.mark.parametrize("error", [UserError("rank is -1"), ValueError("rank is -1"), OSError("rank is -1")])
+def test_a_user_mistake_is_one_line_without_a_traceback(monkeypatch, capsys, error):
+    monkeypatch.delenv("PEFTJAX_TRACEBACK", raising=False)
+    assert _run(monkeypatch, _raising(error)) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: rank is -1\n")
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("PEFTJAX_TRACEBACK", "1")
+    with pytest.raises(UserError, match="rank is -1"):
+        cli.run(_raising(UserError("rank is -1")))
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    with pytest.raises(KeyError):
+        cli.run(_raising(KeyError("a bug")))
+
+
+def test_an_interrupted_command_exits_with_130(monkeypatch, capsys):
+    assert _run(monkeypatch, _raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_real_process_ends_with_2_and_one_line_on_stderr():
+    code = "from peftjax.core import cli\ncli.run(lambda argv: open(argv[0]).close())"
+    environment = {name: value for name, value in os.environ.items() if name != "PEFTJAX_TRACEBACK"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "/no/such/file"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: [Errno 2] No such file or directory: '/no/such/file'\n"
+
+
+def test_parse_separates_the_config_its_overrides_and_the_workdir():
+    argv = ["--config=c.py", "--config.seed=3", "--workdir", "runs/a", "--config.data.train=a,b"]
+    arguments = cli.parse(argv, "train", "Trains.")
+    assert arguments.config == "c.py"
+    assert arguments.workdir == "runs/a"
+    assert arguments.overrides == ["--config.seed=3", "--config.data.train=a,b"]
+
+
+def test_parse_takes_a_commands_own_options():
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--device")
+
+    arguments = cli.parse(["--config=c.py", "--device=v5e:4x4"], "plan", "Plans.", workdir=False, options=options)
+    assert arguments.device == "v5e:4x4"
+    assert not hasattr(arguments, "workdir")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--config=c.py"], ["--workdir=w"], ["--config=c.py", "--workdir=w", "--confg.seed=1"]]
+)
+def test_a_missing_or_unknown_argument_ends_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(argv, "train", "Trains.")
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_help_lists_the_fields_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["--help"], "train", "Trains.")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "python -m peftjax.train" in out
+    assert "optim.learning_rate=0.0001" in out
+    assert "of the schedule" in out

@@ -1,0 +1,566 @@
+"""Hugging Face directories read and written; the safetensors package itself is the judge of the files."""
+
+import fnmatch
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.io import hf_files, hf_model
+from peftjax.io.hf_model import load_model, make_random, resolve, save_model
+from peftjax.nn.slot import Adapter
+
+LAYERS, EMBED, MLP, VOCAB = 2, 16, 24, 32
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": EMBED,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+Tensors = dict[str, np.ndarray]
+
+
+def random_tensors() -> Tensors:
+    """A checkpoint's tensors, named and shaped by hand: torch's [out, in]."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, EMBED),
+        "model.norm.weight": (EMBED,),
+        "lm_head.weight": (VOCAB, EMBED),
+    }
+    for i in range(LAYERS):
+        shapes |= {
+            f"model.layers.{i}.input_layernorm.weight": (EMBED,),
+            f"model.layers.{i}.post_attention_layernorm.weight": (EMBED,),
+            f"model.layers.{i}.self_attn.q_proj.weight": (16, EMBED),
+            f"model.layers.{i}.self_attn.k_proj.weight": (8, EMBED),
+            f"model.layers.{i}.self_attn.v_proj.weight": (8, EMBED),
+            f"model.layers.{i}.self_attn.o_proj.weight": (EMBED, 16),
+            f"model.layers.{i}.mlp.gate_proj.weight": (MLP, EMBED),
+            f"model.layers.{i}.mlp.up_proj.weight": (MLP, EMBED),
+            f"model.layers.{i}.mlp.down_proj.weight": (EMBED, MLP),
+        }
+    random = np.random.default_rng(0)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write(directory: Path, tensors: Tensors, **config: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def write_sharded(directory: Path, tensors: Tensors) -> dict[str, str]:
+    """Two files and their index; returns the weight_map."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    where = {}
+    for part in range(2):
+        name = f"model-0000{part + 1}-of-00002.safetensors"
+        half = dict(list(tensors.items())[part::2])
+        save_file(half, directory / name)
+        where |= dict.fromkeys(half, name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return where
+
+
+def values(model: Any) -> Tensors:
+    return {path: np.asarray(variable.get_value()) for path, variable in variables.flat(model)[1].items()}
+
+
+def assert_equal_bits(one: Tensors, other: Tensors) -> None:
+    assert one.keys() == other.keys()
+    for path in one:
+        assert one[path].dtype == other[path].dtype, path
+        assert one[path].tobytes() == other[path].tobytes(), path
+
+
+# --- Loading ---
+
+
+def test_each_parameter_is_its_stored_tensor_kernels_transposed_and_layers_stacked(tmp_path: Path) -> None:
+    stored = random_tensors()
+    loaded = values(load_model(write(tmp_path / "m", stored)))
+    np.testing.assert_array_equal(loaded["embed.embedding"], stored["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(loaded["head.kernel"], stored["lm_head.weight"].T)
+    np.testing.assert_array_equal(loaded["norm.scale"], stored["model.norm.weight"])
+    for i in range(LAYERS):
+        for ours, theirs in {"attention.key": "self_attn.k_proj", "feedforward.down": "mlp.down_proj"}.items():
+            np.testing.assert_array_equal(
+                loaded[f"blocks.{ours}.kernel"][i], stored[f"model.layers.{i}.{theirs}.weight"].T
+            )
+        np.testing.assert_array_equal(
+            loaded["blocks.attention_norm.scale"][i], stored[f"model.layers.{i}.input_layernorm.weight"]
+        )
+    assert sum(array.size for array in loaded.values()) == sum(array.size for array in stored.values())
+
+
+@pytest.mark.parametrize(
+    "stored_dtype",
+    [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_stored_float_is_converted(tmp_path: Path, stored_dtype: Any, dtype: str) -> None:
+    stored = {name: array.astype(stored_dtype) for name, array in random_tensors().items()}
+    loaded = values(load_model(write(tmp_path / "m", stored), dtype))
+    assert {array.dtype for array in loaded.values()} == {np.dtype(dtype)}
+    expected = stored[GATE].T.astype(dtype)
+    assert loaded["blocks.feedforward.gate.kernel"][1].tobytes() == expected.tobytes()
+
+
+def test_param_dtype_is_that_of_the_parameters_and_dtype_that_of_the_computation(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()), "bfloat16", param_dtype="float32")
+    assert {array.dtype for array in values(model).values()} == {np.dtype("float32")}
+    assert model(np.ones((1, 3), np.int32)).dtype == "bfloat16"
+
+
+def test_a_loaded_model_is_placed_on_the_default_device_when_no_mesh_is_given(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    for path, variable in variables.flat(model)[1].items():
+        assert variable.get_value().devices() == {jax.devices()[0]}, path
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4}, {"data": 8}])
+def test_sharded_over_8_devices_equals_one_device_bit_for_bit(tmp_path: Path, sizes: dict[str, int]) -> None:
+    directory = write(tmp_path / "m", random_tensors())
+    mesh = sharding.make_mesh(sizes)
+    model = load_model(directory, mesh=mesh)
+    assert_equal_bits(values(model), values(load_model(directory)))
+    for path, variable in variables.flat(model)[1].items():
+        assert variable.get_value().sharding == sharding.spec(variable.axes, variable.shape, mesh), path
+    gate = model.blocks.feedforward.gate.kernel.get_value()  # [L, D, F]
+    split = (LAYERS, EMBED // sizes.get("fsdp", 1), MLP // sizes.get("tensor", 1))
+    assert gate.addressable_shards[0].data.shape == split
+
+
+def test_each_device_reads_only_its_slice_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Recorder:
+        def __init__(self, view: np.ndarray) -> None:
+            self.view = view
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            read.append(self.view[index].size)
+            return self.view[index]
+
+    open_file = hf_files.StoredTensor.open
+    monkeypatch.setattr(hf_files.StoredTensor, "open", lambda tensor: Recorder(open_file(tensor)))
+    load_model(write(tmp_path / "m", random_tensors()), mesh=sharding.make_mesh({"fsdp": 2, "tensor": 4}))
+    assert max(read) == VOCAB * EMBED // 8  # the embedding, an eighth on each device
+
+
+def test_sharded_files_load_like_one_file(tmp_path: Path) -> None:
+    stored = random_tensors()
+    write_sharded(tmp_path / "many", stored)
+    assert_equal_bits(values(load_model(tmp_path / "many")), values(load_model(write(tmp_path / "one", stored))))
+
+
+def test_make_random_needs_only_config_json_and_shards_do_not_change_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    one = values(make_random(tmp_path, "bfloat16", param_dtype="float32", seed=3))
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    model = make_random(tmp_path, "bfloat16", param_dtype="float32", seed=3, mesh=mesh)
+    assert_equal_bits(one, values(model))
+    kernel = model.blocks.attention.query.kernel
+    assert kernel.get_value().sharding == sharding.spec(kernel.axes, kernel.shape, mesh)
+    assert 0.015 < one["blocks.attention.query.kernel"].std() < 0.025  # the config's default initializer_range is 0.02
+    assert not np.array_equal(one["embed.embedding"], values(make_random(tmp_path, seed=4))["embed.embedding"])
+
+
+@pytest.mark.parametrize("name", ["tinystories656k", "stories260k", "babyllama105"])
+def test_real_checkpoints_load(assets: Path, name: str) -> None:
+    stored = load_file(assets / name / "model.safetensors")
+    model = load_model(assets / name)
+    loaded = values(model)
+    (embedding,) = stored.keys() & {"lm_head.weight", "model.embed_tokens.weight"}  # one of the tied pair
+    np.testing.assert_array_equal(loaded["embed.embedding"], stored[embedding])
+    assert "head.kernel" not in loaded
+    assert sum(array.size for array in loaded.values()) == sum(array.size for array in stored.values())
+    assert np.isfinite(model(np.arange(8, dtype=np.int32)[None])).all()
+
+
+# --- What does not fit ---
+
+
+def test_missing_and_unexpected_tensors_and_wrong_shapes_are_one_error_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = random_tensors()
+    stored["model.layers.0.self_attn.query_proj.weight"] = stored.pop("model.layers.0.self_attn.q_proj.weight")
+    del stored["model.norm.weight"]
+    stored["score.weight"] = np.zeros((2, EMBED), np.float32)
+    stored[GATE] = np.zeros((EMBED, MLP), np.float32)
+    stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.int8)
+    monkeypatch.setattr(hf_files.StoredTensor, "open", lambda tensor: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match="not those of its config.json") as error:
+        load_model(write(tmp_path / "m", stored))
+    told = str(error.value)
+    assert "2 missing: model.layers.0.self_attn.q_proj.weight, model.norm.weight\n" in told
+    assert "2 unexpected: model.layers.0.self_attn.query_proj.weight Did you mean" in told
+    assert "score.weight\n" in told
+    assert f"1 of a wrong shape: {GATE} is stored as [16, 24], config.json asks for [24, 16]\n" in told
+    assert "1 of a wrong dtype: lm_head.weight is stored as I8, a float is needed\n" in told
+
+
+def test_long_lists_of_tensors_end_in_a_count(tmp_path: Path) -> None:
+    stored = {f"transformer.{name}": array for name, array in random_tensors().items()}
+    with pytest.raises(ValueError, match=r"21 missing: .* and 1 more\n  21 unexpected: .* and 1 more\n"):
+        load_model(write(tmp_path / "m", stored))
+
+
+def test_buffers_that_carry_nothing_are_accepted_in_silence_and_only_those(tmp_path: Path) -> None:
+    stored = random_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    load_model(write(tmp_path / "m", stored))
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq.scale"] = np.ones(2, np.float32)
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.0\.self_attn\.rotary_emb\.inv_freq\.scale"):
+        load_model(write(tmp_path / "m", stored))
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_of_a_tied_pair_either_tensor_may_be_stored(tmp_path: Path, kept: str) -> None:
+    stored = random_tensors()
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].copy()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if kept not in (name, "both"):
+            del stored[name]
+    loaded = values(load_model(write(tmp_path / "m", stored, tie_word_embeddings=True)))
+    np.testing.assert_array_equal(loaded["embed.embedding"], random_tensors()["model.embed_tokens.weight"])
+    assert "head.kernel" not in loaded
+
+
+def test_a_tied_pair_stored_as_two_different_tensors_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="both are stored and differ; to keep both set tie_word_embeddings to false"):
+        load_model(write(tmp_path / "m", random_tensors(), tie_word_embeddings=True))
+
+
+def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Path) -> None:
+    stored = random_tensors()
+    del stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+    with pytest.raises(ValueError, match=r"1 missing: model\.embed_tokens\.weight\n"):
+        load_model(write(tmp_path / "m", stored, tie_word_embeddings=True))
+
+
+def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "m", random_tensors())
+    with pytest.raises(ValueError, match="quantize='nf4': NF4 and int8 bases come in a later version"):
+        load_model(directory, quantize="nf4")
+    with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
+        load_model(directory, "int32")
+    write(tmp_path / "m", random_tensors(), quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
+        load_model(directory)
+
+
+def test_an_index_that_lists_an_absent_file_is_an_error(tmp_path: Path) -> None:
+    write_sharded(tmp_path / "m", random_tensors())
+    (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="lists files that are not there: model-00002-of-00002.safetensors"):
+        load_model(tmp_path / "m")
+
+
+def test_an_index_that_lists_a_tensor_its_file_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    where = write_sharded(tmp_path / "m", random_tensors())
+    where[GATE] = (
+        "model-00001-of-00002.safetensors" if "00002-of" in where[GATE] else "model-00002-of-00002.safetensors"
+    )
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match=rf"lists tensors that are not in their files: {GATE} \(in {where[GATE]}\)"):
+        load_model(tmp_path / "m")
+
+
+def test_an_index_without_a_weight_map_is_an_error(tmp_path: Path) -> None:
+    write_sharded(tmp_path / "m", random_tensors())
+    (tmp_path / "m" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-5], "is cut short"),
+        (lambda data: data[:40], "no safetensors file, or it is cut short"),
+        (lambda data: b"", "no safetensors file, or it is cut short"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (lambda data: data[:8] + b"#" + data[9:], "its header is not JSON"),
+        (lambda data: data.replace(b'"F32"', b'"F99"', 1), "has dtype F99, which is not read here"),
+        (lambda data: data.replace(b'"F32"', b'"F16"', 1), "the file is damaged"),
+        (lambda data: data.replace(b'"shape"', b'"shame"', 1), "is malformed"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Any, message: str) -> None:
+    file = write(tmp_path / "m", random_tensors()) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path / "m")
+    assert str(file) in str(error.value)
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "m", random_tensors())
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, not a list"):
+        load_model(tmp_path / "m")
+
+
+# --- Where a model is ---
+
+
+def test_a_directory_resolves_to_itself_and_embedded_to_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert hf_files.EMBEDDED == Path(hf_files.__file__).parents[1] / "assets" / "base"
+    monkeypatch.setattr(hf_files, "EMBEDDED", tmp_path)
+    assert resolve("embedded") == tmp_path
+
+
+def test_a_local_path_that_does_not_exist_names_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "llama-small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/lama-small", "./models/lama-small", tmp_path / "models" / "lama-small"):
+        with pytest.raises(ValueError, match="lama-small: no such directory. Did you mean 'llama-small'?"):
+            resolve(path)
+    with pytest.raises(ValueError, match="no such directory. In .*models there are: llama-small"):
+        resolve("./models/x")
+    with pytest.raises(ValueError, match="Its parent .*nowhere does not exist either"):
+        resolve(tmp_path / "nowhere" / "x")
+
+
+def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "m", random_tensors())
+    with pytest.raises(ValueError, match="is a file; give the directory"):
+        resolve(directory / "model.safetensors")
+    with pytest.raises(ValueError, match="is a directory and has no revision 'v2'"):
+        resolve(directory, "v2")
+    (directory / "config.json").rename(directory / "adapter_config.json")
+    with pytest.raises(ValueError, match="holds an adapter, not a model"):
+        resolve(directory)
+    (directory / "adapter_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"has no config\.json, so it is no model directory; it holds model\.safetensors"
+    ):
+        resolve(directory)
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n.")
+    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, a pickle.* convert it: .*save_pretrained"):
+        load_model(tmp_path)
+
+
+def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("some-owner/some.model", "v2") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("some-owner/some.model", "v2")
+
+    def wanted(file: str) -> bool:
+        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+
+    taken = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors", "chat.jinja"]
+    left = [
+        "pytorch_model.bin",
+        "tokenizer.pkl",
+        "model.pt",
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "README.md",
+    ]
+    assert all(map(wanted, [*taken, "model.safetensors.index.json"]))
+    assert not any(map(wanted, left))
+
+
+def test_offline_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no network\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ValueError, match="Download it on a machine that is online .* or set HF_HOME") as error:
+        resolve("owner/model")
+    assert "owner/model: no such directory here" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- Saving ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "tensor": 4}])
+def test_load_of_save_is_the_same_bit_for_bit(tmp_path: Path, dtype: str, tied: bool, sizes: dict | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied}))
+    model = make_random(tmp_path, dtype, mesh=sharding.make_mesh(sizes))
+    save_model(model, tmp_path / "saved")
+    assert_equal_bits(values(load_model(tmp_path / "saved", dtype)), values(model))
+    with safe_open(tmp_path / "saved" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata()["format"] == "pt"
+        assert set(file.keys()) == random_tensors().keys() - ({"lm_head.weight"} if tied else set())
+        assert file.get_slice(GATE).get_dtype() == {"float32": "F32", "bfloat16": "BF16"}[dtype]
+        gate = np.asarray(model.blocks.feedforward.gate.kernel.get_value()[1]).T
+        np.testing.assert_array_equal(file.get_tensor(GATE), gate)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == (dtype, tied)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_shards_are_no_larger_than_asked_and_load_again(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    save_model(model, tmp_path / "saved", max_shard_bytes=5000)
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert len(files) > 2
+    sizes = []
+    for name in files:
+        held = load_file(tmp_path / "saved" / name)
+        assert {key for key, file in index["weight_map"].items() if file == name} == held.keys()
+        sizes.append(sum(array.nbytes for array in held.values()))
+    assert max(sizes) <= 5000
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert_equal_bits(values(load_model(tmp_path / "saved")), values(model))
+
+
+def test_a_tensor_larger_than_a_shard_stands_alone(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    save_model(model, tmp_path / "saved", max_shard_bytes=1)
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) == len(random_tensors())
+    assert_equal_bits(values(load_model(tmp_path / "saved")), values(model))
+
+
+def test_the_tokenizer_and_generation_files_of_the_source_are_copied(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", random_tensors())
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    for name in names | {"README.md", "pytorch_model.bin"}:
+        (source / name).write_text(name)
+    save_model(load_model(source), tmp_path / "saved", source=source)
+    found = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert found == names | {"config.json", "model.safetensors"}
+    assert (tmp_path / "saved" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_saving_again_replaces_what_was_saved_and_nothing_of_it_stays(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    save_model(model, tmp_path / "saved", max_shard_bytes=5000)
+    save_model(model, tmp_path / "saved", source=tmp_path / "saved")
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == {"config.json", "model.safetensors"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"m", "saved"}
+
+
+def test_a_directory_that_save_model_did_not_write_is_refused_and_left_alone(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", random_tensors())
+    model = load_model(source)
+    before = (source / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is no model directory written by save_model: choose another, or delete it"):
+        save_model(model, source)
+    assert (source / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"config\.json is a file; give a directory"):
+        save_model(model, source / "config.json")
+    save_model(model, tmp_path / "saved")
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds more than a model and would be replaced: notes\.txt"):
+        save_model(model, tmp_path / "saved")
+    (tmp_path / "empty").mkdir()
+    save_model(model, tmp_path / "empty")
+
+
+def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    save_model(model, tmp_path / "saved")
+
+    def fail(*_: Any) -> np.ndarray:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hf_model, "_fetch", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(model, tmp_path / "saved")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"m", "saved"}
+    assert_equal_bits(values(load_model(tmp_path / "saved")), values(model))
+
+
+def test_a_model_with_attached_adapters_is_refused(tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    model.blocks.attention.query.adapters.add("mine", Adapter())
+    with pytest.raises(ValueError, match="adapters are attached to the model: mine; .* merge or detach them first"):
+        save_model(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_written_tensors_of_several_widths_are_read_by_safetensors(tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(3, dtype=np.float32),
+        "b": np.arange(3).astype(ml_dtypes.bfloat16),
+        "c": np.ones(1, np.int8),
+    }
+    specs = [hf_files.TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
+    hf_files.write_tensors(tmp_path / "x", specs, iter(arrays.values()), {"k": "v"})
+    read = load_file(tmp_path / "x")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from peftjax import sharding
+from peftjax.io.hf_model import load_model, save_model
+model = load_model(sys.argv[3], mesh=sharding.make_mesh({"fsdp": 2, "tensor": 8}))
+assert len(jax.local_devices()) == 8
+assert not model.embed.embedding.get_value().is_fully_addressable
+save_model(model, sys.argv[4])
+assert load_model(sys.argv[4]) is not None
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_load_their_parts_and_save_the_whole(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    source = write(tmp_path / "m", random_tensors())
+    arguments = [str(source), str(tmp_path / "saved")]
+    commands = [[sys.executable, "-c", PROCESS, address, str(i), *arguments] for i in range(2)]
+    root = Path(hf_files.__file__).parents[2]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) for command in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    read = load_file(tmp_path / "saved" / "model.safetensors")
+    assert_equal_bits(read, random_tensors())

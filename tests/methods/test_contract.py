@@ -1,0 +1,263 @@
+"""What every method promises. A new method joins by an entry in CASES."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax import methods, optim, sharding
+from peftjax.core import variables
+from peftjax.core.config import defaults
+from peftjax.io.checkpoint import Checkpoints
+from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.models import llama
+from peftjax.train import TrainState, first_state, flatten, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method, how many parameters it trains on the tiny model by its formula, and what it promises."""
+
+    method: methods.Method
+    trained: int
+    noop: bool = True  # attached, it changes no bit of the logits
+    merges: bool = True
+    mesh_axes: tuple[str, ...] = ("data", "fsdp", "tensor")
+
+
+E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
+SIDES = [(E, E), (E, KV), (E, KV), (E, E), (E, F), (E, F), (F, E)]  # q k v o gate up down
+BASE = L * (sum(i * o for i, o in SIDES) + 2 * E) + E + 2 * V * E
+
+CASES = {
+    "full": Case(methods.Full(), BASE, merges=False),
+    "lora": Case(methods.Lora(rank=4, alpha=8), L * 4 * sum(i + o for i, o in SIDES)),
+    "lora-dropout-rs": Case(
+        methods.Lora(rank=2, dropout=0.25, targets=("q_proj", "v_proj"), rslora=True), L * 2 * (2 * E + E + KV)
+    ),
+    "lora-patterns": Case(
+        methods.Lora(
+            rank=4, targets=("q_proj", "down_proj"), exclude=("layers.0.self_attn.q_proj",), rank_pattern={"down_proj": 2},
+            alpha_pattern={"layers.1.self_attn.q_proj": 16.0}, layers_to_transform=(0, 1),
+        ),
+        4 * (E + E) + 2 * 2 * (F + E),
+    ),
+    "lora-everything": Case(
+        methods.Lora(rank=2, targets=("q_proj", "embed_tokens"), bias="all", modules_to_save=("lm_head",)),
+        L * 2 * (E + E) + 2 * (V + E) + L * (E + KV + KV + E) + E * V,
+    ),
+}  # fmt: skip
+FIELDS = {"lora-everything": {"attention_bias": True}}
+PEFT = [name for name in CASES if name != "full"]
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def attached(name: str, *, dtype: str = "float32", remat: str = "none", adapter: str = "default", seed: int = 1) -> Any:
+    model = tiny.model(dtype=dtype, remat=remat, **FIELDS.get(name, {}))
+    return methods.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
+
+
+def optimizer_for(trainable: variables.FlatTree, leaves: dict[str, Any]) -> optax.GradientTransformation:
+    config = defaults().optim
+    config.learning_rate, config.weight_decay, config.schedule = 1e-2, 0.01, "constant"
+    return optim.make_optimizer(config, 10, optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()}))
+
+
+def trainer(model: Any, method: methods.Method, mesh: Any = None) -> tuple[Callable, TrainState, variables.FlatTree]:
+    """The train step of the real train command, its first state, and the frozen tree."""
+    sharding.place(model, mesh or sharding.make_mesh())
+    model.train()
+    graph, leaves = variables.flat(model)
+    mask = variables.trainable_mask(leaves, method.trains)
+    _, trainable, frozen = variables.split(model, mask)
+    optimizer = optimizer_for(trainable, leaves)
+    state = first_state(trainable, optimizer, seed=3)
+    keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
+    return make_train_step(graph, optimizer, keys, 8, state), state, frozen
+
+
+def run(step: Callable, state: TrainState, frozen: variables.FlatTree, count: int, mesh: Any = None) -> tuple[TrainState, list]:
+    mesh, losses = mesh or sharding.make_mesh(), []
+    with jax.set_mesh(mesh):
+        for index in range(count):
+            batch = {key: np.asarray(value) for key, value in tiny.batch(index).items()}
+            state, measured = step(state, frozen, sharding.shard_batch(batch, mesh, 2))
+            losses.append(float(measured["loss"]))
+    return state, losses
+
+
+def arrays(tree: variables.FlatTree) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
+
+
+def test_attaching_changes_no_bit_of_the_base_and_of_its_logits(name: str) -> None:
+    base = tiny.model(**FIELDS.get(name, {}))
+    model = attached(name)
+    assert tiny.bits(model) == tiny.bits(base)
+    if CASES[name].noop:
+        np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_changes_what_the_mask_says_and_nothing_else(name: str, dtype: str) -> None:
+    model = attached(name, dtype=dtype)
+    before = tiny.bits(model)
+    step, state, frozen = trainer(model, CASES[name].method)
+    first = arrays(state.trainable)
+    state, losses = run(step, state, frozen, 3)
+    after = arrays(state.trainable)
+    assert np.isfinite(losses).all()
+    assert after.keys() == first.keys()
+    assert all((after[path] != first[path]).any() for path in first)
+    frozen_base = [path for path in before if path not in first]
+    assert all(np.asarray(frozen[path]).tobytes() == before[path] for path in frozen_base)
+    assert (name == "full") == (not frozen_base)
+
+
+def test_frozen_leaves_have_no_gradient_and_no_optimizer_state(name: str) -> None:
+    model = attached(name)
+    _, state, _ = trainer(model, CASES[name].method)
+    trained = sum(value.size for value in arrays(state.trainable).values())
+    moments = [leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sum(moments) == 2 * trained
+
+
+def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
+    model = attached(name)
+    if name == "full":
+        counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    else:
+        counted = methods.count_trainable(model, "default")
+    assert counted == CASES[name].trained
+
+
+def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unrolled(block: Any, body: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
+        graph, state = nnx.split(block)
+        for layer in range(L):
+            one, inputs = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (state, per_layer))
+            x, _ = body(nnx.merge(graph, one), x, inputs)
+        return x, None
+
+    def gradients(remat: str) -> dict[str, np.ndarray]:
+        model = tiny.randomize(attached(name, remat=remat))
+        graph, leaves = variables.flat(model)
+        _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
+        loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+        return arrays(jax.grad(loss)(trainable))
+
+    scanned, rematerialised = gradients("none"), gradients("block")
+    monkeypatch.setattr(llama, "scan_stack", unrolled)
+    for path, expected in gradients("none").items():
+        np.testing.assert_allclose(scanned[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
+        np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[str, int]) -> None:
+    mesh = sharding.make_mesh(sizes)
+    one_state, one = run(*trainer(attached(name), CASES[name].method), 3)
+    step, state, frozen = trainer(attached(name), CASES[name].method, mesh)
+    if "fsdp" in sizes:
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((frozen, state.trainable)))
+    many_state, many = run(step, state, frozen, 3, mesh)
+    np.testing.assert_allclose(many, one, rtol=2e-5)
+    expected = arrays(one_state.trainable)
+    for path, value in arrays(many_state.trainable).items():
+        np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg=path)
+
+
+def test_many_steps_are_traced_once(name: str) -> None:
+    step, state, frozen = trainer(attached(name), CASES[name].method)
+    run(step, state, frozen, 3)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].merges])
+def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> None:
+    model = tiny.randomize(attached(name))
+    before, expected = tiny.bits(model), model(tiny.tokens())
+    methods.merge(model, "default")
+    np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5)
+    assert tiny.bits(model) != before
+    methods.unmerge(model, "default")
+    assert tiny.bits(model) == before
+    np.testing.assert_array_equal(model(tiny.tokens()), expected)
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_detaching_gives_the_base_back(name: str) -> None:
+    base = tiny.model(**FIELDS.get(name, {}))
+    model = methods.detach(tiny.randomize(attached(name)), "default")
+    assert nnx.split(model)[0] == nnx.split(methods.detach(attached(name), "default"))[0]
+    assert variables.flat(model)[1].keys() == variables.flat(base)[1].keys()
+    np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_two_adapters_under_names_take_turns(name: str) -> None:
+    model = attached(name, adapter="first")
+    base = tiny.model(**FIELDS.get(name, {}))(tiny.tokens())
+    first = tiny.randomize(model, seed=1)(tiny.tokens())
+    methods.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
+    np.testing.assert_array_equal(model(tiny.tokens()), base)
+    np.testing.assert_array_equal(methods.use(model, "first")(tiny.tokens()), first)
+    np.testing.assert_array_equal(methods.use(model, None)(tiny.tokens()), base)
+    assert np.abs(first - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_switching_adapters_of_the_same_shapes_needs_no_new_compilation(name: str) -> None:
+    model = attached(name, adapter="first")
+    methods.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
+    graphs = [nnx.split(methods.active_view(methods.use(model, which)))[0] for which in ("first", "second")]
+    assert graphs[0] == graphs[1]
+    assert hash(graphs[0]) == hash(graphs[1])
+
+
+def test_a_population_under_vmap_equals_its_members_one_by_one(name: str) -> None:
+    model = tiny.randomize(attached(name))
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
+    members = [jax.tree.map(lambda leaf, factor=factor: leaf * factor, trainable) for factor in (0.5, 1.0, 1.5)]
+    loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+    together = jax.vmap(jax.grad(loss))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    for index, member in enumerate(members):
+        for path, expected in arrays(jax.grad(loss)(member)).items():
+            np.testing.assert_allclose(together[path][index], expected, atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Any) -> None:
+    step, state, frozen = trainer(attached(name), CASES[name].method)
+    state, _ = run(step, state, frozen, 1)
+    saved = flatten(state)
+    abstract = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for key, leaf in saved.items()}
+    with Checkpoints(tmp_path, keep=1, keep_best=False) as checkpoints:
+        checkpoints.save(1, saved, {}, identity={})
+        restored = checkpoints.restore(abstract)
+    assert restored is not None
+    assert {key: np.asarray(leaf).tobytes() for key, leaf in saved.items()} == {
+        key: np.asarray(leaf).tobytes() for key, leaf in restored.state.items()
+    }
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_an_adapter_file_brings_back_every_bit(name: str, tmp_path: Any) -> None:
+    model = tiny.randomize(attached(name))
+    save_adapter(model, tmp_path / "adapter")
+    other = load_adapter(tiny.model(**FIELDS.get(name, {})), tmp_path / "adapter", name="back")
+    np.testing.assert_array_equal(other(tiny.tokens()), model(tiny.tokens()))
+    save_adapter(other, tmp_path / "again", name="back")
+    for file in ("adapter_model.safetensors",):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()

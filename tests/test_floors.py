@@ -1,0 +1,124 @@
+"""The floors of the house: a module imports from the floors below it, and a light `import peftjax` stays light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "peftjax"
+
+# Rooms on one floor may not import each other, but those of SHARED floors may.
+FLOORS = {
+    0: ["core"],
+    1: ["quant"],
+    2: ["nn", "sharding"],
+    3: ["models", "methods"],
+    4: ["io", "data"],
+    5: ["losses", "optim", "metrics", "report"],
+    6: ["train", "evaluate", "generate", "plan", "sweep", "__init__"],  # commands, and the public names
+}
+SHARED = {2, 5, 6}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+HEAVY = ["tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow"]
+
+
+def imported_rooms(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of peftjax, anywhere in the source of `module` (the parts below peftjax, without
+    a final __init__ only its package is meant: ("nn", "__init__") is peftjax/nn/__init__.py)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                base = ("peftjax", *module)[: -node.level] + base
+            # `from peftjax import sharding` imports a room, `from peftjax.nn import linear` one of its modules
+            names = [(*base, alias.name) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name[0] == "peftjax":
+                room = name[1] if len(name) > 1 else "__init__"
+                known = room in FLOOR_OF or (PACKAGE / room).exists() or (PACKAGE / f"{room}.py").exists()
+                yield node.lineno, room if known else "__init__"
+
+
+def violations(source: str, path: str) -> list[str]:
+    """Every import in the file at `path` (below peftjax) that does not go downward."""
+    module = tuple(path.removesuffix(".py").split("/"))
+    here = module[0]
+    if here not in FLOOR_OF:
+        return [f"{path}: {here} has no floor; give it one in tests/test_floors.py"]
+    found = []
+    for line, room in imported_rooms(source, module):
+        if room not in FLOOR_OF:
+            found.append(f"{path}:{line}: {room} has no floor; give it one in tests/test_floors.py")
+        elif room != here and (
+            FLOOR_OF[room] > FLOOR_OF[here] or (FLOOR_OF[room] == FLOOR_OF[here] and FLOOR_OF[room] not in SHARED)
+        ):
+            found.append(f"{path}:{line}: {here} (floor {FLOOR_OF[here]}) imports {room} (floor {FLOOR_OF[room]})")
+    return found
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_imports_go_downward_only() -> None:
+    files = python_files()
+    assert files
+    found = [line for path in files for line in violations(path.read_text(), path.relative_to(PACKAGE).as_posix())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "offender"),
+    [
+        ("core/paths.py", "from peftjax.nn.linear import Linear", "nn"),
+        ("nn/linear.py", "def f():\n    import peftjax.methods.lora", "methods"),
+        ("models/llama.py", "from peftjax.methods import attach", "methods"),
+        ("methods/lora.py", "from peftjax import models", "models"),
+        ("io/hf_model.py", "from ..data import text", "data"),
+        ("data/text.py", "from .. import io", "io"),
+        ("optim.py", "from peftjax import train", "train"),
+        ("losses.py", "from .train import main", "train"),
+        ("methods/attach.py", "import peftjax", "__init__"),
+        ("nn/stack.py", "from peftjax import Lora", "__init__"),
+        ("helpers.py", "", "helpers"),
+    ],
+)
+def test_the_checker_catches_an_import_that_does_not_go_downward(path: str, source: str, offender: str) -> None:
+    (message,) = violations(source, path)
+    assert offender in message
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/config.py", "from peftjax.core.errors import UserError"),
+        ("core/config.py", "from .errors import UserError\nfrom . import paths"),
+        ("nn/linear.py", "from peftjax import sharding"),
+        ("models/llama.py", "from ..nn.linear import Linear\nimport jax"),
+        ("train.py", "from peftjax import evaluate, losses\nfrom peftjax.io import hf_model"),
+        ("__init__.py", "from peftjax.io.hf_model import load_model\nfrom .methods import Lora"),
+    ],
+)
+def test_the_checker_lets_downward_imports_pass(path: str, source: str) -> None:
+    assert violations(source, path) == []
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [path for path in python_files() if path.stem in ("util", "utils", "misc", "helpers")]
+
+
+def test_import_peftjax_loads_no_heavy_library() -> None:
+    code = f"import sys, peftjax; print(*[name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
