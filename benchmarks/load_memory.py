@@ -2,10 +2,11 @@
 
     python benchmarks/load_memory.py
 
-Writes a Llama of about 315 million random parameters to a temporary directory, then loads it in a fresh process for each
-line below and prints by how much the process's peak resident memory (VmHWM of /proc, so Linux) grew above what it had
-once JAX was up: in all, as a multiple of the model's bytes, and what was beyond them in units of the largest tensor that
-is read at once (in the wider of its two dtypes). "saving" is how much further the peak grew while the model was written again.
+Writes a Llama of about 315 million random parameters to a temporary directory, then loads it in a fresh process for
+each line of the table and prints by how much the peak of the process's resident memory (VmHWM of /proc, so Linux) grew
+above what it had once JAX was up: in all, as a multiple of the model's bytes, and what was beyond them in units of the
+largest tensor that is read at once (in the wider of its two dtypes). "saving" is how much further the peak grew while
+the model was written again.
 """
 
 import json
@@ -42,9 +43,7 @@ CASES = (
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        print(
-            f"{'stored':9} {'loaded':9} {'devices':>7} {'model MB':>9} {'peak MB':>8} {'ratio':>6} {'beyond':>7} {'saving MB':>10}"
-        )
+        print("stored    loaded    devices  model MB  peak MB  ratio  beyond  saving MB")
         for stored, loaded, devices, mesh in CASES:
             directory = Path(folder, stored)
             if not directory.exists():
@@ -56,11 +55,10 @@ def main() -> None:
             found = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
             size, peak = found["model"], found["loading"]
             beyond = (peak - size) / (LARGEST * max(BYTES[stored], BYTES[loaded]))
-            print(
-                f"{stored:9} {loaded:9} {devices:7} {size / 1e6:9.0f} {peak / 1e6:8.0f} {peak / size:6.2f} {beyond:7.2f} "
-                f"{found['saving'] / 1e6:10.0f}",
-                flush=True,
+            sizes = (
+                f"{size / 1e6:8.0f} {peak / 1e6:8.0f} {peak / size:6.2f} {beyond:7.2f} {found['saving'] / 1e6:10.0f}"
             )
+            print(f"{stored:9} {loaded:9} {devices:7}  {sizes}", flush=True)
 
 
 def write_model(directory: Path, dtype: str) -> None:

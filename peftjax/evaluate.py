@@ -1,6 +1,6 @@
 """How good a model is on held-out records: loss, perplexity, token accuracy, exact match by generation.
 
-    python -m peftjax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
+python -m peftjax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def make_eval_step(graph: nnx.GraphDef, chunk: int) -> Callable[..., Totals]:
 
 
 def evaluate_loss(
-    eval_step: Callable[..., Totals], trainable: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh
+    eval_step: Callable[..., Totals], trainable: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh, packed: bool
 ) -> dict[str, float]:
     """Mean loss per token in nats, its perplexity, and the share of tokens that are the most likely one.
 
@@ -58,7 +58,8 @@ def evaluate_loss(
     """
     sums = np.zeros(3)
     for batch in batches:
-        sums += np.array(jax.device_get(eval_step(trainable, frozen, sharding.shard_batch(batch.arrays(), mesh))), float)
+        placed = sharding.shard_batch(batch.arrays(packed), mesh)
+        sums += np.array(jax.device_get(eval_step(trainable, frozen, placed)), float)
     loss, tokens, correct = sums
     if tokens == 0:
         raise ValueError("data.eval: the held-out records have no token with a loss")
@@ -70,7 +71,9 @@ def evaluate_loss(
     }
 
 
-def answer(model: Any, examples: Iterable[Any], tokenizer: Any, max_new_tokens: int, batch_size: int = 64) -> list[Answer]:
+def answer(
+    model: Any, examples: Iterable[Any], tokenizer: Any, max_new_tokens: int, batch_size: int = 64
+) -> list[Answer]:
     """The model's greedy answers to held-out prompts, `batch_size` at a time."""
     examples, answers = list(examples), []
     for start in range(0, len(examples), batch_size):
@@ -117,14 +120,16 @@ def main(argv: list[str]) -> None:
         graph, found = variables.flat(model)
         values = {path: variable.get_value() for path, variable in found.items()}
         eval_step = make_eval_step(graph, config.train.loss_chunk)
-        scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh)
+        scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh, config.data.pack)
         if config.eval.exact_match:
             answers = answer(
                 model, eval_examples(config, tokenizer, config.eval.exact_match), tokenizer, config.eval.max_new_tokens
             )
             scores["exact_match"] = exact_match(answers)
             for item in answers[: config.eval.samples]:
-                print(f"{'right' if item.correct else 'wrong'}  {item.prompt!r} -> {item.answer!r}, expected {item.expected!r}")
+                print(
+                    f"{'right' if item.correct else 'wrong'}  {item.prompt!r} -> {item.answer!r}, expected {item.expected!r}"
+                )
     for name, value in scores.items():
         print(f"{name:15} {value:.6g}")
     (workdir / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")

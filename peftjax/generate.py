@@ -1,6 +1,6 @@
 """Text from a model: batched generation under one jit with a key/value cache.
 
-    python -m peftjax.generate --model=DIR --adapter=DIR --prompt="..." [--prompt="..."]
+python -m peftjax.generate --model=DIR --adapter=DIR --prompt="..." [--prompt="..."]
 """
 
 import argparse
@@ -74,10 +74,14 @@ def generate(
         ValueError: an empty prompt, or one that does not fit the model's positions with what is to come.
     """
     if not prompts or not all(prompts):
-        raise ValueError("generate: every prompt needs at least one token; give the tokenizer's bos token for an empty one")
+        raise ValueError(
+            "generate: every prompt needs at least one token; give the tokenizer's bos token for an empty one"
+        )
     longest, limit = max(map(len, prompts)), model.config.max_positions
     if longest + max_new_tokens > limit:
-        raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions")
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
+        )
     width = min(-(-longest // 32) * 32, limit - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -140,13 +144,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, help='a Hugging Face directory, a hub id, or "embedded"')
     parser.add_argument("--adapter", help="an adapter directory in Hugging Face PEFT format")
     parser.add_argument("--prompt", action="append", required=True, help="repeat it for several, answered in one batch")
-    parser.add_argument("--chat", action="store_true", help="prompts are user messages for the tokenizer's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are user messages for the tokenizer's chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
     parser.add_argument("--top-k", type=int, default=0, help="0: no limit")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], help="a token to stop at, besides the end of text; repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a token to stop at, besides the end of text; repeatable"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(argv)
 
@@ -158,13 +166,19 @@ def main(argv: list[str]) -> None:
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    texts = [tokenizer.chat([{"role": "user", "content": p}], True) for p in options.prompt] if options.chat else options.prompt
+    texts = (
+        [tokenizer.chat([{"role": "user", "content": p}], True) for p in options.prompt]
+        if options.chat
+        else options.prompt
+    )
     prompts = [tokenizer.encode(text, bos=not options.chat) for text in texts]
     model = load_model(directory, dtype=options.dtype)
     if options.adapter:
         load_adapter(model, Path(options.adapter))
 
-    answer = partial(generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed)
+    answer = partial(
+        generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
+    )
     answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
     started = time.perf_counter()
     answers = answer(stop=stop)
@@ -172,7 +186,9 @@ def main(argv: list[str]) -> None:
     for prompt, tokens in zip(options.prompt, answers, strict=True):
         print(f"\n> {prompt}\n{tokenizer.decode(tokens)}")
     count = sum(map(len, answers))
-    print(f"\n{count} tokens for {len(prompts)} prompts in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s")
+    print(
+        f"\n{count} tokens for {len(prompts)} prompts in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -86,5 +86,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * jax.process_count(), *rows.shape[1:])
-        placed[name] = jax.make_array_from_process_local_data(spec((None, "batch", "length"), shape, mesh), local, shape)
+        placed[name] = jax.make_array_from_process_local_data(
+            spec((None, "batch", "length"), shape, mesh), local, shape
+        )
     return placed

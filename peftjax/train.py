@@ -5,44 +5,36 @@
 Run again in the same workdir, it goes on where it was, bit for bit.
 """
 
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import methods, metrics, optim, sharding
+from peftjax import methods, metrics, optim, report, sharding
 from peftjax.core import cli, variables
 from peftjax.core import config as configs
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import eval_batches, eval_examples, train_batches
 from peftjax.data.text import Tokenizer, load_tokenizer
-from peftjax.evaluate import Answer, answer, evaluate_loss, exact_match, make_eval_step
+from peftjax.evaluate import answer, evaluate_loss, exact_match, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_model import load_model, make_random, resolve, save_model
-from peftjax.losses import Totals, next_token_loss
+from peftjax.losses import Totals
+from peftjax.step import TrainState, first_state, flatten, make_train_step
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples")
-
-
-class TrainState(NamedTuple):
-    """All that changes from step to step; a checkpoint holds exactly this and the position in the data."""
-
-    step: jax.Array  # int32 [], updates done
-    trainable: variables.FlatTree
-    optimizer: optax.OptState
-    key: jax.Array  # uint32 [2], the same all the time: step t draws from fold_in(key, t)
 
 
 @dataclasses.dataclass
@@ -62,6 +54,8 @@ class Run:
     schedule: optax.Schedule
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., Totals]
+    report_data: report.ReportData = dataclasses.field(default_factory=report.ReportData)
+    timings: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def sync(self, state: TrainState) -> None:
         """Write what is trained into the model."""
@@ -83,7 +77,9 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
             gradient is not finite any more.
     """
     mesh = sharding.make_mesh(config.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+    )
     with jax.set_mesh(mesh), checkpoints:
         run, state = setup(config, workdir, mesh)
         state = resume(run, state, checkpoints)
@@ -119,7 +115,11 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     tokenizer = load_tokenizer(base)
     method = methods.from_config(config.method)
     batches = train_batches(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
-    options = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype or None, "remat": config.model.remat}
+    options = {
+        "dtype": config.model.dtype,
+        "param_dtype": config.model.param_dtype or None,
+        "remat": config.model.remat,
+    }
     if config.model.init == "random":
         model = make_random(base, mesh=mesh, seed=config.seed, **options)
     else:
@@ -145,62 +145,6 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         eval_step=make_eval_step(eval_graph, config.train.loss_chunk),
     )  # fmt: skip
     return run, state
-
-
-def first_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. A moment lies where its parameter lies, anything else on every device.
-
-    The trainable leaves are copied: the train step donates its state, and the model keeps its own.
-    """
-    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
-    everywhere = sharding.spec((), (), mesh)
-
-    def make(trainable: Any) -> TrainState:
-        key = jax.random.key_data(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
-
-    def where(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
-        owner = trainable.get(getattr(path[-1], "key", None))
-        return owner.sharding if owner is not None and owner.shape == leaf.shape else everywhere
-
-    shardings = jax.tree_util.tree_map_with_path(where, jax.eval_shape(make, trainable))
-    return jax.jit(make, out_shardings=shardings)(trainable)
-
-
-def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, dropout_keys: tuple[str, ...], chunk: int, state: TrainState
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted (state, frozen, batch [A, B, T]) -> (state, metrics). The frozen tree is an argument: never donated,
-    never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
-    the result that of one large batch, however the tokens fall."""
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    def loss(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
-        totals = next_token_loss(variables.merge(graph, trainable, frozen), batch, chunk)
-        return totals.loss, totals
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def train_step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-        def microbatch(sums: Any, part: Any) -> tuple[Any, None]:
-            index, batch = part
-            keyed = variables.with_dropout_keys(frozen, dropout_keys, jax.random.fold_in(key, index))
-            (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable, keyed, batch)
-            return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-        none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
-        count = batch["tokens"].shape[0]
-        (gradients, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
-        gradients = jax.tree.map(lambda g: g / totals.tokens, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
-        measured = {"loss": totals.loss / totals.tokens, "grad_norm": optax.tree.norm(gradients), "tokens": totals.tokens}
-        return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
-
-    return train_step
 
 
 class Window:
@@ -243,7 +187,9 @@ def resume(run: Run, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         differ = configs.differences(run.config, configs.from_json(json.dumps(identity["config"])))
         differ = [line for line in differ if not line.startswith(FREE)]
         if identity["base"] != run.base_fingerprint:
-            differ.append(f"the base model's weights: fingerprint {run.base_fingerprint} here, {identity['base']} there")
+            differ.append(
+                f"the base model's weights: fingerprint {run.base_fingerprint} here, {identity['base']} there"
+            )
         if differ:
             raise ValueError(
                 f"{run.workdir} holds a run with another configuration: {'; '.join(differ)}. "
@@ -258,30 +204,40 @@ def resume(run: Run, state: TrainState, checkpoints: Checkpoints) -> TrainState:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def flatten(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state by name, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
-    """Scores on the held-out records, logged; an empty dict where the config names none."""
+    """Scores on the held-out records, logged, with sample answers for the report; empty where the config names none."""
     config, step = run.config, int(state.step)
     if not config.data.eval:
         return {}
-    scores = evaluate_loss(run.eval_step, state.trainable, run.frozen, eval_batches(config, run.tokenizer), run.mesh)
+    started = time.perf_counter()
+    batches = eval_batches(config, run.tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    some = itertools.islice(batches, config.train.eval_batches or None)
+    scores = evaluate_loss(run.eval_step, state.trainable, run.frozen, some, run.mesh, config.data.pack)
     if config.eval.exact_match:
         run.sync(state)
         examples = eval_examples(config, run.tokenizer, config.eval.exact_match)
         answers = answer(run.model, examples, run.tokenizer, config.eval.max_new_tokens)
         scores["exact_match"] = exact_match(answers)
+        samples = tuple(
+            report.Sample(item.record, item.prompt, item.answer, item.expected, item.correct)
+            for item in answers[: config.eval.samples]
+        )
+        if step:
+            run.report_data = dataclasses.replace(run.report_data, after=samples)
+        else:
+            run.report_data = dataclasses.replace(run.report_data, before=samples)
+        for sample in samples if step in (0, config.train.steps) else ():
+            verdict = "right" if sample.correct else "wrong"
+            log.message(f"  {verdict}  {sample.prompt!r} -> {sample.answer!r}, expected {sample.expected!r}")
+    run.timings["evaluation"] += time.perf_counter() - started
+    run.report_data.save(run.workdir)  # a resumed run cannot answer as the untrained model any more
     log.evaluation(step, scores)
     return scores
 
 
 def shard(run: Run, batch: Any) -> dict[str, jax.Array]:
     """A batch on the mesh, [A, B / A, T]."""
-    return sharding.shard_batch(batch.arrays(), run.mesh, run.config.train.accumulate)
+    return sharding.shard_batch(batch.arrays(run.config.data.pack), run.mesh, run.config.train.accumulate)
 
 
 def due(step: int, every: int) -> bool:
@@ -290,17 +246,47 @@ def due(step: int, every: int) -> bool:
 
 
 def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
-    (run.workdir / "config.json").write_text(configs.to_json(run.config))
+    """Say what will be trained on what, and write config.json and the beginning of the report's data."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    config, defaults = run.config, configs.defaults()
+    defaults.method = methods.make_config(config.method.name)
+    metrics.write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
+    parts = report.count_parts(variables.flat(run.model)[1], run.method.trains)
+    trained = sum(part.parameters for part in parts if part.trained)
+    base = sum(part.parameters for part in parts if not part.adapter)
+    run.report_data = dataclasses.replace(
+        report.ReportData.load(run.workdir) if state.step > 0 else run.report_data,
+        parts=parts,
+        optimizer_bytes=report.tree_bytes(state.optimizer),
+        versions=report.versions(),
+        default_config=json.loads(configs.to_json(defaults)),
+    )
+    shape = " x ".join(f"{size} {axis}" for axis, size in run.mesh.shape.items() if size > 1) or "1 device"
+    log.message(
+        f"{config.model.path}: {base:,} parameters in {config.model.param_dtype or config.model.dtype}, on {shape}"
+    )
+    log.message(f"{config.method.name}: trains {trained:,} parameters, {trained / base:.2%} of the base's number")
+    if state.step > 0:
+        log.message(f"going on after step {int(state.step)} of {config.train.steps}")
 
 
 def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
-    """Write what the run was for: the adapter, or after full fine-tuning the model."""
+    """Write what the run was for: the adapter, or after full fine-tuning the model; and the report."""
     run.sync(state)
-    if run.method.peft_type is None:
-        save_model(run.model, run.workdir / "model", source=run.base)
+    full = run.method.peft_type is None
+    result = run.workdir / ("model" if full else "adapter")
+    if full:
+        save_model(run.model, result, source=run.base)
     else:
-        save_adapter(run.model, run.workdir / "adapter", base=run.config.model.path)
+        save_adapter(run.model, result, base=run.config.model.path)
+    size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
+    run.report_data = dataclasses.replace(
+        run.report_data, adapter_file_bytes=0 if full else size, timings=dict(run.timings)
+    )
+    run.report_data.save(run.workdir)
     log.message(run.batches.summary_text())
+    log.message(f"{result}: {metrics.format_bytes(size)}")
+    log.message(f"{report.write_report(run.workdir)}")
 
 
 def main(argv: list[str]) -> None:

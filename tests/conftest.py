@@ -1,5 +1,6 @@
 """What must be set before jax is imported, here and in the processes that tests start; and the shared fixtures."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,16 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # compiled programs outlive the process: the second run of the tests does not compile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("PEFTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# tests/interop imports torch, which is not part of the test extra; where it is missing, `make test-interop` finds no
+# test and fails
+collect_ignore = [] if importlib.util.find_spec("torch") else ["interop"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ROOT / "tests" / "interop" in item.path.parents:
+            item.add_marker("interop")
 
 
 @pytest.fixture(scope="session")

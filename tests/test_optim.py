@@ -10,28 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from peftjax.optim import decay_mask, make_optimizer, make_schedule
+from peftjax.core import config as configuration
+from peftjax.optim import OPTIMIZERS, SCHEDULES, decay_mask, make_optimizer, make_schedule
 
 FROZEN = optax.MaskedNode()
-NAMES = ("adamw", "adafactor", "lion", "sgd")
 
 
 def make_config(**changes: Any) -> ml_collections.ConfigDict:
-    fields = {
-        "name": "adamw",
-        "learning_rate": 0.01,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "final_fraction": 0.0,
-        "weight_decay": 0.0,
-        "b1": 0.9,
-        "b2": 0.99,
-        "eps": 1e-8,
-        "momentum": 0.9,
-        "clip_norm": 0.0,
-    }
-    assert set(changes) <= set(fields)
-    return ml_collections.ConfigDict(fields | changes)
+    """The default configuration with a constant rate, no clip and the given changes."""
+    config = configuration.defaults().optim
+    config.update({"learning_rate": 0.01, "schedule": "constant", "b2": 0.99, "clip_norm": 0.0} | changes)
+    return config
 
 
 def make_tree(seed: int = 0, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:
@@ -217,7 +206,7 @@ def test_only_trained_leaves_have_optimizer_state(changes: dict[str, Any], expec
     assert elements(tx.init(make_tree())) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_leaves_change_nothing_and_are_not_changed(name: str) -> None:
     config = make_config(name=name, weight_decay=0.1, clip_norm=0.5, schedule="cosine")
     whole = make_tree()
@@ -236,7 +225,7 @@ def test_frozen_leaves_change_nothing_and_are_not_changed(name: str) -> None:
         np.testing.assert_array_equal(whole[path], bare[path])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_is_the_learning_rate_times_the_parameter_where_the_mask_says_so(name: str) -> None:
     config = make_config(name=name, weight_decay=0.1, clip_norm=1.0)
     tx, params = make_optimizer(config, 1, MASK), make_tree()
@@ -245,7 +234,7 @@ def test_decay_is_the_learning_rate_times_the_parameter_where_the_mask_says_so(n
     np.testing.assert_array_equal(updates["norm.scale"], 0.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bfloat16_parameters_have_float32_state_and_updates(name: str) -> None:
     params, tx = make_tree(dtype=jnp.bfloat16), make_optimizer(make_config(name=name, weight_decay=0.1), 2, MASK)
     state = tx.init(params)
@@ -309,13 +298,8 @@ def test_decay_meets_matrices_only_and_stacked_layers_are_no_dimension() -> None
         ({"schedule": "cosin"}, r"optim.schedule is 'cosin'.*Did you mean 'cosine'"),
         ({"warmup_steps": 101}, r"optim.warmup_steps is 101, but training has 100 steps"),
         ({"warmup_steps": -1}, r"optim.warmup_steps is -1"),
-        ({"final_fraction": 1.5}, r"optim.final_fraction is 1.5"),
-        ({"learning_rate": -1e-3}, r"optim.learning_rate is -0.001"),
-        ({"learning_rate": math.nan}, r"optim.learning_rate is nan"),
-        ({"weight_decay": -0.1}, r"optim.weight_decay is -0.1"),
-        ({"clip_norm": -1.0}, r"optim.clip_norm is -1.0"),
         ({"b2": 1.0}, r"optim.b2 is 1.0"),
-        ({"momentum": 2.0}, r"optim.momentum is 2.0"),
+        ({"momentum": 1.0}, r"optim.momentum is 1.0"),
         ({"eps": 0.0}, r"optim.eps is 0.0"),
     ],
 )
@@ -325,3 +309,8 @@ def test_a_value_out_of_range_is_named(changes: dict[str, Any], message: str) ->
         make_optimizer(config, 100, MASK)
     with pytest.raises(ValueError, match=message):
         make_schedule(config, 100)
+
+
+def test_the_config_offers_exactly_what_there_is() -> None:
+    assert configuration.FIELDS["optim.name"].choices == OPTIMIZERS
+    assert configuration.FIELDS["optim.schedule"].choices == SCHEDULES

@@ -31,25 +31,25 @@ from collections.abc import Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-MAX_TOKENS = 254  # of 256 positions: begin and end of text take two
-CHUNKINGS = 4  # times the training text is written, cut at different places each time
+MAX_TOKENS = 126  # of 128 positions: begin and end of text take two
+CHUNKINGS = 3  # times the training text is written, cut at different places each time
 VALIDATION_PERCENT = 2
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # Tests are mostly code under test data; the vendored installers are not the standard library's own text.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
-VOCABULARY = 2048
+VOCABULARY = 1024
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "hidden_act": "silu",
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "attention_bias": False,
@@ -120,7 +120,7 @@ def joined(block: list[str]) -> Iterator[str]:
 
 def compiled_docstrings() -> Iterator[str]:
     """Yield the docstrings of built-in and extension modules, which have no source to parse."""
-    for name in sorted(sys.builtin_module_names) + ["_datetime", "_decimal", "_json", "_struct", "array", "math"]:
+    for name in [*sorted(sys.builtin_module_names), "_datetime", "_decimal", "_json", "_struct", "array", "math"]:
         try:
             module = importlib.import_module(name)
         except ImportError:  # not in this build of Python
@@ -229,7 +229,9 @@ def main() -> None:
         for piece in chunks(text, tokenizer, MAX_TOKENS if chunking == 0 else rng.randint(1, MAX_TOKENS))
     ]
     write_lines(out / "train.jsonl", pieces)
-    write_lines(out / "validation.jsonl", [piece for text in validation for piece in chunks(text, tokenizer, MAX_TOKENS)])
+    write_lines(
+        out / "validation.jsonl", [piece for text in validation for piece in chunks(text, tokenizer, MAX_TOKENS)]
+    )
 
     report = {
         "python": platform.python_version(),

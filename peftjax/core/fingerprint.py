@@ -27,10 +27,10 @@ def fingerprint(tree: Any) -> str:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = [_mixed_sums(leaf) for _, leaf in leaves]  # all dispatched before the first one is waited for
-    rows = [
-        [jax.tree_util.keystr(path, simple=True, separator="."), list(leaf.shape), str(leaf.dtype), *np.asarray(pair).tolist()]
-        for (path, leaf), pair in zip(leaves, sums, strict=True)
-    ]
+    rows = []
+    for (path, leaf), pair in zip(leaves, sums, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rows.append([name, list(leaf.shape), str(leaf.dtype), *np.asarray(pair).tolist()])
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
 
 
@@ -38,12 +38,12 @@ def fingerprint(tree: Any) -> str:
 def _mixed_sums(x: jax.Array) -> jax.Array:
     """Sums two position-dependent mixes of the bits of x, modulo 2^32: [2] uint32.
 
-    y_i = mix(x_i ^ k_i) and z_i = y_i (k'_i | 1), with k and k' hashes of the position i. Both are one-to-one in x_i, so
-    one changed element always changes both sums. An odd multiplier alone (x_i k_i) would miss the exchange of 1.0 and
-    -1.0: they differ by 2^31, and 2^31 times an even difference of multipliers is 0 modulo 2^32; hence mix comes first.
-    Integer sums are exact in any order, which makes the result independent of how x is sharded. Positions are a row (all
-    axes but the last) and a column, because an array may hold more than 2^32 elements. Both sums come from one reduction,
-    as two of them would make XLA keep y in memory.
+    y_i = mix(x_i ^ k_i) and z_i = y_i (k'_i | 1), with k and k' hashes of the position i. Both are one-to-one in x_i,
+    so one changed element always changes both sums. An odd multiplier alone (x_i k_i) would miss the exchange of 1.0
+    and -1.0: they differ by 2^31, and 2^31 times an even difference of multipliers is 0 modulo 2^32; hence mix comes
+    first. Integer sums are exact in any order: how x is sharded does not matter. Positions are a row (all axes but the
+    last) and a column, because an array may hold more than 2^32 elements. Both sums come from one reduction, as two of
+    them would make XLA keep y in memory.
     """
     bits = _bits(x)
     row = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)

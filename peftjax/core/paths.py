@@ -34,5 +34,7 @@ def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]
     names = list(names)
     entries = (pattern,) if isinstance(pattern, str) else pattern
     return [
-        entry for entry in entries if not any(matches(n, pattern if isinstance(pattern, str) else (entry,)) for n in names)
+        entry
+        for entry in entries
+        if not any(matches(n, pattern if isinstance(pattern, str) else (entry,)) for n in names)
     ]

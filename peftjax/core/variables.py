@@ -71,7 +71,9 @@ def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) ->
     fresh = {}
     for index, path in enumerate(paths):
         stack = tree[path].shape[:-1]
-        fresh[path] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), stack or ())).astype(jnp.uint32)
+        fresh[path] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), stack or ())).astype(
+            jnp.uint32
+        )
     return {**tree, **fresh}
 
 

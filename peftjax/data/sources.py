@@ -13,7 +13,6 @@ A path may be a glob pattern: its files, sorted, make one source. "@0.5" after i
 import array
 import bisect
 import contextlib
-import glob
 import gzip
 import importlib
 import itertools
@@ -194,10 +193,9 @@ def _files(spec: str) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise ValueError(f'the source {spec!r} is a directory: name its files, for example "{spec.rstrip("/")}/*.jsonl"')
-    files = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [file for file in files if file.is_file()]
-    if files:
+        raise ValueError(f"the source {spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl")
+    root = pathlib.Path(path.anchor)  # glob takes relative patterns only
+    if files := sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file()):
         return files
     folder, missing = path.parent, path.name
     while not folder.is_dir():
@@ -268,8 +266,9 @@ def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        prepared = [entry.name for entry in pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().glob("*")]
-        near = suggest(dataset, {*tfds.list_builders(with_community_datasets=False), *OWN_BUILDERS, *prepared})
+        folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        known = {*tfds.list_builders(with_community_datasets=False), *(entry.name for entry in folder.glob("*"))}
+        near = suggest(dataset, known.union(OWN_BUILDERS))
         where = f"{data_dir!r}" if data_dir else "TFDS's default folder (config.data.tfds_data_dir names another)"
         raise ValueError(f"the source {spec!r}: TFDS has no dataset {dataset!r}, nor has {where}.{near}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version

@@ -30,6 +30,8 @@ class Tokenizer:
 
     Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and the
     chat template. Padding and truncation stored in tokenizer.json are switched off: lengths are the caller's matter.
+    A bos token is added where the post-processor in tokenizer.json adds one, as transformers does, and also where
+    add_bos_token in tokenizer_config.json asks for it; add_eos_token likewise.
 
     Attributes:
       bos_id, eos_id: ids of the tokens that begin and end a text; None where the model has none.
@@ -99,12 +101,12 @@ class Tokenizer:
         Raises:
           ValueError: the tokenizer has no token for an end.
         """
-        if not self._suffix and self.eos_id is None:
+        back = self._suffix or [i for i in [self.eos_id] if i is not None]
+        if not back:
             raise ValueError(
                 f"the tokenizer in {self.directory} has no eos token, which ends an example: name an existing token as "
                 "eos_token in its tokenizer_config.json"
             )
-        back = self._suffix or [self.eos_id]
         return ids if ids[-len(back) :] == back else [*ids, *back]
 
     def token_id(self, token: str) -> int:
@@ -114,7 +116,8 @@ class Tokenizer:
           ValueError: there is no such token.
         """
         if (found := self._id(token)) is None:
-            raise ValueError(f"the tokenizer in {self.directory} has no token {token!r}.{suggest(token, self.special_texts)}")
+            near = suggest(token, self.special_texts)
+            raise ValueError(f"the tokenizer in {self.directory} has no token {token!r}.{near}")
         return found
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -198,11 +201,12 @@ def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict
             f"{directory} has no tokenizer.json{only}. transformers writes one: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    data = _read_json(path)
-    if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model.get("model_type") == "llama":
-        _make_llama(data, config)
+    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+        if is_llama and model.get("model_type") == "llama":
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_llama(_read_json(path), config)))
+        else:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises a bare Exception
         raise ValueError(f"{path} cannot be read: {error}") from error
     tokenizer.no_truncation()
@@ -210,18 +214,18 @@ def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict
     return tokenizer
 
 
-def _make_llama(data: dict[str, Any], config: dict[str, Any]) -> None:
-    """Rewrites a SentencePiece Llama's tokenizer.json to what transformers 5 makes of it.
+def _as_llama(data: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A SentencePiece Llama's tokenizer.json, rewritten to what transformers 5 makes of it.
 
     Its LlamaTokenizer takes the vocabulary, the merges and the post-processor from the file and builds the rest itself:
     no second space before a text that begins with one, and unknown characters dropped where there are no byte tokens.
     """
-    if data["model"].get("type") != "BPE" or "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")]):
-        return
+    byte_level = "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])  # Llama 3 and later
+    if byte_level or data["model"].get("type") != "BPE":
+        return data
     prefix_space = config.get("add_prefix_space") is not False
     scheme = "never" if not prefix_space else "always" if config.get("legacy") else "first"
-    data["normalizer"] = None
-    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -229,8 +233,12 @@ def _make_llama(data: dict[str, Any], config: dict[str, Any]) -> None:
     ]
     if prefix_space:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    data["decoder"] = {"type": "Sequence", "decoders": decoders}
-    data["model"].update(unk_token=None, fuse_unk=True, byte_fallback=True, dropout=None)
+    return data | {
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": data["model"] | {"unk_token": None, "fuse_unk": True, "byte_fallback": True, "dropout": None},
+    }
 
 
 def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -243,7 +251,7 @@ def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict
 
 
 def _mark_special(tokenizer: tokenizers.Tokenizer, tokens: Iterable[dict[str, Any]]) -> None:
-    """Makes the named tokens special, which some tokenizer.json files forget: one piece in a text, skipped by decode."""
+    """Makes the named tokens special (one piece in a text, skipped by decode), which some tokenizer.json forget."""
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for token in tokens:
         added = known.get(token["content"])
@@ -296,7 +304,7 @@ def _compile_template(text: str) -> Any:
     class Generation(Extension):
         """{% generation %}...{% endgeneration %} marks what the assistant says, and prints its body."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath  # type: ignore[import-untyped]
 from jax.experimental import multihost_utils
 
 from peftjax.core.fingerprint import fingerprint
@@ -28,8 +28,6 @@ T = TypeVar("T")
 
 _STATE, _ABOUT = "state", "about"
 _TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
-# Process 0 lists the directory for all, so that every process works through the same steps in the same order.
-_STEPS = ocp.path.step.standard_name_format(single_host_load_and_broadcast=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Checkpoints:
         """
         Args:
             directory: local or gs:// directory; made at the first save.
-            keep: how many of the newest to keep, at least 1. One more is on disk from the end of a save to the next call.
+            keep: how many of the newest to keep, at least 1; there is one more from the end of a save to the next call.
             keep_best: keep the checkpoint of the highest score (the first of equals) however old it is.
         """
         if keep < 1:
@@ -120,24 +118,25 @@ class Checkpoints:
         in `Restored.damaged`) and the one before it is used.
 
         Args:
-            abstract: {name: shape, dtype and sharding}; each array is read straight onto that sharding, whichever it had.
+            abstract: {name: shape, dtype and sharding}; each array is read onto that sharding, whichever it had before.
 
         Raises:
             ValueError: every checkpoint (or that of `step`) is damaged; or one is intact but has other names, shapes or
-                dtypes than `abstract`, or was written by another number of processes: it belongs to another run.
+                dtypes than `abstract`, or the data positions of another number of processes: it belongs to another run.
         """
         self.wait()
-        steps = self._steps()
+        steps = self._common_steps()
         if step is not None and step not in steps:
             raise ValueError(f"there is no checkpoint {step} in {self._directory}; there are {steps or 'none'}")
         candidates = steps[::-1] if step is None else [step]
         messages: list[str] = []
-        for candidate, before in zip(candidates, [*candidates[1:], None], strict=True):
+        for candidate in candidates:
             try:
                 return self._read(candidate, abstract, tuple(messages))
             except _DamagedError as damage:
                 self._damaged.add(candidate)
-                then = "" if before is None else f"; going back to checkpoint {before}"
+                older = [step for step in candidates if step < candidate]
+                then = f"; going back to checkpoint {older[0]}" if older else ""
                 messages.append(f"checkpoint {candidate} is damaged ({damage}){then}")
                 if jax.process_index() == 0:
                     print(messages[-1], flush=True)
@@ -156,12 +155,12 @@ class Checkpoints:
         self.wait()
         found = None
         if jax.process_index() == 0:
-            records = (self._record(step) for step in reversed(self._local_steps()))
+            records = (self._record(step) for step in reversed(self._steps()))
             found = next((record["identity"] for record in records if record is not None), None)
         return _gather(found)[0]
 
     def best_step(self) -> int | None:
-        """The step of the highest score among the checkpoints on disk (the first of equals); None if none has a score."""
+        """The step of the highest score among the checkpoints on disk (the first of equals); None without scores."""
         self.wait()
         return _gather(self._best() if jax.process_index() == 0 else None)[0]
 
@@ -205,26 +204,23 @@ class Checkpoints:
         path = self._directory / str(step)
         content = _on_every_process("record", lambda: _read_about(path))
         _require_same_leaves(path, content["leaves"], {name: _describe(leaf) for name, leaf in abstract.items()})
-        if (writers := len(content["data_states"])) != jax.process_count():
-            raise ValueError(
-                f"{path} was written by {writers} processes, each with its own position in the data, and this run has "
-                f"{jax.process_count()}. Resume it with {writers} processes."
-            )
+        data_state = _own(content["data_states"], path)
         state = _on_every_process("arrays", lambda: _read_arrays(path, abstract))
         if fingerprint(state) != content["fingerprint"]:
             raise _DamagedError("arrays: not the ones that were saved")
-        data_state = content["data_states"][jax.process_index()]
         return Restored(step, state, data_state, content["identity"], damaged)
 
     def _steps(self) -> list[int]:
-        return sorted(found.step for found in _STEPS.find_all(self._directory))
-
-    def _local_steps(self) -> list[int]:
-        """The same, listed by this process alone."""
+        """The complete checkpoints, as this process sees the directory."""
         return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self._directory))
 
+    def _common_steps(self) -> list[int]:
+        """The complete checkpoints as process 0 sees them, so that all processes go through the same ones."""
+        steps: list[int] = _gather(self._steps() if jax.process_index() == 0 else None)[0]
+        return steps
+
     def _intact(self) -> list[int]:
-        return [step for step in self._steps() if step not in self._damaged]
+        return [step for step in self._common_steps() if step not in self._damaged]
 
     def _record(self, step: int) -> Json | None:
         try:
@@ -234,19 +230,20 @@ class Checkpoints:
 
     def _best(self) -> int | None:
         scores = {}
-        for step in self._local_steps():
+        for step in self._steps():
             record = None if step in self._damaged else self._record(step)
             if record is not None and record["score"] is not None:
                 scores[step] = record["score"]
         return max(scores, key=lambda step: (scores[step], -step), default=None)
 
     def _prune(self) -> None:
-        steps = self._local_steps()
-        kept = {step for step in steps if step not in self._damaged}
-        kept = set(sorted(kept)[-self._keep :])
+        steps = self._steps()
+        kept: set[int | None] = set([step for step in steps if step not in self._damaged][-self._keep :])
         if self._keep_best:
             kept.add(self._best())
-        for step in set(steps) - kept:
+        for step in steps:
+            if step in kept:
+                continue
             (self._directory / str(step)).rmtree()
             self._damaged.discard(step)
 
@@ -293,6 +290,18 @@ def _require_same_leaves(path: epath.Path, saved: Mapping[str, str], wanted: Map
         )
 
 
+def _own(data_states: list[Json], path: epath.Path) -> Json:
+    """This process's position in the data. Positions that are all the same serve any number of processes."""
+    if len(data_states) == jax.process_count():
+        return data_states[jax.process_index()]
+    if all(state == data_states[0] for state in data_states):
+        return data_states[0]
+    raise ValueError(
+        f"{path} was written by {len(data_states)} processes, each with its own position in the data, and this run has "
+        f"{jax.process_count()}. Resume it with {len(data_states)}."
+    )
+
+
 def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
@@ -303,14 +312,14 @@ def _checksum(content: Json) -> str:
 
 def _on_every_process(what: str, read: Callable[[], T]) -> T:
     """What `read` returns; if it fails on any process, damage on all of them, so that they stay together."""
-    result, problem = None, ""
+    results, problem = [], ""
     try:
-        result = read()
+        results.append(read())
     except Exception as error:
         problem = _reason(error)
     if problems := [problem for problem in _gather(problem) if problem]:
         raise _DamagedError(f"{what}: {problems[0]}")
-    return result
+    return results[0]
 
 
 def _gather(value: Any) -> list[Any]:

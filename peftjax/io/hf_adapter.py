@@ -2,28 +2,30 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from peftjax.core.paths import suggest
-from peftjax.methods import METHODS, attach, attached, detach
-from peftjax.methods.base import Method, Site, sites
+from peftjax.io.hf_files import enumerate_some, read_header, read_json
+from peftjax.methods import METHODS, attach, attached, detach, use
+from peftjax.methods.attach import active
+from peftjax.methods.base import Method, Site, sites, tied_kernel
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 
 
 def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
     """Write the adapters called `name` as a directory that Hugging Face PEFT loads; returns its path.
 
-    base: what to record as base_model_name_or_path. The directory appears whole or not at all.
+    base: what to record as base_model_name_or_path. A new directory appears whole or not at all; in one that is there
+    the two files are replaced, each whole, and others stay.
 
     Raises:
         ValueError: no such adapter, or the method has no Hugging Face format.
@@ -38,14 +40,18 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
         "auto_mapping": None,
     } | method.to_hf(model, name)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch = path.with_name(f".{path.name}.peftjax-tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+    scratch.mkdir(parents=True)
     try:
-        save_file(_tensors(model, name), scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        path.mkdir(exist_ok=True)
-        for file in (WEIGHTS, CONFIG):
-            (scratch / file).replace(path / file)
+        (scratch / WEIGHTS).write_bytes(save(_tensors(model, name), metadata={"format": "pt"}))
+        # sorted at the top only: of rank_pattern's and alpha_pattern's entries the first that matches counts
+        (scratch / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+        if path.exists():
+            for file in (WEIGHTS, CONFIG):
+                (scratch / file).replace(path / file)
+        else:
+            scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
@@ -60,12 +66,13 @@ def load_adapter(model: Any, path: str | Path, name: str = "default") -> Any:
     """
     path = Path(path)
     method = _read_method(path)
+    tensors = {key: np.array(stored.open()) for key, stored in read_header(path / WEIGHTS).items()}
+    before = active(model)
     attach(model, method, name, rngs=nnx.Rngs(0))
     try:
-        with safe_open(path / WEIGHTS, framework="numpy") as file:
-            _fill(model, name, {key: file.get_tensor(key) for key in file.keys()}, path)  # noqa: SIM118
+        _fill(model, name, tensors, path)
     except Exception:
-        detach(model, name)
+        use(detach(model, name), before)
         raise
     return model
 
@@ -80,15 +87,34 @@ def _method(model: Any, name: str) -> Method:
 
 
 def _read_method(path: Path) -> Method:
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory; give the one that holds {CONFIG} and {WEIGHTS}")
+    there = sorted(item.name for item in path.iterdir())
+    if PICKLE in there and WEIGHTS not in there:
+        raise ValueError(
+            f"{path} has only {PICKLE}, a pickle, which can run any code and is never read here; convert it to "
+            'safetensors: load it with peft and call model.save_pretrained("DIR")'
+        )
     for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
-            there = sorted(item.name for item in path.iterdir()) if path.is_dir() else "nothing: no such directory"
-            raise ValueError(f"{path} is no adapter directory: {file} is missing; it holds {there}")
-    config = json.loads((path / CONFIG).read_text())
+        if file not in there:
+            raise ValueError(
+                f"{path} is no adapter directory: {file} is missing; it holds {', '.join(there) or 'nothing'}"
+            )
+    config = read_json(path / CONFIG)
     classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
     if (kind := config.get("peft_type")) not in classes:
-        raise ValueError(f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}")
-    about = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+        raise ValueError(
+            f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
+        )
+    about = {
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+    }
     return classes[kind].from_hf({key: value for key, value in config.items() if key not in about})
 
 
@@ -114,10 +140,15 @@ def _tensors(model: Any, name: str) -> dict[str, np.ndarray]:
 
 def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> None:
     leaves = _leaves(model, name)
-    unread = set(tensors) - {key for key, *_ in leaves} - _copies_of_base(model, name, tensors)
+    unread = set(tensors) - {key for key, *_ in leaves}
+    unread -= _copies_of_base(model, {key: tensors[key] for key in unread})
     missing = [key for key, *_ in leaves if key not in tensors]
     if missing or unread:
-        parts = [f"{word} {_shortened(keys)}" for word, keys in (("missing", missing), ("unexpected", sorted(unread))) if keys]
+        parts = [
+            f"{word} {enumerate_some(keys)}"
+            for word, keys in (("missing", missing), ("unexpected", sorted(unread)))
+            if keys
+        ]
         raise ValueError(f"{path / WEIGHTS} does not fit its config and this model: {'; '.join(parts)}")
     filled: dict[tuple[str, str], np.ndarray] = {}
     for key, site, layer, leaf in leaves:
@@ -137,18 +168,31 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
         variable.set_value(jax.device_put(buffer, variable.get_value().sharding))
 
 
-def _copies_of_base(model: Any, name: str, tensors: dict[str, np.ndarray]) -> set[str]:
-    """Keys that only repeat the base: peft stores the whole table of an embedding that has a LoRA."""
+def _copies_of_base(model: Any, tensors: dict[str, np.ndarray]) -> set[str]:
+    """Those of the keys that only repeat the base: peft stores the table of an embedding or a head beside its LoRA."""
     copies = set()
     for site in sites(model):
-        key = f"{PREFIX}{site.names[0]}.base_layer.weight"
-        if name in site.module.adapters.names() and "embedding" in site.parameters and key in tensors:
-            table = np.asarray(site.parameters["embedding"].get_value())
-            if tensors[key].shape != table.shape or not np.allclose(tensors[key], table):
-                raise ValueError(f"{key} differs from this model's embedding: the adapter was trained on another base")
-            copies.add(key)
+        for leaf, (suffix, transposed) in getattr(type(site.module), "hf_leaves", {}).items():
+            for layer, hf in zip(site.layers, site.names, strict=True):
+                for key in tensors.keys() & {f"{PREFIX}{hf}.{suffix}", f"{PREFIX}{hf}.base_layer.{suffix}"}:
+                    if (own := _base_value(model, site, leaf, layer)) is None:
+                        continue
+                    if not _same(tensors[key], own.T if transposed else own):
+                        raise ValueError(
+                            f"{key} differs from this model's own: the adapter was trained on another base"
+                        )
+                    copies.add(key)
     return copies
 
 
-def _shortened(keys: list[str]) -> str:
-    return ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
+def _base_value(model: Any, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
+    if leaf in site.parameters:
+        value = site.parameters[leaf].get_value()
+        return np.asarray(value if layer is None else value[layer])
+    return np.asarray(tied_kernel(model)) if leaf == "kernel" else None
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are equal once both are rounded to the narrower of their dtypes."""
+    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return np.array_equal(one.astype(narrow), other.astype(narrow))

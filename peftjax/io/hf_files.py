@@ -81,7 +81,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return _with_config(directory)
     if directory.exists():
         raise ValueError(f"{name} is a file; give the directory that holds config.json and the weights")
-    if not _is_hub_id(name):
+    if name == "embedded" or not _is_hub_id(name):
         raise ValueError(f"{name}: no such directory.{_near(directory)}")
     return _with_config(_download(name, revision))
 
@@ -118,8 +118,8 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # offline; the hub client also lets errors of its HTTP library through
         raise ValueError(
             f"{name}: no such directory here, and the Hugging Face hub cannot be reached "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Download it on a machine that is online and give "
-            "the directory, or set HF_HOME to a cache that has it"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Download it on a machine that is online "
+            "and give the directory, or set HF_HOME to a cache that has it"
         ) from error
 
 
@@ -127,9 +127,7 @@ def _with_config(directory: Path) -> Path:
     if (directory / "config.json").is_file():
         return directory
     if (directory / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{directory} holds an adapter, not a model: load its base model and give this to load_adapter"
-        )
+        raise ValueError(f"{directory} holds an adapter, not a model: load its base and give this to load_adapter")
     raise ValueError(f"{directory} has no config.json, so it is no model directory; it holds {_listing(directory)}")
 
 
@@ -182,8 +180,8 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
         return _read_sharded(directory)
     if list(directory.glob("pytorch_model*.bin")):
         raise ValueError(
-            f"{directory} has only pytorch_model.bin, a pickle, which can run any code and is never read here; convert it: "
-            'load it with transformers and call model.save_pretrained("DIR"), which writes safetensors'
+            f"{directory} has only pytorch_model.bin, a pickle, which can run any code and is never read here; "
+            'convert it: load it with transformers and call model.save_pretrained("DIR"), which writes safetensors'
         )
     raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(directory)}")
 
@@ -211,27 +209,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     header, start = _read_raw_header(file)
     tensors = {}
+    size = file.stat().st_size
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (begin, end) = (
-                entry["dtype"],
-                tuple(map(int, entry["shape"])),
-                map(int, entry["data_offsets"]),
-            )
+            dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
+            begin, end = map(int, entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the header's entry for {name} is malformed: {entry!r}") from error
         if dtype not in DTYPES:
             raise ValueError(f"{file}: {name} has dtype {dtype}, which is not read here; known: {', '.join(DTYPES)}")
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(
-                f"{file}: {name} says {dtype} {list(shape)} but takes {end - begin} bytes; the file is damaged"
-            )
-        if start + end > file.stat().st_size:
-            raise ValueError(
-                f"{file} is cut short: {name} ends at byte {start + end} of {file.stat().st_size}; get it again"
-            )
+            raise ValueError(f"{file} is damaged: {name} is {dtype} {list(shape)} but takes {end - begin} bytes")
+        if start + end > size:
+            raise ValueError(f"{file} is cut short: {name} ends at byte {start + end} of {size}; get it again")
         tensors[name] = StoredTensor(file, dtype, shape, start + begin)
     return tensors
 
@@ -250,9 +242,12 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
         if len(first) < 8 or not 2 <= length <= file.stat().st_size - 8:
             raise ValueError(f"{file} is no safetensors file, or it is cut short; get it again")
         try:
-            return json.loads(stream.read(length)), 8 + length
+            header = json.loads(stream.read(length))
         except ValueError as error:
             raise ValueError(f"{file} is no safetensors file: its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{file} is no safetensors file: its header is not a JSON object")
+        return header, 8 + length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +281,7 @@ def write_tensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for spec, array in zip(specs, arrays, strict=True):
-            assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
+            assert (array.shape, array.dtype) == (spec.shape, spec.dtype), (spec, array.shape, array.dtype)
             stream.write(np.ascontiguousarray(array).view(np.uint8).data)
 
 

@@ -89,7 +89,7 @@ def load_model(
 ) -> Any:
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
 
-    dtype: of the computation; param_dtype: of the parameters (default: dtype), into which any stored float is converted.
+    dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
     Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two of its
     largest tensors.
 
@@ -104,7 +104,7 @@ def load_model(
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     table = entries(model)
     tensors = _match(model, table, hf_files.read_tensors(directory), directory)
-    mesh = sharding.make_mesh() if mesh is None else mesh
+    mesh = mesh or _one_device()
     values = {
         entry.path: _load(entry, [tensors[key] for key in entry.keys], np.dtype(config.param_dtype), mesh)
         for entry in table
@@ -126,7 +126,7 @@ def make_random(
     """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`."""
     config = _read_config(resolve(path, revision), dtype, param_dtype, remat)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
-    mesh = sharding.make_mesh() if mesh is None else mesh
+    mesh = mesh or _one_device()
     abstract = variables.flat(model)[1]
     shardings = {path: sharding.spec(variable.axes, variable.shape, mesh) for path, variable in abstract.items()}
 
@@ -136,6 +136,10 @@ def make_random(
 
     variables.update(model, jax.jit(make, out_shardings=shardings)())
     return model
+
+
+def _one_device() -> Mesh:
+    return sharding.make_mesh(devices=jax.local_devices()[:1])  # jax.devices()[0] may be another process's
 
 
 def _read_config(directory: Path, dtype: str, param_dtype: str | None, remat: str) -> Any:
@@ -198,9 +202,8 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:
     if one.shape != other.shape:
         return False
     chunks = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
-    return all(
-        np.array_equal(*(np.array(tensor.open()[chunk], np.float64) for tensor in (one, other))) for chunk in chunks
-    )
+    first, second = one.open(), other.open()
+    return all(np.array_equal(np.float64(first[chunk]), np.float64(second[chunk])) for chunk in chunks)
 
 
 def _load(entry: Entry, tensors: Sequence[StoredTensor], dtype: np.dtype, mesh: Mesh) -> jax.Array:
@@ -236,9 +239,9 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face directory: config.json, and model.safetensors or shards of it with their index.
 
-    The dtype is the parameters'. `source`: a model directory (as for `resolve`) whose tokenizer and generation files are
-    copied. One tensor at a time is brought to the host. The directory appears at once when it is complete, and replaces
-    one that was written here before.
+    The dtype is the parameters'. `source`: a model directory (as for `resolve`) whose tokenizer and generation files
+    are copied. One tensor at a time is brought to the host. The directory appears when it is complete, and replaces one
+    that was written here before. Adapters that are attached but not active are left out.
 
     Raises:
         ValueError: adapters are active, or the target holds something else.
@@ -352,6 +355,7 @@ def _fetch(value: jax.Array, entry: Entry, layer: int) -> np.ndarray:
     """One stored tensor on the host of every process."""
     everywhere = None
     if not value.is_fully_addressable:  # only then must the devices gather it
+        assert isinstance(value.sharding, NamedSharding), value.sharding
         everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
     take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
     return np.asarray(take(value, layer, entry.stacked, entry.transposed))

@@ -22,7 +22,9 @@ __all__ = [
 def method_class(name: str) -> type[Method]:
     """The method called `name`; a ValueError with the near names where there is none."""
     if name not in METHODS:
-        raise ValueError(f"method.name: {name!r} is not a method.{suggest(name, METHODS)} Methods: {', '.join(sorted(METHODS))}")
+        raise ValueError(
+            f"method.name: {name!r} is not a method.{suggest(name, METHODS)} Methods: {', '.join(sorted(METHODS))}"
+        )
     return METHODS[name]
 
 
@@ -37,7 +39,9 @@ def make_config(name: str, **fields: Any) -> ConfigDict:
     defaults = method_defaults(name)
     for field in fields:
         if field not in defaults:
-            raise ValueError(f"method.{field}: {name} has no such field.{suggest(field, defaults)} It has: {', '.join(defaults)}")
+            raise ValueError(
+                f"method.{field}: {name} has no such field.{suggest(field, defaults)} It has: {', '.join(defaults)}"
+            )
     return ConfigDict(defaults | fields)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from peftjax.core.paths import suggest
 from peftjax.methods.base import Method, sites
+from peftjax.nn.slot import Slot
 
 
 def attached(model: nnx.Module) -> dict[str, Method]:
@@ -28,8 +29,10 @@ def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs)
         ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
             unchanged then.
     """
-    if not re.fullmatch(r"[A-Za-z_]\w*", name) or name == "active":
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
+    if hasattr(Slot(), name):  # adapters are attributes of their slots
+        raise ValueError(f"adapter name {name!r} means something else in a layer's slot; choose another name")
     if name in attached(model):
         raise ValueError(f"adapter {name!r} is attached already; detach it first or choose another name")
     try:
@@ -39,6 +42,11 @@ def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs)
         raise
     model.methods = (*getattr(model, "methods", ()), (name, method))
     return use(model, name)
+
+
+def active(model: Any) -> str | None:
+    """The name of the adapters that take part in the computation; None: there are none."""
+    return next((name for site in sites(model) for name in site.module.adapters.active), None)
 
 
 def use(model: Any, name: str | None) -> Any:
@@ -172,7 +180,9 @@ def _merges(model: Any) -> list[Merge]:
 
 def _require(model: Any, name: str) -> None:
     if name not in attached(model):
-        raise ValueError(f"no adapter {name!r} is attached.{suggest(name, attached(model))} Attached: {list(attached(model))}")
+        raise ValueError(
+            f"no adapter {name!r} is attached.{suggest(name, attached(model))} Attached: {list(attached(model))}"
+        )
 
 
 def _remove(model: Any, name: str) -> None:

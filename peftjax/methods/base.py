@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.paths import first_match, matches, suggest, unmatched
-from peftjax.core.variables import PeftParam
+from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.slot import Adapter, Slot
 
 
@@ -47,10 +47,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class HfLeaf:
-    """Where one tensor of an adapter file lives: `leaf[layer][window]` of an adapter, transposed or not.
-
-    A `prefixed` tensor is called module path + name; one that is not stands in the file under its name alone.
-    """
+    """Where one tensor of an adapter file lives: `leaf[layer][window]` of an adapter, transposed or not."""
 
     leaf: str
     window: tuple[slice, ...] = ()
@@ -74,25 +71,57 @@ class MethodAdapter(Adapter):
         raise ValueError(f"{type(self).__name__} cannot be merged: it does more than change weights")
 
 
+class LayerMask(nnx.Module):
+    """Puts trained values in the place of a base's own, in the layers of a stack that are `chosen`."""
+
+    def __init__(self, chosen: tuple[bool, ...]) -> None:
+        self.chosen = chosen  # one for each layer; one where there is no stack
+        self.mask = nnx.data(None if all(chosen) else PeftConstant(jnp.array(chosen), axes=("layers",)))
+
+    def __call__(self, trained: jax.Array, own: jax.Array) -> jax.Array:
+        """`trained` in the chosen layers, `own` in the others: of one layer within the scan, or [L, ...] outside."""
+        if self.mask is None:
+            return trained
+        mask = self.mask.get_value()
+        return jnp.where(mask.reshape(mask.shape + (1,) * (own.ndim - mask.ndim)), trained, own)
+
+
 class Override(MethodAdapter):
     """A trained copy of its owner's parameters, in their place: modules_to_save, and biases that are trained."""
 
-    def __init__(self, values: Mapping[str, jax.Array], axes: Mapping[str, tuple], hf: Mapping[str, HfLeaf], chosen: Any):
+    def __init__(
+        self,
+        values: Mapping[str, jax.Array],
+        axes: Mapping[str, tuple],
+        hf: Mapping[str, HfLeaf],
+        chosen: tuple[bool, ...],
+    ) -> None:
         self.leaves = tuple(values)
         self.hf = tuple(hf.items())
-        self.chosen = chosen  # per layer, or one bool
+        self.layers = LayerMask(chosen)
         for leaf, value in values.items():
             setattr(self, leaf, PeftParam(value, axes=axes[leaf]))
 
-    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
-        return compute(*inputs, **(parameters | {leaf: getattr(self, leaf).get_value() for leaf in self.leaves}))
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
+        own = {leaf: parameter(owner, leaf, parameters) for leaf in self.leaves}
+        return compute(*inputs, **(parameters | self._replaced(own)))
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        return dict(self.hf) if np.all(self.chosen if layer is None else self.chosen[layer]) else {}
+        return dict(self.hf) if self.layers.chosen[layer or 0] else {}
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        return {leaf: getattr(self, leaf).get_value().astype(value.dtype) for leaf, value in parameters.items()
-                if leaf in self.leaves}  # fmt: skip
+        own = {leaf: parameters[leaf] for leaf in self.leaves}
+        return {leaf: value.astype(own[leaf].dtype) for leaf, value in self._replaced(own).items()}
+
+    def _replaced(self, own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {leaf: self.layers(getattr(self, leaf).get_value(), value) for leaf, value in own.items()}
+
+
+def parameter(owner: Any, leaf: str, given: Mapping[str, jax.Array]) -> jax.Array:
+    """The parameter that `owner` computes with: the one it is given for this call, else its own."""
+    return given[leaf] if leaf in given else getattr(owner, leaf).get_value()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +155,9 @@ def sites(model: nnx.Module) -> list[Site]:
     """All layers of a model that have a slot, in a fixed order."""
     names = getattr(type(model), "hf_modules", {})
     depth: dict[str, int] = {}  # top-level part -> its number of layers
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if variable.axes and variable.axes[0] == "layers":
-            depth[str(path[0])] = variable.shape[0]
+            depth[str(key[0])] = variable.shape[0]
     found = []
     for key, module in nnx.iter_modules(model):
         if isinstance(getattr(module, "adapters", None), Slot):
@@ -164,7 +193,9 @@ def choose(
             )
     depth = max((site.stack[0] for site in candidates if site.stack), default=0)
     if beyond := [layer for layer in layers if not 0 <= layer < depth]:
-        raise ValueError(f"method.layers_to_transform: layer {beyond[0]} is not there; the model has layers 0 to {depth - 1}")
+        raise ValueError(
+            f"method.layers_to_transform: layer {beyond[0]} is not there; the model has layers 0 to {depth - 1}"
+        )
     chosen = []
     for site in candidates:
         mask = np.array([
@@ -176,7 +207,9 @@ def choose(
         if mask.any():
             chosen.append((site, mask))
     if not chosen:
-        raise ValueError(f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} chooses nothing")
+        raise ValueError(
+            f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} chooses nothing"
+        )
     return chosen
 
 
@@ -192,19 +225,22 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: list[tu
     for key, value in table:
         if not any(first_match(name, ((key, value),)) is not None for name in names):
             last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise ValueError(f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}")
+            raise ValueError(
+                f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}"
+            )
 
 
 def copy_whole(model: nnx.Module, chosen: list[tuple[Site, np.ndarray]], name: str) -> None:
     """Put a trained copy of all parameters of each site into its slot (modules_to_save)."""
     for site, mask in chosen:
+        stored = getattr(type(site.module), "hf_leaves", {})
         values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
         axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
-        if "kernel" not in values and "kernel" in type(site.module).hf_leaves:  # a head tied to the embedding
+        if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
             values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
         if not values:
             raise ValueError(f"method.modules_to_save: {site.names[0]} has no parameters of its own")
-        hf = {suffix: HfLeaf(leaf, (), turned) for leaf, (suffix, turned) in type(site.module).hf_leaves.items() if leaf in values}
+        hf = {suffix: HfLeaf(leaf, (), turned) for leaf, (suffix, turned) in stored.items() if leaf in values}
         widened = {leaf: jnp.array(value, jnp.float32) for leaf, value in values.items()}
         place(site, name, Override(widened, axes, hf, tuple(bool(x) for x in mask)))
 

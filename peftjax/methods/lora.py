@@ -16,6 +16,7 @@ from flax import nnx
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import (
     HfLeaf,
+    LayerMask,
     Method,
     MethodAdapter,
     Override,
@@ -24,6 +25,7 @@ from peftjax.methods.base import (
     check_table,
     choose,
     copy_whole,
+    parameter,
     place,
     sites,
 )
@@ -45,7 +47,8 @@ class Lora(Method):
     expression for the whole name, or names separated by commas. Linear and Embedding layers can be targets.
     exclude: names or a regular expression to leave out. layers_to_transform: only these layers.
     bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
-    modules_to_save: layers to train whole beside it, such as lm_head.
+    modules_to_save: layers to train whole and not by LoRA, such as lm_head: those whose name ends so, as peft has it,
+    be it within a word ("norm" means input_layernorm too).
     dtype: of A and B; the computation runs in the dtype of the activations.
     """
 
@@ -80,10 +83,12 @@ class Lora(Method):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != "all-linear":
-            raise ValueError("method.layers_to_transform goes with names, not with a regular expression for whole names")
+            raise ValueError(
+                "method.layers_to_transform goes with names, not with a regular expression for whole names"
+            )
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
-        saved = choose(sites(model), self.modules_to_save, what="modules_to_save") if self.modules_to_save else []
+        saved = self._saved(model)
         for site, mask in self.chosen(model):
             place(site, name, self._adapter(site, mask, rngs))
         copy_whole(model, saved, name)
@@ -93,22 +98,37 @@ class Lora(Method):
     def chosen(self, model: nnx.Module) -> list[tuple[Site, np.ndarray]]:
         """The sites that get a LoRA, each with a bool for every layer."""
         layers = [site for site in sites(model) if isinstance(site.module, Linear | Embedding)]
-        layers = [site for site in layers if not any(_names(site, entry) for entry in self.modules_to_save)]
         targets = self.targets
         if targets == "all-linear":
             outputs = getattr(type(model), "output_layers", ())
             layers = [site for site in layers if isinstance(site.module, Linear) and site.path not in outputs]
             targets = ".*"
         chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
+        saved = {site.path: mask for site, mask in self._saved(model)}
+        chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
+        chosen = [(site, mask) for site, mask in chosen if mask.any()]
+        if not chosen:
+            raise ValueError(f"method.targets={self.targets!r}: every one of them is in modules_to_save")
         check_table("rank_pattern", self.rank_pattern, chosen)
         check_table("alpha_pattern", self.alpha_pattern, chosen)
         return chosen
+
+    def _saved(self, model: nnx.Module) -> list[tuple[Site, np.ndarray]]:
+        """The sites of modules_to_save, each with a bool for every layer."""
+        if not self.modules_to_save:
+            return []
+        names = [name for site in sites(model) for name in site.names]
+        ending = {entry: [name for name in names if name.endswith(entry)] for entry in self.modules_to_save}
+        meant = tuple(name for entry, found in ending.items() for name in found or [entry])
+        return choose(sites(model), meant, what="modules_to_save")
 
     def _adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoraLinear | LoraEmbedding":
         ranks = np.where(mask, by_name(site, self.rank_pattern, self.rank), 0)
         limit = min(site.module.in_features, site.module.out_features)
         if ranks.max() > limit:
-            raise ValueError(f"method.rank={ranks.max()} is larger than {site.names[0]} allows: its smaller side is {limit}")
+            raise ValueError(
+                f"method.rank={ranks.max()} is larger than {site.names[0]} allows: its smaller side is {limit}"
+            )
         alphas = by_name(site, self.alpha_pattern, self.alpha)
         scales = alphas / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         kind = LoraLinear if isinstance(site.module, Linear) else LoraEmbedding
@@ -126,7 +146,7 @@ class Lora(Method):
             trained += 1
             if site.path in targeted:
                 lora = site.module.adapters.adapter(name)
-                lora.bias, lora.bias_layers = nnx.data(copy), tuple(bool(x) for x in mask)
+                lora.bias, lora.bias_layers = nnx.data(copy), nnx.data(LayerMask(tuple(bool(x) for x in mask)))
             elif name not in site.module.adapters.names():
                 adapter = Override({"bias": copy.get_value()}, {"bias": bias.axes}, {"bias": HfLeaf("bias")},
                                    tuple(bool(x) for x in mask))  # fmt: skip
@@ -157,7 +177,7 @@ class Lora(Method):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Lora":
-        known = {
+        known: dict[str, Any] = {
             "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": None,
             "bias": "none", "use_rslora": False, "rank_pattern": None, "alpha_pattern": None,
             "layers_to_transform": None, "modules_to_save": None,
@@ -218,8 +238,7 @@ class LoraLinear(MethodAdapter):
         self.a = PeftParam((a * active.reshape(*stack, 1, rank)).astype(dtype), axes=site.lead(owner.axes[0], "rank"))
         self.b = PeftParam((b * active.reshape(*stack, rank, 1)).astype(dtype), axes=site.lead("rank", owner.axes[1]))
         self.scale = PeftConstant(scale, axes=site.lead("rank"))
-        self.bias = nnx.data(None)
-        self.bias_layers: tuple[bool, ...] = ()
+        self.bias, self.bias_layers = nnx.data(None), nnx.data(None)
         self.dropout = Dropout(dropout, stack)
 
     def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
@@ -227,10 +246,12 @@ class LoraLinear(MethodAdapter):
         bound = a[-2] ** -0.5
         return jax.random.uniform(rngs.params(), a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32)
 
-    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
         (x,) = inputs
         if self.bias is not None:
-            parameters["bias"] = self.bias.get_value()
+            parameters["bias"] = self.bias_layers(self.bias.get_value(), parameter(owner, "bias", parameters))
         low = self._scaled(matmul(self.dropout(x), self.a.get_value()))  # [..., R]
         return compute(x, **parameters) + matmul(low, self.b.get_value())
 
@@ -239,12 +260,10 @@ class LoraLinear(MethodAdapter):
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         rank = self.ranks[layer or 0]
-        if not rank:
-            return {}
         windows = {"a": (slice(None), slice(rank)), "b": (slice(rank), slice(None))}
-        leaves = {key: dataclasses.replace(leaf, window=windows[leaf.leaf]) for key, leaf in self.names.items()}
-        if self.bias is not None and self.bias_layers[layer or 0]:
-            leaves["base_layer.bias"] = HfLeaf("bias")
+        leaves = {key: dataclasses.replace(leaf, window=windows[leaf.leaf]) for key, leaf in self.names.items() if rank}
+        if self.bias is not None and self.bias_layers.chosen[layer or 0]:
+            leaves["base_layer.bias" if rank else "bias"] = HfLeaf("bias")  # peft wraps the layers that have a LoRA
         return leaves
 
     def delta(self) -> jax.Array:
@@ -256,7 +275,8 @@ class LoraLinear(MethodAdapter):
         kernel = parameters["kernel"]
         merged = {"kernel": (kernel.astype(jnp.float32) + self.delta()).astype(kernel.dtype)}
         if self.bias is not None:
-            merged["bias"] = self.bias.get_value().astype(parameters["bias"].dtype)
+            bias = self.bias_layers(self.bias.get_value(), parameters["bias"])
+            merged["bias"] = bias.astype(parameters["bias"].dtype)
         return merged
 
 
@@ -272,7 +292,9 @@ class LoraEmbedding(LoraLinear):
         """A zero, B normal with standard deviation 1, as peft does."""
         return jnp.zeros(a, jnp.float32), jax.random.normal(rngs.params(), b, jnp.float32)
 
-    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
         (tokens,) = inputs
         y = compute(tokens, **parameters)
         low = self._scaled(jnp.take(self.a.get_value(), tokens, axis=0).astype(y.dtype))  # [B, T, R]
@@ -295,7 +317,3 @@ def _pattern(value: Any) -> str | tuple[str, ...]:
 def _from_json(value: Any) -> str | tuple[str, ...]:
     # peft reads any string as a regular expression: one without special characters means that very name
     return value if isinstance(value, str) else tuple(value)
-
-
-def _names(site: Site, entry: str) -> bool:
-    return any(name == entry or name.endswith("." + entry) for name in site.names)

@@ -6,6 +6,7 @@ Qwen3 (arXiv:2505.09388).
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,7 +25,11 @@ from peftjax.nn.rope import Rope
 from peftjax.nn.rope import from_hf as rope_from_hf
 from peftjax.nn.stack import Residual, make_stack, scan_stack
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=False), "relu": jax.nn.relu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 ACTIVATIONS["swish"] = jax.nn.silu
 ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"] = partial(jax.nn.gelu, approximate=True)
 
@@ -174,13 +179,13 @@ class Llama(nnx.Module):
 
         def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             layer_cache, window = inputs
-            limited = within_window(allowed, window, offset) if windowed else allowed
+            limited = within_window(allowed, window, offset) if allowed is not None and windowed else allowed
             return block(x, rope, limited, layer_cache, offset)
 
         x = sharding.constrain(self.embed(tokens), "batch", "length", None)
         per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
         x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
-        if cache is not None:
+        if cache is not None and valid is not None:
             cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
         return self.norm(x), cache
 
@@ -254,7 +259,9 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], *, dtype: str = "float32", param_dtype: str = "", remat: str = "none") -> LlamaConfig:
+def from_hf(
+    config: dict[str, Any], *, dtype: str = "float32", param_dtype: str = "", remat: str = "none"
+) -> LlamaConfig:
     """Read a config.json of model_type llama, mistral, qwen2 or qwen3, in the spelling of transformers 4 or 5.
 
     Raises:
@@ -302,7 +309,9 @@ def from_hf(config: dict[str, Any], *, dtype: str = "float32", param_dtype: str 
         hf=json.dumps(config),
     )
     if result.activation not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act {result.activation!r} is not known; supported: {sorted(ACTIVATIONS)}")
+        raise ValueError(
+            f"config.json: hidden_act {result.activation!r} is not known; supported: {sorted(ACTIVATIONS)}"
+        )
     if left:
         raise ValueError(
             f"config.json: {', '.join(sorted(left))}: not known for model_type {kind!r}, so the model might compute "
@@ -324,7 +333,9 @@ def _windows(kind: str, config: dict[str, Any], left: dict[str, Any], layers: in
     window = left.pop("sliding_window", 0) or 0
     if kind == "llama":
         if window:
-            raise ValueError(f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it")
+            raise ValueError(
+                f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
+            )
         return (0,) * layers
     if kind == "mistral":
         # null is how a Mistral without a window is written; a config that leaves the field out means 4096
@@ -334,7 +345,9 @@ def _windows(kind: str, config: dict[str, Any], left: dict[str, Any], layers: in
     if types is None:
         types = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}")
+        raise ValueError(
+            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
+        )
     window = (window or 4096) if used else 0
     if "sliding_attention" in types and not window:
         raise ValueError("config.json: layer_types has sliding_attention, but use_sliding_window is false")

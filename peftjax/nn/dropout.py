@@ -23,7 +23,7 @@ class Dropout(nnx.Module):
         self.key = nnx.data(DropoutKey(jnp.zeros((*stack, 2), jnp.uint32), axes=axes) if rate > 0 else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.deterministic or self.rate == 0:
+        if self.deterministic or self.key is None:
             return x
         keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))

@@ -15,7 +15,14 @@ class Embedding(nnx.Module):
     hf_leaves: ClassVar = {"embedding": ("weight", False)}
 
     def __init__(
-        self, vocab: int, features: int, *, stddev: float = 0.02, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        vocab: int,
+        features: int,
+        *,
+        stddev: float = 0.02,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ) -> None:
         self.in_features, self.out_features, self.axes = vocab, features, ("vocab", "embed")
         self.dtype = dtype

@@ -1,6 +1,7 @@
 """The gated feed-forward layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,13 @@ class GatedFeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activation = activation
-        wide = {"axes": ("embed", "mlp"), "use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+        wide: dict[str, Any] = {
+            "axes": ("embed", "mlp"),
+            "use_bias": use_bias,
+            "stddev": stddev,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.gate = Linear(features, hidden, **wide)
         self.up = Linear(features, hidden, **wide)
         self.down = Linear(hidden, features, **{**wide, "axes": ("mlp", "embed")})

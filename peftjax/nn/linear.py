@@ -42,7 +42,9 @@ class Linear(nnx.Module):
 
     def dense(self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
         """The base computation; `kernel` and `bias` stand in for the layer's own."""
-        kernel = self.kernel.get_value() if kernel is None else kernel
+        if kernel is None:
+            assert self.kernel is not None, "a tied layer is given its kernel"
+            kernel = self.kernel.get_value()
         y = matmul(x, kernel)
         if bias is None and self.bias is not None:
             bias = self.bias.get_value()

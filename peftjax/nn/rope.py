@@ -71,7 +71,9 @@ class Rope:
 
     def _yarn_ramp(self) -> np.ndarray:
         def dimension(turns: float) -> float:  # the index whose frequency makes `turns` turns over the original length
-            return self.head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+            return (
+                self.head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+            )
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
@@ -101,7 +103,9 @@ def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
         raise ValueError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
     theta = float(given.pop("rope_theta", 10000.0))
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor other than 1.0 is not a Llama's; this family rotates all of a head")
+        raise ValueError(
+            "config.json: partial_rotary_factor other than 1.0 is not a Llama's; this family rotates all of a head"
+        )
     needed = {
         "default": set(),
         "linear": {"factor"},
@@ -111,7 +115,9 @@ def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
         "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     }[kind]
     if missing := sorted(name for name in needed if given.get(name) is None):
-        raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}")
+        raise ValueError(
+            f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}"
+        )
     original = given.pop("original_max_position_embeddings", None) or max_positions
     rope = {"head_dim": head_dim, "theta": theta, "kind": kind, "max_positions": max_positions}
     rope["original_positions"] = original
@@ -123,10 +129,14 @@ def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
         if name not in rope and value is not None:
             rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
     if unused := sorted(name for name, value in given.items() if value is not None):
-        raise ValueError(f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; take it out of rope_scaling")
+        raise ValueError(
+            f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; take it out of rope_scaling"
+        )
     for name in ("short_factor", "long_factor"):
         if kind == "longrope" and len(rope[name]) != head_dim // 2:
-            raise ValueError(f"config.json: {name} has {len(rope[name])} numbers, a head of {head_dim} needs {head_dim // 2}")
+            raise ValueError(
+                f"config.json: {name} has {len(rope[name])} numbers, a head of {head_dim} needs {head_dim // 2}"
+            )
     return Rope(**rope)
 
 

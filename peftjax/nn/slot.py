@@ -16,7 +16,9 @@ class Adapter(nnx.Module):
     parameters (`kernel=`, `bias=`, ...), so an adapter that wraps must pass on those that it was given.
     """
 
-    def __call__(self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
         raise NotImplementedError
 
 

@@ -35,7 +35,9 @@ def scan_stack(
         return body(nnx.merge(graph, layer_state), x, layer_inputs)
 
     if remat == "block":
-        step = jax.checkpoint(step, prevent_cse=False)  # a scan needs no barrier against common-subexpression elimination
+        step = jax.checkpoint(
+            step, prevent_cse=False
+        )  # a scan needs no barrier against common-subexpression elimination
     return jax.lax.scan(step, x, (state, per_layer))
 
 

@@ -78,7 +78,12 @@ def test_an_exchange_of_values_that_differ_in_the_sign_only_changes_it() -> None
 def test_it_is_the_same_on_one_device_and_on_any_sharding_of_eight() -> None:
     assert jax.device_count() >= 8
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])
-    cases = [("float32", P("a", "b")), ("float32", P("b", None, "a")), ("bfloat16", P(None, ("a", "b"))), ("int4", P("a"))]
+    cases = [
+        ("float32", P("a", "b")),
+        ("float32", P("b", None, "a")),
+        ("bfloat16", P(None, ("a", "b"))),
+        ("int4", P("a")),
+    ]
     for dtype, spec in cases:
         x = as_dtype(words(dtype, (8, 16, 8)), dtype)
         sharded = jax.device_put(x, NamedSharding(mesh, spec))

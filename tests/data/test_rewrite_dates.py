@@ -1,6 +1,7 @@
 """The dates task: its answers are right, its splits share no day, and it is the same every time."""
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,18 @@ from peftjax.data.sources import open_source
 SIZES = {"train": 60, "validation": 20, "test": 20}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite_dates, "EXAMPLES", SIZES)
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite_dates, "EXAMPLES", SIZES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, small: None) -> dict[str, list[tuple[str, str]]]:
+    """The records of every split, from a dataset prepared on disk."""
+    folder = tmp_path_factory.mktemp("tfds")
+    return {split: records(folder, split) for split in SIZES}
 
 
 def records(folder: Path, split: str) -> list[tuple[str, str]]:
@@ -45,8 +55,9 @@ def test_no_two_days_are_written_alike() -> None:
 
 
 def test_ordinals_follow_english_spelling() -> None:
-    written = [ordinal(datetime.date(2024, 1, number)) for number in (1, 2, 3, 4, 10, 11, 12, 13, 21, 22, 23, 24, 30, 31)]
-    assert " ".join(written) == "1st 2nd 3rd 4th 10th 11th 12th 13th 21st 22nd 23rd 24th 30th 31st"
+    expected = "1st 2nd 3rd 4th 10th 11th 12th 13th 20th 21st 22nd 23rd 24th 30th 31st"
+    numbers = [int(written[:-2]) for written in expected.split()]
+    assert " ".join(ordinal(datetime.date(2024, 1, number)) for number in numbers) == expected
 
 
 def test_every_day_is_in_exactly_one_split() -> None:
@@ -56,8 +67,12 @@ def test_every_day_is_in_exactly_one_split() -> None:
 
 
 def test_splits_are_the_same_on_every_machine() -> None:
-    assert [split_of(datetime.date(1900, 1, number)) for number in range(1, 32)].count("train") == TRAIN_DAYS
-    assert records_of("validation") == VALIDATION
+    assert [split_of(datetime.date(1900, 1, number)) for number in range(1, 32)].count("train") == 30
+    assert records_of("validation") == [
+        ("28.1.1969", "1969-01-28"),
+        ("22-Sep-1959", "1959-09-22"),
+        ("July 29, 1953", "1953-07-29"),
+    ]
 
 
 def records_of(split: str) -> list[tuple[str, str]]:
@@ -66,10 +81,10 @@ def records_of(split: str) -> list[tuple[str, str]]:
     return [(example["prompt"], example["completion"]) for _, example in examples][:3]
 
 
-def test_the_prepared_dataset_has_right_answers_in_disjoint_splits(tmp_path: Path) -> None:
+def test_the_prepared_dataset_has_right_answers_in_disjoint_splits(prepared: dict[str, list[tuple[str, str]]]) -> None:
     seen: dict[str, set[str]] = {}
     for split, size in SIZES.items():
-        found = records(tmp_path, split)
+        found = prepared[split]
         assert len(found) == size
         for prompt, completion in found:
             day = datetime.date.fromisoformat(completion)
@@ -77,8 +92,11 @@ def test_the_prepared_dataset_has_right_answers_in_disjoint_splits(tmp_path: Pat
             assert split_of(day) == split
         assert len({prompt for prompt, _ in found}) > size * 0.9
         seen[split] = {completion for _, completion in found}
-    assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert not seen["validation"] & seen["test"]
 
 
-def test_a_second_preparation_gives_the_same_records(tmp_path: Path) -> None:
-    assert records(tmp_path / "a", "train") == records(tmp_path / "b", "train")
+def test_a_second_preparation_gives_the_same_records(
+    prepared: dict[str, list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    assert {split: records(tmp_path, split) for split in SIZES} == prepared

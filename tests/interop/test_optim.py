@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import optimization
 
+from peftjax.core import config as configuration
 from peftjax.optim import decay_mask, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.interop
@@ -21,20 +22,9 @@ AXES = {"a": ("embed", "rank"), "b": ("rank", "mlp"), "bias": ("mlp",), "large":
 
 
 def make_config(**changes: Any) -> ml_collections.ConfigDict:
-    fields = {
-        "name": "adamw",
-        "learning_rate": 1e-3,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "final_fraction": 0.0,
-        "weight_decay": 0.0,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-        "momentum": 0.9,
-        "clip_norm": 0.0,
-    }
-    return ml_collections.ConfigDict(fields | changes)
+    config = configuration.defaults().optim
+    config.update({"learning_rate": 1e-3, "schedule": "constant", "clip_norm": 0.0} | changes)
+    return config
 
 
 def make_arrays(seed: int) -> dict[str, np.ndarray]:

@@ -211,12 +211,12 @@ def test_missing_and_unexpected_tensors_and_wrong_shapes_are_one_error_before_an
     stored[GATE] = np.zeros((EMBED, MLP), np.float32)
     stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.int8)
     monkeypatch.setattr(hf_files.StoredTensor, "open", lambda tensor: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match="not those of its config.json") as error:
+    with pytest.raises(ValueError, match="not those of its config") as error:
         load_model(write(tmp_path / "m", stored))
     told = str(error.value)
     assert "2 missing: model.layers.0.self_attn.q_proj.weight, model.norm.weight\n" in told
     assert "2 unexpected: model.layers.0.self_attn.query_proj.weight Did you mean" in told
-    assert "score.weight\n" in told
+    assert ", score.weight" in told
     assert f"1 of a wrong shape: {GATE} is stored as [16, 24], config.json asks for [24, 16]\n" in told
     assert "1 of a wrong dtype: lm_head.weight is stored as I8, a float is needed\n" in told
 
@@ -273,15 +273,13 @@ def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
 def test_an_index_that_lists_an_absent_file_is_an_error(tmp_path: Path) -> None:
     write_sharded(tmp_path / "m", random_tensors())
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="lists files that are not there: model-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match=r"lists files that are not there: model-00002-of-00002\.safetensors"):
         load_model(tmp_path / "m")
 
 
 def test_an_index_that_lists_a_tensor_its_file_does_not_hold_is_an_error(tmp_path: Path) -> None:
     where = write_sharded(tmp_path / "m", random_tensors())
-    where[GATE] = (
-        "model-00001-of-00002.safetensors" if "00002-of" in where[GATE] else "model-00002-of-00002.safetensors"
-    )
+    (where[GATE],) = set(where.values()) - {where[GATE]}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(ValueError, match=rf"lists tensors that are not in their files: {GATE} \(in {where[GATE]}\)"):
         load_model(tmp_path / "m")
@@ -290,7 +288,7 @@ def test_an_index_that_lists_a_tensor_its_file_does_not_hold_is_an_error(tmp_pat
 def test_an_index_without_a_weight_map_is_an_error(tmp_path: Path) -> None:
     write_sharded(tmp_path / "m", random_tensors())
     (tmp_path / "m" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="index.json has no weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
         load_model(tmp_path / "m")
 
 
@@ -303,7 +301,7 @@ def test_an_index_without_a_weight_map_is_an_error(tmp_path: Path) -> None:
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
         (lambda data: data[:8] + b"#" + data[9:], "its header is not JSON"),
         (lambda data: data.replace(b'"F32"', b'"F99"', 1), "has dtype F99, which is not read here"),
-        (lambda data: data.replace(b'"F32"', b'"F16"', 1), "the file is damaged"),
+        (lambda data: data.replace(b'"F32"', b'"F16"', 1), "is damaged"),
         (lambda data: data.replace(b'"shape"', b'"shame"', 1), "is malformed"),
     ],
 )
@@ -333,7 +331,8 @@ def test_a_directory_resolves_to_itself_and_embedded_to_the_package(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
-    assert hf_files.EMBEDDED == Path(hf_files.__file__).parents[1] / "assets" / "base"
+    package = Path(hf_files.__file__).parents[1]
+    assert hf_files.EMBEDDED.relative_to(package).as_posix() == "assets/base"
     monkeypatch.setattr(hf_files, "EMBEDDED", tmp_path)
     assert resolve("embedded") == tmp_path
 
@@ -342,11 +341,11 @@ def test_a_local_path_that_does_not_exist_names_what_is_near(tmp_path: Path, mon
     (tmp_path / "models" / "llama-small").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for path in ("models/lama-small", "./models/lama-small", tmp_path / "models" / "lama-small"):
-        with pytest.raises(ValueError, match="lama-small: no such directory. Did you mean 'llama-small'?"):
+        with pytest.raises(ValueError, match=r"lama-small: no such directory\. Did you mean 'llama-small'\?"):
             resolve(path)
-    with pytest.raises(ValueError, match="no such directory. In .*models there are: llama-small"):
+    with pytest.raises(ValueError, match=r"no such directory\. In .*models there are: llama-small"):
         resolve("./models/x")
-    with pytest.raises(ValueError, match="Its parent .*nowhere does not exist either"):
+    with pytest.raises(ValueError, match=r"Its parent .*nowhere does not exist either"):
         resolve(tmp_path / "nowhere" / "x")
 
 
@@ -360,9 +359,7 @@ def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: P
     with pytest.raises(ValueError, match="holds an adapter, not a model"):
         resolve(directory)
     (directory / "adapter_config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"has no config\.json, so it is no model directory; it holds model\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"has no config\.json, .*; it holds model\.safetensors"):
         resolve(directory)
 
 
@@ -391,14 +388,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
         return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
 
     taken = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors", "chat.jinja"]
-    left = [
-        "pytorch_model.bin",
-        "tokenizer.pkl",
-        "model.pt",
-        "consolidated.safetensors",
-        "onnx/model.onnx",
-        "README.md",
-    ]
+    left = ["pytorch_model.bin", "tokenizer.pkl", "model.pt", "consolidated.safetensors", "onnx/model.onnx"]
     assert all(map(wanted, [*taken, "model.safetensors.index.json"]))
     assert not any(map(wanted, left))
 
@@ -408,7 +398,7 @@ def test_offline_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
         raise LocalEntryNotFoundError("no network\nmore")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(ValueError, match="Download it on a machine that is online .* or set HF_HOME") as error:
+    with pytest.raises(ValueError, match=r"Download it on a machine that is online .* or set HF_HOME") as error:
         resolve("owner/model")
     assert "owner/model: no such directory here" in str(error.value)
     assert "\n" not in str(error.value)
@@ -510,20 +500,19 @@ def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch:
     assert_equal_bits(values(load_model(tmp_path / "saved")), values(model))
 
 
-def test_a_model_with_attached_adapters_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_active_adapters_is_refused(tmp_path: Path) -> None:
     model = load_model(write(tmp_path / "m", random_tensors()))
-    model.blocks.attention.query.adapters.add("mine", Adapter())
-    with pytest.raises(ValueError, match="adapters are attached to the model: mine; .* merge or detach them first"):
+    slot = model.blocks.attention.query.adapters
+    slot.add("mine", Adapter())
+    slot.active = ("mine",)
+    with pytest.raises(ValueError, match=r"adapters are active in the model: mine; .* merge or detach them first"):
         save_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_written_tensors_of_several_widths_are_read_by_safetensors(tmp_path: Path) -> None:
-    arrays = {
-        "a": np.arange(3, dtype=np.float32),
-        "b": np.arange(3).astype(ml_dtypes.bfloat16),
-        "c": np.ones(1, np.int8),
-    }
+    wide = np.arange(3, dtype=np.float32)
+    arrays = {"a": wide, "b": wide.astype(ml_dtypes.bfloat16), "c": np.ones(1, np.int8)}
     specs = [hf_files.TensorSpec(name, array.dtype, array.shape) for name, array in arrays.items()]
     hf_files.write_tensors(tmp_path / "x", specs, iter(arrays.values()), {"k": "v"})
     read = load_file(tmp_path / "x")

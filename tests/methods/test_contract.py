@@ -1,7 +1,9 @@
 """What every method promises. A new method joins by an entry in CASES."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from peftjax.core.config import defaults
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.models import llama
-from peftjax.train import TrainState, first_state, flatten, make_train_step
+from peftjax.step import TrainState, first_state, flatten, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,6 @@ class Case:
     trained: int
     noop: bool = True  # attached, it changes no bit of the logits
     merges: bool = True
-    mesh_axes: tuple[str, ...] = ("data", "fsdp", "tensor")
 
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
@@ -71,7 +72,9 @@ def attached(name: str, *, dtype: str = "float32", remat: str = "none", adapter:
 def optimizer_for(trainable: variables.FlatTree, leaves: dict[str, Any]) -> optax.GradientTransformation:
     config = defaults().optim
     config.learning_rate, config.weight_decay, config.schedule = 1e-2, 0.01, "constant"
-    return optim.make_optimizer(config, 10, optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()}))
+    return optim.make_optimizer(
+        config, 10, optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    )
 
 
 def trainer(model: Any, method: methods.Method, mesh: Any = None) -> tuple[Callable, TrainState, variables.FlatTree]:
@@ -87,7 +90,9 @@ def trainer(model: Any, method: methods.Method, mesh: Any = None) -> tuple[Calla
     return make_train_step(graph, optimizer, keys, 8, state), state, frozen
 
 
-def run(step: Callable, state: TrainState, frozen: variables.FlatTree, count: int, mesh: Any = None) -> tuple[TrainState, list]:
+def run(
+    step: Callable, state: TrainState, frozen: variables.FlatTree, count: int, mesh: Any = None
+) -> tuple[TrainState, list]:
     mesh, losses = mesh or sharding.make_mesh(), []
     with jax.set_mesh(mesh):
         for index in range(count):
@@ -109,28 +114,50 @@ def test_attaching_changes_no_bit_of_the_base_and_of_its_logits(name: str) -> No
         np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_changes_what_the_mask_says_and_nothing_else(name: str, dtype: str) -> None:
+@dataclasses.dataclass
+class Trained:
+    """Three steps of training on one device, and what was there before them."""
+
+    base: dict[str, bytes]
+    first: dict[str, np.ndarray]
+    frozen: variables.FlatTree
+    state: TrainState
+    losses: list[float]
+    traces: int
+
+
+@functools.cache
+def trained(name: str, dtype: str = "float32") -> Trained:
     model = attached(name, dtype=dtype)
-    before = tiny.bits(model)
+    base = tiny.bits(model)
     step, state, frozen = trainer(model, CASES[name].method)
     first = arrays(state.trainable)
     state, losses = run(step, state, frozen, 3)
-    after = arrays(state.trainable)
-    assert np.isfinite(losses).all()
-    assert after.keys() == first.keys()
-    assert all((after[path] != first[path]).any() for path in first)
-    frozen_base = [path for path in before if path not in first]
-    assert all(np.asarray(frozen[path]).tobytes() == before[path] for path in frozen_base)
+    return Trained(base, first, frozen, state, losses, step._cache_size())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in CASES), ("full", "bfloat16"), ("lora", "bfloat16")]
+)
+def test_training_changes_what_the_mask_says_and_nothing_else(name: str, dtype: str) -> None:
+    ran = trained(name, dtype)
+    after = arrays(ran.state.trainable)
+    assert np.isfinite(ran.losses).all()
+    assert after.keys() == ran.first.keys()
+    assert all((after[path] != ran.first[path]).any() for path in ran.first)
+    frozen_base = [path for path in ran.base if path not in ran.first]
+    assert all(np.asarray(ran.frozen[path]).tobytes() == ran.base[path] for path in frozen_base)
     assert (name == "full") == (not frozen_base)
 
 
 def test_frozen_leaves_have_no_gradient_and_no_optimizer_state(name: str) -> None:
-    model = attached(name)
-    _, state, _ = trainer(model, CASES[name].method)
-    trained = sum(value.size for value in arrays(state.trainable).values())
+    state = trained(name).state
     moments = [leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    assert sum(moments) == 2 * trained
+    assert sum(moments) == 2 * sum(value.size for value in arrays(state.trainable).values())
+
+
+def test_many_steps_are_traced_once(name: str) -> None:
+    assert trained(name).traces == 1
 
 
 def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
@@ -164,24 +191,20 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+MESHES = [(name, {"fsdp": 2, "tensor": 2}) for name in CASES]
+MESHES += [(name, {"data": 2, "fsdp": 2, "tensor": 2}) for name in ("full", "lora")]
+
+
+@pytest.mark.parametrize(("name", "sizes"), MESHES)
 def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[str, int]) -> None:
-    mesh = sharding.make_mesh(sizes)
-    one_state, one = run(*trainer(attached(name), CASES[name].method), 3)
+    one, mesh = trained(name), sharding.make_mesh(sizes)
     step, state, frozen = trainer(attached(name), CASES[name].method, mesh)
-    if "fsdp" in sizes:
-        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((frozen, state.trainable)))
-    many_state, many = run(step, state, frozen, 3, mesh)
-    np.testing.assert_allclose(many, one, rtol=2e-5)
-    expected = arrays(one_state.trainable)
-    for path, value in arrays(many_state.trainable).items():
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((frozen, state.trainable)))
+    state, losses = run(step, state, frozen, 3, mesh)
+    np.testing.assert_allclose(losses, one.losses, rtol=2e-5)
+    expected = arrays(one.state.trainable)
+    for path, value in arrays(state.trainable).items():
         np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg=path)
-
-
-def test_many_steps_are_traced_once(name: str) -> None:
-    step, state, frozen = trainer(attached(name), CASES[name].method)
-    run(step, state, frozen, 3)
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].merges])
@@ -238,11 +261,11 @@ def test_a_population_under_vmap_equals_its_members_one_by_one(name: str) -> Non
             np.testing.assert_allclose(together[path][index], expected, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
-def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Any) -> None:
-    step, state, frozen = trainer(attached(name), CASES[name].method)
-    state, _ = run(step, state, frozen, 1)
-    saved = flatten(state)
-    abstract = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for key, leaf in saved.items()}
+def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Path) -> None:
+    saved = flatten(trained(name).state)
+    abstract = {
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for key, leaf in saved.items()
+    }
     with Checkpoints(tmp_path, keep=1, keep_best=False) as checkpoints:
         checkpoints.save(1, saved, {}, identity={})
         restored = checkpoints.restore(abstract)
@@ -253,11 +276,11 @@ def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PEFT)
-def test_an_adapter_file_brings_back_every_bit(name: str, tmp_path: Any) -> None:
+def test_an_adapter_file_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     model = tiny.randomize(attached(name))
     save_adapter(model, tmp_path / "adapter")
     other = load_adapter(tiny.model(**FIELDS.get(name, {})), tmp_path / "adapter", name="back")
     np.testing.assert_array_equal(other(tiny.tokens()), model(tiny.tokens()))
     save_adapter(other, tmp_path / "again", name="back")
-    for file in ("adapter_model.safetensors",):
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()

@@ -1,0 +1,34 @@
+"""The quickstart: LoRA teaches the embedded base to rewrite dates. Under three minutes on two cores, no network."""
+
+from ml_collections import ConfigDict
+
+from peftjax.core.config import defaults
+from peftjax.methods import make_config
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.model.path = "embedded"
+    config.method = make_config("lora", rank=4, alpha=8.0, targets="all-linear")
+
+    config.data.train = ("tfds:rewrite_dates/train",)
+    config.data.eval = ("tfds:rewrite_dates/test",)  # days that never occur in training
+    config.data.format = "completion"
+    config.data.prompt_template = "{prompt} ->"
+    config.data.completion_template = " {completion}"
+    config.data.max_length = 128
+    config.data.pack = True
+
+    config.optim.learning_rate = 5e-3
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 20
+
+    config.train.steps = 400
+    config.train.batch_size = 16
+    config.train.loss_chunk = 128
+    config.train.log_every = 20
+    config.train.eval_batches = 8
+    config.eval.exact_match = 256
+    config.eval.max_new_tokens = 12  # a space, ten characters and the end of text
+    config.checkpoint.every = 100
+    return config

@@ -1,0 +1,95 @@
+"""The train step: sharded, accumulating, and lean, since only what is trained has a gradient, a moment or an update."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.losses import Totals, next_token_loss
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step; a checkpoint holds exactly this and the position in the data."""
+
+    step: jax.Array  # int32 [], updates done
+    trainable: variables.FlatTree
+    optimizer: optax.OptState
+    key: jax.Array  # uint32 [2], the same all the time: step t draws from fold_in(key, t)
+
+
+def first_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step. A moment lies where its parameter lies, anything else on every device.
+
+    The trainable leaves are copied: the train step donates its state, and the model keeps its own.
+    """
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
+    everywhere = sharding.spec((), (), mesh)
+
+    def make(trainable: Any) -> TrainState:
+        key = jax.random.key_data(jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
+
+    def where(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        owner = trainable.get(getattr(path[-1], "key", ""))
+        return owner.sharding if owner is not None and owner.shape == leaf.shape else everywhere
+
+    shardings = jax.tree_util.tree_map_with_path(where, jax.eval_shape(make, trainable))
+    return jax.jit(make, out_shardings=shardings)(trainable)
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    dropout_keys: tuple[str, ...],
+    chunk: int,
+    state: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted (state, frozen, batch [A, B, T]) -> (state, metrics). The frozen tree is an argument: never donated,
+    never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
+    the result that of one large batch, however the tokens fall."""
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def loss(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
+        totals = next_token_loss(variables.merge(graph, trainable, frozen), batch, chunk)
+        return totals.loss, totals
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(
+        state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def microbatch(sums: Any, part: Any) -> tuple[Any, None]:
+            index, batch = part
+            keyed = variables.with_dropout_keys(frozen, dropout_keys, jax.random.fold_in(key, index))
+            (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable, keyed, batch)
+            return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+        none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
+        count = batch["tokens"].shape[0]
+        (gradients, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
+        gradients = jax.tree.map(lambda g: g / totals.tokens, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
+        measured = {
+            "loss": totals.loss / totals.tokens,
+            "grad_norm": optax.tree.norm(gradients),
+            "tokens": totals.tokens,
+        }
+        return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
+
+    return train_step
+
+
+def flatten(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays of a state by name, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

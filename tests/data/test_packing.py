@@ -1,0 +1,82 @@
+import grain
+import numpy as np
+import pytest
+
+from peftjax.data import packing
+from peftjax.data.text import Example
+
+PAD = 99
+
+
+def documents(lengths: list[int], seed: int = 0) -> list[packing.Row]:
+    """Documents of distinct tokens, the loss on a random half of them."""
+    rng = np.random.default_rng(seed)
+    first = np.cumsum([100, *lengths])
+    return [
+        packing.document(Example(np.arange(a, a + n, dtype=np.int32), rng.random(n) < 0.5), 16, f"doc{i}")
+        for i, (a, n) in enumerate(zip(first, lengths, strict=False))
+    ]
+
+
+def rows_of(docs: list[packing.Row], pack: bool) -> list[packing.Row]:
+    stream = grain.MapDataset.source(docs).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return list((packing.pack if pack else packing.pad)(stream, 16, PAD))
+
+
+def test_a_document_predicts_its_own_next_tokens_and_nothing_at_its_end() -> None:
+    example = Example(np.array([5, 6, 7, 8], np.int32), np.array([True, False, True, True]))
+    document = packing.document(example, 16, "a:1")
+    assert document["targets"].tolist() == [6, 7, 8, 0]
+    assert document["loss_weights"].tolist() == [0, 1, 1, 0]
+
+
+def test_a_long_document_is_cut_and_the_token_beyond_is_no_target() -> None:
+    example = Example(np.arange(20, dtype=np.int32), np.ones(20, bool))
+    document = packing.document(example, 16, "a:1")
+    assert document["tokens"].tolist() == list(range(16))
+    assert document["targets"].tolist() == [*range(1, 16), 0]
+    assert document["loss_weights"].tolist() == [1] * 15 + [0]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_document_stands_whole_in_one_row_once(pack: bool) -> None:
+    docs = documents([3, 16, 5, 1, 7, 9, 2, 16, 12, 4, 4, 4, 10])
+    found = {}
+    for row in rows_of(docs, pack):
+        assert {name: row[name].shape for name in packing.ARRAYS} == dict.fromkeys(packing.ARRAYS, (16,))
+        assert {name: row[name].dtype for name in packing.ARRAYS} == dict.fromkeys(packing.ARRAYS, np.int32) | {
+            "loss_weights": np.float32
+        }
+        assert row["segments"].max() == len(row["notes"])
+        for segment, note in enumerate(row["notes"], start=1):
+            at = row["segments"] == segment
+            assert row["positions"][at].tolist() == list(range(at.sum()))
+            assert note not in found
+            found[note] = {name: row[name][at].tolist() for name in ("tokens", "targets", "loss_weights")}
+        outside = row["segments"] == 0
+        assert (row["tokens"][outside] == PAD).all()
+        assert not row["loss_weights"][outside].any()
+    assert found == {
+        doc["notes"]: {name: doc[name].tolist() for name in ("tokens", "targets", "loss_weights")} for doc in docs
+    }
+
+
+def test_packing_needs_fewer_rows_than_padding_and_no_target_crosses_a_boundary() -> None:
+    docs = documents([4] * 40)
+    packed = rows_of(docs, pack=True)
+    assert len(packed) == 10
+    assert len(rows_of(docs, pack=False)) == 40
+    for row in packed:
+        ends = np.flatnonzero(np.diff(row["segments"]) != 0)
+        assert ends.size == 3
+        assert not row["loss_weights"][ends].any()
+        inside = row["loss_weights"] > 0
+        assert (row["targets"][inside] == np.roll(row["tokens"], -1)[inside]).all()
+
+
+def test_an_empty_row_has_no_document_and_no_loss() -> None:
+    row = packing.empty_row(16, PAD)
+    assert (row["tokens"] == PAD).all()
+    assert not row["segments"].any()
+    assert not row["loss_weights"].any()
+    assert row["notes"] == []

@@ -1,0 +1,304 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftjax.data.text import Example, Tokenizer, encode_prompt, encode_record, load_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "yes no"},
+    {"role": "user", "content": "the date"},
+    {"role": "assistant", "content": "17 March"},
+]
+
+
+def learned(tokenizer: Tokenizer, example: Example) -> str:
+    """What carries a loss, special tokens written out."""
+    ids = [int(i) for i, loss in zip(example.tokens, example.loss_mask, strict=True) if loss]
+    return tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def written(tokenizer: Tokenizer, ids: Any) -> str:
+    return tokenizer._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+# --- the tokenizer
+
+
+def test_special_tokens_are_read_and_decode_leaves_them_out(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.eos_ids == (2,)
+    ids = tokenizer.encode("hello world")
+    assert ids[0] == 1
+    assert tokenizer.decode([*ids, 2, 3, 3]) == "hello world"
+
+
+def test_a_beginning_is_added_once_and_an_end_too(tokenizer: Tokenizer) -> None:
+    bare = tokenizer.encode("hello", bos=False, eos=False)
+    assert tokenizer.encode("hello") == [1, *bare]
+    assert tokenizer.encode("hello", bos=True, eos=True) == [1, *bare, 2]
+    assert tokenizer.encode("<s>hello</s>", bos=True, eos=True) == [1, *bare, 2]
+    assert tokenizer.encode("<s>hello") == [1, 1, *bare]  # as transformers has it
+    assert tokenizer.encode("", bos=True, eos=True) == [1, 2]
+
+
+def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory: Callable[..., Path]) -> None:
+    def without_post_processor(data: dict[str, Any]) -> None:
+        data["post_processor"] = None
+
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
+    tokenizer = load_tokenizer(make_directory(without_post_processor, tokenizer_config=config))
+    bare = tokenizer.encode("hello", bos=False, eos=False)
+    assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
+
+
+def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: Callable[..., Path]) -> None:
+    def without_post_processor(data: dict[str, Any]) -> None:
+        data["post_processor"] = None
+
+    tokenizer = load_tokenizer(make_directory(without_post_processor))
+    assert tokenizer.encode("hello", bos=True) == tokenizer.encode("hello", bos=False)
+
+
+def test_a_missing_pad_token_becomes_the_end_token_and_never_0(make_directory: Callable[..., Path]) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<not in the vocabulary>"}
+    assert load_tokenizer(make_directory(tokenizer_config=config)).pad_id == 2
+
+
+def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_directory: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(make_directory(tokenizer_config={"bos_token": "<s>"}, config={"pad_token_id": -1}))
+    with pytest.raises(ValueError, match=r"neither a pad nor an eos token .*tokenizer_config\.json"):
+        tokenizer.pad_id  # noqa: B018
+    with pytest.raises(ValueError, match="no eos token"):
+        tokenizer.encode("hello", eos=True)
+
+
+def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Callable[..., Path]) -> None:
+    files = {"generation_config": {"eos_token_id": [6, 2]}, "config": {"bos_token_id": 1, "pad_token_id": 3}}
+    tokenizer = load_tokenizer(make_directory(tokenizer_config={}, **files))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
+
+
+def test_the_older_special_tokens_map_is_read_where_the_newer_file_says_nothing(
+    make_directory: Callable[..., Path],
+) -> None:
+    files = {
+        "tokenizer_config": {"eos_token": "<|end|>"},
+        "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
+    }
+    tokenizer = load_tokenizer(make_directory(**files))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 6)
+
+
+def test_named_tokens_are_special_even_where_tokenizer_json_forgot_it(make_directory: Callable[..., Path]) -> None:
+    def forget(data: dict[str, Any]) -> None:
+        for token in data["added_tokens"]:
+            token["special"] = False
+
+    tokenizer = load_tokenizer(make_directory(forget))
+    assert tokenizer.decode([1, *tokenizer.encode("hello", bos=False), 2]) == "hello"
+
+
+def test_stored_padding_and_truncation_are_switched_off(make_directory: Callable[..., Path]) -> None:
+    def limit(data: dict[str, Any]) -> None:
+        data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        data["padding"] = {
+            "strategy": {"Fixed": 3}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
+            "pad_token": "<pad>",
+        }  # fmt: skip
+
+    tokenizer = load_tokenizer(make_directory(limit))
+    assert tokenizer.decode(tokenizer.encode("the quick brown fox jumps")) == "the quick brown fox jumps"
+    assert 3 not in tokenizer.encode("x")
+
+
+def test_a_directory_without_tokenizer_json_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer\.json\. transformers writes one"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=r"only a SentencePiece tokenizer\.model\. transformers writes one"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_unknown_token_is_an_error_that_names_near_ones(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_id("<|end|>") == 6
+    with pytest.raises(ValueError, match=r"no token '<\|ende\|>'\. Did you mean '<\|end\|>'"):
+        tokenizer.token_id("<|ende|>")
+
+
+# --- chat templates
+
+
+def test_a_chat_template_is_found_in_each_of_its_places(make_directory: Callable[..., Path]) -> None:
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "of the list"}]
+    folder = make_directory(tokenizer_config={}, chat_template={"chat_template": "of the json file"})
+    assert load_tokenizer(folder).chat(CHAT) == "of the json file"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(folder).chat(CHAT) == "of the list"
+    (folder / "chat_template.jinja").write_text("of the jinja file")
+    assert load_tokenizer(folder).chat(CHAT) == "of the jinja file"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            "{% for m in messages %}\n  {% if loop.index > 1 %}\n{% break %}\n{% endif %}\n{{ m.content }}{% endfor %}",
+            "hello",
+        ),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "hello"),
+        ('{{ {"a": "<é>"} | tojson }}', '{"a": "<é>"}'),
+        ("{{ strftime_now('%%') }}{{ bos_token }}", "%<s>"),
+        ("{{ add_generation_prompt }} {{ tools is none }}", "False True"),
+    ],
+)
+def test_templates_are_rendered_as_transformers_does(
+    template: str, text: str, make_directory: Callable[..., Path]
+) -> None:
+    config = {"bos_token": "<s>", "chat_template": template}
+    assert load_tokenizer(make_directory(tokenizer_config=config)).chat(CHAT) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+        ("{{ messages.append(1) }}", "refuses the conversation: .*'append' .* unsafe"),
+        ("{{ messages.__class__.__mro__ }}", "refuses the conversation"),
+        ("{% if %}", "refuses the conversation"),
+        ([{"name": "rag", "template": "no"}], 'chat templates named rag, but none named "default"'),
+        (None, r"has no chat template.*chat_template\.jinja"),
+    ],
+)
+def test_a_template_that_refuses_or_is_missing_is_an_error(
+    template: Any, message: str, make_directory: Callable[..., Path]
+) -> None:
+    tokenizer = load_tokenizer(make_directory(tokenizer_config={"chat_template": template}))
+    with pytest.raises(ValueError, match=message):
+        tokenizer.chat(CHAT)
+
+
+# --- records
+
+
+def test_a_text_carries_a_loss_everywhere_and_ends(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    example = encode_record({"text": "hello world"}, make_config().data, tokenizer, name="a:1")
+    assert written(tokenizer, example.tokens) == "<s>hello world</s>"
+    assert example.loss_mask.all()
+
+
+def test_an_empty_text_carries_no_loss(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    assert not encode_record({"text": ""}, make_config().data, tokenizer, name="a:1").loss_mask.any()
+
+
+def test_of_a_completion_record_the_completion_and_the_end_carry_a_loss(
+    tokenizer: Tokenizer, make_config: Callable[..., Any]
+) -> None:
+    data = make_config(
+        format="completion", prompt_field="q", prompt_template="{prompt} ({n}):", completion_field="a"
+    ).data
+    record = {"q": "the date", "n": 3, "a": " 17 March"}
+    example = encode_record(record, data, tokenizer, name="a:1")
+    assert written(tokenizer, example.tokens) == "<s>the date (3): 17 March</s>"
+    assert learned(tokenizer, example) == " 17 March</s>"
+    prompt = encode_prompt(record, data, tokenizer, name="a:1")
+    assert prompt.tokens == example.tokens[: len(prompt.tokens)].tolist()
+    assert (prompt.prompt, prompt.expected, prompt.record) == ("the date (3):", " 17 March", "a:1")
+
+
+def test_no_token_merges_across_the_boundary_of_prompt_and_completion(
+    tokenizer: Tokenizer, make_config: Callable[..., Any]
+) -> None:
+    data = make_config(format="completion").data
+    whole, prompt = tokenizer.encode("hello"), tokenizer.encode("hel")
+    assert whole[: len(prompt)] != prompt, "the test needs a text that merges"
+    example = encode_record({"prompt": "hel", "completion": "lo"}, data, tokenizer, name="a:1")
+    assert example.tokens[: len(prompt)].tolist() == prompt
+    assert learned(tokenizer, example) == "lo</s>"
+
+
+def test_a_continuation_gets_no_space_of_its_own(assets: Path, make_config: Callable[..., Any]) -> None:
+    """SentencePiece tokenizers put a space before a text; between a prompt and its completion there is none."""
+    tokenizer = load_tokenizer(assets / "tinystories656k")
+    data = make_config(format="completion").data
+    for prompt, completion in (("Once upon a ", "time"), ("Once upon a", " time"), ("Once upon a ti", "me")):
+        record = {"prompt": prompt, "completion": completion}
+        tokens = encode_record(record, data, tokenizer, name="a:1").tokens
+        assert tokenizer.decode(tokens) == "Once upon a time"
+        start = encode_prompt(record, data, tokenizer, name="a:1").tokens
+        assert tokens[: len(start)].tolist() == start
+
+
+def test_every_assistant_turn_carries_a_loss_with_its_end_and_nothing_else(
+    tokenizer: Tokenizer, make_config: Callable[..., Any]
+) -> None:
+    example = encode_record({"messages": CHAT}, make_config(format="chat").data, tokenizer, name="a:1")
+    assert written(tokenizer, example.tokens) == tokenizer.chat(CHAT)
+    assert learned(tokenizer, example) == "yes no<|end|>17 March<|end|>"
+
+
+def test_messages_stored_as_columns_are_read_too(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    data = make_config(format="chat").data
+    columns = {key: [message[key] for message in CHAT] for key in ("role", "content")}
+    one, other = (encode_record({"messages": m}, data, tokenizer, name="a:1") for m in (CHAT, columns))
+    assert one.tokens.tolist() == other.tokens.tolist()
+
+
+def test_a_turn_that_later_messages_rewrite_is_an_error(
+    make_directory: Callable[..., Path], make_config: Callable[..., Any]
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ '<think>' if loop.last }}{{ m.content }};{% endfor %}"
+    tokenizer = load_tokenizer(make_directory(tokenizer_config={"chat_template": template, "eos_token": "</s>"}))
+    with pytest.raises(ValueError, match=r"^a:1: the chat template .* up to message 2 .* differently"):
+        encode_record({"messages": CHAT}, make_config(format="chat").data, tokenizer, name="a:1")
+
+
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(
+    tokenizer: Tokenizer, make_config: Callable[..., Any]
+) -> None:
+    data = make_config(format="chat").data
+    prompt = encode_prompt({"messages": CHAT}, data, tokenizer, name="a:1")
+    assert written(tokenizer, prompt.tokens) == tokenizer.chat(CHAT[:3], add_generation_prompt=True)
+    assert prompt.expected == "17 March"
+    with pytest.raises(ValueError, match="a:1: the conversation has no assistant turn"):
+        encode_prompt({"messages": CHAT[:1]}, data, tokenizer, name="a:1")
+
+
+def test_the_prompt_of_a_text_is_its_first_half(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    text = "the quick brown fox jumps over the lazy dog"
+    prompt = encode_prompt({"text": text}, make_config().data, tokenizer, name="a:1")
+    assert prompt.prompt + prompt.expected == text
+    assert prompt.prompt
+    assert prompt.expected
+
+
+COMPLETION = {"format": "completion"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "record", "message"),
+    [
+        (
+            {},
+            {"txt": "x", "id": 1},
+            r"a:7: .*'text' \(named by config\.data\.text_field\)\. Did .*'txt'\? It has txt, id",
+        ),
+        ({}, {}, "It has no field at all"),
+        ({}, {"text": None}, "a:7: the field 'text' must hold text, and holds NoneType"),
+        (COMPLETION, {"prompt": "x", "completions": "y"}, "no field 'completion' .*completion_field.*Did you mean"),
+        (COMPLETION, {"prompt": ["x"], "completion": "y"}, "'prompt' must hold text or a number, and holds list"),
+        ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),
+        ({**COMPLETION, "prompt_template": "{prompt"}, {"prompt": "x"}, r"template '\{prompt': .* A brace itself"),
+        ({**COMPLETION, "prompt_template": "{prompt:d}"}, {"prompt": "x"}, r"a:7: the template '\{prompt:d\}'"),
+        ({"format": "chat"}, {"messages": "x"}, "a:7: the field 'messages' must hold a list of messages"),
+        ({"format": "chat"}, {"messages": [{"from": "human"}]}, "must hold a list of messages .*'from'"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_an_error_that_names_it(
+    fields: dict[str, str], record: dict[str, Any], message: str, tokenizer: Tokenizer, make_config: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_record(record, make_config(**fields).data, tokenizer, name="a:7")

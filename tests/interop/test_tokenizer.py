@@ -1,0 +1,100 @@
+"""Token ids, decoded texts and chat templates beside those of transformers."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from peftjax.core import config as configs
+from peftjax.data.text import encode_record, load_tokenizer
+
+pytestmark = pytest.mark.interop
+
+CHECKPOINTS = ["babyllama105", "stories260k", "tinystories656k"]
+TEXTS = [
+    "", " ", "\n", "hello world", "  two spaces", " x", "x ", "trailing\n", "\tTab", "naïve café 日本 🙂",
+    "<s>hello</s>", "a<|end_story|> b", "<unk> a<unk>", " <s> x </s> ", "Once upon a time.\n\nShe said: \"hi\"",
+]  # fmt: skip
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hello there "},
+    {"role": "assistant", "content": "Yes, <hello> é"},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "No."},
+]
+TEMPLATES = {
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == "
+    "'assistant' %}{% generation %}{{ message['content'] + '</s>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = "
+    "'<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% else %}{% set loop_messages = messages %}{% set "
+    "system = '' %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != "
+    "(loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' "
+    "%}{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}{% else "
+    "%}{% generation %}{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}",
+    "spread out": "{{- bos_token }}\n{%- set ns = namespace(n=0) %}\n{%- for message in messages %}\n    "
+    "{%- set ns.n = ns.n + 1 %}\n    {%- if message.role == 'assistant' %}\n        {{- 'A: ' }}\n        "
+    "{%- generation %}{{- message.content | trim }}{{- eos_token }}{%- endgeneration %}\n    {%- else %}\n"
+    "        {{- message | tojson }}\n    {%- endif %}\n    {%- if ns.n > 7 %}{%- break %}{%- endif %}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- 'A: ' }}\n{%- endif %}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def texts(assets: Path) -> list[str]:
+    """Awkward texts and real ones."""
+    found = list(TEXTS)
+    for name in ("e2e_nlg", "tiny_shakespeare", "alpaca_subset"):
+        with gzip.open(assets / "data" / name / "validation.jsonl.gz") as lines:
+            found += [str(value) for line in list(lines)[:200] for value in json.loads(line).values()]
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "minilm_l6_fp16"])
+def test_ids_and_texts_equal_those_of_transformers(checkpoint: str, assets: Path, texts: list[str]) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(assets / checkpoint, model_max_length=10**9)
+    ours = load_tokenizer(assets / checkpoint)
+    for text in texts:
+        for special in (True, False):
+            flag = None if special else False
+            ids = theirs(text, add_special_tokens=special, truncation=False, padding=False)["input_ids"]
+            assert ours.encode(text, bos=flag, eos=flag) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.fixture(params=list(TEMPLATES))
+def with_template(request: pytest.FixtureRequest, assets: Path, tmp_path: Path) -> Path:
+    """A copy of a checkpoint's tokenizer with a chat template."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (assets / "stories260k").glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
+    return folder
+
+
+def test_conversations_are_written_as_transformers_writes_them(with_template: Path) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(with_template)
+    ours = load_tokenizer(with_template)
+    for messages, prompt in ((CHAT, False), (CHAT[:2], True), (CHAT[1:], False)):
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert ours.chat(messages, add_generation_prompt=prompt) == expected
+
+
+def test_what_the_assistant_says_is_found_as_the_template_marks_it(with_template: Path) -> None:
+    """The templates mark the assistant's turns with {% generation %}; ours are found by rendering prefixes."""
+    theirs = transformers.AutoTokenizer.from_pretrained(with_template)
+    marked: Any = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    config = configs.defaults()
+    config.data.format = "chat"
+    example = encode_record({"messages": CHAT}, config.data, load_tokenizer(with_template), name="a:1")
+    assert example.tokens.tolist() == marked["input_ids"]
+    assert example.loss_mask.astype(int).tolist() == marked["assistant_masks"]

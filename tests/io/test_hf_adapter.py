@@ -1,0 +1,438 @@
+"""Adapter directories of Hugging Face PEFT, read and written; the safetensors package is the judge of the files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import tests.tiny as tiny
+from peftjax import methods
+from peftjax.core import variables
+from peftjax.io import hf_adapter
+from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.methods.attach import active
+
+E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LAYER = PREFIX + "model.layers.{}."
+
+Tensors = dict[str, np.ndarray]
+
+
+def attached(name: str = "default", model: Any = None, **options: Any) -> Any:
+    model = tiny.model(attention_bias=True) if model is None else model
+    return tiny.randomize(methods.attach(model, methods.Lora(**options), name, rngs=nnx.Rngs(1)))
+
+
+def random_tensors(targets: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 8, layers: int = L) -> Tensors:
+    """An adapter's tensors, named and shaped by hand."""
+    sizes = {"q_proj": (E, E), "v_proj": (E, KV)}
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in range(layers):
+        for target in targets:
+            module = f"{LAYER.format(layer)}self_attn.{target}"
+            shapes[f"{module}.lora_A.weight"] = (rank, sizes[target][0])
+            shapes[f"{module}.lora_B.weight"] = (sizes[target][1], rank)
+    rng = np.random.default_rng(0)
+    return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def write(directory: Path, tensors: Tensors, **config: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    fields = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]} | config
+    (directory / CONFIG).write_text(json.dumps(fields))
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    return directory
+
+
+def values(model: Any) -> Tensors:
+    return {path: np.asarray(leaf.get_value()) for path, leaf in variables.flat(model)[1].items()}
+
+
+# --- What is written ---
+
+
+def test_the_file_holds_the_keys_shapes_and_metadata_of_the_format(tmp_path: Path) -> None:
+    model = attached(
+        rank=4,
+        targets=("q_proj", "embed_tokens"),
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        layers_to_transform=(),
+        bias="lora_only",
+        modules_to_save=("lm_head",),
+    )
+    assert save_adapter(model, tmp_path / "adapter") == tmp_path / "adapter"
+    expected = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": (4, V),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": (E, 4),
+        f"{PREFIX}lm_head.weight": (V, E),
+    }
+    for layer, rank in enumerate((4, 2, 4)):
+        query = f"{LAYER.format(layer)}self_attn.q_proj"
+        expected[f"{query}.lora_A.weight"] = (rank, E)
+        expected[f"{query}.lora_B.weight"] = (E, rank)
+        expected[f"{query}.base_layer.bias"] = (E,)
+    with safe_open(tmp_path / "adapter" / WEIGHTS, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} == expected  # noqa: SIM118
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_each_tensor_is_its_parameter_transposed(tmp_path: Path) -> None:
+    model = attached(rank=4, targets=("q_proj", "embed_tokens"), rank_pattern={"layers.1.self_attn.q_proj": 2})
+    file = load_file(save_adapter(model, tmp_path / "adapter") / WEIGHTS)
+    held = values(model)
+    query, table = "blocks.attention.query.adapters.default", "embed.adapters.default"
+    key = f"{LAYER.format(1)}self_attn.q_proj"
+    np.testing.assert_array_equal(file[f"{key}.lora_A.weight"], held[f"{query}.a"][1, :, :2].T)
+    np.testing.assert_array_equal(file[f"{key}.lora_B.weight"], held[f"{query}.b"][1, :2].T)
+    np.testing.assert_array_equal(file[f"{PREFIX}model.embed_tokens.lora_embedding_A"], held[f"{table}.a"].T)
+    np.testing.assert_array_equal(file[f"{PREFIX}model.embed_tokens.lora_embedding_B"], held[f"{table}.b"].T)
+
+
+def test_layers_without_a_lora_are_not_in_the_file_but_their_trained_biases_are(tmp_path: Path) -> None:
+    model = attached(rank=4, targets=("q_proj",), layers_to_transform=(1,), bias="all")
+    keys = load_file(save_adapter(model, tmp_path / "adapter") / WEIGHTS).keys()
+    assert {key for key in keys if "lora" in key} == {
+        f"{LAYER.format(1)}self_attn.q_proj.lora_{side}.weight" for side in "AB"
+    }
+    assert {key for key in keys if key.endswith("q_proj.base_layer.bias")} == {
+        f"{LAYER.format(1)}self_attn.q_proj.base_layer.bias"
+    }
+    assert {key for key in keys if key.endswith("proj.bias")} == {
+        f"{LAYER.format(layer)}self_attn.{module}.bias"
+        for layer in range(L)
+        for module in ("q_proj", "k_proj", "v_proj", "o_proj")
+        if (layer, module) != (1, "q_proj")
+    }
+
+
+def test_the_config_says_how_the_adapter_was_made(tmp_path: Path) -> None:
+    model = attached(
+        rank=4,
+        alpha=6,
+        dropout=0.25,
+        targets=("q_proj", "v_proj"),
+        exclude=r".*\.2\..*",
+        rslora=True,
+        rank_pattern=(("v_proj", 2), ("layers.1.self_attn.v_proj", 3)),
+        alpha_pattern={"q_proj": 3},
+        layers_to_transform=(1, 2),
+        bias="all",
+        modules_to_save=("lm_head",),
+    )
+    path = save_adapter(model, tmp_path / "adapter", base="owner/base")
+    config = json.loads((path / CONFIG).read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "owner/base",
+        "revision": None,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "r": 4,
+        "lora_alpha": 6,
+        "lora_dropout": 0.25,
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": r".*\.2\..*",
+        "bias": "all",
+        "fan_in_fan_out": False,
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2, "layers.1.self_attn.v_proj": 3},
+        "alpha_pattern": {"q_proj": 3},
+        "layers_to_transform": [1, 2],
+        "layers_pattern": None,
+        "modules_to_save": ["lm_head"],
+        "init_lora_weights": True,
+    }
+    assert config == expected
+    assert list(config["rank_pattern"]) == ["v_proj", "layers.1.self_attn.v_proj"]  # of two, the first counts
+    assert (
+        methods.attached(load_adapter(tiny.model(attention_bias=True), path))["default"]
+        == methods.attached(model)["default"]
+    )
+
+
+def test_all_linear_is_written_as_names_because_layers_go_with_names_only(tmp_path: Path) -> None:
+    path = save_adapter(attached(rank=2, exclude=("down_proj",)), tmp_path / "adapter")
+    config = json.loads((path / CONFIG).read_text())
+    assert config["target_modules"] == ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_saving_again_replaces_both_files_and_leaves_others(tmp_path: Path) -> None:
+    path = save_adapter(attached(rank=2), tmp_path / "adapter")
+    (path / "README.md").write_text("mine")
+    save_adapter(attached(rank=4, targets=("q_proj",)), path)
+    assert (path / "README.md").read_text() == "mine"
+    assert json.loads((path / CONFIG).read_text())["r"] == 4
+    assert len(load_file(path / WEIGHTS)) == 2 * L
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_save_that_fails_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hf_adapter, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(attached(rank=2), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no adapter 'mien' is attached. Did you mean 'mine'\? Attached: \['mine'\]"):
+        save_adapter(attached("mine", rank=2), tmp_path / "adapter", "mien")
+    full = methods.attach(tiny.model(), methods.Full(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="full has no adapter file; save the whole model with save_model"):
+        save_adapter(full, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+# --- What is read ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4},
+        {"rank": 4, "targets": ("q_proj", "embed_tokens", "lm_head"), "rank_pattern": {"lm_head": 2}},
+        {"rank": 4, "targets": r".*\.[01]\.mlp\..*", "bias": "all", "modules_to_save": ("embed_tokens", "layers.2.mlp.up_proj")},
+        {"rank": 4, "targets": ("v_proj", "k_proj"), "bias": "lora_only", "layers_to_transform": (0, 2)},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_of_save_is_the_same_bit_for_bit(options: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    fields = {"attention_bias": True, "tie_word_embeddings": tied}
+    model = attached(model=tiny.model(**fields), **options)
+    save_adapter(model, tmp_path / "one")
+    back = load_adapter(tiny.model(**fields), tmp_path / "one", "back")
+    assert active(back) == "back"
+    save_adapter(back, tmp_path / "two", "back")
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+def test_any_stored_float_is_read(dtype: Any, tmp_path: Path) -> None:
+    stored = {key: value.astype(dtype) for key, value in random_tensors().items()}
+    held = values(load_adapter(tiny.model(), write(tmp_path / "a", stored)))
+    query = f"{LAYER.format(2)}self_attn.q_proj"
+    for leaf, name in (("a", "lora_A"), ("b", "lora_B")):
+        value = held[f"blocks.attention.query.adapters.default.{leaf}"]
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value[2], stored[f"{query}.{name}.weight"].astype(np.float32).T)
+
+
+def test_an_adapter_of_bfloat16_is_stored_so(tmp_path: Path) -> None:
+    path = save_adapter(attached(rank=2, dtype="bfloat16"), tmp_path / "adapter")
+    assert {value.dtype for value in load_file(path / WEIGHTS).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_the_least_config_means_rank_8_and_alpha_8(tmp_path: Path) -> None:
+    model = load_adapter(tiny.model(), write(tmp_path / "a", random_tensors()))
+    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    np.testing.assert_array_equal(values(model)["blocks.attention.query.adapters.default.scale"], np.ones((L, 8)))
+
+
+def test_a_string_of_targets_is_a_regular_expression(tmp_path: Path) -> None:
+    stored = {key: value for key, value in random_tensors().items() if ".layers.1." not in key}
+    model = load_adapter(tiny.model(), write(tmp_path / "a", stored, target_modules=r".*\.(0|2)\.self_attn\.[qv]_proj"))
+    assert model.blocks.attention.query.adapters.default.ranks == (8, 0, 8)
+
+
+# As peft 0.21.2 writes it, whatever is not asked for in its empty form.
+PEFT_FIELDS = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+    "base_model_name_or_path": "somewhere", "bias": "none", "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None,
+    "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": None, "target_parameters": None, "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+    "velora_config": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal"])
+def test_the_full_config_of_peft_is_read(init: Any, tmp_path: Path) -> None:
+    model = load_adapter(
+        tiny.model(), write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | {"init_lora_weights": init})
+    )
+    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_one_layer_may_be_a_number_or_a_list(layers: Any, tmp_path: Path) -> None:
+    stored = {key: value for key, value in random_tensors().items() if ".layers.1." in key}
+    model = load_adapter(tiny.model(), write(tmp_path / "a", stored, layers_to_transform=layers))
+    assert model.blocks.attention.query.adapters.default.ranks == (0, 8, 0)
+
+
+def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
+    model = tiny.model()
+    held = values(model)
+    copies = {
+        f"{PREFIX}model.embed_tokens.base_layer.weight": held["embed.embedding"],
+        f"{PREFIX}lm_head.base_layer.weight": held["head.kernel"].T.copy(),
+        f"{PREFIX}model.norm.weight": held["norm.scale"].astype(ml_dtypes.bfloat16),
+        f"{LAYER.format(2)}mlp.up_proj.weight": held["blocks.feedforward.up.kernel"][2].T.copy(),
+    }
+    load_adapter(model, write(tmp_path / "a", random_tensors() | copies))
+    for key, value in copies.items():
+        other = random_tensors() | {key: value + value.dtype.type(1)}
+        with pytest.raises(ValueError, match=f"{key} differs from this model's own: .* trained on another base"):
+            load_adapter(tiny.model(), write(tmp_path / "b", other))
+
+
+def test_a_tied_heads_copy_of_the_base_is_recognised(tmp_path: Path) -> None:
+    model = tiny.model(tie_word_embeddings=True)
+    copy = {f"{PREFIX}lm_head.base_layer.weight": values(model)["embed.embedding"]}
+    load_adapter(model, write(tmp_path / "a", random_tensors() | copy))
+
+
+# --- What is refused ---
+
+
+def assert_refused(path: Path, message: str, **fields: Any) -> None:
+    """The error, and a model that is what it was, with the adapter active that was."""
+    model = attached("before", tiny.model(**fields), rank=2, targets=("q_proj",))
+    graph, before = nnx.split(model)[0], variables.flat(model)[1]
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, path)
+    assert nnx.split(model)[0] == graph
+    after = variables.flat(model)[1]
+    assert {name: leaf.get_value() is before[name].get_value() for name, leaf in after.items()} == dict.fromkeys(
+        before, True
+    )
+
+
+def test_missing_and_unexpected_tensors_are_one_error_that_lists_both(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    missing = f"{LAYER.format(1)}self_attn.v_proj.lora_B.weight"
+    tensors["extra.weight"] = tensors.pop(missing)
+    message = f"does not fit its config and this model: missing {missing}; unexpected extra.weight"
+    assert_refused(write(tmp_path / "a", tensors), message)
+
+
+@pytest.mark.parametrize(
+    "key", ["lora_A.default.weight", "lora_magnitude_vector", "lora_B.bias", "base_layer.bias", "base_layer.weight"]
+)
+def test_a_tensor_that_nothing_reads_is_named(key: str, tmp_path: Path) -> None:
+    name = f"{LAYER.format(0)}self_attn.q_proj.{key}"
+    message = "differs from this model's own" if key == "base_layer.weight" else f"unexpected {name}"
+    assert_refused(write(tmp_path / "a", random_tensors() | {name: np.zeros(E, np.float32)}), message)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    key = f"{LAYER.format(1)}self_attn.q_proj.lora_A.weight"
+    tensors[key] = tensors[key][:4]
+    assert_refused(write(tmp_path / "a", tensors), rf"{key} has shape \(4, 32\), this model needs \(8, 32\)")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 64}, r"q_proj.lora_A.weight has shape \(8, 32\), this model needs \(8, 64\): .* another base"),
+        ({"num_hidden_layers": 4}, r"missing base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
+        ({"num_hidden_layers": 2}, r"unexpected base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert_refused(write(tmp_path / "a", random_tensors()), message, **fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("target_parameters", ["mlp.experts"]),
+        ("trainable_token_indices", [1, 2]),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("alora_invocation_tokens", [1]),
+        ("megatron_config", {"a": 1}),
+        ("arrow_config", {"top_k": 2}),
+        ("something_new", 3),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors(), **{field: value})
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {field}=.* not supported"):
+        load_adapter(tiny.model(), path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "BONE"}, r"adapter_config.json: peft_type 'BONE' is not supported; supported: LORA"),
+        ({"peft_type": None}, r"peft_type None is not supported"),
+        ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LoRA needs it"),
+        ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
+        ({"r": 8.5}, r"rank must be a whole number of at least 1, it is 8.5"),
+        ({"bias": "some"}, r"bias must be 'none', 'all' or 'lora_only', it is 'some'"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert_refused(write(tmp_path / "a", random_tensors(), **fields), message)
+
+
+def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such directory; give the one that holds adapter_config.json"):
+        load_adapter(tiny.model(), tmp_path / "nowhere")
+    path = write(tmp_path / "a", random_tensors())
+    (path / CONFIG).unlink()
+    with pytest.raises(ValueError, match=f"no adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):
+        load_adapter(tiny.model(), path)
+    write(path, random_tensors())
+    (path / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"no adapter directory: {WEIGHTS} is missing; it holds {CONFIG}"):
+        load_adapter(tiny.model(), path)
+
+
+def test_a_pickle_is_never_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors())
+    (path / WEIGHTS).unlink()
+    (path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(ValueError, match=r"only adapter_model.bin, a pickle, .* convert it to safetensors"):
+        load_adapter(tiny.model(), path)
+    save_file(random_tensors(), path / WEIGHTS)
+    load_adapter(tiny.model(), path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors())
+    whole = (path / WEIGHTS).read_bytes()
+    (path / WEIGHTS).write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is cut short"):
+        load_adapter(tiny.model(), path)
+    (path / WEIGHTS).write_bytes(whole)
+    (path / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=f"{CONFIG} is not valid JSON"):
+        load_adapter(tiny.model(), path)
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = attached("default", rank=2, targets=("q_proj",))
+    held = values(model)
+    with pytest.raises(ValueError, match="adapter 'default' is attached already"):
+        load_adapter(model, write(tmp_path / "a", random_tensors()))
+    assert active(model) == "default"
+    assert all(np.array_equal(value, held[path]) for path, value in values(model).items())

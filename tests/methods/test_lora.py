@@ -1,0 +1,384 @@
+"""LoRA's options: what each does to the model, and what each refuses. What every method promises: test_contract.py."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax import methods
+from peftjax.core import variables
+from peftjax.methods import Lora, attach, detach, merge, unmerge, use
+from peftjax.methods.attach import active
+
+E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
+ALL = L * ((E + E) + 2 * (E + KV) + (E + E) + 3 * (E + F))  # in + out of every Linear but the head
+QV = {"targets": ("q_proj", "v_proj")}
+
+
+def attached(name: str = "default", model: Any = None, seed: int = 1, **options: Any) -> Any:
+    return attach(tiny.model() if model is None else model, Lora(**options), name, rngs=nnx.Rngs(seed))
+
+
+def logits(model: Any) -> np.ndarray:
+    return np.asarray(model(tiny.tokens()))
+
+
+def query(model: Any, name: str = "default") -> Any:
+    return model.blocks.attention.query.adapters.adapter(name)
+
+
+def gradients(model: Any) -> dict[str, np.ndarray]:
+    """Of the mean square of the logits, for what is trained."""
+    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+    found = jax.jit(jax.grad(loss))(trainable)
+    return {path: np.asarray(leaf) for path, leaf in found.items() if isinstance(leaf, jax.Array)}
+
+
+# --- What is trained ---
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rank": 4}, 4 * ALL),
+        ({"rank": 4, "targets": "q_proj, v_proj"}, 4 * L * (E + E + E + KV)),
+        ({"rank": 4, "targets": r".*\.[02]\.mlp\.(up|down)_proj"}, 4 * 2 * 2 * (E + F)),
+        ({"rank": 4, "exclude": ("self_attn.q_proj", "layers.1.mlp.up_proj")}, 4 * (ALL - L * (E + E) - (E + F))),
+        ({"rank": 4, **QV, "rank_pattern": {"v_proj": 7}}, L * (4 * (E + E) + 7 * (E + KV))),
+        ({"rank": 4, **QV, "rank_pattern": {"layers.1.self_attn.q_proj": 9}}, (4 + 9 + 4) * (E + E) + 4 * L * (E + KV)),
+        ({"rank": 4, **QV, "rank_pattern": {r"layers\.[01]\..*": 2}}, (2 + 2 + 4) * (E + E + E + KV)),
+        ({"rank": 4, **QV, "rank_pattern": {"v_proj": 2, "layers.1.self_attn.v_proj": 3}}, L * (4 * 2 * E + 2 * (E + KV))),
+        ({"rank": 4, **QV, "layers_to_transform": (2,)}, 4 * (E + E + E + KV)),
+        ({"rank": 4, "layers_to_transform": (0, 2), "rank_pattern": {"layers.0.mlp.up_proj": 1}},
+         4 * ALL * 2 // L - 3 * (E + F)),
+        ({"rank": 4, "targets": ("embed_tokens", "lm_head")}, 4 * (V + E) * 2),
+        ({"rank": 4, **QV, "modules_to_save": ("lm_head", "embed_tokens")}, 4 * L * (3 * E + KV) + 2 * E * V),
+        ({"rank": 4, **QV, "modules_to_save": ("layers.1.mlp.up_proj",)}, 4 * L * (3 * E + KV) + E * F),
+        ({"rank": 4, **QV, "modules_to_save": ("model.norm",)}, 4 * L * (3 * E + KV) + E),
+        ({"rank": 4, **QV, "modules_to_save": ("norm",)}, 4 * L * (3 * E + KV) + (2 * L + 1) * E),
+        ({"rank": 4, "targets": ("q_proj", "lm_head"), "modules_to_save": ("lm_head",)}, 4 * L * (E + E) + E * V),
+    ],
+)  # fmt: skip
+def test_the_number_of_trained_parameters_is_the_formulas(options: dict[str, Any], expected: int) -> None:
+    assert methods.count_trainable(attached(**options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "biases"),
+    [
+        ({"bias": "all"}, L * (E + KV + KV + E)),
+        ({"bias": "all", "layers_to_transform": (1,)}, L * (E + KV + KV + E)),
+        ({"bias": "lora_only"}, L * (E + KV)),
+        ({"bias": "lora_only", "layers_to_transform": (1,)}, E + KV),
+        ({"bias": "lora_only", "modules_to_save": ("k_proj",)}, L * (E + KV)),
+    ],
+)
+def test_the_number_of_trained_biases_is_the_formulas(options: dict[str, Any], biases: int) -> None:
+    model = tiny.model(attention_bias=True)
+    without = methods.count_trainable(attached("without", model, **QV, **options | {"bias": "none"}), "without")
+    assert methods.count_trainable(attached("with_them", model, **QV, **options), "with_them") == without + biases
+
+
+def test_a_starts_uniform_and_different_in_every_layer_and_b_zero() -> None:
+    lora = query(attached(rank=8))
+    a = np.asarray(lora.a.get_value())
+    assert np.abs(a).max() <= E**-0.5
+    assert a.std() == pytest.approx(E**-0.5 / 3**0.5, rel=0.1)
+    assert np.abs(a[0] - a[1]).min() > 0
+    assert not np.any(lora.b.get_value())
+
+
+def test_an_embeddings_a_starts_zero_and_its_b_normal() -> None:
+    lora = attached(targets=("embed_tokens",)).embed.adapters.default
+    assert not np.any(lora.a.get_value())
+    assert np.std(lora.b.get_value()) == pytest.approx(1, rel=0.2)
+
+
+# --- What it computes ---
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / 4**0.5)])
+def test_the_update_is_alpha_over_rank_or_its_root_times_a_b(rslora: bool, scale: float) -> None:
+    model = tiny.randomize(attached(rank=4, alpha=12, targets=("q_proj",), rslora=rslora))
+    lora = query(model)
+    a, b = np.asarray(lora.a.get_value()), np.asarray(lora.b.get_value())
+    expected = tiny.model()
+    kernel = expected.blocks.attention.query.kernel
+    kernel.set_value(kernel.get_value() + scale * np.matmul(a, b))
+    np.testing.assert_allclose(logits(model), logits(expected), atol=1e-5)
+
+
+def test_ranks_and_alphas_by_pattern_scale_each_layer_by_itself() -> None:
+    options = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.[12]\..*": 6}}
+    lora = query(attached(rank=4, alpha=8, targets=("q_proj",), rslora=True, **options))
+    expected = [[8 / 2**0.5] * 2 + [0] * 2, [6 / 2] * 4, [6 / 2] * 4]
+    np.testing.assert_allclose(lora.scale.get_value(), expected, rtol=1e-6)
+
+
+def test_of_two_patterns_the_first_counts() -> None:
+    specific, general = ("layers.1.self_attn.q_proj", 4), ("q_proj", 2)
+    assert query(attached(targets=("q_proj",), rank_pattern=(specific, general))).ranks == (2, 4, 2)
+    assert query(attached(targets=("q_proj",), rank_pattern=(general, specific))).ranks == (2, 2, 2)
+
+
+def test_what_pads_a_smaller_rank_gets_no_gradient_and_does_nothing() -> None:
+    model = tiny.randomize(attached(rank=4, targets=("q_proj",), rank_pattern={"layers.1.self_attn.q_proj": 1}))
+    found = gradients(model)
+    for path, used in (("a", lambda g: g[1, :, :1]), ("b", lambda g: g[1, :1])):
+        gradient = found[f"blocks.attention.query.adapters.default.{path}"]
+        assert np.any(used(gradient))
+        assert np.count_nonzero(gradient[1]) == np.count_nonzero(used(gradient))
+        assert np.all(np.any(gradient[[0, 2]], axis=(1, 2)))
+    before = logits(model)
+    lora = query(model)
+    lora.b.set_value(lora.b.get_value().at[1, 1:].set(7.0))
+    np.testing.assert_array_equal(logits(model), before)
+
+
+def test_layers_that_are_left_out_keep_the_bases_biases_and_modules() -> None:
+    options = {"bias": "lora_only", "layers_to_transform": (1,), "modules_to_save": ("layers.2.mlp.up_proj",)}
+    model = attached(model=tiny.model(attention_bias=True), targets=("q_proj",), **options)
+    before = logits(model)
+    found = gradients(model)
+    bias = found["blocks.attention.query.adapters.default.bias"]
+    kernel = found["blocks.feedforward.up.adapters.default.kernel"]
+    assert [bool(np.any(layer)) for layer in bias] == [False, True, False]
+    assert [bool(np.any(layer)) for layer in kernel] == [False, False, True]
+
+    lora, saved = query(model), model.blocks.feedforward.up.adapters.default
+    lora.bias.set_value(lora.bias.get_value().at[jnp.array([0, 2])].set(7.0))
+    saved.kernel.set_value(saved.kernel.get_value().at[:2].set(7.0))
+    np.testing.assert_array_equal(logits(model), before)
+    merge(model)
+    np.testing.assert_allclose(logits(model), before, atol=1e-5)
+
+
+def test_a_tied_head_that_is_trained_whole_leaves_the_embedding_alone() -> None:
+    model = attached(model=tiny.model(tie_word_embeddings=True), **QV, modules_to_save=("lm_head",))
+    base = logits(use(model, None))
+    np.testing.assert_array_equal(logits(use(model, "default")), base)
+    head = model.head.adapters.default
+    head.kernel.set_value(2 * head.kernel.get_value())
+    np.testing.assert_allclose(logits(model), 2 * base, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+def test_merging_one_of_a_tied_pair_unties_it_and_unmerging_ties_it_again(targets: tuple[str, ...]) -> None:
+    model = tiny.randomize(attached(model=tiny.model(tie_word_embeddings=True), targets=targets))
+    before, expected = tiny.bits(model), logits(model)
+    merge(model)
+    assert not model.tied
+    assert not model.config.tied
+    np.testing.assert_allclose(logits(model), expected, atol=1e-5)
+    unmerge(model)
+    assert model.tied
+    assert model.config.tied
+    assert tiny.bits(model) == before
+    np.testing.assert_array_equal(logits(model), expected)
+
+
+# --- Dropout ---
+
+
+def one_layer(model: Any, layer: int, x: jax.Array, key: jax.Array | None = None) -> np.ndarray:
+    """What the LoRA on one layer's queries adds for x, with A = B = identity and scale 1: x after dropout."""
+    identity = jnp.broadcast_to(jnp.eye(E), (L, E, E))
+    adapter = "blocks.attention.query.adapters.default"
+    variables.update(model, {f"{adapter}.a": identity, f"{adapter}.b": identity, f"{adapter}.scale": jnp.ones((L, E))})
+    lora = query(model)
+    if key is not None:
+        name = "dropout.key"
+        lora.dropout.key.set_value(
+            variables.with_dropout_keys({name: lora.dropout.key.get_value()}, (name,), key)[name]
+        )
+    graph, state = nnx.split(lora)
+    sliced = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], state))
+    return np.asarray(sliced(None, lambda x: jnp.zeros_like(x), x))
+
+
+def with_dropout(rate: float = 0.25) -> Any:
+    model = attached(rank=E, alpha=E, dropout=rate, targets=("q_proj",))
+    model.train()
+    return model
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
+    x = 1 + jax.random.uniform(jax.random.key(0), (500, E))
+    out = one_layer(with_dropout(0.25), 0, x, jax.random.key(1))
+    assert np.mean(out == 0) == pytest.approx(0.25, abs=0.02)
+    np.testing.assert_allclose(out[out != 0], np.asarray(x / 0.75)[out != 0], rtol=1e-6)
+    assert out.mean() == pytest.approx(float(x.mean()), rel=0.02)
+
+
+def test_dropout_differs_by_layer_and_by_key_and_repeats_with_the_same() -> None:
+    model, x = with_dropout(), jnp.ones((8, E))
+    first = one_layer(model, 0, x, jax.random.key(1))
+    np.testing.assert_array_equal(one_layer(model, 0, x, jax.random.key(1)), first)
+    assert np.any(one_layer(model, 1, x, jax.random.key(1)) != first)
+    assert np.any(one_layer(model, 0, x, jax.random.key(2)) != first)
+
+
+def test_dropout_is_off_unless_in_training() -> None:
+    model, x = with_dropout(), jnp.ones((8, E))
+    model.eval()
+    np.testing.assert_array_equal(one_layer(model, 0, x, jax.random.key(1)), x)
+    fresh = attached(rank=E, alpha=E, dropout=0.25, targets=("q_proj",))
+    np.testing.assert_array_equal(one_layer(fresh, 0, x, jax.random.key(1)), x)
+
+
+def test_dropout_differs_between_modules_and_only_touches_the_adapter() -> None:
+    model = attached(rank=2, dropout=0.5, **QV)
+    before = logits(model)
+    model.train()
+    np.testing.assert_array_equal(logits(model), before)  # B is zero: what dropout does to its input is not seen
+    tree = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
+    keys = tuple(path for path in tree if path.endswith("dropout.key"))
+    assert len(keys) == 2
+    fresh = variables.with_dropout_keys(tree, keys, jax.random.key(0))
+    drawn = np.concatenate([np.asarray(fresh[path]) for path in keys])
+    assert len(np.unique(drawn, axis=0)) == 2 * L
+
+
+# --- Under names ---
+
+
+def test_adapters_of_different_shapes_take_turns_under_names() -> None:
+    base = logits(tiny.model())
+    model = tiny.randomize(attached("small", rank=2, targets=("q_proj",)))
+    small = logits(model)
+    attached("large", model, rank=8, modules_to_save=("lm_head",))
+    assert active(model) == "large"
+    np.testing.assert_array_equal(logits(model), base)
+    np.testing.assert_array_equal(logits(use(model, "small")), small)
+    np.testing.assert_array_equal(logits(use(model, None)), base)
+    assert active(model) is None
+    assert np.abs(small - base).max() > 1e-3
+    assert list(methods.attached(model)) == ["small", "large"]
+
+
+def test_detaching_one_leaves_the_other_as_it_is() -> None:
+    model = tiny.randomize(attached("kept", rank=2, targets=("q_proj",)))
+    kept = logits(model)
+    attached("gone", model, rank=4)
+    use(model, "kept")
+    detach(model, "gone")
+    assert list(methods.attached(model)) == ["kept"]
+    assert active(model) == "kept"
+    np.testing.assert_array_equal(logits(model), kept)
+    assert not [path for path in variables.flat(model)[1] if ".gone." in path]
+
+
+def test_detaching_what_is_merged_restores_the_base() -> None:
+    before = tiny.bits(tiny.model())
+    model = merge(tiny.randomize(attached()))
+    assert tiny.bits(model) != before
+    assert tiny.bits(detach(model)) == before
+
+
+def test_two_merged_adapters_add_up_and_are_undone_from_the_last() -> None:
+    model = attached("two", attached("one", **QV), targets=("up_proj", "q_proj"))
+    tiny.randomize(model)
+    before, one = tiny.bits(model), logits(use(model, "one"))
+    merge(merge(model, "one"), "two")
+    expected = np.asarray(tiny.model().blocks.attention.query.kernel.get_value())
+    expected = expected + query(model, "one").delta() + query(model, "two").delta()
+    np.testing.assert_allclose(model.blocks.attention.query.kernel.get_value(), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"adapter 'one' is not the one merged last; .*newest first: \['two', 'one'\]"):
+        unmerge(model, "one")
+    unmerge(unmerge(model, "two"), "one")
+    assert tiny.bits(model) == before
+    np.testing.assert_array_equal(logits(model), one)
+
+
+@pytest.mark.parametrize("name", ["1a", "a-b", "a.b", "", "a b"])
+def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="use letters, digits and underscores, not starting with a digit"):
+        attached(name)
+
+
+@pytest.mark.parametrize("name", ["active", "adapter", "add", "names", "train", "__call__"])
+def test_a_name_that_the_slot_uses_itself_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter name '{name}' means something else in a layer's slot"):
+        attached(name)
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    model = attached("mine", rank=2)
+    with pytest.raises(ValueError, match="adapter 'mine' is attached already; detach it first or choose another name"):
+        attached("mine", model, rank=4)
+    assert query(model, "mine").ranks == (2, 2, 2)
+
+
+@pytest.mark.parametrize("change", [use, detach, merge, unmerge, methods.count_trainable])
+def test_a_name_that_is_not_there_is_an_error_with_the_near_ones(change: Any) -> None:
+    with pytest.raises(ValueError, match=r"no adapter 'minne' is attached. Did you mean 'mine'\? Attached: \['mine'\]"):
+        change(attached("mine", rank=2), "minne")
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged_are_errors() -> None:
+    model = attached(rank=2)
+    with pytest.raises(ValueError, match="adapter 'default' is not the one merged last"):
+        unmerge(model)
+    merge(model)
+    with pytest.raises(ValueError, match="adapter 'default' is merged already"):
+        merge(model)
+
+
+# --- Mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("q_proj", "v_porj")}, r"method.targets: 'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
+        ({"targets": ("a_b", "c_d")}, r"method.targets: 'a_b', 'c_d' matches no layer of this model. Its layers: down_proj"),
+        ({"targets": r"q_proj|v_proj"}, r"method.targets: 'q_proj\|v_proj' matches no layer of this model"),
+        ({"targets": ("self_attn",)}, r"method.targets: 'self_attn' matches no layer of this model"),
+        ({"exclude": ("q_pro",)}, r"method.exclude: 'q_pro' matches no layer of this model. Did you mean 'q_proj'"),
+        ({"targets": ("q_proj",), "exclude": r".*q_proj"}, r"targets=\('q_proj',\) with exclude='.*q_proj' .* chooses nothing"),
+        ({"targets": ("embed_tokens",), "layers_to_transform": (0,)}, r"layers \[0\] chooses nothing"),
+        ({"rank": 17}, r"method.rank=17 is larger than model.layers.0.self_attn.k_proj allows: its smaller side is 16"),
+        ({"targets": ("v_proj",), "rank_pattern": {"v_proj": 17}}, r"method.rank=17 is larger than .*v_proj allows"),
+        ({"layers_to_transform": (0, 3)}, r"layers_to_transform: layer 3 is not there; the model has layers 0 to 2"),
+        ({"layers_to_transform": (-1,)}, r"layers_to_transform: layer -1 is not there"),
+        ({"rank_pattern": {"q_porj": 2}}, r"method.rank_pattern: 'q_porj' matches no target. Did you mean 'q_proj'"),
+        ({**QV, "alpha_pattern": {"up_proj": 2}}, r"method.alpha_pattern: 'up_proj' matches no target. .*Targets: q_proj, v_proj"),
+        ({"bias": "all"}, r"method.bias='all': no layer in question has a bias; set it to 'none'"),
+        ({"bias": "lora_only"}, r"method.bias='lora_only': no layer in question has a bias"),
+        ({"modules_to_save": ("lm_hed",)}, r"method.modules_to_save: 'lm_hed' matches no layer of this model. Did you mean 'lm_head'"),
+        ({"modules_to_save": ("self_attn",)}, r"modules_to_save: model.layers.0.self_attn has no parameters of its own"),
+        ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is asked for twice"),
+        ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"every one of them is in modules_to_save"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, it is 1.0"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options: dict[str, Any], message: str) -> None:
+    model = attached("before", rank=2, targets=("q_proj",))
+    graph, before = nnx.split(model)[0], variables.flat(model)[1]
+    with pytest.raises(ValueError, match=message):
+        attached(model=model, **options)
+    assert nnx.split(model)[0] == graph
+    after = variables.flat(model)[1]
+    assert {path: leaf.get_value() is before[path].get_value() for path, leaf in after.items()} == dict.fromkeys(
+        before, True
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "method.rank must be a whole number of at least 1, it is 0"),
+        ({"rank": 2.5}, "method.rank must be a whole number of at least 1, it is 2.5"),
+        ({"rank_pattern": {"q_proj": 0}}, "method.rank must be a whole number of at least 1, it is 0"),
+        ({"bias": "some"}, "method.bias must be 'none', 'all' or 'lora_only', it is 'some'"),
+        ({"targets": r".*q_proj", "layers_to_transform": (0,)}, "layers_to_transform goes with names, not with a regular"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lora(**options)

@@ -1,0 +1,80 @@
+"""Reading config.json: what is used, and what is refused by name. Equality with transformers is in tests/interop."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from peftjax.models import from_hf_config
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "lama"}, "Did you mean 'llama'"),
+        ({"model_type": "bert"}, "'bert' is not supported. Supported: llama, mistral"),
+        ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not known for model_type 'llama'"),
+        ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
+        ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not known"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "'linear' does not use beta_fast"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(tiny.CONFIG | fields)
+
+
+def test_a_missing_field_is_named() -> None:
+    config = {key: value for key, value in tiny.CONFIG.items() if key != "intermediate_size"}
+    with pytest.raises(ValueError, match="'intermediate_size' is missing"):
+        from_hf_config(config)
+
+
+def test_windows_follow_each_familys_fields() -> None:
+    qwen = {"model_type": "qwen2", "sliding_window": 5, "max_window_layers": 1}
+    assert from_hf_config(tiny.CONFIG | qwen).windows == (0, 0, 0)
+    assert from_hf_config(tiny.CONFIG | qwen | {"use_sliding_window": True}).windows == (0, 5, 5)
+    assert from_hf_config(tiny.CONFIG | {"model_type": "mistral"}).windows == (4096, 4096, 4096)
+    assert from_hf_config(tiny.CONFIG | {"model_type": "mistral", "sliding_window": None}).windows == (0, 0, 0)
+
+
+def test_packed_documents_are_computed_as_if_each_stood_alone() -> None:
+    model, tokens = tiny.model(), tiny.tokens(shape=(1, 9))
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = model(tokens, segments=segments, positions=positions)
+    np.testing.assert_allclose(packed[:, :4], model(tokens[:, :4]), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 4:], model(tokens[:, 4:]), atol=1e-5)
+
+
+def test_padding_on_the_left_changes_nothing_for_the_tokens_behind_it() -> None:
+    model, tokens = tiny.model(), tiny.tokens(shape=(2, 6))
+    mask = jnp.array([[False] * 3 + [True] * 6] * 2)
+    padded = jnp.concatenate([jnp.zeros((2, 3), tokens.dtype), tokens], axis=1)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    np.testing.assert_allclose(model(padded, mask=mask, positions=positions)[:, 3:], model(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 3}])
+def test_the_cache_gives_the_logits_of_the_whole_pass(fields: dict) -> None:
+    model, tokens = tiny.model(**fields), tiny.tokens(shape=(2, 8))
+    cache, parts = model.make_cache(2, 10), []
+    for start, end in ((0, 5), (5, 6), (6, 8)):
+        logits, cache = model(tokens[:, start:end], cache=cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), model(tokens), atol=1e-5)
+
+
+def test_bfloat16_computation_over_float32_parameters_stays_near_float32() -> None:
+    config = from_hf_config(tiny.CONFIG, dtype="bfloat16", param_dtype="float32")
+    mixed = config.make(nnx.Rngs(0))
+    logits = mixed(tiny.tokens())
+    assert logits.dtype == jnp.bfloat16
+    assert mixed.head.kernel.dtype == jnp.float32
+    np.testing.assert_allclose(logits.astype(jnp.float32), tiny.model()(tiny.tokens()), atol=0.15)
