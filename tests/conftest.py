@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# torch's threads spin while they wait: several of them beside another test process take 30 times as long as one
+os.environ["OMP_NUM_THREADS"] = "1"
 # (3,) + (2, 3) broadcasts silently elsewhere; here it is an error, because it is how shapes go wrong unseen
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # compiled programs outlive the process: the second run of the tests does not compile

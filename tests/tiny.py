@@ -1,5 +1,6 @@
 """Models small enough that a test takes no time."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,7 +26,12 @@ CONFIG = {
 
 def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **fields: Any) -> Any:
     """A random Llama of 3 layers; `fields` replace those of its config.json."""
-    return from_hf_config(CONFIG | fields, dtype=dtype, remat=remat).make(nnx.Rngs(seed))
+    return nnx.merge(*_made(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed))
+
+
+@functools.cache
+def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(config.make(nnx.Rngs(seed)))
 
 
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> jax.Array:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
 
-EXAMPLES = {"train": 40_000, "validation": 1_000, "test": 1_000}
+EXAMPLES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 HELD_OUT_PERCENT = {"validation": 5, "test": 5}
 FIRST_DAY, LAST_DAY = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 

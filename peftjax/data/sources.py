@@ -277,6 +277,10 @@ def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:
 
 def _prepare(builder: Any, spec: str) -> None:
     """Generates or downloads the dataset."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    print(f"preparing {spec} in {builder.data_path.parent}", flush=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; what a command prints on stdout is its result
             builder.download_and_prepare()

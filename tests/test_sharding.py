@@ -1,0 +1,44 @@
+"""The mesh, and the one table from logical axes to mesh axes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from peftjax import sharding
+
+
+def test_a_mesh_of_one_device_is_the_default() -> None:
+    assert sharding.make_mesh().size == 1
+
+
+def test_minus_one_takes_the_devices_that_are_left() -> None:
+    assert dict(sharding.make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_a_mesh_larger_than_the_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mesh data=4, fsdp=4, tensor=1 needs 16 devices, this machine has 8"):
+        sharding.make_mesh({"data": 4, "fsdp": 4})
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("layers", "embed", "mlp"), (3, 32, 40), PartitionSpec(None, ("fsdp",), ("tensor",))),
+        (("embed", "vocab"), (32, 49), PartitionSpec(("fsdp",), None)),  # 49 is not divisible
+        (("batch", "length"), (8, 16), PartitionSpec(("data", "fsdp"), None)),
+        (("embed", "embed"), (32, 32), PartitionSpec(("fsdp",), None)),  # a mesh axis splits one dimension
+        (("rank", None), (4, 4), PartitionSpec(None, None)),
+    ],
+)
+def test_the_table_says_how_an_array_is_split(axes: tuple, shape: tuple, expected: PartitionSpec) -> None:
+    assert sharding.partition(axes, shape, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})) == expected
+
+
+def test_a_constraint_holds_on_the_mesh_in_force_and_is_nothing_without_one() -> None:
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", None) is x
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
+    assert placed.sharding.shard_shape(x.shape) == (1, 4)
