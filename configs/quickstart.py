@@ -16,19 +16,19 @@ def get_config() -> ConfigDict:
     config.data.format = "completion"
     config.data.prompt_template = "{prompt} ->"
     config.data.completion_template = " {completion}"
-    config.data.max_length = 128
+    config.data.max_length = 64
     config.data.pack = True
 
-    config.optim.learning_rate = 5e-3
+    config.optim.learning_rate = 1e-2
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
 
-    config.train.steps = 400
-    config.train.batch_size = 16
-    config.train.loss_chunk = 128
+    config.train.steps = 300
+    config.train.batch_size = 32
+    config.train.loss_chunk = 64
     config.train.log_every = 20
     config.train.eval_batches = 8
-    config.eval.exact_match = 256
+    config.eval.exact_match = 200
     config.eval.max_new_tokens = 12  # a space, ten characters and the end of text
     config.checkpoint.every = 100
     return config

@@ -49,7 +49,7 @@ class Run:
     tokenizer: Tokenizer
     batches: Any
     method: methods.Method
-    model: Any  # in evaluation; its trainable leaves are those of the start, until `sync`
+    model: Any  # in evaluation; its trainable leaves are a state's as of the last `sync`, gone with the next step
     frozen: variables.FlatTree
     schedule: optax.Schedule
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -60,6 +60,11 @@ class Run:
     def sync(self, state: TrainState) -> None:
         """Write what is trained into the model."""
         variables.update(self.model, state.trainable)
+
+    def save_report_data(self) -> None:
+        """Write report.json, from one process."""
+        if jax.process_index() == 0:
+            self.report_data.save(self.workdir)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -144,6 +149,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         train_step=make_train_step(graph, optimizer, dropout, config.train.loss_chunk, state),
         eval_step=make_eval_step(eval_graph, config.train.loss_chunk),
     )  # fmt: skip
+    run.sync(state)  # the state holds copies: let go of the originals
     return run, state
 
 
@@ -217,7 +223,7 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
         run.sync(state)
         examples = eval_examples(config, run.tokenizer, config.eval.exact_match)
         answers = answer(run.model, examples, run.tokenizer, config.eval.max_new_tokens)
-        scores["exact_match"] = exact_match(answers)
+        scores |= {"exact_match": exact_match(answers), "prompts": len(answers)}
         samples = tuple(
             report.Sample(item.record, item.prompt, item.answer, item.expected, item.correct)
             for item in answers[: config.eval.samples]
@@ -230,7 +236,7 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
             verdict = "right" if sample.correct else "wrong"
             log.message(f"  {verdict}  {sample.prompt!r} -> {sample.answer!r}, expected {sample.expected!r}")
     run.timings["evaluation"] += time.perf_counter() - started
-    run.report_data.save(run.workdir)  # a resumed run cannot answer as the untrained model any more
+    run.save_report_data()  # a resumed run cannot answer as the untrained model any more
     log.evaluation(step, scores)
     return scores
 
@@ -250,7 +256,8 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
     run.workdir.mkdir(parents=True, exist_ok=True)
     config, defaults = run.config, configs.defaults()
     defaults.method = methods.make_config(config.method.name)
-    metrics.write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
+    if jax.process_index() == 0:
+        metrics.write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
     parts = report.count_parts(variables.flat(run.model)[1], run.method.trains)
     trained = sum(part.parameters for part in parts if part.trained)
     base = sum(part.parameters for part in parts if not part.adapter)
@@ -283,10 +290,11 @@ def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
     run.report_data = dataclasses.replace(
         run.report_data, adapter_file_bytes=0 if full else size, timings=dict(run.timings)
     )
-    run.report_data.save(run.workdir)
+    run.save_report_data()
     log.message(run.batches.summary_text())
     log.message(f"{result}: {metrics.format_bytes(size)}")
-    log.message(f"{report.write_report(run.workdir)}")
+    if jax.process_index() == 0:
+        log.message(f"{report.write_report(run.workdir)}")
 
 
 def main(argv: list[str]) -> None:

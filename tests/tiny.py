@@ -1,13 +1,18 @@
 """Models small enough that a test takes no time."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tokenizers
 from flax import nnx
+from tokenizers import decoders, models, pre_tokenizers
 
 from peftjax.core import variables
+from peftjax.io.hf_model import save_model
 from peftjax.models import from_hf_config
 
 CONFIG = {
@@ -32,6 +37,29 @@ def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **field
 @functools.cache
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(config.make(nnx.Rngs(seed)))
+
+
+def directory(path: Path, seed: int = 0) -> Path:
+    """A Hugging Face directory: the model with random weights, and a tokenizer whose tokens are bytes."""
+    if not path.exists():
+        write_tokenizer(path)
+        config = CONFIG | {"vocab_size": 257, "eos_token_id": 256, "architectures": ["LlamaForCausalLM"]}
+        save_model(from_hf_config(config).make(nnx.Rngs(seed)), path.with_name("weights"))
+        for file in path.with_name("weights").iterdir():
+            file.rename(path / file.name)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """tokenizer.json and tokenizer_config.json of a tokenizer with one token for each byte, and <eos>."""
+    path.mkdir(parents=True)
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "pad_token": "<eos>"}))
 
 
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> jax.Array:

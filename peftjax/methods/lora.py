@@ -151,6 +151,12 @@ class Lora(Method):
                 adapter = Override({"bias": copy.get_value()}, {"bias": bias.axes}, {"bias": HfLeaf("bias")},
                                    tuple(bool(x) for x in mask))  # fmt: skip
                 place(site, name, adapter)
+            elif not all(site.module.adapters.adapter(name).layers.chosen):
+                last = site.names[0].rsplit(".", 1)[-1]
+                raise ValueError(
+                    f"method.bias='all' needs all layers of {last} in modules_to_save or none: one adapter cannot train "
+                    "the whole in some layers and the bias alone in the others"
+                )
         if not trained:
             raise ValueError(f"method.bias={self.bias!r}: no layer in question has a bias; set it to 'none'")
 

@@ -181,7 +181,7 @@ def test_a_save_that_fails_leaves_no_directory(tmp_path: Path, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf_adapter, "save_file", fail)
+    monkeypatch.setattr(hf_adapter, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(attached(rank=2), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
@@ -204,7 +204,7 @@ def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None
     [
         {"rank": 4},
         {"rank": 4, "targets": ("q_proj", "embed_tokens", "lm_head"), "rank_pattern": {"lm_head": 2}},
-        {"rank": 4, "targets": r".*\.[01]\.mlp\..*", "bias": "all", "modules_to_save": ("embed_tokens", "layers.2.mlp.up_proj")},
+        {"rank": 4, "targets": r".*\.[01]\.mlp\..*", "bias": "all", "modules_to_save": ("embed_tokens", "k_proj")},
         {"rank": 4, "targets": ("v_proj", "k_proj"), "bias": "lora_only", "layers_to_transform": (0, 2)},
     ],
 )  # fmt: skip

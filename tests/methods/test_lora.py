@@ -332,6 +332,12 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_errors() -> None:
 # --- Mistakes ---
 
 
+def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in_silence() -> None:
+    options = {"bias": "all", "modules_to_save": ("layers.1.self_attn.o_proj",)}
+    with pytest.raises(ValueError, match="bias='all' needs all layers of o_proj in modules_to_save or none"):
+        attached(model=tiny.model(attention_bias=True), **QV, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

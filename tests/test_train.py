@@ -1,0 +1,113 @@
+"""The commands from end to end, in this process, on a tiny model. Resuming is tested in test_resume.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax
+from peftjax import evaluate, generate, methods, train
+from peftjax.core import config as configs
+from peftjax.io.hf_model import load_model
+from peftjax.metrics import read_metrics
+from tests import tiny
+
+
+def config(root: Path, method: str = "lora", **fields: Any) -> Any:
+    made = configs.defaults()
+    made.model.path = str(tiny.directory(root / "model"))
+    made.method = methods.make_config(method)
+    made.data.train, made.data.eval = (str(root / "train.jsonl"),), (str(root / "eval.jsonl"),)
+    made.data.format, made.data.max_length = "completion", 24
+    made.optim.learning_rate = 1e-2
+    made.train.steps, made.train.batch_size, made.train.log_every = 6, 8, 2
+    made.eval.exact_match, made.eval.max_new_tokens = 3, 4
+    made.checkpoint.every = 3
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        made[section][field] = value
+    for name, numbers in (("train", range(40)), ("eval", range(40, 50))):
+        records = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in numbers]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return made
+
+
+def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_path: Path) -> None:
+    made, workdir = config(tmp_path), tmp_path / "run"
+    scores = train.train(made, workdir)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    before, after = (line for line in lines if line["kind"] == "eval")
+    assert (before["step"], after["step"]) == (0, 6)
+    assert after["eval_loss"] == scores["eval_loss"] < before["eval_loss"]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6]
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
+    page = (workdir / "report.html").read_text()
+    assert "40+1=" in page
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+
+    model = peftjax.load_adapter(load_model(made.model.path), workdir / "adapter")
+    base = load_model(made.model.path)
+    assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
+
+
+def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
+    made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0), tmp_path / "run"
+    train.train(made, workdir)
+    assert not (workdir / "adapter").exists()
+    tuned, base = load_model(workdir / "model"), load_model(made.model.path)
+    assert (workdir / "model" / "tokenizer.json").exists()
+    assert np.abs(tuned(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
+
+
+def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, workdir = config(tmp_path, train__steps=2), tmp_path / "run"
+    scores = train.train(made, workdir)
+    (tmp_path / "config.py").write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(json.loads({configs.to_json(made)!r}))\n"
+    )
+    evaluate.main([f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"])
+    written = json.loads((workdir / "evaluation.json").read_text())
+    assert written["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
+    assert written["exact_match"] == scores["exact_match"]
+
+    capsys.readouterr()
+    arguments = ["--prompt=1+1=", "--prompt=20+1=", "--max-new-tokens=3"]
+    generate.main([f"--model={made.model.path}", f"--adapter={workdir / 'adapter'}", *arguments])
+    printed = capsys.readouterr().out
+    assert "> 1+1=\n" in printed
+    assert "> 20+1=\n" in printed
+    assert "tokens/s" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path: Path) -> None:
+    made = config(tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, train__log_every=4, eval__exact_match=0)
+    made.optim.schedule = "constant"
+    with pytest.raises(ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"):
+        train.train(made, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_without_held_out_records_nothing_is_evaluated(tmp_path: Path) -> None:
+    made = config(tmp_path, data__eval=(), train__steps=2)
+    assert train.train(made, tmp_path / "run") == {}
+    assert all(line["kind"] == "train" for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    made.method.targets = "q_porj"
+    with pytest.raises(ValueError, match="'q_porj' matches no layer"):
+        train.train(made, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
+    made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0)
+    train.train(made, tmp_path / "run")
+    model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
+    assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32
+    assert model.blocks.attention.query.kernel.dtype == jnp.bfloat16
