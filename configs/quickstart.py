@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
 
-    config.train.steps = 300
-    config.train.batch_size = 32
+    config.train.steps = 600
+    config.train.batch_size = 16
     config.train.loss_chunk = 64
-    config.train.log_every = 20
+    config.train.log_every = 40
     config.train.eval_batches = 8
     config.eval.exact_match = 200
     config.eval.max_new_tokens = 12  # a space, ten characters and the end of text

@@ -145,7 +145,8 @@ def assert_same_run(workdir: Path, undisturbed: Path, result: str = "adapter") -
     assert metrics(workdir) == metrics(undisturbed)
     assert files(workdir / result) == files(undisturbed / result)
     assert last_arrays(workdir) == last_arrays(undisturbed)
-    assert checkpoints(workdir) == checkpoints(undisturbed)
+    # killed right after its last save, a run has not yet removed the checkpoint that it was to replace
+    assert checkpoints(workdir) >= checkpoints(undisturbed)
     assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
 
 

@@ -86,7 +86,9 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path: Path) -> None:
     made = config(tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, train__log_every=4, eval__exact_match=0)
     made.optim.schedule = "constant"
-    with pytest.raises(ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"):
+    with pytest.raises(
+        ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"
+    ):
         train.train(made, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 

@@ -1,6 +1,6 @@
 """Round a trained model to bfloat16 and write it, with its tokenizer, as the directory that the package carries.
 
-python experiments/base_model/export.py --model=runs/base_model/train/model --out=runs/base_model/base
+python experiments/base_model/export.py --model=runs/base_model/run/model --out=runs/base_model/base
 """
 
 import argparse

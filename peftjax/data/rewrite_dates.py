@@ -6,7 +6,6 @@
     Thu 7 Mar 2024                 2024-03-07
     the 7th of March 2024          2024-03-07
     7-Mar-2024                     2024-03-07
-    3/7/2024                       2024-03-07    month first between slashes
     7.3.2024                       2024-03-07    day first between dots
 
 Every day from 1900 to 2099 is in one split only, so no held-out answer was ever seen in training. Which day and which
@@ -55,7 +54,6 @@ FORMS: tuple[Callable[[datetime.date], str], ...] = (
     lambda day: f"the {ordinal(day)} of {month(day)} {day.year}",
     lambda day: f"{day.day}-{month(day)[:3]}-{day.year}",
     lambda day: f"{day.year}, {month(day)} {day.day}",
-    lambda day: f"{day.month}/{day.day}/{day.year}",
     lambda day: f"{day.day}.{day.month}.{day.year}",
 )
 

@@ -31,15 +31,14 @@ def attached(name: str = "default", model: Any = None, **options: Any) -> Any:
     return tiny.randomize(methods.attach(model, methods.Lora(**options), name, rngs=nnx.Rngs(1)))
 
 
-def random_tensors(targets: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 8, layers: int = L) -> Tensors:
-    """An adapter's tensors, named and shaped by hand."""
-    sizes = {"q_proj": (E, E), "v_proj": (E, KV)}
+def random_tensors(*, layers: int = L, embed: int = E) -> Tensors:
+    """The tensors of a LoRA of rank 8 on queries and values, named and shaped by hand."""
     shapes: dict[str, tuple[int, int]] = {}
     for layer in range(layers):
-        for target in targets:
+        for target, out in (("q_proj", E), ("v_proj", KV)):
             module = f"{LAYER.format(layer)}self_attn.{target}"
-            shapes[f"{module}.lora_A.weight"] = (rank, sizes[target][0])
-            shapes[f"{module}.lora_B.weight"] = (sizes[target][1], rank)
+            shapes[f"{module}.lora_A.weight"] = (8, embed)
+            shapes[f"{module}.lora_B.weight"] = (out, 8)
     rng = np.random.default_rng(0)
     return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
 
@@ -304,9 +303,9 @@ def test_a_tied_heads_copy_of_the_base_is_recognised(tmp_path: Path) -> None:
 # --- What is refused ---
 
 
-def assert_refused(path: Path, message: str, **fields: Any) -> None:
+def assert_refused(path: Path, message: str) -> None:
     """The error, and a model that is what it was, with the adapter active that was."""
-    model = attached("before", tiny.model(**fields), rank=2, targets=("q_proj",))
+    model = attached("before", tiny.model(), rank=2, targets=("q_proj",))
     graph, before = nnx.split(model)[0], variables.flat(model)[1]
     with pytest.raises(ValueError, match=message):
         load_adapter(model, path)
@@ -342,15 +341,15 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("sizes", "message"),
     [
-        ({"hidden_size": 64}, r"q_proj.lora_A.weight has shape \(8, 32\), this model needs \(8, 64\): .* another base"),
-        ({"num_hidden_layers": 4}, r"missing base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
-        ({"num_hidden_layers": 2}, r"unexpected base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
+        ({"embed": 64}, r"q_proj.lora_A.weight has shape \(8, 64\), this model needs \(8, 32\): .* another base"),
+        ({"layers": 2}, r"missing base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
+        ({"layers": 4}, r"unexpected base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
     ],
 )
-def test_an_adapter_for_another_base_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    assert_refused(write(tmp_path / "a", random_tensors()), message, **fields)
+def test_an_adapter_for_another_base_is_refused(sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+    assert_refused(write(tmp_path / "a", random_tensors(**sizes)), message)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +394,7 @@ def test_a_config_that_cannot_be_honoured_is_refused(fields: dict[str, Any], mes
 
 
 def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such directory; give the one that holds adapter_config.json"):
+    with pytest.raises(ValueError, match=r"nowhere: no such directory; give the one that holds"):
         load_adapter(tiny.model(), tmp_path / "nowhere")
     path = write(tmp_path / "a", random_tensors())
     (path / CONFIG).unlink()
