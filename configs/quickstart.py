@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 16
     config.train.loss_chunk = 64
     config.train.log_every = 40
+    config.train.eval_every = 200
     config.train.eval_batches = 8
     config.eval.exact_match = 200
     config.eval.max_new_tokens = 12  # a space, ten characters and the end of text

@@ -75,8 +75,9 @@ class Lora(Method):
             object.__setattr__(self, field, tuple((str(key), number) for key, number in items))
         for field in ("targets", "exclude"):
             object.__setattr__(self, field, _pattern(getattr(self, field)))
-        for field in ("layers_to_transform", "modules_to_save"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        saved = self.modules_to_save
+        object.__setattr__(self, "modules_to_save", _split(saved) if isinstance(saved, str) else tuple(saved))
+        object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for rank in (self.rank, *dict(self.rank_pattern).values()):
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"method.rank must be a whole number of at least 1, it is {rank!r}")
@@ -317,7 +318,11 @@ def _pattern(value: Any) -> str | tuple[str, ...]:
         return tuple(value)
     if value == "all-linear" or REGEX & set(value):
         return value
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    return _split(value)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _from_json(value: Any) -> str | tuple[str, ...]:
