@@ -31,7 +31,7 @@ CONFIG = {
 
 def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **fields: Any) -> Any:
     """A random Llama of 3 layers; `fields` replace those of its config.json."""
-    return nnx.merge(*_made(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed))
+    return nnx.merge(*_made(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed), copy=True)
 
 
 @functools.cache

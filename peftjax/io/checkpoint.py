@@ -7,9 +7,11 @@ A checkpoint is a directory named by its step, written by orbax under a temporar
                              of the arrays, their fingerprint, and a checksum of this object itself
 """
 
+import gc
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -313,10 +315,15 @@ def _checksum(content: Json) -> str:
 def _on_every_process(what: str, read: Callable[[], T]) -> T:
     """What `read` returns; if it fails on any process, damage on all of them, so that they stay together."""
     results, problem = [], ""
-    try:
-        results.append(read())
-    except Exception as error:
-        problem = _reason(error)
+    with warnings.catch_warnings():
+        # When one array cannot be read, orbax drops its reads of the others, and Python warns of that.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            results.append(read())
+        except Exception as error:
+            problem = _reason(error)
+        if problem:
+            gc.collect()  # here, and not at some later moment when it is warned of
     if problems := [problem for problem in _gather(problem) if problem]:
         raise _DamagedError(f"{what}: {problems[0]}")
     return results[0]

@@ -140,8 +140,8 @@ def count_trainable(model: Any, name: str = "default") -> int:
 def active_view(model: Any) -> Any:
     """The model without adapters that take no part, and without names: `a0`, `a1`, ... in their order.
 
-    Its structure is the same for any adapter of the same shapes, so a compiled function takes them all. Arrays are
-    shared with the model.
+    Its structure is the same for any adapter of the same shapes, so a compiled function takes them all. Its
+    variables are the model's own.
     """
     view = nnx.merge(*nnx.split(model))
     for site in sites(view):
