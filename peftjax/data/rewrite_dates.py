@@ -58,7 +58,7 @@ FORMS: tuple[Callable[[datetime.date], str], ...] = (
 )
 
 
-class RewriteDates(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # type: ignore[misc]  # TFDS has no types
+class RewriteDates(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     """Dates as people write them (`prompt`) and as ISO 8601 (`completion`); splits train, validation, test."""
 
     VERSION = tfds.core.Version("1.0.0")
