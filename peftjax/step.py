@@ -49,16 +49,20 @@ def make_train_step(
     dropout_keys: tuple[str, ...],
     chunk: int,
     state: TrainState,
+    penalty: Callable[[Any], jax.Array | None] = lambda model: None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted (state, frozen, batch [A, B, T]) -> (state, metrics). The frozen tree is an argument: never donated,
     never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
-    the result that of one large batch, however the tokens fall."""
+    the result that of one large batch, however the tokens fall. penalty: what a method adds to the mean loss that is
+    minimised, from the model; the loss that is reported is without it."""
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def loss(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
-        totals = next_token_loss(variables.merge(graph, trainable, frozen), batch, chunk)
-        return totals.loss, totals
+        model = variables.merge(graph, trainable, frozen)
+        totals = next_token_loss(model, batch, chunk)
+        extra = penalty(model)
+        return totals.loss if extra is None else totals.loss + totals.tokens * extra, totals
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(

@@ -139,14 +139,14 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     model.eval()
     eval_graph, _ = variables.flat(model)
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    optimizer = optim.make_optimizer(config.optim, config.train.steps, decayed)
+    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     state = first_state(trainable, optimizer, config.seed)
     dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     run = Run(
         config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, tokenizer=tokenizer,
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
-        train_step=make_train_step(graph, optimizer, dropout, config.train.loss_chunk, state),
+        train_step=make_train_step(graph, optimizer, dropout, config.train.loss_chunk, state, method.penalty),
         eval_step=make_eval_step(eval_graph, config.train.loss_chunk),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals

@@ -39,6 +39,11 @@ def flat(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     return graph, dict(sorted(variables.items()))
 
 
+def is_stacked(variable: nnx.Variable) -> bool:
+    """Whether a variable holds an array for each layer of a stack."""
+    return variable.axes[:1] == ("layers",)
+
+
 def trainable_mask(variables: Mapping[str, nnx.Variable], kind: type[nnx.Variable] = PeftParam) -> dict[str, bool]:
     """True for each variable of exactly the type `kind`: `PeftParam` for PEFT, `nnx.Param` for full fine-tuning."""
     return {path: type(variable) is kind for path, variable in variables.items()}

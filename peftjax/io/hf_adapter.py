@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from peftjax.core.paths import suggest
 from peftjax.io.hf_files import enumerate_some, read_header, read_json
 from peftjax.methods import METHODS, attach, attached, detach, use
 from peftjax.methods.attach import active
-from peftjax.methods.base import Method, Site, sites, tied_kernel
+from peftjax.methods.base import HfLeaf, Method, MethodAdapter
+from peftjax.methods.sites import Site, adapters, sites, tied_kernel
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,31 +119,44 @@ def _read_method(path: Path) -> Method:
     return classes[kind].from_hf({key: value for key, value in config.items() if key not in about})
 
 
-def _leaves(model: Any, name: str) -> list[tuple[str, Site, int | None, Any]]:
-    """Every tensor of the adapter's file: (key, site, layer, where it is)."""
-    return [
-        (f"{PREFIX}{hf}.{suffix}", site, layer, leaf)
-        for site in sites(model)
-        if name in site.module.adapters.names()
-        for layer, hf in zip(site.layers, site.names, strict=True)
-        for suffix, leaf in site.module.adapters.adapter(name).hf_leaves(layer).items()
-    ]
+class _Tensor(NamedTuple):
+    """A tensor of the adapter's file and where it lives; layer: None for a whole leaf."""
+
+    key: str
+    adapter: MethodAdapter
+    layer: int | None
+    leaf: HfLeaf
+
+    def array(self) -> jax.Array:
+        value = getattr(self.adapter, self.leaf.leaf).get_value()
+        return value if self.layer is None else value[self.layer]
+
+
+def _in_file(model: Any, name: str) -> list[_Tensor]:
+    found: dict[str, _Tensor] = {}
+    for site, adapter in adapters(model, name):
+        written = adapter.exported()
+        for key, leaf in written.hf_shared().items():
+            found.setdefault(key, _Tensor(key, written, None, leaf))  # the same in each layer that shares it
+        for layer, hf in zip(site.layers, site.names, strict=True):
+            for suffix, leaf in written.hf_leaves(layer).items():
+                key = f"{PREFIX}{hf}.{suffix}"
+                found[key] = _Tensor(key, written, layer, leaf)
+    return list(found.values())
 
 
 def _tensors(model: Any, name: str) -> dict[str, np.ndarray]:
-    tensors = {}
-    for key, site, layer, leaf in _leaves(model, name):
-        value = getattr(site.module.adapters.adapter(name), leaf.leaf).get_value()
-        part = np.asarray(value if layer is None else value[layer])[leaf.window]
-        tensors[key] = np.ascontiguousarray(part.T if leaf.transposed else part)
-    return tensors
+    return {
+        tensor.key: np.ascontiguousarray(tensor.leaf.write(np.asarray(tensor.array())))
+        for tensor in _in_file(model, name)
+    }
 
 
 def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> None:
-    leaves = _leaves(model, name)
-    unread = set(tensors) - {key for key, *_ in leaves}
+    expected = _in_file(model, name)
+    unread = set(tensors) - {tensor.key for tensor in expected}
     unread -= _copies_of_base(model, {key: tensors[key] for key in unread})
-    missing = [key for key, *_ in leaves if key not in tensors]
+    missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unread:
         parts = [
             f"{word} {enumerate_some(keys)}"
@@ -150,21 +164,15 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
             if keys
         ]
         raise ValueError(f"{path / WEIGHTS} does not fit its config and this model: {'; '.join(parts)}")
-    filled: dict[tuple[str, str], np.ndarray] = {}
-    for key, site, layer, leaf in leaves:
-        variable = getattr(site.module.adapters.adapter(name), leaf.leaf)
-        buffer = filled.setdefault((site.path, leaf.leaf), np.array(variable.get_value()))
-        window = (buffer if layer is None else buffer[layer])[leaf.window]  # a view: writing fills the buffer
-        value = tensors[key].T if leaf.transposed else tensors[key]
-        if value.shape != window.shape:
-            raise ValueError(
-                f"{path / WEIGHTS}: {key} has shape {tensors[key].shape}, this model needs "
-                f"{window.T.shape if leaf.transposed else window.shape}: the adapter is for another base"
-            )
-        window[...] = value.astype(window.dtype)
-    by_path = {site.path: site for site in sites(model)}
-    for (site_path, leaf_name), buffer in filled.items():
-        variable = getattr(by_path[site_path].module.adapters.adapter(name), leaf_name)
+    filled: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
+    for tensor in expected:
+        variable = getattr(tensor.adapter, tensor.leaf.leaf)
+        _, buffer = filled.setdefault(id(variable), (variable, np.array(variable.get_value())))
+        try:
+            tensor.leaf.read(tensors[tensor.key], buffer if tensor.layer is None else buffer[tensor.layer])
+        except ValueError as error:
+            raise ValueError(f"{path / WEIGHTS}: {tensor.key} {error}: the adapter is for another base") from None
+    for variable, buffer in filled.values():
         variable.set_value(jax.device_put(buffer, variable.get_value().sharding))
 
 

@@ -6,14 +6,18 @@ remembers them for `unmerge`.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from peftjax.core import variables
 from peftjax.core.paths import suggest
-from peftjax.methods.base import Method, sites
+from peftjax.core.variables import PeftParam
+from peftjax.methods.base import Method
+from peftjax.methods.sites import adapters, sites
 from peftjax.nn.slot import Slot
 
 
@@ -44,18 +48,25 @@ def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs)
     return use(model, name)
 
 
-def active(model: Any) -> str | None:
-    """The name of the adapters that take part in the computation; None: there are none."""
-    return next((name for site in sites(model) for name in site.module.adapters.active), None)
+def active(model: Any) -> tuple[str, ...]:
+    """The names of the adapters that take part in the computation, the innermost first."""
+    return getattr(model, "used", ())
 
 
-def use(model: Any, name: str | None) -> Any:
-    """Let the adapters called `name`, and no others, take part in the computation; None: the base alone."""
-    if name is not None:
+def use(model: Any, names: str | Sequence[str] | None) -> Any:
+    """Let the adapters called so, and no others, take part in the computation; None: the base alone.
+
+    Where several sit in one slot, a later one wraps those before it.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    for name in names:
         _require(model, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"use: {names} names an adapter twice")
     for site in sites(model):
         slot = site.module.adapters
-        slot.active = (name,) if name is not None and name in slot.names() else ()
+        slot.active = tuple(name for name in names if name in slot.names())
+    model.used = names
     return model
 
 
@@ -65,6 +76,7 @@ def detach(model: Any, name: str = "default") -> Any:
     if name in merged(model):
         unmerge(model, name)
     _remove(model, name)
+    model.used = tuple(used for used in active(model) if used != name)
     model.methods = tuple(item for item in model.methods if item[0] != name)
     return model
 
@@ -81,7 +93,7 @@ def merge(model: Any, name: str = "default") -> Any:
     _require(model, name)
     if name in merged(model):
         raise ValueError(f"adapter {name!r} is merged already")
-    changed = [site for site in sites(model) if name in site.module.adapters.names()]
+    changed = [site for site, _ in adapters(model, name)]
     untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
     if untied:
         model.untie()
@@ -123,17 +135,23 @@ def merged(model: Any) -> list[str]:
 
 
 def count_trainable(model: Any, name: str = "default") -> int:
-    """How many parameters the adapters called `name` train: those that an adapter file holds, without the rows that
-    pad layers of smaller rank."""
+    """How many parameters the adapters called `name` train, without the rows that pad layers of smaller rank."""
     _require(model, name)
+    counted: set[int] = set()  # variables that a method shares among layers, counted once
     total = 0
-    for site in sites(model):
-        if name in site.module.adapters.names():
-            adapter = site.module.adapters.adapter(name)
-            for layer in site.layers:
-                for leaf in adapter.hf_leaves(layer).values():
-                    shape = getattr(adapter, leaf.leaf).shape[0 if layer is None else 1 :]
+    for site, adapter in adapters(model, name):
+        of_layers = [(layer, adapter.hf_leaves(layer)) for layer in site.layers]
+        in_file = {leaf.leaf for _, leaves in of_layers for leaf in leaves.values()}
+        for layer, leaves in of_layers:
+            for leaf in leaves.values():
+                variable = getattr(adapter, leaf.leaf)
+                if isinstance(variable, PeftParam):
+                    shape = variable.shape[0 if layer is None else 1 :]
                     total += np.broadcast_to(np.zeros(()), shape)[leaf.window].size
+        for path, variable in variables.flat(adapter)[1].items():
+            if isinstance(variable, PeftParam) and path not in in_file and id(variable) not in counted:
+                counted.add(id(variable))
+                total += variable.size
     return total
 
 
@@ -152,7 +170,7 @@ def active_view(model: Any) -> Any:
         for index, adapter in enumerate(active):
             slot.add(f"a{index}", adapter)
         slot.active = tuple(f"a{index}" for index in range(len(active)))
-    view.methods, view.merges = (), None
+    view.methods, view.merges, view.used = (), None, ()
     return view
 
 
@@ -186,9 +204,8 @@ def _require(model: Any, name: str) -> None:
 
 
 def _remove(model: Any, name: str) -> None:
-    for site in sites(model):
-        if name in site.module.adapters.names():
-            site.module.adapters.remove(name)
+    for site, _ in adapters(model, name):
+        site.module.adapters.remove(name)
 
 
 def _like(value: Any, old: jax.Array) -> jax.Array:

@@ -1,31 +1,43 @@
 """What a method is: options that say where adapters go, and adapters that sit in slots.
 
 A method is a frozen dataclass of its options with `attach(model, name, rngs)`, which puts an `Adapter` into each slot
-it wants, and with the translation of its options to and from a Hugging Face adapter_config.json. What is trained
+it wants, and a table that translates its options to and from a Hugging Face adapter_config.json. What is trained
 follows from `trains`: variables of exactly that type.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from flax import nnx
 
-from peftjax.core.paths import first_match, matches, suggest, unmatched
+from peftjax.core import variables
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.nn.slot import Adapter, Slot
+from peftjax.nn.dropout import Dropout
+from peftjax.nn.slot import Adapter
+from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The options of one PEFT method."""
+    """The options of one PEFT method.
+
+    The translation to Hugging Face: `hf_fields`, {option: (its field in adapter_config.json, the value that peft takes
+    where the field is missing)}; `hf_constants`, fields that are written with this value and read with no other that
+    says something (but None or False); `hf_ignored`, fields that say how to train, or where peft's own model keeps
+    things, and change nothing that is computed.
+    """
 
     method: ClassVar[str]  # its name in configs
     peft_type: ClassVar[str | None] = None  # its name in Hugging Face's adapter_config.json
     trains: ClassVar[type[nnx.Variable]] = PeftParam
+    hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {}
+    hf_constants: ClassVar[dict[str, Any]] = {}
+    hf_ignored: ClassVar[frozenset[str]] = frozenset()
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         """Put adapters called `name` into the model's slots.
@@ -35,23 +47,82 @@ class Method:
         """
         raise NotImplementedError
 
+    def optimizer(
+        self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]
+    ) -> optax.GradientTransformation:
+        """`inner`, or what the method makes of it; leaves: the model's variables by path."""
+        del leaves
+        return inner
+
+    def penalty(self, model: Any) -> jax.Array | None:
+        """What the method adds to the mean loss of a token, float32 []; None: nothing."""
+        del model
+        return None
+
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         """The method's own fields of adapter_config.json."""
-        raise NotImplementedError
+        del model, name
+        return {hf: _to_json(getattr(self, option)) for option, (hf, _) in self.hf_fields.items()} | self.hf_constants
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "Method":
+    def from_hf(cls, config: dict[str, Any]) -> Self:
         """The method of an adapter_config.json; a field it cannot honour is a ValueError that names it."""
-        raise NotImplementedError
+        known = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_ignored
+        for key, value in config.items():
+            if key not in known and value not in (None, False, "", [], {}, cls.hf_constants.get(key)):
+                raise ValueError(f"adapter_config.json: {key}={value!r} is not supported for {cls.peft_type}")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
+        return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})
+
+
+def _to_json(value: Any) -> Any:
+    """Tuples of pairs as objects, other tuples as lists, an empty one as null."""
+    if not isinstance(value, tuple):
+        return value
+    pairs = value and all(isinstance(item, tuple) and len(item) == 2 for item in value)
+    return dict(value) if pairs else list(value) or None
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, list) else value
+
+
+# --- Adapters ---
 
 
 @dataclasses.dataclass(frozen=True)
 class HfLeaf:
-    """Where one tensor of an adapter file lives: `leaf[layer][window]` of an adapter, transposed or not."""
+    """Where one tensor of an adapter file lives: `leaf[layer][window]` of an adapter, then transposed by `axes` and
+    reshaped to `shape`."""
 
     leaf: str
     window: tuple[slice, ...] = ()
-    transposed: bool = False
+    axes: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+
+    def write(self, array: Any) -> Any:
+        """What the file holds, from the leaf's array of one layer."""
+        part = array[self.window]
+        part = part if self.axes is None else part.transpose(self.axes)
+        return part if self.shape is None else part.reshape(self.shape)
+
+    def read(self, tensor: Any, into: Any) -> None:
+        """Write a tensor of the file into a layer's array; a ValueError where it has another shape."""
+        window = into[self.window]
+        expected = self.write(into).shape
+        if tensor.shape != expected:
+            raise ValueError(f"has shape {tensor.shape}, this model needs {expected}")
+        axes = tuple(range(window.ndim)) if self.axes is None else self.axes
+        turned = tensor.reshape([window.shape[axis] for axis in axes])
+        window[...] = turned.transpose([axes.index(axis) for axis in range(window.ndim)]).astype(window.dtype)
+
+
+def transposed(leaf: str) -> HfLeaf:
+    """A matrix that the file holds the other way round."""
+    return HfLeaf(leaf, axes=(1, 0))
 
 
 class MethodAdapter(Adapter):
@@ -61,6 +132,14 @@ class MethodAdapter(Adapter):
         """The tensors that an adapter file holds for one layer (None: the module is not stacked), by their suffix;
         empty for a layer that the method leaves alone."""
         raise NotImplementedError
+
+    def hf_shared(self) -> dict[str, HfLeaf]:
+        """The tensors that an adapter file holds once for all layers, by their whole key, of whole leaves."""
+        return {}
+
+    def exported(self) -> "MethodAdapter":
+        """The adapter whose leaves the file holds: itself, or the result of what only training needs."""
+        return self
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         """The owner's parameters that give, without the adapter, what they give with it.
@@ -87,7 +166,10 @@ class LayerMask(nnx.Module):
 
 
 class Override(MethodAdapter):
-    """A trained copy of its owner's parameters, in their place: modules_to_save, and biases that are trained."""
+    """A trained copy of its owner's parameters, in their place: modules_to_save, and biases or norms that are trained.
+
+    hf: {suffix in the adapter file: leaf}.
+    """
 
     def __init__(
         self,
@@ -119,139 +201,77 @@ class Override(MethodAdapter):
         return {leaf: self.layers(getattr(self, leaf).get_value(), value) for leaf, value in own.items()}
 
 
+class WeightAdapter(MethodAdapter):
+    """An adapter defined by what it makes of its owner's kernel: y = x changed(W) + b.
+
+    A subclass says `changed`, and computes in a cheaper way where there is one. `layers` are those it is in; in the
+    others of the stack `changed` must give back W itself. names: the tensors of its file for one layer.
+    """
+
+    names: ClassVar[Mapping[str, HfLeaf]]
+    kernel: ClassVar[str] = "kernel"  # the owner's parameter that it changes
+    layers: LayerMask
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        """The kernel of one layer, float32 [in, out], as the adapter changes it."""
+        raise NotImplementedError
+
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
+        kernel = parameter(owner, self.kernel, parameters)
+        return compute(*inputs, **(parameters | {self.kernel: self._rounded(kernel)}))
+
+    def _rounded(self, kernel: jax.Array) -> jax.Array:
+        return self.changed(kernel.astype(jnp.float32)).astype(kernel.dtype)
+
+    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
+        return {self.kernel: over_layers(self, lambda one, kernel: one._rounded(kernel), parameters[self.kernel])}
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        return dict(self.names) if self.layers.chosen[layer or 0] else {}
+
+
+class DeltaAdapter(WeightAdapter):
+    """A weight adapter that adds: y = x W + dropout(x) delta + b."""
+
+    dropout: Dropout
+
+    def delta(self) -> jax.Array:
+        """What is added to the kernel of one layer, float32 [in, out]; zero in a layer that it is not in."""
+        raise NotImplementedError
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        return kernel + self.delta()
+
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
+        (x,) = inputs
+        return compute(x, **parameters) + matmul(self.dropout(x), self.delta().astype(x.dtype))
+
+
 def parameter(owner: Any, leaf: str, given: Mapping[str, jax.Array]) -> jax.Array:
     """The parameter that `owner` computes with: the one it is given for this call, else its own."""
     return given[leaf] if leaf in given else getattr(owner, leaf).get_value()
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A layer with a slot.
-
-    path: ours; names: what Hugging Face calls it, one for each layer of a stack; stack: (L,), or () when not stacked.
-    """
-
-    path: str
-    module: Any
-    names: tuple[str, ...]
-    stack: tuple[int, ...]
-
-    @property
-    def layers(self) -> tuple[int | None, ...]:
-        """The indices to give to `MethodAdapter.hf_leaves`, in the order of `names`."""
-        return tuple(range(self.stack[0])) if self.stack else (None,)
-
-    @property
-    def parameters(self) -> dict[str, nnx.Variable]:
-        """The layer's own parameters by name."""
-        return {key: value for key, value in vars(self.module).items() if isinstance(value, nnx.Param)}
-
-    def lead(self, *axes: str | None) -> tuple[str | None, ...]:
-        """Logical axes of a parameter that sits here, with the stack's before them."""
-        return ("layers", *axes) if self.stack else axes
+def over_layers(adapter: nnx.Module, compute: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`compute(adapter, *arrays)`, for a stacked adapter at each layer of it and of the arrays, [L, ...]."""
+    graph, leaves = variables.flat(adapter)
+    stacked = {path: variables.is_stacked(leaf) for path, leaf in leaves.items()}
+    values = {path: leaf.get_value() for path, leaf in leaves.items()}
+    if not any(stacked.values()):
+        return compute(adapter, *arrays)
+    axes = {path: 0 if yes else None for path, yes in stacked.items()}
+    over = jax.vmap(
+        lambda values, arrays: compute(variables.merge(graph, values), *arrays), in_axes=(axes, 0)
+    )  # over the dict of leaves, and every one of the arrays
+    return over(values, arrays)
 
 
-def sites(model: nnx.Module) -> list[Site]:
-    """All layers of a model that have a slot, in a fixed order."""
-    names = getattr(type(model), "hf_modules", {})
-    depth: dict[str, int] = {}  # top-level part -> its number of layers
-    for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if variable.axes and variable.axes[0] == "layers":
-            depth[str(key[0])] = variable.shape[0]
-    found = []
-    for key, module in nnx.iter_modules(model):
-        if isinstance(getattr(module, "adapters", None), Slot):
-            path = ".".join(map(str, key))
-            stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
-            name = names.get(path, path)
-            expanded = tuple(name.format(layer) for layer in range(stack[0])) if stack else (name,)
-            found.append(Site(path, module, expanded, stack))
-    return sorted(found, key=lambda site: site.path)
-
-
-def choose(
-    candidates: Iterable[Site],
-    targets: str | tuple[str, ...],
-    *,
-    exclude: str | tuple[str, ...] = (),
-    layers: tuple[int, ...] = (),
-    what: str = "targets",
-) -> list[tuple[Site, np.ndarray]]:
-    """The sites that `targets` means, each with a bool for every name of it (every layer of the stack).
-
-    Raises:
-        ValueError: an entry that matches nothing, a layer that is not there, or a choice that is empty.
-    """
-    candidates = list(candidates)
-    names = [name for site in candidates for name in site.names]
-    for option, pattern in ((what, targets), ("exclude", exclude)):
-        if missing := [entry for entry in unmatched(names, pattern) if entry]:
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise ValueError(
-                f"method.{option}: {', '.join(map(repr, missing))} matches no layer of this model."
-                f"{suggest(missing[0], last)} Its layers: {', '.join(last)}"
-            )
-    depth = max((site.stack[0] for site in candidates if site.stack), default=0)
-    if beyond := [layer for layer in layers if not 0 <= layer < depth]:
-        raise ValueError(
-            f"method.layers_to_transform: layer {beyond[0]} is not there; the model has layers 0 to {depth - 1}"
-        )
-    chosen = []
-    for site in candidates:
-        mask = np.array([
-            matches(name, targets)
-            and not (exclude and matches(name, exclude))
-            and not (layers and index not in layers)
-            for index, name in zip(site.layers, site.names, strict=True)
-        ])  # fmt: skip
-        if mask.any():
-            chosen.append((site, mask))
-    if not chosen:
-        raise ValueError(
-            f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} chooses nothing"
-        )
-    return chosen
-
-
-def by_name(site: Site, table: tuple[tuple[str, Any], ...], default: Any) -> np.ndarray:
-    """For every name of a site, the value of the first entry of `table` that means it, else `default`."""
-    found = [first_match(name, table) for name in site.names]
-    return np.array([default if value is None else value for value in found])
-
-
-def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: list[tuple[Site, np.ndarray]]) -> None:
-    """A ValueError for an entry of rank_pattern or alpha_pattern that means no chosen layer."""
-    names = [name for site, mask in chosen for name, used in zip(site.names, mask, strict=True) if used]
-    for key, value in table:
-        if not any(first_match(name, ((key, value),)) is not None for name in names):
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise ValueError(
-                f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}"
-            )
-
-
-def copy_whole(model: nnx.Module, chosen: list[tuple[Site, np.ndarray]], name: str) -> None:
-    """Put a trained copy of all parameters of each site into its slot (modules_to_save)."""
-    for site, mask in chosen:
-        stored = getattr(type(site.module), "hf_leaves", {})
-        values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
-        if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
-            values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
-        if not values:
-            raise ValueError(f"method.modules_to_save: {site.names[0]} has no parameters of its own")
-        hf = {suffix: HfLeaf(leaf, (), turned) for leaf, (suffix, turned) in stored.items() if leaf in values}
-        widened = {leaf: jnp.array(value, jnp.float32) for leaf, value in values.items()}
-        place(site, name, Override(widened, axes, hf, tuple(bool(x) for x in mask)))
-
-
-def tied_kernel(model: Any) -> jax.Array:
-    """The kernel [D, V] that a tied head borrows."""
-    return model.embed.embedding.get_value().T
-
-
-def place(site: Site, name: str, adapter: Adapter) -> None:
-    """Put an adapter into a site's slot, once."""
-    if name in site.module.adapters.names():
-        raise ValueError(f"method: {site.names[0]} is asked for twice (as a target and in modules_to_save?)")
-    site.module.adapters.add(name, adapter)
+def positive(**options: float) -> None:
+    """A ValueError for the first option that is not a number above 0 (for a whole number: at least 1)."""
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"method.{option} must be above 0, it is {value!r}")

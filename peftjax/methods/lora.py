@@ -14,116 +14,76 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import (
-    HfLeaf,
-    LayerMask,
-    Method,
-    MethodAdapter,
-    Override,
-    Site,
-    by_name,
-    check_table,
-    choose,
-    copy_whole,
-    parameter,
-    place,
-    sites,
-)
+from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, Override, parameter, transposed
+from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_table, place, sites
+from peftjax.methods.targeted import Targeted
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 from peftjax.quant.matmul import matmul
 
-REGEX = set("*+?()[]{}|^$\\")
 
-
-@dataclasses.dataclass(frozen=True)
-class Lora(Method):
-    """Options of LoRA; module names are Hugging Face's (`q_proj`, `model.layers.0.mlp.up_proj`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Targeted):
+    """Options of LoRA, beside those of `Targeted`; Linear and Embedding layers can be targets.
 
     rank, alpha: as in the paper. rank_pattern, alpha_pattern: exceptions by module name, {"layers.0.self_attn.q_proj": 4}.
     dropout: on the adapter's input, in training.
-    targets: "all-linear" (every Linear but the head), a tuple of names or name endings, or a string: a regular
-    expression for the whole name, or names separated by commas. Linear and Embedding layers can be targets.
-    exclude: names or a regular expression to leave out. layers_to_transform: only these layers.
     bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
-    modules_to_save: layers to train whole and not by LoRA, such as lm_head: those whose name ends so, as peft has it,
-    be it within a word ("norm" means input_layernorm too).
     dtype: of A and B; the computation runs in the dtype of the activations.
     """
 
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
     bias: str = "none"
-    modules_to_save: tuple[str, ...] = ()
     dtype: str = "float32"
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
+    fits: ClassVar = (Linear, Embedding)
+    hf_fields: ClassVar = Targeted.hf_fields | {
+        "rank": ("r", 8),
+        "alpha": ("lora_alpha", 8),
+        "dropout": ("lora_dropout", 0.0),
+        "rslora": ("use_rslora", False),
+        "rank_pattern": ("rank_pattern", None),
+        "alpha_pattern": ("alpha_pattern", None),
+        "bias": ("bias", "none"),
+    }
+    hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
+    hf_ignored: ClassVar = Targeted.hf_ignored | {
+        "init_lora_weights", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size",
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, field)
             items = value.items() if isinstance(value, Mapping) else value
             object.__setattr__(self, field, tuple((str(key), number) for key, number in items))
-        for field in ("targets", "exclude"):
-            object.__setattr__(self, field, _pattern(getattr(self, field)))
-        saved = self.modules_to_save
-        object.__setattr__(self, "modules_to_save", _split(saved) if isinstance(saved, str) else tuple(saved))
-        object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for rank in (self.rank, *dict(self.rank_pattern).values()):
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"method.rank must be a whole number of at least 1, it is {rank!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
-        if self.layers_to_transform and isinstance(self.targets, str) and self.targets != "all-linear":
-            raise ValueError(
-                "method.layers_to_transform goes with names, not with a regular expression for whole names"
-            )
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
-        saved = self._saved(model)
-        for site, mask in self.chosen(model):
-            place(site, name, self._adapter(site, mask, rngs))
-        copy_whole(model, saved, name)
+        super().attach(model, name, rngs)
         if self.bias != "none":
             self._train_biases(model, name)
 
-    def chosen(self, model: nnx.Module) -> list[tuple[Site, np.ndarray]]:
-        """The sites that get a LoRA, each with a bool for every layer."""
-        layers = [site for site in sites(model) if isinstance(site.module, Linear | Embedding)]
-        targets = self.targets
-        if targets == "all-linear":
-            outputs = getattr(type(model), "output_layers", ())
-            layers = [site for site in layers if isinstance(site.module, Linear) and site.path not in outputs]
-            targets = ".*"
-        chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
-        saved = {site.path: mask for site, mask in self._saved(model)}
-        chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
-        chosen = [(site, mask) for site, mask in chosen if mask.any()]
-        if not chosen:
-            raise ValueError(f"method.targets={self.targets!r}: every one of them is in modules_to_save")
+    def chosen(self, model: nnx.Module) -> Chosen:
+        chosen = super().chosen(model)
         check_table("rank_pattern", self.rank_pattern, chosen)
         check_table("alpha_pattern", self.alpha_pattern, chosen)
         return chosen
 
-    def _saved(self, model: nnx.Module) -> list[tuple[Site, np.ndarray]]:
-        """The sites of modules_to_save, each with a bool for every layer."""
-        if not self.modules_to_save:
-            return []
-        names = [name for site in sites(model) for name in site.names]
-        ending = {entry: [name for name in names if name.endswith(entry)] for entry in self.modules_to_save}
-        meant = tuple(name for entry, found in ending.items() for name in found or [entry])
-        return choose(sites(model), meant, what="modules_to_save")
-
-    def _adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoraLinear | LoraEmbedding":
+    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoraLinear | LoraEmbedding":
         ranks = np.where(mask, by_name(site, self.rank_pattern, self.rank), 0)
         limit = min(site.module.in_features, site.module.out_features)
         if ranks.max() > limit:
@@ -137,6 +97,7 @@ class Lora(Method):
 
     def _train_biases(self, model: nnx.Module, name: str) -> None:
         targeted = {site.path: mask for site, mask in self.chosen(model)}
+        there = {site.path: adapter for site, adapter in adapters(model, name)}
         trained = 0
         for site in sites(model):
             if "bias" not in site.parameters or (self.bias == "lora_only" and site.path not in targeted):
@@ -146,13 +107,13 @@ class Lora(Method):
             copy = PeftParam(jnp.array(bias.get_value(), jnp.float32), axes=bias.axes)
             trained += 1
             if site.path in targeted:
-                lora = site.module.adapters.adapter(name)
+                lora = there[site.path]
                 lora.bias, lora.bias_layers = nnx.data(copy), nnx.data(LayerMask(tuple(bool(x) for x in mask)))
-            elif name not in site.module.adapters.names():
+            elif site.path not in there:
                 adapter = Override({"bias": copy.get_value()}, {"bias": bias.axes}, {"bias": HfLeaf("bias")},
                                    tuple(bool(x) for x in mask))  # fmt: skip
                 place(site, name, adapter)
-            elif not all(site.module.adapters.adapter(name).layers.chosen):
+            elif not all(there[site.path].layers.chosen):
                 last = site.names[0].rsplit(".", 1)[-1]
                 raise ValueError(
                     f"method.bias='all' needs all layers of {last} in modules_to_save or none: one adapter cannot train "
@@ -162,76 +123,28 @@ class Lora(Method):
             raise ValueError(f"method.bias={self.bias!r}: no layer in question has a bias; set it to 'none'")
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        targets: Any = list(self.targets) if isinstance(self.targets, tuple) else self.targets
-        if targets == "all-linear":
-            targets = sorted({hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names})
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": targets,
-            "exclude_modules": (list(self.exclude) if isinstance(self.exclude, tuple) else self.exclude) or None,
-            "bias": self.bias,
-            "use_rslora": self.rslora,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "layers_to_transform": list(self.layers_to_transform) or None,
-            "layers_pattern": None,
-            "modules_to_save": list(self.modules_to_save) or None,
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-        }
+        patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
+        return super().to_hf(model, name) | patterns
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Lora":
-        known: dict[str, Any] = {
-            "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": None,
-            "bias": "none", "use_rslora": False, "rank_pattern": None, "alpha_pattern": None,
-            "layers_to_transform": None, "modules_to_save": None,
-        }  # fmt: skip
-        get = {key: config.get(key, default) for key, default in known.items()}
-        if get["target_modules"] is None:
-            raise ValueError("adapter_config.json: target_modules is missing; LoRA needs it")
-        # Fields that say how to train, or where peft's own model keeps things; they do not change what is computed.
-        harmless = {"layers_pattern", "fan_in_fan_out", "init_lora_weights", "runtime_config", "megatron_core",
-                    "ensure_weight_tying", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
-                    "lora_ga_config"}  # fmt: skip
-        for key, value in config.items():
-            if key not in known and key not in harmless and value:
-                raise ValueError(f"adapter_config.json: {key}={value!r} is not supported for LoRA")
         init = config.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
             raise ValueError(
                 f"adapter_config.json: init_lora_weights={init!r} changes the base model too and is not supported; "
                 "convert the adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        layers = get["layers_to_transform"]
-        return cls(
-            rank=get["r"],
-            alpha=get["lora_alpha"],
-            dropout=get["lora_dropout"],
-            targets=_from_json(get["target_modules"]),
-            exclude=_from_json(get["exclude_modules"] or ()),
-            rslora=get["use_rslora"],
-            rank_pattern=tuple((get["rank_pattern"] or {}).items()),
-            alpha_pattern=tuple((get["alpha_pattern"] or {}).items()),
-            layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
-            bias=get["bias"],
-            modules_to_save=tuple(get["modules_to_save"] or ()),
-        )
+        return super().from_hf(config)
 
 
-class LoraLinear(MethodAdapter):
+class LoraLinear(DeltaAdapter):
     """x W + (x A * scale) B. a: [*stack, in, R], b: [*stack, R, out], scale: [*stack, R].
 
     R is the largest rank in the stack; a layer of smaller rank has scale 0 beyond its own, a layer left out everywhere:
     there A and B get no gradient.
     """
 
-    names: ClassVar[dict[str, HfLeaf]] = {
-        "lora_A.weight": HfLeaf("a", transposed=True),
-        "lora_B.weight": HfLeaf("b", transposed=True),
-    }
+    names: ClassVar = {"lora_A.weight": transposed("a"), "lora_B.weight": transposed("b")}
 
     def __init__(
         self, site: Site, ranks: np.ndarray, scales: np.ndarray, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -274,13 +187,12 @@ class LoraLinear(MethodAdapter):
         return leaves
 
     def delta(self) -> jax.Array:
-        """s A B, float32 [*stack, in, out]."""
+        """s A B."""
         a, b = self.a.get_value().astype(jnp.float32), self.b.get_value().astype(jnp.float32)
-        return jnp.matmul(a * self.scale.get_value()[..., None, :], b)
+        return jnp.matmul(a * self.scale.get_value()[None], b)
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        kernel = parameters["kernel"]
-        merged = {"kernel": (kernel.astype(jnp.float32) + self.delta()).astype(kernel.dtype)}
+        merged = super().merged(**parameters)
         if self.bias is not None:
             bias = self.bias_layers(self.bias.get_value(), parameters["bias"])
             merged["bias"] = bias.astype(parameters["bias"].dtype)
@@ -290,10 +202,8 @@ class LoraLinear(MethodAdapter):
 class LoraEmbedding(LoraLinear):
     """E[token] + (A[token] * scale) B: the same update of a table [V, D], with A zero and B normal at the start."""
 
-    names: ClassVar[dict[str, HfLeaf]] = {
-        "lora_embedding_A": HfLeaf("a", transposed=True),
-        "lora_embedding_B": HfLeaf("b", transposed=True),
-    }
+    names: ClassVar = {"lora_embedding_A": transposed("a"), "lora_embedding_B": transposed("b")}
+    kernel: ClassVar = "embedding"
 
     def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
         """A zero, B normal with standard deviation 1, as peft does."""
@@ -306,25 +216,3 @@ class LoraEmbedding(LoraLinear):
         y = compute(tokens, **parameters)
         low = self._scaled(jnp.take(self.a.get_value(), tokens, axis=0).astype(y.dtype))  # [B, T, R]
         return y + matmul(low, self.b.get_value())
-
-    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        table = parameters["embedding"]
-        return {"embedding": (table.astype(jnp.float32) + self.delta()).astype(table.dtype)}
-
-
-def _pattern(value: Any) -> str | tuple[str, ...]:
-    """A regular expression or "all-linear" as it is; names, also in one string between commas, as a tuple."""
-    if not isinstance(value, str):
-        return tuple(value)
-    if value == "all-linear" or REGEX & set(value):
-        return value
-    return _split(value)
-
-
-def _split(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(",") if name.strip())
-
-
-def _from_json(value: Any) -> str | tuple[str, ...]:
-    # peft reads any string as a regular expression: one without special characters means that very name
-    return value if isinstance(value, str) else tuple(value)

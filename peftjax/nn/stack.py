@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from peftjax.core import variables
 from peftjax.nn.slot import Slot
 
 REMAT = ("none", "block")
@@ -26,19 +27,22 @@ def scan_stack(
 ) -> tuple[jax.Array, Any]:
     """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers; returns the last x and all outs stacked.
 
-    With remat="block" the backward pass keeps each layer's input alone and computes the layer again.
+    Variables without a "layers" axis, which an adapter may share among its layers, are the same in each of them. With
+    remat="block" the backward pass keeps each layer's input alone and computes the layer again.
     """
-    graph, state = nnx.split(block)
+    graph, leaves = variables.flat(block)
+    stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
+    shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
 
     def step(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
-        layer_state, layer_inputs = slices
-        return body(nnx.merge(graph, layer_state), x, layer_inputs)
+        layer, layer_inputs = slices
+        return body(variables.merge(graph, layer, shared), x, layer_inputs)
 
     if remat == "block":
         step = jax.checkpoint(
             step, prevent_cse=False
         )  # a scan needs no barrier against common-subexpression elimination
-    return jax.lax.scan(step, x, (state, per_layer))
+    return jax.lax.scan(step, x, (stacked, per_layer))
 
 
 class Residual(nnx.Module):

@@ -85,10 +85,10 @@ def trainer(model: Any, method: methods.Method, mesh: Any = None) -> tuple[Calla
     graph, leaves = variables.flat(model)
     mask = variables.trainable_mask(leaves, method.trains)
     _, trainable, frozen = variables.split(model, mask)
-    optimizer = optimizer_for(trainable, leaves)
+    optimizer = method.optimizer(optimizer_for(trainable, leaves), leaves)
     state = first_state(trainable, optimizer, seed=3)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    return make_train_step(graph, optimizer, keys, 8, state), state, frozen
+    return make_train_step(graph, optimizer, keys, 8, state, method.penalty), state, frozen
 
 
 def run(
@@ -170,10 +170,14 @@ def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
 
 def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unrolled(block: Any, body: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
-        graph, state = nnx.split(block)
+        graph, leaves = variables.flat(block)
         for layer in range(L):
-            one, inputs = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (state, per_layer))
-            x, _ = body(nnx.merge(graph, one), x, inputs)
+            inputs = jax.tree.map(lambda leaf, layer=layer: leaf[layer], per_layer)
+            one = {
+                path: leaf.get_value()[layer] if variables.is_stacked(leaf) else leaf.get_value()
+                for path, leaf in leaves.items()
+            }
+            x, _ = body(variables.merge(graph, one), x, inputs)
         return x, None
 
     def gradients(remat: str) -> dict[str, np.ndarray]:
