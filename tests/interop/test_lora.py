@@ -2,38 +2,37 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import optim, sharding
-from peftjax.core import variables
-from peftjax.core.config import defaults
-from peftjax.losses import next_token_loss
 from peftjax.methods import count_trainable
-from peftjax.step import first_state, make_train_step
+from tests.interop.peers import (
+    STEPS,
+    THEIRS,
+    adapted,
+    assert_close,
+    assert_far,
+    attached,
+    load_into_theirs,
+    load_theirs,
+    logits,
+    shake,
+    train_by_hand,
+    train_by_the_step,
+    train_theirs,
+)
 
-# What these libraries warn of among themselves; ours stay errors.
-theirs = ("ignore::FutureWarning", "ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*theirs)]
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
 
-BASES: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True},
-}
 REGEX = r".*\.[01]\.self_attn\.(q|v)_proj"
 
 
@@ -103,108 +102,11 @@ def variant(request: pytest.FixtureRequest) -> Variant:
     return VARIANTS[request.param]
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Random Llamas of three layers with grouped queries, made once."""
-    folder = tmp_path_factory.mktemp("bases")
-
-    def base(name: str) -> Path:
-        if not (folder / name).exists():
-            save_base(folder / name, **BASES[name])
-        return folder / name
-
-    return base
-
-
-def save_base(path: Path, **fields: Any) -> None:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | fields))
-    shake(dict(model.named_parameters()), 0.1)  # the biases and the norms' scales too
-    model.save_pretrained(path)
-
-
-def shake(parameters: dict[str, torch.nn.Parameter], scale: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in parameters.values():
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-
-
-def load_theirs(path: Path, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
-
-
-def adapted(base: Path, fields: dict[str, Any]) -> Any:
-    """Their model with their LoRA, as if it had been trained: whatever would be trained has moved."""
-    model = peft.get_peft_model(load_theirs(base), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
-    shake({name: p for name, p in model.named_parameters() if p.requires_grad}, 0.1)
-    return model
-
-
-def attached(base: Path, method: peftjax.Lora) -> Any:
-    """Our model with our LoRA, as if it had been trained."""
-    model = peftjax.attach(peftjax.load_model(base), method, rngs=nnx.Rngs(0))
-    leaves = variables.flat(model)[1]
-    rng = np.random.default_rng(0)
-    moved = {
-        path: leaf.get_value() + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
-        for path, leaf in leaves.items()
-        if type(leaf) is variables.PeftParam
-    }
-    variables.update(model, moved)
-    return model
-
-
-def load_into_theirs(base: Path, adapter: Path, **options: Any) -> Any:
-    """The adapter in peft. It must find every key that it wants, and use every key and every bit that is in the file."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = peft.PeftModel.from_pretrained(load_theirs(base), adapter, **options)
-    assert not [str(warning.message) for warning in caught if "missing" in str(warning.message)]
-    used = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    file = load_file(adapter / "adapter_model.safetensors")
-    assert used.keys() == file.keys()
-    for key, value in file.items():
-        np.testing.assert_array_equal(used[key].numpy(), value, err_msg=key)
-    return model
-
-
-def tokens(vocab: int = 48) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, vocab, (2, 12))
-
-
-def logits(model: Any, vocab: int = 48) -> np.ndarray:
-    if isinstance(model, nnx.Module):
-        return np.asarray(model(jnp.asarray(tokens(vocab))))
-    with torch.no_grad():
-        return model(torch.tensor(tokens(vocab))).logits.float().numpy()
-
-
-def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
-    scale = np.abs(theirs).max()
-    difference = np.abs(ours - theirs).max() / scale
-    assert difference <= tolerance, difference
-
-
-def assert_far(one: np.ndarray, other: np.ndarray) -> None:
-    assert np.abs(one - other).max() > 0.01 * np.abs(other).max()
-
-
 # --- Files ---
 
 
 def test_an_adapter_of_peft_gives_equal_logits_here(variant: Variant, bases: Callable, tmp_path: Path) -> None:
-    theirs = adapted(bases(variant.base), variant.theirs)
+    theirs = adapted(bases(variant.base), peft.LoraConfig(**variant.theirs))
     theirs.save_pretrained(tmp_path)
     model = peftjax.load_model(bases(variant.base))
     before = logits(model)
@@ -264,7 +166,7 @@ def test_real_checkpoints_with_a_random_lora_give_equal_logits_both_ways(
     assets: Path, name: str, tmp_path: Path
 ) -> None:
     base, vocab = assets / name, 100
-    theirs = adapted(base, VARIANTS["all-linear"].theirs)
+    theirs = adapted(base, peft.LoraConfig(**VARIANTS["all-linear"].theirs))
     theirs.save_pretrained(tmp_path / "theirs")
     model = peftjax.load_model(base)
     before = logits(model, vocab)
@@ -278,78 +180,6 @@ def test_real_checkpoints_with_a_random_lora_give_equal_logits_both_ways(
 
 
 # --- Training ---
-
-STEPS, RATE, DECAY = 5, 5e-3, 0.1
-
-
-def batches() -> list[np.ndarray]:
-    return [np.random.default_rng(10 + step).integers(0, 48, (4, 17)) for step in range(STEPS)]
-
-
-def train_theirs(model: Any) -> list[float]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
-    losses = []
-    for ids in map(torch.tensor, batches()):
-        outputs = model(ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def optimizer_for(model: Any, trainable: variables.FlatTree) -> Any:
-    config = defaults().optim
-    config.learning_rate, config.weight_decay, config.clip_norm, config.schedule = RATE, DECAY, 1.0, "constant"
-    axes = {path: leaf.axes for path, leaf in variables.flat(model)[1].items()}
-    return optim.make_optimizer(config, STEPS, optim.decay_mask(trainable, axes))
-
-
-def our_batches() -> list[dict[str, np.ndarray]]:
-    weights = np.ones((4, 16), np.float32)
-    return [{"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights} for ids in batches()]
-
-
-def train_by_hand(model: Any) -> list[float]:
-    """With value_and_grad, the loss and the optimizer alone."""
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
-    optimizer = optimizer_for(model, trainable)
-    state, losses = optimizer.init(trainable), []
-
-    @jax.jit
-    def step(trainable: Any, state: Any, batch: Any) -> Any:
-        def loss(trainable: Any) -> jax.Array:
-            totals = next_token_loss(variables.merge(graph, trainable, frozen), batch, 7)
-            return totals.loss / totals.tokens
-
-        value, gradients = jax.value_and_grad(loss)(trainable)
-        updates, state = optimizer.update(gradients, state, trainable)
-        return jax.tree.map(jnp.add, trainable, updates), state, value
-
-    for batch in our_batches():
-        trainable, state, value = step(trainable, state, batch)
-        losses.append(float(value))
-    variables.update(model, trainable)
-    return losses
-
-
-def train_by_the_step(model: Any) -> list[float]:
-    """With the train command's own step, in two microbatches."""
-    mesh = sharding.make_mesh()
-    sharding.place(model, mesh)
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
-    optimizer = optimizer_for(model, trainable)
-    state, losses = first_state(trainable, optimizer, seed=0), []
-    step = make_train_step(graph, optimizer, (), 7, state)
-    with jax.set_mesh(mesh):
-        for batch in our_batches():
-            state, measured = step(state, frozen, sharding.shard_batch(batch, mesh, 2))
-            losses.append(float(measured["loss"]))
-    variables.update(model, state.trainable)
-    return losses
 
 
 @pytest.mark.parametrize("train", [train_by_hand, train_by_the_step])
