@@ -77,10 +77,12 @@ def generate(
         raise ValueError(
             "generate: every prompt needs at least one token; give the tokenizer's bos token for an empty one"
         )
-    longest, limit = max(map(len, prompts)), model.config.max_positions
+    longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
     if longest + max_new_tokens > limit:
+        virtual = f" less the {model.virtual} of its virtual tokens" if model.virtual else ""
         raise ValueError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{model.config.max_positions} positions{virtual}"
         )
     width = min(-(-longest // 32) * 32, limit - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)

@@ -118,7 +118,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     """Everything that a run needs before its first step, and the state it starts from."""
     base = resolve(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(base)
-    method = methods.from_config(config.method)
+    method = methods.from_config(config.method).tokenized(tokenizer.encode)
     batches = train_batches(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     options = {
         "dtype": config.model.dtype,
@@ -131,6 +131,11 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         model = load_model(base, quantize=config.model.quantize or None, mesh=mesh, **options)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
     methods.attach(model, method, rngs=nnx.Rngs(config.seed))
+    if model.virtual + config.data.max_length > model.config.max_positions:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} and {model.virtual} virtual tokens exceed the model's "
+            f"{model.config.max_positions} positions; lower data.max_length or method.tokens"
+        )
     sharding.place(model, mesh)
 
     model.train()

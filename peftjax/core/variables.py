@@ -86,5 +86,5 @@ def _present(*trees: FlatTree) -> FlatTree:
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
 
 
-def _key(path: str) -> tuple[str, ...]:
-    return tuple(path.split("."))
+def _key(path: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))  # 3: a member of a list

@@ -9,14 +9,44 @@ from peftjax.core.paths import suggest
 from peftjax.methods.attach import active_view, attach, attached, count_trainable, detach, merge, unmerge, use
 from peftjax.methods.base import Method
 from peftjax.methods.full import Full
+from peftjax.methods.ia3 import Ia3
 from peftjax.methods.lora import Lora
+from peftjax.methods.prefix import PrefixTuning
+from peftjax.methods.prompt import PromptTuning, PTuning
 
-METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (Full, Lora)}
+METHODS: dict[str, type[Method]] = {
+    cls.method: cls
+    for cls in (
+        Full,
+        Ia3,
+        Lora,
+        PTuning,
+        PrefixTuning,
+        PromptTuning,
+    )
+}
 
 __all__ = [
-    "METHODS", "Full", "Lora", "Method", "active_view", "attach", "attached", "count_trainable", "detach", "from_config", "make_config",
-    "merge", "method_defaults", "unmerge", "use",
-]  # fmt: skip
+    "METHODS",
+    "Full",
+    "Ia3",
+    "Lora",
+    "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "active_view",
+    "attach",
+    "attached",
+    "count_trainable",
+    "detach",
+    "from_config",
+    "make_config",
+    "merge",
+    "method_defaults",
+    "unmerge",
+    "use",
+]
 
 
 def method_class(name: str) -> type[Method]:

@@ -39,6 +39,11 @@ class Method:
     hf_constants: ClassVar[dict[str, Any]] = {}
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
 
+    def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
+        """The method with its texts, if it has any, as tokens."""
+        del encode
+        return self
+
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         """Put adapters called `name` into the model's slots.
 
@@ -46,6 +51,10 @@ class Method:
             ValueError: the options do not fit the model.
         """
         raise NotImplementedError
+
+    def check(self, model: nnx.Module) -> None:
+        """Refuse, with a ValueError, what an adapter file may ask for and a new adapter should not."""
+        del model
 
     def optimizer(
         self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]

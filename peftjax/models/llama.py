@@ -16,7 +16,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.paths import suggest
-from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, within_window
+from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, key_distances, within_window
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import GatedFeedForward
 from peftjax.nn.linear import Linear
@@ -162,32 +162,69 @@ class Llama(nnx.Module):
         """The states after the last norm, [B, T, D], and the cache if there is one.
 
         tokens: int [B, T]; mask: bool [B, T], true for real tokens; positions: int [B, T], by default counted from the
-        start (of the cache); segments: int [B, T], packed documents see only themselves.
+        first token (in the cache); segments: int [B, T], packed documents see only themselves. A soft prompt and a
+        prefix, if active, come before every document; here they are not counted, and of their states none is given.
         """
-        length = tokens.shape[1]
-        offset = 0 if cache is None else cache.length
+        soft, virtual = self.embed.adapters.virtual, self.virtual
+        x = self.embed(tokens)
         if positions is None:
-            positions = offset + jnp.arange(length)[None]  # [1, T]
+            start = 0 if cache is None else cache.length - soft
+            positions = start + jnp.arange(tokens.shape[1])[None]  # [1, T]
+        positions = positions + virtual
+        if cache is not None or not soft:
+            return self._through_blocks(x, positions, mask, segments, cache)
+        x = jnp.concatenate([self._prompt(len(x)), x], axis=1)
+        before = jnp.broadcast_to(virtual - soft + jnp.arange(soft)[None], (len(positions), soft))
+        positions = jnp.concatenate([before, positions], axis=1)
+        mask, segments = (
+            None if array is None else jnp.pad(array, ((0, 0), (soft, 0)), constant_values=value)
+            for array, value in ((mask, True), (segments, -1))
+        )
+        x, _ = self._through_blocks(x, positions, mask, segments, None)
+        return x[:, soft:], None
+
+    def _through_blocks(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """`hidden` from the embedded tokens [B, T, D] on, a soft prompt among them or in the cache."""
+        length, soft = x.shape[1], self.embed.adapters.virtual
+        offset = 0 if cache is None else cache.length
         rope = self.config.rope.tables(positions)
-        windowed = any(self.config.windows)
-        valid = None
+        valid, allowed, distances = None, None, None  # None: causal
         if mask is not None or cache is not None:
-            valid = extend_valid(cache, jnp.ones(tokens.shape, bool) if mask is None else mask)
-        allowed = None  # causal
-        if valid is not None or segments is not None or windowed:
-            allowed = attention_mask(length, valid=valid, segments=segments, offset=offset)
+            valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
+        if valid is not None or segments is not None or any(self.config.windows):
+            allowed = attention_mask(length, valid=valid, segments=segments, offset=offset, shared=soft)
+        if allowed is not None and any(self.config.windows):
+            counted = positions - self.virtual + soft  # from the soft prompt's first key
+            distances = key_distances(counted, allowed.shape[3], offset, soft)
 
         def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             layer_cache, window = inputs
-            limited = within_window(allowed, window, offset) if allowed is not None and windowed else allowed
+            limited = allowed if allowed is None or distances is None else within_window(allowed, window, distances)
             return block(x, rope, limited, layer_cache, offset)
 
-        x = sharding.constrain(self.embed(tokens), "batch", "length", None)
+        x = sharding.constrain(x, "batch", "length", None)
         per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
         x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
         if cache is not None and valid is not None:
             cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
         return self.norm(x), cache
+
+    @property
+    def virtual(self) -> int:
+        """How many positions a soft prompt and a prefix take before the first token."""
+        return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
+
+    def _prompt(self, batch: int) -> jax.Array:
+        """The active soft prompts for each row, [B, P, D]."""
+        prompt = self.embed.prompt()
+        return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head: [B, T, D] -> [B, T, V]."""
@@ -211,11 +248,18 @@ class Llama(nnx.Module):
         self.config = dataclasses.replace(self.config, tied=True)
 
     def make_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens in each of `batch` rows, in the computation dtype."""
-        config = self.config
+        """A cache for `length` tokens in each of `batch` rows, in the computation dtype; it holds the soft prompt."""
+        config, soft = self.config, self.embed.adapters.virtual
+        length += soft
         shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
         empty = jnp.zeros(shape, config.dtype)
-        return Cache(key=empty, value=empty, valid=jnp.zeros((batch, length), bool), length=jnp.zeros((), jnp.int32))
+        cache = Cache(key=empty, value=empty, valid=jnp.zeros((batch, length), bool), length=jnp.zeros((), jnp.int32))
+        if not soft:
+            return cache
+        places = self.virtual - soft + jnp.arange(soft)[None]
+        _, filled = self._through_blocks(self._prompt(batch), places, None, None, cache)
+        assert filled is not None
+        return filled
 
 
 # --- Hugging Face: what its config.json says, and what it calls our modules ---

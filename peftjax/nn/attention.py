@@ -36,27 +36,45 @@ def extend_valid(cache: Cache | None, mask: jax.Array) -> jax.Array:
 
 
 def attention_mask(
-    length: int, *, valid: jax.Array | None, segments: jax.Array | None, offset: jax.Array | int = 0
+    length: int,
+    *,
+    valid: jax.Array | None,
+    segments: jax.Array | None,
+    offset: jax.Array | int = 0,
+    shared: int = 0,
 ) -> jax.Array:
     """Who may look at whom: bool [B or 1, 1, T, S]; query t is key number offset + t and sees no later key.
 
     valid: bool [B, S], keys that are real tokens (S = T without it); segments: int [B, T], queries see only keys of
-    their own packed document.
+    their own packed document, and the first `shared` keys, a soft prompt, which belong to all.
     """
     keys = length if valid is None else valid.shape[1]
     mask = (jnp.arange(keys)[None, :] <= offset + jnp.arange(length)[:, None])[None, None]  # [1, 1, T, S]
     if valid is not None:
         mask = mask & valid[:, None, None, :]
     if segments is not None:
-        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = mask & (same | (jnp.arange(keys) < shared)[None, None, None])
     return mask
 
 
-def within_window(mask: jax.Array, window: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
+def key_distances(positions: jax.Array, keys: int, offset: jax.Array | int, shared: int) -> jax.Array:
+    """How far before each query each key lies: int [B or 1, 1, T, S].
+
+    positions: [B or 1, T], of the queries, counted from the first key of their document; key `offset + t` is query t.
+    Within a document slots and positions are as far apart; the first `shared` keys are at positions 0, 1, ... of
+    every document.
+    """
+    queries, slots = offset + jnp.arange(positions.shape[1]), jnp.arange(keys)
+    within = (queries[:, None] - slots[None, :])[None, None]  # [1, 1, T, S]
+    if not shared:
+        return within
+    return jnp.where((slots < shared)[None, None, None], (positions[:, :, None] - slots[None, None])[:, None], within)
+
+
+def within_window(mask: jax.Array, window: jax.Array, distances: jax.Array) -> jax.Array:
     """`mask` without the keys that lie `window` or more positions back; a window of 0 means no limit."""
-    queries = offset + jnp.arange(mask.shape[2])[:, None]
-    near = queries - jnp.arange(mask.shape[3])[None, :] < window  # [T, S]
-    return mask & (near | (window == 0))[None, None]
+    return mask & ((distances < window) | (window == 0))
 
 
 class Attention(nnx.Module):

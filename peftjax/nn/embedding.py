@@ -33,6 +33,11 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.adapters(self, self.lookup, tokens)
 
+    def prompt(self) -> jax.Array:
+        """The vectors that active adapters put before every sequence, [P, D] in `dtype`."""
+        active = [self.adapters.adapter(name) for name in self.adapters.active]
+        return jnp.concatenate([adapter.prompt() for adapter in active if adapter.virtual]).astype(self.dtype)
+
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
         """The base computation; `embedding` stands in for the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding

@@ -14,7 +14,13 @@ class Adapter(nnx.Module):
     `adapter(owner, compute, *inputs, **parameters)` returns what the owner shall return. `compute` is what it wraps:
     the owner's own computation or the adapter attached before. Keyword arguments of `compute` replace the owner's own
     parameters (`kernel=`, `bias=`, ...), so an adapter that wraps must pass on those that it was given.
+
+    virtual: how many positions it puts before the first token of every sequence, so that this one is at position
+    `virtual`. In an embedding's slot it then says them by `prompt()`, [virtual, D]; in an attention core's slot they
+    are keys and values of its own.
     """
+
+    virtual: int = 0
 
     def __call__(
         self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
@@ -34,6 +40,11 @@ class Slot(nnx.Module):
         for name in self.active:
             compute = partial(self.adapter(name), owner, compute)
         return compute(*inputs, **parameters)
+
+    @property
+    def virtual(self) -> int:
+        """How many positions the active adapters put before the first token."""
+        return sum(self.adapter(name).virtual for name in self.active)
 
     def adapter(self, name: str) -> Any:
         """The adapter called `name`."""

@@ -93,7 +93,15 @@ def load_into_theirs(base: Path, adapter: Path, **options: Any) -> Any:
     file = load_file(adapter / "adapter_model.safetensors")
     assert used.keys() == file.keys()
     for key, value in file.items():
-        np.testing.assert_array_equal(used[key].numpy(), value, err_msg=key)
+        np.testing.assert_array_equal(used[key].detach().numpy(), value, err_msg=key)
+    return model
+
+
+def trainable_theirs(base: Path, config: peft.PeftConfig, adapter: Path) -> Any:
+    """Their model with their adapter, ready to be trained, from the values in a file."""
+    config.task_type = "CAUSAL_LM"
+    model = peft.get_peft_model(load_theirs(base), config)
+    peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(adapter), device="cpu"))
     return model
 
 
@@ -105,7 +113,9 @@ def logits(model: Any, vocab: int = 48) -> np.ndarray:
     if isinstance(model, nnx.Module):
         return np.asarray(model(jnp.asarray(tokens(vocab))))
     with torch.no_grad():
-        return model(torch.tensor(tokens(vocab))).logits[:, -12:].float().numpy()  # those of a soft prompt come first
+        return (
+            model(torch.tensor(tokens(vocab))).logits[:, -12:].detach().float().numpy()
+        )  # those of a soft prompt come first
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -127,7 +137,10 @@ def batches() -> list[np.ndarray]:
 
 def train_theirs(model: Any) -> list[float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
+    vectors = [p for p in parameters if p.numel() == max(p.shape)]  # peft has some of them as matrices of one column
+    matrices = [p for p in parameters if p.numel() > max(p.shape)]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
     losses = []
     for ids in map(torch.tensor, batches()):
         outputs = model(ids[:, :-1]).logits[:, -16:]

@@ -26,6 +26,7 @@ from tests.interop.peers import (
     logits,
     train_by_the_step,
     train_theirs,
+    trainable_theirs,
 )
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
@@ -47,6 +48,33 @@ PEERS: dict[str, Peer] = {
     "lora": Peer(
         methods.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj")),
         lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    ),
+    "prompt": Peer(methods.PromptTuning(tokens=5), lambda: peft.PromptTuningConfig(num_virtual_tokens=5), merges=False),
+    "p-tuning": Peer(
+        methods.PTuning(tokens=5, hidden=6),
+        lambda: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=6),
+        merges=False,
+        trains=False,
+    ),
+    "p-tuning-lstm": Peer(
+        methods.PTuning(tokens=5, hidden=6, encoder="lstm"),
+        lambda: peft.PromptEncoderConfig(
+            num_virtual_tokens=5, encoder_hidden_size=6, encoder_reparameterization_type="LSTM"
+        ),
+        merges=False,
+        trains=False,
+    ),
+    "prefix": Peer(methods.PrefixTuning(tokens=5), lambda: peft.PrefixTuningConfig(num_virtual_tokens=5), merges=False),
+    "prefix-projection": Peer(
+        methods.PrefixTuning(tokens=5, projection=True, hidden=6),
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=6),
+        merges=False,
+        trains=False,
+    ),
+    "ia3": Peer(
+        methods.Ia3(targets=("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)),
+        lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        base="biased",
     ),
 }
 
@@ -86,10 +114,11 @@ def test_a_merged_model_gives_equal_logits_in_transformers(name: str, bases: Cal
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.trains])
 def test_five_steps_of_adamw_equal_those_of_torch_and_peft(name: str, bases: Callable, tmp_path: Path) -> None:
-    base, method = bases(PEERS[name].base), PEERS[name].ours
-    model = peftjax.attach(peftjax.load_model(base), method, rngs=nnx.Rngs(0))
+    peer = PEERS[name]
+    base = bases(peer.base)
+    model = peftjax.attach(peftjax.load_model(base), peer.ours, rngs=nnx.Rngs(0))
     start = load_file(peftjax.save_adapter(model, tmp_path / "start") / "adapter_model.safetensors")
-    theirs = load_into_theirs(base, tmp_path / "start", is_trainable=True)
+    theirs = trainable_theirs(base, peer.theirs(), tmp_path / "start")
 
     np.testing.assert_allclose(train_by_the_step(model), train_theirs(theirs), rtol=1e-5)
     end = load_file(peftjax.save_adapter(model, tmp_path / "end") / "adapter_model.safetensors")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.nn.attention import Attention, attention_mask, within_window
+from peftjax.nn.attention import Attention, attention_mask, key_distances, within_window
 from peftjax.nn.rope import Rope
 
 B, T, D, N, K, H = 2, 6, 16, 4, 2, 8
@@ -91,7 +91,8 @@ def test_biases_and_norms_of_queries_and_keys_equal_numpy() -> None:
 def test_a_mask_allows_earlier_real_keys_within_the_window(offset: int, window: int) -> None:
     valid = np.array([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]], bool)  # [B, S]
     mask = attention_mask(4, valid=jnp.asarray(valid), segments=None, offset=offset)
-    mask = within_window(mask, jnp.int32(window), offset)
+    distances = key_distances(offset + jnp.arange(mask.shape[2])[None], mask.shape[3], offset, shared=0)
+    mask = within_window(mask, jnp.int32(window), distances)
     assert mask.shape == (2, 1, 4, 7)
     for (b, _, t, s), allowed in np.ndenumerate(np.asarray(mask)):
         query = offset + t

@@ -1,0 +1,134 @@
+"""Prefix tuning: softmax(q [P_k; k]^T) [P_v; v], with P trained keys and values before those of the text in every layer.
+
+Li and Liang 2021 (arXiv:2101.00190), section 4. As peft has it, the prefix's keys take no rotary embedding and the text
+starts at position P. A query sees the whole prefix even where a sliding window hides the text as far back.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.core.variables import PeftParam
+from peftjax.methods.base import HfLeaf, MethodAdapter
+from peftjax.methods.prompt import Dense, SoftPrompt, uniform
+from peftjax.methods.sites import place, sites
+from peftjax.nn.attention import Attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixTuning(SoftPrompt):
+    """Options of prefix tuning.
+
+    init: "random" (normal, standard deviation 1) or "zero". projection: make the prefix of smaller pieces by two Linear
+    layers with tanh between (section 4.3 of the paper; steadier training); the adapter file holds their result alone, so
+    a file that is read has none. hidden: the width between the two; 0: that of a layer's keys.
+    """
+
+    init: str = "random"
+    projection: bool = False
+    hidden: int = 0
+
+    method: ClassVar[str] = "prefix"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"prefix_projection", "encoder_hidden_size", "init_weights"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in ("random", "zero"):
+            raise ValueError(f"method.init must be 'random' or 'zero', it is {self.init!r}")
+        if self.hidden and not self.projection:
+            raise ValueError(f"method.hidden={self.hidden} goes with method.projection=True")
+
+    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+        self.site(model)  # checks the number of tokens
+        found = [site for site in sites(model) if isinstance(site.module, Attention)]
+        if not found:
+            raise ValueError("prefix tuning needs attention layers with a slot, which this model does not have")
+        for site in found:
+            attention = site.module
+            shape = (*site.stack, 2, self.tokens, attention.kv_heads, attention.head_dim)
+            axes = site.lead(None, None, "kv_heads", "head_dim")
+            if self.projection:
+                place(site, name, ProjectedPrefix(shape, axes, self.hidden, self.init, rngs))
+                continue
+            draw = jax.random.normal(rngs.params(), shape, jnp.float32) if self.init == "random" else jnp.zeros(shape)
+            place(site, name, Prefix(draw, axes))
+
+    def to_hf(self, model: Any, name: str) -> dict[str, Any]:
+        base = model.config
+        hidden = self.hidden or base.kv_heads * base.head_dim
+        return super().to_hf(model, name) | {
+            "prefix_projection": self.projection,
+            "encoder_hidden_size": hidden if self.projection else None,
+            "token_dim": base.kv_heads * base.head_dim,  # one layer's keys, as peft counts with grouped queries
+            "num_attention_heads": base.kv_heads,
+        }
+
+
+class Prefix(MethodAdapter):
+    """Keys and values before those of the text. states: [*stack, 2, P, K, H], keys and values."""
+
+    def __init__(self, states: jax.Array, axes: tuple) -> None:
+        self.states = PeftParam(states, axes=axes)
+
+    @property
+    def virtual(self) -> int:  # type: ignore[override]
+        return self.states.shape[-3]
+
+    def made(self) -> jax.Array:
+        """The states, [*stack, 2, P, K, H]."""
+        return self.states.get_value()
+
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
+        q, k, v, mask = inputs
+        states = self.made().astype(k.dtype)  # [2, P, K, H]
+        key, value = jnp.broadcast_to(states[:, None], (2, len(k), *states.shape[1:]))  # each [B, P, K, H]
+        if mask is None:  # causal
+            mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
+        mask = jnp.pad(mask, ((0, 0),) * 3 + ((self.virtual, 0),), constant_values=True)
+        keys, values = jnp.concatenate([key, k], axis=1), jnp.concatenate([value, v], axis=1)
+        return compute(q, keys, values, mask, **parameters)
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        return {}
+
+    def hf_shared(self) -> dict[str, HfLeaf]:
+        _, _, tokens, _, _ = self.states.shape
+        return {"prompt_embeddings": HfLeaf("states", axes=(2, 0, 1, 3, 4), shape=(tokens, -1))}
+
+
+class ProjectedPrefix(Prefix):
+    """A prefix that is made: tanh(e W + b) kernel + bias, with e [P, K*H] and W [K*H, M] the same in all layers, and
+    kernel [*stack, M, 2*K*H] and bias [*stack, 2*K*H] each layer's own."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple, hidden: int, init: str, rngs: nnx.Rngs) -> None:
+        *stack, _, tokens, heads, head_dim = shape
+        width = heads * head_dim
+        hidden = hidden or width
+        self.heads, self.axes = heads, axes
+        self.pieces = PeftParam(jax.random.normal(rngs.params(), (tokens, width), jnp.float32), axes=(None, None))
+        self.dense = Dense(width, hidden, rngs)
+        zero = 0.0 if init == "zero" else 1.0
+        lead = axes[:1] if stack else ()
+        self.kernel = PeftParam(zero * uniform((*stack, hidden, 2 * width), hidden, rngs), axes=(*lead, None, None))
+        self.bias = PeftParam(zero * uniform((*stack, 2 * width), hidden, rngs), axes=(*lead, None))
+
+    @property
+    def virtual(self) -> int:  # type: ignore[override]
+        return self.pieces.shape[0]
+
+    def made(self) -> jax.Array:
+        middle = jnp.tanh(self.dense(self.pieces.get_value()))  # [P, M]
+        flat = jnp.einsum("pm,...mw->...pw", middle, self.kernel.get_value())
+        flat = flat + jnp.broadcast_to(self.bias.get_value()[..., None, :], flat.shape)
+        split = flat.reshape(*flat.shape[:-1], 2, self.heads, -1)  # [*stack, P, 2, K, H]
+        return jnp.moveaxis(split, -3, -4)
+
+    def exported(self) -> MethodAdapter:
+        return Prefix(self.made(), self.axes)
