@@ -108,6 +108,8 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
                 if saving:
                     score = -scores["eval_loss"] if evaluating and scores else None
                     checkpoints.save(step, flatten(state), run.batches.get_state(), score=score, identity=run.identity)
+                    if config.checkpoint.adapter and step < steps:
+                        write_result(run, state)
                     window = Window(step)
             checkpoints.wait()
             finish(run, state, log)
@@ -282,18 +284,21 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
         log.message(f"going on after step {int(state.step)} of {config.train.steps}")
 
 
-def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
-    """Write what the run was for: the adapter, or after full fine-tuning the model; and the report."""
+def write_result(run: Run, state: TrainState) -> Path:
+    """Write what the run is for: the adapter, or in full fine-tuning the model."""
     run.sync(state)
-    full = run.method.peft_type is None
-    result = run.workdir / ("model" if full else "adapter")
-    if full:
-        save_model(run.model, result, source=run.base)
-    else:
-        save_adapter(run.model, result, base=run.config.model.path)
+    if run.method.peft_type is None:
+        save_model(run.model, run.workdir / "model", source=run.base)
+        return run.workdir / "model"
+    return save_adapter(run.model, run.workdir / "adapter", base=run.config.model.path)
+
+
+def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
+    """Write the result and the report."""
+    result = write_result(run, state)
     size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
     run.report_data = dataclasses.replace(
-        run.report_data, adapter_file_bytes=0 if full else size, timings=dict(run.timings)
+        run.report_data, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(run.timings)
     )
     run.save_report_data()
     log.message(run.batches.summary_text())

@@ -53,6 +53,18 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
+def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    save = train.save_adapter
+    monkeypatch.setattr(train, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1])
+    made = config(tmp_path, checkpoint__adapter=True, data__eval=())
+    train.train(made, tmp_path / "run")
+    assert written == [tmp_path / "run" / "adapter"] * 2  # at steps 3 and 6
+    peftjax.load_adapter(load_model(made.model.path), written[0])
+
+
 def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0), tmp_path / "run"
     train.train(made, workdir)

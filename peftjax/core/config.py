@@ -54,7 +54,7 @@ FIELDS: dict[str, Field] = {
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
     "method.name": Field("lora", "of the PEFT method; the section's other fields are that method's own"),
     "data.train": Field(
-        (), "sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz or FILE.parquet, each with *WEIGHT or not"
+        (), "sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz or FILE.parquet, each with @WEIGHT or not"
     ),
     "data.eval": Field((), "held-out sources, written the same way"),
     "data.tfds_data_dir": Field("", "where TFDS keeps its data; empty: its own default"),
@@ -71,7 +71,7 @@ FIELDS: dict[str, Field] = {
     "data.too_long": Field("truncate", "what happens to a record longer than that", ("truncate", "drop", "error")),
     "data.pack": Field(False, "several records in one sequence, none of which sees another"),
     "data.shuffle": Field(True, "another order of the records every epoch"),
-    "data.workers": Field(0, "processes that prepare data; 0: the training process does", low=0),
+    "data.workers": Field(0, "threads that read ahead; 0: the training loop reads", low=0),
     "optim.name": Field("adamw", "of the optimizer", ("adamw", "adafactor", "lion", "sgd")),
     "optim.learning_rate": Field(1e-4, "the highest of the schedule", low=0),
     "optim.schedule": Field("cosine", "of the learning rate after the warmup", ("constant", "linear", "cosine")),
@@ -96,6 +96,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": Field(100, "steps between two checkpoints", low=1),
     "checkpoint.keep": Field(2, "newest checkpoints to keep", low=1),
     "checkpoint.keep_best": Field(True, "keep the one with the lowest evaluation loss too"),
+    "checkpoint.adapter": Field(False, "write adapter/ with every checkpoint, not only at the end"),
     "mesh.data": Field(1, "devices that split the batch; -1: all that are left", low=-1),
     "mesh.fsdp": Field(1, "devices that split the batch and the weights; -1: all that are left", low=-1),
     "mesh.tensor": Field(1, "devices that split heads and features; -1: all that are left", low=-1),

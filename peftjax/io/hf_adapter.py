@@ -12,8 +12,8 @@ from safetensors.numpy import save
 
 from peftjax.core.paths import suggest
 from peftjax.io.hf_files import enumerate_some, read_header, read_json
-from peftjax.methods import METHODS, attach, attached, detach, use
-from peftjax.methods.attach import active
+from peftjax.methods import METHODS, attached, detach, use
+from peftjax.methods.attach import active, attach_unchecked
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter
 from peftjax.methods.sites import Site, adapters, sites, tied_kernel
 
@@ -67,9 +67,9 @@ def load_adapter(model: Any, path: str | Path, name: str = "default") -> Any:
     """
     path = Path(path)
     method = _read_method(path)
-    tensors = {key: np.array(stored.open()) for key, stored in read_header(path / WEIGHTS).items()}
+    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
     before = active(model)
-    attach(model, method, name, rngs=nnx.Rngs(0))
+    attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
         _fill(model, name, tensors, path)
     except Exception:

@@ -1,21 +1,15 @@
-"""Hugging Face model directories on disk: where they are, and what their safetensors files hold.
-
-A safetensors file is an 8-byte little-endian length, a JSON header {name: {dtype, shape, data_offsets}} of that length,
-and the tensors' bytes. It is read and written here directly: one tensor at a time, of which only the pages that are
-asked for are touched, in every dtype (the safetensors package wants a whole file in memory to write it, and its NumPy
-side does not know the 8-bit floats).
-"""
+"""Hugging Face model directories on disk: where they are, and what their safetensors files hold."""
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from peftjax.core.paths import suggest
 
@@ -42,24 +36,14 @@ INDEX = "model.safetensors.index.json"
 # Never a pickle (*.bin, *.pt, *.pkl): reading one runs whatever code is in it.
 DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES)
 
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+FLOAT8 = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 
 
 # --- Where a model is ---
@@ -159,13 +143,20 @@ class StoredTensor:
     """One tensor of a safetensors file, not yet read. dtype: as in its header ("F32", "BF16", ...)."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    offset: int
 
-    def open(self) -> np.ndarray:
-        """A read-only view of the bytes on disk; what is not indexed is not read, and nothing stays mapped after it."""
-        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
+    def open(self) -> Any:
+        """What gives an array when it is indexed, by [...] or slices; no more is read, and the file closes with it."""
+        if self.dtype not in FLOAT8:
+            return _open(self.file).get_slice(self.name)
+        # safetensors 0.8 looks its dtypes up in NumPy, which has no 8-bit floats, and gives no bytes or offsets: of a
+        # file whose header it has checked, these are mapped here.
+        with self.file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            begin, _ = json.loads(stream.read(length))[self.name]["data_offsets"]
+        return np.memmap(self.file, FLOAT8[self.dtype], mode="r", offset=8 + length + begin, shape=self.shape)
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -205,84 +196,29 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        ValueError: the file is a git-lfs pointer, malformed, cut short, or of a dtype that is not known.
+        ValueError: the file is a git-lfs pointer, damaged or cut short.
     """
-    header, start = _read_raw_header(file)
-    tensors = {}
-    size = file.stat().st_size
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
-            begin, end = map(int, entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: the header's entry for {name} is malformed: {entry!r}") from error
-        if dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {dtype}, which is not read here; known: {', '.join(DTYPES)}")
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f"{file} is damaged: {name} is {dtype} {list(shape)} but takes {end - begin} bytes")
-        if start + end > size:
-            raise ValueError(f"{file} is cut short: {name} ends at byte {start + end} of {size}; get it again")
-        tensors[name] = StoredTensor(file, dtype, shape, start + begin)
-    return tensors
+    with _open(file) as stored:
+        views = {name: stored.get_slice(name) for name in stored.offset_keys()}
+    return {name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The file's own metadata, such as {"format": "pt"}."""
-    return _read_raw_header(file)[0].get("__metadata__", {})
+    with _open(file) as stored:
+        return stored.metadata() or {}
 
 
-def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        if first == b"version ":
-            raise ValueError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or not 2 <= length <= file.stat().st_size - 8:
-            raise ValueError(f"{file} is no safetensors file, or it is cut short; get it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is no safetensors file: its header is not JSON") from error
-        if not isinstance(header, dict):
-            raise ValueError(f"{file} is no safetensors file: its header is not a JSON object")
-        return header, 8 + length
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of a tensor that is going to be written."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_tensors(
-    file: Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file, taking the arrays of `specs` from an iterator one at a time.
-
-    The specs must come by falling width of dtype: readers want every tensor aligned to its own width.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for spec in specs:
-        assert end % spec.dtype.itemsize == 0, spec
-        begin, end = end, end + spec.nbytes
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for spec, array in zip(specs, arrays, strict=True):
-            assert (array.shape, array.dtype) == (spec.shape, spec.dtype), (spec, array.shape, array.dtype)
-            stream.write(np.ascontiguousarray(array).view(np.uint8).data)
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="numpy", backend="mmap")  # "pread" reads a whole tensor to slice it
+    except SafetensorError as error:
+        with file.open("rb") as stream:
+            if stream.read(8) == b"version ":
+                raise ValueError(
+                    f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
+                ) from error
+        raise ValueError(f"{file} is no safetensors file, damaged or cut short; get it again ({error})") from error
 
 
 def enumerate_some(names: Sequence[str], limit: int = 20) -> str:

@@ -1,12 +1,11 @@
 """Base models from and to Hugging Face directories, one tensor at a time."""
 
-import collections
 import dataclasses
 import functools
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,18 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 from peftjax import models, sharding
 from peftjax.core import variables
 from peftjax.core.paths import suggest
 from peftjax.io import hf_files
-from peftjax.io.hf_files import StoredTensor, TensorSpec, enumerate_some, resolve
+from peftjax.io.hf_files import StoredTensor, enumerate_some, resolve
 from peftjax.nn.slot import Slot
 
 __all__ = ["load_model", "make_random", "resolve", "save_model"]
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
 _WRITER = {"format": "pt", "writer": "peftjax"}  # "pt": the orientation of the tensors; transformers asks for it
 
 
@@ -90,8 +90,8 @@ def load_model(
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
 
     dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
-    Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two of its
-    largest tensors.
+    Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two and a
+    half of its largest tensors.
 
     Raises:
         ValueError: see `resolve` and `hf_files.read_tensors`; or the tensors are not those that config.json asks for:
@@ -174,8 +174,8 @@ def _match(
         shape, asked = stored[key].shape, expected[key].stored_shape
         if shape != asked:
             shapes.append(f"{key} is stored as {list(shape)}, config.json asks for {list(asked)}")
-        if not jnp.issubdtype(hf_files.DTYPES[stored[key].dtype], jnp.floating):
-            dtypes.append(f"{key} is stored as {stored[key].dtype}, a float is needed")
+        if stored[key].dtype not in hf_files.FLOATS:
+            dtypes.append(f"{key} is stored as {stored[key].dtype}, a float of 8 to 64 bits is needed")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
     if any(problems.values()):
         told = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
@@ -201,7 +201,7 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:
     """Whether two stored tensors hold the same numbers, compared some rows at a time."""
     if one.shape != other.shape:
         return False
-    chunks = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    chunks = (slice(start, min(start + rows, one.shape[0])) for start in range(0, one.shape[0], rows))
     first, second = one.open(), other.open()
     return all(np.array_equal(np.float64(first[chunk]), np.float64(second[chunk])) for chunk in chunks)
 
@@ -227,8 +227,7 @@ def _put(stack: jax.Array, value: jax.Array, layer: jax.Array, transposed: bool)
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
     """The tensor on the devices, each device's slice read from disk and converted by itself."""
     view = tensor.open()
-    # A copy always: an array that still looked into the file would change, or crash, when the file does.
-    return jax.make_array_from_callback(tensor.shape, placed, lambda index: np.array(view[index], dtype, order="C"))
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: np.asarray(view[index], dtype, order="C"))
 
 
 # --- Saving ---
@@ -240,7 +239,7 @@ def save_model(
     """Write a model as a Hugging Face directory: config.json, and model.safetensors or shards of it with their index.
 
     The dtype is the parameters'. `source`: a model directory (as for `resolve`) whose tokenizer and generation files
-    are copied. One tensor at a time is brought to the host. The directory appears when it is complete, and replaces one
+    are copied. One shard at a time is brought to the host. The directory appears when it is complete, and replaces one
     that was written here before. Adapters that are attached but not active are left out.
 
     Raises:
@@ -264,7 +263,10 @@ def save_model(
     try:
         _write_weights(model, temporary, max_shard_bytes, writing)
         if writing:
-            (temporary / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            config = temporary / "config.json"
+            config.write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            for file in temporary.glob("*.safetensors"):
+                shutil.copymode(config, file)  # the safetensors package lets nobody but the owner read them
             for file in side_files:
                 shutil.copyfile(file, temporary / file.name)
             _replace(target, temporary)
@@ -313,37 +315,36 @@ def _replace(target: Path, complete: Path) -> None:
 def _write_weights(model: Any, directory: Path, max_shard_bytes: int, writing: bool) -> None:
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
-    specs = [
-        TensorSpec(key, np.dtype(values[entry.path].dtype), entry.stored_shape) for key, (entry, _) in sources.items()
-    ]
-    # By width, as the file format wants it; then what is not stacked, then layer by layer.
-    specs.sort(key=lambda spec: (-spec.dtype.itemsize, sources[spec.name][1] if sources[spec.name][0].stacked else -1))
-    shards = _split(specs, max_shard_bytes)
+    sizes = {key: values[entry.path].nbytes // len(entry.keys) for key, (entry, _) in sources.items()}
+    # What is not stacked, then layer by layer.
+    keys = sorted(sources, key=lambda key: sources[key][1] if sources[key][0].stacked else -1)
+    shards = _split(keys, sizes, max_shard_bytes)
     names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        arrays: Iterator[np.ndarray] = (
-            _fetch(values[entry.path], entry, layer) for entry, layer in (sources[spec.name] for spec in shard)
-        )
+        arrays = {}
+        for key in shard:
+            entry, layer = sources[key]
+            array = _fetch(values[entry.path], entry, layer)  # in every process, to gather what is sharded over them
+            if writing:
+                arrays[key] = array
         if writing:
-            hf_files.write_tensors(directory / name, shard, arrays, _WRITER)
-        else:
-            collections.deque(arrays, maxlen=0)  # every process takes part in gathering what is sharded over processes
+            save_file(arrays, directory / name, _WRITER)
     if writing and len(shards) > 1:
-        where = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
-        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": where}
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+def _split(keys: Sequence[str], sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     """Consecutive runs of at most `max_bytes`; a tensor larger than that stands alone."""
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > max_bytes:
+    shards: list[list[str]] = [[]]
+    total = 0
+    for key in keys:
+        if shards[-1] and total + sizes[key] > max_bytes:
             shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
+            total = 0
+        shards[-1].append(key)
+        total += sizes[key]
     return shards
 
 
@@ -358,7 +359,8 @@ def _fetch(value: jax.Array, entry: Entry, layer: int) -> np.ndarray:
         assert isinstance(value.sharding, NamedSharding), value.sharding
         everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
     take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
-    return np.asarray(take(value, layer, entry.stacked, entry.transposed))
+    # In C order, as save_file takes for granted; on a TPU it need not be.
+    return np.asarray(take(value, layer, entry.stacked, entry.transposed), order="C")
 
 
 def _take(value: jax.Array, layer: jax.Array, stacked: bool, transposed: bool) -> jax.Array:

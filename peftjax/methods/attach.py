@@ -33,6 +33,12 @@ def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs)
         ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
             unchanged then.
     """
+    method.check(model)
+    return attach_unchecked(model, method, name, rngs=rngs)
+
+
+def attach_unchecked(model: Any, method: Method, name: str, *, rngs: nnx.Rngs) -> Any:
+    """`attach` for a method that an adapter file describes: it may be one that nobody should begin with."""
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
     if hasattr(Slot(), name):  # adapters are attributes of their slots
@@ -88,7 +94,8 @@ def merge(model: Any, name: str = "default") -> Any:
     were there are kept on the host for `unmerge`.
 
     Raises:
-        ValueError: the method does more than change weights, or the adapters are merged already.
+        ValueError: the method does more than change weights, or the adapters are merged already. The model is unchanged
+            then.
     """
     _require(model, name)
     if name in merged(model):
@@ -98,12 +105,16 @@ def merge(model: Any, name: str = "default") -> Any:
     if untied:
         model.untie()
     before: dict[str, dict[str, np.ndarray]] = {}
-    for site in changed:
-        parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-        new = site.module.adapters.adapter(name).merged(**parameters)
-        before[site.path] = {leaf: np.asarray(parameters[leaf]) for leaf in new}
-        for leaf, value in new.items():
-            site.parameters[leaf].set_value(_like(value, parameters[leaf]))
+    try:
+        for site in changed:
+            parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
+            new = site.module.adapters.adapter(name).merged(**parameters)
+            before[site.path] = {leaf: np.asarray(parameters[leaf]) for leaf in new}
+            for leaf, value in new.items():
+                site.parameters[leaf].set_value(_like(value, parameters[leaf]))
+    except Exception:
+        _restore(model, before, untied)
+        raise
     model.merges = Merges([Merge(name, before, untied), *_merges(model)])
     return use(model, None)
 
@@ -118,13 +129,7 @@ def unmerge(model: Any, name: str = "default") -> Any:
     if name not in merged(model)[:1]:
         raise ValueError(f"adapter {name!r} is not the one merged last; merged, newest first: {merged(model)}")
     last, *others = _merges(model)
-    by_path = {site.path: site for site in sites(model)}
-    for path, leaves in last.before.items():
-        for leaf, value in leaves.items():
-            variable = by_path[path].parameters[leaf]
-            variable.set_value(_like(value, variable.get_value()))
-    if last.untied:
-        model.tie()
+    _restore(model, last.before, last.untied)
     model.merges = Merges(others)
     return use(model, name)
 
@@ -194,6 +199,16 @@ class Merges:
 def _merges(model: Any) -> list[Merge]:
     merges = getattr(model, "merges", None)
     return merges.items if merges else []
+
+
+def _restore(model: Any, before: dict[str, dict[str, np.ndarray]], untied: bool) -> None:
+    by_path = {site.path: site for site in sites(model)}
+    for path, leaves in before.items():
+        for leaf, value in leaves.items():
+            variable = by_path[path].parameters[leaf]
+            variable.set_value(_like(value, variable.get_value()))
+    if untied:
+        model.tie()
 
 
 def _require(model: Any, name: str) -> None:

@@ -379,7 +379,7 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "BONE"}, r"adapter_config.json: peft_type 'BONE' is not supported; supported: LORA"),
+        ({"peft_type": "BONE"}, r"adapter_config.json: peft_type 'BONE' is not supported; supported: .*LORA"),
         ({"peft_type": None}, r"peft_type None is not supported"),
         ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LORA needs it"),
         ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
@@ -418,7 +418,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a", random_tensors())
     whole = (path / WEIGHTS).read_bytes()
     (path / WEIGHTS).write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is cut short"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is no safetensors file, damaged or cut short"):
         load_adapter(tiny.model(), path)
     (path / WEIGHTS).write_bytes(whole)
     (path / CONFIG).write_text("{")
