@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peftjax import sharding
 from peftjax.core import cli, variables
 from peftjax.core import config as configs
 from peftjax.generate import generate
-from peftjax.losses import Totals, next_token_loss
+from peftjax.losses import Loss, Totals, next_token_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Answer:
         return self.answer.strip() == self.expected.strip()
 
 
-def make_eval_step(graph: nnx.GraphDef, chunk: int) -> Callable[..., Totals]:
+def make_eval_step(graph: nnx.GraphDef, loss: Loss) -> Callable[..., Totals]:
     """A jitted function (trainable, frozen, batch [1, B, T]) -> Totals, of a model in evaluation."""
 
     @jax.jit
     def eval_step(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Totals:
         model = variables.merge(graph, trainable, frozen)
-        return next_token_loss(model, {name: value[0] for name, value in batch.items()}, chunk)
+        return loss(model, {name: value[0] for name, value in batch.items()})
 
     return eval_step
 
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh):
         graph, found = variables.flat(model)
         values = {path: variable.get_value() for path, variable in found.items()}
-        eval_step = make_eval_step(graph, config.train.loss_chunk)
+        eval_step = make_eval_step(graph, partial(next_token_loss, chunk=config.train.loss_chunk))
         scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh, config.data.pack)
         if config.eval.exact_match:
             answers = answer(

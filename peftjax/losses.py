@@ -16,6 +16,9 @@ class Totals(NamedTuple):
     correct: jax.Array  # sum of weight where the target has the largest logit
 
 
+Loss = Callable[[Any, Mapping[str, jax.Array]], Totals]  # of a model on a batch, summed over its tokens or examples
+
+
 def chunked_cross_entropy(
     logits_fn: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,

@@ -81,12 +81,12 @@ def place(model: Any, mesh: Mesh) -> None:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
-    """This process's rows [b, T] as a part of the global batch, cut into microbatches: [A, B / A, T]."""
+    """This process's rows [b, T] (or [b], or more dimensions) as a part of the global batch, cut into microbatches:
+    [A, B / A, T]."""
     placed = {}
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * jax.process_count(), *rows.shape[1:])
-        placed[name] = jax.make_array_from_process_local_data(
-            spec((None, "batch", "length"), shape, mesh), local, shape
-        )
+        axes = (None, "batch", "length") if rows.ndim == 2 else (None, "batch", *(None,) * (rows.ndim - 1))
+        placed[name] = jax.make_array_from_process_local_data(spec(axes, shape, mesh), local, shape)
     return placed

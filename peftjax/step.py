@@ -11,7 +11,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.losses import Totals, next_token_loss
+from peftjax.losses import Loss, Totals
 
 
 class TrainState(NamedTuple):
@@ -47,20 +47,20 @@ def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     dropout_keys: tuple[str, ...],
-    chunk: int,
+    loss: Loss,
     state: TrainState,
     penalty: Callable[[Any], jax.Array | None] = lambda model: None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted (state, frozen, batch [A, B, T]) -> (state, metrics). The frozen tree is an argument: never donated,
-    never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
+    """A jitted (state, frozen, batch of arrays [A, B, ...]) -> (state, metrics). The frozen tree is an argument: never
+    donated, never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
     the result that of one large batch, however the tokens fall. penalty: what a method adds to the mean loss that is
     minimised, from the model; the loss that is reported is without it."""
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def loss(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
+    def minimised(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
         model = variables.merge(graph, trainable, frozen)
-        totals = next_token_loss(model, batch, chunk)
+        totals = loss(model, batch)
         extra = penalty(model)
         return totals.loss if extra is None else totals.loss + totals.tokens * extra, totals
 
@@ -73,12 +73,12 @@ def make_train_step(
         def microbatch(sums: Any, part: Any) -> tuple[Any, None]:
             index, batch = part
             keyed = variables.with_dropout_keys(frozen, dropout_keys, jax.random.fold_in(key, index))
-            (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable, keyed, batch)
+            (_, totals), gradients = jax.value_and_grad(minimised, has_aux=True)(state.trainable, keyed, batch)
             return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
         none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
-        count = batch["tokens"].shape[0]
+        count = len(next(iter(batch.values())))
         (gradients, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
         gradients = jax.tree.map(lambda g: g / totals.tokens, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)

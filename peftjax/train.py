@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from peftjax.evaluate import answer, evaluate_loss, exact_match, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_model import load_model, make_random, resolve, save_model
-from peftjax.losses import Totals
+from peftjax.losses import Totals, next_token_loss
 from peftjax.step import TrainState, first_state, flatten, make_train_step
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
@@ -148,13 +149,14 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     state = first_state(trainable, optimizer, config.seed)
+    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
     dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     run = Run(
         config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, tokenizer=tokenizer,
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
-        train_step=make_train_step(graph, optimizer, dropout, config.train.loss_chunk, state, method.penalty),
-        eval_step=make_eval_step(eval_graph, config.train.loss_chunk),
+        train_step=make_train_step(graph, optimizer, dropout, loss, state, method.penalty),
+        eval_step=make_eval_step(eval_graph, loss),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state

@@ -11,7 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# 8 devices; programs that run once on tiny shapes: compiling them with less care takes two thirds of the time
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 # torch's threads spin while they wait: several of them beside another test process take 30 times as long as one
 os.environ["OMP_NUM_THREADS"] = "1"
 # (3,) + (2, 3) broadcasts silently elsewhere; here it is an error, because it is how shapes go wrong unseen

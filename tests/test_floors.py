@@ -18,7 +18,7 @@ FLOORS = {
     3: ["models", "methods"],
     4: ["io", "data"],
     5: ["losses", "optim", "metrics", "report", "step"],
-    6: ["train", "evaluate", "generate", "plan", "sweep", "__init__"],  # commands, and the public names
+    6: ["train", "evaluate", "generate", "plan", "sweep", "list_methods", "__init__"],  # commands, and the public names
 }
 SHARED = {2, 5, 6}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -1,5 +1,6 @@
 """The train step: accumulation exact by tokens, dropout by step and microbatch, moments where their parameters are."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from peftjax import methods, optim, sharding
 from peftjax.core import variables
 from peftjax.core.config import defaults
+from peftjax.losses import next_token_loss
 from peftjax.step import first_state, make_train_step
 from tests import tiny
 
@@ -32,7 +34,9 @@ def trained_once(microbatches: int, *, dropout: float = 0.0, step: int = 0) -> t
     batch["loss_weights"][0] = 0
     batch["loss_weights"][1, 2:] = 0
     placed = sharding.shard_batch(batch, sharding.make_mesh(), microbatches)
-    state, measured = make_train_step(graph, optimizer, keys, 4, state)(state, frozen, placed)
+    state, measured = make_train_step(graph, optimizer, keys, partial(next_token_loss, chunk=4), state)(
+        state, frozen, placed
+    )
     return state.trainable, {name: float(value) for name, value in measured.items()}
 
 

@@ -58,7 +58,9 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
 ) -> None:
     written = []
     save = train.save_adapter
-    monkeypatch.setattr(train, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1])
+    monkeypatch.setattr(
+        train, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
+    )
     made = config(tmp_path, checkpoint__adapter=True, data__eval=())
     train.train(made, tmp_path / "run")
     assert written == [tmp_path / "run" / "adapter"] * 2  # at steps 3 and 6

@@ -1,4 +1,7 @@
-"""Adapter directories in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
+"""Adapter directories in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+
+Those of bottleneck adapters, which PEFT does not have, are in the format of AdapterHub (`adapter_hub`).
+"""
 
 import json
 import shutil
@@ -11,10 +14,13 @@ from flax import nnx
 from safetensors.numpy import save
 
 from peftjax.core.paths import suggest
+from peftjax.io import adapter_hub
+from peftjax.io.adapter_hub import Files
 from peftjax.io.hf_files import enumerate_some, read_header, read_json
 from peftjax.methods import METHODS, attached, detach, use
 from peftjax.methods.attach import active, attach_unchecked
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter
+from peftjax.methods.bottleneck import Bottleneck
 from peftjax.methods.sites import Site, adapters, sites, tied_kernel
 
 PREFIX = "base_model.model."
@@ -23,7 +29,7 @@ PICKLE = "adapter_model.bin"
 
 
 def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
-    """Write the adapters called `name` as a directory that Hugging Face PEFT loads; returns its path.
+    """Write the adapters called `name` as a directory that Hugging Face PEFT (or AdapterHub) loads; returns its path.
 
     base: what to record as base_model_name_or_path. A new directory appears whole or not at all; in one that is there
     the two files are replaced, each whole, and others stay.
@@ -32,24 +38,30 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
         ValueError: no such adapter, or the method has no Hugging Face format.
     """
     method = _method(model, name)
-    config = {
-        "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": None,
-        "inference_mode": True,
-        "auto_mapping": None,
-    } | method.to_hf(model, name)
+    tensors, weights = adapter_tensors(model, name), _files(model, name).weights
+    if isinstance(method, Bottleneck):
+        config = adapter_hub.make_config(model, method, name, base)
+        tensors = adapter_hub.with_both_names(tensors, method)
+    else:
+        config = {
+            "peft_type": method.peft_type,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "revision": None,
+            "inference_mode": True,
+            "auto_mapping": None,
+        } | method.to_hf(model, name)
     path = Path(path)
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     scratch.mkdir(parents=True)
     try:
-        (scratch / WEIGHTS).write_bytes(save(_tensors(model, name), metadata={"format": "pt"}))
+        arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        (scratch / weights).write_bytes(save(arrays, metadata={"format": "pt"}))
         # sorted at the top only: of rank_pattern's and alpha_pattern's entries the first that matches counts
         (scratch / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
         if path.exists():
-            for file in (WEIGHTS, CONFIG):
+            for file in (weights, CONFIG):
                 (scratch / file).replace(path / file)
         else:
             scratch.rename(path)
@@ -59,15 +71,18 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
 
 
 def load_adapter(model: Any, path: str | Path, name: str = "default") -> Any:
-    """Attach the adapter of a Hugging Face PEFT directory under `name`, active; returns the model.
+    """Attach the adapter of a Hugging Face PEFT (or AdapterHub) directory under `name`, active; returns the model.
 
     Raises:
         ValueError: a file is missing, the config asks for what is not supported, a tensor is missing, unread or of
             another shape. The model is unchanged then.
     """
     path = Path(path)
-    method = _read_method(path)
-    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+    if adapter_hub.is_hub(path):
+        method, tensors = adapter_hub.read(path, model, name)
+    else:
+        method = _read_method(path)
+        tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
@@ -82,7 +97,7 @@ def _method(model: Any, name: str) -> Method:
     methods = attached(model)
     if name not in methods:
         raise ValueError(f"no adapter {name!r} is attached.{suggest(name, methods)} Attached: {list(methods)}")
-    if methods[name].peft_type is None:
+    if methods[name].peft_type is None and not isinstance(methods[name], Bottleneck):
         raise ValueError(f"{methods[name].method} has no adapter file; save the whole model with save_model")
     return methods[name]
 
@@ -132,30 +147,33 @@ class _Tensor(NamedTuple):
         return value if self.layer is None else value[self.layer]
 
 
+def _files(model: Any, name: str) -> Files:
+    return adapter_hub.files(name) if isinstance(attached(model)[name], Bottleneck) else Files(WEIGHTS, PREFIX, ".")
+
+
 def _in_file(model: Any, name: str) -> list[_Tensor]:
     found: dict[str, _Tensor] = {}
+    files = _files(model, name)
     for site, adapter in adapters(model, name):
         written = adapter.exported()
         for key, leaf in written.hf_shared().items():
             found.setdefault(key, _Tensor(key, written, None, leaf))  # the same in each layer that shares it
         for layer, hf in zip(site.layers, site.names, strict=True):
             for suffix, leaf in written.hf_leaves(layer).items():
-                key = f"{PREFIX}{hf}.{suffix}"
+                key = files.key(hf, suffix)
                 found[key] = _Tensor(key, written, layer, leaf)
     return list(found.values())
 
 
-def _tensors(model: Any, name: str) -> dict[str, np.ndarray]:
-    return {
-        tensor.key: np.ascontiguousarray(tensor.leaf.write(np.asarray(tensor.array())))
-        for tensor in _in_file(model, name)
-    }
+def adapter_tensors(model: Any, name: str = "default") -> dict[str, jax.Array]:
+    """What the adapter's file holds, by key."""
+    return {tensor.key: tensor.leaf.write(tensor.array()) for tensor in _in_file(model, name)}
 
 
 def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> None:
-    expected = _in_file(model, name)
+    expected, files = _in_file(model, name), _files(model, name)
     unread = set(tensors) - {tensor.key for tensor in expected}
-    unread -= _copies_of_base(model, {key: tensors[key] for key in unread})
+    unread -= _copies_of_base(model, {key: tensors[key] for key in unread}, files.prefix)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unread:
         parts = [
@@ -163,7 +181,7 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
             for word, keys in (("missing", missing), ("unexpected", sorted(unread)))
             if keys
         ]
-        raise ValueError(f"{path / WEIGHTS} does not fit its config and this model: {'; '.join(parts)}")
+        raise ValueError(f"{path / files.weights} does not fit its config and this model: {'; '.join(parts)}")
     filled: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
     for tensor in expected:
         variable = getattr(tensor.adapter, tensor.leaf.leaf)
@@ -171,18 +189,18 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
         try:
             tensor.leaf.read(tensors[tensor.key], buffer if tensor.layer is None else buffer[tensor.layer])
         except ValueError as error:
-            raise ValueError(f"{path / WEIGHTS}: {tensor.key} {error}: the adapter is for another base") from None
+            raise ValueError(f"{path / files.weights}: {tensor.key} {error}: the adapter is for another base") from None
     for variable, buffer in filled.values():
         variable.set_value(jax.device_put(buffer, variable.get_value().sharding))
 
 
-def _copies_of_base(model: Any, tensors: dict[str, np.ndarray]) -> set[str]:
+def _copies_of_base(model: Any, tensors: dict[str, np.ndarray], prefix: str) -> set[str]:
     """Those of the keys that only repeat the base: peft stores the table of an embedding or a head beside its LoRA."""
     copies = set()
     for site in sites(model):
         for leaf, (suffix, transposed) in getattr(type(site.module), "hf_leaves", {}).items():
             for layer, hf in zip(site.layers, site.names, strict=True):
-                for key in tensors.keys() & {f"{PREFIX}{hf}.{suffix}", f"{PREFIX}{hf}.base_layer.{suffix}"}:
+                for key in tensors.keys() & {f"{prefix}{hf}.{suffix}", f"{prefix}{hf}.base_layer.{suffix}"}:
                     if (own := _base_value(model, site, leaf, layer)) is None:
                         continue
                     if not _same(tensors[key], own.T if transposed else own):

@@ -39,6 +39,11 @@ class Method:
     hf_constants: ClassVar[dict[str, Any]] = {}
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def neutral(self) -> bool:
+        """Whether the method, attached and not yet trained, changes nothing that the model computes."""
+        return True
+
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
         """The method with its texts, if it has any, as tokens."""
         del encode
@@ -79,7 +84,9 @@ class Method:
         known = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_ignored
         for key, value in config.items():
             if key not in known and value not in (None, False, "", [], {}, cls.hf_constants.get(key)):
-                raise ValueError(f"adapter_config.json: {key}={value!r} is not supported for {cls.peft_type}")
+                raise ValueError(
+                    f"adapter_config.json: {key}={value!r} is not supported for {cls.peft_type or cls.method}"
+                )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
         return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})

@@ -1,26 +1,33 @@
 """LoRA: y = x W + s (x A) B, with W frozen, A random and B zero at the start.
 
 Hu et al. 2021 (arXiv:2106.09685), section 4.1, eq. 3, with s = alpha / r; rank-stabilised LoRA has s = alpha / sqrt(r)
-(Kalajdzievski 2023, arXiv:2312.03732, eq. 3). The derivation is in docs/lora.md.
+(Kalajdzievski 2023, arXiv:2312.03732, eq. 3). What computes it is in lora_adapter.py, where A and B start in
+lora_init.py, DoRA in dora.py; the derivations are in docs/lora.md. Two variants change no equation:
+
+LoRA+    B learns `lr_ratio` times as fast as A: Hayou et al. 2024 (arXiv:2402.12354), section 4.
+LoRA-FA  A stays as it starts: Zhang et al. 2023 (arXiv:2308.03303). The paper's later versions, and peft's optimizer for
+         it, also multiply B's gradient with (A^T A)^-1 / s^2; here the gradient is B's own.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, Override, parameter, transposed
+from peftjax.methods.base import HfLeaf, LayerMask, Override, positive
+from peftjax.methods.dora import DoraEmbedding, DoraLinear, DoraResidual
+from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
+from peftjax.methods.lora_init import INITS, RESIDUAL, ResidualLora, initial
 from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_table, place, sites
 from peftjax.methods.targeted import Targeted
-from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
-from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,11 @@ class Lora(Targeted):
     rank, alpha: as in the paper. rank_pattern, alpha_pattern: exceptions by module name, {"layers.0.self_attn.q_proj": 4}.
     dropout: on the adapter's input, in training.
     bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
+    lora_bias: train a bias on B, which is scaled as B is.
+    dora: train magnitude and direction apart.
+    init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N" (N: a number) or "olora".
+    lr_ratio: B's learning rate over A's. It holds for vectors (biases, magnitudes) too, as in peft, and not for
+    embeddings, whose A and B have other parts. freeze_a: train B alone.
     dtype: of A and B; the computation runs in the dtype of the activations.
     """
 
@@ -40,6 +52,11 @@ class Lora(Targeted):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     bias: str = "none"
+    lora_bias: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    lr_ratio: float = 1.0
+    freeze_a: bool = False
     dtype: str = "float32"
 
     method: ClassVar[str] = "lora"
@@ -53,6 +70,8 @@ class Lora(Targeted):
         "rank_pattern": ("rank_pattern", None),
         "alpha_pattern": ("alpha_pattern", None),
         "bias": ("bias", "none"),
+        "lora_bias": ("lora_bias", False),
+        "dora": ("use_dora", False),
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {
@@ -71,6 +90,25 @@ class Lora(Targeted):
                 raise ValueError(f"method.rank must be a whole number of at least 1, it is {rank!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
+        if not INITS.fullmatch(self.init):
+            raise ValueError(
+                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N: a number) "
+                "and olora"
+            )
+        odd = [rank for rank in (self.rank, *dict(self.rank_pattern).values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"method.rank must be even with init='orthogonal', it is {odd[0]}")
+        if self.dora and self.lora_bias:
+            raise ValueError("method.lora_bias=True does not go with dora=True, here as in peft; choose one of them")
+        positive(lr_ratio=self.lr_ratio)
+
+    def check(self, model: nnx.Module) -> None:
+        for site, mask in self.chosen(model):
+            largest, limit = self.ranks(site, mask).max(), min(site.module.in_features, site.module.out_features)
+            if largest > limit:
+                raise ValueError(
+                    f"method.rank={largest} is larger than {site.names[0]} allows: its smaller side is {limit}"
+                )
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)
@@ -83,17 +121,62 @@ class Lora(Targeted):
         check_table("alpha_pattern", self.alpha_pattern, chosen)
         return chosen
 
-    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoraLinear | LoraEmbedding":
-        ranks = np.where(mask, by_name(site, self.rank_pattern, self.rank), 0)
-        limit = min(site.module.in_features, site.module.out_features)
-        if ranks.max() > limit:
-            raise ValueError(
-                f"method.rank={ranks.max()} is larger than {site.names[0]} allows: its smaller side is {limit}"
-            )
-        alphas = by_name(site, self.alpha_pattern, self.alpha)
-        scales = alphas / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
-        kind = LoraLinear if isinstance(site.module, Linear) else LoraEmbedding
-        return kind(site, ranks, scales, dropout=self.dropout, dtype=jnp.dtype(self.dtype), rngs=rngs)
+    def ranks(self, site: Site, mask: np.ndarray) -> np.ndarray:
+        """Of each layer of a site, 0 in those that are left out."""
+        return np.where(mask, by_name(site, self.rank_pattern, self.rank), 0)
+
+    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
+        linear = isinstance(site.module, Linear)
+        if not linear:
+            self._check_embedding(site)
+        ranks = self.ranks(site, mask)
+        scales = by_name(site, self.alpha_pattern, self.alpha) / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
+        active = np.arange(ranks.max()) < ranks[:, None]  # [layers, R]
+        scale = jnp.asarray(active * scales[:, None], jnp.float32).reshape(*site.stack, -1)
+        a, b = (factor.astype(self.dtype) for factor in initial(self.init, site, ranks, scales, rngs))
+        inputs, outputs = site.module.axes
+        kind = _kind(linear, bool(RESIDUAL.fullmatch(self.init)), self.dora)
+        adapter = kind(
+            tuple(int(rank) for rank in ranks),
+            PeftConstant(scale, axes=site.lead("rank")),
+            (PeftConstant if self.freeze_a else PeftParam)(a, axes=site.lead(inputs, "rank")),
+            PeftParam(b, axes=site.lead("rank", outputs)),
+            self.dropout if linear else 0.0,  # peft drops nothing of an embedding
+        )
+        if isinstance(adapter, DoraLinear):
+            adapter.measure(site.kernel)
+        if self.lora_bias:
+            shift = jnp.zeros((*site.stack, site.module.out_features), self.dtype)
+            adapter.shift = nnx.data(PeftParam(shift, axes=site.lead(outputs)))
+        return adapter
+
+    def _check_embedding(self, site: Site) -> None:
+        refused = {
+            "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
+            "freeze_a": (self.freeze_a, "would leave an embedding's A at zero"),
+            "init": (RESIDUAL.fullmatch(self.init), "starts from a Linear's kernel"),
+        }
+        for option, (given, why) in refused.items():
+            if given:
+                raise ValueError(
+                    f"method.{option}={getattr(self, option)!r} {why}; leave {site.names[0]} out of the targets"
+                )
+
+    def optimizer(
+        self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]
+    ) -> optax.GradientTransformation:
+        if self.lr_ratio == 1:
+            return inner
+
+        def rate(path: str, leaf: nnx.Variable) -> str:
+            axes = tuple(axis for axis in leaf.axes if axis != "layers")
+            embedding = path.endswith(".b") and "vocab" in leaves.get(f"{path[:-1]}a", leaf).axes
+            return "fast" if len(axes) == 1 or (axes[0] == "rank" and not embedding) else "plain"
+
+        rates = {path: rate(path, leaf) for path, leaf in leaves.items()}
+        return optax.chain(
+            inner, optax.partition({"plain": optax.identity(), "fast": optax.scale(self.lr_ratio)}, rates)
+        )
 
     def _train_biases(self, model: nnx.Module, name: str) -> None:
         targeted = {site.path: mask for site, mask in self.chosen(model)}
@@ -123,8 +206,14 @@ class Lora(Targeted):
             raise ValueError(f"method.bias={self.bias!r}: no layer in question has a bias; set it to 'none'")
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
-        return super().to_hf(model, name) | patterns
+        twice, times = (2, math.sqrt(2) if self.rslora else 2) if RESIDUAL.fullmatch(self.init) else (1, 1)
+        doubled = {  # the file of a ResidualLora holds twice the rank, with the same scale
+            "r": self.rank * twice,
+            "lora_alpha": self.alpha * times,
+            "rank_pattern": {key: rank * twice for key, rank in self.rank_pattern},
+            "alpha_pattern": {key: alpha * times for key, alpha in self.alpha_pattern},
+        }
+        return super().to_hf(model, name) | doubled
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Lora":
@@ -137,82 +226,9 @@ class Lora(Targeted):
         return super().from_hf(config)
 
 
-class LoraLinear(DeltaAdapter):
-    """x W + (x A * scale) B. a: [*stack, in, R], b: [*stack, R, out], scale: [*stack, R].
-
-    R is the largest rank in the stack; a layer of smaller rank has scale 0 beyond its own, a layer left out everywhere:
-    there A and B get no gradient.
-    """
-
-    names: ClassVar = {"lora_A.weight": transposed("a"), "lora_B.weight": transposed("b")}
-
-    def __init__(
-        self, site: Site, ranks: np.ndarray, scales: np.ndarray, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        self.ranks = tuple(int(rank) for rank in ranks)  # one for each layer, 0 where there is none
-        rank, stack = max(self.ranks), site.stack
-        owner = site.module
-        active = np.arange(rank) < ranks[:, None]  # [layers, R]
-        scale = jnp.asarray(active * scales[:, None], jnp.float32).reshape(*stack, rank)
-        a, b = self.initial((*stack, owner.in_features, rank), (*stack, rank, owner.out_features), rngs)
-        self.a = PeftParam((a * active.reshape(*stack, 1, rank)).astype(dtype), axes=site.lead(owner.axes[0], "rank"))
-        self.b = PeftParam((b * active.reshape(*stack, rank, 1)).astype(dtype), axes=site.lead("rank", owner.axes[1]))
-        self.scale = PeftConstant(scale, axes=site.lead("rank"))
-        self.bias, self.bias_layers = nnx.data(None), nnx.data(None)
-        self.dropout = Dropout(dropout, stack)
-
-    def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        """A uniform in +-1/sqrt(in) (peft's Kaiming uniform with a = sqrt(5)), B zero: shapes to arrays."""
-        bound = a[-2] ** -0.5
-        return jax.random.uniform(rngs.params(), a, jnp.float32, -bound, bound), jnp.zeros(b, jnp.float32)
-
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        if self.bias is not None:
-            parameters["bias"] = self.bias_layers(self.bias.get_value(), parameter(owner, "bias", parameters))
-        low = self._scaled(matmul(self.dropout(x), self.a.get_value()))  # [..., R]
-        return compute(x, **parameters) + matmul(low, self.b.get_value())
-
-    def _scaled(self, low: jax.Array) -> jax.Array:
-        return low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape)
-
-    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        rank = self.ranks[layer or 0]
-        windows = {"a": (slice(None), slice(rank)), "b": (slice(rank), slice(None))}
-        leaves = {key: dataclasses.replace(leaf, window=windows[leaf.leaf]) for key, leaf in self.names.items() if rank}
-        if self.bias is not None and self.bias_layers.chosen[layer or 0]:
-            leaves["base_layer.bias" if rank else "bias"] = HfLeaf("bias")  # peft wraps the layers that have a LoRA
-        return leaves
-
-    def delta(self) -> jax.Array:
-        """s A B."""
-        a, b = self.a.get_value().astype(jnp.float32), self.b.get_value().astype(jnp.float32)
-        return jnp.matmul(a * self.scale.get_value()[None], b)
-
-    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        merged = super().merged(**parameters)
-        if self.bias is not None:
-            bias = self.bias_layers(self.bias.get_value(), parameters["bias"])
-            merged["bias"] = bias.astype(parameters["bias"].dtype)
-        return merged
-
-
-class LoraEmbedding(LoraLinear):
-    """E[token] + (A[token] * scale) B: the same update of a table [V, D], with A zero and B normal at the start."""
-
-    names: ClassVar = {"lora_embedding_A": transposed("a"), "lora_embedding_B": transposed("b")}
-    kernel: ClassVar = "embedding"
-
-    def initial(self, a: tuple[int, ...], b: tuple[int, ...], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        """A zero, B normal with standard deviation 1, as peft does."""
-        return jnp.zeros(a, jnp.float32), jax.random.normal(rngs.params(), b, jnp.float32)
-
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (tokens,) = inputs
-        y = compute(tokens, **parameters)
-        low = self._scaled(jnp.take(self.a.get_value(), tokens, axis=0).astype(y.dtype))  # [B, T, R]
-        return y + matmul(low, self.b.get_value())
+def _kind(linear: bool, residual: bool, dora: bool) -> type[LoraLinear]:
+    if not linear:
+        return DoraEmbedding if dora else LoraEmbedding
+    if residual:
+        return DoraResidual if dora else ResidualLora
+    return DoraLinear if dora else LoraLinear

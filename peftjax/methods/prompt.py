@@ -6,6 +6,7 @@ al. 2021 (arXiv:2103.10385), section 3.2. Only f's output is kept; the encoder i
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ from peftjax.core.variables import PeftParam
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter, positive
 from peftjax.methods.sites import Site, place, sites
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.embedding import Embedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,16 +36,29 @@ class SoftPrompt(Method):
     def __post_init__(self) -> None:
         positive(tokens=self.tokens)
 
+    @property
+    def neutral(self) -> bool:
+        return False
+
     def site(self, model: Any) -> Site:
         """The token embedding, where soft prompts sit."""
-        limit = model.config.max_positions
+        limit = getattr(getattr(model, "config", None), "max_positions", math.inf)
         if self.tokens >= limit:
             raise ValueError(
                 f"method.tokens={self.tokens} leaves no room for text: the model has {limit} positions; take fewer"
             )
-        return next(site for site in sites(model) if site.module is model.embed)
+        found = [site for site in sites(model) if isinstance(site.module, Embedding)]
+        if len(found) != 1:
+            raise ValueError(
+                f"method.name={self.method!r} needs one token embedding with a slot, and this model has {len(found)}"
+            )
+        return found[0]
 
     def to_hf(self, model: Any, name: str) -> dict[str, Any]:
+        if not hasattr(model, "config"):
+            raise ValueError(
+                f"{self.method} has no adapter file for an adopted model: peft's says the sizes of its base"
+            )
         base = model.config
         sizes = {"token_dim": base.embed, "num_attention_heads": base.heads, "num_layers": base.layers}
         return super().to_hf(model, name) | sizes | {"num_transformer_submodules": 1}

@@ -16,13 +16,15 @@ from peftjax.nn.slot import Adapter, Slot
 class Site:
     """A layer with a slot.
 
-    path: ours; names: what Hugging Face calls it, one for each layer of a stack; stack: (L,), or () when not stacked.
+    path: ours; names: what Hugging Face calls it, one for each layer of a stack; stack: (L,), or () when not stacked;
+    model: what it is part of.
     """
 
     path: str
     module: Any
     names: tuple[str, ...]
     stack: tuple[int, ...]
+    model: Any = dataclasses.field(repr=False)
 
     @property
     def layers(self) -> tuple[int | None, ...]:
@@ -33,6 +35,12 @@ class Site:
     def parameters(self) -> dict[str, nnx.Variable]:
         """The layer's own parameters by name."""
         return {key: value for key, value in vars(self.module).items() if isinstance(value, nnx.Param)}
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The kernel [*stack, in, out] of a Linear, a tied head's too, or the table [V, D] of an Embedding."""
+        own = self.parameters.get("kernel", self.parameters.get("embedding"))
+        return tied_kernel(self.model) if own is None else own.get_value()
 
     def lead(self, *axes: str | None) -> tuple[str | None, ...]:
         """Logical axes of a parameter that sits here, with the stack's before them."""
@@ -56,7 +64,7 @@ def sites(model: nnx.Module) -> list[Site]:
             stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
             name = names.get(path, path)
             expanded = tuple(name.format(layer) for layer in range(stack[0])) if stack else (name,)
-            found.append(Site(path, module, expanded, stack))
+            found.append(Site(path, module, expanded, stack, model))
     return sorted(found, key=lambda site: site.path)
 
 

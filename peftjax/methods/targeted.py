@@ -31,6 +31,7 @@ class Targeted(Method):
     modules_to_save: tuple[str, ...] = ()
 
     fits: ClassVar[tuple[type[nnx.Module], ...]] = (Linear,)  # kinds of layers that can be targets
+    every: ClassVar[str] = "all-linear"  # the word for all targets, `in_every`
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {
         "targets": ("target_modules", None),
         "exclude": ("exclude_modules", None),
@@ -45,7 +46,7 @@ class Targeted(Method):
         layers, saved = self.layers_to_transform, self.modules_to_save
         object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
         object.__setattr__(self, "modules_to_save", split_names(saved) if isinstance(saved, str) else tuple(saved))
-        if self.layers_to_transform and isinstance(self.targets, str) and self.targets != "all-linear":
+        if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
             raise ValueError(
                 "method.layers_to_transform goes with names, not with a regular expression for whole names"
             )
@@ -63,10 +64,8 @@ class Targeted(Method):
         """The sites that get an adapter."""
         layers = [site for site in sites(model) if isinstance(site.module, self.fits)]
         targets = self.targets
-        if targets == "all-linear":
-            outputs = getattr(type(model), "output_layers", ())
-            layers = [site for site in layers if isinstance(site.module, Linear) and site.path not in outputs]
-            targets = ".*"
+        if targets == self.every:
+            layers, targets = [site for site in layers if self.in_every(site, model)], ".*"
         chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
         saved = {site.path: mask for site, mask in self.saved(model)}
         chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
@@ -74,6 +73,10 @@ class Targeted(Method):
         if not chosen:
             raise ValueError(f"method.targets={self.targets!r}: every one of them is in modules_to_save")
         return chosen
+
+    def in_every(self, site: Site, model: nnx.Module) -> bool:
+        """Whether the word `every` means a site."""
+        return isinstance(site.module, Linear) and site.path not in getattr(type(model), "output_layers", ())
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites of modules_to_save."""
@@ -86,7 +89,10 @@ class Targeted(Method):
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config = super().to_hf(model, name)
-        if self.targets == "all-linear":
+        options = ("exclude", "layers_to_transform")
+        if any(getattr(self, option) and option not in self.hf_fields for option in options):
+            config["target_modules"] = chosen_names(self.chosen(model))  # for peft has no field that leaves one out
+        elif self.targets == self.every:
             config["target_modules"] = sorted(
                 {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
             )
@@ -97,6 +103,11 @@ class Targeted(Method):
         if config.get("target_modules") is None:
             raise ValueError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
         return super().from_hf(config)
+
+
+def chosen_names(chosen: Chosen) -> list[str]:
+    """The whole names of all layers chosen."""
+    return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
 
 
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
@@ -119,10 +130,10 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
 
 
 def names_or_pattern(value: Any) -> str | tuple[str, ...]:
-    """A regular expression or "all-linear" as it is; names, also in one string between commas, as a tuple."""
+    """A regular expression or a word like "all-linear" as it is; names, also between commas, as a tuple."""
     if not isinstance(value, str):
         return tuple(value)
-    if value == "all-linear" or REGEX & set(value):
+    if value.startswith("all-") or REGEX & set(value):
         return value
     return split_names(value)
 

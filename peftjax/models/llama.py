@@ -278,6 +278,8 @@ Llama.hf_modules = {
     "blocks.feedforward.gate": "model.layers.{}.mlp.gate_proj",
     "blocks.feedforward.up": "model.layers.{}.mlp.up_proj",
     "blocks.feedforward.down": "model.layers.{}.mlp.down_proj",
+    "blocks.attention_residual": "model.layers.{}.attention_adapters",  # where AdapterHub has its adapters
+    "blocks.feedforward_residual": "model.layers.{}.output_adapters",
     "norm": "model.norm",
     "head": "lm_head",
 }

@@ -1,6 +1,7 @@
 """Our models and peft's beside each other: random bases, adapters that have moved, and the same steps of training."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,16 @@ def batches() -> list[np.ndarray]:
     return [np.random.default_rng(10 + step).integers(0, 48, (4, 17)) for step in range(STEPS)]
 
 
-def train_theirs(model: Any) -> list[float]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     vectors = [p for p in parameters if p.numel() == max(p.shape)]  # peft has some of them as matrices of one column
     matrices = [p for p in parameters if p.numel() > max(p.shape)]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
-    losses = []
+    return torch.optim.AdamW(groups, lr=RATE)
+
+
+def train_theirs(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = optimizer or adamw(parameters), []
     for ids in map(torch.tensor, batches()):
         outputs = model(ids[:, :-1]).logits[:, -16:]
         loss = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), ids[:, 1:].flatten())
@@ -196,7 +200,7 @@ def train_by_the_step(model: Any) -> list[float]:
     (method,) = attached_methods(model).values()
     optimizer = method.optimizer(optimizer_for(model, trainable), variables.flat(model)[1])
     state, losses = first_state(trainable, optimizer, seed=0), []
-    step = make_train_step(graph, optimizer, (), 7, state, method.penalty)
+    step = make_train_step(graph, optimizer, (), partial(next_token_loss, chunk=7), state, method.penalty)
     with jax.set_mesh(mesh):
         for batch in our_batches():
             state, measured = step(state, frozen, sharding.shard_batch(batch, mesh, 2))

@@ -53,6 +53,7 @@ class Variant:
             "targets": "target_modules",
             "exclude": "exclude_modules",
             "rslora": "use_rslora",
+            "dora": "use_dora",
         }
         return {
             names.get(key, key): list(value) if isinstance(value, tuple) else value for key, value in self.ours.items()
@@ -94,6 +95,10 @@ VARIANTS = {
     "head-tied": lora("tied", targets=("q_proj", "lm_head"), merges=False),
     "both-ends": lora(targets=("embed_tokens", "lm_head", "q_proj"), rank_pattern={"lm_head": 2}),
     "both-ends-tied": lora("tied", targets=("embed_tokens", "lm_head"), merges=False),
+    "dora-some-layers": lora(dora=True, rslora=True, layers_to_transform=(0, 2), rank_pattern={"v_proj": 2}),
+    "dora-embedding": lora(dora=True, targets=("embed_tokens", "lm_head", "q_proj")),
+    "dora-head-tied": lora("tied", dora=True, targets=("q_proj", "lm_head"), merges=False),
+    "lora-bias-some-layers": lora("biased", lora_bias=True, layers_to_transform=(1,), bias="lora_only"),
 }
 
 
@@ -210,8 +215,6 @@ def test_the_configs_that_peft_writes_are_read_and_its_variants_are_refused_by_n
     bases: Callable, tmp_path: Path
 ) -> None:
     variants: dict[str, dict[str, Any]] = {
-        "use_dora": {"use_dora": True},
-        "lora_bias": {"lora_bias": True},
         "trainable_token_indices": {"trainable_token_indices": [1, 2]},
         "init_lora_weights": {"init_lora_weights": "pissa"},
         "layer_replication": {"layer_replication": [(0, 2), (1, 3)]},

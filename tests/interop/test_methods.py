@@ -49,6 +49,16 @@ PEERS: dict[str, Peer] = {
         methods.Lora(rank=4, alpha=8, targets=("q_proj", "v_proj")),
         lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     ),
+    "lora-dora": Peer(
+        methods.Lora(rank=4, alpha=8, dora=True, targets=("q_proj", "v_proj")),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "v_proj"]),
+        base="biased",
+    ),
+    "lora-bias": Peer(
+        methods.Lora(rank=4, alpha=8, lora_bias=True, targets=("q_proj", "v_proj")),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, lora_bias=True, target_modules=["q_proj", "v_proj"]),
+        base="biased",
+    ),
     "prompt": Peer(methods.PromptTuning(tokens=5), lambda: peft.PromptTuningConfig(num_virtual_tokens=5), merges=False),
     "p-tuning": Peer(
         methods.PTuning(tokens=5, hidden=6),
@@ -75,6 +85,145 @@ PEERS: dict[str, Peer] = {
         methods.Ia3(targets=("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)),
         lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
         base="biased",
+    ),
+    "ia3-layers": Peer(
+        methods.Ia3(
+            targets=("q_proj", "down_proj"),
+            layers_to_transform=(0, 2),
+            feedforward=r".*\.(0\.self_attn\.q|2\.mlp\.down)_proj",
+        ),
+        lambda: peft.IA3Config(
+            target_modules=r".*\.[02]\.(self_attn\.q|mlp\.down)_proj",
+            feedforward_modules=r".*\.(0\.self_attn\.q|2\.mlp\.down)_proj",
+        ),
+    ),
+    "loha": Peer(
+        methods.LoHa(rank=3, alpha=6, targets=("q_proj", "v_proj", "down_proj"), rank_pattern={"q_proj": 6}),
+        lambda: peft.LoHaConfig(
+            r=3, alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"q_proj": 6}
+        ),
+    ),
+    "lokr": Peer(
+        methods.LoKr(rank=2, alpha=4, targets=("q_proj", "v_proj", "down_proj"), rank_pattern={"q_proj": 3}),
+        lambda: peft.LoKrConfig(
+            r=2, alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"q_proj": 3}
+        ),
+    ),
+    "lokr-both": Peer(
+        methods.LoKr(rank=2, targets=("q_proj", "v_proj", "down_proj"), decompose_both=True, decompose_factor=8),
+        lambda: peft.LoKrConfig(
+            r=2, target_modules=["q_proj", "v_proj", "down_proj"], decompose_both=True, decompose_factor=8
+        ),
+    ),
+    "vera": Peer(
+        methods.Vera(rank=4, targets=("q_proj", "v_proj", "down_proj"), exclude=("layers.1.self_attn.v_proj",)),
+        lambda: peft.VeraConfig(r=4, target_modules=r".*\.(q_proj|down_proj|[02]\.self_attn\.v_proj)"),
+    ),
+    "fourierft": Peer(
+        methods.FourierFT(
+            n_frequency=60,
+            targets=("q_proj", "v_proj", "down_proj"),
+            random_loc_seed=7,
+            n_frequency_pattern={"layers.1.self_attn.v_proj": 90},
+        ),
+        lambda: peft.FourierFTConfig(
+            n_frequency=60,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            random_loc_seed=7,
+            n_frequency_pattern={"layers.1.self_attn.v_proj": 90},
+        ),
+    ),
+    "randlora": Peer(
+        methods.RandLora(rank=5, alpha=10, targets=("k_proj", "o_proj", "up_proj", "down_proj")),
+        lambda: peft.RandLoraConfig(
+            r=5, randlora_alpha=10, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"]
+        ),
+    ),
+    "vblora": Peer(
+        methods.VbLora(rank=2, num_vectors=6, vector_length=8, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=6, vector_length=8, target_modules=["q_proj", "v_proj", "down_proj"]
+        ),
+    ),
+    "ln-tuning": Peer(
+        methods.LnTuning(),
+        lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+    ),
+    "ln-tuning-some": Peer(
+        methods.LnTuning(targets=("input_layernorm",), layers_to_transform=(0, 2)),
+        lambda: peft.LNTuningConfig(target_modules=["layers.0.input_layernorm", "layers.2.input_layernorm"]),
+    ),
+    "bitfit": Peer(
+        methods.BitFit(),
+        lambda: peft.BeftConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        base="biased",
+    ),
+    "trainable-tokens": Peer(
+        methods.TrainableTokens(token_indices=tuple(range(30, 3, -3))),
+        lambda: peft.TrainableTokensConfig(token_indices=list(range(30, 3, -3))),
+    ),
+    "trainable-tokens-tied": Peer(
+        methods.TrainableTokens(token_indices=tuple(range(30, 3, -3))),
+        lambda: peft.TrainableTokensConfig(token_indices=list(range(30, 3, -3))),
+        base="tied",
+    ),
+    "trainable-tokens-both": Peer(
+        methods.TrainableTokens(token_indices=tuple(range(30, 3, -3)), targets=("embed_tokens", "lm_head")),
+        lambda: peft.TrainableTokensConfig(
+            token_indices=list(range(30, 3, -3)), target_modules=["embed_tokens", "lm_head"]
+        ),
+    ),
+    "miss": Peer(
+        methods.Miss(rank=6, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.MissConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
+    "miss-mini": Peer(
+        methods.Miss(rank=6, variant="mini", mini_rank=4, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.MissConfig(r=6, init_weights="mini", mini_r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
+    "miss-bat": Peer(
+        methods.Miss(rank=8, variant="bat", targets=("q_proj", "v_proj", "down_proj"), layers_to_transform=(0, 2)),
+        lambda: peft.MissConfig(
+            r=8, init_weights="bat", target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[0, 2]
+        ),
+    ),
+    "oft": Peer(
+        methods.Oft(targets=("q_proj", "v_proj", "down_proj"), layers_to_transform=(1, 2)),
+        lambda: peft.OFTConfig(target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1, 2]),
+    ),
+    "oft-exact": Peer(
+        methods.Oft(block_size=0, blocks=4, neumann=False, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.OFTConfig(
+            r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=["q_proj", "v_proj", "down_proj"]
+        ),
+    ),
+    "oft-constrained": Peer(
+        methods.Oft(block_size=8, constrained=True, eps=0.3, share=True, targets=("q_proj", "v_proj")),
+        lambda: peft.OFTConfig(
+            oft_block_size=8, coft=True, eps=0.3, block_share=True, target_modules=["q_proj", "v_proj"]
+        ),
+        trains=False,
+    ),
+    "boft": Peer(
+        methods.Boft(block_size=8, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+        base="biased",
+    ),
+    "hra": Peer(
+        methods.Hra(rank=4, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
+    "hra-gram-schmidt": Peer(
+        methods.Hra(rank=3, gram_schmidt=True, targets=("q_proj", "v_proj", "down_proj")),
+        lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
+    "adalora": Peer(  # without removal and penalty, which are in test_adalora.py
+        methods.AdaLora(
+            init_rank=4, target_rank=2, total_steps=90, warmup_steps=80, orthogonality=0.0, targets=("q_proj", "v_proj")
+        ),
+        lambda: peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=90, tinit=80, orth_reg_weight=0.0, target_modules=["q_proj", "v_proj"]
+        ),
     ),
 }
 
@@ -127,3 +276,20 @@ def test_five_steps_of_adamw_equal_those_of_torch_and_peft(name: str, bases: Cal
     for key, value in end.items():
         np.testing.assert_allclose(value, expected[key].numpy(), atol=1e-4, rtol=0, err_msg=key)
     assert any(np.abs(value - start[key]).max() > 10 * 1e-4 for key, value in end.items())
+
+
+def test_several_methods_at_once_are_pefts_mixed_model(bases: Callable, tmp_path: Path) -> None:
+    parts = {
+        "lora": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        "loha": peft.LoHaConfig(r=3, target_modules=["q_proj", "down_proj"]),
+    }
+    model = peftjax.load_model(bases("untied"))
+    for name, config in parts.items():
+        adapted(bases("untied"), config).save_pretrained(tmp_path / name)
+        peftjax.load_adapter(model, tmp_path / name, name=name)
+    theirs = peft.PeftMixedModel.from_pretrained(load_theirs(bases("untied")), tmp_path / "lora", adapter_name="lora")
+    theirs.load_adapter(tmp_path / "loha", adapter_name="loha")
+    theirs.set_adapter(["lora", "loha"])
+    both = logits(peftjax.use(model, ("lora", "loha")))
+    assert_close(both, logits(theirs.eval()))
+    assert_far(both, logits(peftjax.use(model, "lora")))

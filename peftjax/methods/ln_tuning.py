@@ -1,0 +1,41 @@
+"""LN tuning: the scales (and shifts) of the norms are trained, and nothing else.
+
+Zhao et al. 2023 (arXiv:2312.11420), section 3: y = normalize(x) * s with s trained, from the base's s.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from peftjax.methods.base import HfLeaf, Override
+from peftjax.methods.sites import Site
+from peftjax.methods.targeted import Targeted
+from peftjax.nn.norm import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LnTuning(Targeted):
+    """Options of LN tuning: those of `Targeted`, where the targets are norms, "all-norms" by default."""
+
+    targets: str | tuple[str, ...] = "all-norms"
+
+    method: ClassVar[str] = "ln_tuning"
+    peft_type: ClassVar[str] = "LN_TUNING"
+    fits: ClassVar = (RMSNorm,)
+    every: ClassVar[str] = "all-norms"
+    hf_fields: ClassVar = {key: Targeted.hf_fields[key] for key in ("targets", "exclude", "modules_to_save")}
+    hf_ignored: ClassVar = frozenset()
+
+    def in_every(self, site: Site, model: nnx.Module) -> bool:
+        return True
+
+    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> Override:
+        del rngs
+        values = {leaf: jnp.array(variable.get_value(), jnp.float32) for leaf, variable in site.parameters.items()}
+        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
+        names = type(site.module).hf_leaves
+        hf = {f"ln_tuning_layers.{names[leaf][0]}": HfLeaf(leaf) for leaf in values}
+        return Override(values, axes, hf, tuple(bool(layer) for layer in mask))

@@ -1,0 +1,168 @@
+"""OFT: y = x R W + b, where R is block diagonal and every block a rotation; R is the identity at the start.
+
+Qiu et al. 2023 (arXiv:2306.07280), section 3: a block is the Cayley transform (I - Q) (I + Q)^-1 of a trained
+skew-symmetric Q. Qiu et al. 2025 (arXiv:2506.19847) replace it by the sum I + 2 Q + 2 Q^2 + ... + Q^k of a few terms,
+which needs no inverse, is a rotation only nearly and, as peft has it, turns the other way. COFT, section 3.3 of the first
+paper, keeps ||Q|| small; as peft has it, at most eps / sqrt(number of blocks), by projection.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from peftjax.core.variables import PeftParam
+from peftjax.methods.base import HfLeaf, LayerMask, WeightAdapter, positive
+from peftjax.methods.sites import Site
+from peftjax.methods.targeted import Targeted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oft(Targeted):
+    """Options of OFT, beside those of `Targeted`.
+
+    block_size: of the blocks, or `blocks`: how many there are; the other one is 0. Where it does not divide a layer's
+    input, the nearest divisor is taken, as in peft, of two equally near the smaller. share: one block for all.
+    neumann: the sum instead of the exact Cayley transform; terms: as peft counts them, 5 ends with Q^4.
+    constrained: COFT, with eps.
+    """
+
+    block_size: int = 32
+    blocks: int = 0
+    share: bool = False
+    neumann: bool = True
+    terms: int = 5
+    constrained: bool = False
+    eps: float = 6e-5
+
+    method: ClassVar[str] = "oft"
+    peft_type: ClassVar[str] = "OFT"
+    hf_fields: ClassVar = Targeted.hf_fields | {
+        "block_size": ("oft_block_size", 32),
+        "blocks": ("r", 0),
+        "share": ("block_share", False),
+        "neumann": ("use_cayley_neumann", True),
+        "terms": ("num_cayley_neumann_terms", 5),
+        "constrained": ("coft", False),
+        "eps": ("eps", 6e-5),
+    }
+    # before 0.18.0 peft computed another sum
+    hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False, "peft_version": "0.18.0"}
+    # peft's linear layers make no use of its module_dropout
+    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights", "module_dropout"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.block_size == 0) == (self.blocks == 0):
+            raise ValueError(
+                f"method.block_size={self.block_size} and method.blocks={self.blocks}: set one of them, the other to 0"
+            )
+        positive(eps=self.eps, **({"block_size": self.block_size} if self.block_size else {"blocks": self.blocks}))
+        if self.neumann and self.terms < 2:
+            raise ValueError(f"method.terms={self.terms} leaves nothing to train; take 2 or more")
+
+    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "OftLinear":
+        del rngs
+        inputs = site.module.in_features
+        size = near_divisor(inputs, self.block_size) if self.block_size else inputs // near_divisor(inputs, self.blocks)
+        if size < 2:
+            raise ValueError(f"method.blocks={self.blocks} leaves {site.names[0]} blocks of 1 feature: take fewer")
+        return OftLinear(site, size, self, LayerMask(tuple(bool(layer) for layer in mask)))
+
+    def optimizer(
+        self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]
+    ) -> optax.GradientTransformation:
+        """With `constrained`, `inner` and then the projection of every Q, so that a step starts where it ended."""
+        if not self.constrained:
+            return inner
+        packed = [path for path in leaves if path.endswith(f".{OftLinear.leaf}")]
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            updates, state = inner.update(updates, state, params)
+            return updates | {
+                path: projected(params[path] + updates[path], self.eps) - params[path] for path in packed
+            }, state
+
+        return optax.GradientTransformation(inner.init, update)
+
+
+def near_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, of two equally near the smaller."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+
+
+def projected(packed: jax.Array, eps: float) -> jax.Array:
+    """Packed blocks Q [..., blocks, b (b - 1) / 2], each shortened to ||Q|| = eps / sqrt(blocks) where it is longer."""
+    limit = eps / packed.shape[-2] ** 0.5
+    norm = jnp.sqrt(2 * jnp.square(packed).sum(axis=-1, keepdims=True))  # of the whole matrix
+    return jnp.where(norm <= limit, packed, packed * (limit / jnp.maximum(norm, limit)))
+
+
+def skew(packed: jax.Array, size: int) -> jax.Array:
+    """Skew-symmetric blocks [..., b, b] from what stands above their diagonals, row by row, [..., b (b - 1) / 2]."""
+    rows, columns = np.triu_indices(size, 1)
+    upper = jnp.zeros((*packed.shape[:-1], size, size), packed.dtype).at[..., rows, columns].set(packed)
+    return upper - jnp.swapaxes(upper, -1, -2)
+
+
+def cayley_less_one(q: jax.Array) -> jax.Array:
+    """(I - Q) (I + Q)^-1 - I = -2 (I + Q)^-1 Q of blocks [..., b, b]; exactly 0 where Q is."""
+    one = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=q.dtype), q.shape)
+    return -2 * jnp.linalg.solve(one + q, q)
+
+
+def neumann_less_one(q: jax.Array, terms: int) -> jax.Array:
+    """2 Q + 2 Q^2 + ... + Q^k of blocks [..., b, b], k = max(terms - 1, 3), for two terms 2 Q."""
+    if terms == 2:
+        return 2 * q
+    total, power = 2 * q, q
+    for _ in range(2, max(terms - 1, 3)):
+        power = power @ q
+        total = total + 2 * power
+    return total + power @ q
+
+
+def times_blocks(x: jax.Array, blocks: jax.Array) -> jax.Array:
+    """x [..., in] times a block-diagonal matrix, blocks [in / b, b, b] (or [1, b, b] for all), in the dtype of x."""
+    size = blocks.shape[-1]
+    parts = x.reshape(*x.shape[:-1], -1, size)
+    blocks = jnp.broadcast_to(blocks, (parts.shape[-2], size, size)).astype(x.dtype)
+    return jnp.einsum("...kb,kbc->...kc", parts, blocks).reshape(x.shape)
+
+
+class OftLinear(WeightAdapter):
+    """(x + x N) W + b, with R = I + N. packed: [*stack, blocks, b (b - 1) / 2], what is above the diagonals of Q."""
+
+    leaf: ClassVar = "packed_rotation"
+    names: ClassVar = {"oft_R.weight": HfLeaf(leaf)}
+
+    def __init__(self, site: Site, size: int, method: Oft, layers: LayerMask) -> None:
+        blocks = 1 if method.share else site.module.in_features // size
+        shape = (*site.stack, blocks, size * (size - 1) // 2)
+        self.packed_rotation = PeftParam(jnp.zeros(shape, jnp.float32), axes=site.lead("block", None))
+        self.size, self.method, self.layers = size, method, layers
+
+    def __call__(
+        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+    ) -> jax.Array:
+        (x,) = inputs
+        return compute(x + times_blocks(x, self._less_one()), **parameters)
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        transposed = jnp.swapaxes(self._less_one(), -1, -2)
+        return kernel + times_blocks(kernel.T, transposed).T
+
+    def _less_one(self) -> jax.Array:
+        """N, [blocks, b, b] float32: near 1 bfloat16 has steps of 0.8 %."""
+        packed = self.packed_rotation.get_value()
+        packed = self.layers(packed, jnp.zeros_like(packed))
+        if self.method.constrained:  # the gradient is that at the projected point, as if it were the parameter itself
+            packed = packed + jax.lax.stop_gradient(projected(packed, self.method.eps) - packed)
+        q = skew(packed, self.size)
+        return neumann_less_one(q, self.method.terms) if self.method.neumann else cayley_less_one(q)

@@ -1,0 +1,114 @@
+"""Trainable tokens: rows t_1 ... t_n of the embedding are trained copies, e(t_i) = d_i, and nothing else.
+
+No paper; as peft has it. Where a head is tied to a targeted embedding, its columns t_i are the same copies.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.base import HfLeaf, Method, WeightAdapter
+from peftjax.methods.sites import Site, choose, place, sites, tied_kernel
+from peftjax.methods.targeted import names_or_pattern
+from peftjax.nn.embedding import Embedding
+from peftjax.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainableTokens(Method):
+    """Options of trainable tokens.
+
+    token_indices: the tokens whose vectors are trained. targets: names of embeddings, or of a head that is not tied;
+    none: the token embedding.
+    """
+
+    token_indices: tuple[int, ...] = ()
+    targets: str | tuple[str, ...] = ()
+
+    method: ClassVar[str] = "trainable_tokens"
+    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    hf_fields: ClassVar = {"token_indices": ("token_indices", None), "targets": ("target_modules", None)}
+    hf_ignored: ClassVar = frozenset({"init_weights"})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_indices", tuple(self.token_indices))
+        object.__setattr__(self, "targets", names_or_pattern(self.targets))
+        if not self.token_indices:
+            raise ValueError("method.token_indices is empty: give the ids of the tokens to train")
+        if twice := [token for token in self.token_indices if self.token_indices.count(token) > 1]:
+            raise ValueError(f"method.token_indices has {twice[0]} more than once")
+
+    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+        del rngs
+        chosen = self._chosen(model)
+        embed = next((site for site in chosen if site.module is model.embed), None)
+        borrows = model.head if embed is not None and getattr(model, "tied", False) else None
+        for site in chosen:
+            if site.module is not borrows:
+                place(site, name, self._adapter(site, model))
+        if borrows is not None and embed is not None:
+            site = next(site for site in sites(model) if site.module is borrows)
+            shared = embed.module.adapters.adapter(name)
+            place(site, name, TokenColumns(shared.key, shared.indices, shared.delta))
+
+    def _chosen(self, model: Any) -> list[Site]:
+        layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
+        if not self.targets:
+            return [site for site in layers if site.module is model.embed]
+        return [site for site, _ in choose(layers, self.targets)]
+
+    def _adapter(self, site: Site, model: Any) -> "TokenRows":
+        layer = site.module
+        embeds = isinstance(layer, Embedding)
+        vocab = layer.in_features if embeds else layer.out_features
+        if beyond := [token for token in self.token_indices if not 0 <= token < vocab]:
+            raise ValueError(f"method.token_indices: {beyond[0]} is no token of {site.names[0]}, which has {vocab}")
+        indices = jnp.array(self.token_indices, jnp.int32)
+        if embeds:
+            rows = layer.embedding.get_value()[indices]
+        else:
+            rows = (tied_kernel(model) if layer.kernel is None else layer.kernel.get_value())[:, indices].T
+        delta = PeftParam(rows.astype(jnp.float32), axes=(None, "embed"))
+        kind = TokenRows if embeds else TokenColumns
+        key = f"base_model.model.{site.names[0]}.trainable_tokens_delta"
+        return kind(key, PeftConstant(indices, axes=(None,)), delta)
+
+
+class TokenRows(WeightAdapter):
+    """A table [V, D] whose rows `indices` [n] are `delta` [n, D]. key: of the tensor in the adapter file."""
+
+    kernel: ClassVar = "embedding"
+
+    def __init__(self, key: str, indices: nnx.Variable, delta: nnx.Variable) -> None:
+        self.key, self.indices, self.delta = key, indices, delta
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        return kernel.at[self.indices.get_value()].set(self.delta.get_value())
+
+    def __call__(self, owner: Any, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
+        (tokens,) = inputs
+        indices = self.indices.get_value().reshape((1,) * tokens.ndim + (-1,))
+        is_row = tokens[..., None] == indices  # [B, T, n]
+        own = owner.lookup(jnp.argmax(is_row, axis=-1), embedding=self.delta.get_value())
+        return jnp.where(is_row.any(axis=-1, keepdims=True), own, compute(tokens, **parameters))
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        return {}
+
+    def hf_shared(self) -> dict[str, HfLeaf]:
+        return {self.key: HfLeaf("delta")}
+
+
+class TokenColumns(TokenRows):
+    """The same of a head's kernel [D, V]: columns."""
+
+    kernel: ClassVar = "kernel"
+    __call__ = WeightAdapter.__call__
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        return kernel.at[:, self.indices.get_value()].set(self.delta.get_value().T)

@@ -1,0 +1,183 @@
+"""Slots for the layers of a foreign NNX model.
+
+A layer stays the object it is, at its path, with its variables; only its class changes, to one that is a layer of ours
+and of flax at once. What it computes by itself is still computed by flax.
+"""
+
+# mypy: disable-error-code="misc, override"
+# an adopted layer is of two classes at once, whose attributes have different declared types
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.nn.embedding import Embedding
+from peftjax.nn.linear import Linear
+from peftjax.nn.slot import Slot
+from peftjax.nn.stack import Residual
+
+
+def adopt(model: Any, *, sublayers: tuple[str, ...] = ()) -> Any:
+    """Give every nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.Embed of `model` a slot; returns the model.
+
+    Those of an nnx.MultiHeadAttention are among them. The kernel and the bias of a LinearGeneral or an Einsum are kept as
+    a matrix and a vector from then on. A layer that is no product of an input's last axes with a matrix (a LinearGeneral
+    with batch axes, an Einsum with its letters in another order or without a string of its own) is left as it is.
+
+    sublayers: paths of modules x -> f(x) that stand beside a residual connection, x + f(x): their slot is where
+    bottleneck adapters sit. With a soft prompt in an adopted nnx.Embed, what it returns begins with the prompt's
+    vectors, so the sequence is longer by their number.
+
+    Raises:
+        ValueError: a path of `sublayers` is not there, or a layer holds a stack of kernels (made by vmap).
+    """
+    modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    if missing := [path for path in sublayers if path not in modules or not path]:
+        raise ValueError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
+    for path, module in modules.items():
+        if path in sublayers:
+            kind = type(module)
+            module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
+            module.adapters = Slot()
+        elif type(module) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum):
+            if (shapes := _matrix(module)) is not None:
+                _adopt_linear(path, module, *shapes)
+        elif type(module) is nnx.Embed:
+            _adopt_embed(module)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        if getattr(variable, "axes", None) is None and hasattr(variable.get_value(), "ndim"):
+            variable.set_metadata(axes=(None,) * variable.get_value().ndim)
+    return model
+
+
+class AdoptedLinear(Linear):
+    """A layer of flax with a slot, over the last `len(in_shape)` axes of its input: [..., *in_shape] -> [..., *out_shape]."""
+
+    original: type[nnx.Module]
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    def __call__(self, inputs: jax.Array, *, out_sharding: Any = None, **parameters: jax.Array) -> jax.Array:
+        lead = inputs.shape[: inputs.ndim - len(self.in_shape)]
+        compute = partial(self.dense, out_sharding=out_sharding)
+        y = self.adapters(self, compute, inputs.reshape(*lead, self.in_features), **parameters)
+        return y.reshape(*lead, *self.out_shape)
+
+    def dense(
+        self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None, *, out_sharding: Any = None
+    ) -> jax.Array:
+        """The base computation on [..., in], by flax; `kernel` and `bias` stand in for the layer's own."""
+        assert self.kernel is not None
+        kernel = self.kernel.get_value() if kernel is None else kernel
+        twin = _twin(self, kernel=kernel.reshape(*self.in_shape, *self.out_shape))
+        if self.bias is not None:
+            vars(twin)["bias"] = nnx.Param((self.bias.get_value() if bias is None else bias).reshape(self.out_shape))
+        y = twin(x.reshape(*x.shape[:-1], *self.in_shape), out_sharding=out_sharding)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class AdoptedEmbed(Embedding, nnx.Embed):
+    """nnx.Embed with a slot: int [...] -> [..., D], and [B, T] -> [B, P + T, D] with a soft prompt."""
+
+    original = nnx.Embed
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        y = self.adapters(self, partial(self.lookup, out_sharding=out_sharding), inputs)
+        if not self.adapters.virtual:
+            return y
+        prompt = jnp.concatenate([adapter.prompt() for adapter in self._prompts()]).astype(y.dtype)
+        return jnp.concatenate([jnp.broadcast_to(prompt, (*y.shape[:-2], *prompt.shape)), y], axis=-2)
+
+    def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None, *, out_sharding: Any = None) -> jax.Array:
+        """The base computation, by flax; `embedding` stands in for the layer's own table."""
+        table = self.embedding.get_value() if embedding is None else embedding
+        return _twin(self, embedding=table)(tokens, out_sharding=out_sharding)
+
+    def _prompts(self) -> list[Any]:
+        active = [self.adapters.adapter(name) for name in self.adapters.active]
+        return [adapter for adapter in active if adapter.virtual]
+
+
+class AdoptedSublayer(Residual):
+    """A module f of the user's, beside a residual connection: adapters wrap it. Only its first input is theirs."""
+
+    original: type[nnx.Module]
+
+    def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> Any:
+        own = super(Residual, self).__call__
+        return self.adapters(self, lambda x: own(x, *inputs, **options), x)
+
+
+class _AdoptedDense(AdoptedLinear, nnx.Linear):
+    original = nnx.Linear
+
+
+class _AdoptedGeneral(AdoptedLinear, nnx.LinearGeneral):
+    original = nnx.LinearGeneral
+
+
+class _AdoptedEinsum(AdoptedLinear, nnx.Einsum):
+    original = nnx.Einsum
+
+
+_ADOPTED: dict[type, type[AdoptedLinear]] = {
+    nnx.Linear: _AdoptedDense,
+    nnx.LinearGeneral: _AdoptedGeneral,
+    nnx.Einsum: _AdoptedEinsum,
+}
+
+
+def _adopt_linear(path: str, module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
+    if module.kernel.shape != (*in_shape, *out_shape):
+        raise ValueError(
+            f"adopt: {path}.kernel has shape {module.kernel.shape}, its layer {in_shape} -> {out_shape}: stacks of layers "
+            "made by vmap cannot be adopted; make the layers one by one"
+        )
+    module.__class__ = _ADOPTED[type(module)]
+    module.features = (getattr(module, "in_features", None), getattr(module, "out_features", None))  # as flax has them
+    module.in_shape, module.out_shape = in_shape, out_shape
+    module.in_features, module.out_features, module.axes = math.prod(in_shape), math.prod(out_shape), (None, None)
+    module.kernel.set_value(module.kernel.get_value().reshape(module.in_features, module.out_features))
+    module.kernel.set_metadata(axes=(None, None))
+    if module.bias is not None:
+        module.bias.set_value(module.bias.get_value().reshape(module.out_features))
+        module.bias.set_metadata(axes=(None,))
+    module.adapters = Slot()
+
+
+def _adopt_embed(module: Any) -> None:
+    module.__class__ = AdoptedEmbed
+    module.in_features, module.out_features, module.axes = module.num_embeddings, module.features, ("vocab", "embed")
+    module.adapters = Slot()
+
+
+def _twin(module: Any, **parameters: jax.Array) -> Any:
+    """A layer of flax's own class with other parameters, for one call."""
+    twin = object.__new__(module.original)
+    vars(twin).update(vars(module))
+    if "features" in vars(module) and module.original is not nnx.Embed:
+        vars(twin)["in_features"], vars(twin)["out_features"] = module.features
+    vars(twin).update({leaf: nnx.Param(value) for leaf, value in parameters.items()})
+    return twin
+
+
+def _matrix(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shapes that a layer contracts and makes, where it is a matrix product over its input's last axes."""
+    if isinstance(module, nnx.Linear):
+        return (module.in_features,), (module.out_features,)
+    if isinstance(module, nnx.LinearGeneral):
+        axis = module.axis if isinstance(module.axis, tuple) else (module.axis,)
+        last = tuple(range(-len(axis), 0))
+        return None if module.batch_axis or axis != last else (tuple(module.in_features), tuple(module.out_features))
+    if not module.einsum_str:
+        return None
+    inputs, kernel, made = module.einsum_str.replace(" ", "").replace("->", ",").split(",")
+    count = len([letter for letter in kernel if letter not in made])
+    contracted, free = kernel[:count], kernel[count:]
+    fits = inputs.endswith(contracted) and made == inputs[: len(inputs) - count] + free and not set(free) & set(inputs)
+    shape = module.kernel.shape
+    biased = module.bias is None or module.bias.shape == shape[count:]
+    return (tuple(shape[:count]), tuple(shape[count:])) if count and free and fits and biased else None

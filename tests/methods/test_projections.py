@@ -1,0 +1,109 @@
+"""The options of VeRA, RandLoRA and VB-LoRA, whose layers share arrays. What every method promises: test_contract.py."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax.core import variables
+from peftjax.methods import RandLora, VbLora, Vera, attach
+from peftjax.methods.base import over_layers
+from peftjax.methods.sites import adapters
+
+E, F = 32, 40  # embed, mlp
+
+
+def attached(method: Any, seed: int = 1) -> Any:
+    return attach(tiny.model(), method, rngs=nnx.Rngs(seed))
+
+
+def shared(model: Any, kind: type, *leaves: str) -> list[np.ndarray]:
+    """The arrays called so; each must be in the model once."""
+    found = {path.rsplit(".", 1)[-1]: leaf for path, leaf in variables.flat(model)[1].items() if type(leaf) is kind}
+    paths = [path for path in variables.flat(model)[1] if path.rsplit(".", 1)[-1] in leaves]
+    assert len(paths) == len(leaves)
+    return [np.asarray(found[leaf].get_value()) for leaf in leaves]
+
+
+def test_veras_projections_are_kaiming_uniform_and_in_the_model_once() -> None:
+    a, b = shared(attached(Vera(rank=16)), variables.PeftConstant, "a", "b")
+    assert (a.shape, b.shape) == ((F, 16), (16, F))
+    assert a.std() == pytest.approx((2 / F) ** 0.5, rel=0.05)
+    assert b.std() == pytest.approx((2 / 16) ** 0.5, rel=0.05)
+    assert np.abs(a).max() <= (6 / F) ** 0.5
+
+
+@pytest.mark.parametrize("kind", [Vera, RandLora])
+def test_projections_are_those_of_their_seed(kind: Any) -> None:
+    one, same = (shared(attached(kind(rank=4), seed), variables.PeftConstant, "a", "b") for seed in (1, 2))
+    other = shared(attached(kind(rank=4, projection_prng_key=7)), variables.PeftConstant, "a", "b")
+    for index in range(2):
+        np.testing.assert_array_equal(one[index], same[index])
+        assert np.abs(one[index] - other[index]).max() > 0.1
+
+
+@pytest.mark.parametrize(("options", "share"), [({}, 1.0), ({"sparse": True}, 1 / 3), ({"very_sparse": True}, E**-0.5)])
+def test_randloras_bases_have_unit_deviation_and_the_share_of_zeros_asked_for(
+    options: dict[str, Any], share: float
+) -> None:
+    method = RandLora(rank=5, targets=("q_proj", "down_proj"), **options)
+    a, b = shared(attached(method), variables.PeftConstant, "a", "b")
+    assert (a.shape, b.shape) == ((5, E), (F, 7, 5))
+    for base in (a, b):
+        assert base.std(ddof=1) == pytest.approx(1, abs=1e-4)
+        assert np.mean(base != 0) == pytest.approx(share, abs=0.12)
+        assert len(np.unique(base)) == 3 or not options
+
+
+def test_randloras_update_has_full_rank() -> None:
+    model = tiny.randomize(attached(RandLora(rank=5, alpha=10, targets=("v_proj", "up_proj", "down_proj"))))
+    for site, adapter in adapters(model, "default"):
+        for delta in over_layers(adapter, lambda one: one.delta()):
+            assert delta.shape == (site.module.in_features, site.module.out_features)
+            assert np.linalg.matrix_rank(delta) == min(delta.shape)
+
+
+def test_vb_loras_pieces_are_mixtures_of_the_largest_logits_vectors() -> None:
+    model = attached(VbLora(rank=2, num_vectors=6, vector_length=8, topk=3, targets=("v_proj",)))
+    (bank,) = shared(model, variables.PeftParam, "bank")
+    adapter = model.blocks.attention.value.adapters.default
+    logits = np.asarray(adapter.logits_a.get_value())[0, 1, 2]
+    chosen = np.argsort(logits)[-3:]
+    weights = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
+    first = over_layers(adapter, lambda one: one._factors()[0])[0]  # [in, R]
+    np.testing.assert_allclose(first[2 * 8 : 3 * 8, 1], weights @ bank[chosen], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Vera, RandLora])
+def test_a_file_without_its_projections_is_refused(kind: Any) -> None:
+    config = {"target_modules": ["q_proj"], "save_projection": False}
+    with pytest.raises(
+        ValueError, match="save_projection=False: the file lacks its random projections, and only torch"
+    ):
+        kind.from_hf(config)
+
+
+def test_a_file_with_the_topk_weights_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="save_only_topk_weights=True: the file has the largest weights in place"):
+        VbLora.from_hf({"target_modules": ["q_proj"], "save_only_topk_weights": True})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (Vera, {"rank": 0}, "method.rank must be a whole number of at least 1, it is 0"),
+        (Vera, {"d_initial": 0.0}, "method.d_initial must be above 0, it is 0.0"),
+        (Vera, {"projection_prng_key": -1}, r"method.projection_prng_key must be a whole number from 0 to 2\*\*32 - 1"),
+        (RandLora, {"rank": 2.0}, "method.rank must be a whole number of at least 1, it is 2.0"),
+        (RandLora, {"alpha": 0}, "method.alpha must be above 0, it is 0"),
+        (VbLora, {"topk": 0}, "method.topk must be a whole number of at least 1, it is 0"),
+        (VbLora, {"topk": 9, "num_vectors": 8}, "method.topk=9 is more than method.num_vectors=8"),
+        (VbLora, {"init_logits_std": 0.0}, "method.init_logits_std must be above 0"),
+        (VbLora, {"vector_length": 16}, "method.vector_length=16 does not divide 40, a side of model.layers.0.mlp"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(method: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attached(method(**options))

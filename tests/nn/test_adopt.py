@@ -1,0 +1,148 @@
+"""Foreign NNX models with slots: they compute what they did, and methods sit in them as in ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from peftjax import methods, sharding
+from peftjax.core import variables
+from peftjax.losses import Totals
+from peftjax.methods import Lora, PromptTuning
+from peftjax.nn.adopt import adopt
+from peftjax.step import first_state, make_train_step
+
+
+class Classifier(nnx.Module):
+    """Tokens to classes, made of every layer that can be adopted."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(20, 12, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(3, 12, 12, decode=False, rngs=rngs)
+        self.general = nnx.LinearGeneral((3, 4), (2, 6), axis=(-2, -1), rngs=rngs)
+        self.einsum = nnx.Einsum("btnh,nhd->btd", (2, 6, 12), (12,), rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(12, 12, rngs=rngs), nnx.Linear(12, 12, use_bias=False, rngs=rngs)])
+        self.head = nnx.Linear(12, 5, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        x = x + self.attention(x)
+        x = x + self.einsum(self.general(x.reshape(*x.shape[:-1], 3, 4)))
+        for block in self.blocks:
+            x = x + jax.nn.relu(block(x))
+        return self.head(x.mean(axis=1))
+
+
+TOKENS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 19]])
+ALL = ("query", "key", "value", "out", "general", "einsum", "blocks.0", "blocks.1", "head", "embed")
+
+
+def adopted(method: methods.Method | None = None) -> Any:
+    model = adopt(Classifier(nnx.Rngs(0)))
+    return model if method is None else methods.attach(model, method, rngs=nnx.Rngs(1))
+
+
+def randomized(model: Any) -> Any:
+    rng = np.random.default_rng(0)
+    leaves = variables.flat(model)[1].items()
+    variables.update(
+        model,
+        {
+            path: leaf.get_value() + 0.3 * jnp.array(rng.normal(size=leaf.shape), jnp.float32)
+            for path, leaf in leaves
+            if isinstance(leaf, variables.PeftParam)
+        },
+    )
+    return model
+
+
+def test_an_adopted_model_computes_what_it_did_bit_for_bit() -> None:
+    np.testing.assert_array_equal(adopted()(TOKENS), Classifier(nnx.Rngs(0))(TOKENS))
+
+
+def test_its_layers_are_still_flaxs_at_their_paths_with_their_values() -> None:
+    model, before = adopted(), Classifier(nnx.Rngs(0))
+    assert isinstance(model.head, nnx.Linear)
+    ours, theirs = variables.flat(model)[1], variables.flat(before)[1]
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        if hasattr(leaf.get_value(), "ndim"):
+            np.testing.assert_array_equal(np.ravel(ours[path].get_value()), np.ravel(leaf.get_value()), err_msg=path)
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_lora_in_any_layer_is_the_update_of_its_matrix(target: str) -> None:
+    model = adopted(Lora(rank=2, targets=(target,)))
+    np.testing.assert_array_equal(model(TOKENS), adopted()(TOKENS))
+    attached = randomized(model)(TOKENS)
+    assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
+    np.testing.assert_allclose(methods.merge(model)(TOKENS), attached, atol=1e-5)
+    np.testing.assert_array_equal(methods.detach(model)(TOKENS), adopted()(TOKENS))
+
+
+def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
+    model = adopted(Lora(rank=2, targets="all-linear", exclude=("head",), modules_to_save=("head",)))
+    mesh = sharding.make_mesh({"data": 2})
+    sharding.place(model, mesh)
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+
+    def loss(model: Any, batch: Any) -> Totals:
+        logits, labels = model(batch["tokens"]), batch["labels"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return Totals(losses.sum(), jnp.float32(len(labels)), jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32))
+
+    optimizer = optax.adam(1e-2)
+    state, losses = first_state(trainable, optimizer, seed=0), []
+    step = make_train_step(graph, optimizer, (), loss, state)
+    batch = {"tokens": np.array(TOKENS), "labels": np.array([0, 3])}
+    with jax.set_mesh(mesh):
+        for _ in range(20):
+            state, measured = step(state, frozen, sharding.shard_batch(batch, mesh))
+            losses.append(float(measured["loss"]))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_soft_prompt_makes_the_embedded_sequence_longer() -> None:
+    model = adopted(PromptTuning(tokens=3))
+    embedded = model.embed(TOKENS)
+    assert embedded.shape == (2, 7, 12)
+    np.testing.assert_array_equal(embedded[:, 3:], adopted().embed(TOKENS))
+    assert np.abs(model(TOKENS) - adopted()(TOKENS)).max() > 1e-3
+
+
+def test_a_sublayers_slot_wraps_it() -> None:
+    model = adopt(Classifier(nnx.Rngs(0)), sublayers=("attention", "blocks.0"))
+    np.testing.assert_array_equal(model(TOKENS), Classifier(nnx.Rngs(0))(TOKENS))
+    assert isinstance(model.attention, nnx.MultiHeadAttention)
+
+
+class Stacked(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers=("atention",)), "the model has no module 'atention'"),
+        (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
+        (lambda: adopted(Lora(targets=("heed",))), "'heed' matches no layer of this model. Did you mean 'head'"),
+    ],
+)
+def test_what_cannot_be_adopted_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("string", ["btd,df->bft", "bd,bdf->bf"])
+def test_an_einsum_that_is_no_product_with_a_matrix_is_left_alone(string: str) -> None:
+    shape = (2, 4, 4) if string.startswith("bd,") else (4, 4)
+    model = nnx.Dict(layer=nnx.Einsum(string, shape, rngs=nnx.Rngs(0)))
+    adopt(model)
+    assert type(model.layer) is nnx.Einsum

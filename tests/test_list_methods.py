@@ -1,0 +1,43 @@
+"""The table of all methods: what it says is what attaching and saving give."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax import list_methods, methods
+from peftjax.io.hf_adapter import save_adapter
+from peftjax.models import from_hf_config
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt", "vera"])
+def test_a_row_is_what_the_method_trains_and_writes(name: str, tmp_path: Path) -> None:
+    row = list_methods.row(from_hf_config(tiny.CONFIG), name)
+    method = methods.METHODS[name]()
+    model = methods.attach(tiny.model(), method, rngs=nnx.Rngs(0))
+    base = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert row.trained == methods.count_trainable(model)
+    assert row.share == row.trained / base
+    written = (save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors").stat().st_size
+    assert 0.5 * written < row.file_bytes < written  # the file has a header too
+
+
+def test_every_method_has_a_row_or_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    list_methods.main(["--model", "embedded"])
+    printed = capsys.readouterr().out
+    assert all(f" {name} " in printed for name in methods.METHODS)
+    assert "100.00%" in printed  # full
+
+
+def test_the_options_of_a_method_are_printed_with_their_equation(capsys: pytest.CaptureFixture[str]) -> None:
+    list_methods.main(["--method=ia3"])
+    printed = capsys.readouterr().out
+    assert "arXiv:2205.05638" in printed
+    assert "feedforward" in printed
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="'loar' is not a method"):
+        list_methods.main(["--method=loar"])
