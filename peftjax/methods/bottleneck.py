@@ -86,7 +86,7 @@ class Bottleneck(Method):
 
     @property
     def neutral(self) -> bool:
-        return self.init == "mam_adapter"
+        return self.init == "mam_adapter" and not self.residual_before_norm
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leave_out", tuple(self.leave_out))

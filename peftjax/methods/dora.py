@@ -52,13 +52,14 @@ class DoraLinear(LoraLinear):
         if getattr(owner, "bias", None) is not None:
             bias = parameter(owner, "bias", parameters).astype(y.dtype)
             turned = turned - jnp.broadcast_to(bias, y.shape)
-        factor = self.factor(parameter(owner, self.kernel, parameters).astype(jnp.float32)).astype(y.dtype)
+        ratio = self.ratio(parameter(owner, self.kernel, parameters).astype(jnp.float32))
+        factor = (ratio - 1).astype(y.dtype)  # a ratio near 1 would lose its digits in bfloat16
         return y + update + jnp.broadcast_to(factor, y.shape) * (turned + update)
 
-    def factor(self, kernel: jax.Array) -> jax.Array:
-        """m / ||W + s A B|| - 1 of one layer, [out]; kernel: float32 [in, out]."""
-        factor = self.magnitude.get_value() / jax.lax.stop_gradient(self.norm(kernel)) - 1
-        return self.layers(factor, jnp.zeros_like(factor))
+    def ratio(self, kernel: jax.Array) -> jax.Array:
+        """m / ||W + s A B|| of one layer, [out]; kernel: float32 [in, out]."""
+        ratio = self.magnitude.get_value() / jax.lax.stop_gradient(self.norm(kernel))
+        return self.layers(ratio, jnp.ones_like(ratio))
 
     def norm(self, kernel: jax.Array) -> jax.Array:
         """||W + s A B|| of one layer, [out]; above 0, so that an output that is always 0 stays so."""
@@ -69,8 +70,7 @@ class DoraLinear(LoraLinear):
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
     def changed(self, kernel: jax.Array) -> jax.Array:
-        changed = super().changed(kernel)
-        return changed + changed * jnp.broadcast_to(self.factor(kernel), changed.shape)
+        return super().changed(kernel) * self.ratio(kernel)[None]
 
 
 class DoraEmbedding(DoraLinear, LoraEmbedding):

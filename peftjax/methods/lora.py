@@ -5,7 +5,7 @@ Hu et al. 2021 (arXiv:2106.09685), section 4.1, eq. 3, with s = alpha / r; rank-
 lora_init.py, DoRA in dora.py; the derivations are in docs/lora.md. Two variants change no equation:
 
 LoRA+    B learns `lr_ratio` times as fast as A: Hayou et al. 2024 (arXiv:2402.12354), section 4.
-LoRA-FA  A stays as it starts: Zhang et al. 2023 (arXiv:2308.03303). The paper's later versions, and peft's optimizer for
+LoRA-FA  A stays as it starts: Zhang et al. 2023 (arXiv:2308.03303). The paper's second version, and peft's optimizer for
          it, also multiply B's gradient with (A^T A)^-1 / s^2; here the gradient is B's own.
 """
 

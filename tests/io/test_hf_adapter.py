@@ -144,6 +144,8 @@ def test_the_config_says_how_the_adapter_was_made(tmp_path: Path) -> None:
         "exclude_modules": r".*\.2\..*",
         "bias": "all",
         "fan_in_fan_out": False,
+        "use_dora": False,
+        "lora_bias": False,
         "use_rslora": True,
         "rank_pattern": {"v_proj": 2, "layers.1.self_attn.v_proj": 3},
         "alpha_pattern": {"q_proj": 3},
@@ -353,8 +355,6 @@ def test_an_adapter_for_another_base_is_refused(sizes: dict[str, int], message: 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
         ("use_qalora", True),
         ("target_parameters", ["mlp.experts"]),
         ("trainable_token_indices", [1, 2]),

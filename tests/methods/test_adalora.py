@@ -16,6 +16,8 @@ from peftjax.core import variables
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.methods import AdaLora, attach, count_trainable
 
+pytestmark = pytest.mark.slow
+
 E, KV, L = 32, 16, 3
 SMALL = {"init_rank": 4, "target_rank": 2, "targets": ("q_proj", "v_proj")}
 

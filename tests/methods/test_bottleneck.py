@@ -15,6 +15,8 @@ from peftjax.methods import Houlsby, ParallelAdapter, Pfeiffer
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.nn.stack import Residual
 
+pytestmark = pytest.mark.slow
+
 E, L = 32, 3  # embed, layers
 
 

@@ -19,6 +19,8 @@ from peftjax.methods.base import over_layers
 from peftjax.methods.combine import SPARSE, WAYS
 from peftjax.methods.sites import adapters
 
+pytestmark = pytest.mark.slow
+
 E, KV = 32, 16  # embed, kv heads * head dim
 SAME = {"rank": 4, "alpha": 6.0, "targets": ("q_proj", "embed_tokens")}
 WEIGHTS = (0.7, -1.2)

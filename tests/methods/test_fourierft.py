@@ -12,6 +12,8 @@ from peftjax.methods.base import over_layers
 from peftjax.methods.fourierft import LARGEST, places
 from peftjax.methods.sites import Site
 
+pytestmark = pytest.mark.slow
+
 
 def attached(**options: Any) -> Any:
     return attach(tiny.model(), FourierFT(**options), rngs=nnx.Rngs(1))

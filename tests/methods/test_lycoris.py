@@ -14,6 +14,8 @@ from peftjax.methods import LoHa, LoKr, attach
 from peftjax.methods.lokr import factors
 from peftjax.methods.lycoris import UpdateDropout
 
+pytestmark = pytest.mark.slow
+
 
 def attached(method: Any) -> Any:
     return attach(tiny.model(), method, rngs=nnx.Rngs(1))

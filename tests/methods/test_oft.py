@@ -15,6 +15,8 @@ from peftjax.methods.boft import butterfly
 from peftjax.methods.oft import cayley_less_one, near_divisor, neumann_less_one, projected, skew
 from tests.methods.test_contract import run, trainer
 
+pytestmark = pytest.mark.slow
+
 
 def attached(method: Any) -> Any:
     return attach(tiny.model(), method, rngs=nnx.Rngs(0))

@@ -12,6 +12,8 @@ from peftjax.methods import RandLora, VbLora, Vera, attach
 from peftjax.methods.base import over_layers
 from peftjax.methods.sites import adapters
 
+pytestmark = pytest.mark.slow
+
 E, F = 32, 40  # embed, mlp
 
 
