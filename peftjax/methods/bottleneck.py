@@ -20,6 +20,7 @@ from flax import nnx
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import HfLeaf, LayerMask, Method, MethodAdapter, positive, transposed
 from peftjax.methods.sites import Site, place, sites
+from peftjax.nn.adopt import AdoptedSublayer
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.stack import Residual
 from peftjax.quant.matmul import matmul
@@ -44,7 +45,8 @@ NORM_EPS = 1e-5
 class Bottleneck(Method):
     """Options of bottleneck adapters; `Houlsby`, `Pfeiffer` and `ParallelAdapter` differ in what u is and in defaults.
 
-    attention, feedforward: which sublayers have an adapter. reduction_factor: the model's width over the bottleneck's.
+    attention, feedforward: which sublayers have an adapter (in an adopted network all that were named).
+    reduction_factor: the model's width over the bottleneck's.
     non_linearity: a key of `NON_LINEARITIES`. scale: s, or where it begins if learned_scale is "scalar" or "channel"
     (one for each feature). dropout: of B(u). norm_before: a LayerNorm before W_down. norm_after: a LayerNorm of B(u),
     or with residual_before_norm of f(x) + B(u). leave_out: the layers without adapters.
@@ -105,10 +107,17 @@ class Bottleneck(Method):
 
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         wanted = {"attention_residual": self.attention, "feedforward_residual": self.feedforward}
-        for site in sites(model):
-            if isinstance(site.module, Residual) and wanted.get(site.path.rsplit(".", 1)[-1]):
-                chosen = self._chosen(len(site.names))
-                place(site, name, BottleneckAdapter(self, site, model.config.embed, chosen, rngs))
+        residuals = [site for site in sites(model) if isinstance(site.module, Residual)]
+        if not residuals:
+            raise ValueError(
+                f"method.name={self.method!r} needs residual sublayers with a slot, and this model has none; in a network "
+                "of your own name them: adopt(model, sublayers={path: width})"
+            )
+        for site in residuals:
+            adopted = isinstance(site.module, AdoptedSublayer)
+            if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
+                width = site.module.width if adopted else model.config.embed
+                place(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
 
     def _chosen(self, layers: int) -> tuple[bool, ...]:
         if beyond := [layer for layer in self.leave_out if not 0 <= layer < layers]:

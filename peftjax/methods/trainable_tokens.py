@@ -1,6 +1,7 @@
 """Trainable tokens: rows t_1 ... t_n of the embedding are trained copies, e(t_i) = d_i, and nothing else.
 
-No paper; as peft has it. Where a head is tied to a targeted embedding, its columns t_i are the same copies.
+No paper; as peft has it. Where a head is tied to a targeted embedding, its columns t_i are the same copies, which the
+file then holds under both names.
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ class TrainableTokens(Method):
                 place(site, name, self._adapter(site, model))
         if borrows is not None and embed is not None:
             site = next(site for site in sites(model) if site.module is borrows)
-            shared = embed.module.adapters.adapter(name)
-            place(site, name, TokenColumns(shared.key, shared.indices, shared.delta))
+            rows = embed.module.adapters.adapter(name)
+            place(site, name, TokenColumns(_key(site), rows.indices, rows.delta))
 
     def _chosen(self, model: Any) -> list[Site]:
         layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
@@ -75,8 +76,11 @@ class TrainableTokens(Method):
             rows = (tied_kernel(model) if layer.kernel is None else layer.kernel.get_value())[:, indices].T
         delta = PeftParam(rows.astype(jnp.float32), axes=(None, "embed"))
         kind = TokenRows if embeds else TokenColumns
-        key = f"base_model.model.{site.names[0]}.trainable_tokens_delta"
-        return kind(key, PeftConstant(indices, axes=(None,)), delta)
+        return kind(_key(site), PeftConstant(indices, axes=(None,)), delta)
+
+
+def _key(site: Site) -> str:
+    return f"base_model.model.{site.names[0]}.trainable_tokens_delta"
 
 
 class TokenRows(WeightAdapter):

@@ -7,7 +7,9 @@ and of flax at once. What it computes by itself is still computed by flax.
 # mypy: disable-error-code="misc, override"
 # an adopted layer is of two classes at once, whose attributes have different declared types
 import math
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,16 +22,16 @@ from peftjax.nn.slot import Slot
 from peftjax.nn.stack import Residual
 
 
-def adopt(model: Any, *, sublayers: tuple[str, ...] = ()) -> Any:
+def adopt(model: Any, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> Any:
     """Give every nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.Embed of `model` a slot; returns the model.
 
     Those of an nnx.MultiHeadAttention are among them. The kernel and the bias of a LinearGeneral or an Einsum are kept as
     a matrix and a vector from then on. A layer that is no product of an input's last axes with a matrix (a LinearGeneral
     with batch axes, an Einsum with its letters in another order or without a string of its own) is left as it is.
 
-    sublayers: paths of modules x -> f(x) that stand beside a residual connection, x + f(x): their slot is where
-    bottleneck adapters sit. With a soft prompt in an adopted nnx.Embed, what it returns begins with the prompt's
-    vectors, so the sequence is longer by their number.
+    sublayers: {path: features} of modules x -> f(x), [..., features] both, that stand beside a residual connection,
+    x + f(x): their slot is where bottleneck adapters sit. With a soft prompt in an adopted nnx.Embed, what it returns
+    begins with the prompt's vectors, so the sequence is longer by their number.
 
     Raises:
         ValueError: a path of `sublayers` is not there, or a layer holds a stack of kernels (made by vmap).
@@ -41,7 +43,7 @@ def adopt(model: Any, *, sublayers: tuple[str, ...] = ()) -> Any:
         if path in sublayers:
             kind = type(module)
             module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
-            module.adapters = Slot()
+            module.adapters, module.width = Slot(), sublayers[path]
         elif type(module) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum):
             if (shapes := _matrix(module)) is not None:
                 _adopt_linear(path, module, *shapes)
@@ -105,6 +107,7 @@ class AdoptedSublayer(Residual):
     """A module f of the user's, beside a residual connection: adapters wrap it. Only its first input is theirs."""
 
     original: type[nnx.Module]
+    width: int
 
     def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> Any:
         own = super(Residual, self).__call__

@@ -188,8 +188,10 @@ PEERS: dict[str, Peer] = {
         ),
     ),
     "oft": Peer(
-        methods.Oft(targets=("q_proj", "v_proj", "down_proj"), layers_to_transform=(1, 2)),
-        lambda: peft.OFTConfig(target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1, 2]),
+        methods.Oft(block_size=6, targets=("q_proj", "v_proj", "down_proj"), layers_to_transform=(1, 2)),
+        lambda: peft.OFTConfig(
+            oft_block_size=6, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1, 2]
+        ),
     ),
     "oft-exact": Peer(
         methods.Oft(block_size=0, blocks=4, neumann=False, targets=("q_proj", "v_proj", "down_proj")),

@@ -13,7 +13,7 @@ from flax import nnx
 from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.losses import Totals
-from peftjax.methods import Lora, PromptTuning
+from peftjax.methods import Houlsby, Lora, PromptTuning
 from peftjax.nn.adopt import adopt
 from peftjax.step import first_state, make_train_step
 
@@ -116,10 +116,15 @@ def test_a_soft_prompt_makes_the_embedded_sequence_longer() -> None:
     assert np.abs(model(TOKENS) - adopted()(TOKENS)).max() > 1e-3
 
 
-def test_a_sublayers_slot_wraps_it() -> None:
-    model = adopt(Classifier(nnx.Rngs(0)), sublayers=("attention", "blocks.0"))
+def test_bottleneck_adapters_sit_in_the_sublayers_that_are_named() -> None:
+    model = adopt(Classifier(nnx.Rngs(0)), sublayers={"attention": 12, "blocks.0": 12})
     np.testing.assert_array_equal(model(TOKENS), Classifier(nnx.Rngs(0))(TOKENS))
     assert isinstance(model.attention, nnx.MultiHeadAttention)
+    methods.attach(model, Houlsby(reduction_factor=4), rngs=nnx.Rngs(1))
+    assert methods.count_trainable(model) == 2 * (2 * 12 * 3 + 3 + 12)
+    attached = randomized(model)(TOKENS)
+    assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
+    np.testing.assert_array_equal(methods.detach(model)(TOKENS), adopted()(TOKENS))
 
 
 class Stacked(nnx.Module):
@@ -130,8 +135,9 @@ class Stacked(nnx.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers=("atention",)), "the model has no module 'atention'"),
+        (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
+        (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
         (lambda: adopted(Lora(targets=("heed",))), "'heed' matches no layer of this model. Did you mean 'head'"),
     ],
 )
