@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core import variables
-from peftjax.methods.attach import active, active_view, attach, attached, detach, use
+from peftjax.methods.attach import active, active_view, attach_unchecked, attached, detach, use
 
 
 class Rows(nnx.Module):
@@ -87,7 +87,7 @@ def rows(model: Any, names: Sequence[str | None]) -> Rows:
         method = attached(use(model, some))[some]
         if not method.neutral:
             raise ValueError(f"rows: {method.method} always has an effect, so no row of the batch can be without it")
-        attach(model, method, idle, rngs=nnx.Rngs(0))
+        attach_unchecked(model, method, idle, rngs=nnx.Rngs(0))
     try:
         views = [active_view(use(model, name or idle)) for name in named]
     finally:

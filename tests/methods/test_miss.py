@@ -40,7 +40,10 @@ def test_the_kernel_is_changed_shard_by_shard_as_defined(rank: int, variant: str
         ({"variant": "bone"}, "method.variant must be 'balance', 'mini' or 'bat', it is 'bone'"),
         ({"rank": 33, "targets": ("q_proj",)}, "method.rank=33 is more than the 32 input features"),
         ({"rank": 6, "variant": "bat", "targets": ("q_proj",)}, "method.rank=6 must divide both sides"),
-        ({"rank": 8, "variant": "mini", "mini_rank": 3}, "method.mini_rank=3 must divide the 32 output features"),
+        (
+            {"rank": 8, "variant": "mini", "mini_rank": 3},
+            "method.mini_rank=3 must divide the 16 output features of .*k_proj",
+        ),
         ({"rank": 8, "dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ],
 )

@@ -126,7 +126,7 @@ def test_hra_is_the_product_of_its_reflections() -> None:
     model = tiny.randomize(attached(method))
     query = model.blocks.attention.query
     u = np.asarray(query.adapters.default.u.get_value()[1])
-    u /= np.linalg.norm(u, axis=0)
+    u = u / np.linalg.norm(u, axis=0)
     kernel = np.asarray(query.kernel.get_value()[1])
     product = np.eye(32)
     for column in u.T:
