@@ -149,6 +149,8 @@ class StoredTensor:
 
     def open(self) -> Any:
         """What gives an array when it is indexed, by [...] or slices; no more is read, and the file closes with it."""
+        if 0 in self.shape:
+            return _open(self.file).get_tensor(self.name)  # safetensors cannot slice what has no elements
         if self.dtype not in FLOAT8:
             return _open(self.file).get_slice(self.name)
         # safetensors 0.8 looks its dtypes up in NumPy, which has no 8-bit floats, and gives no bytes or offsets: of a

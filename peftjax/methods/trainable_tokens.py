@@ -47,7 +47,7 @@ class TrainableTokens(Method):
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         del rngs
         chosen = self._chosen(model)
-        embed = next((site for site in chosen if site.module is model.embed), None)
+        embed = next((site for site in chosen if site.module is getattr(model, "embed", None)), None)
         borrows = model.head if embed is not None and getattr(model, "tied", False) else None
         for site in chosen:
             if site.module is not borrows:
@@ -60,7 +60,11 @@ class TrainableTokens(Method):
     def _chosen(self, model: Any) -> list[Site]:
         layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
         if not self.targets:
-            return [site for site in layers if site.module is model.embed]
+            embeds = [site for site in layers if isinstance(site.module, Embedding)]
+            found = [site for site in embeds if site.module is getattr(model, "embed", None)] or embeds
+            if len(found) != 1:
+                raise ValueError(f"method.targets is empty and this model has {len(found)} embeddings: name one")
+            return found
         return [site for site, _ in choose(layers, self.targets)]
 
     def _adapter(self, site: Site, model: Any) -> "TokenRows":
