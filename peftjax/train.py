@@ -289,7 +289,7 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
 def write_result(run: Run, state: TrainState) -> Path:
     """Write what the run is for: the adapter, or in full fine-tuning the model."""
     run.sync(state)
-    if run.method.peft_type is None:
+    if run.method.trains is nnx.Param:
         save_model(run.model, run.workdir / "model", source=run.base)
         return run.workdir / "model"
     return save_adapter(run.model, run.workdir / "adapter", base=run.config.model.path)

@@ -67,6 +67,17 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
     peftjax.load_adapter(load_model(made.model.path), written[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["houlsby", "prefix", "ia3", "ln_tuning"])
+def test_any_methods_run_leaves_an_adapter_that_changes_the_model(method: str, tmp_path: Path) -> None:
+    made = config(tmp_path, method, train__steps=2, data__eval=())
+    if method == "prefix":
+        made.method.tokens = 4
+    train.train(made, tmp_path / "run")
+    model = peftjax.load_adapter(load_model(made.model.path), tmp_path / "run" / "adapter")
+    assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4
+
+
 def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0), tmp_path / "run"
     train.train(made, workdir)
