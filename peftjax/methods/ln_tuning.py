@@ -13,7 +13,7 @@ from flax import nnx
 from peftjax.methods.base import HfLeaf, Override
 from peftjax.methods.sites import Site
 from peftjax.methods.targeted import Targeted
-from peftjax.nn.norm import RMSNorm
+from peftjax.nn.norm import LayerNorm, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class LnTuning(Targeted):
 
     method: ClassVar[str] = "ln_tuning"
     peft_type: ClassVar[str] = "LN_TUNING"
-    fits: ClassVar = (RMSNorm,)
+    fits: ClassVar = (RMSNorm, LayerNorm)
     every: ClassVar[str] = "all-norms"
     hf_fields: ClassVar = {key: Targeted.hf_fields[key] for key in ("targets", "exclude", "modules_to_save")}
     hf_ignored: ClassVar = frozenset()

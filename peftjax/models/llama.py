@@ -6,8 +6,6 @@ Qwen3 (arXiv:2505.09388).
 
 import dataclasses
 import json
-from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -18,20 +16,12 @@ from peftjax import sharding
 from peftjax.core.paths import suggest
 from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, key_distances, within_window
 from peftjax.nn.embedding import Embedding
-from peftjax.nn.feedforward import GatedFeedForward
+from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.rope import Rope
 from peftjax.nn.rope import from_hf as rope_from_hf
 from peftjax.nn.stack import Residual, make_stack, scan_stack
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-}
-ACTIVATIONS["swish"] = jax.nn.silu
-ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"] = partial(jax.nn.gelu, approximate=True)
 
 
 @dataclasses.dataclass(frozen=True)

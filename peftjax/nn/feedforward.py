@@ -1,6 +1,7 @@
-"""The gated feed-forward layer."""
+"""Feed-forward layers, plain and gated, and the activations that a config.json can name."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,38 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.nn.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class FeedForward(nnx.Module):
+    """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3). [B, T, D] -> [B, T, D]."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        use_bias: bool,
+        stddev: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation = activation
+        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.up = Linear(features, hidden, axes=("embed", "mlp"), **common)
+        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
 
 
 class GatedFeedForward(nnx.Module):
@@ -25,16 +58,10 @@ class GatedFeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activation = activation
-        wide: dict[str, Any] = {
-            "axes": ("embed", "mlp"),
-            "use_bias": use_bias,
-            "stddev": stddev,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
-        self.gate = Linear(features, hidden, **wide)
-        self.up = Linear(features, hidden, **wide)
-        self.down = Linear(hidden, features, **{**wide, "axes": ("mlp", "embed")})
+        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.gate = Linear(features, hidden, axes=("embed", "mlp"), **common)
+        self.up = Linear(features, hidden, axes=("embed", "mlp"), **common)
+        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(self.activation(self.gate(x)) * self.up(x))
