@@ -1,17 +1,35 @@
 """The one place that looks at what a kernel is made of."""
 
 import jax
-import jax.numpy as jnp
+
+from peftjax.quant.base import Quantized, product
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     """x @ kernel: [..., in] x [in, out] -> [..., out] in the dtype of x, accumulated in at least float32.
 
     The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights.
+    A quantized kernel gets no gradient, and the backward pass keeps its codes and decodes them again.
     Leading axes are flattened: XLA's CPU backend takes the kernel's gradient, a product that contracts over all of
     them, at less than two thirds of the time that way (benchmarks/matmul.py).
     """
     rows = x.reshape(-1, x.shape[-1])
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=accumulator).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    y = _frozen(rows, kernel) if isinstance(kernel, Quantized) else product("ti,io->to", rows, kernel)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _frozen(x: jax.Array, kernel: Quantized) -> jax.Array:
+    """[T, in] -> [T, out]. Left to itself, differentiation would keep the decoded kernel of every layer of a scan."""
+    return kernel.dot(x)
+
+
+def _forward(x: jax.Array, kernel: Quantized) -> tuple[jax.Array, Quantized]:
+    return kernel.dot(x), kernel
+
+
+def _backward(kernel: Quantized, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return kernel.dot_transposed(gradient), None
+
+
+_frozen.defvjp(_forward, _backward)

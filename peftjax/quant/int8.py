@@ -1,0 +1,46 @@
+"""int8 with one scale for each output: W = codes * scale, scale = max |w| / 127 over a column (Dettmers et al. 2022,
+arXiv:2208.07339, section 2, its vector-wise quantization, of the weights alone)."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.quant.base import Quantized, product
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class Int8(Quantized):
+    """A kernel [*stack, in, out]. codes: int8 [*stack, in, out], from -127 to 127; scale: float32 [*stack, out]."""
+
+    codes: jax.Array
+    scale: jax.Array
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dtype).astype(dtype)
+
+    def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
+        return [kernel, (*kernel[:-2], kernel[-1])]
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return (product("ti,io->to", x, self.codes) * self.scale[None]).astype(x.dtype)
+
+    def dot_transposed(self, y: jax.Array) -> jax.Array:
+        return product("to,io->ti", (y * self.scale[None]).astype(y.dtype), self.codes).astype(y.dtype)
+
+
+def quantize(kernel: jax.Array) -> Int8:
+    """The kernel [in, out] in int8, each weight rounded to the nearest code."""
+    values = kernel.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(values), axis=0) / 127
+    codes = jnp.round(values / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[None]).astype(jnp.int8)
+    return Int8(codes, scale, np.dtype(kernel.dtype))
