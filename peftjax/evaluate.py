@@ -111,7 +111,8 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(base)
     model = load_model(
         result if config.method.name == "full" else base, config.model.dtype,
-        param_dtype=config.model.param_dtype or None, mesh=mesh,
+        config.model.quantize or None, param_dtype=config.model.param_dtype or None, skip=config.model.skip_quantize,
+        mesh=mesh,
     )  # fmt: skip
     if config.method.name != "full":
         load_adapter(model, result)

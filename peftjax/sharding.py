@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from peftjax.quant.base import Quantized
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> the mesh axes that split it. Everything not named here is whole on every device.
@@ -65,6 +67,14 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedS
     return NamedSharding(mesh, partition(axes, shape, mesh))
 
 
+def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
+    """The sharding of a parameter with these logical axes: of an array, or of every leaf of a quantized kernel."""
+    leaves, structure = jax.tree.flatten(value)
+    of_leaves = value.axes(tuple(axes)) if isinstance(value, Quantized) else [axes]
+    placed = [spec(own, leaf.shape, mesh) for own, leaf in zip(of_leaves, leaves, strict=True)]
+    return jax.tree.unflatten(structure, placed)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, placed by the table on the mesh in force (`jax.set_mesh`); unchanged where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -77,7 +87,7 @@ def place(model: Any, mesh: Mesh) -> None:
     """Move every variable of a model to where the table puts it."""
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
-        variable.set_value(jax.device_put(value, spec(variable.axes, value.shape, mesh)))
+        variable.set_value(jax.device_put(value, placement(value, variable.axes, mesh)))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:

@@ -127,11 +127,12 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         "dtype": config.model.dtype,
         "param_dtype": config.model.param_dtype or None,
         "remat": config.model.remat,
+        "quantize": config.model.quantize or None,
+        "skip": config.model.skip_quantize,
+        "mesh": mesh,
     }
-    if config.model.init == "random":
-        model = make_random(base, mesh=mesh, seed=config.seed, **options)
-    else:
-        model = load_model(base, quantize=config.model.quantize or None, mesh=mesh, **options)
+    random = config.model.init == "random"
+    model = make_random(base, seed=config.seed, **options) if random else load_model(base, **options)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
     methods.attach(model, method, rngs=nnx.Rngs(config.seed))
     if model.virtual + config.data.max_length > model.config.max_positions:

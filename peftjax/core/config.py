@@ -49,7 +49,10 @@ FIELDS: dict[str, Field] = {
     "model.revision": Field(None, "branch, tag or commit of a hub id; none: the default branch"),
     "model.dtype": Field("float32", "in which it computes", ("float32", "bfloat16")),
     "model.param_dtype": Field("", "in which the base is kept; empty: model.dtype", ("", "float32", "bfloat16")),
-    "model.quantize": Field("", "format of the frozen base; empty: not quantized", ("",)),
+    "model.quantize": Field(
+        "", "format of the frozen kernels; empty: not quantized", ("", "nf4", "nf4_single", "int8")
+    ),
+    "model.skip_quantize": Field((), "names of modules that stay in param_dtype, beside the head"),
     "model.remat": Field("none", "what the backward pass computes again to save memory", ("none", "block")),
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
     "method.name": Field("lora", "of the PEFT method; the section's other fields are that method's own"),

@@ -214,7 +214,8 @@ def _copies_of_base(model: Any, tensors: dict[str, np.ndarray], prefix: str) -> 
 def _base_value(model: Any, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
     if leaf in site.parameters:
         value = site.parameters[leaf].get_value()
-        return np.asarray(value if layer is None else value[layer])
+        one = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
+        return np.asarray(one.astype(one.dtype))
     return np.asarray(tied_kernel(model)) if leaf == "kernel" else None
 
 

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ from safetensors.numpy import save_file
 
 from peftjax import models, sharding
 from peftjax.core import variables
-from peftjax.core.paths import suggest
+from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io import hf_files
 from peftjax.io.hf_files import StoredTensor, enumerate_some, resolve
+from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Slot
+from peftjax.quant import FORMATS
 
 __all__ = ["load_model", "make_random", "resolve", "save_model"]
+
+Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]
 
 MAX_SHARD_BYTES = 2 * 10**9
 _WRITER = {"format": "pt", "writer": "peftjax"}  # "pt": the orientation of the tensors; transformers asks for it
@@ -52,6 +56,10 @@ class Entry:
     def stored_sharding(self, whole: NamedSharding) -> NamedSharding:
         """Where one stored tensor lies so that every device has just what goes into its part of the parameter."""
         return NamedSharding(whole.mesh, PartitionSpec(*self._stored(tuple(whole.spec))))
+
+    def over_layers(self, encode: Encode) -> Encode:
+        """`encode`, which makes one layer's kernel, for the whole parameter."""
+        return jax.vmap(encode) if self.stacked else encode
 
     def _stored(self, dimensions: tuple) -> tuple:
         layer = dimensions[1:] if self.stacked else dimensions
@@ -86,27 +94,31 @@ def load_model(
     mesh: Mesh | None = None,
     revision: str | None = None,
     remat: str = "none",
+    skip: Sequence[str] = (),
 ) -> Any:
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
 
     dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
+    quantize: the format of the kernels, a key of `quant.FORMATS`, into which each one is brought as it arrives. Norms,
+    biases, embeddings, the head and the modules named in `skip` (whole names or their endings) stay in param_dtype.
     Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two and a
     half of its largest tensors.
 
     Raises:
         ValueError: see `resolve` and `hf_files.read_tensors`; or the tensors are not those that config.json asks for:
-            every missing and unexpected one is named, and every one of a wrong shape or dtype.
+            every missing and unexpected one is named, and every one of a wrong shape or dtype. An unknown format, or a
+            name in `skip` that no kernel has.
     """
-    if quantize:
-        raise ValueError(f"quantize={quantize!r}: NF4 and int8 bases come in a later version; for now quantize=None")
     directory = resolve(path, revision)
     config = _read_config(directory, dtype, param_dtype, remat)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     table = entries(model)
+    encoders = _encoders(model, table, quantize, skip)
     tensors = _match(model, table, hf_files.read_tensors(directory), directory)
     mesh = mesh or _one_device()
+    kept = np.dtype(config.param_dtype)
     values = {
-        entry.path: _load(entry, [tensors[key] for key in entry.keys], np.dtype(config.param_dtype), mesh)
+        entry.path: _load(entry, [tensors[key] for key in entry.keys], kept, mesh, encoders.get(entry.path))
         for entry in table
     }
     variables.update(model, values)
@@ -116,26 +128,70 @@ def load_model(
 def make_random(
     path: str | Path,
     dtype: str = "float32",
+    quantize: str | None = None,
     *,
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
     remat: str = "none",
+    skip: Sequence[str] = (),
     seed: int = 0,
 ) -> Any:
-    """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`."""
+    """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`. The other
+    arguments are those of `load_model`."""
     config = _read_config(resolve(path, revision), dtype, param_dtype, remat)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    table = entries(model)
+    encoders = _encoders(model, table, quantize, skip)
     mesh = mesh or _one_device()
-    abstract = variables.flat(model)[1]
-    shardings = {path: sharding.spec(variable.axes, variable.shape, mesh) for path, variable in abstract.items()}
 
     def make() -> variables.FlatTree:
-        made = variables.flat(config.make(nnx.Rngs(seed)))[1]
-        return {path: variable.get_value() for path, variable in made.items()}
+        made = {path: leaf.get_value() for path, leaf in variables.flat(config.make(nnx.Rngs(seed)))[1].items()}
+        encoded = {
+            entry.path: entry.over_layers(encoders[entry.path])(made[entry.path])
+            for entry in table
+            if entry.path in encoders
+        }
+        return made | encoded
 
+    axes = {path: leaf.axes for path, leaf in variables.flat(model)[1].items()}
+    shardings = {path: sharding.placement(leaf, axes[path], mesh) for path, leaf in jax.eval_shape(make).items()}
     variables.update(model, jax.jit(make, out_shardings=shardings)())
     return model
+
+
+def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:
+    """What brings a kernel into its format, by its path, for those that are to be quantized."""
+    if not quantize:
+        if skip:
+            raise ValueError(f"skip={tuple(skip)!r} (model.skip_quantize) means something only where quantize is given")
+        return {}
+    if quantize not in FORMATS:
+        raise ValueError(
+            f"quantize={quantize!r} is no format.{suggest(quantize, FORMATS)} Formats: {', '.join(FORMATS)}"
+        )
+    chosen, names = {}, []
+    for entry in table:
+        path, _, leaf = entry.path.rpartition(".")
+        module = functools.reduce(getattr, path.split("."), model)
+        if leaf != "kernel" or not isinstance(module, Linear) or path in type(model).output_layers:
+            continue
+        modules = [key.rpartition(".")[0] for key in entry.keys]
+        names += modules
+        skipped = [name for name in modules if matches(name, tuple(skip))]
+        if skipped and len(skipped) < len(modules):
+            raise ValueError(
+                f"skip (model.skip_quantize): {skipped[0]} is one layer of several, which share one format; name them all"
+            )
+        if not skipped:
+            chosen[entry.path] = FORMATS[quantize]
+    if missing := unmatched(names, tuple(skip)):
+        last = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"skip (model.skip_quantize): {missing[0]!r} is no module with a kernel to quantize.{suggest(missing[0], last)} "
+            f"There are: {', '.join(last)}"
+        )
+    return chosen
 
 
 def _one_device() -> Mesh:
@@ -206,22 +262,33 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:
     return all(np.array_equal(np.float64(first[chunk]), np.float64(second[chunk])) for chunk in chunks)
 
 
-def _load(entry: Entry, tensors: Sequence[StoredTensor], dtype: np.dtype, mesh: Mesh) -> jax.Array:
-    whole = sharding.spec(entry.axes, entry.shape, mesh)
-    part = entry.stored_sharding(whole)
+def _load(entry: Entry, tensors: Sequence[StoredTensor], dtype: np.dtype, mesh: Mesh, encode: Encode | None) -> Any:
+    """The parameter on its devices: an array, or what `encode` makes of each layer's kernel as soon as it is there."""
+    whole = jax.ShapeDtypeStruct(entry.shape, dtype)
+    part = entry.stored_sharding(sharding.spec(entry.axes, entry.shape, mesh))
+    if encode is not None:
+        whole = jax.eval_shape(entry.over_layers(encode), whole)
+    placed = sharding.placement(whole, entry.axes, mesh)
     if not entry.stacked:
         value = _read(tensors[0], dtype, part)
-        return jax.jit(jnp.transpose, out_shardings=whole)(value) if entry.transposed else value
-    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=whole)(entry.shape, dtype)
-    put = jax.jit(_put, donate_argnums=0, static_argnums=3, out_shardings=whole)
+        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(value, entry.transposed, encode)
+    stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=placed)()
+    put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=placed)
     for layer, tensor in enumerate(tensors):
         # Without the wait all layers would be read before the first is in its place.
-        stack = jax.block_until_ready(put(stack, _read(tensor, dtype, part), layer, entry.transposed))
+        stack = jax.block_until_ready(put(stack, _read(tensor, dtype, part), layer, entry.transposed, encode))
     return stack
 
 
-def _put(stack: jax.Array, value: jax.Array, layer: jax.Array, transposed: bool) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value.T if transposed else value, layer, axis=0)
+def _put(stack: Any, value: jax.Array, layer: jax.Array, transposed: bool, encode: Encode | None) -> Any:
+    one = _made(value, transposed, encode)
+    return jax.tree.map(lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, layer, axis=0), stack, one)
+
+
+def _made(value: jax.Array, transposed: bool, encode: Encode | None) -> Any:
+    """A stored tensor as the parameter has it."""
+    value = value.T if transposed else value
+    return value if encode is None else encode(value)
 
 
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:

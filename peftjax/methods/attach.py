@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,6 +20,9 @@ from peftjax.core.variables import PeftParam
 from peftjax.methods.base import Method
 from peftjax.methods.sites import adapters, sites
 from peftjax.nn.slot import Slot
+from peftjax.quant.base import Quantized
+
+OnHost = tuple[Any, Any]  # a parameter copied to the host, and where its arrays lay
 
 
 def attached(model: nnx.Module) -> dict[str, Method]:
@@ -87,9 +91,11 @@ def detach(model: Any, name: str = "default") -> Any:
     return model
 
 
-def merge(model: Any, name: str = "default") -> Any:
+def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any:
     """Change the base's parameters so that, alone, they compute what they do with the adapters called `name`.
 
+    A quantized kernel becomes the array that it decodes to, with what the adapters add: the base that they were trained
+    on, exactly. With `requantize` it is brought into its format again, which moves it; the measured error is printed.
     A head tied to the embedding gets a kernel of its own if the adapters change either of the two. The parameters that
     were there are kept on the host for `unmerge`.
 
@@ -104,17 +110,26 @@ def merge(model: Any, name: str = "default") -> Any:
     untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
     if untied:
         model.untie()
-    before: dict[str, dict[str, np.ndarray]] = {}
+    before: dict[str, dict[str, OnHost]] = {}
+    errors: dict[str, float] = {}
     try:
         for site in changed:
             parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
             new = site.module.adapters.adapter(name).merged(**parameters)
-            before[site.path] = {leaf: np.asarray(parameters[leaf]) for leaf in new}
+            before[site.path] = {leaf: _on_host(parameters[leaf]) for leaf in new}
             for leaf, value in new.items():
-                site.parameters[leaf].set_value(_like(value, parameters[leaf]))
+                site.parameters[leaf].set_value(_like(value, parameters[leaf], requantize))
+                if requantize and isinstance(parameters[leaf], Quantized):
+                    errors[site.path] = _error(site.parameters[leaf].get_value(), value)
     except Exception:
         _restore(model, before, untied)
         raise
+    if errors:
+        worst = max(errors, key=lambda path: errors[path])
+        print(
+            f"merged {name!r} and quantized again: kernels, and with them outputs, move by "
+            f"{sum(errors.values()) / len(errors):.2%} on average, {worst} most, by {errors[worst]:.2%}"
+        )
     model.merges = Merges([Merge(name, before, untied), *_merges(model)])
     return use(model, None)
 
@@ -181,10 +196,10 @@ def active_view(model: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """One merge: {path: {leaf: the host's copy of the array before}}, and whether it untied the head."""
+    """One merge: {path: {leaf: the parameter before}}, and whether it untied the head."""
 
     name: str
-    before: dict[str, dict[str, np.ndarray]]
+    before: dict[str, dict[str, OnHost]]
     untied: bool
 
 
@@ -201,12 +216,11 @@ def _merges(model: Any) -> list[Merge]:
     return merges.items if merges else []
 
 
-def _restore(model: Any, before: dict[str, dict[str, np.ndarray]], untied: bool) -> None:
+def _restore(model: Any, before: dict[str, dict[str, OnHost]], untied: bool) -> None:
     by_path = {site.path: site for site in sites(model)}
     for path, leaves in before.items():
         for leaf, value in leaves.items():
-            variable = by_path[path].parameters[leaf]
-            variable.set_value(_like(value, variable.get_value()))
+            by_path[path].parameters[leaf].set_value(jax.device_put(*value))
     if untied:
         model.tie()
 
@@ -223,5 +237,18 @@ def _remove(model: Any, name: str) -> None:
         site.module.adapters.remove(name)
 
 
-def _like(value: Any, old: jax.Array) -> jax.Array:
+def _on_host(value: Any) -> OnHost:
+    return jax.tree.map(np.asarray, value), jax.tree.map(lambda leaf: leaf.sharding, value)
+
+
+def _like(value: jax.Array, old: Any, requantize: bool) -> Any:
+    """A merged parameter where the old one was; of a quantized kernel decoded, or in its format again."""
+    if isinstance(old, Quantized):
+        return old.encode(value) if requantize else value
     return jax.device_put(value, old.sharding)
+
+
+def _error(kernel: Quantized, exact: jax.Array) -> float:
+    """||W' - W|| / ||W||, which is the expected error of x W' for x of independent parts."""
+    exact = exact.astype(jnp.float32)
+    return float(jnp.linalg.norm((kernel.astype(jnp.float32) - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

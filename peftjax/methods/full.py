@@ -5,7 +5,9 @@ from typing import ClassVar
 
 from flax import nnx
 
+from peftjax.core import variables
 from peftjax.methods.base import Method
+from peftjax.quant.base import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +16,12 @@ class Full(Method):
 
     method: ClassVar[str] = "full"
     trains: ClassVar[type[nnx.Variable]] = nnx.Param
+
+    def check(self, model: nnx.Module) -> None:
+        if any(isinstance(leaf.get_value(), Quantized) for leaf in variables.flat(model)[1].values()):
+            raise ValueError(
+                "method.name='full' trains the base itself, which cannot be quantized: set model.quantize=''"
+            )
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         del model, name, rngs

@@ -111,7 +111,7 @@ class Ia3Linear(MethodAdapter):
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         def kernel(one: "Ia3Linear", kernel: jax.Array) -> jax.Array:
-            return one._after(one._before(kernel.T).T)
+            return one._after(one._before(kernel.astype(kernel.dtype).T).T)
 
         merged = {"kernel": over_layers(self, kernel, parameters["kernel"])}
         if "bias" in parameters:

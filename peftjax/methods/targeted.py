@@ -125,7 +125,7 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
             for leaf, (suffix, turned) in stored.items()
             if leaf in values
         }
-        widened = {leaf: jnp.array(value, jnp.float32) for leaf, value in values.items()}
+        widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
         place(site, name, Override(widened, axes, hf, tuple(bool(x) for x in mask)))
 
 

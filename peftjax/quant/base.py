@@ -1,7 +1,8 @@
 """What every quantized kernel can do; the rest of the code knows no more of it."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,17 @@ class Quantized:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The kernel decoded, [*stack, in, out], rounded to its own dtype and then given in `dtype`."""
+        raise NotImplementedError
+
+    def encode(self, kernel: jax.Array) -> Self:
+        """Another kernel of the same shape in the same format."""
+        one: Callable[..., Any] = self.encode_one
+        for _ in self.shape[:-2]:
+            one = jax.vmap(one)
+        return one(kernel)
+
+    def encode_one(self, kernel: jax.Array) -> Self:
+        """`encode` of one layer."""
         raise NotImplementedError
 
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
