@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
@@ -36,7 +37,8 @@ def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **field
 
 @functools.cache
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(config.make(nnx.Rngs(seed)))
+    graph = nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))[0]
+    return graph, jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
 
 
 def directory(path: Path, seed: int = 0) -> Path:
@@ -76,10 +78,10 @@ def batch(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> dict[str, jax.Array
 def randomize(model: Any, kind: type = variables.PeftParam, seed: int = 5, scale: float = 0.1) -> Any:
     """Give every variable of a kind random values, as if it had been trained."""
     _, leaves = variables.flat(model)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    rng = np.random.default_rng(seed)  # not jax.random, which would compile a program for each shape
     chosen = {
-        path: (scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-        for key, (path, leaf) in zip(keys, leaves.items(), strict=True)
+        path: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
+        for path, leaf in leaves.items()
         if type(leaf) is kind
     }
     variables.update(model, chosen)
