@@ -31,7 +31,9 @@ __all__ = ["load_model", "make_random", "resolve", "save_model"]
 Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]
 
 MAX_SHARD_BYTES = 2 * 10**9
-_WRITER = {"format": "pt", "writer": "peftjax"}  # "pt": the orientation of the tensors; transformers asks for it
+# transformers asks for it: the orientation of the tensors. One entry, because safetensors writes several in any order.
+_METADATA = {"format": "pt"}
+_MARK = {"saved_by": "peftjax"}  # in a config.json: save_model may replace the directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _read_config(directory: Path, dtype: str, param_dtype: str | None, remat: st
     for name in (dtype, param_dtype or dtype):
         if name not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
-    fields = hf_files.read_json(directory / "config.json")
+    fields = {k: v for k, v in hf_files.read_json(directory / "config.json").items() if k not in _MARK}
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method")
         raise ValueError(
@@ -331,7 +333,7 @@ def save_model(
         _write_weights(model, temporary, max_shard_bytes, writing)
         if writing:
             config = temporary / "config.json"
-            config.write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            config.write_text(json.dumps(model.config.to_hf() | _MARK, indent=2) + "\n", encoding="utf-8")
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(config, file)  # the safetensors package lets nobody but the owner read them
             for file in side_files:
@@ -349,8 +351,8 @@ def _check_target(target: Path) -> None:
         return
     if not target.is_dir():
         raise ValueError(f"{target} is a file; give a directory that is not there yet")
-    weights = list(target.glob("model*.safetensors"))
-    if not weights or any(hf_files.read_metadata(file).get("writer") != _WRITER["writer"] for file in weights):
+    config = target / "config.json"
+    if not config.is_file() or not _MARK.items() <= hf_files.read_json(config).items():
         raise ValueError(
             f"{target} exists and is no model directory written by save_model: choose another, or delete it"
         )
@@ -395,7 +397,7 @@ def _write_weights(model: Any, directory: Path, max_shard_bytes: int, writing: b
             if writing:
                 arrays[key] = array
         if writing:
-            save_file(arrays, directory / name, _WRITER)
+            save_file(arrays, directory / name, _METADATA)
     if writing and len(shards) > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
