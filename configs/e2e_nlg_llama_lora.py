@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 8
     config.train.log_every = 20
     config.train.eval_batches = 8
-    config.eval.exact_match = 8  # references differ in their words: this is for the samples, not for the score
+    config.eval.samples = 4  # not scored: there are many ways to say it
     config.eval.max_new_tokens = 80
     return config

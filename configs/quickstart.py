@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.train.eval_every = 200
     config.train.eval_batches = 8
     config.eval.exact_match = 200
+    config.eval.samples = 4
     config.eval.max_new_tokens = 12  # a space, ten characters and the end of text
     config.checkpoint.every = 100
     return config

@@ -37,6 +37,11 @@ class Answer:
         """Whether the two answers are the same text, but for spaces around it."""
         return self.answer.strip() == self.expected.strip()
 
+    def told(self, scored: bool) -> str:
+        """A line for people; scored: with a verdict."""
+        verdict = ("right  " if self.correct else "wrong  ") if scored else ""
+        return f"{verdict}{self.prompt!r} -> {self.answer!r}, expected {self.expected!r}"
+
 
 def make_eval_step(graph: nnx.GraphDef, loss: Loss) -> Callable[..., Totals]:
     """A jitted function (trainable, frozen, batch [1, B, T]) -> Totals, of a model in evaluation."""
@@ -123,15 +128,12 @@ def main(argv: list[str]) -> None:
         values = {path: variable.get_value() for path, variable in found.items()}
         eval_step = make_eval_step(graph, partial(next_token_loss, chunk=config.train.loss_chunk))
         scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh, config.data.pack)
-        if config.eval.exact_match:
-            answers = answer(
-                model, eval_examples(config, tokenizer, config.eval.exact_match), tokenizer, config.eval.max_new_tokens
-            )
-            scores["exact_match"] = exact_match(answers)
+        if count := config.eval.exact_match or config.eval.samples:
+            answers = answer(model, eval_examples(config, tokenizer, count), tokenizer, config.eval.max_new_tokens)
+            if scored := config.eval.exact_match > 0:
+                scores["exact_match"] = exact_match(answers)
             for item in answers[: config.eval.samples]:
-                print(
-                    f"{'right' if item.correct else 'wrong'}  {item.prompt!r} -> {item.answer!r}, expected {item.expected!r}"
-                )
+                print(item.told(scored))
     for name, value in scores.items():
         print(f"{name:15} {value:.6g}")
     (workdir / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")

@@ -256,6 +256,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 # In the page each of these becomes the variable of its name, which is light or dark as the page is.
 COLORS = {"first": "#3457d5", "second": "#c8641b", "soft": "#62656e", "grid": "#ecece8"}
+WIDE, NARROW = (990, 280), (468, 180)  # pixels, where the page has room
 MANY = 40  # points: fewer are marked by dots; so many of a noisy curve stand faintly under their running mean
 
 
@@ -270,13 +271,16 @@ class _Curve(NamedTuple):
 
 
 class _Chart(NamedTuple):
-    """What the page shows of some curves. legend: (curve, its last value), a faint one without; svg: an element."""
+    """What the page shows of some curves. legend: (curve, its last value), a faint one without; svg: an element.
+
+    narrow: of a chart that is as wide as the page, another element for a page of half the width; else empty.
+    """
 
     title: str
     note: str
-    wide: bool
     legend: list[tuple[_Curve, str]]
     svg: str
+    narrow: str
 
 
 def _charts(train: Lines, evaluations: Lines) -> list[_Chart]:
@@ -325,17 +329,42 @@ def _chart(
 
     text: how values are written. log: their axis is logarithmic where they span more than a factor of 30.
     """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
     if not curves:
         return None
     values = [value for curve in curves for value in curve.values]
     log = log and min(values) > 0 and max(values) > 30 * min(values)
-    width, height = (990, 280) if wide else (468, 180)  # pixels, where the page has room
+    draw = functools.partial(_draw, title, curves, last_step, bounds, text, log)
+    return _Chart(
+        title,
+        ", ".join(filter(None, [note, "logarithmic" if log else ""])),
+        [(curve, "" if curve.faint else text(curve.values[-1])) for curve in curves],
+        draw(WIDE if wide else NARROW),
+        draw(NARROW) if wide else "",
+    )
+
+
+def _draw(
+    title: str,
+    curves: list[_Curve],
+    last_step: int,
+    bounds: tuple[float | None, float | None],
+    text: Callable[[float], str],
+    log: bool,
+    size: tuple[int, int],
+) -> str:
+    """The svg element of a chart, of width x height pixels."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    width, height = size
     # text stays text, in the page's font; of a curve, however long, a few points a pixel are left
-    settings = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 12, "svg.hashsalt": title}
+    settings = {
+        "svg.fonttype": "none",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 12,
+        "svg.hashsalt": f"{title} {width}",
+    }
     with style.context(["default", settings, {"path.simplify_threshold": 0.5}]):
         figure = Figure((width / 72, height / 72), facecolor="none", layout="constrained")
         axes = figure.subplots(subplot_kw={"facecolor": "none"})
@@ -348,6 +377,7 @@ def _chart(
         axes.locator_params("y", nbins=6)
         if log:
             axes.set_yscale("log")
+            values = [value for curve in curves for value in curve.values]
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(values) < 1e4 * min(values) else (1,)))
         else:
             axes.set_ylim(*bounds)
@@ -362,13 +392,7 @@ def _chart(
     drawing = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue().split("</defs>", 1)[1])  # no date, no ids twice
     for name, color in COLORS.items():
         drawing = drawing.replace(color, f"var(--{name})")
-    return _Chart(
-        title,
-        ", ".join(filter(None, [note, "logarithmic" if log else ""])),
-        wide,
-        [(curve, "" if curve.faint else text(curve.values[-1])) for curve in curves],
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title} by step">{drawing}',
-    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title} by step">{drawing}'
 
 
 def main(argv: list[str]) -> None:

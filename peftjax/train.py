@@ -229,25 +229,27 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
     batches = eval_batches(config, run.tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     some = itertools.islice(batches, config.train.eval_batches or None)
     scores = evaluate_loss(run.eval_step, state.trainable, run.frozen, some, run.mesh, config.data.pack)
-    if config.eval.exact_match:
+    scored, answers = config.eval.exact_match > 0, []
+    if count := config.eval.exact_match or config.eval.samples:
         run.sync(state)
-        examples = eval_examples(config, run.tokenizer, config.eval.exact_match)
+        examples = eval_examples(config, run.tokenizer, count)
         answers = answer(run.model, examples, run.tokenizer, config.eval.max_new_tokens)
+    if scored:
         scores |= {"exact_match": exact_match(answers), "prompts": len(answers)}
-        samples = tuple(
-            report.Sample(item.record, item.prompt, item.answer, item.expected, item.correct)
-            for item in answers[: config.eval.samples]
-        )
-        if step:
-            run.report_data = dataclasses.replace(run.report_data, after=samples)
-        else:
-            run.report_data = dataclasses.replace(run.report_data, before=samples)
-        for sample in samples if step in (0, config.train.steps) else ():
-            verdict = "right" if sample.correct else "wrong"
-            log.message(f"  {verdict}  {sample.prompt!r} -> {sample.answer!r}, expected {sample.expected!r}")
+    shown = answers[: config.eval.samples]
+    samples = tuple(
+        report.Sample(item.record, item.prompt, item.answer, item.expected, item.correct if scored else None)
+        for item in shown
+    )
+    if step:
+        run.report_data = dataclasses.replace(run.report_data, after=samples)
+    else:
+        run.report_data = dataclasses.replace(run.report_data, before=samples)
     run.timings["evaluation"] += time.perf_counter() - started
     run.save_report_data()  # a resumed run cannot answer as the untrained model any more
     log.evaluation(step, scores)
+    for item in shown if step in (0, config.train.steps) else ():
+        log.message(f"  {item.told(scored)}")
     return scores
 
 

@@ -24,7 +24,7 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
     made.data.format, made.data.max_length = "completion", 24
     made.optim.learning_rate = 1e-2
     made.train.steps, made.train.batch_size, made.train.log_every = 6, 8, 2
-    made.eval.exact_match, made.eval.max_new_tokens = 3, 4
+    made.eval.exact_match, made.eval.samples, made.eval.max_new_tokens = 3, 2, 4
     made.checkpoint.every = 3
     for name, value in fields.items():
         section, _, field = name.partition("__")
@@ -79,7 +79,7 @@ def test_any_methods_run_leaves_an_adapter_that_changes_the_model(method: str, t
 
 
 def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
-    made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0), tmp_path / "run"
+    made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0, eval__samples=0), tmp_path / "run"
     train.train(made, workdir)
     assert not (workdir / "adapter").exists()
     tuned, base = load_model(workdir / "model"), load_model(made.model.path)
@@ -109,7 +109,14 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path: Path) -> None:
-    made = config(tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, train__log_every=4, eval__exact_match=0)
+    made = config(
+        tmp_path,
+        optim__learning_rate=1e30,
+        optim__clip_norm=0.0,
+        train__log_every=4,
+        eval__exact_match=0,
+        eval__samples=0,
+    )
     made.optim.schedule = "constant"
     with pytest.raises(
         ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"
@@ -133,7 +140,7 @@ def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path
 
 
 def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
-    made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0)
+    made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0, eval__samples=0)
     train.train(made, tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
     assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32

@@ -93,9 +93,11 @@ FIELDS: dict[str, Field] = {
     "train.log_every": Field(10, "steps between two lines of metrics", low=1),
     "train.eval_every": Field(0, "steps between two evaluations; 0: only after the last step", low=0),
     "train.eval_batches": Field(0, "batches an evaluation; 0: all held-out records", low=0),
-    "eval.exact_match": Field(0, "held-out prompts answered by generation and compared; 0: none", low=0),
+    "eval.exact_match": Field(0, "held-out prompts answered by generation and scored; 0: no score", low=0),
     "eval.max_new_tokens": Field(64, "longest generated answer, tokens", low=1),
-    "eval.samples": Field(4, "generated answers that are printed and reported", low=0),
+    "eval.samples": Field(
+        0, "generated answers that are printed and reported; the first scored ones, if there are any", low=0
+    ),
     "checkpoint.every": Field(100, "steps between two checkpoints", low=1),
     "checkpoint.keep": Field(2, "newest checkpoints to keep", low=1),
     "checkpoint.keep_best": Field(True, "keep the one with the lowest evaluation loss too"),
