@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -82,6 +83,7 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
         ValueError: the config does not fit the model, the data, or the run that the workdir holds; or the loss or the
             gradient is not finite any more.
     """
+    check_workdir(workdir)
     mesh = sharding.make_mesh(config.mesh)
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
@@ -117,12 +119,23 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
     return scores
 
 
+def check_workdir(workdir: Path) -> None:
+    """Raises a ValueError if the workdir can be neither made nor written: now, and not after an hour of loading."""
+    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written" if place.is_dir() else "is a file"
+        raise ValueError(f"--workdir={workdir}: {place} {why}; name a directory that can be made or written")
+
+
 def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     """Everything that a run needs before its first step, and the state it starts from."""
     base = resolve(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(base)
     method = methods.from_config(config.method).tokenized(tokenizer.encode)
-    batches = train_batches(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = train_batches(config, tokenizer, **processes)
+    if config.data.eval:  # opened again at each evaluation; here, so that what is wrong with it is told at once
+        eval_batches(config, tokenizer, **processes).close()
     options = {
         "dtype": config.model.dtype,
         "param_dtype": config.model.param_dtype or None,

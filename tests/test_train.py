@@ -145,3 +145,18 @@ def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> No
     model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
     assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32
     assert model.blocks.attention.query.kernel.dtype == jnp.bfloat16
+
+
+def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path)
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; name a directory that can be made"):
+        train.train(made, tmp_path / "file" / "run")
+    made.data.eval = (str(tmp_path / "evil.jsonl"),)
+    with pytest.raises(ValueError, match=r"names no file\. Did you mean 'eval\.jsonl'"):
+        train.train(made, tmp_path / "run")
+    made.data.prompt_template = "{promt}"
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):
+        train.train(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

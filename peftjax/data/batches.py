@@ -165,10 +165,10 @@ def train_batches(
 
     Raises:
       ValueError: no source, weights on some sources only, a batch size that the processes do not divide, or what
-        `open_source` refuses. While iterating: what `encode_record` refuses, a record that is too long where
-        config.data.too_long is "error", or a source of which nothing is left to train on.
+        `open_source` refuses, or `encode_record` of a first record. While iterating: what it refuses of the others, a
+        record that is too long where config.data.too_long is "error", or a source of which nothing is left to train on.
     """
-    specs, weights, sources = _open(config, "train")
+    specs, weights, sources = _open(config, "train", tokenizer)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         bare = ", ".join(spec for spec, weight in zip(specs, weights, strict=True) if weight is None)
@@ -190,7 +190,7 @@ def eval_batches(
     Raises:
       ValueError: as `train_batches`; also a source with a weight, which means nothing in one pass.
     """
-    specs, _, sources = _open(config, "eval")
+    specs, _, sources = _open(config, "eval", tokenizer)
     held_out, rest = Concatenated(sources), dict[str, int]()
     order = grain.MapDataset.source(_Encoded(held_out, 0, config, tokenizer))
     kept = _Kept(_read(order, config), config.data, [(", ".join(specs), len(held_out))], rest)
@@ -206,7 +206,7 @@ def eval_examples(config: ConfigDict, tokenizer: Tokenizer, n: int) -> list[Prom
     Raises:
       ValueError: no source, a source that cannot be read, or no record with a prompt short enough.
     """
-    _, _, sources = _open(config, "eval")
+    _, _, sources = _open(config, "eval", tokenizer)
     held_out = Concatenated(sources)
     count = min(n, len(held_out))
     chosen = [i * len(held_out) // count for i in range(count)]
@@ -291,14 +291,19 @@ def _nothing_left(what: str, data: ConfigDict) -> ValueError:
     )
 
 
-def _open(config: ConfigDict, which: str) -> tuple[list[str], list[float | None], list[Source]]:
-    """The source strings of config.data.train or .eval without their weights, the weights, the sources."""
+def _open(config: ConfigDict, which: str, tokenizer: Tokenizer) -> tuple[list[str], list[float | None], list[Source]]:
+    """The source strings of config.data.train or .eval without their weights, the weights, the sources.
+
+    The first record of each is encoded, so that a wrong field or template is told before a model is loaded for it.
+    """
     if not config.data[which]:
         raise ValueError(f"config.data.{which} names no source: give it one, such as tfds:NAME/SPLIT or FILE.jsonl")
     pairs = [split_weight(spec) for spec in config.data[which]]
     if which == "eval" and any(weight is not None for _, weight in pairs):
         raise ValueError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
     sources = [open_source(spec, tfds_data_dir=config.data.tfds_data_dir) for spec, _ in pairs]
+    for source in sources:
+        encode_record(source[0], config.data, tokenizer, name=source.name(0))
     return [spec for spec, _ in pairs], [weight for _, weight in pairs], sources
 
 

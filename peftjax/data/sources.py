@@ -15,13 +15,13 @@ import bisect
 import contextlib
 import gzip
 import importlib
+import io
 import itertools
 import json
 import math
 import mmap
 import pathlib
 import re
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -282,7 +282,7 @@ def _prepare(builder: Any, spec: str) -> None:
     tfds.disable_progress_bar()
     print(f"preparing {spec} in {builder.data_path.parent}", flush=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; what a command prints on stdout is its result
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS says the same as the line above, in more words
             builder.download_and_prepare()
     except Exception as error:  # whatever a dataset's own code may raise
         if builder.data_path.exists():

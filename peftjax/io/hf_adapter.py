@@ -177,7 +177,7 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unread:
         parts = [
-            f"{word} {enumerate_some(keys)}"
+            f"{word} {enumerate_some(keys, 6)}"
             for word, keys in (("missing", missing), ("unexpected", sorted(unread)))
             if keys
         ]
