@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
         print(f"\n> {prompt}\n{tokenizer.decode(tokens)}")
     count = sum(map(len, answers))
     print(
-        f"\n{count} tokens for {len(prompts)} prompts in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
+        f"\n{count} tokens for {len(prompts)} prompt{'s' * (len(prompts) > 1)} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
 
 
