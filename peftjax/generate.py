@@ -187,9 +187,9 @@ def main(argv: list[str]) -> None:
     taken = time.perf_counter() - started
     for prompt, tokens in zip(options.prompt, answers, strict=True):
         print(f"\n> {prompt}\n{tokenizer.decode(tokens)}")
-    count = sum(map(len, answers))
+    count, plural = sum(map(len, answers)), "s" if len(prompts) > 1 else ""
     print(
-        f"\n{count} tokens for {len(prompts)} prompt{'s' * (len(prompts) > 1)} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
+        f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
 
 
