@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU devices
 
-.PHONY: quickstart test test-core test-slow test-interop lint clean
+.PHONY: quickstart test test-core test-slow test-interop test-adapters lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -21,6 +21,10 @@ test-slow: $(VENV)/installed-test
 
 test-interop: $(VENV)/installed-interop
 	$(PYTEST) -m interop
+
+# AdapterHub's library pins transformers 4.57, with which peft's tests cannot share an environment.
+test-adapters: .venv-adapters/installed
+	.venv-adapters/bin/python -m pytest -m interop tests/interop/test_adapter_hub.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -48,3 +52,16 @@ $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable ".[test,interop]"
 	touch $@ $(VENV)/installed $(VENV)/installed-test
+
+# This project without its bounds on huggingface-hub and tokenizers, which transformers 4.57 wants older.
+ADAPTERS := .venv-adapters/bin/python
+OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*[each for each in project["dependencies"] if not each.startswith(("huggingface-hub", "tokenizers"))], sep="\n")
+.venv-adapters/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-adapters
+	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(ADAPTERS) -c '$(OTHERS)' > .venv-adapters/others.txt
+	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check adapters==1.3.0 'peft>=0.21.2,<0.22' \
+		'pytest>=9.2,<10' 'pytest-xdist>=3.8,<4' --requirement .venv-adapters/others.txt
+	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

@@ -6,6 +6,7 @@ It says which base an adapter was trained on, and whether a checkpoint read back
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,6 +33,20 @@ def fingerprint(tree: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         rows.append([name, list(leaf.shape), str(leaf.dtype), *np.asarray(pair).tolist()])
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def marks(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
+    """A short digest of a sample of each array: of 64 x 64 elements, spread over its last two axes and in all of the
+    others, rounded to bfloat16. So the same weights in float32 and in bfloat16 have the same marks, weights that were
+    trained further have others, and the largest model takes no longer than a forward pass of a token."""
+    sums = jax.device_get(_sampled_sums(dict(arrays)))
+    return {path: "{:08x}{:08x}".format(*pair) for path, pair in sums.items()}
+
+
+@jax.jit
+def _sampled_sums(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    spread = lambda x: tuple(slice(None, None, -(-size // 64)) for size in x.shape[-2:])  # noqa: E731
+    return {path: _mixed_sums(x[(..., *spread(x))].astype(jnp.bfloat16)) for path, x in arrays.items()}
 
 
 @jax.jit

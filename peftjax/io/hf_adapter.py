@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
+from peftjax.core import variables
+from peftjax.core.fingerprint import marks
 from peftjax.core.paths import suggest
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_hub import Files
-from peftjax.io.hf_files import enumerate_some, read_header, read_json
+from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.methods import METHODS, attached, detach, use
-from peftjax.methods.attach import active, attach_unchecked
+from peftjax.methods.attach import active, attach_unchecked, parameters_before
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.methods.sites import Site, adapters, sites, tied_kernel
@@ -26,6 +29,7 @@ from peftjax.methods.sites import Site, adapters, sites, tied_kernel
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+BASE = "peftjax.base"  # in the metadata of the weights: the marks of the base's arrays by path
 
 
 def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
@@ -57,7 +61,8 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
     scratch.mkdir(parents=True)
     try:
         arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        (scratch / weights).write_bytes(save(arrays, metadata={"format": "pt"}))
+        metadata = {"format": "pt", BASE: json.dumps(base_marks(model, name))}
+        (scratch / weights).write_bytes(_in_order(save(arrays, metadata=metadata)))
         # sorted at the top only: of rank_pattern's and alpha_pattern's entries the first that matches counts
         (scratch / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
         if path.exists():
@@ -70,12 +75,15 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
     return path
 
 
-def load_adapter(model: Any, path: str | Path, name: str = "default") -> Any:
+def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_base: bool = False) -> Any:
     """Attach the adapter of a Hugging Face PEFT (or AdapterHub) directory under `name`, active; returns the model.
+
+    A directory written here records marks of the weights it was trained on; any_base: take it to other ones, if their
+    shapes allow. Files of others say nothing about it. A base in another dtype, or quantized, is not another one.
 
     Raises:
         ValueError: a file is missing, the config asks for what is not supported, a tensor is missing, unread or of
-            another shape. The model is unchanged then.
+            another shape, or the adapter was trained on another base. The model is unchanged then.
     """
     path = Path(path)
     if adapter_hub.is_hub(path):
@@ -87,6 +95,8 @@ def load_adapter(model: Any, path: str | Path, name: str = "default") -> Any:
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
         _fill(model, name, tensors, path)
+        if not any_base:
+            _check_base(model, name, path)
     except Exception:
         use(detach(model, name), before)
         raise
@@ -192,6 +202,40 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
             raise ValueError(f"{path / files.weights}: {tensor.key} {error}: the adapter is for another base") from None
     for variable, buffer in filled.values():
         variable.set_value(jax.device_put(buffer, variable.get_value().sharding))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, which the library writes in an order that changes from run to run."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[start:]
+
+
+def base_marks(model: Any, name: str) -> dict[str, str]:
+    """Marks of the weights beneath the adapters called `name`, by path; of those that are not quantized."""
+    arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
+    arrays |= parameters_before(model, name)
+    return marks({
+        path: array
+        for path, array in arrays.items()
+        if isinstance(array, jax.Array | np.ndarray) and array.dtype in (jnp.float32, jnp.bfloat16)
+    })  # fmt: skip
+
+
+def _check_base(model: Any, name: str, path: Path) -> None:
+    recorded = json.loads(read_metadata(path / _files(model, name).weights).get(BASE, "{}"))
+    if not recorded:
+        return
+    own = base_marks(model, name)
+    differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf]]
+    if differ:
+        raise ValueError(
+            f"{path} was trained on another base: its weights differ from this model's in {enumerate_some(differ, 3)}. "
+            "Load the base it was made for, or, if that is meant, load_adapter(..., any_base=True)"
+        )
 
 
 def _copies_of_base(model: Any, tensors: dict[str, np.ndarray], prefix: str) -> set[str]:

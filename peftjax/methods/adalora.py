@@ -20,7 +20,7 @@ from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import DeltaAdapter, HfLeaf, positive, transposed
 from peftjax.methods.lora import Lora
-from peftjax.methods.sites import Chosen, Site, adapters, sites
+from peftjax.methods.sites import Chosen, Site, adapters, check_rank, sites
 from peftjax.methods.targeted import Targeted, chosen_names
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
@@ -67,6 +67,7 @@ class AdaLora(Targeted):
     }
     hf_constants: ClassVar = {"bias": "none", "init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Lora.hf_ignored | {"r"}
+    hf_training: ClassVar = Lora.hf_training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +91,10 @@ class AdaLora(Targeted):
             raise ValueError(f"method.orthogonality must not be below 0, it is {self.orthogonality}")
         if wrong := [name for name, entries in pattern if len(entries) != self.init_rank]:
             raise ValueError(f"method.rank_pattern: {wrong[0]!r} needs {self.init_rank} entries, as method.init_rank")
+
+    def check(self, model: nnx.Module) -> None:
+        for site, _ in self.chosen(model):
+            check_rank(self.init_rank, site, "init_rank")
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)

@@ -154,6 +154,18 @@ def merged(model: Any) -> list[str]:
     return [merge.name for merge in _merges(model)]
 
 
+def parameters_before(model: Any, name: str) -> dict[str, np.ndarray]:
+    """By path, those parameters of the base that were others before the adapters called `name` were merged."""
+    newest = merged(model)
+    undone = _merges(model)[: newest.index(name) + 1] if name in newest else []
+    return {
+        f"{path}.{leaf}": value
+        for merge in undone
+        for path, leaves in merge.before.items()
+        for leaf, value in leaves.items()
+    }
+
+
 def count_trainable(model: Any, name: str = "default") -> int:
     """How many parameters the adapters called `name` train, without the rows that pad layers of smaller rank."""
     _require(model, name)

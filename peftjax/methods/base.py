@@ -7,6 +7,7 @@ follows from `trains`: variables of exactly that type.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -28,8 +29,9 @@ class Method:
 
     The translation to Hugging Face: `hf_fields`, {option: (its field in adapter_config.json, the value that peft takes
     where the field is missing)}; `hf_constants`, fields that are written with this value and read with no other that
-    says something (but None or False); `hf_ignored`, fields that say how to train, or where peft's own model keeps
-    things, and change nothing that is computed.
+    says something (but None or False); `hf_ignored`, fields that say where peft's own model keeps things, or repeat what
+    others say; `hf_training`, {field that says how the adapter was trained: the value that peft takes where it is
+    missing}: it changes nothing that is computed from the file, and another value is accepted with a warning.
     """
 
     method: ClassVar[str]  # its name in configs
@@ -38,6 +40,7 @@ class Method:
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {}
     hf_constants: ClassVar[dict[str, Any]] = {}
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
+    hf_training: ClassVar[dict[str, Any]] = {}
 
     @property
     def neutral(self) -> bool:
@@ -81,12 +84,16 @@ class Method:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """The method of an adapter_config.json; a field it cannot honour is a ValueError that names it."""
-        known = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_ignored
+        known = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_ignored | cls.hf_training.keys()
         for key, value in config.items():
             if key not in known and value not in (None, False, "", [], {}, cls.hf_constants.get(key)):
                 raise ValueError(
                     f"adapter_config.json: {key}={value!r} is not supported for {cls.peft_type or cls.method}"
                 )
+        told = {key: config[key] for key, usual in cls.hf_training.items() if config.get(key) not in (None, usual)}
+        if told:
+            said = ", ".join(f"{key}={value!r}" for key, value in told.items())
+            warnings.warn(f"adapter_config.json: {said} says how it was trained and is not kept", stacklevel=2)
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
         return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})

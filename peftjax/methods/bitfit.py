@@ -31,7 +31,8 @@ class BitFit(Targeted):
     fits: ClassVar = (nnx.Module,)
     every: ClassVar[str] = "all-biases"
     hf_fields: ClassVar = {key: Targeted.hf_fields[key] for key in ("targets", "modules_to_save")}
-    hf_ignored: ClassVar = frozenset({"init_weights"})
+    hf_ignored: ClassVar = frozenset()
+    hf_training: ClassVar = {"init_weights": True}
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
         return "bias" in site.parameters

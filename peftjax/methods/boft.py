@@ -44,7 +44,7 @@ class Boft(Targeted):
         "dropout": ("boft_dropout", 0.0),
     }
     hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights"}
+    hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

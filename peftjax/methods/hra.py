@@ -36,7 +36,7 @@ class Hra(Targeted):
     peft_type: ClassVar[str] = "HRA"
     hf_fields: ClassVar = Targeted.hf_fields | {"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)}
     hf_constants: ClassVar = {"bias": "none"}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights"}
+    hf_training: ClassVar = {"init_weights": True}
 
     @property
     def neutral(self) -> bool:

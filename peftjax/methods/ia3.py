@@ -39,7 +39,8 @@ class Ia3(Targeted):
         "feedforward": ("feedforward_modules", None)
     }
     hf_constants: ClassVar = {"init_ia3_weights": True, "fan_in_fan_out": False}
-    hf_ignored: ClassVar = frozenset({"init_ia3_weights", "fan_in_fan_out"})
+    hf_ignored: ClassVar = frozenset({"fan_in_fan_out"})
+    hf_training: ClassVar = {"init_ia3_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from flax import nnx
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, transposed
 from peftjax.methods.lycoris import Lycoris, UpdateDropout
-from peftjax.methods.sites import Site
+from peftjax.methods.sites import Site, check_rank
 from peftjax.quant.matmul import matmul
 
 
@@ -31,6 +31,10 @@ class LoHa(Lycoris):
 
     method: ClassVar[str] = "loha"
     peft_type: ClassVar[str] = "LOHA"
+
+    def check(self, model: nnx.Module) -> None:
+        for site, mask in self.chosen(model):
+            check_rank(int(self.ranks_and_scales(site, mask)[0].max()), site)
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoHaLinear":
         dropout = UpdateDropout(self.rank_dropout, self.module_dropout, rescale=True, stack=site.stack)

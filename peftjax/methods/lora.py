@@ -24,7 +24,7 @@ from peftjax.methods.base import HfLeaf, LayerMask, Override, positive
 from peftjax.methods.dora import DoraEmbedding, DoraLinear, DoraResidual
 from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora_init import INITS, RESIDUAL, ResidualLora, initial
-from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_table, place, sites
+from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_rank, check_table, place, sites
 from peftjax.methods.targeted import Targeted
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
@@ -75,8 +75,10 @@ class Lora(Targeted):
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {
-        "init_lora_weights", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size",
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size",
+    }  # fmt: skip
+    hf_training: ClassVar = {
+        "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -104,11 +106,7 @@ class Lora(Targeted):
 
     def check(self, model: nnx.Module) -> None:
         for site, mask in self.chosen(model):
-            largest, limit = self.ranks(site, mask).max(), min(site.module.in_features, site.module.out_features)
-            if largest > limit:
-                raise ValueError(
-                    f"method.rank={largest} is larger than {site.names[0]} allows: its smaller side is {limit}"
-                )
+            check_rank(self.ranks(site, mask).max(), site)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)

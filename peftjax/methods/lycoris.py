@@ -40,7 +40,8 @@ class Lycoris(Targeted):
         "module_dropout": ("module_dropout", 0.0),
     }
     hf_constants: ClassVar = {"init_weights": True, "use_effective_conv2d": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights", "use_effective_conv2d"}  # the latter: convolutions'
+    hf_ignored: ClassVar = Targeted.hf_ignored | {"use_effective_conv2d"}  # convolutions'
+    hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

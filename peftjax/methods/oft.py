@@ -53,8 +53,7 @@ class Oft(Targeted):
     }
     # before 0.18.0 peft computed another sum
     hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False, "peft_version": "0.18.0"}
-    # peft's linear layers make no use of its module_dropout
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights", "module_dropout"}
+    hf_training: ClassVar = {"init_weights": True, "module_dropout": 0.0}  # the latter nothing in peft makes use of
 
     def __post_init__(self) -> None:
         super().__post_init__()

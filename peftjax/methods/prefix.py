@@ -34,7 +34,8 @@ class PrefixTuning(SoftPrompt):
 
     method: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"prefix_projection", "encoder_hidden_size", "init_weights"}
+    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"encoder_hidden_size"}
+    hf_training: ClassVar = {"prefix_projection": False, "init_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,8 +80,9 @@ class PromptTuning(SoftPrompt):
     method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     hf_ignored: ClassVar = SoftPrompt.hf_ignored | {
-        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+        "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     }  # fmt: skip
+    hf_training: ClassVar = {"prompt_tuning_init": "RANDOM"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +158,7 @@ class PTuning(SoftPrompt):
         "layers": ("encoder_num_layers", 2),
         "dropout": ("encoder_dropout", 0.0),
     }
-    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"encoder_reparameterization_type"}
+    hf_training: ClassVar = {"encoder_reparameterization_type": "MLP"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,7 +55,7 @@ class RandLora(Targeted):
         "very_sparse": ("very_sparse", False),
     }
     hf_constants: ClassVar = {"save_projection": True, "bias": "none", "init_weights": True, "fan_in_fan_out": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights"}
+    hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

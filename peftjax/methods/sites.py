@@ -134,6 +134,13 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen)
             )
 
 
+def check_rank(rank: int, site: Site, option: str = "rank") -> None:
+    """A ValueError for a rank that a layer's kernel cannot have."""
+    limit = min(site.module.in_features, site.module.out_features)
+    if rank > limit:
+        raise ValueError(f"method.{option}={rank} is larger than {site.names[0]} allows: its smaller side is {limit}")
+
+
 def place(site: Site, name: str, adapter: Adapter) -> None:
     """Put an adapter into a site's slot, once."""
     if name in site.module.adapters.names():

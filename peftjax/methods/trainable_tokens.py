@@ -34,7 +34,7 @@ class TrainableTokens(Method):
     method: ClassVar[str] = "trainable_tokens"
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     hf_fields: ClassVar = {"token_indices": ("token_indices", None), "targets": ("target_modules", None)}
-    hf_ignored: ClassVar = frozenset({"init_weights"})
+    hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_indices", tuple(self.token_indices))

@@ -16,7 +16,7 @@ from flax import nnx
 
 from peftjax.core.variables import PeftParam
 from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, positive
-from peftjax.methods.sites import Site, place
+from peftjax.methods.sites import Site, check_rank, place
 from peftjax.methods.targeted import Targeted, train_whole
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
@@ -65,6 +65,10 @@ class VbLora(Targeted):
         if self.topk > self.num_vectors:
             raise ValueError(f"method.topk={self.topk} is more than method.num_vectors={self.num_vectors}")
         positive(init_vector_bank_bound=self.init_vector_bank_bound, init_logits_std=self.init_logits_std)
+
+    def check(self, model: nnx.Module) -> None:
+        for site, _ in self.chosen(model):
+            check_rank(self.rank, site)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         chosen, bound = self.chosen(model), self.init_vector_bank_bound

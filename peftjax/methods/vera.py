@@ -44,7 +44,7 @@ class Vera(Targeted):
         "projection_prng_key": ("projection_prng_key", 0),
     }
     hf_constants: ClassVar = {"save_projection": True, "bias": "none", "init_weights": True, "fan_in_fan_out": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"init_weights"}
+    hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

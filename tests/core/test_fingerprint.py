@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import fingerprint as fingerprint_module
-from peftjax.core.fingerprint import fingerprint
+from peftjax.core.fingerprint import fingerprint, marks
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint8", "int4", "uint4", "bool"]
 
@@ -148,3 +148,15 @@ def test_it_makes_no_array_of_the_size_of_its_argument() -> None:
     x = jax.ShapeDtypeStruct((64, 256, 256), jnp.bfloat16)
     memory = fingerprint_module._mixed_sums.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**16
+
+
+def test_marks_are_those_of_the_weights_in_any_dtype_and_on_any_mesh() -> None:
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    weights = jax.random.normal(jax.random.key(0), (3, 130, 200))
+    tree = {"kernel": weights, "scale": weights[0, 0]}
+    expected = marks(tree)
+    assert expected["kernel"] != expected["scale"]
+    assert marks({path: leaf.astype(jnp.bfloat16) for path, leaf in tree.items()}) == expected
+    sharded = jax.device_put(weights, NamedSharding(mesh, P(None, "a", "b")))
+    assert marks({"kernel": sharded})["kernel"] == expected["kernel"]
+    assert marks({"kernel": weights * 1.01})["kernel"] != expected["kernel"]

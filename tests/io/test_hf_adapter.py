@@ -79,7 +79,9 @@ def test_the_file_holds_the_keys_shapes_and_metadata_of_the_format(tmp_path: Pat
         expected[f"{query}.lora_B.weight"] = (E, rank)
         expected[f"{query}.base_layer.bias"] = (E,)
     with safe_open(tmp_path / "adapter" / WEIGHTS, framework="numpy") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+        assert metadata.keys() == {"format", "peftjax.base"}
+        assert metadata["format"] == "pt"
         assert {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} == expected  # noqa: SIM118
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
@@ -263,11 +265,28 @@ PEFT_FIELDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, None])
 def test_the_full_config_of_peft_is_read(init: Any, tmp_path: Path) -> None:
-    model = load_adapter(
-        tiny.model(), write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | {"init_lora_weights": init})
-    )
+    path = write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | {"init_lora_weights": init})
+    model = load_adapter(tiny.model(), path)
+    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian' says how it was trained and is not kept"),
+        (
+            {"init_lora_weights": False, "loftq_config": {"bits": 4}},
+            r"init_lora_weights=False, loftq_config={'bits': 4}",
+        ),
+    ],
+)
+def test_what_only_says_how_it_was_trained_is_read_with_a_note(
+    fields: dict[str, Any], note: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=note):
+        model = load_adapter(tiny.model(), write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | fields))
     assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
 
 
@@ -350,6 +369,28 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 )
 def test_an_adapter_for_another_base_is_refused(sizes: dict[str, int], message: str, tmp_path: Path) -> None:
     assert_refused(write(tmp_path / "a", random_tensors(**sizes)), message)
+
+
+def test_an_adapter_trained_on_other_weights_of_the_same_shapes_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
+    path = save_adapter(attached(rank=2, targets=("q_proj",)), tmp_path / "a")
+    bfloat16 = load_adapter(tiny.model(dtype="bfloat16"), path)
+    assert active(bfloat16) == ("default",)
+    other = tiny.model()
+    up = other.blocks.feedforward.up.kernel
+    up.set_value(up.get_value() + 1e-3)
+    with pytest.raises(ValueError, match=r"trained on another base: .* in blocks.feedforward.up.kernel. Load the base"):
+        load_adapter(other, path)
+    assert active(other) == ()
+    assert active(load_adapter(other, path, any_base=True)) == ("default",)
+
+
+def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(tmp_path: Path) -> None:
+    model = tiny.randomize(attached(rank=2, targets=("q_proj", "lm_head")))
+    methods.attach(model, methods.Lora(rank=2, targets=("v_proj",)), "later", rngs=nnx.Rngs(0))
+    path = save_adapter(methods.merge(methods.merge(model), "later"), tmp_path / "a")
+    assert active(load_adapter(tiny.model(), path)) == ("default",)
+    with pytest.raises(ValueError, match=r"trained on another base: .* blocks.attention.query.kernel, head.kernel"):
+        load_adapter(tiny.model(), save_adapter(model, tmp_path / "later", "later"))
 
 
 @pytest.mark.parametrize(

@@ -371,16 +371,21 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
-MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2})
-MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2})
+MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32")
+MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16")
+MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32")
 
 
-@pytest.mark.parametrize(("name", "sizes"), MESHES)
-def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[str, int]) -> None:
-    one, mesh = trained(name), sharding.make_mesh(sizes)
-    step, state, frozen = trainer(attached(name), CASES[name].method, mesh)
+@pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)
+def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[str, int], dtype: str) -> None:
+    one, mesh = trained(name, dtype), sharding.make_mesh(sizes)
+    step, state, frozen = trainer(attached(name, dtype=dtype), CASES[name].method, mesh)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((frozen, state.trainable)))
     state, losses = run(step, state, frozen, 3, mesh)
+    if dtype == "bfloat16":  # sums in another order are rounded to 8 bits
+        np.testing.assert_allclose(losses, one.losses, rtol=2e-3)
+        assert all((value != one.first[path]).any() for path, value in arrays(state.trainable).items())
+        return
     np.testing.assert_allclose(losses, one.losses, rtol=2e-5)
     expected = arrays(one.state.trainable)
     for path, value in arrays(state.trainable).items():
@@ -394,9 +399,9 @@ def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> No
     methods.merge(model, "default")
     np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5)
     assert tiny.bits(model) != before
-    if not FIELDS.get(name):  # the compiled program is the base's
+    if name != "trainable-tokens-tied":  # the compiled program is the base's; there the head now has a kernel
         structure = lambda model: nnx.split(methods.active_view(model))[0]  # noqa: E731
-        assert structure(model) == structure(tiny.model())
+        assert structure(model) == structure(tiny.model(**FIELDS.get(name, {})))
     methods.unmerge(model, "default")
     assert tiny.bits(model) == before
     np.testing.assert_array_equal(model(tiny.tokens()), expected)
@@ -462,6 +467,7 @@ def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:adapter_config.json. .* says how it was trained")  # by an encoder
 @pytest.mark.parametrize("name", PEFT)
 def test_an_adapter_file_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     model = tiny.randomize(attached(name))

@@ -96,6 +96,11 @@ def test_options_that_mean_nothing_are_refused(kind: Any, options: dict[str, Any
         attached(kind(**options))
 
 
+def test_a_rank_of_loha_larger_than_the_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method.rank=17 is larger than .*v_proj allows: its smaller side is 16"):
+        attached(LoHa(targets=("v_proj",), rank_pattern={"v_proj": 17}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

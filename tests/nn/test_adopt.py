@@ -13,7 +13,7 @@ from flax import nnx
 from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.losses import Totals
-from peftjax.methods import Houlsby, Lora, PromptTuning
+from peftjax.methods import Houlsby, Lora, PrefixTuning, PromptTuning
 from peftjax.nn.adopt import adopt
 from peftjax.step import first_state, make_train_step
 
@@ -138,6 +138,10 @@ class Stacked(nnx.Module):
         (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
+        (
+            lambda: adopted(PrefixTuning()),
+            "prefix tuning needs attention layers with a slot, which this model does not",
+        ),
         (lambda: adopted(Lora(targets=("heed",))), "'heed' matches no layer of this model. Did you mean 'head'"),
     ],
 )
