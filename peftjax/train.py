@@ -147,7 +147,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     random = config.model.init == "random"
     model = make_random(base, seed=config.seed, **options) if random else load_model(base, **options)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
-    methods.attach(model, method, rngs=nnx.Rngs(config.seed))
+    methods.attach(model, method, rngs=nnx.Rngs(config.seed), batches=first_batches(config, tokenizer, method, mesh))
     if model.virtual + config.data.max_length > model.config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} and {model.virtual} virtual tokens exceed the model's "
@@ -174,6 +174,15 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state
+
+
+def first_batches(config: Any, tokenizer: Tokenizer, method: methods.Method, mesh: Mesh) -> Any:
+    """The batches [B, T] that the method begins with, the first of the training; None where it needs none."""
+    if not method.data:
+        return None
+    batches = train_batches(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    shown = (sharding.shard_batch(batch.arrays(config.data.pack), mesh) for batch in batches)
+    return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
 
 
 class Window:

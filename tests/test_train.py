@@ -68,11 +68,21 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["houlsby", "prefix", "ia3", "ln_tuning"])
-def test_any_methods_run_leaves_an_adapter_that_changes_the_model(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("houlsby", {}),
+        ("prefix", {"tokens": 4}),
+        ("ia3", {}),
+        ("ln_tuning", {}),
+        ("lora", {"rank": 2, "init": "eva", "eva_batches": 2, "targets": ("q_proj", "o_proj")}),
+    ],
+)
+def test_any_methods_run_leaves_an_adapter_that_changes_the_model(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     made = config(tmp_path, method, train__steps=2, data__eval=())
-    if method == "prefix":
-        made.method.tokens = 4
+    made.method.update(options)
     train.train(made, tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path), tmp_path / "run" / "adapter")
     assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4

@@ -6,7 +6,7 @@ remembers them for `unmerge`.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,25 +30,45 @@ def attached(model: nnx.Module) -> dict[str, Method]:
     return dict(getattr(model, "methods", ()))
 
 
-def attach(model: Any, method: Method, name: str = "default", *, rngs: nnx.Rngs) -> Any:
+def attach(
+    model: Any,
+    method: Method,
+    name: str = "default",
+    *,
+    rngs: nnx.Rngs,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+) -> Any:
     """Put the adapters of `method` into the model's slots under `name`, and make them the active ones.
+
+    batches: for a method that begins with data (LoRA with init="eva"), as the train step takes them: {"tokens": [B, T],
+    ...}.
 
     Raises:
         ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
             unchanged then.
     """
     method.check(model)
-    return attach_unchecked(model, method, name, rngs=rngs)
+    if bool(method.data) != (batches is not None):
+        raise ValueError(
+            f"attach: {method.method} begins with data: give it batches=[...]"
+            if method.data
+            else f"attach: batches= goes with a method that begins with data, which {method.method} does not with these options"
+        )
+    if batches is None:
+        return attach_unchecked(model, method, name, rngs=rngs)
+    _require_new(model, name)
+    method, start = method.fit(model, batches)
+    attach_unchecked(model, method, name, rngs=rngs)
+    for site, adapter in adapters(model, name):
+        for leaf, value in start.get(site.path, {}).items():
+            variable = getattr(adapter, leaf)
+            variable.set_value(jnp.asarray(value, variable.get_value().dtype))
+    return model
 
 
 def attach_unchecked(model: Any, method: Method, name: str, *, rngs: nnx.Rngs) -> Any:
     """`attach` for a method that an adapter file describes: it may be one that nobody should begin with."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise ValueError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
-    if hasattr(Slot(), name):  # adapters are attributes of their slots
-        raise ValueError(f"adapter name {name!r} means something else in a layer's slot; choose another name")
-    if name in attached(model):
-        raise ValueError(f"adapter {name!r} is attached already; detach it first or choose another name")
+    _require_new(model, name)
     try:
         method.attach(model, name, rngs)
     except Exception:
@@ -56,6 +76,15 @@ def attach_unchecked(model: Any, method: Method, name: str, *, rngs: nnx.Rngs) -
         raise
     model.methods = (*getattr(model, "methods", ()), (name, method))
     return use(model, name)
+
+
+def _require_new(model: Any, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ValueError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
+    if hasattr(Slot(), name):  # adapters are attributes of their slots
+        raise ValueError(f"adapter name {name!r} means something else in a layer's slot; choose another name")
+    if name in attached(model):
+        raise ValueError(f"adapter {name!r} is attached already; detach it first or choose another name")
 
 
 def active(model: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ follows from `trains`: variables of exactly that type.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -51,6 +51,16 @@ class Method:
         """The method with its texts, if it has any, as tokens."""
         del encode
         return self
+
+    @property
+    def data(self) -> int:
+        """How many batches of data a training shows it before it is attached."""
+        return 0
+
+    def fit(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[Self, dict[str, dict[str, Any]]]:
+        """For a method that begins with data: the method that is attached in its place, and what its adapters then
+        start from, {path of a site: {leaf: array}}."""
+        raise NotImplementedError
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         """Put adapters called `name` into the model's slots.

@@ -11,7 +11,7 @@ LoRA-FA  A stays as it starts: Zhang et al. 2023 (arXiv:2308.03303). The paper's
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from flax import nnx
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import HfLeaf, LayerMask, Override, positive
 from peftjax.methods.dora import DoraEmbedding, DoraLinear, DoraResidual
+from peftjax.methods.eva import find_directions, redistribute
 from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora_init import INITS, RESIDUAL, ResidualLora, initial
 from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_rank, check_table, place, sites
@@ -39,7 +40,9 @@ class Lora(Targeted):
     bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
     lora_bias: train a bias on B, which is scaled as B is.
     dora: train magnitude and direction apart.
-    init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N" (N: a number) or "olora".
+    init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N" (N: a number), "olora", or
+    "eva": from batches of data (`attach(..., batches=)`; a training shows it its first `eva_batches`). eva_rho: how many
+    times its rank a layer may get there, 1: the ranks stay.
     lr_ratio: B's learning rate over A's. It holds for vectors (biases, magnitudes) too, as in peft, and not for
     embeddings, whose A and B have other parts. freeze_a: train B alone.
     dtype: of A and B; the computation runs in the dtype of the activations.
@@ -55,6 +58,8 @@ class Lora(Targeted):
     lora_bias: bool = False
     dora: bool = False
     init: str = "kaiming"
+    eva_rho: float = 2.0
+    eva_batches: int = 16
     lr_ratio: float = 1.0
     freeze_a: bool = False
     dtype: str = "float32"
@@ -94,19 +99,65 @@ class Lora(Targeted):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
         if not INITS.fullmatch(self.init):
             raise ValueError(
-                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, pissa, pissa_niter_N (N: a number) "
-                "and olora"
+                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, eva, pissa, pissa_niter_N (N: a "
+                "number) and olora"
             )
         odd = [rank for rank in (self.rank, *dict(self.rank_pattern).values()) if rank % 2]
         if self.init == "orthogonal" and odd:
             raise ValueError(f"method.rank must be even with init='orthogonal', it is {odd[0]}")
         if self.dora and self.lora_bias:
             raise ValueError("method.lora_bias=True does not go with dora=True, here as in peft; choose one of them")
-        positive(lr_ratio=self.lr_ratio)
+        positive(lr_ratio=self.lr_ratio, eva_batches=self.eva_batches)
+        if not self.eva_rho >= 1:
+            raise ValueError(f"method.eva_rho must be at least 1 (the ranks stay), it is {self.eva_rho!r}")
 
     def check(self, model: nnx.Module) -> None:
         for site, mask in self.chosen(model):
             check_rank(self.ranks(site, mask).max(), site)
+
+    @property
+    def data(self) -> int:
+        return self.eva_batches if self.init == "eva" else 0
+
+    def fit(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple["Lora", dict[str, dict[str, Any]]]:
+        chosen = [(site, mask) for site, mask in self.chosen(model) if isinstance(site.module, Linear)]
+        limits, ranks, explained = {}, {}, {}
+        for site, mask in chosen:
+            most = np.rint(self.ranks(site, mask) * self.eva_rho).astype(int)
+            limits[site.path] = np.minimum(most, site.module.in_features)
+        found = find_directions(model, {path: int(limit.max()) for path, limit in limits.items()}, batches)
+        for site, mask in chosen:
+            layers = zip(site.names, self.ranks(site, mask), limits[site.path], found[site.path].explained, strict=True)
+            for hf, rank, limit, shares in layers:
+                if rank:
+                    ranks[hf], explained[hf] = int(rank), shares[:limit]
+        new = redistribute(explained, ranks)
+        start = {}
+        for site, _ in chosen:
+            kept = [new.get(hf, 0) for hf in site.names]
+            a = np.zeros((len(kept), site.module.in_features, max(kept)), np.float32)
+            for layer, rank in enumerate(kept):
+                a[layer, :, :rank] = found[site.path].vectors[layer, :rank].T
+            start[site.path] = {"a": a.reshape(*site.stack, *a.shape[1:])}
+        return self._with_ranks(model, ranks, new), start
+
+    def _with_ranks(self, model: Any, old: Mapping[str, int], new: Mapping[str, int]) -> "Lora":
+        """The method with other ranks for some layers, none where they are 0; alpha changes as the rank does."""
+        if new == old:
+            return self
+        ranks, alphas = {}, {}
+        for site, mask in self.chosen(model):
+            by_layer = zip(
+                site.names, self.ranks(site, mask), by_name(site, self.alpha_pattern, self.alpha), strict=True
+            )
+            for hf, rank, alpha in by_layer:
+                if kept := new.get(hf, int(rank)):
+                    ranks[hf], alphas[hf] = kept, float(alpha * kept / rank)
+        return dataclasses.replace(
+            self, targets=tuple(ranks), exclude=(), layers_to_transform=(),
+            rank_pattern=tuple((hf, rank) for hf, rank in ranks.items() if rank != self.rank),
+            alpha_pattern=tuple((hf, alpha) for hf, alpha in alphas.items() if alpha != self.alpha),
+        )  # fmt: skip
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)

@@ -10,8 +10,9 @@ pissa          W = U S V^T; A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T, so t
 pissa_niter_N  the same from a randomised SVD with N subspace iterations (Halko et al. 2011, arXiv:0909.4061,
                algorithms 4.4 and 5.1): seconds where the SVD of a large kernel takes minutes
 olora          W^T = Q R; A = R_r^T, B = Q_r^T, the first r rows of R and columns of Q: Buyukakyuz 2024 (arXiv:2406.01775)
+eva            A the principal directions of the layer's inputs, B = 0: eva.py, which puts them in kaiming's place
 
-The last three begin with an update that is not zero: `ResidualLora` takes it away again.
+PiSSA and OLoRA begin with an update that is not zero: `ResidualLora` takes it away again.
 """
 
 import re
@@ -27,7 +28,7 @@ from peftjax.methods.lora_adapter import LoraLinear
 from peftjax.methods.sites import Site
 from peftjax.nn.embedding import Embedding
 
-INITS = re.compile(r"kaiming|gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+INITS = re.compile(r"kaiming|gaussian|orthogonal|eva|olora|pissa(_niter_\d+)?")
 RESIDUAL = re.compile(r"olora|pissa.*")
 
 Pair = tuple[jax.Array, jax.Array]
@@ -43,7 +44,7 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
     by_layer = lambda values, ndim: jnp.asarray(values, jnp.float32).reshape(*site.stack, *[1] * ndim)  # noqa: E731
     if isinstance(owner, Embedding):
         a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
-    elif init == "kaiming":
+    elif init in ("kaiming", "eva"):
         bound = owner.in_features**-0.5
         a, b = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound), jnp.zeros(b_shape)
     elif init == "gaussian":
@@ -89,20 +90,19 @@ def _of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.A
     if init == "pissa":
         u, values, vt = jnp.linalg.svd(kernel, full_matrices=False)
     else:
-        u, values, vt = _randomised_svd(kernel, rank, int(init.rsplit("_", 1)[1]), key)
+        u, values, vt = randomised_svd(kernel, rank, int(init.rsplit("_", 1)[1]), key)
     root = jnp.sqrt(values[:rank] / scale)
     return u[:, :rank] * root[None], root[:, None] * vt[:rank]
 
 
-def _randomised_svd(
+def randomised_svd(
     kernel: jax.Array, rank: int, iterations: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """About the first `rank` singular triples, U [in, r], S [r] and V^T [r, out]; the range is of `rank` columns, as in
     peft."""
     q = jnp.linalg.qr(kernel @ jax.random.normal(key, (kernel.shape[1], rank)))[0]
-    for _ in range(iterations):
-        q = jnp.linalg.qr(kernel.T @ q)[0]
-        q = jnp.linalg.qr(kernel @ q)[0]
+    power = lambda _, q: jnp.linalg.qr(kernel @ jnp.linalg.qr(kernel.T @ q)[0])[0]  # noqa: E731
+    q = jax.lax.fori_loop(0, iterations, power, q)
     u, values, vt = jnp.linalg.svd(q.T @ kernel, full_matrices=False)
     return q @ u, values, vt
 

@@ -142,3 +142,27 @@ def test_an_adapter_of_peft_may_have_a_rank_beyond_a_layers_smaller_side(bases: 
     assert_close(logits(model), logits(theirs))
     with pytest.raises(ValueError, match=r"method.rank=40 is larger than .*q_proj allows: its smaller side is 32"):
         peftjax.attach(model, peftjax.Lora(rank=40, targets=QV), "new", rngs=nnx.Rngs(0))
+
+
+def test_eva_finds_the_directions_and_the_ranks_of_peft(bases: Callable, tmp_path: Path) -> None:
+    ids = np.random.default_rng(5).integers(0, 48, (8, 16))
+    targets = ["q_proj", "o_proj", "down_proj"]  # of different inputs: of equal ones peft leaves to chance who gets a rank
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights="eva", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(load_theirs(bases("untied")), config)
+    peft.initialize_lora_eva_weights(theirs, [{"input_ids": torch.tensor(ids)}], show_progress_bar=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    method = peftjax.Lora(rank=3, alpha=6, init="eva", targets=tuple(targets))
+    model = peftjax.load_model(bases("untied"))
+    peftjax.attach(model, method, rngs=nnx.Rngs(0), batches=[{"tokens": ids}])
+    peftjax.save_adapter(model, tmp_path / "ours")
+    files = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")}
+    assert {key: value.shape for key, value in files["ours"].items()} == {
+        key: value.shape for key, value in files["theirs"].items()
+    }
+    assert len({value.shape for value in files["ours"].values()}) > 6  # the ranks differ
+    for key, expected in files["theirs"].items():
+        np.testing.assert_allclose(files["ours"][key], expected, atol=2e-3, err_msg=key)
+    peftjax.load_adapter(model, tmp_path / "theirs", "theirs")
+    for site, ours in adapters(model, "default"):
+        np.testing.assert_allclose(ours.scale.get_value(), site.module.adapters.theirs.scale.get_value())
