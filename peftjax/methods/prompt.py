@@ -231,7 +231,8 @@ class Lstm(nnx.Module):
     """Bidirectional LSTMs one upon the other, [T, D] -> [T, 2H] (Hochreiter and Schmidhuber 1997, with a forget gate).
 
     i, f, o = sigmoid(.), g = tanh(.) of x W + h U + b; c <- f c + i g; h <- o tanh(c). Each layer: w [2, in, 4H], u
-    [2, H, 4H], b [2, 2, 4H] (two biases, which add up, as torch.nn.LSTM has them); the first axis is the direction.
+    [2, H, 4H], b [2 * 2 * 4H] (two biases, which add up, as torch.nn.LSTM has them; flat, for weight decay is not for
+    biases); the first axis is the direction.
     """
 
     def __init__(self, features: int, hidden: int, layers: int, dropout: float, rngs: nnx.Rngs) -> None:
@@ -240,13 +241,15 @@ class Lstm(nnx.Module):
             [PeftParam(uniform((2, width, 4 * hidden), hidden, rngs), axes=(None,) * 3) for width in widths]
         )
         self.u = nnx.data([PeftParam(uniform((2, hidden, 4 * hidden), hidden, rngs), axes=(None,) * 3) for _ in widths])
-        self.b = nnx.data([PeftParam(uniform((2, 2, 4 * hidden), hidden, rngs), axes=(None,) * 3) for _ in widths])
+        self.b = nnx.data([PeftParam(uniform((2 * 2 * 4 * hidden,), hidden, rngs), axes=(None,)) for _ in widths])
         self.dropout = nnx.data([Dropout(dropout) for _ in widths[1:]])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer, (w, u, b) in enumerate(zip(self.w, self.u, self.b, strict=True)):
             x = self.dropout[layer - 1](x) if layer else x
-            both = jax.vmap(_lstm)(jnp.stack([x, x[::-1]]), w.get_value(), u.get_value(), b.get_value().sum(1))
+            both = jax.vmap(_lstm)(
+                jnp.stack([x, x[::-1]]), w.get_value(), u.get_value(), b.get_value().reshape(2, 2, -1).sum(1)
+            )
             x = jnp.concatenate([both[0], both[1][::-1]], axis=-1)
         return x
 

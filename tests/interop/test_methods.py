@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
 from peftjax import methods
 from peftjax.methods import count_trainable
+from peftjax.methods.prefix import ProjectedPrefix
+from peftjax.methods.sites import adapters
 from tests.interop.peers import (
     THEIRS,
     adapted,
@@ -35,7 +38,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """A method and the same in peft's words. base: of tests/interop/peers.py; merges: it changes weights alone;
-    trains: five steps of training are compared (not where peft's file lacks what is trained)."""
+    trains: five steps of training are compared from a file (where it lacks what is trained, they are compared below)."""
 
     ours: methods.Method
     theirs: Callable[[], Any]
@@ -278,6 +281,51 @@ def test_five_steps_of_adamw_equal_those_of_torch_and_peft(name: str, bases: Cal
     for key, value in end.items():
         np.testing.assert_allclose(value, expected[key].numpy(), atol=1e-4, rtol=0, err_msg=key)
     assert any(np.abs(value - start[key]).max() > 10 * 1e-4 for key, value in end.items())
+
+
+def into_theirs(ours: Any, theirs: Any) -> None:
+    """Copy what an adapter makes its vectors of, which no file holds, into peft's encoder."""
+
+    def layer(index: int, weight: Any, bias: Any) -> dict[str, Any]:
+        return {f"{index}.weight": np.asarray(weight).T, f"{index}.bias": np.asarray(bias)}
+
+    if isinstance(ours, ProjectedPrefix):
+        pieces, name = ours.pieces, "transform"
+        wide = np.moveaxis(np.asarray(ours.kernel.get_value()), 0, 1)  # [M, L, 2 K H]
+        layers = layer(0, ours.dense.kernel.get_value(), ours.dense.bias.get_value())
+        layers |= layer(2, wide.reshape(len(wide), -1), np.asarray(ours.bias.get_value()).ravel())
+    else:
+        pieces, name, layers = ours.embeddings, "mlp_head", {}
+        for index, dense in enumerate(ours.mlp):
+            layers |= layer(2 * index, dense.kernel.get_value(), dense.bias.get_value())
+    state = {f"{name}.{key}": value for key, value in layers.items()} | {"embedding.weight": pieces.get_value()}
+    if getattr(ours, "lstm", None) is not None:
+        for depth, (w, u, b) in enumerate(zip(ours.lstm.w, ours.lstm.u, ours.lstm.b, strict=True)):
+            biases = np.asarray(b.get_value()).reshape(2, 2, -1)
+            for direction, suffix in enumerate(("", "_reverse")):
+                end = f"_l{depth}{suffix}"
+                state[f"lstm_head.weight_ih{end}"] = np.asarray(w.get_value())[direction].T
+                state[f"lstm_head.weight_hh{end}"] = np.asarray(u.get_value())[direction].T
+                state[f"lstm_head.bias_ih{end}"], state[f"lstm_head.bias_hh{end}"] = biases[direction]
+    theirs.load_state_dict({key: torch.tensor(np.asarray(value)) for key, value in state.items()})
+
+
+@pytest.mark.parametrize("name", ["p-tuning", "p-tuning-lstm", "prefix-projection"])
+def test_five_steps_of_an_encoder_equal_those_of_peft(name: str, bases: Callable, tmp_path: Path) -> None:
+    base, config = bases("untied"), PEERS[name].theirs()
+    model = peftjax.attach(peftjax.load_model(base), PEERS[name].ours, rngs=nnx.Rngs(0))
+    start = load_file(peftjax.save_adapter(model, tmp_path / "start") / "adapter_model.safetensors")
+    config.task_type = "CAUSAL_LM"
+    theirs = peft.get_peft_model(load_theirs(base), config)
+    ((_, ours), *_) = adapters(model, "default")
+    into_theirs(ours, theirs.prompt_encoder["default"])
+    assert_close(logits(model), logits(theirs))
+
+    np.testing.assert_allclose(train_by_the_step(model), train_theirs(theirs), rtol=1e-5)
+    end = load_file(peftjax.save_adapter(model, tmp_path / "end") / "adapter_model.safetensors")
+    expected = peft.get_peft_model_state_dict(theirs)["prompt_embeddings"].detach().numpy()
+    np.testing.assert_allclose(end["prompt_embeddings"], expected, atol=1e-4, rtol=0)
+    assert np.abs(end["prompt_embeddings"] - start["prompt_embeddings"]).max() > 10 * 1e-4
 
 
 def test_several_methods_at_once_are_pefts_mixed_model(bases: Callable, tmp_path: Path) -> None:
