@@ -34,7 +34,7 @@ SIDE_FILES = (
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Never a pickle (*.bin, *.pt, *.pkl): reading one runs whatever code is in it.
-DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES)
+DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, "modules.json", "*_Pooling/config.json")
 
 FLOAT8 = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,

@@ -22,6 +22,7 @@ from peftjax.core import variables
 from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io import hf_files
 from peftjax.io.hf_files import StoredTensor, enumerate_some, resolve
+from peftjax.io.sentence import read_pooling
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Slot
 from peftjax.quant import FORMATS
@@ -77,7 +78,7 @@ def entries(model: Any) -> list[Entry]:
         module_path, _, leaf = path.rpartition(".")
         module = functools.reduce(getattr, module_path.split("."), model)
         suffix, transposed = type(module).hf_leaves[leaf]
-        template = f"{type(model).hf_modules[module_path]}.{suffix}"
+        template = f"{model.hf_modules[module_path]}.{suffix}"
         stacked = variable.axes[0] == "layers"
         keys = tuple(template.format(layer) for layer in range(variable.shape[0])) if stacked else (template,)
         result.append(Entry(path, keys, tuple(variable.shape), tuple(variable.axes), stacked, transposed))
@@ -97,12 +98,17 @@ def load_model(
     revision: str | None = None,
     remat: str = "none",
     skip: Sequence[str] = (),
+    head: str | None = None,
+    labels: int | None = None,
+    seed: int = 0,
 ) -> Any:
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
 
     dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
     quantize: the format of the kernels, a key of `quant.FORMATS`, into which each one is brought as it arrives. Norms,
     biases, embeddings, the head and the modules named in `skip` (whole names or their endings) stay in param_dtype.
+    head: of an encoder, "sequence_classification", "token_classification" or "none"; by default the one that its
+    config.json names. A head that the checkpoint does not have begins at random, from `seed`, with `labels` outputs.
     Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two and a
     half of its largest tensors.
 
@@ -112,7 +118,7 @@ def load_model(
             name in `skip` that no kernel has.
     """
     directory = resolve(path, revision)
-    config = _read_config(directory, dtype, param_dtype, remat)
+    config = _read_config(directory, dtype, param_dtype, remat, head, labels)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     table = entries(model)
     encoders = _encoders(model, table, quantize, skip)
@@ -122,8 +128,10 @@ def load_model(
     values = {
         entry.path: _load(entry, [tensors[key] for key in entry.keys], kept, mesh, encoders.get(entry.path))
         for entry in table
+        if entry.keys[0] in tensors
     }
-    variables.update(model, values)
+    rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and the keys of dropout
+    variables.update(model, values, _make(model, rest, {}, mesh, seed))
     return model
 
 
@@ -137,29 +145,38 @@ def make_random(
     revision: str | None = None,
     remat: str = "none",
     skip: Sequence[str] = (),
+    head: str | None = None,
+    labels: int | None = None,
     seed: int = 0,
 ) -> Any:
     """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`. The other
     arguments are those of `load_model`."""
-    config = _read_config(resolve(path, revision), dtype, param_dtype, remat)
+    config = _read_config(resolve(path, revision), dtype, param_dtype, remat, head, labels)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
-    table = entries(model)
-    encoders = _encoders(model, table, quantize, skip)
-    mesh = mesh or _one_device()
+    encoders = _encoders(model, entries(model), quantize, skip)
+    variables.update(model, _make(model, list(variables.flat(model)[1]), encoders, mesh or _one_device(), seed))
+    return model
+
+
+def _make(model: Any, paths: Sequence[str], encoders: dict[str, Encode], mesh: Mesh, seed: int) -> variables.FlatTree:
+    """New values of some variables, as a model of this config is born with; nothing else is computed."""
+    if not paths:
+        return {}
 
     def make() -> variables.FlatTree:
-        made = {path: leaf.get_value() for path, leaf in variables.flat(config.make(nnx.Rngs(seed)))[1].items()}
-        encoded = {
-            entry.path: entry.over_layers(encoders[entry.path])(made[entry.path])
-            for entry in table
-            if entry.path in encoders
-        }
-        return made | encoded
+        made = variables.flat(model.config.make(nnx.Rngs(seed)))[1]
+        return {path: _encoded(made[path], encoders.get(path)) for path in paths}
 
     axes = {path: leaf.axes for path, leaf in variables.flat(model)[1].items()}
     shardings = {path: sharding.placement(leaf, axes[path], mesh) for path, leaf in jax.eval_shape(make).items()}
-    variables.update(model, jax.jit(make, out_shardings=shardings)())
-    return model
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def _encoded(variable: nnx.Variable, encode: Encode | None) -> Any:
+    value = variable.get_value()
+    if encode is None:
+        return value
+    return jax.vmap(encode)(value) if variables.is_stacked(variable) else encode(value)
 
 
 def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:
@@ -200,7 +217,9 @@ def _one_device() -> Mesh:
     return sharding.make_mesh(devices=jax.local_devices()[:1])  # jax.devices()[0] may be another process's
 
 
-def _read_config(directory: Path, dtype: str, param_dtype: str | None, remat: str) -> Any:
+def _read_config(
+    directory: Path, dtype: str, param_dtype: str | None, remat: str, head: str | None, labels: int | None
+) -> Any:
     for name in (dtype, param_dtype or dtype):
         if name not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
@@ -210,16 +229,25 @@ def _read_config(directory: Path, dtype: str, param_dtype: str | None, remat: st
         raise ValueError(
             f"{directory} is quantized ({method}); such weights are not read yet: give the model it was made from"
         )
-    return models.from_hf_config(fields, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    if hasattr(models.family(fields), "HEADS"):
+        options |= {"head": head, "labels": labels} | read_pooling(directory)
+    elif head is not None or labels is not None:
+        raise ValueError(
+            f"head={head!r}, labels={labels}: a model of type {fields['model_type']!r} has no heads to choose from here; "
+            "encoders have"
+        )
+    return models.from_hf_config(fields, **options)
 
 
 def _match(
     model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor], directory: Path
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every key in the table; whatever does not fit is told in one error, before any is read."""
-    stored = {name: tensor for name, tensor in stored.items() if not _ignored(model, name)}
-    expected = {key: entry for entry in table for key in entry.keys}
-    tied = {other: key for other, key in type(model).hf_tied.items() if other not in expected and other in stored}
+    stored = {name: tensor for name, tensor in _renamed(model, stored, directory).items() if not _ignored(model, name)}
+    fresh = _absent_parts(model, table, stored)
+    expected = {key: entry for entry in table if _part(entry) not in fresh for key in entry.keys}
+    tied = {other: key for other, key in model.hf_tied.items() if other not in expected and other in stored}
     twins: dict[str, StoredTensor] = {}
     for other, key in tied.items():
         twins[other] = stored.pop(other)
@@ -251,8 +279,29 @@ def _match(
     return stored
 
 
+def _renamed(model: Any, stored: dict[str, StoredTensor], directory: Path) -> dict[str, StoredTensor]:
+    """The tensors by our keys, where a family's checkpoints have more than one name for a tensor (`hf_stored`)."""
+    if not hasattr(model, "hf_stored"):
+        return stored
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if (other := renamed.setdefault(model.hf_stored(name), tensor)) is not tensor:
+            raise ValueError(f"{directory}: {other.name} and {name} are the same tensor; take one out of the file")
+    return renamed
+
+
+def _absent_parts(model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor]) -> set[str]:
+    """The parts that the checkpoint lacks as a whole, of those that it may lack (`hf_fresh`)."""
+    there = {_part(entry) for entry in table if any(key in stored for key in entry.keys)}
+    return set(getattr(model, "hf_fresh", ())) - there
+
+
+def _part(entry: Entry) -> str:
+    return entry.path.split(".")[0]
+
+
 def _ignored(model: Any, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in type(model).hf_ignored)
+    return any(re.fullmatch(pattern, name) for pattern in model.hf_ignored)
 
 
 def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:

@@ -18,7 +18,8 @@ from peftjax.core import variables
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
 from peftjax.methods.base import Method
-from peftjax.methods.sites import adapters, sites
+from peftjax.methods.sites import adapters, head_sites, sites
+from peftjax.methods.targeted import train_whole
 from peftjax.nn.slot import Slot
 from peftjax.quant.base import Quantized
 
@@ -38,7 +39,8 @@ def attach(
     rngs: nnx.Rngs,
     batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Put the adapters of `method` into the model's slots under `name`, and make them the active ones.
+    """Put the adapters of `method` into the model's slots under `name`, and make them the active ones. A classification
+    head is trained whole beside them.
 
     batches: for a method that begins with data (LoRA with init="eva"), as the train step takes them: {"tokens": [B, T],
     ...}.
@@ -71,6 +73,8 @@ def attach_unchecked(model: Any, method: Method, name: str, *, rngs: nnx.Rngs) -
     _require_new(model, name)
     try:
         method.attach(model, name, rngs)
+        if method.trains is PeftParam:
+            train_head(model, name)
     except Exception:
         _remove(model, name)
         raise
@@ -85,6 +89,18 @@ def _require_new(model: Any, name: str) -> None:
         raise ValueError(f"adapter name {name!r} means something else in a layer's slot; choose another name")
     if name in attached(model):
         raise ValueError(f"adapter {name!r} is attached already; detach it first or choose another name")
+
+
+def train_head(model: Any, name: str) -> None:
+    """Train a classification head whole under `name`, where the method does not do so already."""
+    rest = [site for site in head_sites(model) if name not in site.module.adapters.names()]
+    train_whole(model, [(site, np.ones(1, bool)) for site in rest], name)
+
+
+def release_head(model: Any, name: str) -> None:
+    """Leave a classification head as it is in the base."""
+    for site in head_sites(model):
+        site.module.adapters.remove(name)
 
 
 def active(model: Any) -> tuple[str, ...]:
@@ -191,7 +207,7 @@ def parameters_before(model: Any, name: str) -> dict[str, np.ndarray]:
         f"{path}.{leaf}": value
         for merge in undone
         for path, leaves in merge.before.items()
-        for leaf, value in leaves.items()
+        for leaf, (value, _) in leaves.items()
     }
 
 

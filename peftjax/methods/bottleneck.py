@@ -3,8 +3,8 @@
 Houlsby et al. 2019 (arXiv:1902.00751), section 2.1: u = f(x), after attention and after feed-forward. Pfeiffer et al.
 2020 (arXiv:2005.00247): u = x + f(x), after feed-forward alone. He et al. 2021 (arXiv:2110.04366), table 1, scaled
 parallel adapter: u = x, beside feed-forward. This is how AdapterHub's library `adapters` has the three in pre-norm
-models, where the norm is a part of f. The papers had post-norm models: there x is the input of f itself, and x + f(x)
-is normalised before Pfeiffer's adapter reads it.
+models, where the norm is a part of f. In post-norm models, which the papers had, x is the input of f itself, Pfeiffer's
+adapter reads u = norm(x + f(x)), and the block goes on with norm(x + f(x) + B(u)).
 """
 
 import dataclasses
@@ -255,12 +255,10 @@ class BottleneckAdapter(MethodAdapter):
         self.before_scale, self.before_shift = norm(method.norm_before)
         self.after_scale, self.after_shift = norm(method.norm_after)
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
+    def __call__(self, owner: Any, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
         (x,) = inputs
         y = compute(x, **parameters)
-        update = self.update(x if self.reads == "input" else y if self.reads == "output" else x + y)
+        update = self.update(x if self.reads == "input" else y if self.reads == "output" else owner.join(x, y))
         if self.after_scale is None:
             changed = y + update
         elif self.residual_before_norm:

@@ -47,7 +47,8 @@ class SoftPrompt(Method):
             raise ValueError(
                 f"method.tokens={self.tokens} leaves no room for text: the model has {limit} positions; take fewer"
             )
-        found = [site for site in sites(model) if isinstance(site.module, Embedding)]
+        tables = [site for site in sites(model) if isinstance(site.module, Embedding)]
+        found = [site for site in tables if site.module is getattr(model, "embed", None)] or tables
         if len(found) != 1:
             raise ValueError(
                 f"method.name={self.method!r} needs one token embedding with a slot, and this model has {len(found)}"

@@ -52,7 +52,7 @@ Chosen = list[tuple[Site, np.ndarray]]  # sites, each with a bool for every laye
 
 def sites(model: nnx.Module) -> list[Site]:
     """All layers of a model that have a slot, in a fixed order."""
-    names = getattr(type(model), "hf_modules", {})
+    names = getattr(model, "hf_modules", {})
     depth: dict[str, int] = {}  # top-level part -> its number of layers
     for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if variable.axes and variable.axes[0] == "layers":
@@ -71,6 +71,11 @@ def sites(model: nnx.Module) -> list[Site]:
 def adapters(model: nnx.Module, name: str) -> list[tuple[Site, Any]]:
     """The adapters called `name`, each with its site."""
     return [(site, site.module.adapters.adapter(name)) for site in sites(model) if name in site.module.adapters.names()]
+
+
+def head_sites(model: nnx.Module) -> list[Site]:
+    """The layers of a classification head, which every method trains whole, as peft does."""
+    return [site for site in sites(model) if site.path in getattr(type(model), "task_head", ())]
 
 
 def choose(

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter, Override
-from peftjax.methods.sites import Chosen, Site, choose, place, sites, tied_kernel
+from peftjax.methods.sites import Chosen, Site, choose, head_sites, place, sites, tied_kernel
 from peftjax.nn.linear import Linear
 
 REGEX = set("*+?()[]{}|^$\\")
@@ -22,7 +22,7 @@ class Targeted(Method):
     expression for the whole name, or names separated by commas.
     exclude: names or a regular expression to leave out. layers_to_transform: only these layers.
     modules_to_save: layers to train whole and not by the method, such as lm_head: those whose name ends so, as peft has
-    it, be it within a word ("norm" means input_layernorm too).
+    it, be it within a word ("norm" means input_layernorm too). A classification head is always one of them.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -71,7 +71,9 @@ class Targeted(Method):
         chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
         chosen = [(site, mask) for site, mask in chosen if mask.any()]
         if not chosen:
-            raise ValueError(f"method.targets={self.targets!r}: every one of them is in modules_to_save")
+            raise ValueError(
+                f"method.targets={self.targets!r}: every one of them is in modules_to_save or a classification head"
+            )
         return chosen
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
@@ -79,13 +81,12 @@ class Targeted(Method):
         return isinstance(site.module, Linear) and site.path not in getattr(type(model), "output_layers", ())
 
     def saved(self, model: nnx.Module) -> Chosen:
-        """The sites of modules_to_save."""
-        if not self.modules_to_save:
-            return []
+        """The sites of modules_to_save, and those of a classification head."""
         names = [name for site in sites(model) for name in site.names]
         ending = {entry: [name for name in names if name.endswith(entry)] for entry in self.modules_to_save}
         meant = tuple(name for entry, found in ending.items() for name in found or [entry])
-        return choose(sites(model), meant, what="modules_to_save")
+        meant += tuple(name for site in head_sites(model) for name in site.names)
+        return choose(sites(model), meant, what="modules_to_save") if meant else []
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config = super().to_hf(model, name)

@@ -1,6 +1,7 @@
 """Multi-head attention with grouped queries, its masks and its key/value cache."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.rope import rotate
@@ -78,10 +80,11 @@ def within_window(mask: jax.Array, window: jax.Array, distances: jax.Array) -> j
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v W_out with rotary q and k; K <= N key/value heads are shared by groups of queries.
+    """softmax(q k^T / sqrt(H)) v W_out, with rotary q and k or not; K <= N key/value heads are shared by groups of queries.
 
     Kernels are two-dimensional, heads flattened into one axis: query [D, N*H], key and value [D, K*H], out [N*H, D].
-    The slot wraps the core (q, k, v, mask) -> [B, T, N, H]: prefix tuning sits there.
+    The slot wraps the core (q, k, v, mask) -> [B, T, N, H]: prefix tuning sits there. dropout: of the softmax, in training,
+    for encoders alone (with a mask, and K = N).
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         out_bias: bool,
         qk_norm_eps: float | None,
+        dropout: float = 0.0,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -108,12 +112,13 @@ class Attention(nnx.Module):
         if qk_norm_eps is not None:
             self.query_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
             self.key_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
+        self.dropout = Dropout(dropout)
         self.adapters = Slot()
 
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: tuple[jax.Array, jax.Array] | None,
         mask: jax.Array | None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         offset: jax.Array | int = 0,
@@ -124,7 +129,8 @@ class Attention(nnx.Module):
         v = self._heads(self.value(x), self.kv_heads)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             start = (0, offset, 0, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
@@ -135,7 +141,17 @@ class Attention(nnx.Module):
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H]; a mask of None means causal."""
+        if self.dropout.rate and not self.dropout.deterministic:
+            assert mask is not None, "encoders give one"
+            return attend_with_dropout(q, k, v, mask, self.dropout)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
+
+
+def attend_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout: Dropout) -> jax.Array:
+    """dropout(softmax(q k^T / sqrt(H))) v, which jax.nn.dot_product_attention does not have. [B, T, N, H]."""
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    weights = dropout(jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1))  # [B, N, T, S]
+    return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)

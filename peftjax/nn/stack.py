@@ -52,4 +52,19 @@ class Residual(nnx.Module):
         self.adapters = Slot()
 
     def __call__(self, x: jax.Array, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return x + self.adapters(self, sublayer, x)
+        return self.join(x, self.adapters(self, sublayer, x))
+
+    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """What the block goes on with, from the sublayer's input and output."""
+        return x + y
+
+
+class NormedResidual(Residual):
+    """norm(x + f(x)): post-norm (Vaswani et al. 2017, section 3.1)."""
+
+    def __init__(self, norm: nnx.Module) -> None:
+        super().__init__()
+        self.norm: Any = norm
+
+    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return self.norm(x + y)

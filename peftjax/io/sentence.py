@@ -1,0 +1,59 @@
+"""Directories of sentence-transformers: how one vector is made of a text's states (modules.json, 1_Pooling, 2_Normalize)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peftjax.io.hf_files import read_json
+
+MODULES = "modules.json"
+
+
+def read_pooling(directory: Path) -> dict[str, Any]:
+    """The options `pooling` and `normalize` of a model, from a directory's modules.json; empty where there is none.
+
+    Raises:
+        ValueError: a module or a pooling mode that is not supported.
+    """
+    file = directory / MODULES
+    if not file.is_file():
+        return {}
+    options: dict[str, Any] = {"normalize": False}
+    for module in _modules(file):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            options["pooling"] = _mode(directory / module["path"] / "config.json")
+        elif kind == "Normalize":
+            options["normalize"] = True
+        elif kind != "Transformer" or module["path"]:
+            raise ValueError(
+                f"{file}: module {module['type']!r} at {module['path']!r} is not supported; supported: a Transformer in "
+                "the directory itself, Pooling and Normalize"
+            )
+    return options
+
+
+def _modules(file: Path) -> list[dict[str, str]]:
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+    ):
+        raise ValueError(f"{file} must hold a list of modules with type and path, as sentence-transformers writes it")
+    return modules
+
+
+def _mode(file: Path) -> str:
+    """The pooling mode, in the words that newer versions write; older ones have a flag for each."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; modules.json names it: download it too")
+    config = read_json(file)
+    if "pooling_mode" in config:
+        return str(config["pooling_mode"])
+    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    modes = [flags.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    if len(modes) != 1:
+        raise ValueError(f"{file}: {len(modes)} pooling modes are on ({', '.join(modes) or 'none'}), one is supported")
+    return modes[0]
