@@ -5,6 +5,7 @@ The keys hold the adapter's name: model.layers.0.output_adapters.adapters.NAME.a
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from peftjax.io.hf_files import read_header, read_json
 from peftjax.methods.base import Method
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.methods.sites import sites
-from peftjax.nn.stack import Residual
+from peftjax.nn.stack import NormedResidual, Residual
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD = "model_head.safetensors"  # which the library writes beside an adapter, trained or not
+HEAD_CONFIG = "head_config.json"
 INTERFACE = "adapter_interface.json"
 VERSION = "adapters.1.3.0"  # of the library whose format this is
 # A LayerNorm before W_down has two names there for the same tensors; of both in a file the library takes the second.
@@ -34,8 +36,12 @@ class Files:
     infix: str
 
     def key(self, module: str, suffix: str) -> str:
-        """The key of one tensor of a module."""
+        """The key of one tensor of a module's adapter."""
         return f"{self.prefix}{module}{self.infix}{suffix}"
+
+    def head_key(self, module: str, suffix: str) -> str:
+        """The key of one tensor of a classification head."""
+        return f"{self.prefix}{module}.{suffix}"
 
 
 def files(name: str) -> Files:
@@ -56,6 +62,22 @@ def make_config(model: Any, method: Bottleneck, name: str, base: str | None) -> 
         "model_name": base,
         "model_type": model.config.to_hf()["model_type"],
         "name": name,
+        "version": VERSION,
+    }
+
+
+def head_config(model: Any, base: str | None) -> dict[str, Any]:
+    """head_config.json: the library reads a head only into the class of model that it was written from."""
+    fields = model.config.to_hf()
+    return {
+        "config": None,
+        "hidden_size": model.config.embed,
+        "label2id": fields["label2id"],
+        "model_class": fields["architectures"][0],
+        "model_name": base,
+        "model_type": fields["model_type"],
+        "name": None,
+        "num_labels": len(model.config.labels),
         "version": VERSION,
     }
 
@@ -89,10 +111,24 @@ def read(path: Path, model: Any, name: str) -> tuple[Method, dict[str, np.ndarra
         options["non_linearity"] = OLD_NAMES[options["non_linearity"]]
     stored = read_header(path / WEIGHTS) | (read_header(path / HEAD) if (path / HEAD).is_file() else {})
     tensors = {key: np.array(tensor.open()[...]) for key, tensor in stored.items()}
+    method = from_hub(options)
+    if not options.get("original_ln_after", True) and any(isinstance(s.module, NormedResidual) for s in sites(model)):
+        raise ValueError(
+            f"{path / CONFIG}: original_ln_after=False is not supported in a model that normalises x + f(x): its own norm "
+            "would come before the adapter"
+        )
     old, new = (f".adapters.{each}." for each in (config["name"], name))
-    root = next(site.names[0] for site in sites(model) if isinstance(site.module, Residual)).split(".")[0]
-    bare = "" if any(key.startswith(f"{root}.") for key in tensors) else f"{root}."  # saved without its head
-    return from_hub(options), {
-        bare + key.replace(old, new).replace(*NORM_TWICE): value
+    rename = _key_of(model, tensors)
+    return method, {
+        rename(key.replace(old, new).replace(*NORM_TWICE)): value
         for key, value in sorted(tensors.items(), key=lambda item: NORM_TWICE[1] in item[0])
     }
+
+
+def _key_of(model: Any, tensors: dict[str, np.ndarray]) -> Callable[[str], str]:
+    """What makes our key of the file's: an adapter may be saved from the model without its head, or with it."""
+    if hasattr(model, "hf_stored"):
+        return model.hf_stored
+    root = next(site.names[0] for site in sites(model) if isinstance(site.module, Residual)).split(".")[0]
+    bare = "" if any(key.startswith(f"{root}.") for key in tensors) else f"{root}."
+    return lambda key: bare + key

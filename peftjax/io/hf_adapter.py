@@ -21,15 +21,28 @@ from peftjax.io import adapter_hub
 from peftjax.io.adapter_hub import Files
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.methods import METHODS, attached, detach, use
-from peftjax.methods.attach import active, attach_unchecked, parameters_before
+from peftjax.methods.attach import active, attach_unchecked, parameters_before, release_head
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter
 from peftjax.methods.bottleneck import Bottleneck
-from peftjax.methods.sites import Site, adapters, sites, tied_kernel
+from peftjax.methods.prompt import SoftPrompt
+from peftjax.methods.sites import Site, adapters, head_sites, sites, tied_kernel
 
-PREFIX = "base_model.model."
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft puts a prompt beside a model, other methods into it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 BASE = "peftjax.base"  # in the metadata of the weights: the marks of the base's arrays by path
+# Fields of adapter_config.json that are not the method's.
+ABOUT = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+}
+CLASSIFICATIONS = ("SEQ_CLS", "TOKEN_CLS")  # the task types beside which peft trains the head whole
+HEAD_NAMES = ("classifier", "score")  # what it takes for a head then
 
 
 def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
@@ -42,37 +55,66 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
         ValueError: no such adapter, or the method has no Hugging Face format.
     """
     method = _method(model, name)
-    tensors, weights = adapter_tensors(model, name), _files(model, name).weights
+    tensors, record = adapter_tensors(model, name), {BASE: json.dumps(base_marks(model, name))}
     if isinstance(method, Bottleneck):
-        config = adapter_hub.make_config(model, method, name, base)
-        tensors = adapter_hub.with_both_names(tensors, method)
+        files = _hub_files(model, method, name, base, tensors, record)
     else:
         config = {
             "peft_type": method.peft_type,
-            "task_type": "CAUSAL_LM",
+            "task_type": _task_type(model),
             "base_model_name_or_path": base,
             "revision": None,
             "inference_mode": True,
             "auto_mapping": None,
         } | method.to_hf(model, name)
+        files = {WEIGHTS: _weights(tensors, record), CONFIG: _json(config)}
     path = Path(path)
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     scratch.mkdir(parents=True)
     try:
-        arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        metadata = {"format": "pt", BASE: json.dumps(base_marks(model, name))}
-        (scratch / weights).write_bytes(_in_order(save(arrays, metadata=metadata)))
-        # sorted at the top only: of rank_pattern's and alpha_pattern's entries the first that matches counts
-        (scratch / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+        for file, content in files.items():
+            (scratch / file).write_bytes(content)
         if path.exists():
-            for file in (weights, CONFIG):
+            for file in files:
                 (scratch / file).replace(path / file)
         else:
             scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _hub_files(
+    model: Any, method: Bottleneck, name: str, base: str | None, tensors: dict[str, jax.Array], record: dict[str, str]
+) -> dict[str, bytes]:
+    head = {key: value for key, value in tensors.items() if ".adapters." not in key}
+    rest = {key: value for key, value in tensors.items() if key not in head}
+    files = {
+        adapter_hub.WEIGHTS: _weights(adapter_hub.with_both_names(rest, method), record),
+        CONFIG: _json(adapter_hub.make_config(model, method, name, base)),
+    }
+    if head:
+        files |= {
+            adapter_hub.HEAD: _weights(head, {}),
+            adapter_hub.HEAD_CONFIG: _json(adapter_hub.head_config(model, base)),
+        }
+    return files
+
+
+def _weights(tensors: dict[str, jax.Array], metadata: dict[str, str]) -> bytes:
+    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    return _in_order(save(arrays, metadata={"format": "pt"} | metadata))
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    # sorted at the top only: of rank_pattern's and alpha_pattern's entries the first that matches counts
+    return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
+
+
+def _task_type(model: Any) -> str:
+    """What peft calls the model's task."""
+    return str(getattr(model, "hf_task", "CAUSAL_LM"))
 
 
 def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_base: bool = False) -> Any:
@@ -88,12 +130,15 @@ def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_bas
     path = Path(path)
     if adapter_hub.is_hub(path):
         method, tensors = adapter_hub.read(path, model, name)
+        has_head = (path / adapter_hub.HEAD).is_file()
     else:
-        method = _read_method(path)
+        method, has_head = _read_method(path, model)
         tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
+        if not has_head:
+            release_head(model, name)
         _fill(model, name, tensors, path)
         if not any_base:
             _check_base(model, name, path)
@@ -112,7 +157,8 @@ def _method(model: Any, name: str) -> Method:
     return methods[name]
 
 
-def _read_method(path: Path) -> Method:
+def _read_method(path: Path, model: Any) -> tuple[Method, bool]:
+    """The method of a directory, and whether its file holds a classification head."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give the one that holds {CONFIG} and {WEIGHTS}")
     there = sorted(item.name for item in path.iterdir())
@@ -132,16 +178,17 @@ def _read_method(path: Path) -> Method:
         raise ValueError(
             f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
         )
-    about = {
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-    }
-    return classes[kind].from_hf({key: value for key, value in config.items() if key not in about})
+    rest = {key: value for key, value in config.items() if key not in ABOUT}
+    task = config.get("task_type")
+    if task in CLASSIFICATIONS and task != _task_type(model):
+        raise ValueError(
+            f"{path / CONFIG}: task_type {task!r} needs a model with such a head, and this one is for "
+            f"{_task_type(model)}; give load_model the head and the number of labels"
+        )
+    saved = rest.get("modules_to_save") or []
+    if task in CLASSIFICATIONS:  # which says that the head is saved; peft lists all names that it may have
+        rest["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
+    return classes[kind].from_hf(rest), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
 
 
 class _Tensor(NamedTuple):
@@ -158,19 +205,24 @@ class _Tensor(NamedTuple):
 
 
 def _files(model: Any, name: str) -> Files:
-    return adapter_hub.files(name) if isinstance(attached(model)[name], Bottleneck) else Files(WEIGHTS, PREFIX, ".")
+    method = attached(model)[name]
+    if isinstance(method, Bottleneck):
+        return adapter_hub.files(name)
+    return Files(WEIGHTS, PROMPT_PREFIX if isinstance(method, SoftPrompt) else PREFIX, ".")
 
 
 def _in_file(model: Any, name: str) -> list[_Tensor]:
     found: dict[str, _Tensor] = {}
     files = _files(model, name)
+    heads = [site.path for site in head_sites(model)]
     for site, adapter in adapters(model, name):
+        key_of = files.head_key if site.path in heads else files.key
         written = adapter.exported()
         for key, leaf in written.hf_shared().items():
             found.setdefault(key, _Tensor(key, written, None, leaf))  # the same in each layer that shares it
         for layer, hf in zip(site.layers, site.names, strict=True):
             for suffix, leaf in written.hf_leaves(layer).items():
-                key = files.key(hf, suffix)
+                key = key_of(hf, suffix)
                 found[key] = _Tensor(key, written, layer, leaf)
     return list(found.values())
 

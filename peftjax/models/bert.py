@@ -296,7 +296,7 @@ class Bert(nnx.Module):
         return prefix + bare if bare.split(".")[0] in ("embeddings", "encoder", "pooler") else bare
 
     @property
-    def task_type(self) -> str:
+    def hf_task(self) -> str:
         """What peft calls the task of this head."""
         return dict(zip(HEADS, ("FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"), strict=True))[self.config.head]
 

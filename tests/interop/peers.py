@@ -1,5 +1,6 @@
 """Our models and peft's beside each other: random bases, adapters that have moved, and the same steps of training."""
 
+import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -59,12 +60,23 @@ def shake(parameters: dict[str, torch.nn.Parameter], scale: float) -> None:
 
 
 def load_theirs(path: Path, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    """By the class that its config.json names."""
+    return getattr(transformers, architecture(path)).from_pretrained(path, **options).eval()
+
+
+def architecture(path: Path) -> str:
+    return json.loads((path / "config.json").read_text())["architectures"][0]
+
+
+def task_type(path: Path) -> str:
+    """What peft calls the task of a base's head."""
+    ending = {"Model": "FEATURE_EXTRACTION", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
+    return next((task for end, task in ending.items() if architecture(path).endswith(end)), "CAUSAL_LM")
 
 
 def adapted(base: Path, config: peft.PeftConfig) -> Any:
     """Their model with their adapter, as if it had been trained: whatever would be trained has moved."""
-    config.task_type = "CAUSAL_LM"
+    config.task_type = task_type(base)
     model = peft.get_peft_model(load_theirs(base), config).eval()
     shake({name: p for name, p in model.named_parameters() if p.requires_grad}, 0.1)
     return model
@@ -100,7 +112,7 @@ def load_into_theirs(base: Path, adapter: Path, **options: Any) -> Any:
 
 def trainable_theirs(base: Path, config: peft.PeftConfig, adapter: Path) -> Any:
     """Their model with their adapter, ready to be trained, from the values in a file."""
-    config.task_type = "CAUSAL_LM"
+    config.task_type = task_type(base)
     model = peft.get_peft_model(load_theirs(base), config)
     peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(adapter), device="cpu"))
     return model

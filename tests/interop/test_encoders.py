@@ -1,0 +1,209 @@
+"""BERT and RoBERTa beside transformers, and their adapters beside peft, in float32."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import peftjax
+from peftjax.core import variables
+from peftjax.methods import count_trainable
+from tests.interop.peers import (
+    THEIRS,
+    adapted,
+    assert_close,
+    assert_far,
+    attached,
+    load_into_theirs,
+    load_theirs,
+    shake,
+    task_type,
+)
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
+
+LENGTH, ROWS = 9, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "num_labels": 3,
+}
+PAD = {"Bert": 0, "Roberta": 1}
+CLASSIFIERS = ("BertForSequenceClassification", "RobertaForSequenceClassification")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random model of a class of transformers, as it saves it; made once."""
+    folder = tmp_path_factory.mktemp("encoders")
+
+    def make(name: str) -> Path:
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{kind_of(name)}Config")(**SIZES)
+            model = getattr(transformers, name)(config)
+            shake(dict(model.named_parameters()), 0.1)  # the biases and the norms' scales too
+            model.save_pretrained(folder / name)
+        return folder / name
+
+    return make
+
+
+def kind_of(name: str) -> str:
+    return "Roberta" if name.startswith("Roberta") else "Bert"
+
+
+def inputs(kind: str, vocab: int = 48) -> dict[str, np.ndarray]:
+    """Two rows, the second one shorter, each of two sentences."""
+    rng = np.random.default_rng(3)
+    mask = np.ones((ROWS, LENGTH), bool)
+    mask[1, 6:] = False
+    tokens = np.where(mask, rng.integers(2, vocab, (ROWS, LENGTH)), PAD[kind])
+    return {"tokens": tokens, "mask": mask, "token_types": np.tile(np.arange(LENGTH) > 3, (ROWS, 1)).astype(int)}
+
+
+def ours(model: Any) -> np.ndarray:
+    given = inputs("Bert" if model.config.kind == "bert" else "Roberta")
+    return np.asarray(model(**{name: jnp.asarray(value) for name, value in given.items()}))
+
+
+def theirs(model: Any) -> np.ndarray:
+    outputs = their_outputs(model)
+    return (outputs.logits if "logits" in outputs else outputs.last_hidden_state).numpy()
+
+
+def their_outputs(model: Any, **options: Any) -> Any:
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    given = {name: torch.tensor(value) for name, value in inputs(kind_of(type(base).__name__)).items()}
+    given = {
+        "input_ids": given["tokens"],
+        "attention_mask": given["mask"].long(),
+        "token_type_ids": given["token_types"],
+    }
+    with torch.no_grad():
+        if not isinstance(model, peft.PeftModel) or model.active_peft_config.peft_type != "PREFIX_TUNING":
+            return model(**given, **options)
+        # peft 0.21 looks for an argument past_key_values, which encoders call cache since transformers 5.24
+        cache = model.get_prompt(ROWS)
+        given["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (cache.get_seq_length(), 0), value=1)
+        return base(**given, cache=cache)
+
+
+# --- Models ---
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_logits_are_those_of_transformers_and_the_saved_model_is_read_back(
+    kind: str, head: str, encoder: Callable, tmp_path: Path
+) -> None:
+    path = encoder(kind + head)
+    model = peftjax.load_model(path)
+    expected = theirs(load_theirs(path))
+    assert np.abs(expected).max() > 0.5  # else a small difference says little
+    np.testing.assert_allclose(ours(model), expected, atol=1e-5)
+
+    peftjax.save_model(model, tmp_path / "saved")
+    again, info = type(load_theirs(path)).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info  # missing, unexpected, mismatched, errors
+    np.testing.assert_array_equal(theirs(again.eval()), expected)
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written == json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_the_states_after_each_layer_are_those_of_transformers(kind: str, encoder: Callable) -> None:
+    model = peftjax.load_model(encoder(f"{kind}Model"))
+    outputs = their_outputs(load_theirs(encoder(f"{kind}Model")), output_hidden_states=True)
+    given = {name: jnp.asarray(value) for name, value in inputs(kind).items()}
+    x = model.embedded(given["tokens"], given["token_types"])
+    np.testing.assert_allclose(x, outputs.hidden_states[0], atol=1e-5, err_msg="embeddings")
+    graph, leaves = variables.flat(model.blocks)
+    for layer, expected in enumerate(outputs.hidden_states[1:]):
+        block = variables.merge(graph, {path: leaf.get_value()[layer] for path, leaf in leaves.items()})
+        x = block(x, given["mask"][:, None, None])
+        np.testing.assert_allclose(x, expected, atol=1e-5, err_msg=f"layer {layer}")
+    np.testing.assert_allclose(model.pooled(x[:, 0]), outputs.pooler_output, atol=1e-5, err_msg="pooler")
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "RobertaForMaskedLM"])
+def test_a_pretrained_model_is_a_base_for_a_new_head(name: str, encoder: Callable, tmp_path: Path) -> None:
+    model = peftjax.load_model(encoder(name), head="token_classification", labels=5)
+    outputs = their_outputs(load_theirs(encoder(name)), output_hidden_states=True)
+    hidden = model.hidden(*(jnp.asarray(value) for value in inputs(kind_of(name)).values()))
+    np.testing.assert_allclose(hidden, outputs.hidden_states[-1], atol=1e-5)
+    peftjax.save_model(model, tmp_path / "saved")
+    np.testing.assert_allclose(theirs(load_theirs(tmp_path / "saved")), ours(model), atol=1e-5)
+
+
+def test_a_real_encoder_gives_the_states_and_the_sentence_vectors_of_torch(assets: Path) -> None:
+    model, peer = peftjax.load_model(assets / "minilm_l6_fp16"), load_theirs(assets / "minilm_l6_fp16").float()
+    given = inputs("Bert", vocab=30000)
+    tokens, mask = jnp.asarray(given["tokens"]), jnp.asarray(given["mask"])
+    with torch.no_grad():
+        attention = torch.tensor(given["mask"]).long()
+        states = peer(torch.tensor(given["tokens"]), attention_mask=attention).last_hidden_state
+    np.testing.assert_allclose(model.hidden(tokens, mask)[given["mask"]], states[given["mask"]], atol=2e-5)
+    mean = (states * attention[..., None]).sum(1) / attention.sum(1, keepdim=True)
+    np.testing.assert_allclose(model.sentence_vectors(tokens, mask), mean, atol=2e-5)
+
+
+# --- Adapters ---
+
+PEERS: dict[str, tuple[peftjax.methods.Method, Callable[[], peft.PeftConfig]]] = {
+    "lora": (
+        peftjax.Lora(rank=4, alpha=8, targets="all-linear"),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    ),
+    "ia3": (
+        peftjax.Ia3(targets=("key", "value", "output.dense"), feedforward=("output.dense",)),
+        lambda: peft.IA3Config(
+            target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+        ),
+    ),
+    "prompt": (peftjax.PromptTuning(tokens=5), lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
+    "prefix": (peftjax.PrefixTuning(tokens=5), lambda: peft.PrefixTuningConfig(num_virtual_tokens=5)),
+}  # fmt: skip
+CASES = [(method, name) for method in PEERS for name in CLASSIFIERS]
+CASES += [("lora", "BertModel"), ("ia3", "BertForTokenClassification")]  # the other task types
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_adapters_go_both_ways_between_here_and_peft(method: str, name: str, encoder: Callable, tmp_path: Path) -> None:
+    base, (mine, config) = encoder(name), PEERS[method]
+    peer = adapted(base, config())
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_model(base)
+    before = ours(model)
+    peftjax.load_adapter(model, tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer))
+    assert_far(ours(model), before)
+    assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
+
+    model = attached(base, mine)
+    peftjax.save_adapter(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["task_type"] == task_type(base)
+    assert_close(theirs(load_into_theirs(base, tmp_path / "ours").eval()), ours(model))
+    assert_far(ours(model), before)
+
+
+def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, tmp_path: Path) -> None:
+    base = encoder(CLASSIFIERS[0])
+    peer = peft.get_peft_model(load_theirs(base), peft.LoraConfig(r=4, target_modules=["query"])).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path)
+    model = peftjax.load_adapter(peftjax.load_model(base), tmp_path)
+    assert_close(ours(model), theirs(peer))
+    assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
