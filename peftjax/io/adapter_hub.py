@@ -72,7 +72,7 @@ def head_config(model: Any, base: str | None) -> dict[str, Any]:
     return {
         "config": None,
         "hidden_size": model.config.embed,
-        "label2id": fields["label2id"],
+        "label2id": {label: number for number, label in enumerate(model.config.labels)},
         "model_class": fields["architectures"][0],
         "model_name": base,
         "model_type": fields["model_type"],

@@ -22,7 +22,7 @@ from peftjax.core import variables
 from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io import hf_files
 from peftjax.io.hf_files import StoredTensor, enumerate_some, resolve
-from peftjax.io.sentence import read_pooling
+from peftjax.io.sentence import MODULES, POOLING, read_pooling, write_pooling
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Slot
 from peftjax.quant import FORMATS
@@ -383,6 +383,7 @@ def save_model(
         if writing:
             config = temporary / "config.json"
             config.write_text(json.dumps(model.config.to_hf() | _MARK, indent=2) + "\n", encoding="utf-8")
+            write_pooling(model.config, temporary)
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(config, file)  # the safetensors package lets nobody but the owner read them
             for file in side_files:
@@ -405,7 +406,7 @@ def _check_target(target: Path) -> None:
         raise ValueError(
             f"{target} exists and is no model directory written by save_model: choose another, or delete it"
         )
-    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES)
+    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, POOLING)
     if foreign := sorted(
         entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
     ):

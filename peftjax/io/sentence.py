@@ -6,7 +6,8 @@ from typing import Any
 
 from peftjax.io.hf_files import read_json
 
-MODULES = "modules.json"
+MODULES, POOLING = "modules.json", "1_Pooling"
+FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 def read_pooling(directory: Path) -> dict[str, Any]:
@@ -33,6 +34,24 @@ def read_pooling(directory: Path) -> dict[str, Any]:
     return options
 
 
+def write_pooling(config: Any, directory: Path) -> None:
+    """Write what `read_pooling` reads, for a model without a head that was read with it."""
+    if getattr(config, "pooling", None) is None or config.head != "none":
+        return
+    paths = {"Transformer": "", "Pooling": POOLING} | ({"Normalize": "2_Normalize"} if config.normalize else {})
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, path) in enumerate(paths.items())
+    ]
+    flags = {flag: mode == config.pooling for flag, mode in FLAGS.items()}
+    (directory / POOLING).mkdir()
+    for file, content in (
+        (MODULES, modules),
+        (f"{POOLING}/config.json", {"word_embedding_dimension": config.embed} | flags),
+    ):
+        (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _modules(file: Path) -> list[dict[str, str]]:
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
@@ -52,8 +71,7 @@ def _mode(file: Path) -> str:
     config = read_json(file)
     if "pooling_mode" in config:
         return str(config["pooling_mode"])
-    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    modes = [flags.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    modes = [FLAGS.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(modes) != 1:
         raise ValueError(f"{file}: {len(modes)} pooling modes are on ({', '.join(modes) or 'none'}), one is supported")
     return modes[0]

@@ -31,20 +31,20 @@ class Rows(nnx.Module):
         self.base = nnx.data([variables.PeftConstant(trees[0][path].get_value()) for path in shared])
         self.index = variables.PeftConstant(index)
 
-    def __call__(self, tokens: jax.Array, **inputs: Any) -> Any:
-        """Logits [B, T, V]; with `cache=`: (logits, the cache with T more tokens)."""
-        hidden, cache = self.hidden(tokens, **inputs)
-        logits = self.logits(hidden)
-        return logits if cache is None else (logits, cache)
+    def __call__(self, tokens: jax.Array, *, cache: Any = None, **inputs: jax.Array | None) -> Any:
+        """What the model gives, its rows first; with `cache=`: (logits, the cache with T more tokens)."""
+        if cache is not None:
+            hidden, cache = self.hidden(tokens, cache=cache, **inputs)
+            return self.logits(hidden), cache
+        given = _by_row(tokens, inputs)
+        return self._over_rows(lambda model, tokens, given: model(tokens, **given), tokens[:, None], given)[:, 0]
 
     def hidden(self, tokens: jax.Array, *, cache: Any = None, **inputs: jax.Array | None) -> tuple[jax.Array, Any]:
-        """As the model's, with a cache of `make_cache`."""
-        given = {name: value for name, value in inputs.items() if value is not None}
-        given = {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
+        """As a decoder's, with a cache of `make_cache`."""
         hidden, cache = self._over_rows(
             lambda model, tokens, given, cache: model.hidden(tokens, cache=cache, **given),
             tokens[:, None],
-            given,
+            _by_row(tokens, inputs),
             cache,
         )
         return hidden[:, 0], cache
@@ -102,6 +102,12 @@ def rows(model: Any, names: Sequence[str | None]) -> Rows:
                 "adapters of the same method and options"
             )
     return Rows(views, jnp.array([named.index(name) for name in names], jnp.int32))
+
+
+def _by_row(tokens: jax.Array, inputs: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
+    """The inputs beside tokens that are given, each [B, 1, T]."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    return {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
 
 
 def _shapes(view: Any) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,8 @@ class BertConfig:
     """Sizes and options of one model.
 
     kind: the model_type. head: one of `HEADS`; stored_head: the one that the checkpoint has. positions: rows of the
-    table of positions. pooling, normalize: how `sentence_vectors` makes one vector of many.
+    table of positions. pooling ("mean" or "cls"; None: nothing was said, mean), normalize: how `sentence_vectors` makes
+    one vector of many.
     """
 
     kind: str
@@ -52,7 +53,7 @@ class BertConfig:
     stored_head: str
     labels: tuple[str, ...]
     problem_type: str | None
-    pooling: str
+    pooling: str | None
     normalize: bool
     init_stddev: float
     dtype: str
@@ -357,13 +358,14 @@ _ARCHITECTURES = {
 }
 # What transformers fills in for a field that config.json leaves out, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {"bert": {"pad_token_id": 0}, "roberta": {"pad_token_id": 1}}
+# Fields about a head's outputs.
+_LABELS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type"}
 # Fields that say nothing about the computation, or what was said of it is read elsewhere.
-_HARMLESS = {
+_HARMLESS = _LABELS | {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "_name_or_path", "tokenizer_class", "_attn_implementation_autoset", "return_dict",
     "output_attentions", "output_hidden_states", "is_encoder_decoder", "torchscript", "chunk_size_feed_forward",
     "gradient_checkpointing", "tie_word_embeddings", "finetuning_task", "_commit_hash", "peftjax_version",
-    "id2label", "label2id", "num_labels", "_num_labels", "problem_type",
     # of BERT's first checkpoints; they describe the pooler that every BERT has
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
     "pooler_type", "output_past",
@@ -381,7 +383,7 @@ def from_hf(
     remat: str = "none",
     head: str | None = None,
     labels: int | None = None,
-    pooling: str = "mean",
+    pooling: str | None = None,
     normalize: bool = False,
 ) -> BertConfig:
     """Read a config.json of model_type bert or roberta, in the spelling of transformers 4 or 5.
@@ -407,9 +409,11 @@ def from_hf(
     head = stored_head if head is None else head
     if head not in HEADS:
         raise ValueError(f"head={head!r} is none of {', '.join(HEADS)}.{suggest(head, HEADS)}")
+    if stored_head not in (head, "none"):  # then these are another head's
+        config = {key: value for key, value in config.items() if key not in _LABELS}
     names = _labels(config, head, stored_head, labels)
-    if names and names != _named(config):
-        config = config | {
+    if names != _named(config) and head != "none":
+        config = {key: value for key, value in config.items() if key not in ("num_labels", "_num_labels")} | {
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
         }
@@ -460,7 +464,7 @@ def _checked(config: BertConfig) -> BertConfig:
         )
     if config.problem_type not in (None, *_PROBLEMS):
         raise ValueError(f"config.json: problem_type={config.problem_type!r} is none of {', '.join(_PROBLEMS)}")
-    if config.pooling not in POOLINGS:
+    if config.pooling not in (None, *POOLINGS):
         raise ValueError(f"pooling {config.pooling!r} is not supported; supported: {', '.join(POOLINGS)}")
     return config
 
