@@ -205,6 +205,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The file's own metadata, such as {"format": "pt"}."""
+    with _open(file) as stored:
+        return stored.metadata() or {}
+
+
 def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="numpy", backend="mmap")  # "pread" reads a whole tensor to slice it
