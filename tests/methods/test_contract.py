@@ -25,7 +25,7 @@ from peftjax.core.config import defaults
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.losses import next_token_loss
-from peftjax.models import llama
+from peftjax.models import decoder
 from peftjax.step import TrainState, first_state, flatten, make_train_step
 
 
@@ -365,7 +365,7 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
         return arrays(jax.jit(jax.grad(loss))(trainable))
 
     scanned, rematerialised = gradients("none"), gradients("block")
-    monkeypatch.setattr(llama, "scan_stack", unrolled)
+    monkeypatch.setattr(decoder, "scan_stack", unrolled)
     for path, expected in gradients("none").items():
         np.testing.assert_allclose(scanned[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
