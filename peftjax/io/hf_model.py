@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,8 @@ def _match(
     model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor], directory: Path
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every key in the table; whatever does not fit is told in one error, before any is read."""
-    stored = {name: tensor for name, tensor in _renamed(model, stored, directory).items() if not _ignored(model, name)}
+    stored = _renamed(model, stored, {key for entry in table for key in entry.keys} | model.hf_tied.keys(), directory)
+    stored = {name: tensor for name, tensor in stored.items() if not _ignored(model, name)}
     fresh = _absent_parts(model, table, stored)
     expected = {key: entry for entry in table if _part(entry) not in fresh for key in entry.keys}
     tied = {other: key for other, key in model.hf_tied.items() if other not in expected and other in stored}
@@ -279,13 +280,17 @@ def _match(
     return stored
 
 
-def _renamed(model: Any, stored: dict[str, StoredTensor], directory: Path) -> dict[str, StoredTensor]:
+def _renamed(
+    model: Any, stored: dict[str, StoredTensor], known: Container[str], directory: Path
+) -> dict[str, StoredTensor]:
     """The tensors by our keys, where a family's checkpoints have more than one name for a tensor (`hf_stored`)."""
-    if not hasattr(model, "hf_stored"):
-        return stored
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        if (other := renamed.setdefault(model.hf_stored(name), tensor)) is not tensor:
+        ours = model.hf_stored(name)
+        key = (
+            ours if ours in known or _ignored(model, ours) else name
+        )  # a tensor that is not ours is told by its own name
+        if (other := renamed.setdefault(key, tensor)) is not tensor:
             raise ValueError(f"{directory}: {other.name} and {name} are the same tensor; take one out of the file")
     return renamed
 

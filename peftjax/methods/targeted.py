@@ -9,7 +9,7 @@ from flax import nnx
 
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter, Override
 from peftjax.methods.sites import Chosen, Site, choose, head_sites, place, sites, tied_kernel
-from peftjax.nn.linear import Linear
+from peftjax.nn.linear import Conv1D, Linear
 
 REGEX = set("*+?()[]{}|^$\\")
 
@@ -97,6 +97,8 @@ class Targeted(Method):
             config["target_modules"] = sorted(
                 {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
             )
+        if "fan_in_fan_out" in config:  # peft's word for kernels that are stored as [in, out]
+            config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in self.chosen(model))
         return config
 
     @classmethod

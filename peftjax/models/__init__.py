@@ -13,6 +13,10 @@ FAMILIES = {
     "qwen2": "peftjax.models.llama",
     "qwen3": "peftjax.models.llama",
     "roberta": "peftjax.models.bert",
+    "gpt2": "peftjax.models.gpt2",
+    "phi3": "peftjax.models.phi3",
+    "gemma2": "peftjax.models.gemma",
+    "gemma3_text": "peftjax.models.gemma",
 }
 
 

@@ -17,7 +17,7 @@ from peftjax import sharding
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, key_distances, within_window
 from peftjax.nn.embedding import Embedding
-from peftjax.nn.feedforward import FeedForward, GatedFeedForward
+from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.rope import Rope
@@ -70,7 +70,7 @@ class Block(nnx.Module):
         attention_norm: RMSNorm | LayerNorm,
         attention: Attention,
         feedforward_norm: RMSNorm | LayerNorm,
-        feedforward: FeedForward | GatedFeedForward,
+        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward,
     ) -> None:
         self.attention_norm, self.attention = attention_norm, attention
         self.attention_residual = Residual()
@@ -252,6 +252,11 @@ class Decoder(nnx.Module):
         prompt = self.embed.prompt()
         return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
 
+    def hf_stored(self, name: str) -> str:
+        """Our key for a tensor of a checkpoint: one that was saved without the head has no prefix."""
+        whole = (self.hf_prefix, f"{self.hf_modules['head']}.")
+        return name if name.startswith(whole) else self.hf_prefix + name
+
     @property
     def tied(self) -> bool:
         """Whether the head borrows the embedding's table."""
@@ -313,5 +318,10 @@ def windows_by_type(types: Sequence[str], layers: int, window: int) -> tuple[int
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise ValueError(
             f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
+        )
+    if "sliding_attention" in types and not window:
+        raise ValueError(
+            "config.json: layer_types has sliding_attention, but no window is in use: set sliding_window (and "
+            "use_sliding_window, where the family has it)"
         )
     return tuple(window if name == "sliding_attention" else 0 for name in types)

@@ -48,6 +48,11 @@ class Fields:
         """The value of a field, or None where it is null or left out."""
         return self._left.pop(name, None)
 
+    def nullable(self, name: str, default: Any) -> Any:
+        """The value of a field in which null is a value of its own: `default` where it is left out."""
+        self._left.pop(name, None)
+        return self.config.get(name, default)
+
     def only(self, name: str, supported: Any) -> None:
         """Refuse any value of a field but one, which is also what a missing field means."""
         if (value := self._left.pop(name, supported)) != supported:

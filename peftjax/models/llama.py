@@ -96,7 +96,7 @@ Llama.hf_ignored = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"mo
 # What transformers fills in for a field that config.json leaves out, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
@@ -145,6 +145,8 @@ def from_hf(config: dict[str, Any], **options: Any) -> LlamaConfig:
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Mistral: every layer; Qwen: the layers from max_window_layers on, if use_sliding_window, or as layer_types says."""
+    if fields.kind == "mistral":  # null is how one without a window is written
+        return (fields.nullable("sliding_window", 4096) or 0,) * layers
     window = fields.maybe("sliding_window") or 0
     if fields.kind == "llama":
         if window:
@@ -152,16 +154,8 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
                 f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
             )
         return (0,) * layers
-    if fields.kind == "mistral":
-        # null is how a Mistral without a window is written; a config that leaves the field out means 4096
-        written = fields.config.get("sliding_window", window)
-        return (written or 0,) * layers
     first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False)
     types = fields.maybe("layer_types")
     if types is None:
         types = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
-    window = (window or 4096) if used else 0
-    windows = windows_by_type(types, layers, window)
-    if "sliding_attention" in types and not window:
-        raise ValueError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
-    return windows
+    return windows_by_type(types, layers, (window or 4096) if used else 0)

@@ -1,7 +1,6 @@
 """Multi-head attention with grouped queries, its masks and its key/value cache."""
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -80,11 +79,12 @@ def within_window(mask: jax.Array, window: jax.Array, distances: jax.Array) -> j
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v W_out, with rotary q and k or not; K <= N key/value heads are shared by groups of queries.
+    """softmax(scale q k^T) v W_out, with rotary q and k or not; K <= N key/value heads are shared by groups of queries.
 
     Kernels are two-dimensional, heads flattened into one axis: query [D, N*H], key and value [D, K*H], out [N*H, D].
-    The slot wraps the core (q, k, v, mask) -> [B, T, N, H]: prefix tuning sits there. dropout: of the softmax, in training,
-    for encoders alone (with a mask, and K = N).
+    scale: by default 1 / sqrt(H). softcap: scores s are cap tanh(s / cap) before the softmax. norm: of q and k, where
+    `qk_norm_eps` is given. dropout: of the softmax, in training. The slot wraps the core (q, k, v, mask) -> [B, T, N, H]:
+    prefix tuning sits there.
     """
 
     def __init__(
@@ -98,21 +98,24 @@ class Attention(nnx.Module):
         out_bias: bool,
         qk_norm_eps: float | None,
         dropout: float = 0.0,
+        norm: type[RMSNorm] = RMSNorm,
+        scale: float | None = None,
+        softcap: float | None = None,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.scale, self.softcap = scale, softcap
         self.query = Linear(features, heads * head_dim, axes=("embed", "heads"), use_bias=qkv_bias, **common)
         self.key = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
         self.value = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
         self.out = Linear(heads * head_dim, features, axes=("heads", "embed"), use_bias=out_bias, **common)
         self.qk_norm = qk_norm_eps is not None
         if qk_norm_eps is not None:
-            self.query_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
-            self.key_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
-        self.dropout = Dropout(dropout)
+            self.query_norm = norm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
+            self.key_norm = norm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
+        self.scale, self.softcap, self.dropout = scale, softcap, Dropout(dropout)
         self.adapters = Slot()
 
     def __call__(
@@ -124,11 +127,7 @@ class Attention(nnx.Module):
         offset: jax.Array | int = 0,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """x [B, T, D] -> ([B, T, D], the cache with T more keys). `cache`: this layer's key and value, [B, S, K, H]."""
-        q = self._heads(self.query(x), self.heads)  # [B, T, N, H]
-        k = self._heads(self.key(x), self.kv_heads)  # [B, T, K, H]
-        v = self._heads(self.value(x), self.kv_heads)
-        if self.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.project(x)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
@@ -139,19 +138,81 @@ class Attention(nnx.Module):
         attended = self.adapters(self, self.core, q, k, v, mask)
         return self.out(attended.reshape(*x.shape[:2], -1)), cache
 
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], q and k not yet rotated."""
+        q = self._heads(self.query(x), self.heads)
+        k = self._heads(self.key(x), self.kv_heads)
+        v = self._heads(self.value(x), self.kv_heads)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
+
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H]; a mask of None means causal."""
-        if self.dropout.rate and not self.dropout.deterministic:
-            assert mask is not None, "encoders give one"
-            return attend_with_dropout(q, k, v, mask, self.dropout)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+        if self.softcap is None and (self.dropout.deterministic or not self.dropout.rate):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
+        return attend(q, k, v, mask, scale=self.scale, cap=self.softcap, dropout=self.dropout)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
 
 
-def attend_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout: Dropout) -> jax.Array:
-    """dropout(softmax(q k^T / sqrt(H))) v, which jax.nn.dot_product_attention does not have. [B, T, N, H]."""
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    weights = dropout(jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1))  # [B, N, T, S]
-    return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+class FusedAttention(Attention):
+    """Attention whose queries, keys and values are made by one layer, [D, (N + 2 K) * H], in this order.
+
+    linear: the kind of its layers.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        use_bias: bool,
+        scale: float | None = None,
+        linear: type[Linear] = Linear,
+        stddev: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scale, self.softcap, self.dropout = scale, None, Dropout(0.0)
+        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.qkv = linear(features, (heads + 2 * kv_heads) * head_dim, axes=("embed", "heads"), **common)
+        self.out = linear(heads * head_dim, features, axes=("heads", "embed"), **common)
+        self.adapters = Slot()
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        ends = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
+        q, k, v = jnp.split(self.qkv(x), ends, axis=-1)
+        return self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float | None,
+    cap: float | None,
+    dropout: Dropout,
+) -> jax.Array:
+    """dropout(softmax(cap tanh(scale q k^T / cap))) v, scores and softmax in float32 (the cap: Gemma 2, arXiv:2408.00118,
+    section 2): what `jax.nn.dot_product_attention` does not have.
+
+    q: [B, T, N, H]; k, v: [B, S, K, H]; mask: bool [B or 1, 1, T, S], None means causal. -> [B, T, N, H].
+    """
+    batch, length, heads, head_dim = q.shape
+    if mask is None:
+        mask = jnp.tril(jnp.ones((1, 1, length, k.shape[1]), bool))
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)  # [B, T, K, N/K, H]
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, head_dim)

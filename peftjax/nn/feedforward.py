@@ -21,7 +21,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nnx.Module):
-    """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3). [B, T, D] -> [B, T, D]."""
+    """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3). [B, T, D] -> [B, T, D].
+
+    linear: the kind of its layers.
+    """
 
     def __init__(
         self,
@@ -30,14 +33,15 @@ class FeedForward(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array],
         use_bias: bool,
+        linear: type[Linear] = Linear,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.activation = activation
         common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.up = Linear(features, hidden, axes=("embed", "mlp"), **common)
-        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
+        self.up = linear(features, hidden, axes=("embed", "mlp"), **common)
+        self.down = linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(self.activation(self.up(x)))
@@ -65,3 +69,26 @@ class GatedFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class FusedGatedFeedForward(nnx.Module):
+    """The same with one layer for both, [g; u] = x W_gate_up: (act(g) * u) W_down. [B, T, D] -> [B, T, D]."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        stddev: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation = activation
+        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.gate_up = Linear(features, 2 * hidden, axes=("embed", "mlp"), **common)
+        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(self.activation(gate) * up)

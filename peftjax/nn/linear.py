@@ -49,3 +49,9 @@ class Linear(nnx.Module):
         if bias is None and self.bias is not None:
             bias = self.bias.get_value()
         return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+class Conv1D(Linear):
+    """A Linear whose kernel checkpoints keep as it is, [in, out]: what GPT-2 calls its layers. Not a convolution."""
+
+    hf_leaves: ClassVar = {"kernel": ("weight", False), "bias": ("bias", False)}

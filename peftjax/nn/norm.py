@@ -33,6 +33,20 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + scale), all of it in float32: RMSNorm as Gemma has it, whose scale is 0 at first."""
+
+    def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
+        super().__init__(features, eps=eps, axis=axis, dtype=dtype)
+        self.scale.set_value(jnp.zeros((features,), dtype))
+
+    def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        scale = self.scale.get_value() if scale is None else scale
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, mean and variance in float32 (Ba et al. 2016,
     eq. 4). scale, bias: [D]."""

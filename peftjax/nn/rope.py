@@ -84,10 +84,14 @@ class Rope:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (x_i, x_{i + H/2}) of every head: [B, T, N, H], with cos and sin [B, T, H/2]."""
-    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, H/2]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
+
+    R is H, or less where only the first R numbers of a head are rotated.
+    """
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, R/2]
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:

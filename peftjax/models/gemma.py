@@ -1,0 +1,226 @@
+"""Gemma 2 and the text model of Gemma 3: norms before and after each sublayer, GeGLU, soft caps, sliding windows.
+
+Gemma 2 (arXiv:2408.00118), section 2; Gemma 3 (arXiv:2503.19786), section 2: q and k are normalised instead of capped, and
+layers with a window have a rotary embedding of their own.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
+from peftjax.models.fields import Fields
+from peftjax.nn.attention import Attention
+from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
+from peftjax.nn.norm import ZeroCenteredRMSNorm
+from peftjax.nn.rope import Rope
+from peftjax.nn.rope import from_hf as rope_from_hf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmaConfig(DecoderConfig):
+    """Sizes and options of one model.
+
+    local_rope: of the layers that have a window, where it is another. query_scale: q k^T is multiplied by its inverse
+    square root. attention_cap, logits_cap: c tanh(x / c) of the scores and of the logits; None: as they are.
+    """
+
+    rope: Rope
+    local_rope: Rope | None
+    qk_norm: bool
+    use_bias: bool
+    query_scale: float
+    attention_cap: float | None
+    logits_cap: float | None
+
+    def make(self, rngs: nnx.Rngs) -> "Gemma":
+        return Gemma(self, rngs)
+
+
+class GemmaBlock(Block):
+    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))). [B, T, D] -> [B, T, D]."""
+
+    def __init__(
+        self, *, attention_out_norm: ZeroCenteredRMSNorm, feedforward_out_norm: ZeroCenteredRMSNorm, **parts: Any
+    ) -> None:
+        super().__init__(**parts)
+        self.attention_out_norm, self.feedforward_out_norm = attention_out_norm, feedforward_out_norm
+
+    def attended(self, y: jax.Array) -> jax.Array:
+        return self.attention_out_norm(y)
+
+    def transformed(self, y: jax.Array) -> jax.Array:
+        return self.feedforward_out_norm(y)
+
+
+class Gemma(Decoder):
+    """RMSNorm around the sublayers, rotary attention with grouped queries and windows, GeGLU."""
+
+    @staticmethod
+    def make_block(config: GemmaConfig, rngs: nnx.Rngs) -> GemmaBlock:
+        common: dict[str, Any] = {
+            "stddev": config.init_stddev,
+            "dtype": jnp.dtype(config.param_dtype),
+            "rngs": rngs,
+        }
+        return GemmaBlock(
+            attention_norm=Gemma.make_norm(config),
+            attention=Attention(
+                config.embed,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                qkv_bias=config.use_bias,
+                out_bias=config.use_bias,
+                qk_norm_eps=config.norm_eps if config.qk_norm else None,
+                norm=ZeroCenteredRMSNorm,
+                scale=config.query_scale**-0.5,
+                softcap=config.attention_cap,
+                **common,
+            ),
+            attention_out_norm=Gemma.make_norm(config),
+            feedforward_norm=Gemma.make_norm(config),
+            feedforward=GatedFeedForward(
+                config.embed, config.mlp, activation=ACTIVATIONS[config.activation], use_bias=False, **common
+            ),
+            feedforward_out_norm=Gemma.make_norm(config),
+        )
+
+    @staticmethod
+    def make_norm(config: GemmaConfig) -> ZeroCenteredRMSNorm:
+        return ZeroCenteredRMSNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """Times sqrt(D), which is rounded first: in bfloat16 that of 3072 is 55.5."""
+        x = super().embedded(tokens)
+        return x * jnp.asarray(self.config.embed**0.5, x.dtype)
+
+    def rotations(self, positions: jax.Array) -> Any:
+        tables = super().rotations(positions)
+        return tables if self.config.local_rope is None else (tables, self.config.local_rope.tables(positions))
+
+    def layer_rotations(self, rotations: Any, window: jax.Array) -> Any:
+        if self.config.local_rope is None:
+            return rotations
+        return jax.tree.map(lambda whole, local: jnp.where(window == 0, whole, local), *rotations)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        logits, cap = super().logits(hidden), self.config.logits_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+# --- Hugging Face: what its config.json says, and what it calls our modules ---
+
+Gemma.hf_modules = {
+    "embed": "model.embed_tokens",
+    "blocks.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.attention.query": "model.layers.{}.self_attn.q_proj",
+    "blocks.attention.key": "model.layers.{}.self_attn.k_proj",
+    "blocks.attention.value": "model.layers.{}.self_attn.v_proj",
+    "blocks.attention.out": "model.layers.{}.self_attn.o_proj",
+    "blocks.attention.query_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.attention.key_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.attention": "model.layers.{}.self_attn",
+    "blocks.attention_out_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.feedforward_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "blocks.feedforward.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.feedforward.up": "model.layers.{}.mlp.up_proj",
+    "blocks.feedforward.down": "model.layers.{}.mlp.down_proj",
+    "blocks.feedforward_out_norm": "model.layers.{}.post_feedforward_layernorm",
+    "blocks.attention_residual": "model.layers.{}.attention_adapters",
+    "blocks.feedforward_residual": "model.layers.{}.output_adapters",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"num_key_value_heads": 4, "max_position_embeddings": 8192},
+    "gemma3_text": {"num_key_value_heads": 4, "max_position_embeddings": 131072},
+}
+
+
+def from_hf(config: dict[str, Any], **options: Any) -> GemmaConfig:
+    """Read a config.json of model_type gemma2 or gemma3_text, in the spelling of transformers 4 or 5.
+
+    Raises:
+        ValueError: a field is missing, unknown, or has a value that this family cannot honour.
+    """
+    kind = config["model_type"]
+    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=frozenset({"cache_implementation"}))
+    layers, max_positions, head_dim = (
+        fields.take("num_hidden_layers"), fields.take("max_position_embeddings"), fields.take("head_dim", 256)
+    )  # fmt: skip
+    heads, kv_heads = read_heads(fields)
+    fields.no_dropout("attention_dropout")
+    fields.only("use_bidirectional_attention", False)
+    activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
+    fields.only("hidden_act", activation)  # an older name, which transformers does not read
+    if kind == "gemma2":
+        rope, local_rope = read_rope(fields, head_dim, max_positions), None
+        attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
+    else:
+        rope, local_rope = _ropes(fields, head_dim, max_positions)
+        fields.only("attn_logit_softcapping", None)  # transformers has the field for Gemma 3 and does not use it
+        attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
+    result = GemmaConfig(
+        vocab=fields.take("vocab_size"),
+        embed=fields.take("hidden_size"),
+        mlp=fields.take("intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        rope=rope,
+        local_rope=local_rope,
+        norm_eps=fields.take("rms_norm_eps", 1e-6),
+        activation=activation,
+        tied=fields.take("tie_word_embeddings", True),
+        use_bias=fields.take("attention_bias", False),
+        qk_norm=kind == "gemma3_text",
+        query_scale=fields.take("query_pre_attn_scalar", 256),
+        attention_cap=attention_cap,
+        logits_cap=logits_cap,
+        windows=_windows(fields, layers),
+        init_stddev=fields.take("initializer_range", 0.02),
+        hf=json.dumps(config),
+        **options,
+    )
+    fields.done()
+    return result
+
+
+_CAPS = (("attn", 50.0), ("final", 30.0))  # of a Gemma 2 whose config.json leaves them out; null there means none
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
+    """As layer_types says; without it, every second layer of Gemma 2 and every sixth of Gemma 3 sees everything."""
+    window = fields.nullable("sliding_window", 4096) or 0
+    fields.only("sliding_window_size", window)  # an older name, beside the other
+    every = 2
+    if fields.kind == "gemma3_text":
+        written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))
+        every = written[0] or written[1] or 6
+    types = fields.maybe("layer_types")
+    if types is None:
+        types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return windows_by_type(types, layers, window)
+
+
+def _ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
+    """Of Gemma 3's layers without and with a window: rope_parameters by layer type, or three fields before that."""
+    by_type = dict(fields.maybe("rope_parameters") or {})
+    whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})
+    local = dict(by_type.pop("sliding_attention", None) or {})
+    if by_type:
+        raise ValueError(
+            f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type 'gemma3_text' it holds "
+            "full_attention and sliding_attention, each with its own parameters"
+        )
+    whole.setdefault("rope_theta", fields.take("rope_theta", 1_000_000.0))
+    local.setdefault("rope_theta", fields.take("rope_local_base_freq", 10_000.0))
+    sizes = {"head_dim": head_dim, "max_positions": max_positions}
+    return rope_from_hf(whole, **sizes), rope_from_hf(local, **sizes)

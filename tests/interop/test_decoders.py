@@ -1,0 +1,251 @@
+"""GPT-2, Phi-3 and Gemma beside transformers and peft: logits in float32, files, generation, adapters."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import peftjax
+from peftjax.generate import generate
+from peftjax.io.hf_model import load_model, save_model
+from tests.interop import peers
+from tests.interop.test_llama import our_logits, spell
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*peers.THEIRS)]
+
+LENGTH, WINDOW = 24, 5
+COMMON: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GPT2 = {"vocab_size": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "eos_token_id": None}
+GEMMA = COMMON | {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 11}
+LONGROPE = {"short_factor": [1.0, 1.2], "long_factor": [1.5, 3.0]}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+# What transformers makes the model of, and how its config.json is then spelled otherwise, for both of us.
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (transformers.GPT2Config(**GPT2), {}),
+    "gpt2-untied": (
+        transformers.GPT2Config(
+            **GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False, scale_attn_weights=False
+        ),
+        {"n_ctx": 64},
+    ),
+    "phi3": (transformers.Phi3Config(**COMMON, sliding_window=WINDOW), {}),
+    "phi3-longrope": (
+        transformers.Phi3Config(
+            **COMMON,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=16,
+            rope_parameters=LONGROPE | {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        ),
+        {  # as the repository of Phi-4 mini has it
+            "rope_parameters": None,
+            "rope_scaling": LONGROPE | {"type": "su"},
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+            "full_attn_mod": 1,
+            "lm_head_bias": False,
+        },
+    ),
+    "gemma2": (
+        transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        {"layer_types": None, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    ),
+    "gemma2-uncapped": (
+        transformers.Gemma2Config(
+            **GEMMA,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+        {},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig(
+            **GEMMA,
+            final_logit_softcapping=3.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": LINEAR | {"rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        ),
+        {},
+    ),
+    "gemma3-old": (
+        transformers.Gemma3TextConfig(**GEMMA, tie_word_embeddings=False),
+        {
+            "layer_types": None,
+            "sliding_window_pattern": 2,
+            "rope_parameters": None,
+            "rope_scaling": LINEAR,
+            "rope_theta": 900.0,
+            "rope_local_base_freq": 50.0,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model of each variant as transformers saves it, with every parameter random; made once."""
+    folder = tmp_path_factory.mktemp("decoders")
+
+    def directory(name: str) -> Path:
+        if not (folder / name).exists():
+            config, spelled = VARIANTS[name]
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            zero_centered = name.startswith("gemma")
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    scale = ("norm" in key or "ln_" in key) and key.endswith("weight") and not zero_centered
+                    torch.nn.init.normal_(parameter, mean=float(scale), std=0.2)
+            model.save_pretrained(folder / name)
+            spell(folder / name, **spelled)
+        return folder / name
+
+    return directory
+
+
+def tokens(rows: int = 2, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 48, (rows, length))
+
+
+def their_model(directory: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def their_logits(model: Any, mask: np.ndarray | None = None) -> np.ndarray:
+    with torch.no_grad():
+        attention = None if mask is None else torch.tensor(mask.astype(np.int64))
+        return model(torch.tensor(tokens()), attention_mask=attention).logits.numpy()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_files_and_generation_are_those_of_transformers(
+    name: str, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ours, theirs = load_model(directories(name)), their_model(directories(name))
+    expected = their_logits(theirs)
+    assert np.abs(expected).max() > 1  # else a small difference says little
+    assert np.abs(our_logits(ours, tokens()) - expected).max() < 2e-5
+
+    mask = np.arange(LENGTH)[None] < np.array([[LENGTH], [LENGTH - 7]])
+    padded = our_logits(ours, tokens(), mask=jnp.asarray(mask))
+    assert np.abs(padded - their_logits(theirs, mask))[mask].max() < 2e-5
+
+    save_model(ours, tmp_path / "saved")
+    np.testing.assert_array_equal(their_logits(their_model(tmp_path / "saved")), expected)
+
+    prompts = [row[:length].tolist() for row, length in zip(tokens(), (9, 4), strict=True)]
+    answers = generate(ours, prompts, max_new_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        made = theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False)
+        assert answer == made[0, len(prompt) :].tolist()
+
+
+def test_a_window_and_a_cap_change_the_logits(directories: Callable[[str], Path], tmp_path: Path) -> None:
+    """So that the equality above says something of them."""
+    for name, field in (("gemma2", "sliding_window"), ("gemma2", "attn_logit_softcapping"), ("phi3", "sliding_window")):
+        changed = tmp_path / f"{name}-{field}"
+        changed.mkdir()
+        for file in directories(name).iterdir():
+            (changed / file.name).write_bytes(file.read_bytes())
+        spell(changed, **{field: 7})
+        one, other = (our_logits(load_model(each), tokens()) for each in (directories(name), changed))
+        assert np.abs(one - other).max() > 1e-2
+
+
+def test_gpt2_loads_without_its_prefix_and_with_its_old_buffers(
+    directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As the first GPT-2 is stored: from the model without its head, with the causal mask of every layer."""
+    stored = load_file(directories("gpt2") / "model.safetensors")
+    bare = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    bare |= {f"h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(3)}
+    bare |= {f"h.{i}.attn.masked_bias": np.float32([-1e4]) for i in range(3)}
+    save_file(bare, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((directories("gpt2") / "config.json").read_bytes())
+    np.testing.assert_array_equal(
+        our_logits(load_model(tmp_path), tokens()), our_logits(load_model(directories("gpt2")), tokens())
+    )
+
+
+def test_gemma_rounds_the_scale_of_its_embeddings_as_transformers_does(directories: Callable[[str], Path]) -> None:
+    ours = load_model(directories("gemma3"), dtype="bfloat16")
+    theirs = their_model(directories("gemma3")).bfloat16()
+    with torch.no_grad():
+        expected = theirs.get_input_embeddings()(torch.tensor(tokens())).float().numpy()
+    np.testing.assert_array_equal(np.asarray(ours.embedded(jnp.asarray(tokens())), np.float32), expected)
+
+
+# Of each family a LoRA, (IA)3 or a soft prompt in peft's words; fan_in_fan_out is peft's word for GPT-2's kernels.
+ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "gpt2-lora": ("gpt2", lambda: peft.LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=True)),
+    "gpt2-dora": ("gpt2", lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "gpt2-ia3": (
+        "gpt2",
+        lambda: peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+        ),
+    ),
+    "gpt2-prompt": ("gpt2", lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
+    "gpt2-prefix": ("gpt2", lambda: peft.PrefixTuningConfig(num_virtual_tokens=5)),
+    "phi3-lora": ("phi3", lambda: peft.LoraConfig(r=4, target_modules="all-linear")),
+    "phi3-ia3": (
+        "phi3",
+        lambda: peft.IA3Config(target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    "phi3-prefix": ("phi3-longrope", lambda: peft.PrefixTuningConfig(num_virtual_tokens=5)),
+    "gemma2-prompt": ("gemma2", lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
+    "gemma3-lora": ("gemma3", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"])),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_go_to_peft_and_back(name: str, directories: Callable[[str], Path], tmp_path: Path) -> None:
+    variant, config = ADAPTERS[name]
+    theirs = peers.adapted(directories(variant), config())
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = peers.logits(theirs)
+
+    ours = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "theirs")
+    peers.assert_close(peers.logits(ours), expected)
+    peers.assert_far(expected, peers.logits(peers.load_theirs(directories(variant))))
+
+    peftjax.save_adapter(ours, tmp_path / "ours")
+    np.testing.assert_array_equal(
+        peers.logits(peers.load_into_theirs(directories(variant), tmp_path / "ours").eval()), expected
+    )
+    fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    if "fan_in_fan_out" in fields:
+        assert fields["fan_in_fan_out"] == (variant == "gpt2")
+
+
+def test_a_merged_gpt2_gives_equal_logits_in_transformers(directories: Callable[[str], Path], tmp_path: Path) -> None:
+    model = peers.attached(directories("gpt2"), peftjax.Lora(rank=4))
+    expected = peers.logits(model)
+    save_model(peftjax.merge(model), tmp_path / "merged")
+    peers.assert_close(peers.logits(their_model(tmp_path / "merged")), expected)
