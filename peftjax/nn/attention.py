@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.scale, self.softcap = scale, softcap
+        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.query = Linear(features, heads * head_dim, axes=("embed", "heads"), use_bias=qkv_bias, **common)
         self.key = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
         self.value = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)

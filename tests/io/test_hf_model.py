@@ -261,7 +261,7 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
 
 def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
-    with pytest.raises(ValueError, match="quantize='nf' is no format. Did you mean 'nf4'"):
+    with pytest.raises(ValueError, match=r"quantize='nf' is no format\. Did you mean 'nf4'"):
         load_model(directory, quantize="nf")
     with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")

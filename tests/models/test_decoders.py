@@ -1,0 +1,72 @@
+"""Reading the config.json of GPT-2, Phi-3 and Gemma: what is used, what is refused by name. Equality with transformers
+is in tests/interop."""
+
+from typing import Any
+
+import pytest
+from flax import nnx
+
+from peftjax.models import from_hf_config
+from tests import tiny
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16,
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "summary_type": "cls_index", "n_ctx": 16,
+}  # fmt: skip
+SIZES = {key: value for key, value in tiny.CONFIG.items() if key != "tie_word_embeddings"}
+PHI3 = SIZES | {"model_type": "phi3"}
+GEMMA2 = SIZES | {"model_type": "gemma2", "num_hidden_layers": 7}
+GEMMA3 = GEMMA2 | {"model_type": "gemma3_text"}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "only False"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not supported for model_type 'gpt2'"),
+        (GPT2, {"n_head": 5}, "n_embd=32 is no multiple of n_head=5"),
+        (GPT2, {"rope_theta": 1e4}, "rope_theta: not known for model_type 'gpt2'"),
+        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop is not supported"),
+        (PHI3, {"full_attn_mod": 2}, "full_attn_mod=2 is not supported for model_type 'phi3', only 1"),
+        (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for model_type 'phi3'"),
+        (PHI3, {"rope_scaling": FACTORS | {"type": "longrope"}, "partial_rotary_factor": 0.5}, "a head of 4 needs 2"),
+        (GEMMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        (GEMMA2, {"sliding_window": None}, "layer_types has sliding_attention, but no window is in use"),
+        (GEMMA2, {"rope_local_base_freq": 1e4}, "rope_local_base_freq: not known for model_type 'gemma2'"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        (GEMMA3, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
+        (GEMMA3, {"model_type": "gemma3"}, "Did you mean 'gemma2' or 'gemma3_text'"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused_by_name(
+    config: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(config | fields)
+
+
+def test_caps_and_windows_of_gemma_are_those_of_transformers_where_fields_are_left_out() -> None:
+    two, three = from_hf_config(GEMMA2), from_hf_config(GEMMA3)
+    assert (two.attention_cap, two.logits_cap, two.windows) == (50.0, 30.0, (4096, 0) * 3 + (4096,))
+    assert (three.attention_cap, three.logits_cap, three.windows) == (None, None, (4096,) * 5 + (0, 4096))
+    assert (three.rope.theta, three.local_rope.theta) == (1_000_000.0, 10_000.0)
+    uncapped = from_hf_config(GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (uncapped.attention_cap, uncapped.logits_cap) == (None, None)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn"])
+def test_older_names_of_longrope_mean_the_same(kind: str) -> None:
+    fields = {"original_max_position_embeddings": 32, "rope_theta": 500.0}
+    old, new = (
+        from_hf_config(PHI3 | fields | {"rope_scaling": FACTORS | {"type": name}}) for name in (kind, "longrope")
+    )
+    assert old.rope == new.rope
+    assert (new.rope.kind, new.rope.original_positions, new.rope.theta) == ("longrope", 32, 500.0)
+
+
+def test_more_tokens_than_gpt2_has_positions_are_refused() -> None:
+    model = from_hf_config(GPT2).make(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="17 tokens exceed the model's 16 positions"):
+        model(tiny.tokens(shape=(1, 17)))
