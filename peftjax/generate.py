@@ -6,7 +6,7 @@ python -m peftjax.generate --model=DIR --adapter=DIR --prompt="..." [--prompt=".
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens, up to and without a stop token.
+    """Continue each prompt by at most `max_new_tokens` tokens, up to and without a stop token; an encoder-decoder
+    answers it.
 
     prompts: token ids, each at least one. All rows run in one batch, padded on the left to a length that is a multiple
     of 32 (so few lengths are compiled). Active adapters take part.
@@ -115,10 +116,8 @@ def _decode(
     """tokens, mask: [B, W], padded on the left; ends: bool [V], true for tokens to stop at -> (new tokens
     [B, max_new], how many of them count [B])."""
     model = nnx.merge(graph, state)
-    batch, width = tokens.shape
-    cache = model.make_cache(batch, width + max_new)
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=cache)
+    batch = len(tokens)
+    hidden, cache, read = (_begin_target if hasattr(model, "decode") else _read_prompts)(model, tokens, mask, max_new)
 
     def unfinished(carry: tuple) -> jax.Array:
         index, _, _, done, _, _ = carry
@@ -131,14 +130,39 @@ def _decode(
         done = done | ends[token]
         out = out.at[:, index].set(token)
         lengths = jnp.where(done, lengths, index + 1)
-        place = positions[:, -1:] + 1 + index
-        hidden, cache = model.hidden(token[:, None], positions=place, cache=cache)
+        hidden, cache = read(token[:, None], index, cache)
         return index + 1, out, lengths, done, hidden, cache
 
     none = jnp.zeros((batch,), jnp.int32)
     carry = (0, jnp.zeros((batch, max_new), jnp.int32), none, none.astype(bool), hidden[:, -1:], cache)
     _, out, lengths, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
     return out, lengths
+
+
+# (the states [B, 1 or W, D] of which the last tells the first new token, a cache, and what reads new token number i,
+# [B, 1], into the cache)
+Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
+
+
+def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
+    """A decoder: new tokens go on from the prompts."""
+    batch, width = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=model.make_cache(batch, width + max_new))
+
+    def read(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return model.hidden(token, positions=positions[:, -1:] + 1 + index, cache=cache)
+
+    return hidden, cache, read
+
+
+def _begin_target(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
+    """An encoder-decoder: it encodes the prompts, and new tokens go on from the target's start token."""
+    order = jnp.argsort(~mask, axis=1, stable=True)  # padding on the right, so that a soft prompt is beside its text
+    tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
+    cache = model.make_cache(tokens, mask, max_new + 1)
+    start = jnp.full((len(tokens), 1), model.config.start, jnp.int32)
+    return *model.decode(start, cache), lambda token, index, cache: model.decode(token, cache)
 
 
 def main(argv: list[str]) -> None:

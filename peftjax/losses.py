@@ -71,6 +71,13 @@ def next_token_loss(model: Any, batch: Mapping[str, jax.Array], chunk: int) -> T
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
 
 
+def seq2seq_loss(model: Any, batch: Mapping[str, jax.Array], chunk: int) -> Totals:
+    """The cross entropy of an encoder-decoder on a batch: tokens and mask [B, S]; decoder_tokens, targets, loss_weights
+    [B, T]. The target's padding stands on its right."""
+    hidden = model.hidden(batch["tokens"], mask=batch["mask"], decoder_tokens=batch["decoder_tokens"])
+    return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
+
+
 def _totals(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Totals:
     """Totals of logits [B, c, V] for targets and weights [B, c]."""
     logits = logits.astype(jnp.float32)

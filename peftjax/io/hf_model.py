@@ -118,11 +118,12 @@ def load_model(
             name in `skip` that no kernel has.
     """
     directory = resolve(path, revision)
-    config = _read_config(directory, dtype, param_dtype, remat, head, labels)
+    stored = hf_files.read_tensors(directory)
+    config = _tied_as_stored(_read_config(directory, dtype, param_dtype, remat, head, labels), stored)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     table = entries(model)
     encoders = _encoders(model, table, quantize, skip)
-    tensors = _match(model, table, hf_files.read_tensors(directory), directory)
+    tensors = _match(model, table, stored, directory)
     mesh = mesh or _one_device()
     kept = np.dtype(config.param_dtype)
     values = {
@@ -240,6 +241,14 @@ def _read_config(
     return models.from_hf_config(fields, **options)
 
 
+def _tied_as_stored(config: Any, stored: dict[str, StoredTensor]) -> Any:
+    """The config, of a family where the tensors and not config.json say whether the head is tied: as they say."""
+    if not hasattr(config, "tied_if_equal"):
+        return config
+    one, other = (stored.get(name) for name in config.tied_if_equal)
+    return dataclasses.replace(config, tied=one is None or other is None or _equal(one, other))
+
+
 def _match(
     model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor], directory: Path
 ) -> dict[str, StoredTensor]:
@@ -284,9 +293,10 @@ def _renamed(
     model: Any, stored: dict[str, StoredTensor], known: Container[str], directory: Path
 ) -> dict[str, StoredTensor]:
     """The tensors by our keys, where a family's checkpoints have more than one name for a tensor (`hf_stored`)."""
+    rename = getattr(model, "hf_stored", lambda name: name)
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        ours = model.hf_stored(name)
+        ours = rename(name)
         key = (
             ours if ours in known or _ignored(model, ours) else name
         )  # a tensor that is not ours is told by its own name

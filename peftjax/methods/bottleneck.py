@@ -113,6 +113,10 @@ class Bottleneck(Method):
                 f"method.name={self.method!r} needs residual sublayers with a slot, and this model has none; in a network "
                 "of your own name them: adopt(model, sublayers={path: width})"
             )
+        if self.leave_out and len({site.path.split(".")[0] for site in residuals if site.stack}) > 1:
+            raise ValueError(
+                f"method.leave_out={self.leave_out} counts the layers of one stack, and this model has several; leave it empty"
+            )
         for site in residuals:
             adopted = isinstance(site.module, AdoptedSublayer)
             if adopted or wanted[site.path.rsplit(".", 1)[-1]]:

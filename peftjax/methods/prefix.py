@@ -2,6 +2,9 @@
 
 Li and Liang 2021 (arXiv:2101.00190), section 4. As peft has it, the prefix's keys take no rotary embedding and the text
 starts at position P. A query sees the whole prefix even where a sliding window hides the text as far back.
+
+In an encoder-decoder, as peft has it, only the decoder's attention to itself has a prefix, and layer i of L reads keys
+and values number 2i mod L: with an even L two layers share each that is read, and the others are of no use.
 """
 
 import dataclasses
@@ -10,9 +13,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from peftjax.core.variables import PeftParam
+from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import HfLeaf, MethodAdapter
 from peftjax.methods.prompt import Dense, SoftPrompt, uniform
 from peftjax.methods.sites import place, sites
@@ -46,18 +50,26 @@ class PrefixTuning(SoftPrompt):
 
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         self.site(model)  # checks the number of tokens
-        found = [site for site in sites(model) if isinstance(site.module, Attention)]
+        paired = _paired(model)
+        found = [
+            site
+            for site in sites(model)
+            if (site.path in type(model).prefix_layers if paired else isinstance(site.module, Attention))
+        ]
         if not found:
             raise ValueError("prefix tuning needs attention layers with a slot, which this model does not have")
         for site in found:
             attention = site.module
             shape = (*site.stack, 2, self.tokens, attention.kv_heads, attention.head_dim)
             axes = site.lead(None, None, "kv_heads", "head_dim")
+            order = None
+            if paired:
+                order, axes = 2 * np.arange(model.config.layers) % model.config.layers, (None, *axes[1:])
             if self.projection:
-                place(site, name, ProjectedPrefix(shape, axes, self.hidden, self.init, rngs))
+                place(site, name, ProjectedPrefix(shape, axes, order, self.hidden, self.init, rngs))
                 continue
             draw = jax.random.normal(rngs.params(), shape, jnp.float32) if self.init == "random" else jnp.zeros(shape)
-            place(site, name, Prefix(draw, axes))
+            place(site, name, Prefix(draw, axes, order))
 
     def to_hf(self, model: Any, name: str) -> dict[str, Any]:
         base = model.config
@@ -67,34 +79,57 @@ class PrefixTuning(SoftPrompt):
             "encoder_hidden_size": hidden if self.projection else None,
             "token_dim": base.kv_heads * base.head_dim,  # one layer's keys, as peft counts with grouped queries
             "num_attention_heads": base.kv_heads,
+            "num_transformer_submodules": 2 if _paired(model) else 1,
         }
 
 
-class Prefix(MethodAdapter):
-    """Keys and values before those of the text. states: [*stack, 2, P, K, H], keys and values."""
+def _paired(model: Any) -> bool:
+    """Whether the model is an encoder-decoder, where the layers read their prefixes in an order of peft's."""
+    if not hasattr(type(model), "prefix_layers"):
+        return False
+    config = model.config
+    if config.layers != config.decoder_layers:
+        raise ValueError(
+            f"prefix tuning of an encoder-decoder needs as many layers in both, as in peft; this model has "
+            f"{config.layers} and {config.decoder_layers}"
+        )
+    return True
 
-    def __init__(self, states: jax.Array, axes: tuple) -> None:
+
+class Prefix(MethodAdapter):
+    """Keys and values before those of the text. states: [*stack, 2, P, K, H], keys and values.
+
+    order: which of the states each layer reads, [L], if it is not its own; they are then not stacked, but whole in
+    every layer.
+    """
+
+    def __init__(self, states: jax.Array, axes: tuple, order: np.ndarray | None = None) -> None:
         self.states = PeftParam(states, axes=axes)
+        self.order = _constant(order)
 
     @property
     def virtual(self) -> int:  # type: ignore[override]
         return self.states.shape[-3]
 
     def made(self) -> jax.Array:
-        """The states, [*stack, 2, P, K, H]."""
-        return self.states.get_value()
+        """The states of one layer, [2, P, K, H]."""
+        return self._own(self.states)
+
+    def _own(self, variable: nnx.Variable) -> jax.Array:
+        value = variable.get_value()
+        return value if self.order is None else value[self.order.get_value()]
 
     def __call__(
         self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
     ) -> jax.Array:
-        q, k, v, mask = inputs
+        q, k, v, mask, *bias = inputs
         states = self.made().astype(k.dtype)  # [2, P, K, H]
         key, value = jnp.broadcast_to(states[:, None], (2, len(k), *states.shape[1:]))  # each [B, P, K, H]
         if mask is None:  # causal
             mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
         mask = jnp.pad(mask, ((0, 0),) * 3 + ((self.virtual, 0),), constant_values=True)
         keys, values = jnp.concatenate([key, k], axis=1), jnp.concatenate([value, v], axis=1)
-        return compute(q, keys, values, mask, **parameters)
+        return compute(q, keys, values, mask, *bias, **parameters)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         return {}
@@ -104,15 +139,22 @@ class Prefix(MethodAdapter):
         return {"prompt_embeddings": HfLeaf("states", axes=(2, 0, 1, 3, 4), shape=(tokens, -1))}
 
 
+def _constant(order: np.ndarray | None) -> Any:
+    return nnx.data(None if order is None else PeftConstant(jnp.asarray(order, jnp.int32), axes=("layers",)))
+
+
 class ProjectedPrefix(Prefix):
     """A prefix that is made: tanh(e W + b) kernel + bias, with e [P, K*H] and W [K*H, M] the same in all layers, and
     kernel [*stack, M, 2*K*H] and bias [*stack, 2*K*H] each layer's own."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple, hidden: int, init: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple, order: np.ndarray | None, hidden: int, init: str, rngs: nnx.Rngs
+    ) -> None:
         *stack, _, tokens, heads, head_dim = shape
         width = heads * head_dim
         hidden = hidden or width
         self.heads, self.axes = heads, axes
+        self.order = _constant(order)
         self.pieces = PeftParam(jax.random.normal(rngs.params(), (tokens, width), jnp.float32), axes=(None, None))
         self.dense = Dense(width, hidden, rngs)
         zero = 0.0 if init == "zero" else 1.0
@@ -125,11 +167,14 @@ class ProjectedPrefix(Prefix):
         return self.pieces.shape[0]
 
     def made(self) -> jax.Array:
+        return self._project(self._own(self.kernel), self._own(self.bias))
+
+    def _project(self, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         middle = jnp.tanh(self.dense(self.pieces.get_value()))  # [P, M]
-        flat = jnp.einsum("pm,...mw->...pw", middle, self.kernel.get_value())
-        flat = flat + jnp.broadcast_to(self.bias.get_value()[..., None, :], flat.shape)
+        flat = jnp.einsum("pm,...mw->...pw", middle, kernel)
+        flat = flat + jnp.broadcast_to(bias[..., None, :], flat.shape)
         split = flat.reshape(*flat.shape[:-1], 2, self.heads, -1)  # [*stack, P, 2, K, H]
         return jnp.moveaxis(split, -3, -4)
 
     def exported(self) -> MethodAdapter:
-        return Prefix(self.made(), self.axes)
+        return Prefix(self._project(self.kernel.get_value(), self.bias.get_value()), self.axes)

@@ -23,15 +23,16 @@ from peftjax.nn.embedding import Embedding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftPrompt(Method):
-    """What the methods that put virtual tokens before the text have in common. tokens: how many, P."""
+    """What the methods that put virtual tokens before the text have in common. tokens: how many, P.
+
+    In an encoder-decoder a soft prompt stands before the encoder's tokens alone.
+    """
 
     tokens: int = 20
 
     hf_fields: ClassVar = {"tokens": ("num_virtual_tokens", 20)}
     # the sizes of the base, which peft writes beside the options, and where a classification head is
-    hf_ignored: ClassVar = frozenset(
-        {"token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules", "modules_to_save"}
-    )
+    hf_ignored: ClassVar = frozenset({"token_dim", "num_attention_heads", "num_layers", "modules_to_save"})
 
     def __post_init__(self) -> None:
         positive(tokens=self.tokens)
@@ -62,7 +63,10 @@ class SoftPrompt(Method):
             )
         base = model.config
         sizes = {"token_dim": base.embed, "num_attention_heads": base.heads, "num_layers": base.layers}
-        return super().to_hf(model, name) | sizes | {"num_transformer_submodules": 1}
+        return super().to_hf(model, name) | sizes
+
+
+SUBMODULES = {"submodules": ("num_transformer_submodules", 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,14 +76,17 @@ class PromptTuning(SoftPrompt):
     init: "random" (normal, standard deviation 1, as peft does), "vocabulary" (rows of the embedding drawn at random) or
     "text" (the embedded tokens of `text`, repeated or cut to the number of virtual tokens). text_ids: the tokens of
     `text`; the train command fills them in by the base's tokenizer, elsewhere `method.tokenized(tokenizer.encode)` does.
+    submodules: 2 where there are P more vectors, of no use, as peft has them in the file of an encoder-decoder.
     """
 
     init: str = "random"
     text: str = ""
     text_ids: tuple[int, ...] = ()
+    submodules: int = 1
 
     method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    hf_fields: ClassVar = SoftPrompt.hf_fields | SUBMODULES
     hf_ignored: ClassVar = SoftPrompt.hf_ignored | {
         "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     }  # fmt: skip
@@ -87,6 +94,7 @@ class PromptTuning(SoftPrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        positive(submodules=self.submodules)
         if self.init not in ("random", "vocabulary", "text"):
             raise ValueError(f"method.init must be 'random', 'vocabulary' or 'text', it is {self.init!r}")
         if (self.init == "text") != bool(self.text or self.text_ids):
@@ -97,34 +105,36 @@ class PromptTuning(SoftPrompt):
 
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         site = self.site(model)
-        place(site, name, Prompt(self._initial(site.module, rngs)))
+        place(site, name, Prompt(self._initial(site.module, rngs), self.tokens))
 
     def _initial(self, embedding: Any, rngs: nnx.Rngs) -> jax.Array:
         vocab, features = embedding.in_features, embedding.out_features
+        count = self.tokens * self.submodules
         if self.init == "random":
-            return jax.random.normal(rngs.params(), (self.tokens, features), jnp.float32)
+            return jax.random.normal(rngs.params(), (count, features), jnp.float32)
         if self.init == "vocabulary":
-            ids = jax.random.randint(rngs.params(), (self.tokens,), 0, vocab)
+            ids = jax.random.randint(rngs.params(), (count,), 0, vocab)
         elif self.text_ids:
-            ids = jnp.resize(jnp.array(self.text_ids), (self.tokens,))
+            ids = jnp.resize(jnp.array(self.text_ids), (count,))
         else:
             raise ValueError("method.text has no tokens yet: call method.tokenized(tokenizer.encode) before attach")
         return embedding.embedding.get_value()[ids].astype(jnp.float32)
 
 
 class Prompt(MethodAdapter):
-    """Vectors before the embedded tokens. embeddings: [P, D]."""
+    """Vectors before the embedded tokens. embeddings: [P or more, D], of which the first P are used."""
 
-    def __init__(self, embeddings: jax.Array) -> None:
+    def __init__(self, embeddings: jax.Array, tokens: int) -> None:
+        self.virtual = tokens
         self.embeddings = PeftParam(embeddings, axes=(None, "embed"))
 
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        return self.embeddings.shape[0]
+    def vectors(self) -> jax.Array:
+        """All of them, [P or more, D]."""
+        return self.embeddings.get_value()
 
     def prompt(self) -> jax.Array:
         """[P, D]"""
-        return self.embeddings.get_value()
+        return self.vectors()[: self.virtual]
 
     def __call__(
         self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
@@ -145,25 +155,31 @@ class PTuning(SoftPrompt):
     encoder: "mlp" (three Linear layers with ReLU between), "lstm" (`layers` bidirectional LSTMs and two Linear layers
     with ReLU between), or "none": the vectors themselves are trained, which is how an adapter file is read, because it
     holds the encoder's output alone. hidden: the encoder's width; 0: that of the model. dropout: between LSTMs.
+    submodules: as for `PromptTuning`.
     """
 
     encoder: str = "mlp"
     hidden: int = 0
     layers: int = 2
     dropout: float = 0.0
+    submodules: int = 1
 
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
-    hf_fields: ClassVar = SoftPrompt.hf_fields | {
-        "hidden": ("encoder_hidden_size", None),
-        "layers": ("encoder_num_layers", 2),
-        "dropout": ("encoder_dropout", 0.0),
-    }
+    hf_fields: ClassVar = (
+        SoftPrompt.hf_fields
+        | SUBMODULES
+        | {
+            "hidden": ("encoder_hidden_size", None),
+            "layers": ("encoder_num_layers", 2),
+            "dropout": ("encoder_dropout", 0.0),
+        }
+    )
     hf_training: ClassVar = {"encoder_reparameterization_type": "MLP"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(layers=self.layers)
+        positive(layers=self.layers, submodules=self.submodules)
         if self.encoder not in ("mlp", "lstm", "none"):
             raise ValueError(f"method.encoder must be 'mlp', 'lstm' or 'none', it is {self.encoder!r}")
         if self.hidden < 0:
@@ -172,15 +188,15 @@ class PTuning(SoftPrompt):
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         site = self.site(model)
         features = site.module.out_features
-        pieces = jax.random.normal(rngs.params(), (self.tokens, features), jnp.float32)
+        pieces = jax.random.normal(rngs.params(), (self.tokens * self.submodules, features), jnp.float32)
         hidden = self.hidden or features
         if self.encoder == "none":
-            adapter: Prompt = Prompt(pieces)
+            adapter: Prompt = Prompt(pieces, self.tokens)
         elif self.encoder == "mlp":
-            adapter = EncodedPrompt(pieces, None, (features, hidden, hidden, features), rngs)
+            adapter = EncodedPrompt(pieces, self.tokens, None, (features, hidden, hidden, features), rngs)
         else:
             lstm = Lstm(features, hidden, self.layers, self.dropout, rngs)
-            adapter = EncodedPrompt(pieces, lstm, (2 * hidden, 2 * hidden, features), rngs)
+            adapter = EncodedPrompt(pieces, self.tokens, lstm, (2 * hidden, 2 * hidden, features), rngs)
         place(site, name, adapter)
 
     def to_hf(self, model: Any, name: str) -> dict[str, Any]:
@@ -197,14 +213,16 @@ class PTuning(SoftPrompt):
 
 
 class EncodedPrompt(Prompt):
-    """A soft prompt that an encoder makes of `embeddings`, [P, D]: a stack of Linear layers, after LSTMs or not."""
+    """A soft prompt that an encoder makes of `embeddings`: a stack of Linear layers, after LSTMs or not."""
 
-    def __init__(self, pieces: jax.Array, lstm: "Lstm | None", sizes: tuple[int, ...], rngs: nnx.Rngs) -> None:
-        super().__init__(pieces)
+    def __init__(
+        self, pieces: jax.Array, tokens: int, lstm: "Lstm | None", sizes: tuple[int, ...], rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(pieces, tokens)
         self.lstm = nnx.data(lstm)
         self.mlp = nnx.data([Dense(i, o, rngs) for i, o in itertools.pairwise(sizes)])
 
-    def prompt(self) -> jax.Array:
+    def vectors(self) -> jax.Array:
         x = self.embeddings.get_value()
         if self.lstm is not None:
             x = self.lstm(x)
@@ -213,7 +231,7 @@ class EncodedPrompt(Prompt):
         return x
 
     def exported(self) -> MethodAdapter:
-        return Prompt(self.prompt())
+        return Prompt(self.vectors(), self.virtual)
 
 
 class Dense(nnx.Module):

@@ -17,6 +17,8 @@ FAMILIES = {
     "phi3": "peftjax.models.phi3",
     "gemma2": "peftjax.models.gemma",
     "gemma3_text": "peftjax.models.gemma",
+    "t5": "peftjax.models.t5",
+    "mt5": "peftjax.models.t5",
 }
 
 

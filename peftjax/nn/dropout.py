@@ -22,6 +22,11 @@ class Dropout(nnx.Module):
         axes = ("layers", None) if stack else (None,)
         self.key = nnx.data(DropoutKey(jnp.zeros((*stack, 2), jnp.uint32), axes=axes) if rate > 0 else None)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return self.deterministic or self.key is None
+
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.key is None:
             return x

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class FeedForward(nnx.Module):
     """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3). [B, T, D] -> [B, T, D].
 
-    linear: the kind of its layers.
+    linear: the kind of its layers. dropout: the rate in training, of what `down` reads.
     """
 
     def __init__(
@@ -35,20 +36,24 @@ class FeedForward(nnx.Module):
         use_bias: bool,
         linear: type[Linear] = Linear,
         stddev: float,
+        dropout: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.activation = activation
+        self.activation, self.dropout = activation, Dropout(dropout)
         common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.up = linear(features, hidden, axes=("embed", "mlp"), **common)
         self.down = linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.dropout(self.activation(self.up(x))))
 
 
 class GatedFeedForward(nnx.Module):
-    """(act(x W_gate) * x W_up) W_down; with SiLU it is SwiGLU (Shazeer 2020, eq. 6). [B, T, D] -> [B, T, D]."""
+    """(act(x W_gate) * x W_up) W_down; with SiLU it is SwiGLU (Shazeer 2020, eq. 6). [B, T, D] -> [B, T, D].
+
+    dropout: the rate in training, of what `down` reads.
+    """
 
     def __init__(
         self,
@@ -58,17 +63,18 @@ class GatedFeedForward(nnx.Module):
         activation: Callable[[jax.Array], jax.Array],
         use_bias: bool,
         stddev: float,
+        dropout: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.activation = activation
+        self.activation, self.dropout = activation, Dropout(dropout)
         common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.gate = Linear(features, hidden, axes=("embed", "mlp"), **common)
         self.up = Linear(features, hidden, axes=("embed", "mlp"), **common)
         self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
 
 
 class FusedGatedFeedForward(nnx.Module):
