@@ -38,7 +38,7 @@ class PrefixTuning(SoftPrompt):
 
     method: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"encoder_hidden_size"}
+    hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"encoder_hidden_size", "num_transformer_submodules"}
     hf_training: ClassVar = {"prefix_projection": False, "init_weights": True}
 
     def __post_init__(self) -> None:

@@ -31,6 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v1.0": {"d_kv": 8},
     "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "d_kv": 6, "num_decoder_layers": 2},
 }
+# peft gives out a prefix in an order that is another for an even number of layers than for an odd one
+EVEN = {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False, "d_kv": 8, "num_layers": 4}
+BASES = VARIANTS | {"even": EVEN}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +43,7 @@ def t5s(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def base(name: str) -> Path:
         if not (folder / name).exists():
-            save_base(folder / name, transformers.T5Config, transformers.T5ForConditionalGeneration, VARIANTS[name])
+            save_base(folder / name, transformers.T5Config, transformers.T5ForConditionalGeneration, BASES[name])
         return folder / name
 
     return base
@@ -71,6 +74,10 @@ def inputs(seed: int = 3) -> dict[str, np.ndarray]:
         "mask": mask,
         "decoder_tokens": np.pad(rng.integers(2, 48, (2, 15)), ((0, 0), (1, 0))),
     }
+
+
+def real_tokens(given: dict[str, np.ndarray]) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(given["tokens"], given["mask"], strict=True)]
 
 
 def call_theirs(model: Any, given: dict[str, np.ndarray], **options: Any) -> Any:
@@ -118,7 +125,7 @@ def test_every_state_and_the_logits_are_those_of_transformers(name: str, t5s: Ca
     cross = first["decoder"].cross.keys_values(memory)
     assert_close(first["decoder"](before[1], causal, bias["decoder"], cross, keys, None, 0)[0], after[1])
     states, _ = ours.encode(jnp.asarray(given["tokens"]), mask=jnp.asarray(real))
-    assert_close(np.asarray(states)[real], memory.__array__()[real])
+    assert_close(np.asarray(states)[real], np.asarray(memory)[real])
     got = logits(ours)
     assert np.abs(expected.logits.numpy()).max() > 1
     assert np.abs(got - expected.logits.numpy()).max() < 1e-5
@@ -127,3 +134,175 @@ def test_every_state_and_the_logits_are_those_of_transformers(name: str, t5s: Ca
 def first_layer(stack: Any) -> Any:
     graph, leaves = variables.flat(stack)
     return variables.merge(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
+
+
+def test_mt5_is_read_and_written_as_transformers_does(tmp_path: Path) -> None:
+    """Its head is scaled by nothing, and tied unless the file has two that differ."""
+    for name, fields in {"own head": {}, "tied": {"feed_forward_proj": "relu"}}.items():
+        save_base(
+            tmp_path / name, transformers.MT5Config, transformers.MT5ForConditionalGeneration, fields | {"d_kv": 8}
+        )
+        ours = peftjax.load_model(tmp_path / name)
+        assert ours.tied == (name == "tied")
+        assert_close(logits(ours), logits(load_theirs(tmp_path / name)))
+        peftjax.save_model(ours, tmp_path / "saved")
+        assert_close(logits(load_theirs(tmp_path / "saved")), logits(ours))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transformers_loads_what_we_save_and_generates_the_same(name: str, t5s: Callable, tmp_path: Path) -> None:
+    ours = peftjax.load_model(t5s(name))
+    peftjax.save_model(ours, tmp_path / "saved", source=t5s(name))
+    theirs = load_theirs(tmp_path / "saved")
+    assert_close(logits(theirs), logits(load_theirs(t5s(name))), 0.0)
+    given = inputs()
+    answers = theirs.generate(
+        input_ids=torch.tensor(given["tokens"]),
+        attention_mask=torch.tensor(given["mask"].astype(np.int64)),
+        max_new_tokens=12,
+        do_sample=False,
+    )
+    ended = [[*row.tolist()[1:], 1] for row in answers]  # after the start token; 1 is the end of text
+    assert generate(ours, real_tokens(given), max_new_tokens=12, stop=(1,)) == [row[: row.index(1)] for row in ended]
+
+
+def test_old_files_that_hold_the_embedding_under_other_names_load(t5s: Callable, tmp_path: Path) -> None:
+    tensors = load_file(t5s("v1.0") / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    tensors["lm_head.weight"] = tensors["encoder.embed_tokens.weight"].copy()
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    save_file(tensors | {unused: np.zeros((8, 4), np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((t5s("v1.0") / "config.json").read_text())
+    model = peftjax.load_model(tmp_path)
+    assert model.tied
+    np.testing.assert_array_equal(logits(model), logits(peftjax.load_model(t5s("v1.0"))))
+
+
+def test_the_buckets_are_those_of_transformers() -> None:
+    bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    for buckets, farthest in ((32, 128), (16, 128), (32, 64), (7, 20), (4, 1000)):
+        distances = torch.arange(farthest + 1)
+        expected = bucket(-distances, bidirectional=False, num_buckets=buckets, max_distance=farthest)
+        np.testing.assert_array_equal(buckets_of_distances(buckets, farthest), expected.numpy())
+
+
+# --- Adapters ---
+
+PEERS: dict[str, tuple[methods.Method, Callable[[], Any]]] = {
+    "lora": (
+        methods.Lora(rank=4, alpha=8, targets="all-linear"),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    ),
+    "ia3": (
+        methods.Ia3(targets=("k", "v", "wo"), feedforward=("wo",)),
+        lambda: peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"]),
+    ),
+    "prompt": (methods.PromptTuning(tokens=TOKENS), lambda: peft.PromptTuningConfig(num_virtual_tokens=TOKENS)),
+    "prefix": (methods.PrefixTuning(tokens=TOKENS), lambda: peft.PrefixTuningConfig(num_virtual_tokens=TOKENS)),
+}
+
+
+def adapted(base: Path, config: Any) -> Any:
+    """Their model with their adapter, of which whatever would be trained has moved."""
+    config.task_type = "SEQ_2_SEQ_LM"
+    model = peft.get_peft_model(load_theirs(base), config).eval()
+    shake({path: p for path, p in model.named_parameters() if p.requires_grad}, 0.1)
+    return model
+
+
+def load_into_theirs(base: Path, adapter: Path) -> Any:
+    model = peft.PeftModel.from_pretrained(load_theirs(base), adapter).eval()
+    used = peft.get_peft_model_state_dict(model)
+    file = load_file(adapter / "adapter_model.safetensors")
+    assert used.keys() == file.keys()
+    for key, value in file.items():
+        np.testing.assert_array_equal(used[key].detach().numpy(), value, err_msg=key)
+    return model
+
+
+CASES = [("lora", "v1.1"), ("ia3", "v1.1"), ("prompt", "v1.1"), ("prefix", "v1.0"), ("prefix", "even")]
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_adapters_go_both_ways_between_peft_and_us(method: str, name: str, t5s: Callable, tmp_path: Path) -> None:
+    ours, make_theirs = PEERS[method]
+    theirs = adapted(t5s(name), make_theirs())
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_model(t5s(name))
+    before = logits(model)
+    peftjax.load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), before)
+    assert methods.count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    peftjax.save_adapter(model, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    for key, value in load_file(tmp_path / "theirs" / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(again[key], value, err_msg=key)
+
+    model = attached(t5s(name), ours)
+    peftjax.save_adapter(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    assert_close(logits(model), logits(load_into_theirs(t5s(name), tmp_path / "ours")))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_text_generated_with_virtual_tokens_is_what_peft_finds_likeliest(
+    method: str, t5s: Callable, tmp_path: Path
+) -> None:
+    """By its forward passes: its `generate` forgets the prefix under transformers 5.24."""
+    theirs, given = adapted(t5s("even"), PEERS[method][1]()), inputs()
+    theirs.save_pretrained(tmp_path)
+    target = np.zeros((2, 1), np.int64)
+    with torch.no_grad():
+        for _ in range(10):
+            last = call_theirs(theirs, given | {"decoder_tokens": target}).logits[:, -1]
+            target = np.concatenate([target, last.argmax(-1, keepdim=True).numpy()], axis=1)
+    model, prompts = peftjax.load_model(t5s("even")), real_tokens(given)
+    plain = generate(model, prompts, max_new_tokens=10)
+    assert generate(peftjax.load_adapter(model, tmp_path), prompts, max_new_tokens=10) == target[:, 1:].tolist()
+    assert target[:, 1:].tolist() != plain
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_steps_of_adamw_equal_those_of_torch_and_peft(method: str, t5s: Callable, tmp_path: Path) -> None:
+    """In evaluation, which is without dropout, for random bits are each library's own."""
+    theirs = adapted(t5s("v1.0"), PEERS[method][1]())
+    theirs.save_pretrained(tmp_path / "start")
+    model = peftjax.load_adapter(peftjax.load_model(t5s("v1.0")), tmp_path / "start")
+    batches = [inputs(seed) for seed in range(STEPS)]
+    targets = [np.roll(batch["decoder_tokens"], -1, axis=1) for batch in batches]
+
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer, expected = adamw(parameters), []
+    for batch, target in zip(batches, targets, strict=True):
+        optimizer.zero_grad()
+        loss = call_theirs(theirs, batch, labels=torch.tensor(target)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+
+    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    ours, losses = optimizer_for(model, trainable), []
+    state = ours.init(trainable)
+
+    @jax.jit
+    def step(trainable: Any, state: Any, batch: Any) -> Any:
+        def mean(trainable: Any) -> jax.Array:
+            totals = seq2seq_loss(variables.merge(graph, trainable, frozen), batch, 7)
+            return totals.loss / totals.tokens
+
+        value, gradients = jax.value_and_grad(mean)(trainable)
+        updates, state = ours.update(gradients, state, trainable)
+        return jax.tree.map(jnp.add, trainable, updates), state, value
+
+    for batch, target in zip(batches, targets, strict=True):
+        batch = batch | {"targets": target, "loss_weights": np.ones(target.shape, np.float32)}
+        trainable, state, value = step(trainable, state, batch)
+        losses.append(float(value))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    variables.update(model, trainable)
+    peftjax.save_adapter(model, tmp_path / "end")
+    moved = peft.get_peft_model_state_dict(theirs)
+    for key, value in load_file(tmp_path / "end" / "adapter_model.safetensors").items():
+        np.testing.assert_allclose(value, moved[key].detach().numpy(), atol=1e-4, rtol=0, err_msg=key)
