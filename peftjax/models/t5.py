@@ -71,9 +71,11 @@ class T5Config:
         """config.json for a directory that transformers loads."""
         fields = json.loads(self.hf)
         fields.pop("torch_dtype", None)
-        scaling = {} if fields["model_type"] == "mt5" else {"scale_decoder_outputs": self.scaled}
-        # transformers 4 has one field for both, and 5 reads it as the scaling where the other is not there
-        return fields | scaling | {"dtype": self.param_dtype, "tie_word_embeddings": self.scaled}
+        if fields["model_type"] == "mt5":
+            heads = {"tie_word_embeddings": self.tied}
+        else:  # transformers 4 has the first field for both, and 5 for the scaling where the second is not there
+            heads = {"tie_word_embeddings": self.scaled, "scale_decoder_outputs": self.scaled}
+        return fields | heads | {"dtype": self.param_dtype}
 
 
 @partial(
