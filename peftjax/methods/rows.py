@@ -75,9 +75,13 @@ def rows(model: Any, names: Sequence[str | None]) -> Rows:
     """The model for a batch whose row b uses the adapters called names[b]; None: the base alone.
 
     Raises:
-        ValueError: a name that is not attached, adapters that differ in their method's shapes, or a row without an
-            adapter beside adapters that no values make ineffective (a soft prompt takes positions).
+        ValueError: a name that is not attached, adapters that differ in their method's shapes, a row without an adapter
+            beside adapters that no values make ineffective (a soft prompt takes positions), or an encoder-decoder.
     """
+    if hasattr(model, "decode"):
+        raise ValueError(
+            "rows: one batch with several adapters is not there for an encoder-decoder; use() one at a time"
+        )
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:

@@ -43,19 +43,19 @@ def t5s(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def base(name: str) -> Path:
         if not (folder / name).exists():
-            save_base(folder / name, transformers.T5Config, transformers.T5ForConditionalGeneration, BASES[name])
+            kind = (transformers.T5Config, transformers.T5ForConditionalGeneration)
+            save_base(folder / name, *kind, BASES[name], own_head=name != "v1.0")
         return folder / name
 
     return base
 
 
-def save_base(path: Path, make_config: Any, make_model: Any, fields: dict[str, Any]) -> None:
+def save_base(path: Path, make_config: Any, make_model: Any, fields: dict[str, Any], own_head: bool) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "d_model": 32, "d_ff": 40, "num_layers": LAYERS, "num_heads": 4}
     buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
-    config = make_config(**sizes | buckets | {"decoder_start_token_id": 0} | fields)
-    model = make_model(config)
-    if "gated" in config.feed_forward_proj:  # released with a head of its own, whatever its config.json says
+    model = make_model(make_config(**sizes | buckets | {"decoder_start_token_id": 0} | fields))
+    if own_head:
         model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(48, 32))
     shake(dict(model.named_parameters()), 0.1)
     model.save_pretrained(path)
@@ -136,17 +136,17 @@ def first_layer(stack: Any) -> Any:
     return variables.merge(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
 
 
-def test_mt5_is_read_and_written_as_transformers_does(tmp_path: Path) -> None:
-    """Its head is scaled by nothing, and tied unless the file has two that differ."""
-    for name, fields in {"own head": {}, "tied": {"feed_forward_proj": "relu"}}.items():
-        save_base(
-            tmp_path / name, transformers.MT5Config, transformers.MT5ForConditionalGeneration, fields | {"d_kv": 8}
-        )
-        ours = peftjax.load_model(tmp_path / name)
-        assert ours.tied == (name == "tied")
-        assert_close(logits(ours), logits(load_theirs(tmp_path / name)))
-        peftjax.save_model(ours, tmp_path / "saved")
-        assert_close(logits(load_theirs(tmp_path / "saved")), logits(ours))
+def test_scaling_and_a_head_of_its_own_are_read_and_written_as_transformers_does(tmp_path: Path) -> None:
+    """Whether the head is tied the tensors say. mT5 never scales; T5 does unless its config.json says otherwise."""
+    t5 = (transformers.T5Config, transformers.T5ForConditionalGeneration)
+    mt5 = (transformers.MT5Config, transformers.MT5ForConditionalGeneration)
+    for index, (kind, own_head) in enumerate([(t5, True), (mt5, True), (mt5, False)]):
+        save_base(tmp_path / f"{index}", *kind, {"d_kv": 8}, own_head)
+        ours = peftjax.load_model(tmp_path / f"{index}")
+        assert ours.tied != own_head
+        assert_close(logits(ours), logits(load_theirs(tmp_path / f"{index}")))
+        peftjax.save_model(ours, tmp_path / f"saved {index}")
+        assert_close(logits(load_theirs(tmp_path / f"saved {index}")), logits(ours))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

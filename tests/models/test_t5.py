@@ -182,3 +182,9 @@ def test_a_merged_head_of_its_own_is_saved_beside_the_scaling(tmp_path: Path) ->
 def test_what_two_stacks_make_ambiguous_is_refused(fields: dict, method: methods.Method, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.attach(model(**fields), method, rngs=nnx.Rngs(0))
+
+
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    adapted = methods.attach(model(), methods.Lora(rank=2, targets=("q",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="not there for an encoder-decoder"):
+        methods.rows(adapted, ["default", None])
