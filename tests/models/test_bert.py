@@ -21,8 +21,6 @@ from peftjax.core import variables
 from peftjax.losses import Totals
 from peftjax.methods import count_trainable
 from peftjax.models import from_hf_config
-from peftjax.nn.attention import attend_with_dropout
-from peftjax.nn.dropout import Dropout
 from peftjax.step import first_state, make_train_step
 from tests import tiny
 
@@ -198,16 +196,6 @@ def test_more_tokens_than_positions_are_refused() -> None:
     model(jnp.full((1, 14), 5))  # 16 rows, of which the padding and what is before it take two
     with pytest.raises(ValueError, match="15 tokens and 0 virtual ones exceed the model's 14 positions"):
         model(jnp.full((1, 15), 5))
-
-
-def test_attention_written_out_for_dropout_is_attention() -> None:
-    q, k, v = (jax.random.normal(key, (2, 5, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
-    mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])[:, None, None]
-    written, expected = (
-        attend_with_dropout(q, k, v, mask, Dropout(0.0)),
-        jax.nn.dot_product_attention(q, k, v, mask=mask),
-    )
-    np.testing.assert_allclose(written, expected, atol=1e-6)
 
 
 # --- Adapters beside a head ---

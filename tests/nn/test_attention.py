@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.nn.attention import Attention, attention_mask, capped_attention, key_distances, within_window
+from peftjax.nn.attention import Attention, attend, attention_mask, key_distances, within_window
+from peftjax.nn.dropout import Dropout
 from peftjax.nn.rope import Rope
 
 B, T, D, N, K, H = 2, 6, 16, 4, 2, 8
@@ -192,15 +193,16 @@ def test_a_cache_is_kept_in_the_computation_dtype() -> None:
     assert {cache.key.dtype, cache.value.dtype, logits.dtype} == {jnp.dtype("bfloat16")}
 
 
-def test_a_cap_bends_the_scores_and_a_wide_one_leaves_them() -> None:
+def test_attention_written_out_is_attention_and_a_cap_bends_its_scores() -> None:
     q, k, v = (jax.random.normal(jax.random.key(i), (B, T, n, H)) for i, n in enumerate((N, K, K)))
     mask = attention_mask(T, valid=jnp.arange(T)[None] < jnp.array([[T], [T - 2]]), segments=None)
     for given in (None, mask):
         plain = jax.nn.dot_product_attention(q, k, v, mask=given, scale=0.7, is_causal=given is None)
-        np.testing.assert_allclose(capped_attention(q, k, v, given, scale=0.7, cap=1e4), plain, atol=1e-5)
+        for cap in (None, 1e4):
+            written = attend(q, k, v, given, scale=0.7, cap=cap, dropout=Dropout(0.0))
+            np.testing.assert_allclose(written, plain, atol=1e-5)
     key = k[0, :2, 0]  # what the second query of the first head sees
     scores = 2 * np.tanh(np.asarray(key @ q[0, 1, 0]) * 0.7 / 2)
     weights = np.exp(scores) / np.exp(scores).sum()
-    np.testing.assert_allclose(
-        capped_attention(q, k, v, None, scale=0.7, cap=2.0)[0, 1, 0], weights @ v[0, :2, 0], atol=1e-5
-    )
+    capped = attend(q, k, v, None, scale=0.7, cap=2.0, dropout=Dropout(0.0))
+    np.testing.assert_allclose(capped[0, 1, 0], weights @ v[0, :2, 0], atol=1e-5)
