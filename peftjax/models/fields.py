@@ -14,7 +14,7 @@ HARMLESS = {
     "_attn_implementation_autoset", "keys_to_ignore_at_inference", "return_dict", "output_attentions",
     "output_hidden_states", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "torchscript",
     "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p", "do_sample", "unsloth_version",
-    "unsloth_fixed", "_commit_hash", "peftjax_version",
+    "unsloth_fixed", "_commit_hash", "peftjax_version", "_num_labels", "gradient_checkpointing",
 }  # fmt: skip
 
 
