@@ -244,8 +244,10 @@ def test_adapters_go_to_peft_and_back(name: str, directories: Callable[[str], Pa
         assert fields["fan_in_fan_out"] == (variant == "gpt2")
 
 
-def test_a_merged_gpt2_gives_equal_logits_in_transformers(directories: Callable[[str], Path], tmp_path: Path) -> None:
+def test_all_linear_of_gpt2_goes_to_peft_and_merges(directories: Callable[[str], Path], tmp_path: Path) -> None:
     model = peers.attached(directories("gpt2"), peftjax.Lora(rank=4))
     expected = peers.logits(model)
+    peftjax.save_adapter(model, tmp_path / "adapter")
+    peers.assert_close(peers.logits(peers.load_into_theirs(directories("gpt2"), tmp_path / "adapter").eval()), expected)
     save_model(peftjax.merge(model), tmp_path / "merged")
     peers.assert_close(peers.logits(their_model(tmp_path / "merged")), expected)
