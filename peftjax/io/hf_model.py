@@ -232,7 +232,7 @@ def _read_config(
         )
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if hasattr(models.family(fields), "HEADS"):
-        options |= {"head": head, "labels": labels} | read_pooling(directory)
+        options |= {"head": head, "labels": labels} | (read_pooling(directory) if head in (None, "none") else {})
     elif head is not None or labels is not None:
         raise ValueError(
             f"head={head!r}, labels={labels}: a model of type {fields['model_type']!r} has no heads to choose from here; "

@@ -7,24 +7,34 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
+from safetensors.numpy import load_file
 
 import peftjax
+from peftjax import sharding
 from peftjax.core import variables
+from peftjax.losses import Totals
 from peftjax.methods import count_trainable
+from peftjax.step import first_state, make_train_step
 from tests.interop.peers import (
     THEIRS,
+    adamw,
     adapted,
     assert_close,
     assert_far,
     attached,
+    batches,
     load_into_theirs,
     load_theirs,
+    optimizer_for,
     shake,
     task_type,
+    trainable_theirs,
 )
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
@@ -207,3 +217,50 @@ def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, t
     model = peftjax.load_adapter(peftjax.load_model(base), tmp_path)
     assert_close(ours(model), theirs(peer))
     assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
+
+
+def test_five_steps_of_adamw_equal_those_of_torch_and_peft(encoder: Callable, tmp_path: Path) -> None:
+    base = encoder("RobertaForSequenceClassification")
+    mine, config = PEERS["lora"]
+    model = peftjax.attach(peftjax.load_model(base), mine, rngs=nnx.Rngs(0))
+    start = load_file(peftjax.save_adapter(model, tmp_path / "start") / "adapter_model.safetensors")
+    peer = trainable_theirs(base, config(), tmp_path / "start").eval()  # without dropout, as ours is before train()
+
+    parameters = [p for p in peer.parameters() if p.requires_grad]
+    optimizer, expected = adamw(parameters), []
+    for ids in map(torch.tensor, batches()):
+        loss = peer(ids, labels=ids[:, 0] % 3).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+
+    np.testing.assert_allclose(train(model), expected, rtol=1e-5)
+    end = load_file(peftjax.save_adapter(model, tmp_path / "end") / "adapter_model.safetensors")
+    for key, value in peft.get_peft_model_state_dict(peer).items():
+        np.testing.assert_allclose(end[key], value.numpy(), atol=1e-4, rtol=0, err_msg=key)
+    assert np.abs(end[OUT] - start[OUT]).max() > 10 * 1e-4
+
+
+OUT = "base_model.model.classifier.out_proj.weight"
+
+
+def train(model: Any) -> list[float]:
+    """With the train command's own step."""
+    mesh = sharding.make_mesh()
+    sharding.place(model, mesh)
+    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    optimizer, losses = optimizer_for(model, trainable), []
+    state = first_state(trainable, optimizer, seed=0)
+    step = make_train_step(graph, optimizer, (), cross_entropy, state)
+    for ids in batches():
+        state, measured = step(state, frozen, sharding.shard_batch({"tokens": ids, "labels": ids[:, 0] % 3}, mesh))
+        losses.append(float(measured["loss"]))
+    variables.update(model, state.trainable)
+    return losses
+
+
+def cross_entropy(model: Any, batch: Any) -> Totals:
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"]), batch["labels"])
+    return Totals(losses.sum(), jnp.float32(len(losses)), jnp.float32(0))
