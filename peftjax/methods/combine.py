@@ -45,7 +45,7 @@ from peftjax.core.paths import suggest
 from peftjax.methods.attach import active, attach_unchecked, attached, detach, use
 from peftjax.methods.lora import Lora
 from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
-from peftjax.methods.sites import adapters
+from peftjax.methods.sites import adapters, head_sites
 
 APART = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 SPARSE_SVD = ("magnitude_prune_svd", "ties_svd", "dare_linear_svd", "dare_ties_svd")
@@ -183,6 +183,11 @@ def _loras(model: Any, names: Sequence[str]) -> list[Lora]:
                 raise ValueError(
                     f"combine: adapter {name!r} has {option}={value!r}; only LoRAs that train A and B alone can be combined"
                 )
+        if heads := [site.names[0] for site in head_sites(model) if name in site.module.adapters.names()]:
+            raise ValueError(
+                f"combine: adapter {name!r} has a {heads[0]} of its own, and heads cannot be combined; train the adapters "
+                "without a head, or answer each row by its own adapter (peftjax.rows)"
+            )
         loras.append(method)
     return loras
 
