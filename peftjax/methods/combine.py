@@ -178,7 +178,13 @@ def _loras(model: Any, names: Sequence[str]) -> list[Lora]:
         method = methods[name]
         if not isinstance(method, Lora):
             raise ValueError(f"combine: adapter {name!r} is of the method {method.method!r}; only lora can be combined")
-        for option, plain in (("dora", False), ("lora_bias", False), ("bias", "none"), ("modules_to_save", ())):
+        for option, plain in (
+            ("dora", False),
+            ("lora_bias", False),
+            ("bias", "none"),
+            ("token_indices", ()),
+            ("modules_to_save", ()),
+        ):
             if (value := getattr(method, option)) != plain:
                 raise ValueError(
                     f"combine: adapter {name!r} has {option}={value!r}; only LoRAs that train A and B alone can be combined"

@@ -27,6 +27,7 @@ from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora_init import INITS, RESIDUAL, ResidualLora, initial
 from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_rank, check_table, place, sites
 from peftjax.methods.targeted import Targeted
+from peftjax.methods.trainable_tokens import check_tokens, token_embedding, train_tokens
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 
@@ -39,6 +40,7 @@ class Lora(Targeted):
     dropout: on the adapter's input, in training.
     bias: train no bias ("none"), those of the targets ("lora_only") or all of the model ("all").
     lora_bias: train a bias on B, which is scaled as B is.
+    token_indices: tokens whose rows of the embedding are trained beside it (trainable_tokens.py), such as new ones.
     dora: train magnitude and direction apart.
     init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N" (N: a number), "olora", or
     "eva": from batches of data (`attach(..., batches=)`; a training shows it its first `eva_batches`). eva_rho: how many
@@ -56,6 +58,7 @@ class Lora(Targeted):
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     bias: str = "none"
     lora_bias: bool = False
+    token_indices: tuple[int, ...] = ()
     dora: bool = False
     init: str = "kaiming"
     eva_rho: float = 2.0
@@ -76,6 +79,7 @@ class Lora(Targeted):
         "alpha_pattern": ("alpha_pattern", None),
         "bias": ("bias", "none"),
         "lora_bias": ("lora_bias", False),
+        "token_indices": ("trainable_token_indices", None),
         "dora": ("use_dora", False),
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
@@ -95,6 +99,8 @@ class Lora(Targeted):
         for rank in (self.rank, *dict(self.rank_pattern).values()):
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"method.rank must be a whole number of at least 1, it is {rank!r}")
+        object.__setattr__(self, "token_indices", tuple(self.token_indices))
+        check_tokens(self.token_indices)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
         if not INITS.fullmatch(self.init):
@@ -161,6 +167,8 @@ class Lora(Targeted):
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)
+        if self.token_indices:
+            train_tokens(model, self.token_indices, [token_embedding(model)], name, key="token_adapter.", both=False)
         if self.bias != "none":
             self._train_biases(model, name)
 
@@ -271,6 +279,13 @@ class Lora(Targeted):
             raise ValueError(
                 f"adapter_config.json: init_lora_weights={init!r} changes the base model too and is not supported; "
                 "convert the adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        tokens = config.get("trainable_token_indices")
+        if isinstance(tokens, dict) and len(tokens) == 1:  # of one embedding, by its name
+            config = config | {"trainable_token_indices": list(*tokens.values())}
+        elif isinstance(tokens, dict) and tokens:
+            raise ValueError(
+                f"adapter_config.json: trainable_token_indices={tokens!r} of several layers is not supported"
             )
         return super().from_hf(config)
 

@@ -41,54 +41,70 @@ class TrainableTokens(Method):
         object.__setattr__(self, "targets", names_or_pattern(self.targets))
         if not self.token_indices:
             raise ValueError("method.token_indices is empty: give the ids of the tokens to train")
-        if twice := [token for token in self.token_indices if self.token_indices.count(token) > 1]:
-            raise ValueError(f"method.token_indices has {twice[0]} more than once")
+        check_tokens(self.token_indices)
 
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         del rngs
-        chosen = self._chosen(model)
-        embed = next((site for site in chosen if site.module is getattr(model, "embed", None)), None)
-        borrows = model.head if embed is not None and getattr(model, "tied", False) else None
-        for site in chosen:
-            if site.module is not borrows:
-                place(site, name, self._adapter(site, model))
-        if borrows is not None and embed is not None:
-            site = next(site for site in sites(model) if site.module is borrows)
-            rows = embed.module.adapters.adapter(name)
-            place(site, name, TokenColumns(_key(site), rows.indices, rows.delta))
-
-    def _chosen(self, model: Any) -> list[Site]:
         layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
-        if not self.targets:
-            embeds = [site for site in layers if isinstance(site.module, Embedding)]
-            found = [site for site in embeds if site.module is getattr(model, "embed", None)] or embeds
-            if len(found) != 1:
-                raise ValueError(f"method.targets is empty and this model has {len(found)} embeddings: name one")
-            return found
-        return [site for site, _ in choose(layers, self.targets)]
-
-    def _adapter(self, site: Site, model: Any) -> "TokenRows":
-        layer = site.module
-        embeds = isinstance(layer, Embedding)
-        vocab = layer.in_features if embeds else layer.out_features
-        if beyond := [token for token in self.token_indices if not 0 <= token < vocab]:
-            raise ValueError(f"method.token_indices: {beyond[0]} is no token of {site.names[0]}, which has {vocab}")
-        indices = jnp.array(self.token_indices, jnp.int32)
-        if embeds:
-            rows = layer.embedding.get_value()[indices]
-        else:
-            rows = (tied_kernel(model) if layer.kernel is None else layer.kernel.get_value())[:, indices].T
-        delta = PeftParam(rows.astype(jnp.float32), axes=(None, "embed"))
-        kind = TokenRows if embeds else TokenColumns
-        return kind(_key(site), PeftConstant(indices, axes=(None,)), delta)
+        chosen = [site for site, _ in choose(layers, self.targets)] if self.targets else [token_embedding(model)]
+        train_tokens(model, self.token_indices, chosen, name)
 
 
-def _key(site: Site) -> str:
-    return f"base_model.model.{site.names[0]}.trainable_tokens_delta"
+def check_tokens(indices: tuple[int, ...]) -> None:
+    """A ValueError for a token that is named twice."""
+    if twice := [token for token in indices if indices.count(token) > 1]:
+        raise ValueError(f"method.token_indices has {twice[0]} more than once")
+
+
+def token_embedding(model: Any) -> Site:
+    """The embedding of a model's tokens."""
+    embeds = [site for site in sites(model) if isinstance(site.module, Embedding) and not site.stack]
+    found = [site for site in embeds if site.module is getattr(model, "embed", None)] or embeds
+    if len(found) != 1:
+        raise ValueError(f"method.token_indices: this model has {len(found)} embeddings; name one in method.targets")
+    return found[0]
+
+
+def train_tokens(
+    model: Any, indices: tuple[int, ...], chosen: list[Site], name: str, key: str = "", both: bool = True
+) -> None:
+    """Put trained copies of rows into embeddings and heads, and into a head tied to one of the embeddings.
+
+    key: what stands before the tensor's own name in the file; both: the file has them under the tied head's name too.
+    """
+    embed = next((site for site in chosen if site.module is getattr(model, "embed", None)), None)
+    borrows = model.head if embed is not None and getattr(model, "tied", False) else None
+    for site in chosen:
+        if site.module is not borrows:
+            place(site, name, _adapter(site, model, indices, key))
+    if borrows is not None and embed is not None:
+        site = next(site for site in sites(model) if site.module is borrows)
+        rows = embed.module.adapters.adapter(name)
+        place(site, name, TokenColumns(_key(site, key) if both else "", rows.indices, rows.delta))
+
+
+def _adapter(site: Site, model: Any, indices: tuple[int, ...], key: str) -> "TokenRows":
+    layer = site.module
+    embeds = isinstance(layer, Embedding)
+    vocab = layer.in_features if embeds else layer.out_features
+    if beyond := [token for token in indices if not 0 <= token < vocab]:
+        raise ValueError(f"method.token_indices: {beyond[0]} is no token of {site.names[0]}, which has {vocab}")
+    places = jnp.array(indices, jnp.int32)
+    if embeds:
+        rows = layer.embedding.get_value()[places]
+    else:
+        rows = (tied_kernel(model) if layer.kernel is None else layer.kernel.get_value())[:, places].T
+    delta = PeftParam(rows.astype(jnp.float32), axes=(None, "embed"))
+    kind = TokenRows if embeds else TokenColumns
+    return kind(_key(site, key), PeftConstant(places, axes=(None,)), delta)
+
+
+def _key(site: Site, key: str) -> str:
+    return f"base_model.model.{site.names[0]}.{key}trainable_tokens_delta"
 
 
 class TokenRows(WeightAdapter):
-    """A table [V, D] whose rows `indices` [n] are `delta` [n, D]. key: of the tensor in the adapter file."""
+    """A table [V, D] whose rows `indices` [n] are `delta` [n, D]. key: of the tensor in the adapter file, "" for none."""
 
     kernel: ClassVar = "embedding"
 
@@ -109,7 +125,7 @@ class TokenRows(WeightAdapter):
         return {}
 
     def hf_shared(self) -> dict[str, HfLeaf]:
-        return {self.key: HfLeaf("delta")}
+        return {self.key: HfLeaf("delta")} if self.key else {}
 
 
 class TokenColumns(TokenRows):

@@ -54,6 +54,7 @@ class Variant:
             "exclude": "exclude_modules",
             "rslora": "use_rslora",
             "dora": "use_dora",
+            "token_indices": "trainable_token_indices",
         }
         return {
             names.get(key, key): list(value) if isinstance(value, tuple) else value for key, value in self.ours.items()
@@ -95,6 +96,8 @@ VARIANTS = {
     "head-tied": lora("tied", targets=("q_proj", "lm_head"), merges=False),
     "both-ends": lora(targets=("embed_tokens", "lm_head", "q_proj"), rank_pattern={"lm_head": 2}),
     "both-ends-tied": lora("tied", targets=("embed_tokens", "lm_head"), merges=False),
+    "tokens": lora(token_indices=(30, 3, 7)),
+    "tokens-tied": lora("tied", token_indices=(30, 3, 7)),
     "dora-some-layers": lora(dora=True, rslora=True, layers_to_transform=(0, 2), rank_pattern={"v_proj": 2}),
     "dora-embedding": lora(dora=True, targets=("embed_tokens", "lm_head", "q_proj")),
     "dora-head-tied": lora("tied", dora=True, targets=("q_proj", "lm_head"), merges=False),
@@ -215,7 +218,6 @@ def test_the_configs_that_peft_writes_are_read_and_its_variants_are_refused_by_n
     bases: Callable, tmp_path: Path
 ) -> None:
     variants: dict[str, dict[str, Any]] = {
-        "trainable_token_indices": {"trainable_token_indices": [1, 2]},
         "init_lora_weights": {"init_lora_weights": "pissa"},
         "layer_replication": {"layer_replication": [(0, 2), (1, 3)]},
     }

@@ -398,7 +398,7 @@ def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(t
     [
         ("use_qalora", True),
         ("target_parameters", ["mlp.experts"]),
-        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [2]}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),

@@ -69,6 +69,9 @@ CASES = {
         ),
         2 * (2 * 2 * E + E) + L * (2 * (F + E) + E) + 2 * (V + E) + E, noop=False,
     ),
+    "lora-tokens": Case(
+        methods.Lora(rank=2, targets=("q_proj", "lm_head"), token_indices=(40, 3, 7)), L * 2 * (E + E) + 2 * (E + V) + 3 * E
+    ),
     "lora-plus": Case(
         methods.Lora(rank=4, lr_ratio=4.0, targets=("q_proj", "embed_tokens")), L * 4 * (E + E) + 4 * (V + E)
     ),
