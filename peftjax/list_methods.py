@@ -25,6 +25,9 @@ from peftjax.io.hf_files import read_json, resolve
 from peftjax.metrics import format_bytes
 from peftjax.models import from_hf_config
 
+# What a method cannot do without, for the table: AdaLoRA's size does not depend on it, that of tokens is of one token.
+NEEDED: dict[str, dict[str, Any]] = {"adalora": {"total_steps": 1000}, "trainable_tokens": {"token_indices": (0,)}}
+
 
 class Row(NamedTuple):
     """A method with its default options on a model; refused: why it does not fit this one, empty if it does."""
@@ -41,7 +44,7 @@ def row(config: Any, name: str) -> Row:
     counted = {"base": 0, "trained": 0}
 
     def attached() -> dict[str, jax.Array]:
-        method = methods.METHODS[name]()
+        method = methods.METHODS[name](**NEEDED.get(name, {}))
         model = config.make(nnx.Rngs(0))
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         if method.trains is nnx.Param:
@@ -60,19 +63,21 @@ def row(config: Any, name: str) -> Row:
 
 def table(config: Any) -> Table:
     """All methods with their default options; for one that does not fit so, why."""
-    shown = Table("method", box=box.SIMPLE, expand=True)
-    for heading in ("trains", "of the base", "adapter file"):
+    shown = Table(box=box.SIMPLE, expand=True, padding=(0, 1, 0, 0))
+    shown.add_column("method", no_wrap=True)
+    for heading in ("trains", "of base", "file"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
+    shown.add_column("", ratio=1)
     for name in sorted(methods.METHODS):
         found = row(config, name)
         if found.refused:
             shown.add_row(name, "-", "-", "-", Text(found.refused))
         else:
             size = format_bytes(found.file_bytes) if found.file_bytes else "the model"
-            shown.add_row(
-                name, f"{found.trained:,}", f"{found.share:.2%}", size, Text(first_line(methods.METHODS[name]))
-            )
+            told = ", ".join(f"{option}={value!r}" for option, value in NEEDED.get(name, {}).items())
+            told = f"with {told}" if told else first_line(methods.METHODS[name])
+            said = Text(told, no_wrap=True, overflow="ellipsis")
+            shown.add_row(name, f"{found.trained:,}", f"{found.share:.2%}", size, said)
     return shown
 
 
@@ -99,8 +104,9 @@ def main(argv: list[str]) -> None:
     console = Console()
     if given.method:
         cls = methods.method_class(given.method)
-        console.print(inspect.getdoc(inspect.getmodule(cls)), highlight=False, markup=False)
-        console.print(inspect.getdoc(cls), highlight=False, markup=False)
+        console.print(inspect.getdoc(inspect.getmodule(cls)), highlight=False, markup=False, soft_wrap=True)
+        for part in cls.__mro__[: cls.__mro__.index(methods.Method)]:  # options are explained where they are declared
+            console.print("\n" + (inspect.getdoc(part) or ""), highlight=False, markup=False, soft_wrap=True)
         console.print(options(given.method))
         return
     directory = resolve(given.model)

@@ -193,6 +193,22 @@ def test_an_adapter_saved_without_the_models_head_is_read(bases: Callable, tmp_p
     assert_close(logits(model), logits(theirs))
 
 
+# Not of parallel ones: there the library gives the second what the first made, and here both read the same x.
+@pytest.mark.parametrize("config", [adapters.DoubleSeqBnConfig(), adapters.SeqBnConfig()])
+def test_two_adapters_at_once_are_the_librarys_stack(config: Any, bases: Callable, tmp_path: Path) -> None:
+    theirs, model = with_adapters(bases("untied")), peftjax.load_model(bases("untied"))
+    for name in ("one", "two"):
+        theirs.add_adapter(name, config=config)
+    shake({name: p for name, p in theirs.named_parameters() if ".adapters." in name}, 0.1)
+    for name in ("one", "two"):
+        theirs.save_adapter(tmp_path / name, name, use_safetensors=True)
+        peftjax.load_adapter(model, tmp_path / name, name)
+    theirs.set_active_adapters(adapters.Stack("one", "two"))
+    both = logits(peftjax.use(model, ("one", "two")))
+    assert_close(both, logits(theirs.eval()))
+    assert_far(both, logits(peftjax.use(model, "two")))
+
+
 def test_a_mistral_has_its_adapters_in_the_same_places(tmp_path: Path) -> None:
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
     config = transformers.MistralConfig(num_attention_heads=4, num_key_value_heads=2, sliding_window=5, **sizes)

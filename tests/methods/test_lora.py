@@ -11,7 +11,7 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax import methods
 from peftjax.core import variables
-from peftjax.methods import Lora, attach, detach, merge, unmerge, use
+from peftjax.methods import Lora, active_view, attach, detach, merge, unmerge, use
 from peftjax.methods.attach import active
 from peftjax.methods.base import over_layers
 
@@ -181,6 +181,19 @@ def test_merging_one_of_a_tied_pair_unties_it_and_unmerging_ties_it_again(target
     assert model.config.tied
     assert tiny.bits(model) == before
     np.testing.assert_array_equal(logits(model), expected)
+
+
+def test_a_merged_model_compiles_to_what_the_base_costs() -> None:
+    def cost(model: Any) -> dict[str, float]:
+        graph, leaves = variables.flat(active_view(model))
+        values = {path: leaf.get_value() for path, leaf in leaves.items()}
+        forward = jax.jit(lambda values: variables.merge(graph, values)(tiny.tokens()))
+        return forward.lower(values).compile().cost_analysis()
+
+    model = tiny.randomize(attached(rank=2))
+    more, base = cost(model), cost(use(model, None))
+    assert more["flops"] > base["flops"]
+    assert cost(merge(model)) == base
 
 
 # --- Dropout ---
