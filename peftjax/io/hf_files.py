@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,20 @@ class StoredTensor:
             return _open(self.file).get_tensor(self.name)  # safetensors cannot slice what has no elements
         if self.dtype not in FLOAT8:
             return _open(self.file).get_slice(self.name)
-        # safetensors 0.8 looks its dtypes up in NumPy, which has no 8-bit floats, and gives no bytes or offsets: of a
-        # file whose header it has checked, these are mapped here.
-        with self.file.open("rb") as stream:
+        # safetensors 0.8 looks its dtypes up in NumPy, which has no 8-bit floats.
+        return self.mapped().view(FLOAT8[self.dtype]).reshape(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3"; "BOOL" has none
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+    def mapped(self) -> np.ndarray:
+        """Its bytes, uint8 [nbytes], of which only those are read that are looked at."""
+        with self.file.open("rb") as stream:  # safetensors, which has checked the header, gives no offsets
             length = int.from_bytes(stream.read(8), "little")
-            begin, _ = json.loads(stream.read(length))[self.name]["data_offsets"]
-        return np.memmap(self.file, FLOAT8[self.dtype], mode="r", offset=8 + length + begin, shape=self.shape)
+            begin, end = json.loads(stream.read(length))[self.name]["data_offsets"]
+        return np.memmap(self.file, np.uint8, mode="r", offset=8 + length + begin, shape=(end - begin,))
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -203,6 +212,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with _open(file) as stored:
         views = {name: stored.get_slice(name) for name in stored.offset_keys()}
     return {name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+
+
+def read_arrays(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
+    """Small tensors by name, each file opened once."""
+    of_files: dict[Path, list[str]] = {}
+    for tensor in tensors:
+        of_files.setdefault(tensor.file, []).append(tensor.name)
+    arrays: dict[str, np.ndarray] = {}
+    for file, names in of_files.items():
+        with _open(file) as stored:
+            arrays |= {name: stored.get_tensor(name) for name in names}
+    return arrays
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -20,16 +20,19 @@ from safetensors.numpy import save_file
 from peftjax import models, sharding
 from peftjax.core import variables
 from peftjax.core.paths import matches, suggest, unmatched
-from peftjax.io import hf_files
+from peftjax.io import bitsandbytes, hf_files
+from peftjax.io.bitsandbytes import Packed, Unpack
 from peftjax.io.hf_files import StoredTensor, enumerate_some, resolve
 from peftjax.io.sentence import MODULES, POOLING, read_pooling, write_pooling
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Slot
 from peftjax.quant import FORMATS
+from peftjax.quant.base import Quantized
+from peftjax.quant.nf4 import Nf4
 
 __all__ = ["load_model", "make_random", "resolve", "save_model"]
 
-Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]
+Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]; an `Unpack`, of its stored parts
 
 MAX_SHARD_BYTES = 2 * 10**9
 # transformers asks for it: the orientation of the tensors. One entry, because safetensors writes several in any order.
@@ -51,6 +54,16 @@ class Entry:
     axes: tuple[str, ...]
     stacked: bool
     transposed: bool
+
+    @property
+    def module(self) -> str:
+        """The path of the module that owns it."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def hf_modules(self) -> list[str]:
+        """What transformers calls that module, or its layers."""
+        return [key.rpartition(".")[0] for key in self.keys]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -104,6 +117,8 @@ def load_model(
 ) -> Any:
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
 
+    Kernels that bitsandbytes stored in NF4 stay as they are.
+
     dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
     quantize: the format of the kernels, a key of `quant.FORMATS`, into which each one is brought as it arrives. Norms,
     biases, embeddings, the head and the modules named in `skip` (whole names or their endings) stay in param_dtype.
@@ -118,12 +133,19 @@ def load_model(
             name in `skip` that no kernel has.
     """
     directory = resolve(path, revision)
-    stored = hf_files.read_tensors(directory)
-    config = _tied_as_stored(_read_config(directory, dtype, param_dtype, remat, head, labels), stored)
+    config, packed = _read_config(directory, dtype, param_dtype, remat, head, labels)
+    if packed and skip:
+        raise ValueError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
+    stored: dict[str, Any] = dict(hf_files.read_tensors(directory))
+    if packed:
+        stored = bitsandbytes.gather(stored, quantize)
+    config = _tied_as_stored(config, stored)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     table = entries(model)
-    encoders = _encoders(model, table, quantize, skip)
+    encoders = {} if packed else _encoders(model, table, quantize, skip)
     tensors = _match(model, table, stored, directory)
+    if packed:
+        encoders = _unpackers(model, table, tensors)
     mesh = mesh or _one_device()
     kept = np.dtype(config.param_dtype)
     values = {
@@ -152,7 +174,10 @@ def make_random(
 ) -> Any:
     """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`. The other
     arguments are those of `load_model`."""
-    config = _read_config(resolve(path, revision), dtype, param_dtype, remat, head, labels)
+    directory = resolve(path, revision)
+    config, packed = _read_config(directory, dtype, param_dtype, remat, head, labels)
+    if packed and not quantize:
+        raise ValueError(f'{directory} is quantized; for random weights say so by quantize="nf4"')
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     encoders = _encoders(model, entries(model), quantize, skip)
     variables.update(model, _make(model, list(variables.flat(model)[1]), encoders, mesh or _one_device(), seed))
@@ -192,11 +217,9 @@ def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Se
         )
     chosen, names = {}, []
     for entry in table:
-        path, _, leaf = entry.path.rpartition(".")
-        module = functools.reduce(getattr, path.split("."), model)
-        if leaf != "kernel" or not isinstance(module, Linear) or path in type(model).output_layers:
+        if not _is_linear(model, entry) or entry.module in type(model).output_layers:
             continue
-        modules = [key.rpartition(".")[0] for key in entry.keys]
+        modules = entry.hf_modules
         names += modules
         skipped = [name for name in modules if matches(name, tuple(skip))]
         if skipped and len(skipped) < len(modules):
@@ -214,22 +237,47 @@ def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Se
     return chosen
 
 
+def _unpackers(model: Any, table: Sequence[Entry], tensors: dict[str, Any]) -> dict[str, Encode]:
+    """`_encoders` of a model whose file holds kernels in NF4 already."""
+    chosen: dict[str, Encode] = {}
+    for entry in table:
+        kinds = {key: tensors[key].unpack if isinstance(tensors[key], Packed) else None for key in entry.keys}
+        one, *others = kinds
+        if differing := [key for key in others if kinds[key] != kinds[one]]:
+            told = [
+                f"{key} is {f'{kind.format} of {kind.dtype}' if (kind := kinds[key]) else 'not quantized'}"
+                for key in (one, differing[0])
+            ]
+            raise ValueError(f"{told[0]} and {told[1]}: the layers of a stack share one format")
+        if (unpack := kinds[one]) is None:
+            continue
+        if not _is_linear(model, entry):
+            raise ValueError(f"{one} is stored in {unpack.format}, which is read as the kernel of a linear layer only")
+        chosen[entry.path] = unpack
+    return chosen
+
+
+def _is_linear(model: Any, entry: Entry) -> bool:
+    """Whether the parameter is the kernel of a linear layer, which may be quantized."""
+    module = functools.reduce(getattr, entry.module.split("."), model)
+    return isinstance(module, Linear) and entry.path.endswith(".kernel")
+
+
 def _one_device() -> Mesh:
     return sharding.make_mesh(devices=jax.local_devices()[:1])  # jax.devices()[0] may be another process's
 
 
 def _read_config(
     directory: Path, dtype: str, param_dtype: str | None, remat: str, head: str | None, labels: int | None
-) -> Any:
+) -> tuple[Any, bool]:
+    """The model's config, and whether the directory holds kernels in NF4."""
     for name in (dtype, param_dtype or dtype):
         if name not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
     fields = {k: v for k, v in hf_files.read_json(directory / "config.json").items() if k not in _MARK}
-    if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise ValueError(
-            f"{directory} is quantized ({method}); such weights are not read yet: give the model it was made from"
-        )
+    # Not a part of the model's config: kernels may be merged, or quantized otherwise, before it is written again.
+    if quantization := fields.pop("quantization_config", None):
+        bitsandbytes.check_config(quantization, directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if hasattr(models.family(fields), "HEADS"):
         options |= {"head": head, "labels": labels} | (read_pooling(directory) if head in (None, "none") else {})
@@ -238,10 +286,10 @@ def _read_config(
             f"head={head!r}, labels={labels}: a model of type {fields['model_type']!r} has no heads to choose from here; "
             "encoders have"
         )
-    return models.from_hf_config(fields, **options)
+    return models.from_hf_config(fields, **options), bool(quantization)
 
 
-def _tied_as_stored(config: Any, stored: dict[str, StoredTensor]) -> Any:
+def _tied_as_stored(config: Any, stored: dict[str, Any]) -> Any:
     """The config, of a family where the tensors and not config.json say whether the head is tied: as they say."""
     if not hasattr(config, "tied_if_equal"):
         return config
@@ -249,23 +297,26 @@ def _tied_as_stored(config: Any, stored: dict[str, StoredTensor]) -> Any:
     return dataclasses.replace(config, tied=one is None or other is None or _equal(one, other))
 
 
-def _match(
-    model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor], directory: Path
-) -> dict[str, StoredTensor]:
-    """The stored tensor of every key in the table; whatever does not fit is told in one error, before any is read."""
+def _match(model: Any, table: Sequence[Entry], stored: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The stored tensor (or `Packed` kernel) of every key in the table; whatever does not fit is told in one error,
+    before any is read."""
     stored = _renamed(model, stored, {key for entry in table for key in entry.keys} | model.hf_tied.keys(), directory)
     stored = {name: tensor for name, tensor in stored.items() if not _ignored(model, name)}
     fresh = _absent_parts(model, table, stored)
     expected = {key: entry for entry in table if _part(entry) not in fresh for key in entry.keys}
     tied = {other: key for other, key in model.hf_tied.items() if other not in expected and other in stored}
-    twins: dict[str, StoredTensor] = {}
+    twins: dict[str, Any] = {}
     for other, key in tied.items():
         twins[other] = stored.pop(other)
         stored.setdefault(key, twins[other])
     missing = [key for key in expected if key not in stored]
     unexpected = sorted(name for name in stored if name not in expected)
     unexpected[:20] = [f"{name}{suggest(name, missing)}" for name in unexpected[:20]]  # all of them could take minutes
-    shapes, dtypes = [], []
+    shapes: list[str] = []
+    dtypes: list[str] = []
+    for packed in (tensor for tensor in stored.values() if isinstance(tensor, Packed)):
+        for told, found in zip((missing, unexpected, shapes), packed.faults(), strict=True):
+            told += found
     for key in (key for key in expected if key in stored):
         shape, asked = stored[key].shape, expected[key].stored_shape
         if shape != asked:
@@ -289,23 +340,19 @@ def _match(
     return stored
 
 
-def _renamed(
-    model: Any, stored: dict[str, StoredTensor], known: Container[str], directory: Path
-) -> dict[str, StoredTensor]:
+def _renamed(model: Any, stored: dict[str, Any], known: Container[str], directory: Path) -> dict[str, Any]:
     """The tensors by our keys, where a family's checkpoints have more than one name for a tensor (`hf_stored`)."""
     rename = getattr(model, "hf_stored", lambda name: name)
-    renamed: dict[str, StoredTensor] = {}
+    renamed: dict[str, Any] = {}
     for name, tensor in stored.items():
         ours = rename(name)
-        key = (
-            ours if ours in known or _ignored(model, ours) else name
-        )  # a tensor that is not ours is told by its own name
+        key = ours if ours in known or _ignored(model, ours) else name  # what is not ours is told by its own name
         if (other := renamed.setdefault(key, tensor)) is not tensor:
             raise ValueError(f"{directory}: {other.name} and {name} are the same tensor; take one out of the file")
     return renamed
 
 
-def _absent_parts(model: Any, table: Sequence[Entry], stored: dict[str, StoredTensor]) -> set[str]:
+def _absent_parts(model: Any, table: Sequence[Entry], stored: dict[str, Any]) -> set[str]:
     """The parts that the checkpoint lacks as a whole, of those that it may lack (`hf_fresh`)."""
     there = {_part(entry) for entry in table if any(key in stored for key in entry.keys)}
     return set(getattr(model, "hf_fresh", ())) - there
@@ -319,40 +366,47 @@ def _ignored(model: Any, name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in model.hf_ignored)
 
 
-def _equal(one: StoredTensor, other: StoredTensor, rows: int = 1024) -> bool:
+def _equal(one: Any, other: Any, rows: int = 1024) -> bool:
     """Whether two stored tensors hold the same numbers, compared some rows at a time."""
-    if one.shape != other.shape:
+    if one.shape != other.shape or isinstance(one, Packed) or isinstance(other, Packed):
         return False
     chunks = (slice(start, min(start + rows, one.shape[0])) for start in range(0, one.shape[0], rows))
     first, second = one.open(), other.open()
     return all(np.array_equal(np.float64(first[chunk]), np.float64(second[chunk])) for chunk in chunks)
 
 
-def _load(entry: Entry, tensors: Sequence[StoredTensor], dtype: np.dtype, mesh: Mesh, encode: Encode | None) -> Any:
+def _load(entry: Entry, tensors: Sequence[Any], dtype: np.dtype, mesh: Mesh, encode: Encode | None) -> Any:
     """The parameter on its devices: an array, or what `encode` makes of each layer's kernel as soon as it is there."""
-    whole = jax.ShapeDtypeStruct(entry.shape, dtype)
-    part = entry.stored_sharding(sharding.spec(entry.axes, entry.shape, mesh))
-    if encode is not None:
-        whole = jax.eval_shape(entry.over_layers(encode), whole)
+    stored: Any = jax.ShapeDtypeStruct(entry.stored_shape, dtype)
+    transposed = entry.transposed
+    if packed := isinstance(encode, Unpack):
+        stored, transposed = encode.inputs, False
+    one = jax.eval_shape(functools.partial(_made, transposed=transposed, encode=encode), stored)
+    stack = entry.shape[: entry.stacked]
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stack, *leaf.shape), leaf.dtype), one)
     placed = sharding.placement(whole, entry.axes, mesh)
+    part = entry.stored_sharding(sharding.spec(entry.axes, entry.shape, mesh))
+
+    def read(tensor: Any) -> Any:
+        return tensor.read(placed) if packed else _read(tensor, dtype, part)
+
     if not entry.stacked:
-        value = _read(tensors[0], dtype, part)
-        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(value, entry.transposed, encode)
+        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(read(tensors[0]), transposed, encode)
     stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=placed)()
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=placed)
     for layer, tensor in enumerate(tensors):
         # Without the wait all layers would be read before the first is in its place.
-        stack = jax.block_until_ready(put(stack, _read(tensor, dtype, part), layer, entry.transposed, encode))
+        stack = jax.block_until_ready(put(stack, read(tensor), layer, transposed, encode))
     return stack
 
 
-def _put(stack: Any, value: jax.Array, layer: jax.Array, transposed: bool, encode: Encode | None) -> Any:
+def _put(stack: Any, value: Any, layer: jax.Array, transposed: bool, encode: Encode | None) -> Any:
     one = _made(value, transposed, encode)
     return jax.tree.map(lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, layer, axis=0), stack, one)
 
 
-def _made(value: jax.Array, transposed: bool, encode: Encode | None) -> Any:
-    """A stored tensor as the parameter has it."""
+def _made(value: Any, transposed: bool, encode: Encode | None) -> Any:
+    """A stored tensor, or the parts of one, as the parameter has it."""
     value = value.T if transposed else value
     return value if encode is None else encode(value)
 
@@ -371,12 +425,13 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face directory: config.json, and model.safetensors or shards of it with their index.
 
-    The dtype is the parameters'. `source`: a model directory (as for `resolve`) whose tokenizer and generation files
-    are copied. One shard at a time is brought to the host. The directory appears when it is complete, and replaces one
-    that was written here before. Adapters that are attached but not active are left out.
+    The dtype is the parameters'; kernels in NF4 are stored as bitsandbytes does. `source`: a model directory (as for
+    `resolve`) whose tokenizer and generation files are copied. One shard at a time is brought to the host. The directory
+    appears when it is complete, and replaces one that was written here before. Adapters that are attached but not active
+    are left out.
 
     Raises:
-        ValueError: adapters are active, or the target holds something else.
+        ValueError: adapters are active, kernels are in int8, or the target holds something else.
     """
     target = Path(path).expanduser()
     if active := sorted(
@@ -386,6 +441,7 @@ def save_model(
             f"adapters are active in the model: {', '.join(active)}; a Hugging Face model directory cannot hold them: "
             "merge or detach them first, or save them by save_adapter"
         )
+    quantization = _quantization_config(model)
     _check_target(target)
     side_files = [] if source is None else _side_files(resolve(source))
     writing = jax.process_index() == 0
@@ -397,7 +453,9 @@ def save_model(
         _write_weights(model, temporary, max_shard_bytes, writing)
         if writing:
             config = temporary / "config.json"
-            config.write_text(json.dumps(model.config.to_hf() | _MARK, indent=2) + "\n", encoding="utf-8")
+            config.write_text(
+                json.dumps(model.config.to_hf() | quantization | _MARK, indent=2) + "\n", encoding="utf-8"
+            )
             write_pooling(model.config, temporary)
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(config, file)  # the safetensors package lets nobody but the owner read them
@@ -409,6 +467,28 @@ def save_model(
             shutil.rmtree(temporary, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_model")  # every process may read it once it returns
+
+
+def _quantization_config(model: Any) -> dict[str, Any]:
+    """What config.json says of quantized kernels: nothing if there are none."""
+    leaves = variables.flat(model)[1]
+    kernels, dense = {}, [type(model).hf_modules[path] for path in type(model).output_layers]
+    for entry in entries(model):
+        value = leaves[entry.path].get_value()
+        if isinstance(value, Quantized):
+            kernels[entry.path] = value
+            dense = [name for name in dense if name not in entry.hf_modules]
+        elif _is_linear(model, entry):
+            dense += [name for name in entry.hf_modules if name not in dense]
+    if other := [path for path, value in kernels.items() if not isinstance(value, Nf4)]:
+        raise ValueError(
+            f"{other[0]} is in {type(kernels[other[0]]).__name__.lower()}, for which a Hugging Face directory has no format "
+            "(bitsandbytes' int8 rounds the activations too): quantize the model it was made from again when it is needed"
+        )
+    if not kernels:
+        return {}
+    nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())
+    return {"quantization_config": bitsandbytes.make_config(nested, dense, model.config.dtype)}
 
 
 def _check_target(target: Path) -> None:
@@ -449,23 +529,25 @@ def _replace(target: Path, complete: Path) -> None:
 def _write_weights(model: Any, directory: Path, max_shard_bytes: int, writing: bool) -> None:
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
-    sizes = {key: values[entry.path].nbytes // len(entry.keys) for key, (entry, _) in sources.items()}
+    sizes = {key: _stored_bytes(values[entry.path], entry) for key, (entry, _) in sources.items()}
     # What is not stacked, then layer by layer.
     keys = sorted(sources, key=lambda key: sources[key][1] if sources[key][0].stacked else -1)
     shards = _split(keys, sizes, max_shard_bytes)
     names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    where: dict[str, str] = {}
+    total = 0
     for name, shard in zip(names, shards, strict=True):
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for key in shard:
             entry, layer = sources[key]
-            array = _fetch(values[entry.path], entry, layer)  # in every process, to gather what is sharded over them
-            if writing:
-                arrays[key] = array
+            fetched = _fetch(key, values[entry.path], entry, layer)  # in every process, to gather what lies in others
+            arrays |= fetched if writing else {}
+        where |= dict.fromkeys(arrays, name)
+        total += sum(array.nbytes for array in arrays.values())
         if writing:
             save_file(arrays, directory / name, _METADATA)
     if writing and len(shards) > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -486,17 +568,31 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _fetch(value: jax.Array, entry: Entry, layer: int) -> np.ndarray:
-    """One stored tensor on the host of every process."""
+def _stored_bytes(value: Any, entry: Entry) -> int:
+    """The size of one layer in a file."""
+    taken = jax.eval_shape(functools.partial(_take, stacked=entry.stacked, transposed=entry.transposed), value, 0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(taken))
+    return size + (bitsandbytes.OVERHEAD if isinstance(value, Nf4) else 0)
+
+
+def _fetch(key: str, value: Any, entry: Entry, layer: int) -> dict[str, np.ndarray]:
+    """One stored parameter on the host of every process, under its key; a kernel in NF4 is several tensors."""
     everywhere = None
-    if not value.is_fully_addressable:  # only then must the devices gather it
-        assert isinstance(value.sharding, NamedSharding), value.sharding
-        everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
+    leaf = jax.tree.leaves(value)[0]
+    if not leaf.is_fully_addressable:  # only then must the devices gather it
+        assert isinstance(leaf.sharding, NamedSharding), leaf.sharding
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
+    taken = take(value, layer, entry.stacked, entry.transposed)
     # In C order, as save_file takes for granted; on a TPU it need not be.
-    return np.asarray(take(value, layer, entry.stacked, entry.transposed), order="C")
+    host = jax.tree.map(lambda array: np.asarray(array, order="C"), taken)
+    return bitsandbytes.tensors(key, host, value) if isinstance(value, Nf4) else {key: host}
 
 
-def _take(value: jax.Array, layer: jax.Array, stacked: bool, transposed: bool) -> jax.Array:
-    value = jax.lax.dynamic_index_in_dim(value, layer, axis=0, keepdims=False) if stacked else value
+def _take(value: Any, layer: jax.Array | int, stacked: bool, transposed: bool) -> Any:
+    """One layer as it is stored."""
+    if stacked:
+        value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
+    if isinstance(value, Nf4):
+        return bitsandbytes.pack(value)
     return value.T if transposed else value

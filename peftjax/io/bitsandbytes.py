@@ -1,0 +1,273 @@
+"""Kernels in NF4 as bitsandbytes keeps them in safetensors files.
+
+A kernel [out, in] of n weights is stored, in the order of its rows, as
+
+    weight                   the codes, two to a byte, the first of them in its high half: uint8 [ceil(n/2), 1], or the
+                             same bytes called floats (bnb_4bit_quant_storage)
+    weight.absmax            uint8 [ceil(n/64)]; without double quantization float32, the absmax itself
+    weight.quant_map         float32 [16], the codebook
+    weight.nested_absmax     float32 [ceil(n/64/256)], the scales; only with double quantization, as is
+    weight.nested_quant_map  float32 [256], the dynamic map
+    weight.quant_state.bitsandbytes__nf4    the bytes of a JSON object: shape, dtype, the sizes of blocks, the offset
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftjax.io import hf_files
+from peftjax.io.hf_files import StoredTensor
+from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
+
+_STATE = ".quant_state.bitsandbytes__"
+_MAPS = {"quant_map": CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
+_PARTS = ("weight", "absmax", "nested_absmax", *_MAPS)
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ZERO = int(np.argmin(np.abs(CODEBOOK))) - 8  # the code of 0, with which the last block is filled up
+# What every kernel brings into its file beside the codes and the absmax.
+OVERHEAD = 4 * (CODEBOOK.size + DYNAMIC_MAP.size) + 256
+
+StoredTensors = dict[str, Any]  # of names to a StoredTensor or a Packed
+
+
+# --- Reading ---
+
+
+def check_config(quantization: Mapping[str, Any], directory: Any) -> None:
+    """Whether a config.json's quantization_config is that of bitsandbytes in NF4.
+
+    Raises:
+        ValueError: it is another.
+    """
+    method = quantization.get("quant_method")
+    if method == "bitsandbytes" and quantization.get("load_in_4bit"):
+        method = f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4')}"
+    elif method == "bitsandbytes":
+        method = f"{method}, load_in_8bit"
+    if method != "bitsandbytes, nf4":
+        raise ValueError(
+            f"{directory} is quantized ({method}); of quantized weights only bitsandbytes' nf4 is read: give the model it "
+            'was made from, with quantize="nf4" or "int8" if it is to be small'
+        )
+
+
+def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTensors:
+    """The stored tensors, those of each kernel in NF4 put together to a `Packed` under the name of its weight.
+
+    Raises:
+        ValueError: a kernel is stored in another format than NF4 in bitsandbytes' own sizes, or than `quantize`.
+    """
+    result: StoredTensors = dict(stored)
+    states = {name: tensor for name, tensor in stored.items() if _STATE in name}
+    small = hf_files.read_arrays(
+        tensor
+        for name, tensor in stored.items()
+        if name in states or name.endswith(tuple(f".{map_}" for map_ in _MAPS))
+    )
+    for name in states:
+        weight, _, kind = name.partition(_STATE)
+        state = _read_state(name, small[name])
+        _check_state(weight, kind, state)
+        for part, expected in _MAPS.items():
+            if (key := f"{weight}.{part}") in small:
+                _check_map(key, small[key], expected)
+        parts = {part: result.pop(key) for part in _PARTS if (key := _name(weight, part)) in result}
+        del result[name]
+        offset = float(state["nested_offset"]) if "nested_blocksize" in state else None
+        packed = Packed(weight, tuple(state["shape"]), state["dtype"], offset, parts)
+        if quantize not in (None, packed.unpack.format):
+            raise ValueError(
+                f"{weight} is stored in {packed.unpack.format}, and quantize={quantize!r} asks for another format: leave "
+                "quantize out, or give the model that was quantized"
+            )
+        result[weight] = packed
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpack:
+    """What makes an `Nf4` of the arrays of one stored kernel, as `Packed.read` gives them. features: (in, out)."""
+
+    features: tuple[int, int]
+    dtype: str
+    nested: bool
+
+    @property
+    def format(self) -> str:
+        return "nf4" if self.nested else "nf4_single"
+
+    @property
+    def even(self) -> bool:
+        return self.features[0] % BLOCK == 0
+
+    @property
+    def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What it is called with: codes and absmax in the order of the file, cut into rows where blocks lie in rows."""
+        inputs, outputs = self.features
+        count = -(-inputs * outputs // BLOCK)
+        blocks = (outputs, inputs // BLOCK) if self.even else (count,)
+        codes = (*blocks, BLOCK // 2) if self.even else (-(-inputs * outputs // 2),)
+        arrays = {"weight": (codes, np.uint8), "absmax": (blocks, np.uint8 if self.nested else np.float32)}
+        if self.nested:
+            arrays |= {"nested_absmax": ((-(-count // GROUP),), np.float32), "offset": ((), np.float32)}
+        return {part: jax.ShapeDtypeStruct(*array) for part, array in arrays.items()}
+
+    def __call__(self, stored: Mapping[str, jax.Array]) -> Nf4:
+        pairs, absmax = stored["weight"], stored["absmax"]
+        codes = jnp.stack([pairs >> 4, pairs & 15], axis=-1).astype(jnp.int8) - 8
+        if self.even:
+            codes, absmax = codes.reshape(*absmax.shape, BLOCK).transpose(1, 2, 0), absmax.T
+        else:
+            size = math.prod(self.features)
+            codes = jnp.pad(codes.reshape(-1)[:size], (0, -size % BLOCK), constant_values=_ZERO)
+        scales, offset = stored.get("nested_absmax"), stored.get("offset")
+        return Nf4(codes.astype(jnp.int4), absmax, scales, offset, self.features, np.dtype(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A stored kernel [out, in] that is not read yet. decoded: the dtype that it decodes to; offset: None without double
+    quantization; parts: its tensors by the endings of their names."""
+
+    name: str
+    shape: tuple[int, ...]
+    decoded: str
+    offset: float | None
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def dtype(self) -> str:
+        return _DTYPES[self.decoded]
+
+    @property
+    def unpack(self) -> Unpack:
+        outputs, inputs = self.shape
+        return Unpack((inputs, outputs), self.decoded, self.offset is not None)
+
+    def faults(self) -> tuple[list[str], list[str], list[str]]:
+        """The parts that are missing, those that should not be there, and what is wrong about the others."""
+        inputs = {part: array for part, array in self.unpack.inputs.items() if part != "offset"}
+        maps = tuple(_MAPS) if self.offset is not None else ("quant_map",)
+        wanted = (*inputs, *maps)
+        missing = [_name(self.name, part) for part in wanted if part not in self.parts]
+        unexpected = [tensor.name for part, tensor in self.parts.items() if part not in wanted]
+        wrong = []
+        for part, array in inputs.items():
+            if (tensor := self.parts.get(part)) is None:
+                continue
+            bytes_ = math.prod(array.shape) * array.dtype.itemsize
+            kind = {"uint8": "U8", "float32": "F32"}[array.dtype.name]
+            if tensor.nbytes != bytes_ or (part != "weight" and tensor.dtype != kind):
+                wrong.append(
+                    f"{tensor.name} is stored as {tensor.dtype} {list(tensor.shape)}; of a kernel {list(self.shape)} it has "
+                    f"{bytes_} bytes" + (f" of {kind}" if part != "weight" else "")
+                )
+        return missing, unexpected, wrong
+
+    def read(self, placed: Nf4) -> dict[str, jax.Array]:
+        """The arrays for `unpack`, each process reading what its devices hold; placed: the shardings of the parameter."""
+        unpack, mesh = self.unpack, placed.absmax.mesh  # type: ignore[attr-defined]
+        specs: dict[str, tuple] = {"weight": (), "absmax": ()}
+        if unpack.even:
+            blocks, outputs = placed.absmax.spec[-2:]  # type: ignore[attr-defined]
+            specs = {"weight": (outputs, blocks), "absmax": (outputs, blocks)}
+        arrays: dict[str, jax.Array] = {}
+        for part, array in unpack.inputs.items():
+            where = NamedSharding(mesh, PartitionSpec(*specs.get(part, ())))
+            if part == "offset":
+                stored = np.asarray(self.offset, np.float32)
+            else:
+                stored = self.parts[part].mapped().view(array.dtype).reshape(array.shape)
+            arrays[part] = jax.make_array_from_callback(array.shape, where, partial(_slice, stored))
+        return arrays
+
+
+def _name(weight: str, part: str) -> str:
+    return weight if part == "weight" else f"{weight}.{part}"
+
+
+def _slice(stored: np.ndarray, index: Any) -> np.ndarray:
+    return np.ascontiguousarray(stored[index])
+
+
+def _read_state(name: str, stored: np.ndarray) -> dict[str, Any]:
+    try:
+        state = json.loads(stored.tobytes())
+    except ValueError as error:
+        raise ValueError(f"{name} holds no JSON: {error}") from error
+    needed = ["blocksize", "dtype", "shape"]
+    needed += ["nested_blocksize", "nested_offset"] if {"nested_blocksize", "nested_offset"} & {*state} else []
+    if absent := [field for field in needed if field not in state]:
+        raise ValueError(f"{name} does not say {', '.join(absent)}")
+    return state
+
+
+def _check_state(weight: str, kind: str, state: Mapping[str, Any]) -> None:
+    if kind != "nf4":
+        raise ValueError(f"{weight} is stored in {kind}; of 4-bit formats only nf4 is read")
+    for field, needed in (("blocksize", BLOCK), ("nested_blocksize", GROUP)):
+        if state.get(field, needed) != needed:
+            raise ValueError(f"{weight} is stored with {field}={state[field]}; only {needed} is read")
+    if state["dtype"] not in _DTYPES:
+        raise ValueError(f"{weight} is stored to be decoded to {state['dtype']}; only {', '.join(_DTYPES)} are known")
+    if len(state["shape"]) != 2:
+        raise ValueError(f"{weight} is stored in nf4 with the shape {state['shape']}; a kernel has two dimensions")
+
+
+def _check_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    # The last bit of the dynamic map depends on the machine that wrote the file: torch computes it.
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-6, atol=0):
+        raise ValueError(f"{name} is not the table of values that bitsandbytes' nf4 has; such codes are not read")
+
+
+# --- Writing ---
+
+
+def pack(kernel: Nf4) -> dict[str, jax.Array]:
+    """The arrays of one layer's kernel as they are stored; the inverse of `Unpack`."""
+    codes, absmax = (kernel.codes.astype(jnp.int8) + 8).astype(jnp.uint8), kernel.absmax
+    if codes.ndim == 3:
+        codes, absmax = codes.transpose(2, 0, 1), absmax.T
+    size = math.prod(kernel.features)
+    pairs = codes.reshape(-1)[: size + size % 2].reshape(-1, 2)
+    arrays = {"weight": pairs[:, :1] << 4 | pairs[:, 1:], "absmax": absmax.reshape(-1)}
+    if kernel.scales is not None and kernel.offset is not None:
+        arrays |= {"nested_absmax": kernel.scales, "offset": kernel.offset}
+    return arrays
+
+
+def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[str, np.ndarray]:
+    """The tensors of a file by name: what `pack` made of a layer of `kernel`, and what tells how to read it."""
+    inputs, outputs = kernel.features
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": np.dtype(kernel.dtype).name, "shape": [outputs, inputs]}
+    stored = {_name(weight, part): array for part, array in arrays.items()}
+    stored[f"{weight}.quant_map"] = CODEBOOK
+    if "offset" in arrays:
+        offset = float(stored.pop(f"{weight}.offset"))
+        state |= {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": offset}
+        stored[f"{weight}.nested_quant_map"] = DYNAMIC_MAP
+    stored[f"{weight}{_STATE}nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return stored
+
+
+def make_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
+    """The quantization_config of a config.json; dense: the linear modules that are not quantized; dtype: of the
+    computation."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(dense),
+    }
