@@ -195,7 +195,7 @@ def _name(weight: str, part: str) -> str:
 
 
 def _slice(stored: np.ndarray, index: Any) -> np.ndarray:
-    return np.ascontiguousarray(stored[index])
+    return np.asarray(stored[index], order="C")
 
 
 def _read_state(name: str, stored: np.ndarray) -> dict[str, Any]:

@@ -32,6 +32,7 @@ BASES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True},
+    "wide": {"hidden_size": 64, "intermediate_size": 128},  # whole blocks of NF4
 }
 
 
