@@ -24,23 +24,29 @@ class TrainState(NamedTuple):
 
 
 def first_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. A moment lies where its parameter lies, anything else on every device.
+    """The state before the first step. The trainable leaves are copied: the train step donates its state, and the model
+    keeps its own."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer))
+    return jax.jit(partial(_make_state, optimizer, seed), out_shardings=shardings)(trainable)
 
-    The trainable leaves are copied: the train step donates its state, and the model keeps its own.
-    """
+
+def abstract_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and places of the state, from arrays or from their shapes (`jax.ShapeDtypeStruct` with a sharding).
+    A moment lies where its parameter lies, anything else on every device."""
     mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
     everywhere = sharding.spec((), (), mesh)
 
-    def make(trainable: Any) -> TrainState:
-        key = jax.random.key_data(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
-
-    def where(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owner = trainable.get(getattr(path[-1], "key", ""))
-        return owner.sharding if owner is not None and owner.shape == leaf.shape else everywhere
+        where = owner.sharding if owner is not None and owner.shape == leaf.shape else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    shardings = jax.tree_util.tree_map_with_path(where, jax.eval_shape(make, trainable))
-    return jax.jit(make, out_shardings=shardings)(trainable)
+    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(partial(_make_state, optimizer, 0), trainable))
+
+
+def _make_state(optimizer: optax.GradientTransformation, seed: int, trainable: variables.FlatTree) -> TrainState:
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
 
 
 def make_train_step(

@@ -49,7 +49,12 @@ class Batch:
     def arrays(self, packed: bool) -> dict[str, np.ndarray]:
         """What the loss needs, by name. Rows of one document need neither positions nor segments: they begin at 0, and
         causal attention never looks at the padding behind them."""
-        return {name: getattr(self, name) for name in (packing.ARRAYS if packed else packing.ARRAYS[:3])}
+        return {name: getattr(self, name) for name in array_names(packed)}
+
+
+def array_names(packed: bool) -> tuple[str, ...]:
+    """The names of a batch's arrays that the loss needs."""
+    return packing.ARRAYS if packed else packing.ARRAYS[:3]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,7 @@ def load_model(
         if entry.keys[0] in tensors
     }
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and the keys of dropout
-    variables.update(model, values, _make(model, rest, {}, mesh, seed))
+    variables.update(model, values, _make(config, rest, mesh, seed))
     return model
 
 
@@ -179,30 +179,37 @@ def make_random(
     if packed and not quantize:
         raise ValueError(f'{directory} is quantized; for random weights say so by quantize="nf4"')
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
-    encoders = _encoders(model, entries(model), quantize, skip)
-    variables.update(model, _make(model, list(variables.flat(model)[1]), encoders, mesh or _one_device(), seed))
+    paths = list(variables.flat(model)[1])
+    variables.update(model, _make(config, paths, mesh or _one_device(), seed, quantize, skip))
     return model
 
 
-def _make(model: Any, paths: Sequence[str], encoders: dict[str, Encode], mesh: Mesh, seed: int) -> variables.FlatTree:
-    """New values of some variables, as a model of this config is born with; nothing else is computed."""
+def _make(
+    config: Any, paths: Sequence[str], mesh: Mesh, seed: int, quantize: str | None = None, skip: Sequence[str] = ()
+) -> variables.FlatTree:
+    """Values of some variables, as a model of this config is born with; nothing else is computed."""
     if not paths:
         return {}
+    axes: dict[str, Any] = {}
 
     def make() -> variables.FlatTree:
-        made = variables.flat(model.config.make(nnx.Rngs(seed)))[1]
-        return {path: _encoded(made[path], encoders.get(path)) for path in paths}
+        made = variables.flat(make_quantized(config, quantize, skip, seed))[1]
+        axes.update({path: made[path].axes for path in paths})
+        return {path: made[path].get_value() for path in paths}
 
-    axes = {path: leaf.axes for path, leaf in variables.flat(model)[1].items()}
     shardings = {path: sharding.placement(leaf, axes[path], mesh) for path, leaf in jax.eval_shape(make).items()}
     return jax.jit(make, out_shardings=shardings)()
 
 
-def _encoded(variable: nnx.Variable, encode: Encode | None) -> Any:
-    value = variable.get_value()
-    if encode is None:
-        return value
-    return jax.vmap(encode)(value) if variables.is_stacked(variable) else encode(value)
+def make_quantized(config: Any, quantize: str | None, skip: Sequence[str], seed: int) -> Any:
+    """A model of a family's `config` with random weights, its kernels quantized as by `load_model`; to be traced."""
+    model = config.make(nnx.Rngs(seed))
+    table = {entry.path: entry for entry in entries(model)}
+    encoders = _encoders(model, list(table.values()), quantize, skip)
+    leaves = variables.flat(model)[1]
+    encoded = {path: table[path].over_layers(encode)(leaves[path].get_value()) for path, encode in encoders.items()}
+    variables.update(model, encoded)
+    return model
 
 
 def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:

@@ -1,0 +1,64 @@
+"""The train step of a config from shapes alone, to be compiled for devices that need not be there."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax import methods, optim, sharding
+from peftjax.core import variables
+from peftjax.data.batches import array_names
+from peftjax.io.hf_model import make_quantized
+from peftjax.losses import next_token_loss
+from peftjax.models import from_hf_config
+from peftjax.step import TrainState, abstract_state, make_train_step
+
+Arguments = tuple[TrainState, variables.FlatTree, dict[str, jax.ShapeDtypeStruct]]  # state, frozen, batch
+
+
+def abstract_model(config: Any, hf_config: dict[str, Any]) -> Any:
+    """The model that `config` trains, quantized and with its adapters, as shapes. Outside of any `jax.set_mesh`: within,
+    `nnx.eval_shape` would make a plain array of a quantized kernel."""
+    dtype, param_dtype, remat = (config.model[field] for field in ("dtype", "param_dtype", "remat"))
+    family = from_hf_config(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    method = methods.from_config(config.method)
+
+    def make() -> Any:
+        model = make_quantized(family, config.model.quantize or None, config.model.skip_quantize, config.seed)
+        return methods.attach(model, method, rngs=nnx.Rngs(config.seed))
+
+    return nnx.eval_shape(make)
+
+
+def abstract_step(config: Any, model: Any, mesh: Mesh) -> tuple[Any, Arguments]:
+    """The train step that `config` describes and its arguments (state, frozen, batch) as shapes with their places."""
+    method = methods.from_config(config.method)
+    model.train()
+    graph, leaves = variables.flat(model)
+    variables.update(model, {path: place(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
+    state = abstract_state(trainable, optimizer)
+    dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
+    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
+    shape = (config.train.accumulate, config.train.batch_size // config.train.accumulate, config.data.max_length)
+    dtypes = {name: jnp.float32 if name == "loss_weights" else jnp.int32 for name in array_names(config.data.pack)}
+    batch = {
+        name: place(jax.ShapeDtypeStruct(shape, dtype), (None, "batch", "length"), mesh)
+        for name, dtype in dtypes.items()
+    }
+    return make_train_step(graph, optimizer, dropout, loss, state, method.penalty), (state, frozen, batch)
+
+
+def place(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
+    """Shapes with the places that `sharding.placement` gives them."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        value,
+        sharding.placement(value, axes, mesh),
+    )
