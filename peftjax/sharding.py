@@ -20,6 +20,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "rank": ("fsdp",),
 }
 
 
@@ -81,6 +82,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))  # type: ignore[arg-type]
+
+
+def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
+    """A quantized kernel with these logical axes, on the mesh in force, whole on the devices that split the batch: its
+    codes are sent to them. Left to itself, the compiler sends the decoded kernel, four times as much, which then lies
+    in memory. Any other kernel as it is."""
+    if not isinstance(kernel, Quantized):
+        return kernel
+    kept = tuple(None if set(TABLE.get(axis or "", ())) & set(TABLE["batch"]) else axis for axis in axes)
+    leaves, structure = jax.tree.flatten(kernel)
+    placed = [constrain(leaf, *own) for leaf, own in zip(leaves, kernel.axes(kept), strict=True)]
+    return jax.tree.unflatten(structure, placed)
 
 
 def place(model: Any, mesh: Mesh) -> None:

@@ -1,11 +1,15 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 from peftjax import sharding
+from peftjax.quant import nf4
+from peftjax.quant.matmul import matmul
 
 
 def test_a_mesh_of_one_device_is_the_default() -> None:
@@ -28,7 +32,8 @@ def test_a_mesh_larger_than_the_machine_is_refused() -> None:
         (("embed", "vocab"), (32, 49), PartitionSpec(("fsdp",), None)),  # 49 is not divisible
         (("batch", "length"), (8, 16), PartitionSpec(("data", "fsdp"), None)),
         (("embed", "embed"), (32, 32), PartitionSpec(("fsdp",), None)),  # a mesh axis splits one dimension
-        (("rank", None), (4, 4), PartitionSpec(None, None)),
+        (("rank", "mlp"), (4, 40), PartitionSpec(("fsdp",), ("tensor",))),
+        (("block", None), (4, 4), PartitionSpec(None, None)),
     ],
 )
 def test_the_table_says_how_an_array_is_split(axes: tuple, shape: tuple, expected: PartitionSpec) -> None:
@@ -42,3 +47,16 @@ def test_a_constraint_holds_on_the_mesh_in_force_and_is_nothing_without_one() ->
     with jax.set_mesh(mesh):
         placed = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
     assert placed.sharding.shard_shape(x.shape) == (1, 4)
+
+
+def test_a_quantized_kernel_is_gathered_as_codes_where_the_batch_is_split_and_stays_split_by_tensor() -> None:
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    kernel = nf4.quantize(jax.random.normal(jax.random.key(0), (256, 8)))
+    kernel = jax.device_put(kernel, sharding.placement(kernel, ("embed", "mlp"), mesh))
+    x = jax.device_put(jnp.ones((8, 256)), sharding.spec(("batch", None), (8, 256), mesh))
+    with jax.set_mesh(mesh):
+        product = jax.jit(lambda x, kernel: matmul(x, sharding.gathered(kernel, ("embed", "mlp")))).lower(x, kernel)
+        program = product.compile().as_text()
+    sent = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", program)
+    assert {shape for _, shape in sent} == {"4,64,4", "4,4"}  # [in/64, 64, out / 2] codes and [in/64, out / 2] absmax
+    assert {dtype for dtype, _ in sent} <= {"s8", "u8"}  # a CPU's program has int4 as int8

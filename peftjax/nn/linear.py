@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax import sharding
 from peftjax.nn.slot import Slot
 from peftjax.quant.matmul import matmul
 
@@ -45,7 +46,7 @@ class Linear(nnx.Module):
         if kernel is None:
             assert self.kernel is not None, "a tied layer is given its kernel"
             kernel = self.kernel.get_value()
-        y = matmul(x, kernel)
+        y = matmul(x, sharding.gathered(kernel, self.axes))
         if bias is None and self.bias is not None:
             bias = self.bias.get_value()
         return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
