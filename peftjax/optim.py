@@ -79,8 +79,9 @@ def make_optimizer(
     sgd        d_t = m_t = momentum * m_{t-1} + g_t
                Loshchilov & Hutter 2019, algorithm 1, with the rate outside of the momentum as in torch.optim.SGD.
 
-    Gradients and parameters may have any float dtype; all of it is computed and stored in float32, because a bfloat16
-    v_t stands still: it cannot take in a thousandth of a new value.
+    Gradients and parameters may have any float dtype; all of it is computed in float32 and stored so, because a bfloat16
+    v_t stands still: it cannot take in a thousandth of a new value. m_t alone, of which a tenth is new every time, may be
+    stored in bfloat16 (momentum_dtype; its rounding is unseen by v_t).
 
     `decay_mask` is a tree of booleans such as `decay_mask()` makes. For the log, `make_schedule(config, steps)(s)` is
     the rate of update s. Raises ValueError for an unknown name, b1, b2 or momentum of 1, eps of 0.
@@ -111,13 +112,14 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
 
 def _direction(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """d_t of `make_optimizer`."""
+    stored = config.momentum_dtype
     if config.name == "adamw":
-        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+        return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=stored)
     if config.name == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     if config.name == "lion":
-        return optax.scale_by_lion(config.b1, config.b2)
-    return optax.trace(config.momentum) if config.momentum else optax.identity()
+        return optax.scale_by_lion(config.b1, config.b2, mu_dtype=stored)
+    return optax.trace(config.momentum, accumulator_dtype=stored) if config.momentum else optax.identity()
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -245,6 +245,24 @@ def test_bfloat16_parameters_have_float32_state_and_updates(name: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(optax.apply_updates(params, updates))} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_a_momentum_kept_in_bfloat16_moves_the_update_by_its_rounding_alone(name: str) -> None:
+    params, updates = make_tree(), {}
+    for dtype in ("float32", "bfloat16"):
+        tx = make_optimizer(make_config(name=name, momentum_dtype=dtype), 3, MASK)
+        state = tx.init(params)
+        for _ in range(3):
+            updates[dtype], state = tx.update(make_tree(1), state, params)
+        kept = {
+            leaf.dtype
+            for path, leaf in jax.tree.leaves_with_path(state)
+            if leaf.ndim and ".nu" not in jax.tree_util.keystr(path)
+        }
+        assert kept == {jnp.dtype(dtype)}
+    for path in TRAINED:
+        np.testing.assert_allclose(updates["bfloat16"][path], updates["float32"][path], rtol=2**-7)
+
+
 def test_the_second_moment_of_bfloat16_gradients_keeps_moving() -> None:
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
     tx = make_optimizer(make_config(b2=0.999), 100, {"kernel": True})

@@ -85,6 +85,9 @@ FIELDS: dict[str, Field] = {
     "optim.b2": Field(0.999, "decay of the second moment (adamw); of the momentum (lion)", low=0, high=1),
     "optim.eps": Field(1e-8, "added to the root of the second moment (adamw)", low=0),
     "optim.momentum": Field(0.9, "of sgd", low=0, high=1),
+    "optim.momentum_dtype": Field(
+        "float32", "in which m_t is kept, the first moment (adamw, lion, sgd)", ("float32", "bfloat16")
+    ),
     "optim.clip_norm": Field(1.0, "largest global norm of the gradient; 0: any", low=0),
     "train.steps": Field(1000, "updates in all", low=1),
     "train.batch_size": Field(8, "sequences a step, over all devices and microbatches", low=1),
