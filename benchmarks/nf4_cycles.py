@@ -7,6 +7,7 @@ the estimated cycles of every projection and their sum, NF4 over bfloat16 (bound
 of an NF4 product against its decoded kernel.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -33,47 +34,40 @@ def projections(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-def forward(x: jax.Array, kernel: Any) -> jax.Array:
-    return matmul(x, kernel)
+def both(x: jax.Array, dy: jax.Array, kernel: Any) -> tuple[jax.Array, jax.Array]:
+    """y = x W and dx = dy W^T."""
+    y, backward = jax.vjp(lambda x: matmul(x, kernel), x)
+    return y, backward(dy)[0]
 
 
-def backward(y: jax.Array, kernel: Any) -> jax.Array:
-    x = jnp.zeros((len(y), kernel.shape[0]), y.dtype)
-    return jax.vjp(lambda x: matmul(x, kernel), x)[1](y)[0]
-
-
-def compiled(function: Any, rows: jax.ShapeDtypeStruct, kernel: Any) -> tuple[int, int]:
-    """The estimated cycles of a product and its temporary memory in bytes."""
+@functools.cache
+def compiled(inputs: int, outputs: int, quantized: bool) -> tuple[int, int]:
+    """The estimated cycles of both products and their temporary memory in bytes."""
     device = DEVICES["v5e:1x1"]
     mesh = device_mesh(device, {})
-    arguments = [place(value, (None,) * value.ndim, mesh) for value in (rows, kernel)]
-    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(device.platform,)).compile()
+    kernel = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    x, dy = (jax.ShapeDtypeStruct((TOKENS, width), jnp.bfloat16) for width in kernel.shape)
+    if quantized:
+        kernel = jax.eval_shape(nf4.quantize, kernel)
+    arguments = [place(value, (None, None), mesh) for value in (x, dy, kernel)]
+    program = jax.jit(both).trace(*arguments).lower(lowering_platforms=(device.platform,)).compile()
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program.as_text())))
     return cycles, program.memory_analysis().temp_size_in_bytes
 
 
 def main(names: Sequence[str]) -> None:
     for name in names or ("8b", "70b"):
-        sums = {"bfloat16": 0, "nf4": 0}
-        print(f"llama-3.1-{name}, {TOKENS} tokens: estimated cycles, forward + backward, and temporary MiB (NF4)")
+        dense, nested = 0, 0
+        print(f"llama-3.1-{name}, {TOKENS} tokens: estimated cycles of y = x W and dx = dy W^T; temporary MiB of NF4")
         for projection, (inputs, outputs) in projections(LLAMAS[f"llama-3.1-{name}"]).items():
-            dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
-            kernels = {"bfloat16": dense, "nf4": jax.eval_shape(nf4.quantize, dense)}
-            line, temporary = "", 0
-            for label, kernel in kernels.items():
-                ways = ((forward, inputs), (backward, outputs))
-                found = [
-                    compiled(way, jax.ShapeDtypeStruct((TOKENS, width), jnp.bfloat16), kernel) for way, width in ways
-                ]
-                sums[label] += sum(cycles for cycles, _ in found)
-                temporary = max(temp for _, temp in found)
-                line += f"  {label} {found[0][0]:9,} + {found[1][0]:9,}"
+            (plain, _), (cycles, temporary) = (compiled(inputs, outputs, quantized) for quantized in (False, True))
+            dense, nested = dense + plain, nested + cycles
             print(
-                f"{projection:6} {inputs:6} x {outputs:6}{line}   {temporary / 2**20:6.1f} of "
-                f"{dense.size * 2 / 2**20:.0f}",
+                f"{projection:6} {inputs:6} x {outputs:6}  bfloat16 {plain:11,}  NF4 {cycles:11,}  ratio {cycles / plain:.3f}"
+                f"  temporary {temporary / 2**20:.1f}, decoded kernel {2 * inputs * outputs / 2**20:.0f}",
                 flush=True,
             )
-        print(f"sum: {sums['nf4']:,} / {sums['bfloat16']:,} = {sums['nf4'] / sums['bfloat16']:.3f} (bound 1.10)")
+        print(f"sum of the layer: {nested:,} / {dense:,} = {nested / dense:.3f} (bound 1.10)")
 
 
 if __name__ == "__main__":

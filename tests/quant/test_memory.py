@@ -1,0 +1,50 @@
+"""What the compiler says a train step over an NF4 base needs, from shapes alone."""
+
+from typing import Any
+
+import jax
+import pytest
+
+from peftjax import methods, sharding
+from peftjax.core import config as configs
+from peftjax.plan import abstract_model, abstract_step
+from peftjax.quant.base import Quantized
+
+WIDE = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,
+}  # fmt: skip
+LENGTH = 8
+PARAMETERS = 4 * 1024 * 1024 + 3 * 1024 * 2048  # of one layer's kernels
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[int, tuple[Any, Any]]:
+    """The compiled step of 2 and of 4 layers, each with its abstract arguments."""
+    config = configs.defaults()
+    config.method = methods.make_config("lora", rank=2)
+    config.model.quantize, config.model.remat = "nf4", "block"
+    config.train.batch_size, config.data.max_length = 1, LENGTH
+    config = configs.validate(config, method_defaults=methods.method_defaults)
+    mesh, made = sharding.make_mesh(), {}
+    for layers in (2, 4):
+        model = abstract_model(config, WIDE | {"num_hidden_layers": layers})
+        with jax.set_mesh(mesh):
+            step, arguments = abstract_step(config, model, mesh)
+            made[layers] = step.lower(*arguments).compile(), arguments
+    return made
+
+
+def test_twice_the_layers_grow_the_step_by_less_than_one_decoded_layer(steps: dict[int, tuple[Any, Any]]) -> None:
+    few, many = (steps[layers][0].memory_analysis().temp_size_in_bytes for layers in (2, 4))
+    # Of the two more layers; a CPU's program has no int4 and begins by making int8 of all codes: 2 * PARAMETERS of it.
+    assert many - few < 4 * PARAMETERS + 2 * 4 * LENGTH * 1024  # one float32 layer, and the inputs of two
+
+
+def test_a_quantized_parameter_is_an_argument_of_4_13_bits(steps: dict[int, tuple[Any, Any]]) -> None:
+    compiled, arguments = steps[4]
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    quantized = sum(leaf.size for leaf in leaves if isinstance(leaf, Quantized))
+    others = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if not isinstance(leaf, Quantized))
+    assert quantized == 4 * PARAMETERS
+    bits = 8 * (compiled.memory_analysis().argument_size_in_bytes - others) / quantized
+    assert 4.12 < bits <= 4.13
