@@ -2,6 +2,7 @@
 
 import functools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from peftjax.core import variables
 from peftjax.io.hf_model import save_model
 from peftjax.models import from_hf_config
+from peftjax.nn.linear import Linear
+from peftjax.quant import FORMATS
 
 CONFIG = {
     "model_type": "llama",
@@ -33,6 +36,20 @@ CONFIG = {
 def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **fields: Any) -> Any:
     """A random Llama of 3 layers; `fields` replace those of its config.json."""
     return nnx.merge(*_made(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed), copy=True)
+
+
+def quantized(model: Any, format_: str = "nf4") -> Any:
+    """The model with every linear kernel but the head's in a number format, as `load_model(quantize=...)` has it."""
+    for path, module in nnx.iter_modules(model):
+        kernel = getattr(module, "kernel", None) if isinstance(module, Linear) else None
+        if kernel is not None and ".".join(map(str, path)) not in model.output_layers:
+            kernel.set_value(_encode(kernel.get_value(), format_))
+    return model
+
+
+@partial(jax.jit, static_argnums=1)
+def _encode(kernels: jax.Array, format_: str) -> Any:
+    return jax.vmap(FORMATS[format_])(kernels)  # of all layers
 
 
 @functools.cache
@@ -90,4 +107,9 @@ def randomize(model: Any, kind: type = variables.PeftParam, seed: int = 5, scale
 
 def bits(model: Any, kind: type = nnx.Param) -> dict[str, bytes]:
     """The bytes of every variable of a kind, by path."""
-    return {path: leaf.get_value().tobytes() for path, leaf in variables.flat(model)[1].items() if type(leaf) is kind}
+    return {path: in_bytes(leaf.get_value()) for path, leaf in variables.flat(model)[1].items() if type(leaf) is kind}
+
+
+def in_bytes(value: Any) -> bytes:
+    """Of an array, or of every leaf of a quantized kernel."""
+    return b"".join(leaf.tobytes() for leaf in jax.tree.leaves(value))

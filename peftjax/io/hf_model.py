@@ -224,7 +224,7 @@ def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Se
         )
     chosen, names = {}, []
     for entry in table:
-        if not _is_linear(model, entry) or entry.module in type(model).output_layers:
+        if not _is_linear(model, entry) or entry.module in model.output_layers:
             continue
         modules = entry.hf_modules
         names += modules
@@ -479,7 +479,7 @@ def save_model(
 def _quantization_config(model: Any) -> dict[str, Any]:
     """What config.json says of quantized kernels: nothing if there are none."""
     leaves = variables.flat(model)[1]
-    kernels, dense = {}, [type(model).hf_modules[path] for path in type(model).output_layers]
+    kernels, dense = {}, [model.hf_modules[path] for path in model.output_layers]
     for entry in entries(model):
         value = leaves[entry.path].get_value()
         if isinstance(value, Quantized):

@@ -114,15 +114,20 @@ def without_repacking(model: Any) -> Any:
     return model
 
 
-def load_theirs(path: Path, **options: Any) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu", **options)
+def load_theirs(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cpu", **options)
+    for parameter in model.parameters():  # of a quantized directory it leaves the others in the dtype of the file
+        if dtype == torch.float32 and not isinstance(parameter, bitsandbytes.nn.Params4bit):
+            parameter.data = parameter.data.float()
     return without_repacking(model).eval()
 
 
-def quantized(base: Path, **options: Any) -> Any:
+def quantized(base: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A model that transformers quantizes as it loads it."""
     config = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
-    return load_theirs(base, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **config | options))
+    return load_theirs(
+        base, dtype, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **config | options)
+    )
 
 
 def values(model: Any) -> dict[str, Any]:
@@ -165,16 +170,20 @@ def test_weights_are_rounded_to_the_dtype_that_was_quantized_before_they_meet_fl
     dtype: str, bases: Callable, tmp_path: Path
 ) -> None:
     peftjax.save_model(peftjax.load_model(bases("wide"), dtype), tmp_path / "half")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    half = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "half", dtype=getattr(torch, dtype), device_map="cpu", quantization_config=config
-    )
-    half.save_pretrained(tmp_path / "theirs")
+    quantized(tmp_path / "half", getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
     model = peftjax.load_model(tmp_path / "theirs")
     assert model.blocks.attention.query.kernel.get_value().dtype == dtype
-    assert_close(logits(model), logits(load_theirs(tmp_path / "theirs")))
+    theirs = load_theirs(tmp_path / "theirs")
+    rounded = logits(model)
+    # Its forward product decodes to the dtype of the computation; its decoder, and with it its backward product, to the
+    # one that was quantized.
+    assert_close(rounded, logits(theirs), {"bfloat16": 2**-6, "float16": 2**-9}[dtype])
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert weight.dtype == getattr(torch, dtype)
+            module.forward = partial(torch.nn.functional.linear, weight=weight.float())
+    assert_close(rounded, logits(theirs))
 
 
 @pytest.mark.parametrize("format_", ["nf4", "nf4_single"])

@@ -239,7 +239,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def attached(name: str, *, dtype: str = "float32", remat: str = "none", adapter: str = "default", seed: int = 1) -> Any:
-    model = tiny.model(dtype=dtype, remat=remat, **FIELDS.get(name, {}))
+    """The method on the tiny model; dtype "nf4": on a float32 one that is quantized, as wide as whole blocks but for the
+    inputs of down_proj."""
+    if dtype == "nf4":
+        model = tiny.quantized(tiny.model(remat=remat, hidden_size=64, intermediate_size=72, **FIELDS.get(name, {})))
+    else:
+        model = tiny.model(dtype=dtype, remat=remat, **FIELDS.get(name, {}))
     return methods.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
 
 
@@ -318,10 +323,11 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-IN_BOTH = [*marked(OF_EACH, "float32"), *marked(OF_EACH, "bfloat16")]
+NF4 = [name for name in OF_EACH if name != "full"]  # which would train the codes, and says so
+IN_EACH = [*marked(OF_EACH, "float32"), *marked(OF_EACH, "bfloat16"), *marked(NF4, "nf4")]
 
 
-@pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
+@pytest.mark.parametrize(("name", "dtype"), IN_EACH)
 def test_training_is_traced_once_and_changes_and_keeps_moments_of_what_the_mask_says_and_nothing_else(
     name: str, dtype: str
 ) -> None:
@@ -331,7 +337,7 @@ def test_training_is_traced_once_and_changes_and_keeps_moments_of_what_the_mask_
     assert after.keys() == ran.first.keys()
     assert all((after[path] != ran.first[path]).any() for path in ran.first)
     frozen_base = [path for path in ran.base if path not in ran.first]
-    assert all(np.asarray(ran.frozen[path]).tobytes() == ran.base[path] for path in frozen_base)
+    assert all(tiny.in_bytes(ran.frozen[path]) == ran.base[path] for path in frozen_base)
     assert (name == "full") == (not frozen_base)
     moments = [leaf.size for leaf in jax.tree.leaves(ran.state.optimizer) if leaf.ndim]
     assert sum(moments) == CASES[name].moments * sum(value.size for value in after.values())
@@ -377,6 +383,7 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
 MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32")
 MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16")
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32")
+MESHES += marked(("lora", "lora-dora", "oft", "vera"), {"fsdp": 2, "tensor": 2}, "nf4")
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)
@@ -408,6 +415,15 @@ def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> No
     methods.unmerge(model, "default")
     assert tiny.bits(model) == before
     np.testing.assert_array_equal(model(tiny.tokens()), expected)
+
+
+@pytest.mark.parametrize("name", marked(name for name in NF4 if CASES[name].merges))
+def test_merged_into_an_nf4_base_equals_attached_and_unmerging_restores_the_codes(name: str) -> None:
+    model = tiny.randomize(attached(name, dtype="nf4"), scale=0.05)
+    before, expected = tiny.bits(model), model(tiny.tokens())
+    methods.merge(model, "default")
+    np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5 * np.abs(expected).max())
+    assert tiny.bits(methods.unmerge(model, "default")) == before
 
 
 @pytest.mark.parametrize("name", PEFT_OF_EACH)

@@ -1,0 +1,188 @@
+"""4-bit directories without bitsandbytes: what was written comes back, and what does not fit is told.
+
+That they are its own is shown in tests/interop/test_bitsandbytes.py.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import tests.tiny as tiny
+from peftjax import methods
+from peftjax.core import variables
+from peftjax.core.fingerprint import fingerprint
+from peftjax.io import hf_files
+from peftjax.io.hf_model import load_model, make_random, save_model
+from peftjax.quant.nf4 import Nf4
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+STATE = f"{QUERY}.quant_state.bitsandbytes__nf4"
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Tensors]:
+    """config.json and the tensors of a small model in NF4; its rows are no multiples of 64."""
+    directory = tmp_path_factory.mktemp("nf4") / "model"
+    save_model(tiny.quantized(tiny.model()), directory)
+    return json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+
+
+@pytest.fixture
+def rewritten(written: tuple[dict[str, Any], Tensors], tmp_path: Path) -> Callable[..., Path]:
+    """The directory again, with other fields of its quantization_config, of a quant_state, or other tensors."""
+
+    def write(config: Any = (), state: Any = (), **tensors: np.ndarray | None) -> Path:
+        fields, stored = written
+        fields = fields | {"quantization_config": fields["quantization_config"] | dict(config)}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        changed = json.loads(stored[STATE].tobytes()) | dict(state)
+        stored = stored | {STATE: np.frombuffer(json.dumps(changed).encode(), np.uint8)}
+        stored |= {QUERY + ending: array for ending, array in tensors.items() if array is not None}
+        gone = [QUERY + ending for ending, array in tensors.items() if array is None]
+        save_file({key: array for key, array in stored.items() if key not in gone}, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return write
+
+
+def values(model: Any) -> dict[str, Any]:
+    return {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
+
+
+@pytest.mark.parametrize("format_", ["nf4", "nf4_single"])
+def test_a_written_model_comes_back_with_every_bit_in_shards_too(format_: str, tmp_path: Path) -> None:
+    model = tiny.quantized(tiny.model(hidden_size=64, intermediate_size=80, num_hidden_layers=2), format_)
+    save_model(model, tmp_path / "model", max_shard_bytes=25_000)
+    files = list((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(array.nbytes for array in load_file(file).values()) <= 25_000 for file in files)
+    back = load_model(tmp_path / "model")
+    assert fingerprint(values(back)) == fingerprint(values(model))
+    np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
+    save_model(back, tmp_path / "again", max_shard_bytes=25_000)
+    for file in (tmp_path / "model").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_no_kernel_is_read_as_anything_but_its_codes(
+    rewritten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_file = hf_files.StoredTensor.open
+    monkeypatch.setattr(
+        hf_files.StoredTensor, "open", lambda tensor: (opened.append(tensor.name), open_file(tensor))[1]
+    )
+    model = load_model(rewritten(), "bfloat16", quantize="nf4")
+    assert sum(isinstance(value, Nf4) for value in values(model).values()) == 7
+    assert not [name for name in opened if "_proj" in name]
+
+
+def test_a_merged_layer_is_written_as_the_array_it_is_and_named_among_the_skipped(tmp_path: Path) -> None:
+    model = methods.attach(tiny.quantized(tiny.model()), methods.Lora(targets=("q_proj",)), rngs=nnx.Rngs(0))
+    methods.merge(tiny.randomize(model))
+    save_model(model, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(3))]
+    back = load_model(tmp_path / "merged")
+    assert isinstance(back.blocks.attention.query.kernel.get_value(), jax.Array)
+    np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
+
+
+def test_a_model_whose_kernels_are_all_arrays_again_is_no_quantized_one_any_more(
+    rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load_model(rewritten())
+    decoded = {path: value.astype(np.float32) for path, value in values(model).items() if isinstance(value, Nf4)}
+    variables.update(model, decoded)
+    save_model(model, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_int8_kernels_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"kernel is in int8, for which a Hugging Face directory has no format"):
+        save_model(tiny.quantized(tiny.model(), "int8"), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# --- What does not fit ---
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"load_in_4bit": False, "load_in_8bit": True},
+            r"is quantized \(bitsandbytes, load_in_8bit\); of quantized weights",
+        ),
+        ({"bnb_4bit_quant_type": "fp4"}, r"is quantized \(bitsandbytes, fp4\)"),
+        ({"quant_method": "awq"}, r"is quantized \(awq\)"),
+    ],
+)
+def test_other_formats_are_refused_by_name(config: Any, message: str, rewritten: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_model(rewritten(config))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"blocksize": 128}, r"q_proj\.weight is stored with blocksize=128; only 64 is read"),
+        ({"nested_blocksize": 64}, r"q_proj\.weight is stored with nested_blocksize=64; only 256 is read"),
+        ({"dtype": "float64"}, r"q_proj\.weight is stored to be decoded to float64; only float32, bfloat16, float16"),
+        (
+            {"dtype": "bfloat16"},
+            r"layers\.1\.self_attn\.q_proj\.weight is nf4 of bfloat16: the layers of a stack share one",
+        ),
+        ({"shape": [32, 64]}, r"q_proj\.weight is stored as \[32, 64\], config.json asks for \[32, 32\]"),
+    ],
+)
+def test_other_quant_states_are_refused_by_name(state: Any, message: str, rewritten: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_model(rewritten(state=state))
+
+
+@pytest.mark.parametrize("map_", [".quant_map", ".nested_quant_map"])
+def test_other_tables_of_values_are_refused_by_name(
+    map_: str, written: tuple[dict[str, Any], Tensors], rewritten: Callable[..., Path]
+) -> None:
+    table = written[1][QUERY + map_].copy()
+    table[3] += np.float32(0.01)
+    with pytest.raises(ValueError, match=rf"q_proj\.weight{map_} is not the table of values"):
+        load_model(rewritten(**{map_: table}))
+
+
+def test_parts_that_are_missing_or_of_a_wrong_size_are_in_the_one_error(rewritten: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="not those of its config") as error:
+        load_model(rewritten(**{".absmax": None, ".nested_absmax": np.zeros(3, np.float32), ".scale": np.zeros(2)}))
+    assert f"1 missing: {QUERY}.absmax\n" in str(error.value)
+    assert f"1 unexpected: {QUERY}.scale" in str(error.value)
+    assert f"{QUERY}.nested_absmax is stored as F32 [3]; of a kernel [32, 32] it has 4 bytes of F32" in str(error.value)
+
+
+def test_a_stack_of_which_some_layers_are_quantized_is_an_error(rewritten: Callable[..., Path]) -> None:
+    parts = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+    directory = rewritten(**{"": np.zeros((32, 32), np.float32)}, **dict.fromkeys(parts))
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight is not quantized: the layers of a stack"
+    ):
+        load_model(directory)
+
+
+def test_what_is_asked_for_must_be_what_is_stored(rewritten: Callable[..., Path]) -> None:
+    directory = rewritten()
+    with pytest.raises(ValueError, match=r"is stored in nf4, and quantize='int8' asks for another format"):
+        load_model(directory, quantize="int8")
+    with pytest.raises(ValueError, match=r"skip=\('v_proj',\) \(model.skip_quantize\): .* is quantized already"):
+        load_model(directory, quantize="nf4", skip=("v_proj",))
+    with pytest.raises(ValueError, match=r'for random weights say so by quantize="nf4"'):
+        make_random(directory)
+    assert isinstance(make_random(directory, quantize="nf4").blocks.attention.query.kernel.get_value(), Nf4)
