@@ -27,6 +27,17 @@ def error(block: int) -> float:
     return float(np.sqrt(np.square(nf4.CODEBOOK[codes] * absmax - weights).mean() / np.square(weights).mean()))
 
 
+def requantized(change: float) -> tuple[float, float]:
+    """A kernel of NF4 and a random change of rank 16 of this relative size, quantized again: the error relative to the
+    kernel, and relative to the change."""
+    rng = np.random.default_rng(0)
+    old = np.asarray(nf4.quantize(rng.normal(size=(1024, 1024)).astype(np.float32)).astype(np.float32))
+    delta = (rng.normal(size=(1024, 16)) @ rng.normal(size=(16, 1024))).astype(np.float32)
+    delta *= change * np.linalg.norm(old) / np.linalg.norm(delta)
+    moved = np.linalg.norm(np.asarray(nf4.quantize(old + delta).astype(np.float32)) - old - delta)
+    return float(moved / np.linalg.norm(old)), float(moved / np.linalg.norm(delta))
+
+
 def linear(embed: int, mlp: int, kv: int) -> list[tuple[int, int]]:
     return [(embed, embed), (embed, kv), (embed, kv), (embed, embed), (embed, mlp), (embed, mlp), (mlp, embed)]
 
@@ -41,6 +52,9 @@ def main() -> None:
     for block in (16, 32, 64, 128, 256, 1024):
         single, double = 4 + 32 / block, 4 + 8 / block + 32 / (block * nf4.GROUP)
         print(f"| {block} | {single:.3f} | {double:.3f} | {error(block):.2%} |")
+    print("\n| change | error / kernel | error / change |\n|---|---|---|")
+    for change in (0.003, 0.01, 0.03, 0.1, 0.3):
+        print(f"| {change:.1%} | " + " | ".join(f"{moved:.1%}" for moved in requantized(change)) + " |")
     print(
         "\n| | kernels | bf16 | NF4 | embedding, head, norms | LoRA 16 | LoRA 64 | NF4, LoRA 16 |\n|---|---|---|---|---|---|---|---|"
     )

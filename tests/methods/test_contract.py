@@ -220,10 +220,10 @@ OF_EACH = [
 ]
 
 
-def marked(names: Iterable[str], *others: Any) -> list[Any]:
+def marked(names: Iterable[str], *others: Any, quick: Iterable[str] = QUICK) -> list[Any]:
     """Parameters of a test: (name, *others) for each name."""
     return [
-        pytest.param(*((name, *others) if others else (name,)), marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(*((name, *others) if others else (name,)), marks=() if name in quick else pytest.mark.slow)
         for name in names
     ]
 
@@ -323,8 +323,8 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [name for name in OF_EACH if name != "full"]  # which would train the codes, and says so
-IN_EACH = [*marked(OF_EACH, "float32"), *marked(OF_EACH, "bfloat16"), *marked(NF4, "nf4")]
+NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-pissa"} - {"full"}]
+IN_EACH = [*marked(OF_EACH, "float32"), *marked(OF_EACH, "bfloat16"), *marked(NF4, "nf4", quick=("lora", "prefix"))]
 
 
 @pytest.mark.parametrize(("name", "dtype"), IN_EACH)
@@ -383,7 +383,7 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
 MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32")
 MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16")
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32")
-MESHES += marked(("lora", "lora-dora", "oft", "vera"), {"fsdp": 2, "tensor": 2}, "nf4")
+MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4")
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)
@@ -417,7 +417,12 @@ def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> No
     np.testing.assert_array_equal(model(tiny.tokens()), expected)
 
 
-@pytest.mark.parametrize("name", marked(name for name in NF4 if CASES[name].merges))
+def test_full_fine_tuning_of_a_quantized_base_is_refused() -> None:
+    with pytest.raises(ValueError, match="trains the base itself, which cannot be quantized"):
+        attached("full", dtype="nf4")
+
+
+@pytest.mark.parametrize("name", marked((name for name in NF4 if CASES[name].merges), quick=("lora",)))
 def test_merged_into_an_nf4_base_equals_attached_and_unmerging_restores_the_codes(name: str) -> None:
     model = tiny.randomize(attached(name, dtype="nf4"), scale=0.05)
     before, expected = tiny.bits(model), model(tiny.tokens())
