@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from peftjax.core.paths import suggest
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.attach import active_view, attach, attached, count_trainable, detach, merge, unmerge, use
-from peftjax.methods.base import Method
+from peftjax.methods.base import Method, no_such_option
 from peftjax.methods.bitfit import BitFit
 from peftjax.methods.boft import Boft
 from peftjax.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
@@ -122,9 +122,7 @@ def make_config(name: str, **fields: Any) -> ConfigDict:
     defaults = method_defaults(name)
     for field in fields:
         if field not in defaults:
-            raise ValueError(
-                f"method.{field}: {name} has no such field.{suggest(field, defaults)} It has: {', '.join(defaults)}"
-            )
+            raise ValueError(no_such_option(method_class(name), field))
     return ConfigDict(defaults | fields)
 
 

@@ -49,6 +49,15 @@ def attach(
         ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
             unchanged then.
     """
+    if not isinstance(method, Method):
+        raise ValueError(f"attach: the method must be one with its options, such as Lora(rank=8), it is {method!r}")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"attach: rngs must be nnx.Rngs(seed), it is {rngs!r}")
+    if not sites(model):
+        raise ValueError(
+            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) gives them to the layers of a "
+            "network of your own"
+        )
     method.check(model)
     if bool(method.data) != (batches is not None):
         raise ValueError(

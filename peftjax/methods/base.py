@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from peftjax.core import variables
+from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.slot import Adapter
@@ -41,6 +42,13 @@ class Method:
     hf_constants: ClassVar[dict[str, Any]] = {}
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
     hf_training: ClassVar[dict[str, Any]] = {}
+
+    def __new__(cls, **options: Any) -> Self:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for option in options:
+            if option not in known:
+                raise ValueError(no_such_option(cls, option))
+        return super().__new__(cls)
 
     @property
     def neutral(self) -> bool:
@@ -107,6 +115,14 @@ class Method:
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
         return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})
+
+
+def no_such_option(cls: type[Method], option: str) -> str:
+    """What to say of an option that a method does not have: the near ones, or our word for Hugging Face's."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    ours = {hf: own for own, (hf, _) in cls.hf_fields.items()}
+    meant = f" Hugging Face's {option} is called {ours[option]!r} here." if option in ours else suggest(option, known)
+    return f"method.{option}: {cls.method} has no such field.{meant} It has: {', '.join(known)}"
 
 
 def _to_json(value: Any) -> Any:

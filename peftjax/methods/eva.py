@@ -108,6 +108,10 @@ def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory
         return jax.grad(total)(memory)
 
     for batch in batches:
+        if not isinstance(batch, Mapping) or "tokens" not in batch:
+            raise ValueError(
+                f'attach: each of batches must be {{"tokens": [B, T], ...}}, one is {type(batch).__name__}'
+            )
         memory = look(memory, base, dict(batch))
     found: dict[str, dict[str, jax.Array]] = {}
     for path, value in memory.items():

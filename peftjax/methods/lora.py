@@ -114,6 +114,10 @@ class Lora(Targeted):
         if self.dora and self.lora_bias:
             raise ValueError("method.lora_bias=True does not go with dora=True, here as in peft; choose one of them")
         positive(lr_ratio=self.lr_ratio, eva_batches=self.eva_batches)
+        for alpha in (self.alpha, *dict(self.alpha_pattern).values()):
+            positive(alpha=alpha)
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"method.dtype must be 'float32', 'bfloat16' or 'float16', it is {self.dtype!r}")
         if not self.eva_rho >= 1:
             raise ValueError(f"method.eva_rho must be at least 1 (the ranks stay), it is {self.eva_rho!r}")
 

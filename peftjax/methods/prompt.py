@@ -36,6 +36,8 @@ class SoftPrompt(Method):
 
     def __post_init__(self) -> None:
         positive(tokens=self.tokens)
+        if not isinstance(self.tokens, int):
+            raise ValueError(f"method.tokens must be a whole number, it is {self.tokens!r}")
 
     @property
     def neutral(self) -> bool:

@@ -78,6 +78,8 @@ def rows(model: Any, names: Sequence[str | None]) -> Rows:
         ValueError: a name that is not attached, adapters that differ in their method's shapes, a row without an adapter
             beside adapters that no values make ineffective (a soft prompt takes positions), or an encoder-decoder.
     """
+    if not hasattr(model, "hidden"):
+        raise ValueError(f"rows: {type(model).__name__} is no decoder of peftjax; an adopted network cannot be used so")
     if hasattr(model, "decode"):
         raise ValueError(
             "rows: one batch with several adapters is not there for an encoder-decoder; use() one at a time"

@@ -55,7 +55,7 @@ def sites(model: nnx.Module) -> list[Site]:
     names = getattr(model, "hf_modules", {})
     depth: dict[str, int] = {}  # top-level part -> its number of layers
     for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if variable.axes and variable.axes[0] == "layers":
+        if (getattr(variable, "axes", None) or (None,))[0] == "layers":
             depth[str(key[0])] = variable.shape[0]
     found = []
     for key, module in nnx.iter_modules(model):
@@ -93,6 +93,8 @@ def choose(
     """
     candidates = list(candidates)
     names = [name for site in candidates for name in site.names]
+    if not names:
+        raise ValueError(f"method.{what}={targets!r}: this model has no layer with a slot of the kind that it needs")
     for option, pattern in ((what, targets), ("exclude", exclude)):
         if missing := [entry for entry in unmatched(names, pattern) if entry]:
             last = sorted({name.rsplit(".", 1)[-1] for name in names})

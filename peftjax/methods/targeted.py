@@ -134,6 +134,10 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
 
 def names_or_pattern(value: Any) -> str | tuple[str, ...]:
     """A regular expression or a word like "all-linear" as it is; names, also between commas, as a tuple."""
+    if value is None:
+        raise ValueError(
+            "method.targets and method.exclude are names, a tuple of names or a regular expression, not None"
+        )
     if not isinstance(value, str):
         return tuple(value)
     if value.startswith("all-") or REGEX & set(value):

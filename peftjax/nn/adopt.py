@@ -34,8 +34,10 @@ def adopt(model: Any, *, sublayers: Mapping[str, int] = MappingProxyType({})) ->
     begins with the prompt's vectors, so the sequence is longer by their number.
 
     Raises:
-        ValueError: a path of `sublayers` is not there, or a layer holds a stack of kernels (made by vmap).
+        ValueError: the model is one layer, a path of `sublayers` is not there, or a layer holds a stack of kernels (made by vmap).
     """
+    if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
+        raise ValueError(f"adopt: the model is itself one {type(model).__name__}; put it into a module")
     modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise ValueError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")

@@ -393,6 +393,12 @@ def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options:
     ("options", "message"),
     [
         ({"rank": 0}, "method.rank must be a whole number of at least 1, it is 0"),
+        ({"alpha": 0}, "method.alpha must be above 0, it is 0"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "method.alpha must be above 0, it is '8'"),
+        ({"targets": None}, "method.targets and method.exclude are names"),
+        ({"dtype": "float23"}, "method.dtype must be 'float32', 'bfloat16' or 'float16', it is 'float23'"),
+        ({"r": 8}, "method.r: lora has no such field. Hugging Face's r is called 'rank' here. It has: targets, "),
+        ({"rnak": 8}, "method.rnak: lora has no such field. Did you mean 'rank'"),
         ({"rank": 2.5}, "method.rank must be a whole number of at least 1, it is 2.5"),
         ({"rank_pattern": {"q_proj": 0}}, "method.rank must be a whole number of at least 1, it is 0"),
         ({"bias": "some"}, "method.bias must be 'none', 'all' or 'lora_only', it is 'some'"),

@@ -115,6 +115,7 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
     ("make", "message"),
     [
         (lambda: PromptTuning(tokens=0), "method.tokens must be above 0, it is 0"),
+        (lambda: PromptTuning(tokens=2.5), "method.tokens must be a whole number, it is 2.5"),
         (lambda: PromptTuning(init="words"), "method.init must be 'random', 'vocabulary' or 'text', it is 'words'"),
         (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': init='text' goes with a text"),
         (lambda: PTuning(encoder="gru"), "method.encoder must be 'mlp', 'lstm' or 'none', it is 'gru'"),

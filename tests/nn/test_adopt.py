@@ -136,6 +136,17 @@ class Stacked(nnx.Module):
     ("make", "message"),
     [
         (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
+        (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself one Linear; put it into a module"),
+        (
+            lambda: methods.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
+            r"attach: no layer .* peftjax.adopt\(model\) gives",
+        ),
+        (
+            lambda: methods.attach(adopted(), Lora, rngs=nnx.Rngs(0)),
+            r"attach: the method must be one .* Lora\(rank=8\)",
+        ),
+        (lambda: methods.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), it is 0"),
+        (lambda: methods.rows(adopted(Lora(rank=2)), ["default"]), "rows: Classifier is no decoder of peftjax"),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
         (
