@@ -5,6 +5,7 @@ Those of bottleneck adapters, which PEFT does not have, are in the format of Ada
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from peftjax.core.paths import suggest
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_hub import Files
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
-from peftjax.methods import METHODS, attached, detach, use
+from peftjax.methods import METHODS, attached, detach, trained_on, use
 from peftjax.methods.attach import active, attach_unchecked, parameters_before, release_head
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter
 from peftjax.methods.bottleneck import Bottleneck
@@ -30,7 +31,8 @@ from peftjax.methods.sites import Site, adapters, head_sites, sites, tied_kernel
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft puts a prompt beside a model, other methods into it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-BASE = "peftjax.base"  # in the metadata of the weights: the marks of the base's arrays by path
+# In the metadata of the weights: by path, the marks of the base's arrays, and the formats of its quantized kernels.
+BASE, FORMATS = "peftjax.base", "peftjax.formats"
 # Fields of adapter_config.json that are not the method's.
 ABOUT = {
     "peft_type",
@@ -55,7 +57,8 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
         ValueError: no such adapter, or the method has no Hugging Face format.
     """
     method = _method(model, name)
-    tensors, record = adapter_tensors(model, name), {BASE: json.dumps(base_marks(model, name))}
+    tensors = adapter_tensors(model, name)
+    record = {BASE: json.dumps(base_marks(model, name)), FORMATS: json.dumps(trained_on.formats(model))}
     if isinstance(method, Bottleneck):
         files = _hub_files(model, method, name, base, tensors, record)
     else:
@@ -140,8 +143,10 @@ def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_bas
         if not has_head:
             release_head(model, name)
         _fill(model, name, tensors, path)
+        metadata = read_metadata(path / _files(model, name).weights)
         if not any_base:
-            _check_base(model, name, path)
+            _check_base(model, name, path, metadata)
+        _remember_formats(model, name, path, metadata)
     except Exception:
         use(detach(model, name), before)
         raise
@@ -277,16 +282,26 @@ def base_marks(model: Any, name: str) -> dict[str, str]:
     })  # fmt: skip
 
 
-def _check_base(model: Any, name: str, path: Path) -> None:
-    recorded = json.loads(read_metadata(path / _files(model, name).weights).get(BASE, "{}"))
-    if not recorded:
-        return
+def _check_base(model: Any, name: str, path: Path, metadata: dict[str, str]) -> None:
+    recorded = json.loads(metadata.get(BASE, "{}"))
     own = base_marks(model, name)
     differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf]]
     if differ:
         raise ValueError(
             f"{path} was trained on another base: its weights differ from this model's in {enumerate_some(differ, 3)}. "
             "Load the base it was made for, or, if that is meant, load_adapter(..., any_base=True)"
+        )
+
+
+def _remember_formats(model: Any, name: str, path: Path, metadata: dict[str, str]) -> None:
+    recorded, own = json.loads(metadata.get(FORMATS, "{}")), trained_on.formats(model)
+    trained_on.remember(model, name, recorded)
+    if FORMATS in metadata and recorded != own:
+        here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
+        warnings.warn(
+            f"{path} was trained on a base whose kernels are in another format than this one's (there {there}, here "
+            f"{here}), so it does not compute here what it did there; merge() measures by how much the kernels differ",
+            stacklevel=3,
         )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from peftjax.core import variables
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
+from peftjax.methods import trained_on
 from peftjax.methods.base import Method
 from peftjax.methods.sites import adapters, head_sites, sites
 from peftjax.methods.targeted import train_whole
@@ -142,6 +143,7 @@ def detach(model: Any, name: str = "default") -> Any:
     _remove(model, name)
     model.used = tuple(used for used in active(model) if used != name)
     model.methods = tuple(item for item in model.methods if item[0] != name)
+    trained_on.forget(model, name)
     return model
 
 
@@ -149,7 +151,8 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
     """Change the base's parameters so that, alone, they compute what they do with the adapters called `name`.
 
     A quantized kernel becomes the array that it decodes to, with what the adapters add: the base that they were trained
-    on, exactly. With `requantize` it is brought into its format again, which moves it; the measured error is printed.
+    on, exactly. With `requantize` it is brought into its format again, which moves it. Merging an adapter that was trained
+    on quantized kernels into others is no exact thing either. Both print by how much, measured.
     A head tied to the embedding gets a kernel of its own if the adapters change either of the two. The parameters that
     were there are kept on the host for `unmerge`.
 
@@ -164,6 +167,11 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
     untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
     if untied:
         model.untie()
+    if others := trained_on.moved(model, name):
+        print(
+            f"{name!r} was trained on quantized kernels and is merged into those that are not: from what it was trained "
+            f"with, these are away by {trained_on.told(others)}"
+        )
     before: dict[str, dict[str, OnHost]] = {}
     errors: dict[str, float] = {}
     try:
@@ -174,16 +182,12 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
             for leaf, value in new.items():
                 site.parameters[leaf].set_value(_like(value, parameters[leaf], requantize))
                 if requantize and isinstance(parameters[leaf], Quantized):
-                    errors[site.path] = _error(site.parameters[leaf].get_value(), value)
+                    errors[f"{site.path}.{leaf}"] = trained_on.error(parameters[leaf].encode_one, value)
     except Exception:
         _restore(model, before, untied)
         raise
     if errors:
-        worst = max(errors, key=lambda path: errors[path])
-        print(
-            f"merged {name!r} and quantized again: kernels, and with them outputs, move by "
-            f"{sum(errors.values()) / len(errors):.2%} on average, {worst} most, by {errors[worst]:.2%}"
-        )
+        print(f"merged {name!r} and quantized again: this moves its kernels by {trained_on.told(errors)}")
     model.merges = Merges([Merge(name, before, untied), *_merges(model)])
     return use(model, None)
 
@@ -256,7 +260,7 @@ def active_view(model: Any) -> Any:
         for index, adapter in enumerate(active):
             slot.add(f"a{index}", adapter)
         slot.active = tuple(f"a{index}" for index in range(len(active)))
-    view.methods, view.merges, view.used = (), None, ()
+    view.methods, view.merges, view.used, view.trained_on = (), None, (), ()
     return view
 
 
@@ -312,9 +316,3 @@ def _like(value: jax.Array, old: Any, requantize: bool) -> Any:
     if isinstance(old, Quantized):
         return old.encode(value) if requantize else value
     return jax.device_put(value, old.sharding)
-
-
-def _error(kernel: Quantized, exact: jax.Array) -> float:
-    """||W' - W|| / ||W||, which is the expected error of x W' for x of independent parts."""
-    exact = exact.astype(jnp.float32)
-    return float(jnp.linalg.norm((kernel.astype(jnp.float32) - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

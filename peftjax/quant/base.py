@@ -1,7 +1,6 @@
 """What every quantized kernel can do; the rest of the code knows no more of it."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -21,6 +20,11 @@ class Quantized:
         raise NotImplementedError
 
     @property
+    def format(self) -> str:
+        """What `quantize=` calls the format."""
+        raise NotImplementedError
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 
@@ -34,10 +38,7 @@ class Quantized:
 
     def encode(self, kernel: jax.Array) -> Self:
         """Another kernel of the same shape in the same format."""
-        one: Callable[..., Any] = self.encode_one
-        for _ in self.shape[:-2]:
-            one = jax.vmap(one)
-        return one(kernel)
+        return jax.lax.map(self.encode_one, kernel) if self.ndim > 2 else self.encode_one(kernel)
 
     def encode_one(self, kernel: jax.Array) -> Self:
         """`encode` of one layer."""

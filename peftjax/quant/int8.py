@@ -22,6 +22,10 @@ class Int8(Quantized):
     dtype: Any
 
     @property
+    def format(self) -> str:
+        return "int8"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 

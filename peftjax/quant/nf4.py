@@ -92,6 +92,10 @@ class Nf4(Quantized):
     dtype: Any
 
     @property
+    def format(self) -> str:
+        return "nf4_single" if self.scales is None else "nf4"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[: -3 if self._even else -1], *self.features)
 
