@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
 from peftjax.io.hf_adapter import load_adapter, save_adapter
-from peftjax.io.hf_model import load_model, save_model
+from peftjax.io.hf_model import load_kernels, load_model, save_model
 from peftjax.methods import (
     AdaLora,
     BitFit,
@@ -65,6 +65,7 @@ __all__ = [
     "combine",
     "detach",
     "load_adapter",
+    "load_kernels",
     "load_model",
     "merge",
     "rows",

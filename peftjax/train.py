@@ -31,7 +31,7 @@ from peftjax.data.text import Tokenizer, load_tokenizer
 from peftjax.evaluate import answer, evaluate_loss, exact_match, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
-from peftjax.io.hf_model import load_model, make_random, resolve, save_model
+from peftjax.io.hf_model import load_kernels, load_model, make_random, resolve, save_model
 from peftjax.losses import Totals, next_token_loss
 from peftjax.step import TrainState, first_state, flatten, make_train_step
 
@@ -147,7 +147,13 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     random = config.model.init == "random"
     model = make_random(base, seed=config.seed, **options) if random else load_model(base, **options)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
-    methods.attach(model, method, rngs=nnx.Rngs(config.seed), batches=first_batches(config, tokenizer, method, mesh))
+    methods.attach(
+        model,
+        method,
+        rngs=nnx.Rngs(config.seed),
+        batches=first_batches(config, tokenizer, method, mesh),
+        kernels=load_kernels(base, model) if method.unquantized else None,
+    )
     if model.virtual + config.data.max_length > model.config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} and {model.virtual} virtual tokens exceed the model's "

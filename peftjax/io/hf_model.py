@@ -30,7 +30,7 @@ from peftjax.quant import FORMATS
 from peftjax.quant.base import Quantized
 from peftjax.quant.nf4 import Nf4
 
-__all__ = ["load_model", "make_random", "resolve", "save_model"]
+__all__ = ["load_kernels", "load_model", "make_random", "resolve", "save_model"]
 
 Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]; an `Unpack`, of its stored parts
 
@@ -156,6 +156,24 @@ def load_model(
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and the keys of dropout
     variables.update(model, values, _make(config, rest, mesh, seed))
     return model
+
+
+def load_kernels(path: str | Path, model: Any, revision: str | None = None) -> Callable[[str, int | None], np.ndarray]:
+    """The kernels of a Hugging Face directory for a model that was quantized from it: a function of a module's path and a
+    layer that reads one, float32 [in, out]."""
+    directory = resolve(path, revision)
+    if "quantization_config" in hf_files.read_json(directory / "config.json"):
+        raise ValueError(f"{directory} is quantized itself: give the directory that it was made from")
+    table = entries(model)
+    stored = _match(model, table, dict(hf_files.read_tensors(directory)), directory)
+    of_module = {entry.module: entry for entry in table if _is_linear(model, entry)}
+
+    def read(module: str, layer: int | None) -> np.ndarray:
+        entry = of_module[module]
+        value = np.asarray(stored[entry.keys[layer or 0]].open()[...], np.float32)
+        return value.T if entry.transposed else value
+
+    return read
 
 
 def make_random(

@@ -6,7 +6,7 @@ remembers them for `unmerge`.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,12 +39,13 @@ def attach(
     *,
     rngs: nnx.Rngs,
     batches: Iterable[Mapping[str, Any]] | None = None,
+    kernels: Callable[[str, int | None], Any] | None = None,
 ) -> Any:
     """Put the adapters of `method` into the model's slots under `name`, and make them the active ones. A classification
     head is trained whole beside them.
 
     batches: for a method that begins with data (LoRA with init="eva"), as the train step takes them: {"tokens": [B, T],
-    ...}.
+    ...}. kernels: for one that begins with the kernels before they were quantized (init="loftq"), `load_kernels`'s.
 
     Raises:
         ValueError: the name is taken or not an identifier, or the method's options do not fit the model. The model is
@@ -66,8 +67,17 @@ def attach(
             if method.data
             else f"attach: batches= goes with a method that begins with data, which {method.method} does not with these options"
         )
+    if method.unquantized != (kernels is not None):
+        raise ValueError(
+            f"attach: {method.method} begins with the base's unquantized kernels: give it kernels=peftjax.load_kernels(PATH, model)"
+            if method.unquantized
+            else f"attach: kernels= goes with init='loftq', not with these options of {method.method}"
+        )
     if batches is None:
-        return attach_unchecked(model, method, name, rngs=rngs)
+        attach_unchecked(model, method, name, rngs=rngs)
+        if kernels is not None:
+            method.begin(model, name, kernels, rngs)
+        return model
     _require_new(model, name)
     method, start = method.fit(model, batches)
     attach_unchecked(model, method, name, rngs=rngs)
@@ -174,6 +184,7 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
         )
     before: dict[str, dict[str, OnHost]] = {}
     errors: dict[str, float] = {}
+    changes: dict[str, float] = {}
     try:
         for site in changed:
             parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
@@ -182,12 +193,17 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
             for leaf, value in new.items():
                 site.parameters[leaf].set_value(_like(value, parameters[leaf], requantize))
                 if requantize and isinstance(parameters[leaf], Quantized):
-                    errors[f"{site.path}.{leaf}"] = trained_on.error(parameters[leaf].encode_one, value)
+                    path = f"{site.path}.{leaf}"
+                    errors[path] = trained_on.error(parameters[leaf].encode_one, value)
+                    changes[path] = trained_on.change(parameters[leaf], value)
     except Exception:
         _restore(model, before, untied)
         raise
     if errors:
-        print(f"merged {name!r} and quantized again: this moves its kernels by {trained_on.told(errors)}")
+        print(
+            f"merged {name!r} and quantized again: this moves its kernels by {trained_on.told(errors)}. The adapters had "
+            f"moved them by {trained_on.told(changes)}: of a change that is smaller, most is lost"
+        )
     model.merges = Merges([Merge(name, before, untied), *_merges(model)])
     return use(model, None)
 

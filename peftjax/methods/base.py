@@ -65,6 +65,15 @@ class Method:
         """How many batches of data a training shows it before it is attached."""
         return 0
 
+    @property
+    def unquantized(self) -> bool:
+        """Whether it begins with the kernels as they were before they were quantized."""
+        return False
+
+    def begin(self, model: Any, name: str, kernels: Callable[[str, int | None], Any], rngs: nnx.Rngs) -> None:
+        """Start the adapters called `name` from `kernels`: of a module's path and a layer, [in, out]."""
+        raise NotImplementedError
+
     def fit(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[Self, dict[str, dict[str, Any]]]:
         """For a method that begins with data: the method that is attached in its place, and what its adapters then
         start from, {path of a site: {leaf: array}}."""

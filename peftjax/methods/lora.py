@@ -23,11 +23,13 @@ from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import HfLeaf, LayerMask, Override, positive
 from peftjax.methods.dora import DoraEmbedding, DoraLinear, DoraResidual
 from peftjax.methods.eva import find_directions, redistribute
+from peftjax.methods.loftq import Kernels, begin
 from peftjax.methods.lora_adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora_init import INITS, RESIDUAL, ResidualLora, initial
 from peftjax.methods.sites import Chosen, Site, adapters, by_name, check_rank, check_table, place, sites
 from peftjax.methods.targeted import Targeted
 from peftjax.methods.trainable_tokens import check_tokens, token_embedding, train_tokens
+from peftjax.methods.trained_on import formats
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 
@@ -42,9 +44,10 @@ class Lora(Targeted):
     lora_bias: train a bias on B, which is scaled as B is.
     token_indices: tokens whose rows of the embedding are trained beside it (trainable_tokens.py), such as new ones.
     dora: train magnitude and direction apart.
-    init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N" (N: a number), "olora", or
-    "eva": from batches of data (`attach(..., batches=)`; a training shows it its first `eva_batches`). eva_rho: how many
-    times its rank a layer may get there, 1: the ranks stay.
+    init: where A and B start: "kaiming", "gaussian", "orthogonal", "olora", "pissa" or "pissa_niter_N" (N: a number);
+    "loftq" or "loftq_niter_N": from the kernels before they were quantized (`attach(..., kernels=)`; a training reads
+    them from its base); "eva": from batches of data (`attach(..., batches=)`; a training shows it its first
+    `eva_batches`). eva_rho: how many times its rank a layer may get there, 1: the ranks stay.
     lr_ratio: B's learning rate over A's. It holds for vectors (biases, magnitudes) too, as in peft, and not for
     embeddings, whose A and B have other parts. freeze_a: train B alone.
     dtype: of A and B; the computation runs in the dtype of the activations.
@@ -105,8 +108,8 @@ class Lora(Targeted):
             raise ValueError(f"method.bias must be 'none', 'all' or 'lora_only', it is {self.bias!r}")
         if not INITS.fullmatch(self.init):
             raise ValueError(
-                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, eva, pissa, pissa_niter_N (N: a "
-                "number) and olora"
+                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq, "
+                "pissa_niter_N and loftq_niter_N (N: a number)"
             )
         odd = [rank for rank in (self.rank, *dict(self.rank_pattern).values()) if rank % 2]
         if self.init == "orthogonal" and odd:
@@ -124,10 +127,24 @@ class Lora(Targeted):
     def check(self, model: nnx.Module) -> None:
         for site, mask in self.chosen(model):
             check_rank(self.ranks(site, mask).max(), site)
+        if self.unquantized and not formats(model):
+            raise ValueError(
+                f"method.init={self.init!r} makes up for what quantizing takes away, and no kernel of this model is quantized: "
+                "set model.quantize, or take another init"
+            )
 
     @property
     def data(self) -> int:
         return self.eva_batches if self.init == "eva" else 0
+
+    @property
+    def unquantized(self) -> bool:
+        return self.init.startswith("loftq")
+
+    def begin(self, model: Any, name: str, kernels: Kernels, rngs: nnx.Rngs) -> None:
+        for site, adapter in adapters(model, name):
+            if isinstance(adapter, LoraLinear) and not isinstance(adapter, LoraEmbedding):
+                begin(self.init, site, adapter, kernels, rngs.params())
 
     def fit(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple["Lora", dict[str, dict[str, Any]]]:
         chosen = [(site, mask) for site, mask in self.chosen(model) if isinstance(site.module, Linear)]

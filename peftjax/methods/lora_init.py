@@ -11,6 +11,7 @@ pissa_niter_N  the same from a randomised SVD with N subspace iterations (Halko 
                algorithms 4.4 and 5.1): seconds where the SVD of a large kernel takes minutes
 olora          W^T = Q R; A = R_r^T, B = Q_r^T, the first r rows of R and columns of Q: Buyukakyuz 2024 (arXiv:2406.01775)
 eva            A the principal directions of the layer's inputs, B = 0: eva.py, which puts them in kaiming's place
+loftq          s A B near what quantizing took from W, loftq_niter_N by a randomised SVD: loftq.py, likewise
 
 PiSSA and OLoRA begin with an update that is not zero: `ResidualLora` takes it away again.
 """
@@ -28,7 +29,7 @@ from peftjax.methods.lora_adapter import LoraLinear
 from peftjax.methods.sites import Site
 from peftjax.nn.embedding import Embedding
 
-INITS = re.compile(r"kaiming|gaussian|orthogonal|eva|olora|pissa(_niter_\d+)?")
+INITS = re.compile(r"kaiming|gaussian|orthogonal|eva|olora|(pissa|loftq)(_niter_\d+)?")
 RESIDUAL = re.compile(r"olora|pissa.*")
 
 Pair = tuple[jax.Array, jax.Array]
@@ -44,7 +45,7 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
     by_layer = lambda values, ndim: jnp.asarray(values, jnp.float32).reshape(*site.stack, *[1] * ndim)  # noqa: E731
     if isinstance(owner, Embedding):
         a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
-    elif init in ("kaiming", "eva"):
+    elif init in ("kaiming", "eva") or init.startswith("loftq"):
         bound = owner.in_features**-0.5
         a, b = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound), jnp.zeros(b_shape)
     elif init == "gaussian":
@@ -70,7 +71,7 @@ def _of_layer(init: str, site: Site, layer: int, ranks: np.ndarray, scales: np.n
             a, b = _orthogonal(owner.in_features, owner.out_features, rank, key)
         else:
             kernel = jax.tree.map(lambda leaf: leaf[layer] if site.stack else leaf, site.kernel)
-            a, b = _of_kernel(init, kernel.astype(jnp.float32), rank, float(scales[layer]), key)
+            a, b = of_kernel(init, kernel.astype(jnp.float32), rank, float(scales[layer]), key)
     missing = int(ranks.max()) - rank
     return jnp.pad(a, ((0, 0), (0, missing))), jnp.pad(b, ((0, missing), (0, 0)))
 
@@ -83,7 +84,8 @@ def _orthogonal(inputs: int, outputs: int, rank: int, key: jax.Array) -> Pair:
     return a / 10, b / 10
 
 
-def _of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.Array) -> Pair:
+def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.Array) -> Pair:
+    """A [in, r] and B [r, out] from a kernel, for the last three of the table above."""
     if init == "olora":
         q, r = jnp.linalg.qr(kernel.T)
         return r[:rank].T, q[:, :rank].T

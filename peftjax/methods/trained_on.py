@@ -53,6 +53,12 @@ def error(encode: Callable[[jax.Array], Quantized], kernel: jax.Array) -> float:
     return float(jnp.sqrt(difference.sum() / norm.sum()))
 
 
+def change(old: Quantized, new: jax.Array) -> float:
+    """||new - old|| / ||old||."""
+    exact = old.astype(jnp.float32)
+    return float(jnp.linalg.norm((new - exact).ravel()) / jnp.linalg.norm(exact.ravel()))
+
+
 def told(errors: Mapping[str, float]) -> str:
     """The mean and the largest of some errors, in words."""
     worst = max(errors, key=lambda path: errors[path])

@@ -1,0 +1,60 @@
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import peftjax
+import tests.tiny as tiny
+from peftjax import methods
+from peftjax.core import variables
+
+SIZES = {"hidden_size": 64, "intermediate_size": 72}  # the kernel of down_proj is no multiple of a block wide
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base"
+    peftjax.save_model(tiny.model(**SIZES), path)
+    return path
+
+
+def kernel(model: Any, path: str, layer: int) -> np.ndarray:
+    return np.asarray(variables.flat(model)[1][path].get_value().astype(jnp.float32)[layer])
+
+
+@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"init": "loftq_niter_8"}, {"dora": True}], ids=str)
+def test_the_update_is_the_best_approximation_of_what_quantizing_took_away(directory: Path, options: dict) -> None:
+    exact, model = peftjax.load_model(directory), peftjax.load_model(directory, quantize="nf4")
+    before = tiny.bits(model)
+    lora = methods.Lora(**{"rank": 4, "init": "loftq", "rank_pattern": {"1.self_attn.q_proj": 2}} | options)
+    methods.attach(model, lora, rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
+    assert tiny.bits(model) == before
+    for module, layer, rank in (("attention.query", 0, 4), ("attention.query", 1, 2), ("feedforward.down", 2, 4)):
+        path = f"blocks.{module}.kernel"
+        lost = kernel(exact, path, layer) - kernel(model, path, layer)
+        u, values, vt = np.linalg.svd(lost)
+        best = (u[:, :rank] * values[:rank]) @ vt[:rank]
+        adapter = getattr(getattr(model.blocks, module.split(".")[0]), module.split(".")[1]).adapters.default
+        a, b, scale = (np.asarray(leaf.get_value()[layer]) for leaf in (adapter.a, adapter.b, adapter.scale))
+        if lora.init == "loftq":
+            np.testing.assert_allclose(a * scale @ b, best, atol=1e-5)
+        left, least = np.linalg.norm(lost - a * scale @ b), np.linalg.norm(lost - best)
+        assert left < 1.02 * least < np.linalg.norm(lost)
+    truth, begun = exact(tiny.tokens()), model(tiny.tokens())
+    assert np.abs(begun - truth).mean() < np.abs(peftjax.use(model, None)(tiny.tokens()) - truth).mean()
+
+
+def test_it_needs_the_kernels_and_a_quantized_base(directory: Path) -> None:
+    model, lora = peftjax.load_model(directory, quantize="nf4"), methods.Lora(rank=2, init="loftq")
+    with pytest.raises(ValueError, match=r"give it kernels=peftjax.load_kernels\(PATH, model\)"):
+        methods.attach(model, lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="kernels= goes with init='loftq', not with these options of lora"):
+        methods.attach(model, methods.Lora(rank=2), rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
+    with pytest.raises(ValueError, match=r"no kernel of this model is quantized: set model\.quantize"):
+        methods.attach(tiny.model(**SIZES), lora, rngs=nnx.Rngs(0))
+    peftjax.save_model(model, directory.with_name("nf4"))
+    with pytest.raises(ValueError, match="is quantized itself: give the directory that it was made from"):
+        peftjax.load_kernels(directory.with_name("nf4"), model)
