@@ -82,7 +82,7 @@ def test_any_methods_run_leaves_an_adapter_that_changes_the_model(
     method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     made = config(tmp_path, method, train__steps=2, data__eval=())
-    made.method.update(options)
+    made.method = methods.make_config(method, **options)
     train.train(made, tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path), tmp_path / "run" / "adapter")
     assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4
