@@ -160,9 +160,11 @@ def picture(results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    for name, one in results["methods"].items():
-        axes.plot(one["trained"], one["eval_loss"], "o", color="tab:blue")
-        axes.annotate(name, (one["trained"], one["eval_loss"]), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    ordered = sorted(results["methods"].items(), key=lambda item: item[1]["eval_loss"])
+    for index, (name, one) in enumerate(ordered):  # labels on either side in turn, for near ones would overlap
+        place, side = (one["trained"], one["eval_loss"]), (5, 2, "left") if index % 2 else (-5, -8, "right")
+        axes.plot(*place, "o", color="tab:blue")
+        axes.annotate(name, place, xytext=side[:2], textcoords="offset points", ha=side[2], fontsize=8)
     axes.axhline(results["base_loss"], color="gray", linestyle=":", label="the base alone")
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss, nats a token")
     axes.legend()
