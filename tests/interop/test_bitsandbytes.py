@@ -103,6 +103,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"bnb_4bit_use_double_quant": False},
     "stored-as-bfloat16": {"bnb_4bit_quant_storage": torch.bfloat16},
     "skipped": {"llm_int8_skip_modules": ["lm_head", "down_proj"]},
+    "with-the-head": {"llm_int8_skip_modules": []},
 }
 
 
@@ -143,7 +144,7 @@ def test_a_directory_of_bitsandbytes_gives_equal_logits_here_and_is_written_as_i
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     model = peftjax.load_model(tmp_path / "theirs")
     kernels = {path: value for path, value in values(model).items() if isinstance(value, Nf4)}
-    assert len(kernels) == (6 if variant == "skipped" else 7)
+    assert len(kernels) == {"skipped": 6, "with-the-head": 8}.get(variant, 7)
     assert {kernel.scales is None for kernel in kernels.values()} == {variant == "plain"}
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.load_model(bases("wide"))))
