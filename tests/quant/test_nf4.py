@@ -182,15 +182,15 @@ def scanned(layers: int, remat: bool) -> Any:
         x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (scales, kernels))
         return jnp.square(x.astype(jnp.float32)).mean()
 
-    return jax.jit(jax.grad(loss)).lower(scales, abstract, x).compile().memory_analysis()
+    # XLA's CPU backend, and no other, would make int8 arrays of int4 ones that a loop reads.
+    options = {"xla_disable_hlo_passes": "float-normalization-s4"}
+    return jax.jit(jax.grad(loss)).lower(scales, abstract, x).compile(options).memory_analysis()
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_more_layers_of_a_scan_take_their_activations_and_no_decoded_kernels(remat: bool) -> None:
-    of_a_layer = (scanned(16, remat).temp_size_in_bytes - scanned(8, remat).temp_size_in_bytes) / 8
-    # Of int4 arrays that a loop reads, XLA's CPU backend makes int8 ones before it; those of TPU and GPU do not.
-    codes, activations, decoded = 512 * 512, 8 * 512 * 4, 512 * 512 * 2
-    assert of_a_layer < codes + 5 * activations < decoded
+def test_twice_the_layers_of_a_scan_take_no_more_than_one_decoded_kernel(remat: bool) -> None:
+    more = scanned(16, remat).temp_size_in_bytes - scanned(8, remat).temp_size_in_bytes
+    assert more < 512 * 512 * 2  # bfloat16; the activations of 8 layers are in it
 
 
 def test_the_arguments_of_a_compiled_product_are_four_bits_and_an_eighth_for_each_weight() -> None:
