@@ -130,7 +130,8 @@ def load_model(
     Raises:
         ValueError: see `resolve` and `hf_files.read_tensors`; or the tensors are not those that config.json asks for:
             every missing and unexpected one is named, and every one of a wrong shape or dtype. An unknown format, or a
-            name in `skip` that no kernel has.
+            name in `skip` that no kernel has. A directory that is quantized otherwise than by bitsandbytes in NF4, or
+            than `quantize`, or in some layers only.
     """
     directory = resolve(path, revision)
     config, packed = _read_config(directory, dtype, param_dtype, remat, head, labels)
