@@ -90,7 +90,7 @@ def case(model: str, device: str, rank: int, length: int, **fields: Any) -> tupl
 CASES = {
     "7b-24gb": case("llama-7b", "rtx3090", 16, 512),
     "8b-v5e": case("llama-3.1-8b", "v5e:1x1", 16, 2048),
-    "65b-a6000": case("llama-65b", "a6000", 64, 512),
+    "65b-a6000": case("llama-65b", "a6000", 64, 512, **{"optim.momentum_dtype": "bfloat16"}),
     "70b-v5e-4x4": case("llama-3.1-70b", "v5e:4x4", 16, 2048, **{"train.batch_size": 16, "mesh.fsdp": 16}),
 }
 

@@ -123,12 +123,22 @@ class Nf4(Quantized):
     def dot(self, x: jax.Array) -> jax.Array:
         if not self._even:
             return product("ti,io->to", x, self.astype(x.dtype)).astype(x.dtype)
-        return product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), self._decoded(x.dtype)).astype(x.dtype)
+        x, kernel = self._after(x)
+        return product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), kernel._decoded(x.dtype)).astype(x.dtype)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
             return product("to,io->ti", y, self.astype(y.dtype)).astype(y.dtype)
-        return product("to,gbo->tgb", y, self._decoded(y.dtype)).astype(y.dtype).reshape(len(y), -1)
+        y, kernel = self._after(y)
+        return product("to,gbo->tgb", y, kernel._decoded(y.dtype)).astype(y.dtype).reshape(len(y), -1)
+
+    def _after(self, x: jax.Array) -> "tuple[jax.Array, Nf4]":
+        """x and the kernel, which cannot be decoded before x is there. To the compiler decoding depends on nothing: where
+        the decoded kernel does not stay within the product (on a GPU), it would decode all kernels of a layer for the
+        recomputed forward pass and keep them for the backward pass."""
+        part = "absmax" if self.offset is None else "offset"
+        x, waited = jax.lax.optimization_barrier((x, getattr(self, part)))
+        return x, dataclasses.replace(self, **{part: waited})
 
     def _decoded(self, dtype: Any) -> jax.Array:
         """The values in the layout of the codes."""
