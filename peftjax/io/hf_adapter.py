@@ -70,6 +70,9 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
             "inference_mode": True,
             "auto_mapping": None,
         } | method.to_hf(model, name)
+        if _task_type(model) is None and (heads := _trained_heads(model, name)):  # else the task says it
+            saved = config.get("modules_to_save") or []
+            config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
         files = {WEIGHTS: _weights(tensors, record), CONFIG: _json(config)}
     path = Path(path)
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
@@ -115,9 +118,14 @@ def _json(config: dict[str, Any]) -> bytes:
     return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
 
 
-def _task_type(model: Any) -> str:
-    """What peft calls the model's task."""
-    return str(getattr(model, "hf_task", "CAUSAL_LM"))
+def _task_type(model: Any) -> str | None:
+    """What peft calls the model's task; None where it has no word for it, and takes an adapter of any task."""
+    return getattr(model, "hf_task", "CAUSAL_LM")
+
+
+def _trained_heads(model: Any, name: str) -> list[str]:
+    """The names of the layers of a classification head that are trained as a part of the adapters called `name`."""
+    return [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
 
 
 def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_base: bool = False) -> Any:
@@ -185,13 +193,13 @@ def _read_method(path: Path, model: Any) -> tuple[Method, bool]:
         )
     rest = {key: value for key, value in config.items() if key not in ABOUT}
     task = config.get("task_type")
-    if task in CLASSIFICATIONS and task != _task_type(model):
+    if task in CLASSIFICATIONS and _task_type(model) not in (task, None):
         raise ValueError(
             f"{path / CONFIG}: task_type {task!r} needs a model with such a head, and this one is for "
             f"{_task_type(model)}; give load_model the head and the number of labels"
         )
     saved = rest.get("modules_to_save") or []
-    if task in CLASSIFICATIONS:  # which says that the head is saved; peft lists all names that it may have
+    if task in CLASSIFICATIONS or head_sites(model):  # trained beside any method; peft lists all names that it may have
         rest["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
     return classes[kind].from_hf(rest), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
 
@@ -309,12 +317,12 @@ def _copies_of_base(model: Any, tensors: dict[str, np.ndarray], prefix: str) -> 
     """Those of the keys that only repeat the base: peft stores the table of an embedding or a head beside its LoRA."""
     copies = set()
     for site in sites(model):
-        for leaf, (suffix, transposed) in getattr(type(site.module), "hf_leaves", {}).items():
+        for leaf, (suffix, order) in getattr(type(site.module), "hf_leaves", {}).items():
             for layer, hf in zip(site.layers, site.names, strict=True):
                 for key in tensors.keys() & {f"{prefix}{hf}.{suffix}", f"{prefix}{hf}.base_layer.{suffix}"}:
                     if (own := _base_value(model, site, leaf, layer)) is None:
                         continue
-                    if not _same(tensors[key], own.T if transposed else own):
+                    if not _same(tensors[key], own if order is None else own.transpose(order)):
                         raise ValueError(
                             f"{key} differs from this model's own: the adapter was trained on another base"
                         )

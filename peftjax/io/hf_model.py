@@ -45,25 +45,22 @@ class Entry:
     """A base parameter and the checkpoint tensors that hold it: one, or one a layer if it is stacked.
 
     shape and axes are the parameter's, with a leading "layers" if stacked; stored_shape is that of each tensor, whose
-    two dimensions stand the other way round if `transposed` (torch keeps [out, in]).
+    dimensions are the parameter's in `order` (torch keeps [out, in]: (1, 0)), or just those if it is None. hf_modules:
+    what transformers calls the module that owns it, or its layers.
     """
 
     path: str
+    hf_modules: tuple[str, ...]
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     stacked: bool
-    transposed: bool
+    order: tuple[int, ...] | None
 
     @property
     def module(self) -> str:
         """The path of the module that owns it."""
         return self.path.rpartition(".")[0]
-
-    @property
-    def hf_modules(self) -> list[str]:
-        """What transformers calls that module, or its layers."""
-        return [key.rpartition(".")[0] for key in self.keys]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -79,22 +76,28 @@ class Entry:
 
     def _stored(self, dimensions: tuple) -> tuple:
         layer = dimensions[1:] if self.stacked else dimensions
-        return layer[::-1] if self.transposed else layer
+        return layer if self.order is None else tuple(layer[axis] for axis in self.order)
 
 
 def entries(model: Any) -> list[Entry]:
-    """Every base parameter of a model with its checkpoint tensors, from `hf_modules` and its modules' `hf_leaves`."""
+    """Every base parameter of a model with its checkpoint tensors, from `hf_modules` and its modules' `hf_leaves`.
+
+    `hf_renamed`, where a family has it: the modules that checkpoints call otherwise than transformers' class does.
+    """
+    in_class = model.hf_modules
+    in_file = in_class | getattr(model, "hf_renamed", {})
     result = []
     for path, variable in variables.flat(model)[1].items():
         if type(variable) is not nnx.Param:
             continue
         module_path, _, leaf = path.rpartition(".")
         module = functools.reduce(getattr, module_path.split("."), model)
-        suffix, transposed = type(module).hf_leaves[leaf]
-        template = f"{model.hf_modules[module_path]}.{suffix}"
+        suffix, order = type(module).hf_leaves[leaf]
         stacked = variable.axes[0] == "layers"
-        keys = tuple(template.format(layer) for layer in range(variable.shape[0])) if stacked else (template,)
-        result.append(Entry(path, keys, tuple(variable.shape), tuple(variable.axes), stacked, transposed))
+        layers = range(variable.shape[0] if stacked else 1)
+        modules = tuple(in_class[module_path].format(layer) for layer in layers)
+        keys = tuple(f"{in_file[module_path]}.{suffix}".format(layer) for layer in layers)
+        result.append(Entry(path, modules, keys, tuple(variable.shape), tuple(variable.axes), stacked, order))
     return result
 
 
@@ -122,8 +125,9 @@ def load_model(
     dtype: of the computation; param_dtype: of the parameters (default: dtype), to which any stored float is converted.
     quantize: the format of the kernels, a key of `quant.FORMATS`, into which each one is brought as it arrives. Norms,
     biases, embeddings, the head and the modules named in `skip` (whole names or their endings) stay in param_dtype.
-    head: of an encoder, "sequence_classification", "token_classification" or "none"; by default the one that its
-    config.json names. A head that the checkpoint does not have begins at random, from `seed`, with `labels` outputs.
+    head: of an encoder, "sequence_classification", "token_classification", "image_classification" or "none"; by default
+    the one that its config.json names. A head that the checkpoint does not have begins at random, from `seed`, with
+    `labels` outputs.
     Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two and a
     half of its largest tensors.
 
@@ -241,7 +245,8 @@ def _encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Se
         raise ValueError(
             f"quantize={quantize!r} is no format.{suggest(quantize, FORMATS)} Formats: {', '.join(FORMATS)}"
         )
-    chosen, names = {}, []
+    chosen: dict[str, Encode] = {}
+    names: list[str] = []
     for entry in table:
         if not _is_linear(model, entry) or entry.module in model.output_layers:
             continue
@@ -404,10 +409,10 @@ def _equal(one: Any, other: Any, rows: int = 1024) -> bool:
 def _load(entry: Entry, tensors: Sequence[Any], dtype: np.dtype, mesh: Mesh, encode: Encode | None) -> Any:
     """The parameter on its devices: an array, or what `encode` makes of each layer's kernel as soon as it is there."""
     stored: Any = jax.ShapeDtypeStruct(entry.stored_shape, dtype)
-    transposed = entry.transposed
+    order = entry.order
     if packed := isinstance(encode, Unpack):
-        stored, transposed = encode.inputs, False
-    one = jax.eval_shape(functools.partial(_made, transposed=transposed, encode=encode), stored)
+        stored, order = encode.inputs, None
+    one = jax.eval_shape(functools.partial(_made, order=order, encode=encode), stored)
     stack = entry.shape[: entry.stacked]
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stack, *leaf.shape), leaf.dtype), one)
     placed = sharding.placement(whole, entry.axes, mesh)
@@ -417,23 +422,23 @@ def _load(entry: Entry, tensors: Sequence[Any], dtype: np.dtype, mesh: Mesh, enc
         return tensor.read(placed) if packed else _read(tensor, dtype, part)
 
     if not entry.stacked:
-        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(read(tensors[0]), transposed, encode)
+        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(read(tensors[0]), order, encode)
     stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=placed)()
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=placed)
     for layer, tensor in enumerate(tensors):
         # Without the wait all layers would be read before the first is in its place.
-        stack = jax.block_until_ready(put(stack, read(tensor), layer, transposed, encode))
+        stack = jax.block_until_ready(put(stack, read(tensor), layer, order, encode))
     return stack
 
 
-def _put(stack: Any, value: Any, layer: jax.Array, transposed: bool, encode: Encode | None) -> Any:
-    one = _made(value, transposed, encode)
+def _put(stack: Any, value: Any, layer: jax.Array, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
+    one = _made(value, order, encode)
     return jax.tree.map(lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, layer, axis=0), stack, one)
 
 
-def _made(value: Any, transposed: bool, encode: Encode | None) -> Any:
+def _made(value: Any, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
     """A stored tensor, or the parts of one, as the parameter has it."""
-    value = value.T if transposed else value
+    value = value if order is None else value.transpose(np.argsort(order))  # the inverse of `_take`'s
     return value if encode is None else encode(value)
 
 
@@ -596,7 +601,7 @@ def _shard_names(count: int) -> list[str]:
 
 def _stored_bytes(value: Any, entry: Entry) -> int:
     """The size of one layer in a file."""
-    taken = jax.eval_shape(functools.partial(_take, stacked=entry.stacked, transposed=entry.transposed), value, 0)
+    taken = jax.eval_shape(functools.partial(_take, stacked=entry.stacked, order=entry.order), value, 0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(taken))
     return size + (bitsandbytes.OVERHEAD if isinstance(value, Nf4) else 0)
 
@@ -609,16 +614,16 @@ def _fetch(key: str, value: Any, entry: Entry, layer: int) -> dict[str, np.ndarr
         assert isinstance(leaf.sharding, NamedSharding), leaf.sharding
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
-    taken = take(value, layer, entry.stacked, entry.transposed)
+    taken = take(value, layer, entry.stacked, entry.order)
     # In C order, as save_file takes for granted; on a TPU it need not be.
     host = jax.tree.map(lambda array: np.asarray(array, order="C"), taken)
     return bitsandbytes.tensors(key, host, value) if isinstance(value, Nf4) else {key: host}
 
 
-def _take(value: Any, layer: jax.Array | int, stacked: bool, transposed: bool) -> Any:
+def _take(value: Any, layer: jax.Array | int, stacked: bool, order: tuple[int, ...] | None) -> Any:
     """One layer as it is stored."""
     if stacked:
         value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
     if isinstance(value, Nf4):
         return bitsandbytes.pack(value)
-    return value.T if transposed else value
+    return value if order is None else value.transpose(order)

@@ -123,11 +123,7 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
             values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
         if not values:
             raise ValueError(f"method.modules_to_save: {site.names[0]} has no parameters of its own")
-        hf = {
-            suffix: HfLeaf(leaf, axes=(1, 0) if turned else None)
-            for leaf, (suffix, turned) in stored.items()
-            if leaf in values
-        }
+        hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
         widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
         place(site, name, Override(widened, axes, hf, tuple(bool(x) for x in mask)))
 

@@ -19,6 +19,7 @@ FAMILIES = {
     "gemma3_text": "peftjax.models.gemma",
     "t5": "peftjax.models.t5",
     "mt5": "peftjax.models.t5",
+    "vit": "peftjax.models.vit",
 }
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.paths import suggest
+from peftjax.models.heads import LABELS, read_head
 from peftjax.nn.attention import Attention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -358,10 +359,8 @@ _ARCHITECTURES = {
 }
 # What transformers fills in for a field that config.json leaves out, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {"bert": {"pad_token_id": 0}, "roberta": {"pad_token_id": 1}}
-# Fields about a head's outputs.
-_LABELS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type"}
 # Fields that say nothing about the computation, or what was said of it is read elsewhere.
-_HARMLESS = _LABELS | {
+_HARMLESS = LABELS | {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "_name_or_path", "tokenizer_class", "_attn_implementation_autoset", "return_dict",
     "output_attentions", "output_hidden_states", "is_encoder_decoder", "torchscript", "chunk_size_feed_forward",
@@ -372,7 +371,6 @@ _HARMLESS = _LABELS | {
 }  # fmt: skip
 # Fields that only one value is supported of.
 _FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def from_hf(
@@ -405,18 +403,7 @@ def from_hf(
     for field, value in _FIXED.items():
         if (given := left.pop(field, value)) != value:
             raise ValueError(f"config.json: {field}={given!r} is not supported, only {value!r} is")
-    stored_head = _stored_head(kind, config)
-    head = stored_head if head is None else head
-    if head not in HEADS:
-        raise ValueError(f"head={head!r} is none of {', '.join(HEADS)}.{suggest(head, HEADS)}")
-    if stored_head not in (head, "none"):  # then these are another head's
-        config = {key: value for key, value in config.items() if key not in _LABELS}
-    names = _labels(config, head, stored_head, labels)
-    if names != _named(config) and head != "none":
-        config = {key: value for key, value in config.items() if key not in ("num_labels", "_num_labels")} | {
-            "id2label": {str(number): name for number, name in enumerate(names)},
-            "label2id": {name: number for number, name in enumerate(names)},
-        }
+    chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels)
     dropout = take("hidden_dropout_prob", 0.1)
     result = BertConfig(
         kind=kind,
@@ -433,17 +420,17 @@ def from_hf(
         dropout=dropout,
         attention_dropout=take("attention_probs_dropout_prob", 0.1),
         head_dropout=take("classifier_dropout", dropout),
-        head=head,
-        stored_head=stored_head,
-        labels=names,
-        problem_type=config.get("problem_type"),
+        head=chosen.name,
+        stored_head=chosen.stored,
+        labels=chosen.labels,
+        problem_type=chosen.problem_type,
         pooling=pooling,
         normalize=normalize,
         init_stddev=take("initializer_range", 0.02),
         dtype=dtype,
         param_dtype=param_dtype or dtype,
         remat=remat,
-        hf=json.dumps(config),
+        hf=json.dumps(chosen.config),
     )
     if left:
         raise ValueError(
@@ -462,41 +449,6 @@ def _checked(config: BertConfig) -> BertConfig:
         raise ValueError(
             f"config.json: hidden_act {config.activation!r} is not known; supported: {sorted(ACTIVATIONS)}"
         )
-    if config.problem_type not in (None, *_PROBLEMS):
-        raise ValueError(f"config.json: problem_type={config.problem_type!r} is none of {', '.join(_PROBLEMS)}")
     if config.pooling not in (None, *POOLINGS):
         raise ValueError(f"pooling {config.pooling!r} is not supported; supported: {', '.join(POOLINGS)}")
     return config
-
-
-def _stored_head(kind: str, config: dict[str, Any]) -> str:
-    name = (config.get("architectures") or [next(iter(_ARCHITECTURES[kind]))])[0]
-    if name not in _ARCHITECTURES[kind]:
-        raise ValueError(
-            f"config.json: architectures: {name!r} is not supported.{suggest(name, _ARCHITECTURES[kind])} "
-            f"Supported: {', '.join(_ARCHITECTURES[kind])}"
-        )
-    return _ARCHITECTURES[kind][name]
-
-
-def _named(config: dict[str, Any]) -> tuple[str, ...]:
-    """The labels of config.json in their order; none if it names none."""
-    named = config.get("id2label") or {}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
-
-
-def _labels(config: dict[str, Any], head: str, stored_head: str, labels: int | None) -> tuple[str, ...]:
-    if head == "none":
-        if labels is not None:
-            raise ValueError(f"labels={labels} goes with head='sequence_classification' or 'token_classification'")
-        return ()
-    named = _named(config)
-    known = len(named) or config.get("num_labels") or config.get("_num_labels")
-    if head == stored_head:
-        known = known or 2  # what config.json leaves out
-        if labels not in (None, known):
-            raise ValueError(f"labels={labels}, but the checkpoint's head has {known}; leave labels out to use it")
-    labels = known if labels is None else labels
-    if labels is None or labels < 1:
-        raise ValueError(f"labels={labels}: say how many labels the new head has, at least 1 (regression: 1)")
-    return named if len(named) == labels else tuple(f"LABEL_{number}" for number in range(labels))

@@ -117,7 +117,7 @@ class RelativeBias(nnx.Module):
     With `both_sides` half of the buckets are for keys that come later; without, those have the bucket of distance 0.
     """
 
-    hf_leaves: ClassVar = {"embedding": ("weight", False)}
+    hf_leaves: ClassVar = {"embedding": ("weight", None)}
 
     def __init__(self, config: T5Config, *, both_sides: bool, rngs: nnx.Rngs) -> None:
         self.both_sides, self.max_distance, self.buckets = both_sides, config.max_distance, config.buckets

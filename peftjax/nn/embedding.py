@@ -12,7 +12,7 @@ from peftjax.nn.slot import Slot
 class Embedding(nnx.Module):
     """Rows of a table: int [B, T] -> [B, T, D] in `dtype`. embedding: [V, D]."""
 
-    hf_leaves: ClassVar = {"embedding": ("weight", False)}
+    hf_leaves: ClassVar = {"embedding": ("weight", None)}
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class Linear(nnx.Module):
     it one (`linear(x, kernel=...)`), as the head of a model with tied embeddings does.
     """
 
-    hf_leaves: ClassVar = {"kernel": ("weight", True), "bias": ("bias", False)}
+    hf_leaves: ClassVar = {"kernel": ("weight", (1, 0)), "bias": ("bias", None)}
 
     def __init__(
         self,
@@ -55,4 +55,4 @@ class Linear(nnx.Module):
 class Conv1D(Linear):
     """A Linear whose kernel checkpoints keep as it is, [in, out]: what GPT-2 calls its layers. Not a convolution."""
 
-    hf_leaves: ClassVar = {"kernel": ("weight", False), "bias": ("bias", False)}
+    hf_leaves: ClassVar = {"kernel": ("weight", None), "bias": ("bias", None)}

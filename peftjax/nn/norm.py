@@ -15,7 +15,7 @@ class RMSNorm(nnx.Module):
     scale: [D]. The normalised x is cast back before the scale is applied, as Llama does.
     """
 
-    hf_leaves: ClassVar = {"scale": ("weight", False)}
+    hf_leaves: ClassVar = {"scale": ("weight", None)}
 
     def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
         self.eps = eps
@@ -51,7 +51,7 @@ class LayerNorm(nnx.Module):
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, mean and variance in float32 (Ba et al. 2016,
     eq. 4). scale, bias: [D]."""
 
-    hf_leaves: ClassVar = {"scale": ("weight", False), "bias": ("bias", False)}
+    hf_leaves: ClassVar = {"scale": ("weight", None), "bias": ("bias", None)}
 
     def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
         self.eps = eps

@@ -1,0 +1,90 @@
+"""The head of an encoder: the one of its checkpoint or the one that is asked for, and its labels."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftjax.core.paths import suggest
+
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+# Fields of config.json about a head's outputs.
+LABELS = frozenset({"id2label", "label2id", "num_labels", "_num_labels", "problem_type"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What a model ends in. name: "none" or a kind of head; stored: the one that the checkpoint has; config: the
+    config.json that says so, with the labels that were asked for."""
+
+    name: str
+    stored: str
+    labels: tuple[str, ...]
+    problem_type: str | None
+    config: dict[str, Any]
+
+
+def read_head(
+    config: dict[str, Any],
+    architectures: Mapping[str, str],
+    heads: Sequence[str],
+    head: str | None = None,
+    labels: int | None = None,
+) -> Head:
+    """The head that a config.json names in `architectures`, or else `head`, one of `heads`, with `labels` outputs.
+
+    architectures: the class that wrote a checkpoint -> its head, the first one where none is named.
+
+    Raises:
+        ValueError: a class or a head that is not known, or a number of labels that cannot be.
+    """
+    stored = _stored(config, architectures)
+    head = stored if head is None else head
+    if head not in heads:
+        raise ValueError(f"head={head!r} is none of {', '.join(heads)}.{suggest(head, heads)}")
+    if stored not in (head, "none"):  # then these are another head's
+        config = {key: value for key, value in config.items() if key not in LABELS}
+    if head != "none":
+        names = _labels(config, head, stored, labels)
+    elif labels is None:
+        names = ()
+    else:
+        raise ValueError(
+            f"labels={labels} goes with head={' or '.join(repr(name) for name in heads if name != 'none')}"
+        )
+    if names != _named(config) and head != "none":
+        config = {key: value for key, value in config.items() if key not in ("num_labels", "_num_labels")} | {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+    if (problem := config.get("problem_type")) not in (None, *PROBLEMS):
+        raise ValueError(f"config.json: problem_type={problem!r} is none of {', '.join(PROBLEMS)}")
+    return Head(head, stored, names, problem, config)
+
+
+def _stored(config: dict[str, Any], architectures: Mapping[str, str]) -> str:
+    name = (config.get("architectures") or [next(iter(architectures))])[0]
+    if name not in architectures:
+        raise ValueError(
+            f"config.json: architectures: {name!r} is not supported.{suggest(name, architectures)} "
+            f"Supported: {', '.join(architectures)}"
+        )
+    return architectures[name]
+
+
+def _named(config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels of config.json in their order; none if it names none."""
+    named = config.get("id2label") or {}
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def _labels(config: dict[str, Any], head: str, stored: str, labels: int | None) -> tuple[str, ...]:
+    named = _named(config)
+    known = len(named) or config.get("num_labels") or config.get("_num_labels")
+    if head == stored:
+        known = known or 2  # what config.json leaves out
+        if labels not in (None, known):
+            raise ValueError(f"labels={labels}, but the checkpoint's head has {known}; leave labels out to use it")
+    labels = known if labels is None else labels
+    if labels is None or labels < 1:
+        raise ValueError(f"labels={labels}: say how many labels the new head has, at least 1 (regression: 1)")
+    return named if len(named) == labels else tuple(f"LABEL_{number}" for number in range(labels))

@@ -1,0 +1,151 @@
+"""ViT beside transformers, and its adapters beside peft, in float32."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import peftjax
+from peftjax.core import variables
+from peftjax.methods import count_trainable
+from tests.interop.peers import THEIRS, assert_close, assert_far, attached, load_into_theirs, load_theirs, shake
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
+
+SIZES: dict[str, Any] = {
+    "image_size": [8, 12],
+    "patch_size": [4, 2],  # no two sides alike, so that none can stand for another
+    "num_channels": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+    "num_labels": 3,
+}
+CLASSIFIER = "ViTForImageClassification"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random model of a class of transformers, as it saves it; made once."""
+    folder = tmp_path_factory.mktemp("vit")
+
+    def make(name: str, **fields: Any) -> Path:
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            model = getattr(transformers, name)(transformers.ViTConfig(**SIZES | fields))
+            shake(dict(model.named_parameters()), 0.1)  # the biases and the norms' scales too
+            model.save_pretrained(folder / name)
+        return folder / name
+
+    return make
+
+
+def pixels() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(2, 8, 12, 3)).astype(np.float32)
+
+
+def ours(model: Any) -> np.ndarray:
+    return np.asarray(model(jnp.asarray(pixels())))
+
+
+def theirs(model: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(pixel_values=torch.tensor(pixels()).permute(0, 3, 1, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [(CLASSIFIER, {}), ("ViTModel", {"qkv_bias": False, "pooler_output_size": 5})]
+)
+def test_every_state_is_that_of_transformers_and_the_saved_model_is_read_back(
+    name: str, fields: dict, base: Callable, tmp_path: Path
+) -> None:
+    path = base(name, **fields)
+    model, peer = peftjax.load_model(path), load_theirs(path)
+    outputs = theirs(peer, output_hidden_states=True)
+    first, second, *_ = outputs.hidden_states
+    x = model.embedded(jnp.asarray(pixels()))
+    np.testing.assert_allclose(x, first, atol=1e-5, err_msg="embeddings")
+    graph, leaves = variables.flat(model.blocks)
+    block = variables.merge(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
+    np.testing.assert_allclose(block(x), second, atol=1e-5, err_msg="first block")
+    if name == CLASSIFIER:
+        assert outputs.logits.abs().max() > 0.5  # else a small difference says little
+        np.testing.assert_allclose(ours(model), outputs.logits, atol=1e-5)
+    else:
+        np.testing.assert_allclose(ours(model), outputs.last_hidden_state, atol=1e-5)
+        np.testing.assert_allclose(model.pooled(ours(model)[:, 0]), outputs.pooler_output, atol=1e-5)
+
+    peftjax.save_model(model, tmp_path / "saved")
+    _, info = type(peer).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info  # missing, unexpected, mismatched, errors
+    saved, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", path))
+    assert saved.keys() == stored.keys()
+    for key, tensor in stored.items():
+        np.testing.assert_array_equal(saved[key], tensor, err_msg=key)
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {key: written[key] for key in written if key != "saved_by"} == json.loads((path / "config.json").read_text())
+
+
+def test_a_base_gets_a_new_head_and_a_classifier_is_a_base(base: Callable, tmp_path: Path) -> None:
+    model = peftjax.load_model(
+        base("ViTForMaskedImageModeling", encoder_stride=2), head="image_classification", labels=5
+    )
+    hidden = theirs(load_theirs(base("ViTForMaskedImageModeling")).vit).last_hidden_state
+    np.testing.assert_allclose(model.hidden(jnp.asarray(pixels())), hidden, atol=1e-5)
+    peftjax.save_model(model, tmp_path / "saved")
+    np.testing.assert_allclose(theirs(load_theirs(tmp_path / "saved")).logits, ours(model), atol=1e-5)
+    states = theirs(load_theirs(base(CLASSIFIER)).vit).last_hidden_state
+    np.testing.assert_allclose(ours(peftjax.load_model(base(CLASSIFIER), head="none")), states, atol=1e-5)
+
+
+IA3 = {"targets": ("k_proj", "v_proj", "fc2"), "feedforward": ("fc2",)}
+
+
+@pytest.mark.parametrize(
+    ("mine", "config"),
+    [
+        (peftjax.Lora(rank=4, alpha=8, targets="all-linear"), peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])),
+        (peftjax.Ia3(**IA3), peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])),
+    ],
+)  # fmt: skip
+def test_adapters_go_both_ways_with_the_classifier_in_modules_to_save(
+    mine: Any, config: Any, base: Callable, tmp_path: Path
+) -> None:
+    path = base(CLASSIFIER)
+    before = ours(peftjax.load_model(path))
+    config.modules_to_save = ["classifier"]  # as peft's own examples of image classification say it, without a task
+    peer = peft.get_peft_model(load_theirs(path), config).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(path), tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer).logits.numpy())
+    assert_far(ours(model), before)
+    assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
+
+    model = attached(path, mine)
+    peftjax.save_adapter(model, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (written["task_type"], written["modules_to_save"]) == (None, ["classifier"])
+    assert_close(theirs(load_into_theirs(path, tmp_path / "ours").eval()).logits.numpy(), ours(model))
+    assert_far(ours(model), before)
+
+
+def test_an_adapter_without_a_classifier_leaves_it_as_it_is(base: Callable, tmp_path: Path) -> None:
+    peer = peft.get_peft_model(load_theirs(base(CLASSIFIER)), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(base(CLASSIFIER)), tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer).logits.numpy())
+    peftjax.save_adapter(model, tmp_path / "ours")  # and none is written
+    assert_close(theirs(load_into_theirs(base(CLASSIFIER), tmp_path / "ours").eval()).logits.numpy(), ours(model))

@@ -1,0 +1,162 @@
+"""ViT without torch: what its config.json and checkpoints may hold, new heads, and training with every kind of method.
+
+Equality with transformers and peft is in tests/interop/test_vit.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import peftjax
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.losses import Totals
+from peftjax.methods import count_trainable
+from peftjax.models import from_hf_config
+from peftjax.step import first_state, make_train_step
+from tests import tiny
+
+CONFIG: dict[str, Any] = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+CLASSIFIER = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "cat", "1": "dog"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the directories of a model without a head, "base", and of one that classifies images, "classifier"."""
+    path = tmp_path_factory.mktemp("vit")
+    for name, fields in {"base": {}, "classifier": CLASSIFIER}.items():
+        peftjax.save_model(from_hf_config(CONFIG | fields).make(nnx.Rngs(0)), path / name)
+    return path
+
+
+def pixels(rows: int = 2) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=(rows, 8, 8, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["ViTForImageClasification"]}, "Did you mean 'ViTForImageClassification'"),
+        ({"pooler_act": "gelu"}, "pooler_act='gelu' is not supported for model_type 'vit', only 'tanh'"),
+        ({"image_size": [8, 9]}, r"image_size=\[8, 9\] is no multiple of patch_size=\[4, 4\]"),
+        ({"image_size": [8, 8, 3]}, r"image_size=\[8, 8, 3\] is neither a number nor \[height, width\]"),
+        ({"hidden_size": 15}, "hidden_size=15 is no multiple of num_attention_heads=2"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
+        ({"head_dim": 4}, "head_dim: not known for model_type 'vit'"),
+        ({"intermediate_size": None}, "'intermediate_size' is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(CONFIG | fields)
+
+
+def test_a_head_is_that_of_the_checkpoint_or_the_one_asked_for(folder: Path) -> None:
+    assert peftjax.load_model(folder / "classifier").config.labels == ("cat", "dog")
+    fresh = peftjax.load_model(folder / "base", head="image_classification", labels=5)
+    assert fresh(pixels()).shape == (2, 5)
+    states = peftjax.load_model(folder / "base")(pixels())
+    assert states.shape == (2, 1 + 4, 16)
+    np.testing.assert_array_equal(fresh.hidden(pixels()), states)
+    for asked, message in (
+        ({"head": "sequence_classification", "labels": 2}, "is none of none, image_classification"),
+        ({"head": "image_classification"}, "say how many labels the new head has"),
+        ({"labels": 2}, "labels=2 goes with head='image_classification'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peftjax.load_model(folder / "base", **asked)
+
+
+def test_images_of_another_size_or_with_channels_first_are_refused(folder: Path) -> None:
+    model = peftjax.load_model(folder / "base")
+    for shape in ((2, 16, 16, 3), (2, 3, 8, 8), (8, 8, 3)):
+        with pytest.raises(ValueError, match=r"this model needs \[B, 8, 8, 3\], height, width and channels last"):
+            model(jnp.zeros(shape))
+
+
+def test_the_convolution_of_the_patches_is_no_linear_layer(folder: Path, tmp_path: Path) -> None:
+    model = peftjax.load_model(folder / "classifier", quantize="int8")
+    assert isinstance(model.embeddings.patches.kernel.get_value(), jax.Array)
+    with pytest.raises(ValueError, match="'projection' matches no layer of this model. Its layers: classifier, fc1"):
+        peftjax.attach(model, peftjax.Lora(targets=("projection",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="needs one token embedding with a slot, and this model has 0"):
+        peftjax.attach(model, peftjax.PromptTuning(tokens=2), rngs=nnx.Rngs(0))
+    saved = peftjax.Lora(rank=2, modules_to_save=("projection",))
+    peftjax.save_adapter(peftjax.attach(model, saved, rngs=nnx.Rngs(0)), tmp_path / "adapter")
+    kernel = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
+        "base_model.model.vit.embeddings.patch_embeddings.projection.weight"
+    ]
+    stored = load_file(folder / "classifier" / "model.safetensors")
+    np.testing.assert_array_equal(kernel, stored["vit.embeddings.patch_embeddings.projection.weight"])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peftjax.Lora(rank=2),
+        peftjax.Ia3(targets=("k_proj", "v_proj", "fc2"), feedforward=("fc2",)),
+        peftjax.BitFit(),
+        peftjax.LnTuning(),
+        peftjax.PrefixTuning(tokens=3),
+        peftjax.Houlsby(),
+    ],
+    ids=lambda method: method.method,
+)
+def test_adapters_and_the_head_come_back_from_their_file(method: Any, folder: Path, tmp_path: Path) -> None:
+    model = peftjax.load_model(folder / "classifier")
+    before = model(pixels())
+    trained = tiny.randomize(peftjax.attach(model, method, rngs=nnx.Rngs(1)))
+    after = trained(pixels())
+    assert np.abs(after - before).max() > 0.01
+    peftjax.save_adapter(trained, tmp_path / "adapter")
+    again = peftjax.load_adapter(peftjax.load_model(folder / "classifier"), tmp_path / "adapter")
+    np.testing.assert_array_equal(again(pixels()), after)
+    np.testing.assert_array_equal(peftjax.detach(trained)(pixels()), before)
+
+
+def classification_loss(model: Any, batch: Any) -> Totals:
+    logits = model(batch["pixels"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return Totals(losses.sum(), jnp.float32(len(losses)), (logits.argmax(-1) == batch["labels"]).sum().astype(float))
+
+
+def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folder: Path) -> None:
+    model = peftjax.attach(peftjax.load_model(folder / "classifier"), peftjax.Lora(rank=2), rngs=nnx.Rngs(1))
+    assert count_trainable(model) == 2 * (2 * (4 * 32 + 2 * 40)) + 16 * 2 + 2  # LoRA of rank 2, and the head
+    before, base = model(pixels()), tiny.bits(model)
+    mesh = sharding.make_mesh()
+    sharding.place(model, mesh)
+    model.train()
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
+    state = first_state(trainable, optax.adam(2e-2), seed=0)
+    step = make_train_step(graph, optax.adam(2e-2), keys, classification_loss, state)
+    batch = sharding.shard_batch({"pixels": np.array(pixels(8)), "labels": np.arange(8) % 2}, mesh)
+    losses = []
+    for _ in range(25):
+        state, measured = step(state, frozen, batch)
+        losses.append(float(measured["loss"]))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    variables.update(model, state.trainable)
+    model.eval()
+    assert tiny.bits(model) == base
+    assert np.abs(model(pixels()) - before).max() > 0.1
