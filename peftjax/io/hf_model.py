@@ -503,7 +503,8 @@ def save_model(
 def _quantization_config(model: Any) -> dict[str, Any]:
     """What config.json says of quantized kernels: nothing if there are none."""
     leaves = variables.flat(model)[1]
-    kernels, dense = {}, [model.hf_modules[path] for path in model.output_layers]
+    kernels = {}
+    dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # that this head has
     for entry in entries(model):
         value = leaves[entry.path].get_value()
         if isinstance(value, Quantized):
