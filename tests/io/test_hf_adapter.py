@@ -80,7 +80,7 @@ def test_the_file_holds_the_keys_shapes_and_metadata_of_the_format(tmp_path: Pat
         expected[f"{query}.base_layer.bias"] = (E,)
     with safe_open(tmp_path / "adapter" / WEIGHTS, framework="numpy") as file:
         metadata = file.metadata()
-        assert metadata.keys() == {"format", "peftjax.base"}
+        assert metadata.keys() == {"format", "peftjax.base", "peftjax.formats"}
         assert metadata["format"] == "pt"
         assert {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} == expected  # noqa: SIM118
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
@@ -154,6 +154,7 @@ def test_the_config_says_how_the_adapter_was_made(tmp_path: Path) -> None:
         "layers_to_transform": [1, 2],
         "modules_to_save": ["lm_head"],
         "init_lora_weights": True,
+        "trainable_token_indices": None,
     }
     assert config == expected
     assert list(config["rank_pattern"]) == ["v_proj", "layers.1.self_attn.v_proj"]  # of two, the first counts

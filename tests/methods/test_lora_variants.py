@@ -240,7 +240,7 @@ def test_adapters_that_start_as_the_same_part_of_the_kernel_leave_each_other_alo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init": "loftq"}, "method.init='loftq' is none of kaiming, gaussian, orthogonal, eva, pissa, pissa_niter_N"),
+        ({"init": "corda"}, "method.init='corda' is none of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq"),
         ({"init": "pissa_niter_"}, "method.init='pissa_niter_' is none of kaiming"),
         ({"init": "orthogonal", "rank": 3}, "method.rank must be even with init='orthogonal', it is 3"),
         ({"init": "orthogonal", "rank_pattern": {"q_proj": 5}}, "method.rank must be even with .*, it is 5"),
