@@ -176,7 +176,7 @@ def load_kernels(path: str | Path, model: Any, revision: str | None = None) -> C
     def read(module: str, layer: int | None) -> np.ndarray:
         entry = of_module[module]
         value = np.asarray(stored[entry.keys[layer or 0]].open()[...], np.float32)
-        return value.T if entry.transposed else value
+        return np.asarray(_made(value, entry.order, None))
 
     return read
 
