@@ -43,10 +43,10 @@ class Answer:
         return f"{verdict}{self.prompt!r} -> {self.answer!r}, expected {self.expected!r}"
 
 
-def make_eval_step(graph: nnx.GraphDef, loss: Loss) -> Callable[..., Totals]:
+def make_eval_step(graph: nnx.GraphDef, loss: Loss, mesh: Mesh) -> Callable[..., Totals]:
     """A jitted function (trainable, frozen, batch [1, B, T]) -> Totals, of a model in evaluation."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     def eval_step(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Totals:
         model = variables.merge(graph, trainable, frozen)
         return loss(model, {name: value[0] for name, value in batch.items()})
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh):
         graph, found = variables.flat(model)
         values = {path: variable.get_value() for path, variable in found.items()}
-        eval_step = make_eval_step(graph, partial(next_token_loss, chunk=config.train.loss_chunk))
+        eval_step = make_eval_step(graph, partial(next_token_loss, chunk=config.train.loss_chunk), mesh)
         scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh, config.data.pack)
         if count := config.eval.exact_match or config.eval.samples:
             answers = answer(model, eval_examples(config, tokenizer, count), tokenizer, config.eval.max_new_tokens)

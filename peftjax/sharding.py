@@ -76,6 +76,17 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
     return jax.tree.unflatten(structure, placed)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Options to compile a program with that fills a stack of NF4 kernels, or takes it apart layer by layer.
+
+    XLA's CPU backend takes int4 for a type without slices of its own, and makes int8 of the whole stack first: before the
+    loop of a train step, a byte a weight, and once for each layer that is put into its place. Told to leave int4 alone, it
+    slices it as it is, to the same bits.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "float-normalization-s4"} if on_cpu else {}
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, placed by the table on the mesh in force (`jax.set_mesh`); unchanged where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

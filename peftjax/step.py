@@ -63,6 +63,7 @@ def make_train_step(
     minimised, from the model; the loss that is reported is without it."""
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    options = sharding.compiler_options(next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable)))
 
     def minimised(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
         model = variables.merge(graph, trainable, frozen)
@@ -70,7 +71,7 @@ def make_train_step(
         extra = penalty(model)
         return totals.loss if extra is None else totals.loss + totals.tokens * extra, totals
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     def train_step(
         state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -176,7 +176,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
         train_step=make_train_step(graph, optimizer, dropout, loss, state, method.penalty),
-        eval_step=make_eval_step(eval_graph, loss),
+        eval_step=make_eval_step(eval_graph, loss, mesh),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state
