@@ -2,11 +2,11 @@
 
     python benchmarks/load_memory.py
 
-Writes a Llama of about 315 million random parameters to a temporary directory, then loads it in a fresh process for
-each line of the table and prints by how much the peak of the process's resident memory (VmHWM of /proc, so Linux) grew
-above what it had once JAX was up: in all, as a multiple of the model's bytes, and what was beyond them in units of the
-largest tensor that is read at once (in the wider of its two dtypes). "saving" is how much further the peak grew while
-the model was written again: by one shard, which here is all of the model.
+Writes Llamas of random parameters, about 315 million and, of TinyLlama's shape, 1.1 billion, to a temporary directory, then
+loads them in a fresh process for each line of the table and prints by how much the peak of the process's resident memory
+(VmHWM of /proc, so Linux) grew above what it had once JAX was up: in all, as a multiple of the model's bytes, and what was
+beyond them in units of the largest tensor that is read at once, the embedding (in the wider of its two dtypes). "saving" is
+how much further the peak grew while the model was written again: by one shard, of at most 2 GB.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-CONFIG = {
+SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 32000,
@@ -29,40 +29,50 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-LARGEST = CONFIG["vocab_size"] * CONFIG["hidden_size"]  # parameters of the embedding
+TINYLLAMA = SMALL | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 BYTES = {"float32": 4, "bfloat16": 2}
-# (stored dtype, dtype in memory, devices, mesh)
+# (config, stored dtype, dtype in memory, format of the kernels, devices, mesh)
 CASES = (
-    ("float32", "float32", 1, {}),
-    ("bfloat16", "bfloat16", 1, {}),
-    ("float32", "bfloat16", 1, {}),
-    ("bfloat16", "float32", 1, {}),
-    ("float32", "float32", 4, {"fsdp": 2, "tensor": 2}),
+    (SMALL, "float32", "float32", "", 1, {}),
+    (SMALL, "bfloat16", "bfloat16", "", 1, {}),
+    (SMALL, "float32", "bfloat16", "", 1, {}),
+    (SMALL, "bfloat16", "float32", "", 1, {}),
+    (SMALL, "float32", "float32", "", 4, {"fsdp": 2, "tensor": 2}),
+    (TINYLLAMA, "bfloat16", "bfloat16", "", 1, {}),
+    (TINYLLAMA, "bfloat16", "bfloat16", "nf4", 1, {}),
 )
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        print("stored    loaded    devices  model MB  peak MB  ratio  beyond  saving MB")
-        for stored, loaded, devices, mesh in CASES:
-            directory = Path(folder, stored)
+        print("width  stored    loaded    kernels  devices  model MB  peak MB  ratio  beyond  saving MB")
+        for config, stored, loaded, quantize, devices, mesh in CASES:
+            width = config["hidden_size"]
+            directory = Path(folder, f"{width}-{stored}")
             if not directory.exists():
-                write_model(directory, stored)
+                write_model(directory, config, stored)
             flags = f"--xla_force_host_platform_device_count={devices}"
-            arguments = [str(directory), str(Path(folder, "saved")), loaded, json.dumps(mesh)]
+            arguments = [str(directory), str(Path(folder, "saved")), loaded, quantize, json.dumps(mesh)]
             command = [sys.executable, __file__, "child", *arguments]
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
             found = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
             size, peak = found["model"], found["loading"]
-            beyond = (peak - size) / (LARGEST * max(BYTES[stored], BYTES[loaded]))
+            beyond = (peak - size) / (config["vocab_size"] * width * max(BYTES[stored], BYTES[loaded]))
             sizes = (
                 f"{size / 1e6:8.0f} {peak / 1e6:8.0f} {peak / size:6.2f} {beyond:7.2f} {found['saving'] / 1e6:10.0f}"
             )
-            print(f"{stored:9} {loaded:9} {devices:7}  {sizes}", flush=True)
+            print(f"{width:5}  {stored:9} {loaded:9} {quantize or 'dense':8} {devices:6}  {sizes}", flush=True)
 
 
-def write_model(directory: Path, dtype: str) -> None:
-    """Random weights."""
+def write_model(directory: Path, config: dict, dtype: str) -> None:
+    """Random weights, drawn from 65536 normal numbers, and norms of 1; a file for each layer and one for the rest, and
+    one file is held at a time."""
     import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name from then on
     from flax import nnx
     from safetensors.numpy import save_file
@@ -70,19 +80,26 @@ def write_model(directory: Path, dtype: str) -> None:
     from peftjax import models
     from peftjax.io import hf_files, hf_model
 
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    model = nnx.eval_shape(lambda: models.from_hf_config(CONFIG).make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.from_hf_config(config).make(nnx.Rngs(0)))
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for entry in hf_model.entries(model):
+        for layer, key in enumerate(entry.keys):
+            files.setdefault(f"model-{layer if entry.stacked else 'rest'}.safetensors", {})[key] = entry.stored_shape
+    directory.mkdir(parents=True)
     random = np.random.default_rng(0)
-    tensors = {
-        key: random.standard_normal(entry.stored_shape, np.float32).astype(dtype)
-        for entry in hf_model.entries(model)
-        for key in entry.keys
-    }
-    save_file(tensors, directory / hf_files.WEIGHTS, {"format": "pt"})
+    table = (0.02 * random.standard_normal(2**16)).astype(dtype)
+    for file, shapes in files.items():
+        tensors = {
+            key: np.ones(shape, dtype) if len(shape) == 1 else table[random.integers(0, 2**16, shape, np.uint16)]
+            for key, shape in shapes.items()
+        }
+        save_file(tensors, directory / file, {"format": "pt"})
+    where = {key: file for file, shapes in files.items() for key in shapes}
+    (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": where}))
+    (directory / "config.json").write_text(json.dumps(config))  # last: a directory with it is complete
 
 
-def child(directory: str, target: str, dtype: str, mesh_sizes: str) -> None:
+def child(directory: str, target: str, dtype: str, quantize: str, mesh_sizes: str) -> None:
     import jax
 
     from peftjax import sharding
@@ -92,9 +109,10 @@ def child(directory: str, target: str, dtype: str, mesh_sizes: str) -> None:
     mesh = sharding.make_mesh(json.loads(mesh_sizes))
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the compiler's own memory is not the model's
     before = resident("VmRSS")
-    model = hf_model.load_model(directory, dtype, mesh=mesh)
+    model = hf_model.load_model(directory, dtype, quantize or None, mesh=mesh)
     loading = resident("VmHWM") - before
-    size = sum(variable.get_value().nbytes for variable in variables.flat(model)[1].values())
+    leaves = jax.tree.leaves([variable.get_value() for variable in variables.flat(model)[1].values()])
+    size = sum(leaf.size * (4 if leaf.dtype == jax.numpy.int4 else 8 * leaf.dtype.itemsize) // 8 for leaf in leaves)
     hf_model.save_model(model, target)
     saving = resident("VmHWM") - before - loading
     print(json.dumps({"model": size, "loading": loading, "saving": saving}))

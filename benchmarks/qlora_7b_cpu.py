@@ -1,0 +1,108 @@
+"""How much memory QLoRA of a 7B Llama takes on a CPU, from a 16-bit checkpoint to optimizer steps.
+
+    python benchmarks/qlora_7b_cpu.py DIR [--layers=32] [--dtype=bfloat16] [--steps=3]
+
+DIR: where the checkpoint is, 13.5 GB of bfloat16; random weights of LLaMA 7B's shape are written there if it is not there
+yet, by another process. Loads it with its kernels in NF4 as they arrive, puts a LoRA of rank 16 on all linear layers and
+takes steps of AdamW on one sequence of 32 random tokens, always the same, by the train step of `python -m peftjax.train`.
+Prints the peak of the process's resident memory (VmHWM of /proc, so Linux), Python, the compiler and all else included,
+against 8 GiB and against the checkpoint's bytes.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from load_memory import resident
+from qlora_memory import GIB, LLAMAS
+
+BOUND, LENGTH = 8 * GIB, 32
+
+
+def write(directory: str, layers: str) -> None:
+    from load_memory import write_model
+
+    write_model(Path(directory), LLAMAS["llama-7b"] | {"num_hidden_layers": int(layers)}, "bfloat16")
+
+
+def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
+    """The model loaded and quantized, with its LoRA; the train step, its state and the frozen base."""
+    from flax import nnx
+
+    import peftjax
+    from peftjax import methods, optim
+    from peftjax.core import config as configs
+    from peftjax.core import variables
+    from peftjax.losses import next_token_loss
+    from peftjax.step import first_state, make_train_step
+
+    model = peftjax.load_model(directory, dtype, quantize="nf4", remat="block")
+    report("after loading")
+    method = methods.Lora(rank=16, targets="all-linear")
+    peftjax.attach(model, method, rngs=nnx.Rngs(0))
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    config = configs.defaults().optim
+    config.learning_rate = 1e-3
+    optimizer = optim.make_optimizer(config, 100, decayed)
+    state = first_state(trainable, optimizer, seed=0)
+    variables.update(model, state.trainable)  # the state holds copies: let go of the originals, as train.py does
+    return make_train_step(graph, optimizer, (), partial(next_token_loss, chunk=LENGTH), state), state, frozen
+
+
+def report(when: str) -> None:
+    peak = resident("VmHWM")
+    print(f"peak {when:14} {peak / GIB:5.2f} GiB, {peak / BOUND:4.2f} of 8 GiB; now {told('VmRSS')}, of which "
+          f"{told('RssAnon')} its own and {told('RssFile')} of files", flush=True)  # fmt: skip
+
+
+def told(field: str) -> str:
+    return f"{resident(field) / GIB:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    if not (options.directory / "config.json").exists():
+        subprocess.run([sys.executable, __file__, "write", str(options.directory), str(options.layers)], check=True)
+    stored = sum(file.stat().st_size for file in options.directory.glob("*.safetensors"))
+    print(f"{options.layers} layers, {stored / GIB:.2f} GiB in bfloat16; computed in {options.dtype}")
+
+    import jax
+    import numpy as np
+
+    from peftjax import sharding
+
+    report("before")
+    started = time.perf_counter()
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        step, state, frozen = prepare(options.directory, options.dtype)
+        print(f"ready after {time.perf_counter() - started:.0f} s")
+        tokens = np.random.default_rng(0).integers(0, 32000, (1, LENGTH + 1), np.int32)
+        rows = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "loss_weights": np.ones((1, LENGTH), np.float32),
+        }
+        batch = sharding.shard_batch(rows, mesh)
+        for number in range(1, options.steps + 1):
+            started = time.perf_counter()
+            state, measured = step(state, frozen, batch)
+            loss = float(measured["loss"])
+            print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+    report("after the steps")
+    print(f"ratio to the checkpoint's bytes {resident('VmHWM') / stored:.2f}")
+
+
+if __name__ == "__main__":
+    write(*sys.argv[2:]) if sys.argv[1:2] == ["write"] else main()
