@@ -123,27 +123,21 @@ class Nf4(Quantized):
     def dot(self, x: jax.Array) -> jax.Array:
         if not self._even:
             return product("ti,io->to", x, self.astype(x.dtype)).astype(x.dtype)
-        x, kernel = self._after(x)
-        return product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), kernel._decoded(x.dtype)).astype(x.dtype)
+        return self._product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK))
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
             return product("to,io->ti", y, self.astype(y.dtype)).astype(y.dtype)
-        y, kernel = self._after(y)
-        return product("to,gbo->tgb", y, kernel._decoded(y.dtype)).astype(y.dtype).reshape(len(y), -1)
+        return self._product("to,gbo->tgb", y).reshape(len(y), -1)
 
-    def _after(self, x: jax.Array) -> "tuple[jax.Array, Nf4]":
-        """x and the kernel, which cannot be decoded before x is there. To the compiler decoding depends on nothing: where
-        the decoded kernel does not stay within the product (on a GPU), it would decode all kernels of a layer for the
-        recomputed forward pass and keep them for the backward pass."""
-        part = "absmax" if self.offset is None else "offset"
-        x, waited = jax.lax.optimization_barrier((x, getattr(self, part)))
-        return x, dataclasses.replace(self, **{part: waited})
+    def _product(self, subscripts: str, x: jax.Array) -> jax.Array:
+        """An einsum with the values in the layout of the codes, in the dtype of x."""
+        within, apart = partial(_decoded_within, subscripts), partial(_decoded_apart, subscripts)
+        return jax.lax.platform_dependent(x, self, tpu=within, default=apart)
 
     def _decoded(self, dtype: Any) -> jax.Array:
         """The values in the layout of the codes."""
-        table = jnp.asarray(CODEBOOK)
-        values = table.at[self.codes.astype(jnp.int32) + 8].get(mode="promise_in_bounds")
+        values = _looked_up(self.codes, self.absmax if self.offset is None else self.offset)
         absmax = self.block_absmax()
         if self._even:
             values = values * absmax[..., :, None, :]
@@ -166,6 +160,38 @@ class Nf4(Quantized):
         centred = jnp.clip(centred, -scales, scales)
         offset = self.offset[..., None, None] if self._even else self.offset[..., None]
         return centred + jnp.broadcast_to(offset, centred.shape)
+
+
+def _decoded_within(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
+    """The product of a TPU, whose compiler decodes within it, without a decoded kernel in memory. It accumulates in float32
+    as it is; asked to return that, it would decode some kernels apart."""
+    return jnp.einsum(subscripts, x, kernel._decoded(x.dtype), preferred_element_type=x.dtype)
+
+
+def _decoded_apart(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
+    """The product of a machine that decodes the kernel first: when x is there. To the compiler decoding depends on nothing;
+    without the barrier it decodes all kernels of a layer at once, and keeps them from the recomputed forward pass to the
+    backward pass."""
+    part = "absmax" if kernel.offset is None else "offset"
+    x, waited = jax.lax.optimization_barrier((x, getattr(kernel, part)))
+    kernel = dataclasses.replace(kernel, **{part: waited})
+    return product(subscripts, x, kernel._decoded(x.dtype)).astype(x.dtype)
+
+
+def _looked_up(codes: jax.Array, beside: jax.Array) -> jax.Array:
+    """The entries of the codebook for codes from -8 to 7, float32: chosen in four steps, one for each bit.
+
+    A TPU's compiler makes this a part of the product, where it would write what a gather gives to memory. beside: any
+    array that is not a constant. Behind a barrier with it the codebook is none either: broadcast constants would be taken
+    out of a scan over layers, as arrays of the kernel's size.
+    """
+    table, _ = jax.lax.optimization_barrier((jnp.asarray(CODEBOOK), beside))
+    index = codes.astype(jnp.int32) + 8
+    values = [table[entry] for entry in range(len(CODEBOOK))]
+    for bit in range(4):
+        odd = (index >> bit) & 1 == 1
+        values = [jnp.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def quantize(kernel: jax.Array, *, nested: bool = True) -> Nf4:
