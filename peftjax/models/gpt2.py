@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.models.decoder import Block, Decoder, DecoderConfig
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Cache, FusedAttention
-from peftjax.nn.embedding import PositionEmbedding
+from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Conv1D
 from peftjax.nn.norm import LayerNorm
@@ -38,7 +38,7 @@ class Gpt2(Decoder):
 
     def __init__(self, config: Gpt2Config, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
-        self.positions = PositionEmbedding(
+        self.positions = Embedding(
             config.max_positions,
             config.embed,
             stddev=config.init_stddev,

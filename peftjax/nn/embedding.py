@@ -42,7 +42,3 @@ class Embedding(nnx.Module):
         """The base computation; `embedding` stands in for the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
         return jnp.take(table, tokens, axis=0).astype(self.dtype)
-
-
-class PositionEmbedding(Embedding):
-    """Learned positions, int [B, T] -> [B, T, D]: a table that is not of tokens, so no soft prompt sits there."""
