@@ -289,11 +289,12 @@ def _charts(train: Lines, evaluations: Lines) -> list[_Chart]:
     loss = _curves("training", train, "loss", smooth=True) + _curves("held out", evaluations, "eval_loss", "second")
     accuracy = _curves("exact match", evaluations, "exact_match")
     accuracy += _curves("token accuracy", evaluations, "token_accuracy", "second")
+    answers = "Answers" if len(accuracy) > 1 else " ".join(curve.name.capitalize() for curve in accuracy)
     rate = _curves("learning rate", train, "learning_rate")
     norm, speed = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", "tokens_per_second"))
     charts = [
         _chart("Loss", loss, last_step, "nats per token", log=True, bounds=(None, None), wide=bool(accuracy)),
-        _chart("Held-out answers", accuracy, last_step, bounds=(0, 1), text=_percent),
+        _chart(answers, accuracy, last_step, "held out", bounds=(0, 1), text=_percent),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
         _chart("Tokens per second", speed, last_step, text="{:,.0f}".format),

@@ -89,6 +89,7 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
     with jax.set_mesh(mesh), checkpoints:
+        require_same_config(config, workdir, checkpoints)  # before a model is loaded for nothing
         run, state = setup(config, workdir, mesh)
         state = resume(run, state, checkpoints)
         start, steps = int(state.step), config.train.steps
@@ -221,24 +222,30 @@ class Window:
         return numbers | {"tokens_per_second": speed}
 
 
+def require_same_config(config: Any, workdir: Path, checkpoints: Checkpoints) -> None:
+    """Raises a ValueError that names the fields in which the run that the workdir holds was another one."""
+    if (identity := checkpoints.identity()) is not None:
+        differ = configs.differences(config, configs.from_json(json.dumps(identity["config"])))
+        _refuse(workdir, [line for line in differ if not line.startswith(FREE)])
+
+
+def _refuse(workdir: Path, differ: list[str]) -> None:
+    if differ:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration: {'; '.join(differ)}. "
+            "Take another --workdir, or remove this one to start anew"
+        )
+
+
 def resume(run: Run, state: TrainState, checkpoints: Checkpoints) -> TrainState:
     """The state of the newest intact checkpoint, with the data moved to where it was; else `state`.
 
     Raises:
-        ValueError: the checkpoint is of another base, config or method; names what differs.
+        ValueError: the checkpoint is of another base.
     """
-    if (identity := checkpoints.identity()) is not None:
-        differ = configs.differences(run.config, configs.from_json(json.dumps(identity["config"])))
-        differ = [line for line in differ if not line.startswith(FREE)]
-        if identity["base"] != run.base_fingerprint:
-            differ.append(
-                f"the base model's weights: fingerprint {run.base_fingerprint} here, {identity['base']} there"
-            )
-        if differ:
-            raise ValueError(
-                f"{run.workdir} holds a run with another configuration: {'; '.join(differ)}. "
-                "Take another --workdir, or remove this one to start anew"
-            )
+    if (identity := checkpoints.identity()) is not None and identity["base"] != run.base_fingerprint:
+        prints = f"fingerprint {run.base_fingerprint} here, {identity['base']} there"
+        _refuse(run.workdir, [f"the base model's weights: {prints}"])
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten(state).items()}
     restored = checkpoints.restore(abstract)
     if restored is None:

@@ -219,14 +219,14 @@ def labels(chart: ElementTree.Element) -> list[str]:
 
 def test_each_chart_holds_its_curves(full: str) -> None:
     drawn = charts(full)
-    assert list(drawn) == ["Loss", "Held-out answers", "Learning rate", "Gradient norm", "Tokens per second"]
+    assert list(drawn) == ["Loss", "Answers", "Learning rate", "Gradient norm", "Tokens per second"]
     assert [len(line) for line in curves(drawn["Loss"])] == [30]
     assert [len(line) for line in curves(drawn["Loss"], "second")] == [2]
     assert dots(drawn["Loss"]) == 32
-    ((start, zero), (end, match)) = curves(drawn["Held-out answers"])[0]
+    ((start, zero), (end, match)) = curves(drawn["Answers"])[0]
     assert start < end
     assert zero > match  # y points down
-    assert labels(drawn["Held-out answers"])[-6:] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+    assert labels(drawn["Answers"])[-6:] == ["0%", "20%", "40%", "60%", "80%", "100%"]
     assert labels(drawn["Loss"])[:4] == ["0", "10", "20", "30"]
 
 
