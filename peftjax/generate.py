@@ -18,6 +18,7 @@ from flax import nnx
 
 from peftjax.core import cli
 from peftjax.methods import active_view
+from peftjax.quant import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], help="a token to stop at, besides the end of text; repeatable"
     )
+    parser.add_argument("--quantize", choices=tuple(FORMATS), help="the format in which the base was trained on")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(argv)
 
@@ -198,7 +200,9 @@ def main(argv: list[str]) -> None:
         else options.prompt
     )
     prompts = [tokenizer.encode(text, bos=not options.chat) for text in texts]
-    model = load_model(directory, dtype=options.dtype)
+    model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
+    if not hasattr(model, "make_cache"):
+        raise ValueError(f"--model={options.model} is a {type(model).__name__}, which generates no text")
     if options.adapter:
         load_adapter(model, Path(options.adapter))
 

@@ -33,6 +33,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_model import load_kernels, load_model, make_random, resolve, save_model
 from peftjax.losses import Totals, next_token_loss
+from peftjax.models.decoder import Decoder
 from peftjax.step import TrainState, first_state, flatten, make_train_step
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
@@ -147,6 +148,11 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     }
     random = config.model.init == "random"
     model = make_random(base, seed=config.seed, **options) if random else load_model(base, **options)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"model.path={config.model.path!r} is a {type(model).__name__}; this command tunes decoders so far. "
+            "docs/adopt.md shows the loop that trains any other model"
+        )
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
     methods.attach(
         model,

@@ -7,12 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import peftjax
 from peftjax import evaluate, generate, methods, train
 from peftjax.core import config as configs
 from peftjax.io.hf_model import load_model
 from peftjax.metrics import read_metrics
+from peftjax.models import from_hf_config
 from tests import tiny
 
 
@@ -51,6 +53,21 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     model = peftjax.load_adapter(load_model(made.model.path), workdir / "adapter")
     base = load_model(made.model.path)
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
+
+
+def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    made = config(tmp_path, model__path=str(tmp_path / "bert"))
+    fields = {
+        "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 32,
+    }  # fmt: skip
+    peftjax.save_model(from_hf_config(fields).make(nnx.Rngs(0)), tmp_path / "bert")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bert" / file).write_bytes((tmp_path / "model" / file).read_bytes())
+    with pytest.raises(ValueError, match=r"bert' is a Bert; this command tunes decoders so far"):
+        train.train(made, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"bert is a Bert, which generates no text"):
+        generate.main([f"--model={tmp_path / 'bert'}", "--prompt=one"])
 
 
 def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(

@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peftjax.core import config
 
@@ -14,9 +15,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     A ValueError or an OSError is the user's to mend: its message goes to stderr and the exit code is 2. With
     PEFTJAX_TRACEBACK=1 in the environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130.
+    A warning is a line on stderr.
     """
     try:
-        code = main(sys.argv[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = main(sys.argv[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -26,6 +30,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
+    del where, also  # a place in our code says nothing to a user
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def parse(

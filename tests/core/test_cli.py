@@ -2,6 +2,7 @@ import argparse
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_a_user_mistake_is_one_line_without_a_traceback(monkeypatch, capsys, err
     assert _run(monkeypatch, _raising(error)) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "error: rank is -1\n")
+
+
+@pytest.mark.filterwarnings("default:the base differs")
+def test_a_warning_is_one_line_that_names_no_place_in_our_code(monkeypatch, capsys):
+    assert not _run(monkeypatch, lambda argv: warnings.warn("the base differs", stacklevel=2))
+    assert capsys.readouterr().err == "warning: the base differs\n"
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):
