@@ -4,9 +4,9 @@
 
 Writes Llamas of random parameters, about 315 million and, of TinyLlama's shape, 1.1 billion, to a temporary directory, then
 loads them in a fresh process for each line of the table and prints by how much the peak of the process's resident memory
-(VmHWM of /proc, so Linux) grew above what it had once JAX was up: in all, as a multiple of the model's bytes, and what was
-beyond them in units of the largest tensor that is read at once, the embedding (in the wider of its two dtypes). "saving" is
-how much further the peak grew while the model was written again: by one shard, of at most 2 GB.
+(VmHWM of /proc, so Linux) grew above what it had once a small model was loaded: in all, as a multiple of the model's bytes,
+and what was beyond them in units of the largest tensor that is read at once, the embedding (in the wider of its two
+dtypes). "saving" is how much further the peak grew while the model was written again: by one shard, of at most 2 GB.
 """
 
 import json
@@ -107,7 +107,7 @@ def child(directory: str, target: str, dtype: str, quantize: str, mesh_sizes: st
     from peftjax.io import hf_model
 
     mesh = sharding.make_mesh(json.loads(mesh_sizes))
-    jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the compiler's own memory is not the model's
+    hf_model.load_model("embedded", dtype, quantize or None, mesh=mesh)  # the compiler's own memory is not the model's
     before = resident("VmRSS")
     model = hf_model.load_model(directory, dtype, quantize or None, mesh=mesh)
     loading = resident("VmHWM") - before

@@ -37,14 +37,17 @@ INDEX = "model.safetensors.index.json"
 # Never a pickle (*.bin, *.pt, *.pkl): reading one runs whatever code is in it.
 DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, "modules.json", "*_Pooling/config.json")
 
-FLOAT8 = {
+FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 
 
 # --- Where a model is ---
@@ -152,10 +155,10 @@ class StoredTensor:
         """What gives an array when it is indexed, by [...] or slices; no more is read, and the file closes with it."""
         if 0 in self.shape:
             return _open(self.file).get_tensor(self.name)  # safetensors cannot slice what has no elements
-        if self.dtype not in FLOAT8:
+        if self.dtype not in FLOATS:
             return _open(self.file).get_slice(self.name)
-        # safetensors 0.8 looks its dtypes up in NumPy, which has no 8-bit floats.
-        return self.mapped().view(FLOAT8[self.dtype]).reshape(self.shape)
+        # safetensors would copy what is looked at, and knows no 8-bit floats in NumPy.
+        return self.mapped().view(FLOATS[self.dtype]).reshape(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -455,7 +455,8 @@ def _made(value: Any, order: tuple[int, ...] | None, encode: Encode | None) -> A
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
     """The tensor on the devices, each device's slice read from disk and converted by itself."""
     view = tensor.open()
-    return jax.make_array_from_callback(tensor.shape, placed, lambda index: np.asarray(view[index], dtype, order="C"))
+    read = jax.make_array_from_callback(tensor.shape, placed, lambda index: np.asarray(view[index], dtype, order="C"))
+    return jax.block_until_ready(read)  # so that the host's copy is gone before anything is made of the devices'
 
 
 # --- Saving ---
