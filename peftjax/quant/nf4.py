@@ -128,7 +128,8 @@ class Nf4(Quantized):
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
             return product("to,io->ti", y, self.astype(y.dtype)).astype(y.dtype)
-        return self._product("to,gbo->tgb", y).reshape(len(y), -1)
+        y, kernel = _after(y, self)
+        return kernel._product("to,gbo->tgb", y).reshape(len(y), -1)
 
     def _product(self, subscripts: str, x: jax.Array) -> jax.Array:
         """An einsum with the values in the layout of the codes, in the dtype of x."""
@@ -169,13 +170,17 @@ def _decoded_within(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
 
 
 def _decoded_apart(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
-    """The product of a machine that decodes the kernel first: when x is there. To the compiler decoding depends on nothing;
-    without the barrier it decodes all kernels of a layer at once, and keeps them from the recomputed forward pass to the
-    backward pass."""
+    """The product of a machine that decodes the kernel first: when x is there, not all kernels of a layer at once."""
+    x, kernel = _after(x, kernel)
+    return product(subscripts, x, kernel._decoded(x.dtype)).astype(x.dtype)
+
+
+def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:
+    """x and the kernel, which cannot be decoded before x is there. To a compiler decoding depends on nothing: without this
+    it may take what it decoded for the recomputed forward pass, and keep it until the backward pass."""
     part = "absmax" if kernel.offset is None else "offset"
     x, waited = jax.lax.optimization_barrier((x, getattr(kernel, part)))
-    kernel = dataclasses.replace(kernel, **{part: waited})
-    return product(subscripts, x, kernel._decoded(x.dtype)).astype(x.dtype)
+    return x, dataclasses.replace(kernel, **{part: waited})
 
 
 def _looked_up(codes: jax.Array, beside: jax.Array) -> jax.Array:
