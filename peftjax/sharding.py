@@ -81,10 +81,11 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
     XLA's CPU backend takes int4 for a type without slices of its own, and makes int8 of the whole stack first: before the
     loop of a train step, a byte a weight, and once for each layer that is put into its place. Told to leave int4 alone, it
-    slices it as it is, to the same bits.
+    slices it as it is, to the same bits. Not where there are several devices: its collectives then mistake int4's size.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_disable_hlo_passes": "float-normalization-s4"} if on_cpu else {}
+    devices = mesh.devices.flat
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "float-normalization-s4"} if alone else {}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
