@@ -449,7 +449,7 @@ _turned = jax.jit(jnp.transpose)
 def _made(value: Any, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
     """A stored tensor, or the parts of one, as the parameter has it."""
     value = value if order is None else value.transpose(np.argsort(order))  # the inverse of `_take`'s
-    return value if encode is None else encode(value)
+    return jnp.copy(value) if encode is None else encode(value)  # what was read may lie in the file's own pages
 
 
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
