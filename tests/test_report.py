@@ -129,7 +129,7 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
 def test_every_section_is_there(full: str) -> None:
     seen = words(full)
     for expected in (
-        "Loss nats per token", "Held-out answers", "Learning rate", "Gradient norm", "Answers before and after",
+        "Loss nats per token", "Answers", "Learning rate", "Gradient norm", "Answers before and after",
         "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak in use 1.0 MiB", "compile 12 s",
         "Changed from the defaults 1 of 5 fields", "jax 0.0.1", "method lora, rank 16",
     ):  # fmt: skip
