@@ -155,20 +155,22 @@ def table(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> None:
-    """Held-out loss over the number of trained parameters."""
+    """Held-out loss over the number of trained parameters; the names stand beside it, for many points lie close together."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
     ordered = sorted(results["methods"].items(), key=lambda item: item[1]["eval_loss"])
-    for index, (name, one) in enumerate(ordered):  # labels on either side in turn, for near ones would overlap
-        place, side = (one["trained"], one["eval_loss"]), (5, 2, "left") if index % 2 else (-5, -8, "right")
-        axes.plot(*place, "o", color="tab:blue")
-        axes.annotate(name, place, xytext=side[:2], textcoords="offset points", ha=side[2], fontsize=8)
+    for index, (name, one) in enumerate(ordered):
+        place = (one["trained"], one["eval_loss"])
+        axes.plot(*place, "o", color="tab:blue", markersize=5)
+        height = (index + 0.5) / len(ordered)
+        line = {"arrowstyle": "-", "color": "lightgray", "linewidth": 0.7}
+        axes.annotate(name, place, xytext=(1.03, height), textcoords="axes fraction", va="center", fontsize=8,
+                      arrowprops=line, zorder=0)  # fmt: skip
     axes.axhline(results["base_loss"], color="gray", linestyle=":", label="the base alone")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss, nats a token")
-    axes.legend()
-    figure.tight_layout()
+    axes.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="held-out loss, nats a token")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.96))
     figure.savefig(HERE / "methods.png", dpi=110)
 
 
