@@ -143,7 +143,7 @@ def test_a_weight_stands_after_an_at_sign() -> None:
             split_weight(f"a.jsonl@{weight}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a builder is registered once in a process; a worker may come back to this module
 def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data_dir; and two builders are registered: one that generates its data, one that fails to fetch it."""
     import tensorflow_datasets as tfds
