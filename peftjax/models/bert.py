@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import sharding
-from peftjax.core.paths import suggest
-from peftjax.models.heads import LABELS, read_head
+from peftjax.models.fields import Fields
+from peftjax.models.heads import LABELS, EncoderConfig, read_head
 from peftjax.nn.attention import Attention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -28,7 +28,7 @@ POOLINGS = ("mean", "cls")
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(EncoderConfig):
     """Sizes and options of one model.
 
     kind: the model_type. head: one of `HEADS`; stored_head: the one that the checkpoint has. positions: rows of the
@@ -63,14 +63,8 @@ class BertConfig:
     hf: str  # the config.json that this was read from, with the labels that were asked for
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Each query head has keys of its own."""
-        return self.heads
+    def architectures(self) -> dict[str, str]:
+        return _ARCHITECTURES[self.kind]
 
     @property
     def max_positions(self) -> int:
@@ -85,13 +79,6 @@ class BertConfig:
     def make(self, rngs: nnx.Rngs) -> "Bert":
         """A model with random weights."""
         return Bert(self, rngs)
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json for a directory that transformers loads."""
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
-        architecture = next(name for name, head in _ARCHITECTURES[self.kind].items() if head == self.head)
-        return fields | {"dtype": self.param_dtype, "architectures": [architecture]}
 
 
 class Block(nnx.Module):
@@ -392,51 +379,39 @@ def from_hf(
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
     kind = config["model_type"]
-    left = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None and k not in _HARMLESS}
-
-    def take(name: str, default: Any = None) -> Any:
-        value = left.pop(name, default)
-        if value is None:
-            raise ValueError(f"config.json: field {name!r} is missing.{suggest(name, config)}")
-        return value
-
+    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
     for field, value in _FIXED.items():
-        if (given := left.pop(field, value)) != value:
-            raise ValueError(f"config.json: {field}={given!r} is not supported, only {value!r} is")
+        fields.only(field, value)
     chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels)
-    dropout = take("hidden_dropout_prob", 0.1)
+    dropout = fields.take("hidden_dropout_prob", 0.1)
     result = BertConfig(
         kind=kind,
-        vocab=take("vocab_size"),
-        embed=take("hidden_size"),
-        mlp=take("intermediate_size"),
-        layers=take("num_hidden_layers"),
-        heads=take("num_attention_heads"),
-        positions=take("max_position_embeddings", 512),
-        token_types=take("type_vocab_size", 2),
-        pad_id=take("pad_token_id"),
-        norm_eps=take("layer_norm_eps", 1e-12),
-        activation=take("hidden_act", "gelu"),
+        vocab=fields.take("vocab_size"),
+        embed=fields.take("hidden_size"),
+        mlp=fields.take("intermediate_size"),
+        layers=fields.take("num_hidden_layers"),
+        heads=fields.take("num_attention_heads"),
+        positions=fields.take("max_position_embeddings", 512),
+        token_types=fields.take("type_vocab_size", 2),
+        pad_id=fields.take("pad_token_id"),
+        norm_eps=fields.take("layer_norm_eps", 1e-12),
+        activation=fields.activation("hidden_act", "gelu"),
         dropout=dropout,
-        attention_dropout=take("attention_probs_dropout_prob", 0.1),
-        head_dropout=take("classifier_dropout", dropout),
+        attention_dropout=fields.take("attention_probs_dropout_prob", 0.1),
+        head_dropout=fields.take("classifier_dropout", dropout),
         head=chosen.name,
         stored_head=chosen.stored,
         labels=chosen.labels,
         problem_type=chosen.problem_type,
         pooling=pooling,
         normalize=normalize,
-        init_stddev=take("initializer_range", 0.02),
+        init_stddev=fields.take("initializer_range", 0.02),
         dtype=dtype,
         param_dtype=param_dtype or dtype,
         remat=remat,
         hf=json.dumps(chosen.config),
     )
-    if left:
-        raise ValueError(
-            f"config.json: {', '.join(sorted(left))}: not known for model_type {kind!r}, so the model might compute "
-            "something else; take the field out of config.json if it does not matter"
-        )
+    fields.done()
     return _checked(result)
 
 
@@ -444,10 +419,6 @@ def _checked(config: BertConfig) -> BertConfig:
     if config.embed % config.heads:
         raise ValueError(
             f"config.json: hidden_size={config.embed} is no multiple of num_attention_heads={config.heads}"
-        )
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(
-            f"config.json: hidden_act {config.activation!r} is not known; supported: {sorted(ACTIVATIONS)}"
         )
     if config.pooling not in (None, *POOLINGS):
         raise ValueError(f"pooling {config.pooling!r} is not supported; supported: {', '.join(POOLINGS)}")

@@ -15,6 +15,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.models.fields import Fields
+from peftjax.models.tied import TiedHead
 from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, key_distances, within_window
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
@@ -100,7 +101,7 @@ class Block(nnx.Module):
         return y
 
 
-class Decoder(nnx.Module):
+class Decoder(TiedHead):
     """A decoder. tokens: int [B, T] -> logits [B, T, V] in the computation dtype.
 
     The names that Hugging Face gives to its parts are at the foot of each family's file. `hf_prefix`: what a checkpoint
@@ -256,21 +257,6 @@ class Decoder(nnx.Module):
         """Our key for a tensor of a checkpoint: one that was saved without the head has no prefix."""
         whole = (self.hf_prefix, f"{self.hf_modules['head']}.")
         return name if name.startswith(whole) else self.hf_prefix + name
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head borrows the embedding's table."""
-        return self.head.kernel is None
-
-    def untie(self) -> None:
-        """Give the head a kernel of its own, a copy of the embedding's table."""
-        self.head.kernel = nnx.data(nnx.Param(jnp.array(self.embed.embedding.get_value().T), axes=self.head.axes))
-        self.config = dataclasses.replace(self.config, tied=False)
-
-    def tie(self) -> None:
-        """Let the head borrow the embedding's table again."""
-        self.head.kernel = nnx.data(None)
-        self.config = dataclasses.replace(self.config, tied=True)
 
     def make_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens in each of `batch` rows, in the computation dtype; it holds the soft prompt."""

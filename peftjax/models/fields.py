@@ -8,21 +8,21 @@ from peftjax.core.paths import suggest
 from peftjax.nn.feedforward import ACTIVATIONS
 
 # Fields that say nothing about the computation of logits.
-HARMLESS = {
+HARMLESS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "_name_or_path", "tokenizer_class",
     "_attn_implementation_autoset", "keys_to_ignore_at_inference", "return_dict", "output_attentions",
     "output_hidden_states", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "torchscript",
     "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p", "do_sample", "unsloth_version",
     "unsloth_fixed", "_commit_hash", "peftjax_version", "_num_labels", "gradient_checkpointing",
-}  # fmt: skip
+})  # fmt: skip
 
 
 class Fields:
     """What a config.json says. A family takes the fields that it honours; `done` refuses what is left.
 
-    defaults: what transformers fills in for a field that is left out; harmless: more fields that say nothing about the
-    logits.
+    defaults: what transformers fills in for a field that is left out; harmless: the fields that say nothing about the
+    logits here.
     """
 
     def __init__(
@@ -30,11 +30,10 @@ class Fields:
         config: Mapping[str, Any],
         *,
         defaults: Mapping[str, Any] = MappingProxyType({}),
-        harmless: frozenset[str] = frozenset(),
+        harmless: frozenset[str] = HARMLESS,
     ) -> None:
         self.config, self.kind = config, str(config["model_type"])
-        ignored = HARMLESS | harmless
-        given = {name: value for name, value in config.items() if value is not None and name not in ignored}
+        given = {name: value for name, value in config.items() if value is not None and name not in harmless}
         self._left = dict(defaults) | given
 
     def take(self, name: str, default: Any = None) -> Any:

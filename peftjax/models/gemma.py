@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
 from peftjax.nn.norm import ZeroCenteredRMSNorm
@@ -149,7 +149,7 @@ def from_hf(config: dict[str, Any], **options: Any) -> GemmaConfig:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
     kind = config["model_type"]
-    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=frozenset({"cache_implementation"}))
+    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=HARMLESS | {"cache_implementation"})
     layers, max_positions, head_dim = (
         fields.take("num_hidden_layers"), fields.take("max_position_embeddings"), fields.take("head_dim", 256)
     )  # fmt: skip

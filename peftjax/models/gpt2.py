@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.decoder import Block, Decoder, DecoderConfig
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Cache, FusedAttention
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
@@ -122,7 +122,7 @@ def from_hf(config: dict[str, Any], **options: Any) -> Gpt2Config:
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
-    fields = Fields(config, harmless=_HARMLESS | _DROPOUT)
+    fields = Fields(config, harmless=HARMLESS | _HARMLESS | _DROPOUT)
     layers, embed, heads = (fields.take(name) for name in ("n_layer", "n_embd", "n_head"))
     if embed % heads:
         raise ValueError(f"config.json: n_embd={embed} is no multiple of n_head={heads}")

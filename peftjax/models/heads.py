@@ -1,6 +1,7 @@
 """The head of an encoder: the one of its checkpoint or the one that is asked for, and its labels."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,38 @@ class Head:
     labels: tuple[str, ...]
     problem_type: str | None
     config: dict[str, Any]
+
+
+class EncoderConfig:
+    """What the configs of encoders have in common."""
+
+    embed: int
+    heads: int
+    head: str
+    param_dtype: str
+    hf: str
+
+    @property
+    def architectures(self) -> Mapping[str, str]:
+        """As for `read_head`."""
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Each query head has keys of its own."""
+        return self.heads
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json for a directory that transformers loads."""
+        fields = json.loads(self.hf)
+        fields.pop("torch_dtype", None)
+        architecture = next(name for name, head in self.architectures.items() if head == self.head)
+        return fields | {"dtype": self.param_dtype, "architectures": [architecture]}
 
 
 def read_head(

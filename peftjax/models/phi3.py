@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, rope_fields
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.norm import RMSNorm
@@ -83,7 +83,7 @@ def from_hf(config: dict[str, Any], **options: Any) -> Phi3Config:
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
-    fields = Fields(config, harmless=frozenset({"auto_map"}))
+    fields = Fields(config, harmless=HARMLESS | {"auto_map"})
     layers, embed, max_positions = (
         fields.take(name) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings")
     )

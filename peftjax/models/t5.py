@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from peftjax import sharding
+from peftjax.models.fields import Fields
+from peftjax.models.tied import TiedHead
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
@@ -258,7 +260,7 @@ class DecoderBlock(EncoderBlock):
         return self.feed_forward(x), new_cache
 
 
-class T5(nnx.Module):
+class T5(TiedHead):
     """An encoder-decoder. tokens: int [B, S], decoder_tokens: int [B, T] -> logits [B, T, V] in the computation dtype."""
 
     hf_modules: ClassVar[dict[str, str]]
@@ -378,21 +380,6 @@ class T5(nnx.Module):
             return self.head(hidden, kernel=self.embed.embedding.get_value().T)
         return self.head(hidden)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head borrows the embedding's table."""
-        return self.head.kernel is None
-
-    def untie(self) -> None:
-        """Give the head a kernel of its own, a copy of the embedding's table."""
-        self.head.kernel = nnx.data(nnx.Param(jnp.array(self.embed.embedding.get_value().T), axes=self.head.axes))
-        self.config = dataclasses.replace(self.config, tied=False)
-
-    def tie(self) -> None:
-        """Let the head borrow the embedding's table again."""
-        self.head.kernel = nnx.data(None)
-        self.config = dataclasses.replace(self.config, tied=True)
-
 
 class GatedT5(T5):
     """T5 v1.1: its feed-forward layers have two kernels that read x, and other names in Hugging Face."""
@@ -451,14 +438,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Fields that say nothing about the computation of logits.
-_HARMLESS = {
+_HARMLESS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "unk_token_id", "_name_or_path", "tokenizer_class", "_attn_implementation_autoset",
     "keys_to_ignore_at_inference", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
     "problem_type", "torchscript", "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p",
     "do_sample", "_commit_hash", "peftjax_version", "task_specific_params", "n_positions", "output_past",
     "classifier_dropout", "gradient_checkpointing",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def from_hf(config: dict[str, Any], *, dtype: str = "float32", param_dtype: str = "", remat: str = "none") -> T5Config:
@@ -468,11 +455,8 @@ def from_hf(config: dict[str, Any], *, dtype: str = "float32", param_dtype: str 
         ValueError: a field is unknown, or has a value that this family cannot honour.
     """
     kind = config["model_type"]
-    left = _DEFAULTS[kind] | {k: v for k, v in config.items() if v is not None and k not in _HARMLESS}
-
-    def take(name: str, default: Any = None) -> Any:
-        return left.pop(name, default)
-
+    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
+    take = fields.take
     if not take("is_encoder_decoder", True) or take("is_decoder", False):
         raise ValueError("config.json: is_encoder_decoder=false or is_decoder=true, half a T5, is not supported")
     layers = take("num_layers")
@@ -521,9 +505,5 @@ def from_hf(config: dict[str, Any], *, dtype: str = "float32", param_dtype: str 
             f"config.json: relative_attention_num_buckets={result.buckets} must be 4 or more, and "
             f"relative_attention_max_distance={result.max_distance} more than half of it"
         )
-    if left:
-        raise ValueError(
-            f"config.json: {', '.join(sorted(left))}: not known for model_type {kind!r}, so the model might compute "
-            f"something else; take the field out of config.json if it does not matter"
-        )
+    fields.done()
     return result

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import sharding
-from peftjax.models.fields import Fields
-from peftjax.models.heads import LABELS, read_head
+from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.heads import LABELS, EncoderConfig, read_head
 from peftjax.nn.attention import Attention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
@@ -27,7 +27,7 @@ HEADS = ("none", "image_classification")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VitConfig:
+class VitConfig(EncoderConfig):
     """Sizes and options of one model.
 
     image, patch: height and width in pixels; pooled: width of the pooler's output; head: one of `HEADS`; stored_head:
@@ -58,14 +58,8 @@ class VitConfig:
     hf: str  # the config.json that this was read from, with the labels that were asked for
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Each query head has keys of its own."""
-        return self.heads
+    def architectures(self) -> dict[str, str]:
+        return _ARCHITECTURES
 
     @property
     def patches(self) -> int:
@@ -75,13 +69,6 @@ class VitConfig:
     def make(self, rngs: nnx.Rngs) -> "Vit":
         """A model with random weights."""
         return Vit(self, rngs)
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json for a directory that transformers loads."""
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
-        architecture = next(name for name, head in _ARCHITECTURES.items() if head == self.head)
-        return fields | {"dtype": self.param_dtype, "architectures": [architecture]}
 
 
 class PatchEmbedding(nnx.Module):
@@ -339,7 +326,7 @@ def from_hf(
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
-    fields = Fields(config, harmless=_HARMLESS)
+    fields = Fields(config, harmless=HARMLESS | _HARMLESS)
     chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels)
     fields.only("pooler_act", "tanh")
     image, patch = (_both(fields, name, default) for name, default in (("image_size", 224), ("patch_size", 16)))
