@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import methods, optim, sharding
+from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.data.batches import array_names
 from peftjax.io.hf_model import make_quantized
 from peftjax.losses import next_token_loss
 from peftjax.models import from_hf_config
-from peftjax.step import TrainState, abstract_state, make_train_step
+from peftjax.step import TrainState, abstract_state, prepare
 
 Arguments = tuple[TrainState, variables.FlatTree, dict[str, jax.ShapeDtypeStruct]]  # state, frozen, batch
 
@@ -38,21 +38,17 @@ def abstract_step(config: Any, model: Any, mesh: Mesh) -> tuple[Any, Arguments]:
     """The train step that `config` describes and its arguments (state, frozen, batch) as shapes with their places."""
     method = methods.from_config(config.method)
     model.train()
-    graph, leaves = variables.flat(model)
+    _, leaves = variables.flat(model)
     variables.update(model, {path: place(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
-    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
-    state = abstract_state(trainable, optimizer)
-    dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     loss = partial(next_token_loss, chunk=config.train.loss_chunk)
+    step, state, frozen = prepare(config, model, method, loss, abstract_state)
     shape = (config.train.accumulate, config.train.batch_size // config.train.accumulate, config.data.max_length)
     dtypes = {name: jnp.float32 if name == "loss_weights" else jnp.int32 for name in array_names(config.data.pack)}
     batch = {
         name: place(jax.ShapeDtypeStruct(shape, dtype), (None, "batch", "length"), mesh)
         for name, dtype in dtypes.items()
     }
-    return make_train_step(graph, optimizer, dropout, loss, state, method.penalty), (state, frozen, batch)
+    return step, (state, frozen, batch)
 
 
 def place(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:

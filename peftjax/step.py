@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from peftjax import sharding
+from peftjax import optim, sharding
 from peftjax.core import variables
 from peftjax.losses import Loss, Totals
+from peftjax.methods import Method
 
 
 class TrainState(NamedTuple):
@@ -98,6 +99,24 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
 
     return train_step
+
+
+def prepare(
+    config: Any,
+    model: Any,
+    method: Method,
+    loss: Loss,
+    state_of: Callable[[variables.FlatTree, optax.GradientTransformation], TrainState],
+) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], TrainState, variables.FlatTree]:
+    """The train step that `config` describes, its first state, and what is frozen, of a model in training with its
+    method attached. state_of: `first_state`, or `abstract_state` of a model that is shapes alone."""
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
+    state = state_of(trainable, optimizer)
+    dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
+    return make_train_step(graph, optimizer, dropout, loss, state, method.penalty), state, frozen
 
 
 def flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -34,7 +34,7 @@ from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_model import load_kernels, load_model, make_random, resolve, save_model
 from peftjax.losses import Totals, next_token_loss
 from peftjax.models.decoder import Decoder
-from peftjax.step import TrainState, first_state, flatten, make_train_step
+from peftjax.step import TrainState, first_state, flatten, prepare
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples")
@@ -168,22 +168,16 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         )
     sharding.place(model, mesh)
 
+    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
     model.train()
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    train_step, state, frozen = prepare(config, model, method, loss, partial(first_state, seed=config.seed))
     model.eval()
     eval_graph, _ = variables.flat(model)
-    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
-    state = first_state(trainable, optimizer, config.seed)
-    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
-    dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     run = Run(
         config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, tokenizer=tokenizer,
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
-        train_step=make_train_step(graph, optimizer, dropout, loss, state, method.penalty),
-        eval_step=make_eval_step(eval_graph, loss, mesh),
+        train_step=train_step, eval_step=make_eval_step(eval_graph, loss, mesh),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state

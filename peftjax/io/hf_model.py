@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from peftjax import models, sharding
+from peftjax import models, quant, sharding
 from peftjax.core import variables
 from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io import bitsandbytes, hf_files
@@ -69,10 +69,6 @@ class Entry:
     def stored_sharding(self, whole: NamedSharding) -> NamedSharding:
         """Where one stored tensor lies so that every device has just what goes into its part of the parameter."""
         return NamedSharding(whole.mesh, PartitionSpec(*self._stored(tuple(whole.spec))))
-
-    def over_layers(self, encode: Encode) -> Encode:
-        """`encode`, which makes one layer's kernel, for the whole parameter."""
-        return jax.vmap(encode) if self.stacked else encode
 
     def _stored(self, dimensions: tuple) -> tuple:
         layer = dimensions[1:] if self.stacked else dimensions
@@ -175,8 +171,7 @@ def load_kernels(path: str | Path, model: Any, revision: str | None = None) -> C
 
     def read(module: str, layer: int | None) -> np.ndarray:
         entry = of_module[module]
-        value = np.asarray(stored[entry.keys[layer or 0]].open()[...], np.float32)
-        return np.asarray(_made(value, entry.order, None))
+        return _ordered(np.asarray(stored[entry.keys[layer or 0]].open()[...], np.float32), entry.order)
 
     return read
 
@@ -227,11 +222,9 @@ def _make(
 def make_quantized(config: Any, quantize: str | None, skip: Sequence[str], seed: int) -> Any:
     """A model of a family's `config` with random weights, its kernels quantized as by `load_model`; to be traced."""
     model = config.make(nnx.Rngs(seed))
-    table = {entry.path: entry for entry in entries(model)}
-    encoders = _encoders(model, list(table.values()), quantize, skip)
     leaves = variables.flat(model)[1]
-    encoded = {path: table[path].over_layers(encode)(leaves[path].get_value()) for path, encode in encoders.items()}
-    variables.update(model, encoded)
+    chosen = _encoders(model, entries(model), quantize, skip)
+    variables.update(model, {path: quant.quantize(leaves[path].get_value(), quantize or "") for path in chosen})
     return model
 
 
@@ -448,8 +441,13 @@ _turned = jax.jit(jnp.transpose)
 
 def _made(value: Any, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
     """A stored tensor, or the parts of one, as the parameter has it."""
-    value = value if order is None else value.transpose(np.argsort(order))  # the inverse of `_take`'s
+    value = _ordered(value, order)
     return jnp.copy(value) if encode is None else encode(value)  # what was read may lie in the file's own pages
+
+
+def _ordered(value: Any, order: tuple[int, ...] | None) -> Any:
+    """A stored array with the parameter's dimensions: the inverse of `_take`'s order."""
+    return value if order is None else value.transpose(np.argsort(order))
 
 
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:

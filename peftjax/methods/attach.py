@@ -22,6 +22,7 @@ from peftjax.methods.base import Method
 from peftjax.methods.sites import adapters, head_sites, sites
 from peftjax.methods.targeted import train_whole
 from peftjax.nn.slot import Slot
+from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
 
 OnHost = tuple[Any, Any]  # a parameter copied to the host, and where its arrays lay
@@ -73,18 +74,22 @@ def attach(
             if method.unquantized
             else f"attach: kernels= goes with init='loftq', not with these options of {method.method}"
         )
-    if batches is None:
-        attach_unchecked(model, method, name, rngs=rngs)
-        if kernels is not None:
-            method.begin(model, name, kernels, rngs)
-        return model
-    _require_new(model, name)
-    method, start = method.fit(model, batches)
+    start: dict[str, dict[str, Any]] = {}
+    if batches is not None:
+        _require_new(model, name)
+        method, start = method.fit(model, batches)
+    before = active(model)
     attach_unchecked(model, method, name, rngs=rngs)
     for site, adapter in adapters(model, name):
         for leaf, value in start.get(site.path, {}).items():
             variable = getattr(adapter, leaf)
             variable.set_value(jnp.asarray(value, variable.get_value().dtype))
+    if kernels is not None:
+        try:
+            method.begin(model, name, kernels, rngs)
+        except Exception:
+            use(detach(model, name), before)
+            raise
     return model
 
 
@@ -174,14 +179,14 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
     if name in merged(model):
         raise ValueError(f"adapter {name!r} is merged already")
     changed = [site for site, _ in adapters(model, name)]
-    untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
-    if untied:
-        model.untie()
     if others := trained_on.moved(model, name):
         print(
             f"{name!r} was trained on quantized kernels and is merged into those that are not: from what it was trained "
             f"with, these are away by {trained_on.told(others)}"
         )
+    untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
+    if untied:
+        model.untie()
     before: dict[str, dict[str, OnHost]] = {}
     errors: dict[str, float] = {}
     changes: dict[str, float] = {}
@@ -194,8 +199,8 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
                 site.parameters[leaf].set_value(_like(value, parameters[leaf], requantize))
                 if requantize and isinstance(parameters[leaf], Quantized):
                     path = f"{site.path}.{leaf}"
-                    errors[path] = trained_on.error(parameters[leaf].encode_one, value)
-                    changes[path] = trained_on.change(parameters[leaf], value)
+                    errors[path] = trained_on.distance(site.parameters[leaf].get_value(), value)
+                    changes[path] = trained_on.distance(value, parameters[leaf])
     except Exception:
         _restore(model, before, untied)
         raise
@@ -330,5 +335,5 @@ def _on_host(value: Any) -> OnHost:
 def _like(value: jax.Array, old: Any, requantize: bool) -> Any:
     """A merged parameter where the old one was; of a quantized kernel decoded, or in its format again."""
     if isinstance(old, Quantized):
-        return old.encode(value) if requantize else value
+        return quantize(value, old.format) if requantize else value
     return jax.device_put(value, old.sharding)

@@ -16,9 +16,8 @@ from flax import nnx
 
 from peftjax.core.variables import PeftParam
 from peftjax.methods.base import HfLeaf, Method, MethodAdapter, positive
-from peftjax.methods.sites import Site, place, sites
+from peftjax.methods.sites import Site, place, token_tables
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.embedding import Embedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,7 @@ class SoftPrompt(Method):
             raise ValueError(
                 f"method.tokens={self.tokens} leaves no room for text: the model has {limit} positions; take fewer"
             )
-        tables = [site for site in sites(model) if isinstance(site.module, Embedding)]
-        found = [site for site in tables if site.module is getattr(model, "embed", None)] or tables
+        found = token_tables(model)
         if len(found) != 1:
             raise ValueError(
                 f"method.name={self.method!r} needs one token embedding with a slot, and this model has {len(found)}"

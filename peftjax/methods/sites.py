@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.paths import first_match, matches, suggest, unmatched
+from peftjax.nn.embedding import Embedding
 from peftjax.nn.slot import Adapter, Slot
 
 
@@ -71,6 +72,12 @@ def sites(model: nnx.Module) -> list[Site]:
 def adapters(model: nnx.Module, name: str) -> list[tuple[Site, Any]]:
     """The adapters called `name`, each with its site."""
     return [(site, site.module.adapters.adapter(name)) for site in sites(model) if name in site.module.adapters.names()]
+
+
+def token_tables(model: Any) -> list[Site]:
+    """The embedding of a model's tokens; where the model does not say which it is, all that it has."""
+    tables = [site for site in sites(model) if isinstance(site.module, Embedding) and not site.stack]
+    return [site for site in tables if site.module is getattr(model, "embed", None)] or tables
 
 
 def head_sites(model: nnx.Module) -> list[Site]:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.base import HfLeaf, Method, WeightAdapter
-from peftjax.methods.sites import Site, choose, place, sites, tied_kernel
+from peftjax.methods.sites import Site, choose, place, sites, tied_kernel, token_tables
 from peftjax.methods.targeted import names_or_pattern
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
@@ -58,8 +58,7 @@ def check_tokens(indices: tuple[int, ...]) -> None:
 
 def token_embedding(model: Any) -> Site:
     """The embedding of a model's tokens."""
-    embeds = [site for site in sites(model) if isinstance(site.module, Embedding) and not site.stack]
-    found = [site for site in embeds if site.module is getattr(model, "embed", None)] or embeds
+    found = token_tables(model)
     if len(found) != 1:
         raise ValueError(f"method.token_indices: this model has {len(found)} embeddings; name one in method.targets")
     return found[0]

@@ -1,13 +1,13 @@
 """On what base an adapter was trained: in which formats its kernels were, and by how much that moved them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peftjax.core import variables
-from peftjax.quant import FORMATS
+from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
 
 
@@ -37,26 +37,21 @@ def moved(model: Any, name: str) -> dict[str, float]:
     found = {}
     for path, leaf in variables.flat(model)[1].items():
         if path in recorded and not isinstance(leaf.get_value(), Quantized):
-            found[path] = error(FORMATS[recorded[path]], leaf.get_value())
+            kernel = leaf.get_value()
+            found[path] = distance(quantize(kernel, recorded[path]), kernel)
     return found
 
 
-def error(encode: Callable[[jax.Array], Quantized], kernel: jax.Array) -> float:
-    """||encode(W) - W|| / ||W|| over a kernel [in, out] or a stack of them, one layer in memory at a time."""
+def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
+    """||one - other|| / ||other|| of two kernels [in, out] or two stacks of them, one layer decoded at a time."""
 
-    def squares(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        exact = kernel.astype(jnp.float32)
-        return jnp.sum(jnp.square(encode(kernel).astype(jnp.float32) - exact)), jnp.sum(jnp.square(exact))
+    def squares(pair: Any) -> tuple[jax.Array, jax.Array]:
+        a, b = (kernel.astype(jnp.float32) for kernel in pair)
+        return jnp.sum(jnp.square(a - b)), jnp.sum(jnp.square(b))
 
-    layers = kernel.reshape(-1, *kernel.shape[-2:])
-    difference, norm = jax.jit(lambda layers: jax.lax.map(squares, layers))(layers)
+    over = squares if other.ndim == 2 else lambda pair: jax.lax.map(squares, pair)
+    difference, norm = jax.jit(over)((one, other))
     return float(jnp.sqrt(difference.sum() / norm.sum()))
-
-
-def change(old: Quantized, new: jax.Array) -> float:
-    """||new - old|| / ||old||."""
-    exact = old.astype(jnp.float32)
-    return float(jnp.linalg.norm((new - exact).ravel()) / jnp.linalg.norm(exact.ravel()))
 
 
 def told(errors: Mapping[str, float]) -> str:

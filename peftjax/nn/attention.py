@@ -149,7 +149,7 @@ class Attention(nnx.Module):
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H]; a mask of None means causal."""
-        if self.softcap is None and (self.dropout.deterministic or not self.dropout.rate):
+        if self.softcap is None and self.dropout.idle:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
         return attend(q, k, v, mask, scale=self.scale, cap=self.softcap, dropout=self.dropout)
 

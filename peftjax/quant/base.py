@@ -1,7 +1,7 @@
 """What every quantized kernel can do; the rest of the code knows no more of it."""
 
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,6 @@ class Quantized:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The kernel decoded, [*stack, in, out], rounded to its own dtype and then given in `dtype`."""
-        raise NotImplementedError
-
-    def encode(self, kernel: jax.Array) -> Self:
-        """Another kernel of the same shape in the same format."""
-        return jax.lax.map(self.encode_one, kernel) if self.ndim > 2 else self.encode_one(kernel)
-
-    def encode_one(self, kernel: jax.Array) -> Self:
-        """`encode` of one layer."""
         raise NotImplementedError
 
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:

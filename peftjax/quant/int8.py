@@ -32,9 +32,6 @@ class Int8(Quantized):
     def astype(self, dtype: Any) -> jax.Array:
         return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dtype).astype(dtype)
 
-    def encode_one(self, kernel: jax.Array) -> "Int8":
-        return quantize(kernel)
-
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
         return [kernel, (*kernel[:-2], kernel[-1])]
 

@@ -110,9 +110,6 @@ class Nf4(Quantized):
             return values.reshape(self.shape)
         return values[..., : inputs * outputs].reshape(*self.shape[:-2], outputs, inputs).swapaxes(-1, -2)
 
-    def encode_one(self, kernel: jax.Array) -> "Nf4":
-        return quantize(kernel, nested=self.scales is not None)
-
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
         *stack, inputs, outputs = kernel
         axes = [(*stack, None), (*stack, None), (*stack, None), tuple(stack)]
