@@ -1,4 +1,4 @@
-"""How good a model is on held-out records: loss, perplexity, token accuracy, exact match by generation.
+"""How good a model is on held-out records: loss and perplexity, the scores of its kind of task, those of its answers.
 
 python -m peftjax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -6,21 +6,23 @@ python -m peftjax.evaluate --config=configs/quickstart.py --workdir=runs/quickst
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import sharding
+from peftjax import losses, scores, sharding, tasks
 from peftjax.core import cli, variables
 from peftjax.core import config as configs
 from peftjax.generate import generate
-from peftjax.losses import Loss, Totals, next_token_loss
+from peftjax.losses import Totals
+from peftjax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,38 +45,59 @@ class Answer:
         return f"{verdict}{self.prompt!r} -> {self.answer!r}, expected {self.expected!r}"
 
 
-def make_eval_step(graph: nnx.GraphDef, loss: Loss, mesh: Mesh) -> Callable[..., Totals]:
-    """A jitted function (trainable, frozen, batch [1, B, T]) -> Totals, of a model in evaluation."""
+class Outputs(NamedTuple):
+    """What an evaluation step gives: the sums of the loss, and of labelled examples logits, labels and loss_weights."""
 
-    @partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
-    def eval_step(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Totals:
+    totals: Totals
+    labelled: tuple[jax.Array, jax.Array, jax.Array] | None
+
+
+def make_eval_step(graph: nnx.GraphDef, task: Task, chunk: int, mesh: Mesh) -> Callable[..., Outputs]:
+    """A jitted function (trainable, frozen, batch [1, B, ...]) -> Outputs, whole on every device, of a model in evaluation."""
+    loss, everywhere = task.totals(chunk), sharding.spec((), (), mesh)
+
+    @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh))
+    def eval_step(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Outputs:
         model = variables.merge(graph, trainable, frozen)
-        return loss(model, {name: value[0] for name, value in batch.items()})
+        batch = {name: value[0] for name, value in batch.items()}
+        totals = loss(model, batch)
+        if task.score is None:
+            return Outputs(totals, None)
+        logits = losses.outputs(model, batch)  # those of the loss: XLA computes equal things once
+        return Outputs(totals, (logits.astype(jnp.float32), batch["labels"], batch["loss_weights"]))
 
     return eval_step
 
 
-def evaluate_loss(
-    eval_step: Callable[..., Totals], trainable: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh, packed: bool
+def held_out_scores(
+    eval_step: Callable[..., Outputs], task: Task, trainable: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh
 ) -> dict[str, float]:
-    """Mean loss per token in nats, its perplexity, and the share of tokens that are the most likely one.
+    """The mean loss, and of a model that writes text its perplexity and the share of tokens that are the most likely one
+    (loss in nats a token), of another the scores of its task.
 
     Raises:
-        ValueError: the batches hold no token with a loss.
+        ValueError: the batches hold nothing with a loss.
     """
-    sums = np.zeros(3)
+    sums, labelled = np.zeros(3), []
     for batch in batches:
-        placed = sharding.shard_batch(batch.arrays(packed), mesh)
-        sums += np.array(jax.device_get(eval_step(trainable, frozen, placed)), float)
+        outputs = jax.device_get(eval_step(trainable, frozen, sharding.shard_batch(batch.arrays, mesh)))
+        sums += np.array(outputs.totals, float)
+        if outputs.labelled is not None:
+            logits, labels, weights = outputs.labelled
+            labelled.append((logits[weights > 0], labels[weights > 0]))
     loss, tokens, correct = sums
     if tokens == 0:
-        raise ValueError("data.eval: the held-out records have no token with a loss")
-    return {
-        "eval_loss": loss / tokens,
-        "perplexity": math.exp(min(loss / tokens, 700.0)),
-        "token_accuracy": correct / tokens,
-        "eval_tokens": tokens,
-    }
+        raise ValueError("data.eval: the held-out records have nothing with a loss")
+    if task.score is None:
+        perplexity = math.exp(min(loss / tokens, 700.0))
+        return {
+            "eval_loss": loss / tokens,
+            "perplexity": perplexity,
+            "token_accuracy": correct / tokens,
+            "eval_tokens": tokens,
+        }
+    logits, labels = (np.concatenate(parts) for parts in zip(*labelled, strict=True))
+    return {"eval_loss": loss / tokens} | task.score(logits, labels) | {"eval_labels": tokens}
 
 
 def answer(
@@ -93,32 +116,30 @@ def answer(
     return answers
 
 
-def exact_match(answers: list[Answer]) -> float:
-    """The share of answers that are right."""
-    return sum(item.correct for item in answers) / len(answers)
+def answer_scores(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:
+    """The scores `names` of generated answers, and how many there are."""
+    found = scores.of_answers([item.answer for item in answers], [item.expected for item in answers], names)
+    return found | {"prompts": len(answers)}
 
 
 def main(argv: list[str]) -> None:
     from peftjax import methods
     from peftjax.data.batches import eval_batches, eval_examples
-    from peftjax.data.text import load_tokenizer
+    from peftjax.data.rows import load_rows
     from peftjax.io.hf_adapter import load_adapter
-    from peftjax.io.hf_model import load_model, resolve
+    from peftjax.io.hf_model import resolve
 
     options = cli.parse(argv, "evaluate", "Evaluate what a training run left in its workdir.")
     config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
+    tasks.check(config)
     workdir = Path(options.workdir)
     result = workdir / ("model" if config.method.name == "full" else "adapter")
     if not result.is_dir():
         raise ValueError(f"{result} is not there: has this run finished? python -m peftjax.train writes it at the end")
     mesh = sharding.make_mesh(config.mesh)
     base = resolve(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(base)
-    model = load_model(
-        result if config.method.name == "full" else base, config.model.dtype,
-        config.model.quantize or None, param_dtype=config.model.param_dtype or None, skip=config.model.skip_quantize,
-        mesh=mesh,
-    )  # fmt: skip
+    rows = load_rows(config, base)
+    model = tasks.load_base(config, result if config.method.name == "full" else base, rows.labels, mesh)
     if config.method.name != "full":
         load_adapter(model, result)
     sharding.place(model, mesh)
@@ -126,17 +147,17 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh):
         graph, found = variables.flat(model)
         values = {path: variable.get_value() for path, variable in found.items()}
-        eval_step = make_eval_step(graph, partial(next_token_loss, chunk=config.train.loss_chunk), mesh)
-        scores = evaluate_loss(eval_step, {}, values, eval_batches(config, tokenizer), mesh, config.data.pack)
+        eval_step = make_eval_step(graph, tasks.of(config), config.train.loss_chunk, mesh)
+        measured = held_out_scores(eval_step, tasks.of(config), {}, values, eval_batches(config, rows), mesh)
         if count := config.eval.exact_match or config.eval.samples:
-            answers = answer(model, eval_examples(config, tokenizer, count), tokenizer, config.eval.max_new_tokens)
+            answers = answer(model, eval_examples(config, rows, count), rows.tokenizer, config.eval.max_new_tokens)
             if scored := config.eval.exact_match > 0:
-                scores["exact_match"] = exact_match(answers)
+                measured |= answer_scores(answers, config.eval.metrics)
             for item in answers[: config.eval.samples]:
                 print(item.told(scored))
-    for name, value in scores.items():
+    for name, value in measured.items():
         print(f"{name:15} {value:.6g}")
-    (workdir / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (workdir / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Cross entropy over a large vocabulary, a chunk of the sequence at a time."""
+"""What each kind of task minimises: cross entropy over a large vocabulary, a chunk of the sequence at a time, and losses
+of labelled examples."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 
 
 class Totals(NamedTuple):
-    """Sums over tokens, float32 scalars: they add up over chunks and microbatches, and loss / tokens is the mean."""
+    """Sums over tokens, or over labelled examples, float32 scalars: they add up over chunks and microbatches, and
+    loss / tokens is the mean."""
 
-    loss: jax.Array  # sum of weight * -log p(target)
+    loss: jax.Array  # sum of weight * loss
     tokens: jax.Array  # sum of weight
-    correct: jax.Array  # sum of weight where the target has the largest logit
+    correct: jax.Array  # sum of weight where the target has the largest logit; 0 for numbers and for several classes
 
 
 Loss = Callable[[Any, Mapping[str, jax.Array]], Totals]  # of a model on a batch, summed over its tokens or examples
@@ -76,6 +78,35 @@ def seq2seq_loss(model: Any, batch: Mapping[str, jax.Array], chunk: int) -> Tota
     [B, T]. The target's padding stands on its right."""
     hidden = model.hidden(batch["tokens"], mask=batch["mask"], decoder_tokens=batch["decoder_tokens"])
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
+
+
+def outputs(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The logits of a model's head on a batch of labelled examples: pixels, or tokens, mask and token_types."""
+    if "pixels" in batch:
+        return model(batch["pixels"])
+    return model(batch["tokens"], mask=batch["mask"], token_types=batch["token_types"])
+
+
+def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
+    """The cross entropy of a head on labels and loss_weights, of examples [B] or of their tokens [B, T]."""
+    logits, labels, weights = outputs(model, batch), batch["labels"], batch["loss_weights"]
+    if labels.ndim == 1:
+        logits, labels, weights = logits[:, None], labels[:, None], weights[:, None]
+    return _totals(logits, labels, weights)
+
+
+def multi_label_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
+    """The binary cross entropy of each class, its mean over the classes, as transformers has it. labels: [B, C], 0 or 1."""
+    logits, labels, weights = outputs(model, batch).astype(jnp.float32), batch["labels"], batch["loss_weights"]
+    each = jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)
+    return Totals(jnp.sum(weights * each), jnp.sum(weights), jnp.zeros((), jnp.float32))
+
+
+def regression_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
+    """(output - label)^2. labels: float32 [B]."""
+    numbers, weights = outputs(model, batch).astype(jnp.float32)[:, 0], batch["loss_weights"]
+    squares = jnp.square(numbers - batch["labels"])
+    return Totals(jnp.sum(weights * squares), jnp.sum(weights), jnp.zeros((), jnp.float32))
 
 
 def _totals(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Totals:

@@ -1,19 +1,16 @@
 """The train step of a config from shapes alone, to be compiled for devices that need not be there."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import methods, sharding
+from peftjax import methods, sharding, tasks
 from peftjax.core import variables
-from peftjax.data.batches import array_names
+from peftjax.data.rows import empty_row
 from peftjax.io.hf_model import make_quantized
-from peftjax.losses import next_token_loss
 from peftjax.models import from_hf_config
 from peftjax.step import TrainState, abstract_state, prepare
 
@@ -24,7 +21,8 @@ def abstract_model(config: Any, hf_config: dict[str, Any]) -> Any:
     """The model that `config` trains, quantized and with its adapters, as shapes. Outside of any `jax.set_mesh`: within,
     `nnx.eval_shape` would make a plain array of a quantized kernel."""
     dtype, param_dtype, remat = (config.model[field] for field in ("dtype", "param_dtype", "remat"))
-    family = from_hf_config(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    head = tasks.head_options(config, config.task.labels)
+    family = from_hf_config(hf_config, dtype=dtype, param_dtype=param_dtype, remat=remat, **head)
     method = methods.from_config(config.method)
 
     def make() -> Any:
@@ -40,13 +38,14 @@ def abstract_step(config: Any, model: Any, mesh: Mesh) -> tuple[Any, Arguments]:
     model.train()
     _, leaves = variables.flat(model)
     variables.update(model, {path: place(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
-    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
+    loss = tasks.of(config).totals(config.train.loss_chunk)
     step, state, frozen = prepare(config, model, method, loss, abstract_state)
-    shape = (config.train.accumulate, config.train.batch_size // config.train.accumulate, config.data.max_length)
-    dtypes = {name: jnp.float32 if name == "loss_weights" else jnp.int32 for name in array_names(config.data.pack)}
+    image = (*model.config.image, model.config.channels) if hasattr(model.config, "image") else ()
+    row = empty_row(config, classes=len(getattr(model.config, "labels", ())), image=image)
+    lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
     batch = {
-        name: place(jax.ShapeDtypeStruct(shape, dtype), (None, "batch", "length"), mesh)
-        for name, dtype in dtypes.items()
+        name: place(jax.ShapeDtypeStruct((*lead, *array.shape), array.dtype), sharding.batch_axes(array.ndim), mesh)
+        for name, array in row.items()
     }
     return step, (state, frozen, batch)
 

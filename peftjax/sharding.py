@@ -122,6 +122,12 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * jax.process_count(), *rows.shape[1:])
-        axes = (None, "batch", "length") if rows.ndim == 2 else (None, "batch", *(None,) * (rows.ndim - 1))
-        placed[name] = jax.make_array_from_process_local_data(spec(axes, shape, mesh), local, shape)
+        placed[name] = jax.make_array_from_process_local_data(
+            spec(batch_axes(rows.ndim - 1), shape, mesh), local, shape
+        )
     return placed
+
+
+def batch_axes(ndim: int) -> tuple[str | None, ...]:
+    """The logical axes [A, B / A, ...] of rows of so many dimensions."""
+    return (None, "batch", "length") if ndim == 1 else (None, "batch", *(None,) * ndim)

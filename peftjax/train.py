@@ -22,18 +22,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import methods, metrics, optim, report, sharding
+from peftjax import methods, metrics, optim, report, sharding, tasks
 from peftjax.core import cli, variables
 from peftjax.core import config as configs
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import eval_batches, eval_examples, train_batches
-from peftjax.data.text import Tokenizer, load_tokenizer
-from peftjax.evaluate import answer, evaluate_loss, exact_match, make_eval_step
+from peftjax.data.rows import Rows, load_rows
+from peftjax.evaluate import Outputs, answer, answer_scores, held_out_scores, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
-from peftjax.io.hf_model import load_kernels, load_model, make_random, resolve, save_model
-from peftjax.losses import Totals, next_token_loss
-from peftjax.models.decoder import Decoder
+from peftjax.io.hf_model import load_kernels, resolve, save_model
 from peftjax.step import TrainState, first_state, flatten, prepare
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
@@ -49,14 +47,14 @@ class Run:
     mesh: Mesh
     base: Path  # the base model's directory
     base_fingerprint: str
-    tokenizer: Tokenizer
+    rows: Rows
     batches: Any
     method: methods.Method
     model: Any  # in evaluation; its trainable leaves are a state's as of the last `sync`, gone with the next step
     frozen: variables.FlatTree
     schedule: optax.Schedule
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    eval_step: Callable[..., Totals]
+    eval_step: Callable[..., Outputs]
     report_data: report.ReportData = dataclasses.field(default_factory=report.ReportData)
     timings: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
@@ -85,6 +83,7 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
             gradient is not finite any more.
     """
     check_workdir(workdir)
+    tasks.check(config)
     mesh = sharding.make_mesh(config.mesh)
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
@@ -132,63 +131,53 @@ def check_workdir(workdir: Path) -> None:
 def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     """Everything that a run needs before its first step, and the state it starts from."""
     base = resolve(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(base)
-    method = methods.from_config(config.method).tokenized(tokenizer.encode)
+    rows = load_rows(config, base)
+    method = methods.from_config(config.method)
+    if rows.tokenizer is not None:
+        method = method.tokenized(rows.tokenizer.encode)
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(config, tokenizer, **processes)
+    batches = train_batches(config, rows, **processes)
     if config.data.eval:  # opened again at each evaluation; here, so that what is wrong with it is told at once
-        eval_batches(config, tokenizer, **processes).close()
-    options = {
-        "dtype": config.model.dtype,
-        "param_dtype": config.model.param_dtype or None,
-        "remat": config.model.remat,
-        "quantize": config.model.quantize or None,
-        "skip": config.model.skip_quantize,
-        "mesh": mesh,
-    }
-    random = config.model.init == "random"
-    model = make_random(base, seed=config.seed, **options) if random else load_model(base, **options)
-    if not isinstance(model, Decoder):
-        raise ValueError(
-            f"model.path={config.model.path!r} is a {type(model).__name__}; this command tunes decoders so far. "
-            "docs/adopt.md shows the loop that trains any other model"
-        )
+        eval_batches(config, rows, **processes).close()
+    model = tasks.load_base(config, base, rows.labels, mesh)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
     methods.attach(
         model,
         method,
         rngs=nnx.Rngs(config.seed),
-        batches=first_batches(config, tokenizer, method, mesh),
+        batches=first_batches(config, rows, method, mesh),
         kernels=load_kernels(base, model) if method.unquantized else None,
     )
-    if model.virtual + config.data.max_length > model.config.max_positions:
+    if rows.tokenizer is not None and model.virtual + config.data.max_length > model.config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} and {model.virtual} virtual tokens exceed the model's "
             f"{model.config.max_positions} positions; lower data.max_length or method.tokens"
         )
     sharding.place(model, mesh)
 
-    loss = partial(next_token_loss, chunk=config.train.loss_chunk)
+    task, chunk = tasks.of(config), config.train.loss_chunk
     model.train()
-    train_step, state, frozen = prepare(config, model, method, loss, partial(first_state, seed=config.seed))
+    train_step, state, frozen = prepare(
+        config, model, method, task.totals(chunk), partial(first_state, seed=config.seed)
+    )
     model.eval()
     eval_graph, _ = variables.flat(model)
     run = Run(
-        config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, tokenizer=tokenizer,
+        config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, rows=rows,
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
-        train_step=train_step, eval_step=make_eval_step(eval_graph, loss, mesh),
+        train_step=train_step, eval_step=make_eval_step(eval_graph, task, chunk, mesh),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state
 
 
-def first_batches(config: Any, tokenizer: Tokenizer, method: methods.Method, mesh: Mesh) -> Any:
+def first_batches(config: Any, rows: Rows, method: methods.Method, mesh: Mesh) -> Any:
     """The batches [B, T] that the method begins with, the first of the training; None where it needs none."""
     if not method.data:
         return None
-    batches = train_batches(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
-    shown = (sharding.shard_batch(batch.arrays(config.data.pack), mesh) for batch in batches)
+    batches = train_batches(config, rows, process_index=jax.process_index(), process_count=jax.process_count())
+    shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
     return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
 
 
@@ -261,16 +250,16 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
     if not config.data.eval:
         return {}
     started = time.perf_counter()
-    batches = eval_batches(config, run.tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = eval_batches(config, run.rows, process_index=jax.process_index(), process_count=jax.process_count())
     some = itertools.islice(batches, config.train.eval_batches or None)
-    scores = evaluate_loss(run.eval_step, state.trainable, run.frozen, some, run.mesh, config.data.pack)
+    scores = held_out_scores(run.eval_step, tasks.of(config), state.trainable, run.frozen, some, run.mesh)
     scored, answers = config.eval.exact_match > 0, []
     if count := config.eval.exact_match or config.eval.samples:
         run.sync(state)
-        examples = eval_examples(config, run.tokenizer, count)
-        answers = answer(run.model, examples, run.tokenizer, config.eval.max_new_tokens)
+        examples = eval_examples(config, run.rows, count)
+        answers = answer(run.model, examples, run.rows.tokenizer, config.eval.max_new_tokens)
     if scored:
-        scores |= {"exact_match": exact_match(answers), "prompts": len(answers)}
+        scores |= answer_scores(answers, config.eval.metrics)
     shown = answers[: config.eval.samples]
     samples = tuple(
         report.Sample(item.record, item.prompt, item.answer, item.expected, item.correct if scored else None)
@@ -290,7 +279,7 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
 
 def shard(run: Run, batch: Any) -> dict[str, jax.Array]:
     """A batch on the mesh, [A, B / A, T]."""
-    return sharding.shard_batch(batch.arrays(run.config.data.pack), run.mesh, run.config.train.accumulate)
+    return sharding.shard_batch(batch.arrays, run.mesh, run.config.train.accumulate)
 
 
 def due(step: int, every: int) -> bool:

@@ -17,13 +17,16 @@ FLOORS = {
     2: ["nn", "sharding"],
     3: ["models", "methods"],
     4: ["io", "data"],
-    5: ["losses", "optim", "metrics", "report", "step"],
+    5: ["losses", "scores", "tasks", "optim", "metrics", "report", "step"],
     6: ["train", "evaluate", "generate", "plan", "sweep", "list_methods", "__init__"],  # commands, and the public names
 }
 SHARED = {2, 5, 6}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
-HEAVY = ["tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow"]
+HEAVY = [
+    "tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow", "sklearn",
+    "sacrebleu",
+]  # fmt: skip
 
 
 def imported_rooms(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, str]]:

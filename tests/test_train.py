@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, generate, methods, train
+from peftjax import evaluate, generate, methods, tasks, train
 from peftjax.core import config as configs
 from peftjax.io.hf_model import load_model
 from peftjax.metrics import read_metrics
@@ -55,7 +55,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
-def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path) -> None:
     made = config(tmp_path, model__path=str(tmp_path / "bert"))
     fields = {
         "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -64,7 +64,9 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
     peftjax.save_model(from_hf_config(fields).make(nnx.Rngs(0)), tmp_path / "bert")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bert" / file).write_bytes((tmp_path / "model" / file).read_bytes())
-    with pytest.raises(ValueError, match=r"bert' is a Bert; this command tunes decoders so far"):
+    with pytest.raises(
+        ValueError, match=r"bert' is a Bert, which does not learn task.kind='causal_lm'; it learns classif"
+    ):
         train.train(made, tmp_path / "run")
     with pytest.raises(ValueError, match=r"bert is a Bert, which generates no text"):
         generate.main([f"--model={tmp_path / 'bert'}", "--prompt=one"])
@@ -176,7 +178,7 @@ def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> No
 
 def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(tmp_path)
-    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(tasks, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; name a directory that can be made"):
         train.train(made, tmp_path / "file" / "run")

@@ -22,6 +22,7 @@ from experiments.methods_on_dates.config import get_config
 from peftjax import methods, optim
 from peftjax.core import variables
 from peftjax.data.batches import eval_batches, train_batches
+from peftjax.data.rows import make_rows
 from peftjax.data.text import load_tokenizer
 from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_model import load_model, resolve
@@ -177,10 +178,10 @@ def picture(results: dict[str, Any]) -> None:
 def main() -> None:
     base = resolve(config.model.path)
     tokenizer = load_tokenizer(base)
-    stream = train_batches(config, tokenizer, process_index=0, process_count=1)
-    batches = [batch.arrays(True) for batch in itertools.islice(stream, config.train.steps)]
-    stream = eval_batches(config, tokenizer)
-    held_out = [batch.arrays(True) for batch in itertools.islice(stream, EVAL_BATCHES)]
+    stream = train_batches(config, make_rows(config, tokenizer))
+    batches = [batch.arrays for batch in itertools.islice(stream, config.train.steps)]
+    stream = eval_batches(config, make_rows(config, tokenizer))
+    held_out = [batch.arrays for batch in itertools.islice(stream, EVAL_BATCHES)]
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {"methods": {}}
     model = load_model(base)

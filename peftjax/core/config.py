@@ -55,6 +55,14 @@ FIELDS: dict[str, Field] = {
     "model.skip_quantize": Field((), "names of modules that stay in param_dtype, beside the head"),
     "model.remat": Field("none", "what the backward pass computes again to save memory", ("none", "block")),
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
+    "task.kind": Field(
+        "causal_lm",
+        "what is learnt: to go on with a text, to answer one (T5), or to tell the class or the number of a text (or a "
+        "pair), the class of each word, or that of an image",
+        ("causal_lm", "seq2seq", "classification", "regression", "token_classification", "image_classification"),
+    ),
+    "task.labels": Field((), "names of the classes, in their order; empty: those of the checkpoint's own head"),
+    "task.multi_label": Field(False, "a text may have several classes at once, or none; for classification"),
     "method.name": Field("lora", "of the PEFT method; the section's other fields are that method's own"),
     "data.train": Field(
         (), "sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz or FILE.parquet, each with @WEIGHT or not"
@@ -62,15 +70,29 @@ FIELDS: dict[str, Field] = {
     "data.eval": Field((), "held-out sources, written the same way"),
     "data.tfds_data_dir": Field("", "where TFDS keeps its data; empty: its own default"),
     "data.format": Field(
-        "text", "of a record: one text, prompt and completion, or messages", ("text", "completion", "chat")
+        "text",
+        "of a record, for causal_lm: one text, prompt and completion, or messages",
+        ("text", "completion", "chat"),
     ),
     "data.text_field": Field("text", "field with the text, for format text"),
-    "data.prompt_field": Field("prompt", "field with the prompt, for format completion"),
-    "data.completion_field": Field("completion", "field with the completion, for format completion"),
+    "data.prompt_field": Field("prompt", "field that {prompt} stands for in a template"),
+    "data.completion_field": Field("completion", "field that {completion} stands for in a template"),
     "data.messages_field": Field("messages", "field with the list of messages, for format chat"),
-    "data.prompt_template": Field("{prompt}", "str.format over the record's fields, for format completion"),
-    "data.completion_template": Field("{completion}", "str.format over the record's fields, for format completion"),
+    "data.prompt_template": Field(
+        "{prompt}",
+        "str.format over the record's fields: the prompt, or the text that is read (seq2seq, classification)",
+    ),
+    "data.completion_template": Field(
+        "{completion}", "the same: what is learnt to be written, for format completion and for seq2seq"
+    ),
+    "data.pair_template": Field("", "the same: the second text of a pair; empty: there is none"),
+    "data.label_field": Field(
+        "label", "field with the class (its number or its name), the number, or the words' classes"
+    ),
+    "data.words_field": Field("words", "field with a text's words, for token_classification"),
+    "data.image_field": Field("image", "field with an image, for image_classification"),
     "data.max_length": Field(512, "length of a sequence, tokens", low=2),
+    "data.max_target_length": Field(128, "length of what seq2seq writes, tokens", low=2),
     "data.too_long": Field("truncate", "what happens to a record longer than that", ("truncate", "drop", "error")),
     "data.pack": Field(False, "several records in one sequence, none of which sees another"),
     "data.shuffle": Field(True, "another order of the records every epoch"),
@@ -97,6 +119,7 @@ FIELDS: dict[str, Field] = {
     "train.eval_every": Field(0, "steps between two evaluations; 0: only after the last step", low=0),
     "train.eval_batches": Field(0, "batches an evaluation; 0: all held-out records", low=0),
     "eval.exact_match": Field(0, "held-out prompts answered by generation and scored; 0: no score", low=0),
+    "eval.metrics": Field(("exact_match",), "scores of these answers: exact_match, bleu, rouge_l"),
     "eval.max_new_tokens": Field(64, "longest generated answer, tokens", low=1),
     "eval.samples": Field(
         0, "generated answers that are printed and reported; the first scored ones, if there are any", low=0

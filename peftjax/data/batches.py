@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from peftjax.data import packing
+from peftjax.data.rows import Rows
 from peftjax.data.sources import Concatenated, Source, open_source, split_weight
-from peftjax.data.text import Prompt, Tokenizer, encode_prompt, encode_record
+from peftjax.data.text import Prompt
 
 # What is counted, in the order it is told in.
 COUNTS = ("records", "too_long", "empty", "rows", "tokens", "loss_tokens")
@@ -29,32 +30,17 @@ AHEAD = 64  # documents that each thread may be ahead by
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """One step's rows of this process. The arrays are explained in packing.py; B is the batch size of this process.
+    """One step's rows of this process.
 
     Attributes:
-      tokens, targets, positions, segments: [B, T] int32.
-      loss_weights: [B, T] float32.
+      arrays: those of rows.py by name, each with a leading B, the batch size of this process.
       records: names of the records in the whole batch, those of the other processes too.
-      real_tokens: how many tokens of the whole batch are not padding.
+      real_tokens: how many tokens of the whole batch are not padding; of images, how many there are.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
+    arrays: dict[str, np.ndarray]
     records: list[str]
     real_tokens: int
-
-    def arrays(self, packed: bool) -> dict[str, np.ndarray]:
-        """What the loss needs, by name. Rows of one document need neither positions nor segments: they begin at 0, and
-        causal attention never looks at the padding behind them."""
-        return {name: getattr(self, name) for name in array_names(packed)}
-
-
-def array_names(packed: bool) -> tuple[str, ...]:
-    """The names of a batch's arrays that the loss needs."""
-    return packing.ARRAYS if packed else packing.ARRAYS[:3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +51,16 @@ class Note:
       record: its name.
       part: the number of its part of the mixture.
       too_long: whether it is longer than max_length.
-      empty: whether there is no token to predict within max_length.
+      tokens: how many it has in its row.
+      loss_tokens: how many of its targets count.
       counts: of this record and of those left out since the one before it.
     """
 
     record: str
     part: int
     too_long: bool
-    empty: bool
+    tokens: int
+    loss_tokens: int
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -83,7 +71,7 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(self, title: str, config: ConfigDict, stream: grain.IterDataset, lengths: list[tuple[str, int]]):
-        self._title, self._data = title, config.data
+        self._title, self._data, self._images = title, config.data, config.task.kind == "image_classification"
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self._iterator = iter(stream)
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -115,7 +103,7 @@ class Batches(Iterator[Batch]):
     def summary(self) -> dict[str, int]:
         """Counts over all processes.
 
-        records: read. too_long: of these, longer than max_length. empty: left out, no token to predict in them.
+        records: read. too_long: of these, longer than max_length. empty: left out, nothing to learn in them.
         rows: filled. tokens: in the rows, padding aside. loss_tokens: targets that counted.
         """
         return dict(self._counts)
@@ -123,13 +111,15 @@ class Batches(Iterator[Batch]):
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
         c, data = self._counts, self._data
+        if self._images:
+            return f"{self._title}: {c['records']:,} images read"
         fate = {"truncate": f"cut to their first {data.max_length}", "drop": "left out", "error": "refused"}
         filled = c["tokens"] / (c["rows"] * data.max_length) if c["rows"] else 0.0
         return (
             f"{self._title}: {c['records']:,} records read into {c['rows']:,} rows, {filled:.0%} full; "
             f"{c['too_long']:,} longer than {data.max_length:,} tokens ({fate[data.too_long]}); "
             f"{c['empty']:,} left out, without a token to learn from; "
-            f"{c['tokens']:,} tokens, {c['loss_tokens']:,} of them with a loss"
+            f"{c['tokens']:,} tokens, {c['loss_tokens']:,} targets with a loss"
         )
 
     def close(self) -> None:
@@ -159,9 +149,7 @@ class EvalBatches(Batches):
             raise
 
 
-def train_batches(
-    config: ConfigDict, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
-) -> Batches:
+def train_batches(config: ConfigDict, rows: Rows, *, process_index: int = 0, process_count: int = 1) -> Batches:
     """Endless batches of config.data.train, of `config.train.batch_size` rows over all processes.
 
     Without weights the sources are one: an epoch has every record once. With weights ("a.jsonl@0.7") each source is
@@ -173,37 +161,35 @@ def train_batches(
         `open_source` refuses, or `encode_record` of a first record. While iterating: what it refuses of the others, a
         record that is too long where config.data.too_long is "error", or a source of which nothing is left to train on.
     """
-    specs, weights, sources = _open(config, "train", tokenizer)
+    specs, weights, sources = _open(config, "train", rows)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         bare = ", ".join(spec for spec, weight in zip(specs, weights, strict=True) if weight is None)
         raise ValueError(f"config.data.train: in a mixture every source has a weight; there is none on {bare}")
     parts: list[Source] = sources if given else [Concatenated(sources)]
-    orders = [_order(part, number, config, tokenizer) for number, part in enumerate(parts)]
+    orders = [_order(part, number, config, rows) for number, part in enumerate(parts)]
     order = grain.MapDataset.mix(orders, given) if len(orders) > 1 else orders[0]
     lengths = _lengths(specs, sources)
     named = lengths if given else [(", ".join(specs), len(parts[0]))]
-    rows = _rows(_Kept(_read(order, config), config.data, named, {}), config, tokenizer)
-    return Batches("train", config, _batched(rows, config, tokenizer, process_index, process_count), lengths)
+    kept = _Kept(_read(order, config), config.data, named, {})
+    return Batches("train", config, _batched(kept, config, rows.empty(), process_index, process_count), lengths)
 
 
-def eval_batches(
-    config: ConfigDict, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
-) -> EvalBatches:
+def eval_batches(config: ConfigDict, rows: Rows, *, process_index: int = 0, process_count: int = 1) -> EvalBatches:
     """One pass over config.data.eval in batches of the training's shape; every process gets as many.
 
     Raises:
       ValueError: as `train_batches`; also a source with a weight, which means nothing in one pass.
     """
-    specs, _, sources = _open(config, "eval", tokenizer)
+    specs, _, sources = _open(config, "eval", rows)
     held_out, rest = Concatenated(sources), dict[str, int]()
-    order = grain.MapDataset.source(_Encoded(held_out, 0, config, tokenizer))
+    order = grain.MapDataset.source(_Encoded(held_out, 0, config, rows))
     kept = _Kept(_read(order, config), config.data, [(", ".join(specs), len(held_out))], rest)
-    batches = _batched(_rows(kept, config, tokenizer), config, tokenizer, process_index, process_count)
+    batches = _batched(kept, config, rows.empty(), process_index, process_count)
     return EvalBatches("eval", config, batches, _lengths(specs, sources), rest=rest)
 
 
-def eval_examples(config: ConfigDict, tokenizer: Tokenizer, n: int) -> list[Prompt]:
+def eval_examples(config: ConfigDict, rows: Rows, n: int) -> list[Prompt]:
     """Prompts of at most `n` records of config.data.eval, evenly spread over them, and what should follow.
 
     A record whose prompt leaves no room for an answer within config.data.max_length is passed over.
@@ -211,38 +197,37 @@ def eval_examples(config: ConfigDict, tokenizer: Tokenizer, n: int) -> list[Prom
     Raises:
       ValueError: no source, a source that cannot be read, or no record with a prompt short enough.
     """
-    _, _, sources = _open(config, "eval", tokenizer)
+    _, _, sources = _open(config, "eval", rows)
     held_out = Concatenated(sources)
     count = min(n, len(held_out))
     chosen = [i * len(held_out) // count for i in range(count)]
-    prompts = [encode_prompt(held_out[i], config.data, tokenizer, name=held_out.name(i)) for i in chosen]
-    short = [prompt for prompt in prompts if len(prompt.tokens) < config.data.max_length]
-    if not short:
+    prompts = [rows.prompt(held_out[i], held_out.name(i)) for i in chosen]
+    if not any(prompts):
         raise _nothing_left("config.data.eval", config.data)
-    return short
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 class _Encoded:
     """A source whose records are documents, made when asked for."""
 
-    def __init__(self, source: Source, part: int, config: ConfigDict, tokenizer: Tokenizer):
-        self._source, self._part, self._data, self._tokenizer = source, part, config.data, tokenizer
+    def __init__(self, source: Source, part: int, config: ConfigDict, rows: Rows):
+        self._source, self._part, self._data, self._rows = source, part, config.data, rows
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> packing.Row:
-        data, name = self._data, self._source.name(index)
-        example = encode_record(self._source[index], data, self._tokenizer, name=name)
-        length = len(example.tokens)
-        too_long = length > data.max_length
-        if too_long and data.too_long == "error":
+        name = self._source.name(index)
+        document = self._rows.document(self._source[index], name)
+        if document.too_long and self._data.too_long == "error":
             raise ValueError(
-                f"{name}: {length} tokens, config.data.max_length is {data.max_length}. Raise it, shorten the record, "
-                'or set config.data.too_long to "truncate" or "drop"'
+                f"{name}: {document.too_long}. Raise it, shorten the record, or set config.data.too_long to "
+                '"truncate" or "drop"'
             )
-        empty = not example.loss_mask[1 : data.max_length].any()
-        return packing.document(example, data.max_length, Note(name, self._part, too_long, empty))
+        arrays = document.arrays
+        tokens = len(arrays["tokens"]) if "tokens" in arrays else 1
+        losses = int(np.count_nonzero(arrays["loss_weights"]))
+        return arrays | {"notes": Note(name, self._part, bool(document.too_long), tokens, losses)}
 
 
 class _Kept(grain.IterDataset):  # type: ignore[misc]
@@ -271,8 +256,9 @@ class _KeptIterator(grain.DatasetIterator):  # type: ignore[misc]
         for document in self._parent:
             note: Note = document["notes"]
             dropped = note.too_long and self._data.too_long == "drop"
-            counts.update(records=1, too_long=note.too_long, empty=note.empty and not dropped)
-            if not (dropped or note.empty):
+            empty = not note.loss_tokens
+            counts.update(records=1, too_long=note.too_long, empty=empty and not dropped)
+            if not (dropped or empty):
                 self._in_a_row[note.part] = 0
                 return document | {"notes": dataclasses.replace(note, counts=dict(counts))}
             self._in_a_row[note.part] += 1
@@ -296,7 +282,7 @@ def _nothing_left(what: str, data: ConfigDict) -> ValueError:
     )
 
 
-def _open(config: ConfigDict, which: str, tokenizer: Tokenizer) -> tuple[list[str], list[float | None], list[Source]]:
+def _open(config: ConfigDict, which: str, rows: Rows) -> tuple[list[str], list[float | None], list[Source]]:
     """The source strings of config.data.train or .eval without their weights, the weights, the sources.
 
     The first record of each is encoded, so that a wrong field or template is told before a model is loaded for it.
@@ -308,7 +294,7 @@ def _open(config: ConfigDict, which: str, tokenizer: Tokenizer) -> tuple[list[st
         raise ValueError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
     sources = [open_source(spec, tfds_data_dir=config.data.tfds_data_dir) for spec, _ in pairs]
     for source in sources:
-        encode_record(source[0], config.data, tokenizer, name=source.name(0))
+        rows.document(source[0], source.name(0))
     return [spec for spec, _ in pairs], [weight for _, weight in pairs], sources
 
 
@@ -316,9 +302,9 @@ def _lengths(specs: list[str], sources: list[Source]) -> list[tuple[str, int]]:
     return [(spec, len(source)) for spec, source in zip(specs, sources, strict=True)]
 
 
-def _order(source: Source, part: int, config: ConfigDict, tokenizer: Tokenizer) -> grain.MapDataset:
+def _order(source: Source, part: int, config: ConfigDict, rows: Rows) -> grain.MapDataset:
     """A source's documents without end, in a new order every epoch."""
-    order = grain.MapDataset.source(_Encoded(source, part, config, tokenizer))
+    order = grain.MapDataset.source(_Encoded(source, part, config, rows))
     if config.data.shuffle:
         # Hashed, because grain counts the seed up from epoch to epoch and neighbouring seeds would share orders.
         seed = int(np.random.SeedSequence([config.seed, part]).generate_state(1)[0])
@@ -352,30 +338,23 @@ def _read(order: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
     return order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads))
 
 
-def _rows(documents: grain.IterDataset, config: ConfigDict, tokenizer: Tokenizer) -> grain.IterDataset:
-    return (packing.pack if config.data.pack else packing.pad)(documents, config.data.max_length, tokenizer.pad_id)
-
-
 def _batched(
-    rows: grain.IterDataset, config: ConfigDict, tokenizer: Tokenizer, process_index: int, process_count: int
+    documents: grain.IterDataset, config: ConfigDict, empty: packing.Row, process_index: int, process_count: int
 ) -> grain.IterDataset:
     """Pairs of this process's part of each batch and the counts of the whole batch."""
     size = config.train.batch_size
     if size % process_count:
         raise ValueError(f"config.train.batch_size = {size} must be a multiple of the {process_count} processes")
     own = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
-    empty = packing.empty_row(config.data.max_length, tokenizer.pad_id)
 
     def to_batch(rows: list[packing.Row]) -> tuple[Batch, dict[str, int]]:
         notes = [note for row in rows for note in row["notes"]]
         counts: collections.Counter[str] = collections.Counter(rows=len(rows))
         for note in notes:
-            counts.update(note.counts)
-        for row in rows:
-            counts["tokens"] += int(np.count_nonzero(row["segments"]))
-            counts["loss_tokens"] += int(np.count_nonzero(row["loss_weights"]))
+            counts.update(note.counts | {"tokens": note.tokens, "loss_tokens": note.loss_tokens})
         mine = (rows + [empty] * (size - len(rows)))[own]
-        arrays = {name: np.stack([row[name] for row in mine]) for name in packing.ARRAYS}
-        return Batch(**arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
+        arrays = {name: np.stack([row[name] for row in mine]) for name in empty}
+        return Batch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
 
+    rows = (packing.pack if config.data.pack else packing.pad)(documents, empty)
     return rows.batch(size, batch_fn=to_batch)

@@ -1,74 +1,50 @@
 """From documents to rows of one length: several documents packed into a row, or one document and padding.
 
-A document and a row are dicts of arrays [n] and [T]:
+A document is a dict of arrays, most of them [n]; a row has the same, [T], with padding after the document, and what is
+said of padding stands in the row without a document. Packed rows of a causal language model have two more:
 
-    tokens         int32    the ids; the pad id where no document is
-    targets        int32    the token to predict here, that is the next one of the same document; else 0
-    loss_weights   float32  1 where the target counts; 0 at a document's last token, so nothing crosses into the next
     positions      int32    0, 1, ... from each document's beginning
     segments       int32    1, 2, ... the number of the document in its row; 0 where none is
 
-and "notes", what the caller knows of the row's documents: a list with one object a document.
+"notes" is what the caller knows of a document, and of a row a list with one object a document.
 """
 
 from typing import Any
 
 import grain
-import numpy as np
 
-from peftjax.data.text import Example
-
-ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segments")
 # Rows that are filled at a time. More of them waste less, and make a restored stream tokenize more of them again.
 OPEN_ROWS = 32
 
 Row = dict[str, Any]
 
 
-def document(example: Example, max_length: int, note: Any) -> Row:
-    """The first `max_length` tokens of an example as a document, without positions and segments."""
-    tokens = example.tokens[:max_length]
-    ahead = np.zeros_like(tokens)
-    ahead[:-1] = tokens[1:]
-    weights = np.zeros(len(tokens), np.float32)
-    weights[:-1] = example.loss_mask[1:max_length]
-    return {"tokens": tokens, "targets": ahead, "loss_weights": weights, "notes": note}
+def pad(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
+    """A row for every document: `empty`, the row without one, with the document's arrays at its beginning."""
 
-
-def empty_row(max_length: int, pad_id: int) -> Row:
-    """A row without a document: it fills an incomplete batch and has no loss."""
-    row: Row = {name: np.zeros(max_length, np.int32) for name in ARRAYS}
-    row["tokens"] += pad_id
-    row["loss_weights"] = row["loss_weights"].astype(np.float32)
-    row["notes"] = []
-    return row
-
-
-def pad(documents: grain.IterDataset, max_length: int, pad_id: int) -> grain.IterDataset:
-    """A row for every document, filled up at its end."""
-
-    def to_row(doc: Row) -> Row:
-        row, n = empty_row(max_length, pad_id), len(doc["tokens"])
-        for name in ("tokens", "targets", "loss_weights"):
-            row[name][:n] = doc[name]
-        row["positions"][:n] = np.arange(n)
-        row["segments"][:n] = 1
-        row["notes"] = [doc["notes"]]
-        return row
+    def to_row(document: Row) -> Row:
+        row: Row = {name: array.copy() for name, array in empty.items()}
+        for name, array in row.items():
+            if array.ndim:
+                array[: len(document[name])] = document[name]
+            else:
+                array[...] = document[name]
+        return row | {"notes": [document["notes"]]}
 
     return documents.map(to_row)
 
 
-def pack(documents: grain.IterDataset, max_length: int, pad_id: int) -> grain.IterDataset:
-    """Rows of whole documents, each put into the first of `OPEN_ROWS` rows that has room for it."""
-    lengths = {"tokens": max_length, "targets": max_length, "loss_weights": max_length}
+def pack(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
+    """Rows of whole documents (tokens, targets, loss_weights), each put into the first of `OPEN_ROWS` rows that has room
+    for it."""
+    padding = {name: empty[name][0].item() for name in ("tokens", "targets", "loss_weights")}
     packed = grain.experimental.FirstFitPackIterDataset(
         documents,
-        length_struct=lengths,
+        length_struct={name: len(empty[name]) for name in padding},
         num_packing_bins=OPEN_ROWS,
         shuffle_bins=False,
         meta_features=["targets", "loss_weights", "notes"],
-        padding_struct={"tokens": pad_id, "targets": 0, "loss_weights": 0.0},
+        padding_struct=padding,
     )
 
     def to_row(row: Row) -> Row:

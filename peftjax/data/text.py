@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,11 @@ class Tokenizer:
 
     def __init__(self, directory: str | pathlib.Path):
         self.directory = pathlib.Path(directory)
-        self._config = _read_json(self.directory / "tokenizer_config.json")
-        model_config = _read_json(self.directory / "config.json")
-        generation_config = _read_json(self.directory / "generation_config.json")
+        self._config = read_json(self.directory / "tokenizer_config.json")
+        model_config = read_json(self.directory / "config.json")
+        generation_config = read_json(self.directory / "generation_config.json")
         self._tokenizer = _load_tokenizer(self.directory, self._config, model_config)
-        named = _special_tokens(self._config, _read_json(self.directory / "special_tokens_map.json"))
+        named = _special_tokens(self._config, read_json(self.directory / "special_tokens_map.json"))
         self._special_tokens = {name: token for name, token in named.items() if self._id(token["content"]) is not None}
         _mark_special(self._tokenizer, self._special_tokens.values())
 
@@ -131,6 +131,26 @@ class Tokenizer:
         ids = self._encoding("\n" + text).ids
         return ids[len(before) :] if ids[: len(before)] == before else self._encoding(text).ids
 
+    def cut(self, max_length: int, words: bool = False) -> Callable[..., tuple[tokenizers.Encoding, int]]:
+        """A function that encodes a text, or a pair of them, as transformers does, special tokens included: cut to
+        `max_length` tokens, of a pair the longer text first; also gives the length of the whole.
+
+        words: a text is a list of words.
+        """
+        data = json.loads(self._tokenizer.to_str())
+        before = data.get("pre_tokenizer") or {}
+        if words and before.get("type") == "ByteLevel":
+            before["add_prefix_space"] = True  # a word of a list is one in the middle of a text
+        whole, cutting = (tokenizers.Tokenizer.from_str(json.dumps(data)) for _ in range(2))
+        cutting.enable_truncation(max_length)
+
+        def encode(text: Any, pair: Any = None) -> tuple[tokenizers.Encoding, int]:
+            encoding = whole.encode(text, pair, is_pretokenized=words)
+            length = len(encoding.ids)
+            return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length
+
+        return encode
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -184,7 +204,8 @@ def _ids(value: Any) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -204,7 +225,7 @@ def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict
     is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
     try:
         if is_llama and model.get("model_type") == "llama":
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_llama(_read_json(path), config)))
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_llama(read_json(path), config)))
         else:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises a bare Exception
@@ -278,7 +299,7 @@ def _chat_template_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    template = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
@@ -411,7 +432,7 @@ def _example(tokens: Sequence[int], loss_mask: Sequence[bool] | np.ndarray) -> E
 
 
 def _encode_text(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, name: str) -> Example:
-    text = _field(record, data.text_field, "text_field", name)
+    text = field_of(record, data.text_field, "text_field", name)
     if not isinstance(text, str):
         raise ValueError(f"{name}: the field {data.text_field!r} must hold text, and holds {type(text).__name__}")
     ids = tokenizer.encode(text, bos=False, eos=False)
@@ -423,8 +444,8 @@ def _prompt_and_completion(
     record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, name: str
 ) -> tuple[str, list[int], list[int]]:
     """The completion's text, the prompt's tokens, and the completion's tokens with their eos."""
-    prompt = _fill(data.prompt_template, record, data, name)
-    completion = _fill(data.completion_template, record, data, name)
+    prompt = fill(data.prompt_template, record, data, name)
+    completion = fill(data.completion_template, record, data, name)
     before = tokenizer.encode(prompt, bos=True, eos=False)
     both = tokenizer.encode(prompt + completion, bos=True, eos=False)
     after = both[len(before) :] if both[: len(before)] == before else tokenizer.encode_continuation(completion)
@@ -467,7 +488,7 @@ def _render(
 
 
 def _messages(record: Mapping[str, Any], data: ConfigDict, name: str) -> list[Message]:
-    messages = _field(record, data.messages_field, "messages_field", name)
+    messages = field_of(record, data.messages_field, "messages_field", name)
     if isinstance(messages, Mapping):  # TFDS stores a sequence of dicts as a dict of sequences
         messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     good = isinstance(messages, list | tuple) and messages
@@ -479,7 +500,7 @@ def _messages(record: Mapping[str, Any], data: ConfigDict, name: str) -> list[Me
     return list(messages)
 
 
-def _fill(template: str, record: Mapping[str, Any], data: ConfigDict, name: str) -> str:
+def fill(template: str, record: Mapping[str, Any], data: ConfigDict, name: str) -> str:
     """The template with the record's fields in it."""
     try:
         keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
@@ -496,13 +517,14 @@ def _template_value(key: str, record: Mapping[str, Any], data: ConfigDict, name:
     """The value of {key}: a field of the record, "prompt" and "completion" standing for those that the config names."""
     setting = f"{key}_field" if key in ("prompt", "completion") else "prompt_template or completion_template"
     field = data[setting] if key in ("prompt", "completion") else key
-    value = _field(record, field, setting, name)
+    value = field_of(record, field, setting, name)
     if not isinstance(value, str | int | float):
         raise ValueError(f"{name}: the field {field!r} must hold text or a number, and holds {type(value).__name__}")
     return value
 
 
-def _field(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
+def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
+    """A field of a record; config.data.`setting` names it."""
     if field not in record:
         raise ValueError(
             f"{name}: the record has no field {field!r} (named by config.data.{setting}).{suggest(field, record)} "

@@ -6,6 +6,7 @@ sentence vectors: Reimers and Gurevych 2019 (arXiv:1908.10084), section 3.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -367,13 +368,15 @@ def from_hf(
     param_dtype: str = "",
     remat: str = "none",
     head: str | None = None,
-    labels: int | None = None,
+    labels: int | Sequence[str] | None = None,
+    problem_type: str | None = None,
     pooling: str | None = None,
     normalize: bool = False,
 ) -> BertConfig:
     """Read a config.json of model_type bert or roberta, in the spelling of transformers 4 or 5.
 
-    head: one of `HEADS`; by default the one that `architectures` names. labels: how many, if not as config.json says.
+    head: one of `HEADS`; by default the one that `architectures` names. labels: how many or their names, if not as config.json
+    says. problem_type: of the head, where config.json does not say.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
@@ -382,7 +385,7 @@ def from_hf(
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
     for field, value in _FIXED.items():
         fields.only(field, value)
-    chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels)
+    chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels, problem_type)
     dropout = fields.take("hidden_dropout_prob", 0.1)
     result = BertConfig(
         kind=kind,

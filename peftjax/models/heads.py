@@ -61,14 +61,18 @@ def read_head(
     architectures: Mapping[str, str],
     heads: Sequence[str],
     head: str | None = None,
-    labels: int | None = None,
+    labels: int | Sequence[str] | None = None,
+    problem_type: str | None = None,
 ) -> Head:
-    """The head that a config.json names in `architectures`, or else `head`, one of `heads`, with `labels` outputs.
+    """The head that a config.json names in `architectures`, or else `head`, one of `heads`, with `labels` outputs, or one
+    for each name in `labels`.
 
-    architectures: the class that wrote a checkpoint -> its head, the first one where none is named.
+    architectures: the class that wrote a checkpoint -> its head, the first one where none is named. problem_type: one of
+    `PROBLEMS`, where config.json does not say.
 
     Raises:
-        ValueError: a class or a head that is not known, or a number of labels that cannot be.
+        ValueError: a class or a head that is not known, a number of labels that cannot be, or labels or a problem other
+            than those of the checkpoint's own head.
     """
     stored = _stored(config, architectures)
     head = stored if head is None else head
@@ -89,9 +93,16 @@ def read_head(
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
         }
-    if (problem := config.get("problem_type")) not in (None, *PROBLEMS):
-        raise ValueError(f"config.json: problem_type={problem!r} is none of {', '.join(PROBLEMS)}")
-    return Head(head, stored, names, problem, config)
+    for problem in (config.get("problem_type"), problem_type):
+        if problem not in (None, *PROBLEMS):
+            raise ValueError(f"config.json: problem_type={problem!r} is none of {', '.join(PROBLEMS)}")
+    if problem_type is not None:
+        if config.get("problem_type") not in (None, problem_type):
+            raise ValueError(
+                f"the checkpoint's head is for {config['problem_type']}, not for {problem_type}; take a checkpoint without it"
+            )
+        config = config | {"problem_type": problem_type}
+    return Head(head, stored, names, config.get("problem_type"), config)
 
 
 def _stored(config: dict[str, Any], architectures: Mapping[str, str]) -> str:
@@ -110,8 +121,9 @@ def _named(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
-def _labels(config: dict[str, Any], head: str, stored: str, labels: int | None) -> tuple[str, ...]:
+def _labels(config: dict[str, Any], head: str, stored: str, given: int | Sequence[str] | None) -> tuple[str, ...]:
     named = _named(config)
+    labels = given if given is None or isinstance(given, int) else len(given)
     known = len(named) or config.get("num_labels") or config.get("_num_labels")
     if head == stored:
         known = known or 2  # what config.json leaves out
@@ -120,4 +132,9 @@ def _labels(config: dict[str, Any], head: str, stored: str, labels: int | None) 
     labels = known if labels is None else labels
     if labels is None or labels < 1:
         raise ValueError(f"labels={labels}: say how many labels the new head has, at least 1 (regression: 1)")
+    if given is not None and not isinstance(given, int):
+        meant = head == stored and not all(name.startswith("LABEL_") for name in named)
+        if meant and named != tuple(given):
+            raise ValueError(f"labels={tuple(given)}, but those of the checkpoint's head are {named}")
+        return tuple(given)
     return named if len(named) == labels else tuple(f"LABEL_{number}" for number in range(labels))

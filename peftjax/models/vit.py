@@ -5,6 +5,7 @@ Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -317,17 +318,19 @@ def from_hf(
     param_dtype: str = "",
     remat: str = "none",
     head: str | None = None,
-    labels: int | None = None,
+    labels: int | Sequence[str] | None = None,
+    problem_type: str | None = None,
 ) -> VitConfig:
     """Read a config.json of model_type vit.
 
-    head: one of `HEADS`; by default the one that `architectures` names. labels: how many, if not as config.json says.
+    head: one of `HEADS`; by default the one that `architectures` names. labels: how many or their names, if not as config.json
+    says. problem_type: of the head, where config.json does not say.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
     fields = Fields(config, harmless=HARMLESS | _HARMLESS)
-    chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels)
+    chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels, problem_type)
     fields.only("pooler_act", "tanh")
     image, patch = (_both(fields, name, default) for name, default in (("image_size", 224), ("patch_size", 16)))
     if any(side % part for side, part in zip(image, patch, strict=True)):

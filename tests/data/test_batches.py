@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from peftjax.data.batches import Batch, Batches, eval_batches, eval_examples, train_batches
-from peftjax.data.packing import ARRAYS
-from peftjax.data.text import Tokenizer, load_tokenizer
+from peftjax.data import batches as of_rows
+from peftjax.data.batches import Batch, Batches, EvalBatches
+from peftjax.data.rows import make_rows
+from peftjax.data.text import Prompt, Tokenizer, load_tokenizer
 
 Make = Callable[..., Any]
 
@@ -30,22 +32,31 @@ def take(batches: Batches, count: int) -> list[Batch]:
     return list(itertools.islice(batches, count))
 
 
-def arrays(batch: Batch) -> dict[str, np.ndarray]:
-    return {name: getattr(batch, name) for name in ARRAYS}
+def train_batches(config: ConfigDict, tokenizer: Tokenizer, **processes: int) -> Batches:
+    return of_rows.train_batches(config, make_rows(config, tokenizer), **processes)
+
+
+def eval_batches(config: ConfigDict, tokenizer: Tokenizer, **processes: int) -> EvalBatches:
+    return of_rows.eval_batches(config, make_rows(config, tokenizer), **processes)
+
+
+def eval_examples(config: ConfigDict, tokenizer: Tokenizer, n: int) -> list[Prompt]:
+    return of_rows.eval_examples(config, make_rows(config, tokenizer), n)
 
 
 def assert_same(these: list[Batch], those: list[Batch]) -> None:
     assert [batch.records for batch in these] == [batch.records for batch in those]
     for one, other in zip(these, those, strict=True):
-        for name, array in arrays(one).items():
-            np.testing.assert_array_equal(array, arrays(other)[name])
+        assert one.arrays.keys() == other.arrays.keys()
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, other.arrays[name])
         assert one.real_tokens == other.real_tokens
 
 
 def joined(parts: list[Batch]) -> Batch:
     """The batch of all processes."""
-    whole = {name: np.concatenate([arrays(part)[name] for part in parts]) for name in ARRAYS}
-    return Batch(**whole, records=parts[0].records, real_tokens=parts[0].real_tokens)
+    whole = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return Batch(whole, records=parts[0].records, real_tokens=parts[0].real_tokens)
 
 
 # --- the order of a training
@@ -81,13 +92,13 @@ def test_without_shuffling_the_records_come_as_they_lie(file: str, tokenizer: To
 
 def test_a_row_holds_the_record_it_names(file: str, tokenizer: Tokenizer, make_config: Make) -> None:
     batch = next(train_batches(make_config(train=(file,)), tokenizer))
-    assert batch.tokens.shape == (4, 16)
+    assert batch.arrays["tokens"].shape == (4, 16)
     for row, name in enumerate(batch.records):
         text = texts(10)[int(name.split(":")[1]) - 1]["text"]
-        real = batch.segments[row] == 1
-        assert batch.tokens[row][real].tolist() == tokenizer.encode(text, bos=True, eos=True)
-        assert batch.loss_weights[row].sum() == real.sum() - 1
-    assert batch.real_tokens == (batch.segments > 0).sum()
+        real = batch.arrays["tokens"][row] != tokenizer.pad_id
+        assert batch.arrays["tokens"][row][real].tolist() == tokenizer.encode(text, bos=True, eos=True)
+        assert batch.arrays["loss_weights"][row].sum() == real.sum() - 1
+    assert batch.real_tokens == (batch.arrays["tokens"] != tokenizer.pad_id).sum()
 
 
 def test_fewer_records_than_rows_are_repeated(
@@ -97,7 +108,7 @@ def test_fewer_records_than_rows_are_repeated(
         config = make_config(train=(write_jsonl("a.jsonl", texts(2)),), batch_size=8, pack=pack)
         batch = next(train_batches(config, tokenizer))
         assert set(batch.records) == {"a.jsonl:1", "a.jsonl:2"}
-        assert (batch.loss_weights.sum(axis=1) > 0).all()
+        assert (batch.arrays["loss_weights"].sum(axis=1) > 0).all()
 
 
 # --- mixtures
@@ -225,15 +236,15 @@ def test_an_evaluation_has_every_record_once_in_batches_of_one_shape(
 ) -> None:
     evaluation = eval_batches(make_config(eval=(file,), pack=pack, workers=workers), tokenizer)
     batches = list(evaluation)
-    assert {batch.tokens.shape for batch in batches} == {(4, 16)}
+    assert {batch.arrays["tokens"].shape for batch in batches} == {(4, 16)}
     names = [name for batch in batches for name in batch.records]
     assert sorted(names) == sorted(f"a.jsonl:{i}" for i in range(1, 11))
     if not pack:
         assert names == [f"a.jsonl:{i}" for i in range(1, 11)]
-        assert not batches[-1].loss_weights[2:].any()
-        assert not batches[-1].segments[2:].any()
+        assert not batches[-1].arrays["loss_weights"][2:].any()
+        assert (batches[-1].arrays["tokens"][2:] == tokenizer.pad_id).all()
     lengths = [len(tokenizer.encode(record["text"], bos=True, eos=True)) for record in texts(10)]
-    assert sum(batch.loss_weights.sum() for batch in batches) == sum(lengths) - 10
+    assert sum(batch.arrays["loss_weights"].sum() for batch in batches) == sum(lengths) - 10
     assert evaluation.summary() == {
         "records": 10, "too_long": 0, "empty": 0, "rows": evaluation.summary()["rows"],
         "tokens": sum(lengths), "loss_tokens": sum(lengths) - 10,
@@ -281,16 +292,16 @@ def test_a_long_record_is_cut_and_counted(uneven: str, tokenizer: Tokenizer, mak
     batch = next(batches)
     assert batch.records == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
     whole = tokenizer.encode("no" * 30, bos=True, eos=True)
-    assert batch.tokens[1].tolist() == whole[:16]
-    assert batch.targets[1].tolist() == [*whole[1:16], 0]
+    assert batch.arrays["tokens"][1].tolist() == whole[:16]
+    assert batch.arrays["targets"][1].tolist() == [*whole[1:16], 0]
     counts = batches.summary()
     assert (counts["records"], counts["too_long"], counts["empty"], counts["rows"]) == (4, 1, 1, 3)
     assert counts["tokens"] == batch.real_tokens
-    assert counts["loss_tokens"] == batch.loss_weights.sum()
+    assert counts["loss_tokens"] == batch.arrays["loss_weights"].sum()
     assert batches.summary_text() == (
         f"train: 4 records read into 3 rows, {batch.real_tokens / 48:.0%} full; 1 longer than 16 tokens (cut to their "
         "first 16); 1 left out, without a token to learn from; "
-        f"{batch.real_tokens} tokens, {int(batch.loss_weights.sum())} of them with a loss"
+        f"{batch.real_tokens} tokens, {int(batch.arrays['loss_weights'].sum())} targets with a loss"
     )
 
 
@@ -362,6 +373,7 @@ def test_real_data_keeps_ahead_of_a_training(pack: bool, assets: Path, make_conf
     for batch in take(batches, 12):
         tokens += batch.real_tokens
     assert tokens / (time.process_time() - start) > 25_000
-    learned = batch.targets[0][(batch.loss_weights[0] > 0) & (batch.segments[0] == 1)]
+    targets, counts = batch.arrays["targets"][0], batch.arrays["loss_weights"][0] > 0
+    learned = targets[counts & (batch.arrays["segments"][0] == 1)] if pack else targets[counts]
     assert learned[-1] == tokenizer.eos_id
     assert "[" not in tokenizer.decode(learned)  # the meaning's brackets are in the prompt

@@ -2,10 +2,13 @@ import grain
 import numpy as np
 import pytest
 
+from peftjax.core import config as configs
 from peftjax.data import packing
+from peftjax.data.rows import empty_row, next_tokens
 from peftjax.data.text import Example
 
 PAD = 99
+NAMES = ("tokens", "targets", "loss_weights")
 
 
 def documents(lengths: list[int], seed: int = 0) -> list[packing.Row]:
@@ -13,26 +16,32 @@ def documents(lengths: list[int], seed: int = 0) -> list[packing.Row]:
     rng = np.random.default_rng(seed)
     first = np.cumsum([100, *lengths])
     return [
-        packing.document(Example(np.arange(a, a + n, dtype=np.int32), rng.random(n) < 0.5), 16, f"doc{i}")
+        next_tokens(Example(np.arange(a, a + n, dtype=np.int32), rng.random(n) < 0.5), 16) | {"notes": f"doc{i}"}
         for i, (a, n) in enumerate(zip(first, lengths, strict=False))
     ]
 
 
+def empty(pack: bool) -> packing.Row:
+    config = configs.defaults()
+    config.data.max_length, config.data.pack = 16, pack
+    return empty_row(config, PAD)
+
+
 def rows_of(docs: list[packing.Row], pack: bool) -> list[packing.Row]:
     stream = grain.MapDataset.source(docs).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return list((packing.pack if pack else packing.pad)(stream, 16, PAD))
+    return list((packing.pack if pack else packing.pad)(stream, empty(pack)))
 
 
 def test_a_document_predicts_its_own_next_tokens_and_nothing_at_its_end() -> None:
     example = Example(np.array([5, 6, 7, 8], np.int32), np.array([True, False, True, True]))
-    document = packing.document(example, 16, "a:1")
+    document = next_tokens(example, 16)
     assert document["targets"].tolist() == [6, 7, 8, 0]
     assert document["loss_weights"].tolist() == [0, 1, 1, 0]
 
 
 def test_a_long_document_is_cut_and_the_token_beyond_is_no_target() -> None:
     example = Example(np.arange(20, dtype=np.int32), np.ones(20, bool))
-    document = packing.document(example, 16, "a:1")
+    document = next_tokens(example, 16)
     assert document["tokens"].tolist() == list(range(16))
     assert document["targets"].tolist() == [*range(1, 16), 0]
     assert document["loss_weights"].tolist() == [1] * 15 + [0]
@@ -43,22 +52,22 @@ def test_every_document_stands_whole_in_one_row_once(pack: bool) -> None:
     docs = documents([3, 16, 5, 1, 7, 9, 2, 16, 12, 4, 4, 4, 10])
     found = {}
     for row in rows_of(docs, pack):
-        assert {name: row[name].shape for name in packing.ARRAYS} == dict.fromkeys(packing.ARRAYS, (16,))
-        assert {name: row[name].dtype for name in packing.ARRAYS} == dict.fromkeys(packing.ARRAYS, np.int32) | {
-            "loss_weights": np.float32
-        }
-        assert row["segments"].max() == len(row["notes"])
+        names = NAMES + (("positions", "segments") if pack else ())
+        assert {name: row[name].shape for name in row if name != "notes"} == dict.fromkeys(names, (16,))
+        assert {row[name].dtype for name in names if name != "loss_weights"} == {np.dtype(np.int32)}
+        assert row["loss_weights"].dtype == np.float32
+        segments = row["segments"] if pack else (row["tokens"] != PAD).astype(int)
+        assert segments.max() == len(row["notes"])
         for segment, note in enumerate(row["notes"], start=1):
-            at = row["segments"] == segment
-            assert row["positions"][at].tolist() == list(range(at.sum()))
+            at = segments == segment
+            if pack:
+                assert row["positions"][at].tolist() == list(range(at.sum()))
             assert note not in found
-            found[note] = {name: row[name][at].tolist() for name in ("tokens", "targets", "loss_weights")}
-        outside = row["segments"] == 0
+            found[note] = {name: row[name][at].tolist() for name in NAMES}
+        outside = segments == 0
         assert (row["tokens"][outside] == PAD).all()
         assert not row["loss_weights"][outside].any()
-    assert found == {
-        doc["notes"]: {name: doc[name].tolist() for name in ("tokens", "targets", "loss_weights")} for doc in docs
-    }
+    assert found == {doc["notes"]: {name: doc[name].tolist() for name in NAMES} for doc in docs}
 
 
 def test_packing_needs_fewer_rows_than_padding_and_no_target_crosses_a_boundary() -> None:
@@ -75,8 +84,7 @@ def test_packing_needs_fewer_rows_than_padding_and_no_target_crosses_a_boundary(
 
 
 def test_an_empty_row_has_no_document_and_no_loss() -> None:
-    row = packing.empty_row(16, PAD)
+    row = empty(pack=True)
     assert (row["tokens"] == PAD).all()
     assert not row["segments"].any()
     assert not row["loss_weights"].any()
-    assert row["notes"] == []

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import sharding
+from peftjax import losses, sharding
 from peftjax.core import variables
 from peftjax.losses import Totals
 from peftjax.methods import count_trainable
@@ -241,6 +241,45 @@ def test_five_steps_of_adamw_equal_those_of_torch_and_peft(encoder: Callable, tm
     for key, value in peft.get_peft_model_state_dict(peer).items():
         np.testing.assert_allclose(end[key], value.numpy(), atol=1e-4, rtol=0, err_msg=key)
     assert np.abs(end[OUT] - start[OUT]).max() > 10 * 1e-4
+
+
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression", "words"])
+def test_the_loss_of_every_task_is_that_of_transformers(problem: str, encoder: Callable, tmp_path: Path) -> None:
+    name = "BertForTokenClassification" if problem == "words" else "BertForSequenceClassification"
+    given, rng = inputs("Bert"), np.random.default_rng(0)
+    labels: dict[str, np.ndarray] = {
+        "single_label": np.array([2, 0]),
+        "multi_label": np.array([[1, 0, 1], [0, 1, 0]], np.float32),
+        "regression": np.array([0.5, -2.0], np.float32),
+        "words": rng.integers(0, 3, given["tokens"].shape),
+    }
+    loss = {
+        "single_label": losses.classification_loss,
+        "multi_label": losses.multi_label_loss,
+        "regression": losses.regression_loss,
+        "words": losses.classification_loss,
+    }[problem]
+    head = (
+        {}
+        if problem == "words"
+        else {"problem_type": problem if problem == "regression" else f"{problem}_classification"}
+    )
+    base = encoder("BertForTokenClassification" if problem == "words" else "BertModel")
+    if problem == "regression":
+        head["num_labels"] = 1
+    theirs = getattr(transformers, name).from_pretrained(base, **head).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    weights = given["mask"].astype(np.float32) if problem == "words" else np.ones(ROWS, np.float32)
+    told = np.where(weights > 0, labels[problem], -100) if problem == "words" else labels[problem]
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(given["tokens"]),
+            attention_mask=torch.tensor(given["mask"]),
+            token_type_ids=torch.tensor(given["token_types"]),
+            labels=torch.tensor(told),
+        ).loss
+    found = loss(peftjax.load_model(tmp_path / "model"), given | {"labels": labels[problem], "loss_weights": weights})
+    np.testing.assert_allclose(found.loss / found.tokens, float(expected), rtol=1e-5)
 
 
 OUT = "base_model.model.classifier.out_proj.weight"

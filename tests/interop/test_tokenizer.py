@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import transformers
 
 from peftjax.core import config as configs
@@ -68,6 +69,45 @@ def test_ids_and_texts_equal_those_of_transformers(checkpoint: str, assets: Path
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("length", [8, 12, 60])
+def test_pairs_are_cut_and_typed_as_transformers_does_it(length: int, assets: Path) -> None:
+    pairs = [
+        ("a", "b"),
+        ("one two three four five six seven", "eight"),
+        ("nine", "ten eleven twelve " * 9),
+        ("x " * 70, "y " * 9),
+    ]
+    theirs = transformers.AutoTokenizer.from_pretrained(assets / "minilm_l6_fp16")
+    cut = load_tokenizer(assets / "minilm_l6_fp16").cut(length)
+    for pair in [*pairs, ("alone " * 9,)]:
+        encoding, whole = cut(*pair)
+        expected = theirs(*pair, truncation=True, max_length=length)
+        assert encoding.ids == expected["input_ids"]
+        assert encoding.type_ids == expected["token_type_ids"]
+        assert whole == len(theirs(*pair)["input_ids"])
+
+
+def test_the_tokens_of_words_are_those_of_transformers(assets: Path, tmp_path: Path) -> None:
+    words = ["Alice", "lives", "in", "Wonderland-upon-Avon", ",", "naïve", "😀"]
+    for directory in (assets / "minilm_l6_fp16", _byte_level(tmp_path)):
+        options = {} if directory.name == "minilm_l6_fp16" else {"add_prefix_space": True}
+        theirs = transformers.AutoTokenizer.from_pretrained(directory, **options)
+        for length in (6, 64):
+            encoding, _ = load_tokenizer(directory).cut(length, words=True)(words)
+            expected = theirs(words, is_split_into_words=True, truncation=True, max_length=length)
+            assert encoding.ids == expected["input_ids"]
+            assert encoding.word_ids == expected.word_ids()
+
+
+def _byte_level(folder: Path) -> Path:
+    """A RoBERTa tokenizer of single bytes, with the space before a word as a token of its own."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters])}
+    made = transformers.RobertaTokenizer(vocab=vocab, merges=[])
+    made.save_pretrained(folder / "roberta")
+    return folder / "roberta"
 
 
 @pytest.fixture(params=list(TEMPLATES))
