@@ -145,7 +145,7 @@ def load(
     """The config of a Python file, completed, overridden, checked and locked.
 
     Args:
-      path: a Python file with a function `get_config()`.
+      path: a Python file with a function `get_config()`; of "FILE.py:TEXT", the text is its argument.
       overrides: strings "--config.optim.learning_rate=1e-3". The text is read as the field's type: true or false, an
         int, a float, a str as it stands, a tuple as comma-separated elements or a Python literal; "none" for None.
         Another method.name replaces the section `method` by that method's defaults before the others apply.
@@ -153,7 +153,7 @@ def load(
     Raises:
       UserError: the file fails, or a field is unknown, of the wrong type or out of its range.
     """
-    values = _complete(_flat(_run(Path(path))), method_defaults, str(path))
+    values = _complete(_flat(_run(path)), method_defaults, str(path))
     parsed = [_split_override(item) for item in overrides]
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
@@ -224,8 +224,10 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _run(path: Path) -> ConfigDict | Mapping[str, Any]:
+def _run(given: str | Path) -> ConfigDict | Mapping[str, Any]:
     """What the file's `get_config()` returns."""
+    file, colon, argument = str(given).rpartition(".py:")
+    path = Path(file + ".py" if colon else given)
     if not path.is_file():
         near = suggest(path.name, [other.name for other in path.parent.glob("*.py")])
         raise UserError(f"--config={path}: there is no such file.{near}")
@@ -238,7 +240,7 @@ def _run(path: Path) -> ConfigDict | Mapping[str, Any]:
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise UserError("a config file needs a function get_config() that returns a ConfigDict")
-        config = get_config()
+        config = get_config(argument) if colon else get_config()
         if not isinstance(config, ConfigDict | Mapping):
             raise UserError(f"get_config() must return a ConfigDict, it returned {config!r}")
     except Exception as error:  # the file may fail in any way; the user needs the place and the reason

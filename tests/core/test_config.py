@@ -288,6 +288,15 @@ def test_a_file_that_fails_is_refused_with_its_line(tmp_path, text, expected):
     assert expected in str(caught.value)
 
 
+def test_what_stands_behind_a_colon_is_the_argument(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def get_config(name='none'):\n    return {'data': {'text_field': name}}\n")
+    assert config.load(path).data.text_field == "none"
+    assert config.load(f"{path}:mrpc").data.text_field == "mrpc"
+    with pytest.raises(UserError, match=r"b\.py: there is no such file\. Did you mean 'a\.py'"):
+        config.load(f"{tmp_path / 'b.py'}:mrpc")
+
+
 def test_a_config_that_is_not_a_python_file_is_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("seed: 1")

@@ -1,0 +1,53 @@
+"""A task of GLUE (Wang et al. 2018, arXiv:1804.07461), by LoRA on RoBERTa-base:
+
+    python -m peftjax.train --config=configs/glue_roberta_lora.py:mrpc --workdir=runs/mrpc
+
+The task after the colon is one of TASKS. The data are TFDS's `glue/mrpc`; other files of records with the same fields go
+by --config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl, another encoder by --config.model.path=DIR, another
+method by --config.method.name=ia3. Rates and sizes as in Hu et al. 2021 (arXiv:2106.09685), appendix D.1, at 3 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from peftjax.core.config import defaults
+from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+from peftjax.methods import make_config
+
+# task -> the text's or the pair's fields, the classes in GLUE's order (none: a number), how many examples there are
+TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
+    "cola": (("sentence",), ("unacceptable", "acceptable"), 8551),
+    "sst2": (("sentence",), ("negative", "positive"), 67349),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), 3668),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate"), 363846),
+    "stsb": (("sentence1", "sentence2"), (), 5749),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), 392702),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment"), 104743),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment"), 2490),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment"), 635),
+}
+
+
+def get_config(task: str = "mrpc") -> ConfigDict:
+    if task not in TASKS:
+        raise UserError(f"{task!r} is no task of GLUE.{suggest(task, TASKS)} There are {', '.join(TASKS)}")
+    fields, classes, examples = TASKS[task]
+    config = defaults()
+    config.model.path = "FacebookAI/roberta-base"
+    config.task.kind = "classification" if classes else "regression"
+    config.task.labels = classes
+    config.method = make_config("lora", rank=8, alpha=16.0, targets=("query", "value"))
+    config.data.train = (f"tfds:glue/{task}/train",)
+    config.data.eval = (f"tfds:glue/{task}/validation{'_matched' if task == 'mnli' else ''}",)
+    config.data.prompt_template = f"{{{fields[0]}}}"
+    config.data.pair_template = f"{{{fields[1]}}}" if len(fields) > 1 else ""
+    config.data.max_length = 128
+    config.train.batch_size = 32
+    config.train.steps = 3 * examples // 32
+    config.train.log_every = 50
+    config.train.eval_every = max(examples // 32, 50)
+    config.optim.learning_rate = 5e-4
+    config.optim.schedule = "linear"
+    config.optim.warmup_steps = 3 * examples // 32 * 6 // 100
+    config.checkpoint.every = config.train.eval_every
+    return config

@@ -1,0 +1,251 @@
+"""Eight methods on four tasks of GLUE with a small encoder:
+
+    PYTHONPATH=. python experiments/glue_minilm/study.py --model=DIR --data=DIR [--task=cola] [--method=lora]
+
+Every run is one of `python -m peftjax.train` with configs/glue_roberta_lora.py:TASK and the few changes of `run_config`.
+The rate of a method is the best of its `RATES` on the validation file; the result is what that run's model scores on
+the test file. Writes results.json, table.md and methods.png beside this file; runs that results.json has already are
+not done again, so it may be stopped at any time and started again.
+
+DIR: a Hugging Face directory of an encoder (or a hub id), and a folder with TASK/{train,validation,test}.jsonl.gz.
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from flax import nnx
+
+from peftjax import evaluate, methods, scores, sharding, tasks, train
+from peftjax.core import config as configs
+from peftjax.core import variables
+from peftjax.data.batches import eval_batches
+from peftjax.data.rows import load_rows
+from peftjax.io.hf_adapter import load_adapter
+from peftjax.io.hf_model import resolve
+from peftjax.methods import make_config
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
+# task -> template of the text, length that nearly all texts have, steps, score
+TASKS = {
+    "cola": ("{text}", 32, 600, "matthews"),
+    "sst2": ("{text}", 48, 400, "accuracy"),
+    "mrpc": ("{sentence1}", 80, 450, "accuracy"),
+    "rte": ("{sentence1}", 128, 280, "accuracy"),
+}
+BATCH = 16
+# The options of a method, chosen so that sizes are of one order, not tuned.
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear"},
+    "houlsby": {"reduction_factor": 16},
+    "pfeiffer": {"reduction_factor": 16},
+    "prefix": {"tokens": 16},
+    "prompt": {"tokens": 16},
+    "ia3": {},
+    "bitfit": {},
+}
+RATES = {"full": (5e-5, 2e-4), "prefix": (5e-3, 2e-2), "prompt": (5e-3, 2e-2), "ia3": (5e-3, 2e-2)}
+OTHER_RATES = (1e-3, 5e-3)
+
+
+def run_config(options: argparse.Namespace, task: str, method: str, rate: float) -> Any:
+    """The config of one run."""
+    template, length, steps, _ = TASKS[task]
+    config = configs.load(f"{CONFIG}:{task}", method_defaults=methods.method_defaults).copy_and_resolve_references()
+    with config.unlocked():
+        config.method = make_config(method, **METHODS[method])
+    config.model.path = options.model
+    config.data.train = (f"{options.data}/{task}/train.jsonl.gz",)
+    config.data.eval = (f"{options.data}/{task}/validation.jsonl.gz",)
+    config.data.prompt_template, config.data.max_length = template, length
+    config.train.batch_size, config.train.steps, config.train.eval_every = BATCH, steps, 0
+    config.optim.learning_rate, config.optim.warmup_steps = rate, steps // 16
+    config.checkpoint.every = steps
+    return configs.validate(config, method_defaults=methods.method_defaults)
+
+
+def held_out(config: Any, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
+    """What the model that a run left scores on the test file."""
+    config = config.copy_and_resolve_references()
+    config.data.eval = (f"{options.data}/{task}/test.jsonl.gz",)
+    mesh, base = sharding.make_mesh(config.mesh), resolve(config.model.path)
+    rows = load_rows(config, base)
+    full = config.method.name == "full"
+    model = tasks.load_base(config, workdir / "model" if full else base, rows.labels, mesh)
+    if not full:
+        load_adapter(model, workdir / "adapter")
+    with jax.set_mesh(mesh):
+        graph, leaves = variables.flat(model)
+        values = {path: leaf.get_value() for path, leaf in leaves.items()}
+        kind = tasks.of(config)
+        step = evaluate.make_eval_step(graph, kind, config.train.loss_chunk, mesh)
+        return evaluate.held_out_scores(step, kind, {}, values, eval_batches(config, rows), mesh)
+
+
+def sizes(config: Any) -> dict[str, float]:
+    """How many parameters the method trains, the head aside, and their share of the encoder's."""
+    base = resolve(config.model.path)
+    model = tasks.load_base(config, base, load_rows(config, base).labels, sharding.make_mesh(config.mesh))
+    method = methods.from_config(config.method)
+    encoder = sum(
+        leaf.get_value().size
+        for path, leaf in variables.flat(model)[1].items()
+        if isinstance(leaf, nnx.Param) and not path.startswith("classifier")
+    )
+    if method.trains is nnx.Param:
+        return {"trained": encoder, "share": 1.0}
+    methods.attach(model, method, rngs=nnx.Rngs(0))
+    trained = sum(
+        leaf.get_value().size
+        for path, leaf in variables.flat(model)[1].items()
+        if isinstance(leaf, method.trains) and not path.startswith("classifier")
+    )
+    return {"trained": trained, "share": trained / encoder}
+
+
+def measure(options: argparse.Namespace, task: str, method: str, rate: float) -> dict[str, Any]:
+    """Train once, and the scores on both files."""
+    config, workdir = run_config(options, task, method, rate), Path(tempfile.mkdtemp())
+    validation = train.train(config, workdir)
+    result = {"rate": rate, "validation": validation, "test": held_out(config, workdir, options, task)}
+    shutil.rmtree(workdir)
+    return result
+
+
+def step_times(options: argparse.Namespace, task: str = "mrpc", rounds: int = 5, steps: int = 4) -> dict[str, float]:
+    """The time of a training step of each method over that of full fine-tuning: the median over rounds in which all
+    take turns, so that what else the machine does falls on all alike."""
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        prepared = {}
+        for method in METHODS:
+            run, state = train.setup(run_config(options, task, method, 1e-3), Path(tempfile.mkdtemp()), mesh)
+            batch = train.shard(run, next(run.batches))
+            state, _ = run.train_step(state, run.frozen, batch)  # compiles
+            prepared[method] = [run, state, batch]
+        seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+        for _ in range(rounds):
+            for method, (run, state, batch) in prepared.items():
+                jax.block_until_ready(state)
+                started = time.perf_counter()
+                for _ in range(steps):
+                    state, _ = run.train_step(state, run.frozen, batch)
+                jax.block_until_ready(state)
+                seconds[method].append(time.perf_counter() - started)
+                prepared[method][1] = state
+    return {
+        method: statistics.median(one / full for one, full in zip(own, seconds["full"], strict=True))
+        for method, own in seconds.items()
+    }
+
+
+def best_of(runs: list[dict[str, Any]], task: str) -> dict[str, Any]:
+    """The run whose rate was best on the validation file."""
+    return max(runs, key=lambda run: run["validation"][TASKS[task][3]])
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    head = " | ".join(f"{task}, {measure}" for task, (_, _, _, measure) in TASKS.items())
+    lines = [
+        f"| method | trained | of the encoder | step, of full | {head} |",
+        "|---|---:|---:|---:|" + "---:|" * len(TASKS),
+    ]
+    baseline = " | ".join(f"{100 * results['majority'][task][TASKS[task][3]]:.1f}" for task in TASKS)
+    for method, size in results["sizes"].items():
+        cells = []
+        for task, (_, _, _, name) in TASKS.items():
+            runs = results["runs"].get(f"{task}/{method}", {})
+            if len(runs) < len(RATES.get(method, OTHER_RATES)):
+                cells.append("")
+                continue
+            best = best_of(list(runs.values()), task)
+            cells.append(f"{100 * best['test'][name]:.1f} ({best['rate']:g})")
+        time_ = f"{results['step_times'][method]:.2f}" if "step_times" in results else ""
+        lines.append(f"| {method} | {size['trained']:,} | {size['share']:.2%} | {time_} | {' | '.join(cells)} |")
+    lines.append(f"| (the more frequent class) | | | | {baseline} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict[str, Any]) -> None:
+    """A panel a task, a line a method."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(12, 3.6), layout="constrained", sharey=True)
+    for axes, (task, (_, _, _, name)) in zip(panels, TASKS.items(), strict=True):
+        for row, method in enumerate(METHODS):
+            runs = results["runs"].get(f"{task}/{method}", {})
+            if runs:
+                axes.plot(100 * best_of(list(runs.values()), task)["test"][name], row, "o", color="tab:blue")
+        axes.axvline(100 * results["majority"][task][name], color="gray", linestyle=":")
+        axes.set(
+            title=task,
+            xlabel=f"{name}, %",
+            yticks=range(len(METHODS)),
+            yticklabels=METHODS,
+            ylim=(len(METHODS) - 0.5, -0.5),
+        )
+        axes.grid(axis="x", color="lightgray", linewidth=0.5)
+    figure.suptitle("Test scores of MiniLM-L6; dotted: always the more frequent class", fontsize=10)
+    figure.savefig(HERE / "methods.png", dpi=110)
+
+
+def majority(options: argparse.Namespace, task: str) -> dict[str, float]:
+    """The scores on the test file of always saying the class that is the more frequent one in it."""
+    with gzip.open(f"{options.data}/{task}/test.jsonl.gz") as lines:
+        labels = np.array([json.loads(line)["label"] for line in lines])
+    said = np.full(len(labels), np.bincount(labels).argmax())
+    return scores.classification(np.eye(2)[said], labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Eight methods on four tasks of GLUE.")
+    parser.add_argument("--model", required=True, help="a Hugging Face directory or hub id of an encoder")
+    parser.add_argument("--data", required=True, help="a folder with TASK/{train,validation,test}.jsonl.gz")
+    parser.add_argument("--task", choices=tuple(TASKS), action="append", help="only this task; may be repeated")
+    parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only this method; may be repeated")
+    parser.add_argument("--times", action="store_true", help="measure the times of a step too, on an idle machine")
+    options = parser.parse_args()
+
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+
+    def save() -> None:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+
+    for task in options.task or TASKS:
+        for method in options.method or METHODS:
+            for rate in RATES.get(method, OTHER_RATES):
+                runs = results["runs"].setdefault(f"{task}/{method}", {})
+                if str(rate) not in runs:
+                    print(f"--- {task}, {method}, {rate:g}", flush=True)
+                    runs[str(rate)] = measure(options, task, method, rate)
+                    save()
+    results["sizes"] = {method: sizes(run_config(options, "mrpc", method, 1e-3)) for method in METHODS}
+    results["majority"] = {task: majority(options, task) for task in TASKS}
+    results |= {
+        "batch_size": BATCH,
+        "steps": {task: steps for task, (_, _, steps, _) in TASKS.items()},
+        "jax": jax.__version__,
+    }
+    if options.times:
+        results["step_times"] = step_times(options)
+    save()
+    (HERE / "table.md").write_text(table(results))
+    picture(results)
+
+
+if __name__ == "__main__":
+    main()
