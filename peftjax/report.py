@@ -31,6 +31,10 @@ from peftjax.core.variables import PeftParam
 from peftjax.metrics import METRICS, format_bytes, read_metrics, write_atomically
 
 DATA, PAGE = "report.json", "report.html"
+# Shares and correlations that an evaluation may have, those that say most first.
+SCORES = (
+    "exact_match", "rouge_l", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "token_accuracy",
+)  # fmt: skip
 
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
@@ -182,8 +186,7 @@ def _cards(train: Lines, evaluations: Lines, data: ReportData) -> list[tuple[str
     cards = []
     last = evaluations[-1] if evaluations else {}
     first = evaluations[0] if len(evaluations) > 1 and evaluations[0]["step"] == 0 else {}
-    score = "exact_match" if "exact_match" in last else "token_accuracy"
-    if score in last:
+    for score in _scores(evaluations)[:1]:
         notes = [f"{100 * (last[score] - first[score]):+.1f} points"] if score in first else []
         notes += [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
         before = _percent(first[score]) if score in first else ""
@@ -224,6 +227,11 @@ def _number(value: float) -> str:
     """Four digits: 0.25, 1,000, 7.33e-8."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
     return re.sub(r"e(-?)\+?0*", r"e\1", text)
+
+
+def _scores(evaluations: Lines) -> list[str]:
+    """The scores that the evaluations have, those that say most first; two fit into a chart."""
+    return [name for name in SCORES if any(name in line for line in evaluations[-1:])][:2]
 
 
 def _percent(share: float) -> str:
@@ -287,14 +295,19 @@ def _charts(train: Lines, evaluations: Lines) -> list[_Chart]:
     """The charts there are data for, the loss first."""
     last_step = max((line["step"] for line in [*train, *evaluations]), default=0)
     loss = _curves("training", train, "loss", smooth=True) + _curves("held out", evaluations, "eval_loss", "second")
-    accuracy = _curves("exact match", evaluations, "exact_match")
-    accuracy += _curves("token accuracy", evaluations, "token_accuracy", "second")
+    accuracy = [
+        curve
+        for name, color in zip(_scores(evaluations), ("first", "second"), strict=False)
+        for curve in _curves(name.replace("_", " "), evaluations, name, color)
+    ]
+    lowest = min((value for curve in accuracy for value in curve.values), default=0)
+    unit = "" if any("eval_labels" in line for line in evaluations) else "nats per token"
     answers = "Answers" if len(accuracy) > 1 else " ".join(curve.name.capitalize() for curve in accuracy)
     rate = _curves("learning rate", train, "learning_rate")
     norm, speed = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", "tokens_per_second"))
     charts = [
-        _chart("Loss", loss, last_step, "nats per token", log=True, bounds=(None, None), wide=bool(accuracy)),
-        _chart(answers, accuracy, last_step, "held out", bounds=(0, 1), text=_percent),
+        _chart("Loss", loss, last_step, unit, log=True, bounds=(None, None), wide=bool(accuracy)),
+        _chart(answers, accuracy, last_step, "held out", bounds=(min(lowest, 0), 1), text=_percent),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
         _chart("Tokens per second", speed, last_step, text="{:,.0f}".format),

@@ -57,7 +57,9 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config(), or FILE.py:ARGUMENT")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="Python file with get_config(), or FILE.py:ARGUMENT"
+    )
     if workdir:
         parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run keeps all it writes")
     if options is not None:
