@@ -59,8 +59,8 @@ def find_directions(
 ) -> dict[str, Directions]:
     """The directions of the inputs of some sites, {path: how many}, when the base alone computes the batches.
 
-    batches: each {"tokens": [B, T], and what else the model takes by name}; with "loss_weights" [B, T], the positions
-    without loss do not count.
+    batches: each {"tokens": [B, T], and what else the model takes by name}. Positions do not count that "mask" [B, T]
+    leaves out, nor those without loss by "loss_weights" [B, T].
     """
     every = sites(model)
     watched = [site for site in every if site.path in sizes]
@@ -98,8 +98,11 @@ def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory
     @jax.jit
     def look(memory: Any, base: Any, batch: Mapping[str, jax.Array]) -> Any:
         tokens = batch["tokens"]
-        weights = batch["loss_weights"] if "loss_weights" in batch else jnp.ones(tokens.shape)
-        counted = dict.fromkeys(weights_at, (weights > 0).astype(jnp.float32))
+        weights = jnp.ones(tokens.shape)
+        for name in ("mask", "loss_weights"):
+            if name in batch and batch[name].shape == tokens.shape:
+                weights *= batch[name] > 0
+        counted = dict.fromkeys(weights_at, weights)
         inputs = {name: value for name, value in batch.items() if name not in ("tokens", *NO_INPUTS)}
 
         def total(memory: Any) -> jax.Array:
