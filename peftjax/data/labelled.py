@@ -22,17 +22,19 @@ HEADS = {
 class Labels:
     """The classes of a task: config.task.labels, or those of the checkpoint's own head.
 
+    example: of names, for the message where there are none.
+
     Raises:
       ValueError: neither names them, or a name stands there twice.
     """
 
-    def __init__(self, config: ConfigDict, directory: Path):
+    def __init__(self, config: ConfigDict, directory: Path, example: tuple[str, ...] = ()):
         self.names = tuple(config.task.labels) or _stored(directory, HEADS[config.task.kind])
         self._field = config.data.label_field
         if not self.names:
             raise ValueError(
                 f"config.task.labels names no classes, and the checkpoint in {directory} has no head with classes of its "
-                "own. Name them in the order of their numbers, such as config.task.labels = ('negative', 'positive')"
+                f"own. Name them in the order of their numbers, such as config.task.labels = {example or ('negative', 'positive')}"
             )
         if twice := [label for label in self.names if self.names.count(label) > 1]:
             raise ValueError(f"config.task.labels has {twice[0]!r} twice")

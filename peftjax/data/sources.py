@@ -6,8 +6,10 @@ A source is named by a string:
     PATH.jsonl                  one JSON object a line; read from disk when asked for, found by byte offset
     PATH.jsonl.gz               the same, compressed; held decompressed in memory, because gzip has no random access
     PATH.parquet                held in memory as Arrow columns
+    images:FOLDER               the images below FOLDER/CLASS, read from disk when asked for
 
-A path may be a glob pattern: its files, sorted, make one source. "@0.5" after it is a weight in a mixture.
+A path of JSON Lines or Parquet may be a glob pattern: its files, sorted, make one source. "@0.5" after a source is a weight
+in a mixture.
 """
 
 import array
@@ -20,16 +22,21 @@ import itertools
 import json
 import math
 import mmap
+import os
 import pathlib
 import re
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from peftjax.core.paths import suggest
 
 # TFDS builders of ours, by dataset name: importing the module registers the builder.
 OWN_BUILDERS = {"rewrite_dates": "peftjax.data.rewrite_dates"}
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source(Protocol):
@@ -71,6 +78,8 @@ def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
     """
     if spec.startswith("tfds:"):
         return _open_tfds(spec, tfds_data_dir)
+    if spec.startswith("images:"):
+        return ImageFolder(spec)
     files = _files(spec)
     # Two files of the same name in different folders must not share the names of their records.
     short = len({file.name for file in files}) == len(files)
@@ -155,17 +164,71 @@ class Parquet:
         return f"{self._label}:{index + 1}"
 
 
-class Tfds:
-    """A split of a prepared TensorFlow dataset. Text features come as str, numbers as Python numbers."""
+class ImageFolder:
+    """The images below FOLDER/CLASS, however deep, as {"image": the file's bytes, "label": CLASS}, sorted by path.
 
-    def __init__(self, data: Sequence[Any], label: str):
-        self._data, self._label = data, label
+    Files that are no images by their endings are told of; hidden ones are nothing.
+    """
+
+    def __init__(self, spec: str):
+        self._root = pathlib.Path(spec.removeprefix("images:")).expanduser()
+        if not self._root.is_dir():
+            raise _nothing_there(spec, self._root, "no folder")
+        self._paths, other = list[str](), list[str]()
+        classes = class_folders([spec])
+        for path in sorted(_walk(self._root)):
+            found = "/" in path and path.lower().endswith(IMAGE_ENDINGS)
+            (self._paths if found else other).append(path)
+        empty = set(classes) - {path.partition("/")[0] for path in self._paths}
+        if not classes or empty:
+            where = f"the folder {min(empty)!r} in it holds no image" if empty else "it has no folders, one for each class"
+            raise ValueError(
+                f"the source {spec!r}: {where}. Images are looked for in FOLDER/CLASS/NAME with the endings "
+                f"{', '.join(IMAGE_ENDINGS)}"
+            )
+        if other:
+            some = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+            warnings.warn(f"{spec}: {len(other):,} files are no images in a folder of a class: {some}", stacklevel=2)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self._paths[index]
+        return {"image": (self._root / path).read_bytes(), "label": path.partition("/")[0]}
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+
+def class_folders(specs: Iterable[str]) -> tuple[str, ...]:
+    """The names of the classes that folders of images have, sorted; of other sources nothing is known."""
+    roots = [pathlib.Path(split_weight(spec)[0].removeprefix("images:")) for spec in specs if spec.startswith("images:")]
+    folders = (entry for root in roots if root.expanduser().is_dir() for entry in root.expanduser().iterdir())
+    return tuple(sorted({entry.name for entry in folders if entry.is_dir() and not entry.name.startswith(".")}))
+
+
+def _walk(root: pathlib.Path) -> Iterator[str]:
+    """The files below a folder that are not hidden, as paths below it with "/" between their parts."""
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
+
+
+class Tfds:
+    """A split of a prepared TensorFlow dataset. Text features come as str, numbers as Python numbers, images as the bytes
+    of their files, uint8 arrays as they are."""
+
+    def __init__(self, data: Sequence[Any], label: str, images: Collection[str] = ()):
+        self._data, self._label, self._images = data, label, images
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {key: _plain(value) for key, value in self._data[index].items()}
+        return {key: value if key in self._images else _plain(value) for key, value in self._data[index].items()}
 
     def name(self, index: int) -> str:
         return f"{self._label}:{index + 1}"
@@ -177,11 +240,13 @@ def _plain(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return value  # not text: an encoded image, for example
+            return value  # not text
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim > 1:
+        return value  # an image
     if hasattr(value, "tolist"):  # a NumPy scalar or array
         return value.tolist() if value.dtype != object else _plain(value.tolist())
     return value
@@ -193,16 +258,24 @@ def _files(spec: str) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise ValueError(f"the source {spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl")
+        raise ValueError(
+            f"the source {spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl, or for images in "
+            f"folders, one for each class, images:{spec}"
+        )
     root = pathlib.Path(path.anchor)  # glob takes relative patterns only
     if files := sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file()):
         return files
+    raise _nothing_there(spec, path, "no file")
+
+
+def _nothing_there(spec: str, path: pathlib.Path, what: str) -> ValueError:
+    """What to say of a path where there is nothing: what is near."""
     folder, missing = path.parent, path.name
     while not folder.is_dir():
         folder, missing = folder.parent, folder.name
     names = sorted(entry.name for entry in folder.iterdir())
     holds = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
-    raise ValueError(f"the source {spec!r} names no file.{suggest(missing, names)} {folder.resolve()} holds {holds}")
+    return ValueError(f"the source {spec!r} names {what}.{suggest(missing, names)} {folder.resolve()} holds {holds}")
 
 
 def _open_file(path: pathlib.Path, label: str) -> Source:
@@ -215,7 +288,7 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
         elif path.name.endswith(".parquet"):
             source = Parquet(path, label)
         else:
-            raise ValueError("its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT)")
+            raise ValueError("its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT, images:FOLDER)")
     except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are among these
         raise ValueError(f"cannot read the source {str(path)!r}: {error}") from error
     if not len(source):
@@ -237,9 +310,9 @@ def _open_tfds(spec: str, data_dir: str) -> Tfds:
     if not builder.data_path.exists():
         _prepare(builder, spec)
         builder = _tfds_builder(name, data_dir, spec)
-    known = list(builder.info.splits)
+    known, images = list(builder.info.splits), _image_features(builder)
     try:
-        data = builder.as_data_source(split) if builder.info.splits[split].num_examples else ()
+        data = builder.as_data_source(split, decoders=images) if builder.info.splits[split].num_examples else ()
     except NotImplementedError as error:  # prepared as TFRecord
         raise ValueError(
             f"the source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no "
@@ -253,7 +326,20 @@ def _open_tfds(spec: str, data_dir: str) -> Tfds:
         ) from error
     if not len(data):
         raise ValueError(f"the source {spec!r} is empty: the split {split!r} of {name} has no record")
-    return Tfds(data, f"{name}/{split}")
+    return Tfds(data, f"{name}/{split}", images)
+
+
+def _image_features(builder: Any) -> dict[str, Any]:
+    """The names of the images in a record, each with the wish to have its file's bytes: TFDS would decode them by OpenCV
+    where that is installed and by Pillow elsewhere, which are not equal."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features or {})
+    return {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in features.items()
+        if isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8
+    }
 
 
 def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:

@@ -16,9 +16,10 @@ from peftjax.core.paths import suggest
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
-# What stands beside config.json and the weights: the tokenizer's files and the generation defaults.
+# What stands beside config.json and the weights: the tokenizer's files, how images are prepared, how text is generated.
 SIDE_FILES = (
     "generation_config.json",
+    "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
