@@ -22,10 +22,17 @@ from peftjax.core.errors import UserError
 
 METRICS = "metrics.jsonl"
 # The fields in which two runs of the same config differ; all others are equal, bit for bit, also after a resume.
-MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")
+SPEEDS = ("tokens_per_second", "images_per_second")
+MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_SHORT = {"tokens_per_second": "tok/s", "learning_rate": "lr", "grad_norm": "grad", "eval_loss": "loss"}
+_SHORT = {
+    "tokens_per_second": "tok/s",
+    "images_per_second": "images/s",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "eval_loss": "loss",
+}
 
 
 class Log:
@@ -89,7 +96,7 @@ class Log:
         self.close()
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the training metrics of a step: loss, learning_rate, tokens_per_second, grad_norm and any others."""
+        """Log the training metrics of a step: loss, learning_rate, one of `SPEEDS`, grad_norm and any others."""
         if not self._enabled:
             return
         now, memory = time.perf_counter(), peak_memory()
@@ -97,7 +104,7 @@ class Log:
         self._write(step, "train", {**numbers, "peak_memory_bytes": memory})
         done = step - self._first[0]
         left = (self._total - step) * (now - self._first[1]) / done if done else None
-        shown = [*_shown(numbers, ("loss", "learning_rate", "tokens_per_second")), format_bytes(memory)]
+        shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]
         if self._bar:
             self._bar.update(step, "  ".join(shown), left)
         elif self._printing:
@@ -277,7 +284,7 @@ def _shown(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 def _short(name: str, value: float) -> str:
     label = _SHORT.get(name, name.removeprefix("eval_").replace("_", " "))
-    if name == "tokens_per_second":
+    if name in SPEEDS:
         return f"{value:,.0f} {label}"
     if name in ("token_accuracy", "exact_match"):
         return f"{label} {value:.1%}"

@@ -28,7 +28,7 @@ from flax import nnx
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
-from peftjax.metrics import METRICS, format_bytes, read_metrics, write_atomically
+from peftjax.metrics import METRICS, SPEEDS, format_bytes, read_metrics, write_atomically
 
 DATA, PAGE = "report.json", "report.html"
 # Shares and correlations that an evaluation may have, those that say most first.
@@ -173,7 +173,7 @@ def write_report(workdir: Path) -> Path:
         changed=[(key, config[key], default.get(key)) for key in config if default and config[key] != default.get(key)],
         step=train[-1]["step"] if train else 0,
         cards=_cards(train, evaluations, data),
-        charts=_charts(train, evaluations),
+        charts=_charts(train, evaluations, config.get("task.kind", "causal_lm")),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),
         samples=[(sample, before.get(key), after.get(key)) for key, sample in (before | after).items()],
     )
@@ -190,7 +190,7 @@ def _cards(train: Lines, evaluations: Lines, data: ReportData) -> list[tuple[str
         notes = [f"{100 * (last[score] - first[score]):+.1f} points"] if score in first else []
         notes += [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
         before = _percent(first[score]) if score in first else ""
-        cards.append((score.replace("_", " ").capitalize(), _percent(last[score]), " · ".join(notes), before))
+        cards.append((_title(score), _percent(last[score]), " · ".join(notes), before))
     if "eval_loss" in last:
         both = " → ".join(_number(line["perplexity"]) for line in (first, last) if "perplexity" in line)
         before = _number(first["eval_loss"]) if "eval_loss" in first else ""
@@ -207,8 +207,9 @@ def _cards(train: Lines, evaluations: Lines, data: ReportData) -> list[tuple[str
     if train:
         time = format_duration(max(line["seconds"] for line in [*train, *evaluations]))
         cards.append(("Wall time", time, f"{train[-1]['step']:,} steps, evaluation included", ""))
-    if speeds := [line["tokens_per_second"] for line in train if "tokens_per_second" in line]:
-        cards.append(("Tokens per second", f"{statistics.median(speeds):,.0f}", "median over the run", ""))
+    for name in SPEEDS:
+        if speeds := [line[name] for line in train if name in line]:
+            cards.append((_title(name), f"{statistics.median(speeds):,.0f}", "median over the run", ""))
     return cards
 
 
@@ -232,6 +233,11 @@ def _number(value: float) -> str:
 def _scores(evaluations: Lines) -> list[str]:
     """The scores that the evaluations have, those that say most first; two fit into a chart."""
     return [name for name in SCORES if any(name in line for line in evaluations[-1:])][:2]
+
+
+def _title(name: str) -> str:
+    """Of a field of metrics.jsonl: Tokens per second."""
+    return name.replace("_", " ").capitalize()
 
 
 def _percent(share: float) -> str:
@@ -291,8 +297,8 @@ class _Chart(NamedTuple):
     narrow: str
 
 
-def _charts(train: Lines, evaluations: Lines) -> list[_Chart]:
-    """The charts there are data for, the loss first."""
+def _charts(train: Lines, evaluations: Lines, task: str) -> list[_Chart]:
+    """The charts there are data for, the loss first. task: its kind."""
     last_step = max((line["step"] for line in [*train, *evaluations]), default=0)
     loss = _curves("training", train, "loss", smooth=True) + _curves("held out", evaluations, "eval_loss", "second")
     accuracy = [
@@ -301,16 +307,19 @@ def _charts(train: Lines, evaluations: Lines) -> list[_Chart]:
         for curve in _curves(name.replace("_", " "), evaluations, name, color)
     ]
     lowest = min((value for curve in accuracy for value in curve.values), default=0)
-    unit = "" if any("eval_labels" in line for line in evaluations) else "nats per token"
+    unit = "nats per token" if task in ("causal_lm", "seq2seq") else "mean of the examples"
     answers = "Answers" if len(accuracy) > 1 else " ".join(curve.name.capitalize() for curve in accuracy)
     rate = _curves("learning rate", train, "learning_rate")
-    norm, speed = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", "tokens_per_second"))
+    norm, *speeds = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", *SPEEDS))
     charts = [
         _chart("Loss", loss, last_step, unit, log=True, bounds=(None, None), wide=bool(accuracy)),
         _chart(answers, accuracy, last_step, "held out", bounds=(min(lowest, 0), 1), text=_percent),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
-        _chart("Tokens per second", speed, last_step, text="{:,.0f}".format),
+    ]
+    charts += [
+        _chart(_title(name), speed, last_step, text="{:,.0f}".format)
+        for name, speed in zip(SPEEDS, speeds, strict=True)
     ]
     return [chart for chart in charts if chart]
 

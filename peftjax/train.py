@@ -173,7 +173,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
 
 
 def first_batches(config: Any, rows: Rows, method: methods.Method, mesh: Mesh) -> Any:
-    """The batches [B, T] that the method begins with, the first of the training; None where it needs none."""
+    """The batches [B, ...] that the method begins with, the first of the training; None where it needs none."""
     if not method.data:
         return None
     batches = train_batches(config, rows, process_index=jax.process_index(), process_count=jax.process_count())
@@ -186,7 +186,7 @@ class Window:
 
     def __init__(self, step: int) -> None:
         self.steps: list[tuple[int, dict[str, jax.Array], Any]] = []
-        self.tokens, self.opened = 0, time.perf_counter()
+        self.tokens, self.opened = 0, time.perf_counter()  # or images
 
     def add(self, step: int, measured: dict[str, jax.Array], batch: Any) -> None:
         """Remember a step that was started."""
@@ -207,8 +207,9 @@ class Window:
                     "No checkpoint was written since; lower optim.learning_rate, look at these records, or set optim.clip_norm"
                 )
         speed = self.tokens / (time.perf_counter() - self.opened)
+        unit = "images" if "pixels" in batch.arrays else "tokens"
         self.steps, self.tokens, self.opened = [], 0, time.perf_counter()
-        return numbers | {"tokens_per_second": speed}
+        return numbers | {f"{unit}_per_second": speed}
 
 
 def require_same_config(config: Any, workdir: Path, checkpoints: Checkpoints) -> None:
@@ -278,7 +279,7 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
 
 
 def shard(run: Run, batch: Any) -> dict[str, jax.Array]:
-    """A batch on the mesh, [A, B / A, T]."""
+    """A batch on the mesh, [A, B / A, ...]."""
     return sharding.shard_batch(batch.arrays, run.mesh, run.config.train.accumulate)
 
 

@@ -198,7 +198,9 @@ def open_image(value: Any) -> "Image":
             "images:FOLDER"
         )
     if image.mode[0] in "IF":
-        raise ValueError(f"it has {'floats' if image.mode == 'F' else 'more than 8 bits a channel'}; store it with 8 bits")
+        raise ValueError(
+            f"it has {'floats' if image.mode == 'F' else 'more than 8 bits a channel'}; store it with 8 bits"
+        )
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; from a palette Pillow warns otherwise
@@ -225,7 +227,9 @@ class ImageRows(Rows):
         try:
             image = open_image(value)
         except Exception as error:  # of damaged bytes Pillow may raise anything
-            raise ValueError(f"{name}: the image in the field {self._data.image_field!r} cannot be read: {error}") from error
+            raise ValueError(
+                f"{name}: the image in the field {self._data.image_field!r} cannot be read: {error}"
+            ) from error
         pixels = self._prepare(image)
         if pixels.shape[:2] != self._sides:
             raise ValueError(
@@ -244,7 +248,9 @@ def _model_sides(directory: Path) -> tuple[int, int]:
     """Height and width of the images that the model reads."""
     config = read_json(directory / "config.json")
     if (channels := config.get("num_channels", CHANNELS)) != CHANNELS:
-        raise ValueError(f"{directory}: the model reads {channels} channels (num_channels), and images have red, green, blue")
+        raise ValueError(
+            f"{directory}: the model reads {channels} channels (num_channels), and images have red, green, blue"
+        )
     size = config.get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

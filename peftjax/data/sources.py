@@ -181,7 +181,9 @@ class ImageFolder:
             (self._paths if found else other).append(path)
         empty = set(classes) - {path.partition("/")[0] for path in self._paths}
         if not classes or empty:
-            where = f"the folder {min(empty)!r} in it holds no image" if empty else "it has no folders, one for each class"
+            where = (
+                f"the folder {min(empty)!r} in it holds no image" if empty else "it has no folders, one for each class"
+            )
             raise ValueError(
                 f"the source {spec!r}: {where}. Images are looked for in FOLDER/CLASS/NAME with the endings "
                 f"{', '.join(IMAGE_ENDINGS)}"
@@ -203,7 +205,9 @@ class ImageFolder:
 
 def class_folders(specs: Iterable[str]) -> tuple[str, ...]:
     """The names of the classes that folders of images have, sorted; of other sources nothing is known."""
-    roots = [pathlib.Path(split_weight(spec)[0].removeprefix("images:")) for spec in specs if spec.startswith("images:")]
+    roots = [
+        pathlib.Path(split_weight(spec)[0].removeprefix("images:")) for spec in specs if spec.startswith("images:")
+    ]
     folders = (entry for root in roots if root.expanduser().is_dir() for entry in root.expanduser().iterdir())
     return tuple(sorted({entry.name for entry in folders if entry.is_dir() and not entry.name.startswith(".")}))
 
@@ -288,7 +292,9 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
         elif path.name.endswith(".parquet"):
             source = Parquet(path, label)
         else:
-            raise ValueError("its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT, images:FOLDER)")
+            raise ValueError(
+                "its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT, images:FOLDER)"
+            )
     except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are among these
         raise ValueError(f"cannot read the source {str(path)!r}: {error}") from error
     if not len(source):

@@ -111,6 +111,10 @@ def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory
         return jax.grad(total)(memory)
 
     for batch in batches:
+        if isinstance(batch, Mapping) and "pixels" in batch:
+            raise ValueError(
+                "method.init='eva' looks at the inputs of tokens, and these batches are of images: choose another init"
+            )
         if not isinstance(batch, Mapping) or "tokens" not in batch:
             raise ValueError(
                 f'attach: each of batches must be {{"tokens": [B, T], ...}}, one is {type(batch).__name__}'
