@@ -317,10 +317,8 @@ def _charts(train: Lines, evaluations: Lines, task: str) -> list[_Chart]:
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
     ]
-    charts += [
-        _chart(_title(name), speed, last_step, text="{:,.0f}".format)
-        for name, speed in zip(SPEEDS, speeds, strict=True)
-    ]
+    for name, speed in zip(SPEEDS, speeds, strict=True):
+        charts.append(_chart(_title(name), speed, last_step, text="{:,.0f}".format))
     return [chart for chart in charts if chart]
 
 

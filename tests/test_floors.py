@@ -25,7 +25,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 HEAVY = [
     "tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow", "sklearn",
-    "sacrebleu",
+    "sacrebleu", "PIL",
 ]  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(world: Path) -> Callable[..., Any]:
     def make(method: str = "lora", **options: Any) -> Any:
         made = configs.defaults()
-        made.model.path, made.task.kind, made.task.labels = str(world / "model"), "image_classification", ("blue", "red")
+        made.model.path, made.task.kind = str(world / "model"), "image_classification"
+        made.task.labels = tuple(COLORS)
         made.method = methods.make_config(method, **options)
         made.data.train, made.data.eval = (f"images:{world}/train",), (f"images:{world}/eval",)
         made.optim.learning_rate = 2e-2
@@ -117,6 +118,6 @@ def test_what_needs_words_is_refused(make_config: Callable[..., Any], tmp_path: 
     made = make_config()
     with made.unlocked():
         made.eval.samples = 2
-    with pytest.raises(ValueError, match="task.kind='image_classification' gives no answers in words; set it to 0"):
+    with pytest.raises(ValueError, match=r"task\.kind='image_classification' gives no answers in words; set it to 0"):
         train.train(made, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -55,15 +55,14 @@ class Preparation:
     """How an image becomes pixels: (image * rescale - mean) / std, of the image resized and cropped. None: not done.
 
     resize: height and width, or the length of the shortest side; resample: PIL's number of the filter; crop: height and
-    width around the middle, black where the image is smaller.
+    width around the middle, black where the image is smaller; normalize: mean and std, each [C].
     """
 
     resize: tuple[int, int] | int | None
     resample: int
     crop: tuple[int, int] | None
     rescale: float | None
-    mean: np.ndarray | None  # [C], with std
-    std: np.ndarray | None
+    normalize: tuple[np.ndarray, np.ndarray] | None
 
     @property
     def sides(self) -> tuple[int, int] | None:
@@ -83,7 +82,10 @@ class Preparation:
         if self.rescale is not None:
             pixels = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
         pixels = pixels.astype(np.float32)
-        return pixels if self.mean is None else (pixels - self.mean[None, None]) / self.std[None, None]
+        if self.normalize is not None:
+            mean, std = self.normalize
+            pixels = (pixels - mean[None, None]) / std[None, None]
+        return pixels
 
 
 def _shortest(image: "Image", side: int) -> tuple[int, int]:
@@ -107,8 +109,8 @@ def load_preparation(directory: Path) -> Preparation:
     kind = said.get("image_processor_type") or said.get("feature_extractor_type") or "ViTImageProcessor"
     match = re.fullmatch(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind))
     if not match or match[1] not in DEFAULTS:
-        known = ", ".join(f"{name}ImageProcessor" for name in DEFAULTS)
-        raise ValueError(f"{directory / FILE}: image_processor_type={kind!r} is not supported, only {known}")
+        supported = ", ".join(f"{name}ImageProcessor" for name in DEFAULTS)
+        raise ValueError(f"{directory / FILE}: image_processor_type={kind!r} is not supported, only {supported}")
     fields = DEFAULTS[match[1]] | {name: value for name, value in said.items() if value is not None}
     known = {*_ALL, "size", "resample", "crop_size"}
     for name, value in fields.items():  # one that is false says what is not done
@@ -137,14 +139,13 @@ def _preparation(fields: Mapping[str, Any], file: str) -> Preparation:
             resize = side
         case _:
             resize = _sides(size, "size", file)
-    normalize = fields["do_normalize"]
+    mean, std = (_channels(fields[name], name, file) for name in ("image_mean", "image_std"))
     return Preparation(
         resize=resize if fields["do_resize"] else None,
         resample=fields["resample"],
         crop=_sides(crop, "crop_size", file) if fields["do_center_crop"] else None,
         rescale=fields["rescale_factor"] if fields["do_rescale"] else None,
-        mean=_channels(fields["image_mean"], "image_mean", file) if normalize else None,
-        std=_channels(fields["image_std"], "image_std", file) if normalize else None,
+        normalize=(mean, std) if fields["do_normalize"] else None,
     )
 
 
@@ -195,12 +196,10 @@ def open_image(value: Any) -> "Image":
         what = f"the str {value[:80]!r}" if isinstance(value, str) else f"a {type(value).__name__}"
         raise ValueError(
             f"it is {what}, and must be the bytes of an image file or a uint8 array; files in folders are read by "
-            "images:FOLDER"
+            "images:DIR"
         )
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"it has {'floats' if image.mode == 'F' else 'more than 8 bits a channel'}; store it with 8 bits"
-        )
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        raise ValueError("it has more than 8 bits a channel, of which Pillow would cut off some; store it with 8 bits")
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; from a palette Pillow warns otherwise
@@ -227,9 +226,8 @@ class ImageRows(Rows):
         try:
             image = open_image(value)
         except Exception as error:  # of damaged bytes Pillow may raise anything
-            raise ValueError(
-                f"{name}: the image in the field {self._data.image_field!r} cannot be read: {error}"
-            ) from error
+            where = f"{name}: the image in the field {self._data.image_field!r}"
+            raise ValueError(f"{where} cannot be read: {error}") from error
         pixels = self._prepare(image)
         if pixels.shape[:2] != self._sides:
             raise ValueError(
@@ -248,9 +246,7 @@ def _model_sides(directory: Path) -> tuple[int, int]:
     """Height and width of the images that the model reads."""
     config = read_json(directory / "config.json")
     if (channels := config.get("num_channels", CHANNELS)) != CHANNELS:
-        raise ValueError(
-            f"{directory}: the model reads {channels} channels (num_channels), and images have red, green, blue"
-        )
+        raise ValueError(f"{directory}: the model reads {channels} channels (num_channels); images are read as RGB")
     size = config.get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

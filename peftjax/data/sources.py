@@ -6,7 +6,7 @@ A source is named by a string:
     PATH.jsonl                  one JSON object a line; read from disk when asked for, found by byte offset
     PATH.jsonl.gz               the same, compressed; held decompressed in memory, because gzip has no random access
     PATH.parquet                held in memory as Arrow columns
-    images:FOLDER               the images below FOLDER/CLASS, read from disk when asked for
+    images:DIR                  the images below DIR/CLASS, read from disk when asked for
 
 A path of JSON Lines or Parquet may be a glob pattern: its files, sorted, make one source. "@0.5" after a source is a weight
 in a mixture.
@@ -165,7 +165,7 @@ class Parquet:
 
 
 class ImageFolder:
-    """The images below FOLDER/CLASS, however deep, as {"image": the file's bytes, "label": CLASS}, sorted by path.
+    """The images below DIR/CLASS, however deep, as {"image": the file's bytes, "label": CLASS}, sorted by path.
 
     Files that are no images by their endings are told of; hidden ones are nothing.
     """
@@ -174,23 +174,21 @@ class ImageFolder:
         self._root = pathlib.Path(spec.removeprefix("images:")).expanduser()
         if not self._root.is_dir():
             raise _nothing_there(spec, self._root, "no folder")
-        self._paths, other = list[str](), list[str]()
-        classes = class_folders([spec])
+        self._paths, others = list[str](), list[str]()
         for path in sorted(_walk(self._root)):
-            found = "/" in path and path.lower().endswith(IMAGE_ENDINGS)
-            (self._paths if found else other).append(path)
+            image = "/" in path and path.lower().endswith(IMAGE_ENDINGS)
+            (self._paths if image else others).append(path)
+        classes = class_folders([spec])
         empty = set(classes) - {path.partition("/")[0] for path in self._paths}
-        if not classes or empty:
-            where = (
-                f"the folder {min(empty)!r} in it holds no image" if empty else "it has no folders, one for each class"
-            )
+        if empty or not classes:
+            why = f"the folder {min(empty)!r} in it holds no image" if empty else "it has no folder for each class"
             raise ValueError(
-                f"the source {spec!r}: {where}. Images are looked for in FOLDER/CLASS/NAME with the endings "
+                f"the source {spec!r}: {why}. Images are looked for in DIR/CLASS, by their endings: "
                 f"{', '.join(IMAGE_ENDINGS)}"
             )
-        if other:
-            some = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
-            warnings.warn(f"{spec}: {len(other):,} files are no images in a folder of a class: {some}", stacklevel=2)
+        if others:
+            some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+            warnings.warn(f"{spec}: files that are no images of a class are left out: {some}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -205,10 +203,9 @@ class ImageFolder:
 
 def class_folders(specs: Iterable[str]) -> tuple[str, ...]:
     """The names of the classes that folders of images have, sorted; of other sources nothing is known."""
-    roots = [
-        pathlib.Path(split_weight(spec)[0].removeprefix("images:")) for spec in specs if spec.startswith("images:")
-    ]
-    folders = (entry for root in roots if root.expanduser().is_dir() for entry in root.expanduser().iterdir())
+    names = [split_weight(spec)[0].removeprefix("images:") for spec in specs if spec.startswith("images:")]
+    roots = [root for name in names if (root := pathlib.Path(name).expanduser()).is_dir()]
+    folders = (entry for root in roots for entry in root.iterdir())
     return tuple(sorted({entry.name for entry in folders if entry.is_dir() and not entry.name.startswith(".")}))
 
 
@@ -293,7 +290,7 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
             source = Parquet(path, label)
         else:
             raise ValueError(
-                "its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT, images:FOLDER)"
+                "its name must end in .jsonl, .jsonl.gz or .parquet (or write tfds:NAME/SPLIT or images:DIR)"
             )
     except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are among these
         raise ValueError(f"cannot read the source {str(path)!r}: {error}") from error

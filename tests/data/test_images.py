@@ -1,0 +1,250 @@
+"""Images without transformers: where they come from, what is refused, and what a batch of them is. That their pixels are
+those of transformers is in tests/interop/test_images.py."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from peftjax.core import config as configs
+from peftjax.data.batches import eval_batches, train_batches
+from peftjax.data.images import ImageRows, load_preparation
+from peftjax.data.rows import load_rows
+from peftjax.data.sources import open_source
+
+RED, BLUE = (200, 0, 0), (0, 0, 200)
+
+
+def encoded(color: Any = RED, size: tuple[int, int] = (6, 4), mode: str = "RGB", form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, form)
+    return file.getvalue()
+
+
+def write(path: Path, content: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model's directory; `fields` are of preprocessor_config.json."""
+
+    def make(model: dict[str, Any] | None = None, **fields: Any) -> Path:
+        (tmp_path / "model").mkdir(exist_ok=True)
+        sizes = {"model_type": "vit", "image_size": 4} | (model or {})
+        (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+        (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({"size": 4} | fields))
+        return tmp_path / "model"
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ConfigDict:
+    made = configs.defaults()
+    made.task.kind, made.task.labels, made.train.batch_size = "image_classification", ("red", "blue"), 2
+    made.data.train = made.data.eval = (f"images:{tmp_path}/colors",)
+    return configs.validate(made)
+
+
+@pytest.fixture
+def colors(tmp_path: Path) -> Path:
+    """A folder of three images of two classes."""
+    write(tmp_path / "colors" / "red" / "2.png", encoded(RED))
+    write(tmp_path / "colors" / "red" / "10" / "1.JPG", encoded(RED, (4, 9), form="JPEG"))
+    write(tmp_path / "colors" / "blue" / "1.webp", encoded(BLUE, form="WEBP"))
+    return tmp_path / "colors"
+
+
+def test_a_folder_of_classes_is_a_source_sorted_by_path(colors: Path) -> None:
+    write(colors / "red" / ".DS_Store")
+    write(colors / ".cache" / "1.png")
+    source = open_source(f"images:{colors}")
+    assert [source.name(i) for i in range(len(source))] == ["blue/1.webp", "red/10/1.JPG", "red/2.png"]
+    assert source[2] == {"image": (colors / "red" / "2.png").read_bytes(), "label": "red"}
+    write(colors / "red" / "notes.txt")
+    write(colors / "1.png")
+    with pytest.warns(UserWarning, match=r"files that are no images of a class are left out: 1\.png, red/notes\.txt"):
+        assert len(open_source(f"images:{colors}")) == 3
+
+
+def test_a_folder_without_classes_or_images_is_an_error_that_says_what_is_needed(colors: Path) -> None:
+    with pytest.raises(ValueError, match=r"names no folder\. Did you mean 'colors'\?"):
+        open_source(f"images:{colors.with_name('color')}")
+    with pytest.raises(ValueError, match=r"colors' is a directory: .* images:.*colors"):
+        open_source(str(colors))
+    with pytest.raises(ValueError, match=r"it has no folder for each class. .* DIR/CLASS, by their endings: .*\.webp"):
+        open_source(f"images:{colors / 'blue'}")
+    (colors / "green").mkdir()
+    with pytest.raises(ValueError, match=r"the folder 'green' in it holds no image"):
+        open_source(f"images:{colors}")
+
+
+def test_batches_hold_pixels_and_classes_and_the_last_one_is_filled_up(
+    colors: Path, directory: Callable[..., Path], config: ConfigDict
+) -> None:
+    rows = load_rows(config, directory())
+    assert (type(rows), rows.tokenizer, rows.labels) == (ImageRows, None, ("red", "blue"))
+    held_out = eval_batches(config, rows)
+    first, last = held_out
+    assert first.arrays["pixels"].shape == (2, 4, 4, 3)
+    assert [array.dtype for array in first.arrays.values()] == [np.float32, np.int32, np.float32]
+    assert np.concatenate([first.arrays["labels"], last.arrays["labels"]]).tolist() == [1, 0, 0, 0]
+    assert last.arrays["loss_weights"].tolist() == [1, 0]
+    np.testing.assert_allclose(last.arrays["pixels"][0, 2, 1], [2 * 200 / 255 - 1, -1, -1], rtol=1e-6)  # mean, std: 0.5
+    assert held_out.summary_text() == "eval: 3 images read"
+    assert next(train_batches(config, rows)).real_tokens == 2
+
+
+def test_an_image_is_bytes_of_a_file_datasets_bytes_or_an_array(
+    directory: Callable[..., Path], config: ConfigDict, colors: Path
+) -> None:
+    rows = load_rows(config, directory())
+    whole = np.broadcast_to(np.uint8(RED), (4, 6, 3))
+    pixels = [
+        rows.document({"image": image, "label": 0}, "a").arrays["pixels"]
+        for image in (encoded(), {"bytes": encoded(), "path": "a.png"}, whole, np.ascontiguousarray(whole))
+    ]
+    assert all(np.array_equal(pixels[0], other) for other in pixels)
+    grey = [np.full((4, 6), 200, np.uint8), np.full((4, 6, 1), 200, np.uint8), encoded(200, mode="L")]
+    pixels = [rows.document({"image": image, "label": 0}, "a").arrays["pixels"] for image in grey]
+    assert all(np.array_equal(np.full((4, 4, 3), pixels[0][0, 0, 0]), other) for other in pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"", r"its 0 bytes are of no format that Pillow reads"),
+        (b"<html>", r"its 6 bytes are of no format that Pillow reads"),
+        (encoded(size=(60, 60), form="JPEG")[:-20], "truncated"),
+        (encoded(7, mode="I;16"), r"it has more than 8 bits a channel, .*; store it with 8 bits"),
+        ("cats/1.png", r"it is the str 'cats/1\.png', and must be the bytes .* images:DIR"),
+        ({"bytes": None, "path": "cats/1.png"}, r"it is a NoneType"),
+        (np.zeros((4, 4, 3), np.float32), r"it is a ndarray, and must be the bytes of an image file or a uint8 array"),
+        (np.zeros((3, 8, 8), np.uint8), r"Cannot handle this data type"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_an_error_with_its_record(
+    image: Any, message: str, directory: Callable[..., Path], config: ConfigDict
+) -> None:
+    with pytest.raises(ValueError, match=rf"^cats:7: the image in the field 'image' cannot be read: .*{message}"):
+        load_rows(config, directory()).document({"image": image, "label": 0}, "cats:7")
+
+
+def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[..., Path], config: ConfigDict) -> None:
+    write(colors / "red" / "3.png", encoded()[:40])
+    rows = load_rows(config, directory())
+    with pytest.raises(ValueError, match=r"^red/3\.png: the image .* cannot be read"):
+        list(eval_batches(config, rows))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, r"only ViTImageProcessor, DeiTImageProcessor"),
+        ({"do_resise": True}, r"do_resise=True is not supported.* Did you mean 'do_resize'"),
+        ({"do_pad": True}, r"do_pad=True is not supported"),
+        ({"do_resize": 1}, r"do_resize=1 is neither true nor false"),
+        ({"resample": 6}, r"resample=6 is none of PIL's filters, 0 to 5"),
+        ({"size": {"longest_edge": 4}}, r"size=\{'longest_edge': 4\} is not supported: say a number, \{'height'"),
+        ({"do_center_crop": True}, r"crop_size=None is not supported"),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean=\[0\.5, 0\.5\] is neither a number nor 3 of them"),
+        ({"rescale_factor": "1/255"}, r"rescale_factor='1/255' is no number"),
+        ({"size": 8}, r"images become 8 x 8 pixels, and the model reads 4 x 4 \(image_size"),
+        ({"model": {"num_channels": 1}}, r"the model reads 1 channels \(num_channels\)"),
+    ],
+)
+def test_a_preparation_that_cannot_be_honoured_is_refused_by_name(
+    fields: dict[str, Any], message: str, directory: Callable[..., Path], config: ConfigDict
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rows(config, directory(**fields))
+
+
+def test_fields_that_say_what_is_not_done_or_change_no_pixel_are_let_be(directory: Callable[..., Path]) -> None:
+    plain = load_preparation(directory())
+    said = load_preparation(
+        directory(
+            image_processor_type="ViTImageProcessorFast", data_format="channels_first", do_pad=False, crop_size=None
+        )
+    )
+    for made in (plain, said):
+        assert (made.resize, made.resample, made.crop, made.rescale) == ((4, 4), 2, None, 1 / 255)
+
+
+def test_a_directory_without_a_preparation_and_images_that_keep_their_sizes_are_refused(
+    directory: Callable[..., Path], config: ConfigDict, tmp_path: Path
+) -> None:
+    rows = load_rows(config, directory(do_resize=False))
+    assert rows.document({"image": encoded(size=(4, 4)), "label": 1}, "a").arrays["pixels"].shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r"^a: the image has 4 x 6 pixels after its preparation, .* reads 4 x 4"):
+        rows.document({"image": encoded(), "label": 1}, "a")
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"model has no preprocessor_config\.json, .*docs/images\.md"):
+        load_rows(config, tmp_path / "model")
+
+
+def test_a_new_head_needs_names_and_those_of_the_folders_are_offered(
+    colors: Path, directory: Callable[..., Path], config: ConfigDict
+) -> None:
+    with config.unlocked():
+        config.task.labels = ()
+    with pytest.raises(ValueError, match=r"such as config\.task\.labels = \('blue', 'red'\)"):
+        load_rows(config, directory())
+    head = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "blue", "1": "crimson"}}
+    rows = load_rows(config, directory(head))
+    assert rows.labels == ("blue", "crimson")
+    with pytest.raises(ValueError, match=r"^red/10/1\.JPG: the field 'label' has the class 'red', which is none of"):
+        list(eval_batches(config, rows))
+
+
+@pytest.fixture(scope="session")  # a builder is registered once in a process; a worker may come back to this module
+def painted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data_dir, and a builder is registered of images with classes."""
+    import tensorflow_datasets as tfds
+
+    class Painted(tfds.core.GeneratorBasedBuilder):
+        """Made up."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no checksum file beside the code
+
+        def _info(self) -> Any:
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "small": tfds.features.Tensor(shape=(2, 3, 3), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(names=["red", "blue"]),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[Any]:
+            for i in range(4):
+                image = encoded((RED, BLUE)[i % 2], (6 + i, 4))
+                yield i, {"image": io.BytesIO(image), "small": np.full((2, 3, 3), i, np.uint8), "label": i % 2}
+
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def test_tfds_gives_the_bytes_of_images_and_uint8_arrays_as_they_are(
+    painted: str, directory: Callable[..., Path], config: ConfigDict
+) -> None:
+    source = open_source("tfds:painted/train", tfds_data_dir=painted)
+    record = next(source[i] for i in range(4) if source[i]["small"][0, 0, 0] == 3)
+    assert record["image"] == encoded(BLUE, (9, 4))
+    assert (record["label"], record["small"].dtype, record["small"].shape) == (1, np.uint8, (2, 3, 3))
+    rows = load_rows(config, directory())
+    for field in ("image", "small"):
+        with config.unlocked():
+            config.data.image_field = field
+        assert rows.document(record, "a").arrays["pixels"].shape == (4, 4, 3)
