@@ -65,7 +65,7 @@ FIELDS: dict[str, Field] = {
     "task.multi_label": Field(False, "a text may have several classes at once, or none; for classification"),
     "method.name": Field("lora", "of the PEFT method; the section's other fields are that method's own"),
     "data.train": Field(
-        (), "sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz or FILE.parquet, each with @WEIGHT or not"
+        (), "sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz, FILE.parquet or images:DIR, each with @WEIGHT or not"
     ),
     "data.eval": Field((), "held-out sources, written the same way"),
     "data.tfds_data_dir": Field("", "where TFDS keeps its data; empty: its own default"),
