@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import losses, scores, sharding, tasks
-from peftjax.core import cli, variables
+from peftjax.core import cli, distributed, variables
 from peftjax.core import config as configs
 from peftjax.generate import generate
 from peftjax.losses import Totals
@@ -129,9 +129,11 @@ def main(argv: list[str]) -> None:
     from peftjax.io.hf_adapter import load_adapter
     from peftjax.io.hf_model import resolve
 
-    options = cli.parse(argv, "evaluate", "Evaluate what a training run left in its workdir.")
+    summary = "Evaluate what a training run left in its workdir."
+    options = cli.parse(argv, "evaluate", summary, options=distributed.add_options)
     config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
     tasks.check(config)
+    distributed.start(options)
     workdir = Path(options.workdir)
     result = workdir / ("model" if config.method.name == "full" else "adapter")
     if not result.is_dir():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.core import cli
+from peftjax.core import cli, distributed
 from peftjax.methods import active_view
 from peftjax.quant import FORMATS
 
@@ -96,9 +96,9 @@ def generate(
     graph, state = nnx.split(view)
     ends = np.zeros(model.config.vocab, bool)
     ends[list(stop)] = True
-    out, lengths = jax.device_get(
-        _decode(graph, state, tokens, mask, jax.random.key(seed), ends, sampling=sampling, max_new=max_new_tokens)
-    )
+    key = jax.random.key(seed)
+    decoded = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
+    out, lengths = map(distributed.whole, decoded)
     return [row[:length].tolist() for row, length in zip(out, lengths, strict=True)]
 
 

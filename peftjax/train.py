@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import methods, metrics, optim, report, sharding, tasks
-from peftjax.core import cli, variables
+from peftjax.core import cli, distributed, variables
 from peftjax.core import config as configs
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import eval_batches, eval_examples, train_batches
@@ -88,7 +88,7 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
-    with jax.set_mesh(mesh), checkpoints:
+    with jax.set_mesh(mesh), checkpoints, distributed.Preemption() as preemption:
         require_same_config(config, workdir, checkpoints)  # before a model is loaded for nothing
         run, state = setup(config, workdir, mesh)
         state = resume(run, state, checkpoints)
@@ -102,7 +102,8 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
                 state, measured = run.train_step(state, run.frozen, shard(run, batch))
                 window.add(step, measured, batch)
                 evaluating = step == steps or due(step, config.train.eval_every)
-                saving = evaluating or due(step, config.checkpoint.every)
+                stopping = preemption.reached(step)
+                saving = evaluating or stopping or due(step, config.checkpoint.every)
                 if saving or due(step, config.train.log_every):
                     numbers = window.close()
                     if step == steps or due(step, config.train.log_every):
@@ -115,6 +116,11 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
                     if config.checkpoint.adapter and step < steps:
                         write_result(run, state)
                     window = Window(step)
+                if stopping and step < steps:
+                    checkpoints.wait()
+                    raise distributed.Preempted(
+                        f"stopped by SIGTERM after step {step} of {steps}, which is saved; the same command goes on"
+                    )
             checkpoints.wait()
             finish(run, state, log)
     return scores
@@ -338,8 +344,10 @@ def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
 
 
 def main(argv: list[str]) -> None:
-    options = cli.parse(argv, "train", "Tune a model by the config's method; goes on where it was if run again.")
+    summary = "Tune a model by the config's method; goes on where it was if run again."
+    options = cli.parse(argv, "train", summary, options=distributed.add_options)
     config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
+    distributed.start(options)
     train(config, Path(options.workdir))
 
 

@@ -3,19 +3,20 @@
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from peftjax.core import config
+from peftjax.core import config, distributed
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Ends the process with what `main(arguments)` returns, None counting as 0.
 
     A ValueError or an OSError is the user's to mend: its message goes to stderr and the exit code is 2. With
-    PEFTJAX_TRACEBACK=1 in the environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130.
-    A warning is a line on stderr.
+    PEFTJAX_TRACEBACK=1 in the environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a
+    preempted run with 75. A warning is a line on stderr.
     """
     try:
         with warnings.catch_warnings():
@@ -24,11 +25,21 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("PEFTJAX_TRACEBACK") == "1":
+    except distributed.Preempted as stop:
+        print(stop, file=sys.stderr)
+        code = distributed.PREEMPTED
+    except Exception as error:
+        mistake = isinstance(error, ValueError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
+        if not mistake and not distributed.many():
             raise
+        if not mistake:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if mistake else 1
+    if code not in (None, 0, distributed.PREEMPTED) and distributed.many():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once: an orderly exit waits for the other processes, and they for this one
     sys.exit(code)
 
 

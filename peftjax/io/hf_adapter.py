@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from peftjax.core import variables
+from peftjax.core import distributed, variables
 from peftjax.core.fingerprint import marks
 from peftjax.core.paths import suggest
 from peftjax.io import adapter_hub
@@ -75,6 +75,13 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
             config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
         files = {WEIGHTS: _weights(tensors, record), CONFIG: _json(config)}
     path = Path(path)
+    if jax.process_index() == 0:
+        _write(path, files)
+    distributed.meet("save_adapter")  # every process may read it once it returns
+    return path
+
+
+def _write(path: Path, files: dict[str, bytes]) -> None:
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     scratch.mkdir(parents=True)
@@ -88,7 +95,6 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
             scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return path
 
 
 def _hub_files(
@@ -109,7 +115,7 @@ def _hub_files(
 
 
 def _weights(tensors: dict[str, jax.Array], metadata: dict[str, str]) -> bytes:
-    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    arrays = {key: np.ascontiguousarray(distributed.whole(value)) for key, value in tensors.items()}
     return _in_order(save(arrays, metadata={"format": "pt"} | metadata))
 
 
@@ -260,7 +266,9 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
     filled: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
     for tensor in expected:
         variable = getattr(tensor.adapter, tensor.leaf.leaf)
-        _, buffer = filled.setdefault(id(variable), (variable, np.array(variable.get_value())))
+        if id(variable) not in filled:
+            filled[id(variable)] = variable, np.array(distributed.whole(variable.get_value()))
+        _, buffer = filled[id(variable)]
         try:
             tensor.leaf.read(tensors[tensor.key], buffer if tensor.layer is None else buffer[tensor.layer])
         except ValueError as error:

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from peftjax import models, quant, sharding
-from peftjax.core import variables
+from peftjax.core import distributed, variables
 from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.bitsandbytes import Packed, Unpack
@@ -515,8 +514,7 @@ def save_model(
     finally:
         if writing:
             shutil.rmtree(temporary, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_model")  # every process may read it once it returns
+    distributed.meet("save_model")  # every process may read it once it returns
 
 
 def _quantization_config(model: Any) -> dict[str, Any]:
