@@ -1,0 +1,195 @@
+"""launch/slurm.sbatch in a real SLURM: munged, slurmctld and slurmd as Debian's slurm-wlm has them, started here."""
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# One node that jobs of `high` take from those of `low`, after a minute's grace; a requeued job waits for `cred_expire`.
+CONFIG = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=1,bf_interval=1
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
+"""
+
+# Stops at its first start when told to, the second task long after the first; done at its second.
+STAND_IN = """
+import os, pathlib, signal, sys, time
+task = int(os.environ["SLURM_PROCID"])
+saved = pathlib.Path(sys.argv[1]) / f"saved-{task}"
+def stop(*_):
+    time.sleep(task)
+    saved.touch()
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("goes on" if saved.exists() else "begins", flush=True)
+time.sleep(0 if saved.exists() else 100)
+"""
+
+
+class Slurm:
+    """A cluster of this machine alone, with all it writes in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin",  # Debian's place for the daemons
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        }
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        for name in ("state", "spool"):
+            (self.folder / name).mkdir()
+        ports = [free_port(), free_port()]
+        text = CONFIG.format(
+            folder=self.folder, user=getpass.getuser(), host=socket.gethostname().split(".")[0],
+            controller_port=ports[0], node_port=ports[1],
+        )  # fmt: skip
+        (self.folder / "slurm.conf").write_text(text)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        # forced: it dislikes a socket in a folder that only this user can enter
+        self.daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
+        wait_for("munged", (self.folder / "munge.socket").exists)
+        self.daemon("slurmctld", "-D")
+        self.daemon("slurmd", "-D", "-N", "localhost")
+        wait_for("an idle node", lambda: "idle" in self.run("sinfo", "--noheader", check=False))
+
+    def stop(self) -> None:
+        self.run("scancel", "--user", getpass.getuser(), check=False)
+        with contextlib.suppress(TimeoutError):
+            wait_for("the end of all jobs", lambda: not self.run("squeue", "--noheader", check=False))
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+            daemon.wait(timeout=30)
+
+    def daemon(self, *command: str) -> None:
+        with (self.folder / f"{command[0]}.out").open("wb") as output:
+            self.daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, cwd=self.folder)
+            )
+
+    def run(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, text=True, capture_output=True, timeout=60)
+        assert done.returncode == 0 or not check, done.stderr
+        return done.stdout
+
+    def submit(self, *arguments: str) -> str:
+        return self.run("sbatch", "--parsable", f"--output={self.folder}/%j.log", *arguments).strip()
+
+    def log(self, job: str) -> str:
+        path = self.folder / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def states(self, job: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, Restarts, ExitCode, ..."""
+        return dict(field.split("=", 1) for field in self.run("scontrol", "show", "job", job).split() if "=" in field)
+
+    def wait(self, job: str) -> dict[str, str]:
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        wait_for(f"job {job}", lambda: self.states(job)["JobState"] in ends)
+        return self.states(job)
+
+
+def wait_for(what: str, ready: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds} s for {what}")
+        time.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    for daemon in ("munged", "slurmctld", "slurmd", "sbatch"):
+        if shutil.which(daemon, path=cluster.environment["PATH"]) is None:
+            pytest.skip(f"no {daemon} on this machine; Debian: apt-get install slurm-wlm munge")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> list[str]:
+    """The command of a job."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    return ["launch/slurm.sbatch", sys.executable, str(script), str(tmp_path)]
+
+
+def test_a_preempted_job_saves_and_goes_on_when_there_is_room(slurm: Slurm, stand_in: list[str]) -> None:
+    job = slurm.submit("--partition=low", "--ntasks=2", *stand_in)
+    wait_for("the start", lambda: slurm.log(job).count("begins") == 2)
+    assert slurm.wait(slurm.submit("--partition=high", "--ntasks=2", "--wrap=true"))["JobState"] == "COMPLETED"
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    for task in range(2):
+        lines = [line for line in slurm.log(job).splitlines() if line.startswith(f"{task}: ") and "slurm" not in line]
+        assert lines == [f"{task}: begins", f"{task}: saved", f"{task}: goes on"]
+    assert f"job {job}, start 2, on localhost: {sys.executable}" in slurm.log(job)
+
+
+def test_a_cancelled_job_saves_and_stays_away(slurm: Slurm, stand_in: list[str]) -> None:
+    job = slurm.submit("--ntasks=2", *stand_in)
+    wait_for("the start", lambda: slurm.log(job).count("begins") == 2)
+    slurm.run("scancel", job)
+    wait_for("all to be saved", lambda: slurm.log(job).count("saved") == 2)
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_failed_job_is_not_run_again(slurm: Slurm) -> None:
+    job = slurm.submit("--ntasks=2", "launch/slurm.sbatch", "bash", "-c", "exit $((3 * SLURM_PROCID))")
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
+
+
+def test_a_job_without_a_command_says_how(slurm: Slurm) -> None:
+    job = slurm.submit("launch/slurm.sbatch")
+    assert slurm.wait(job)["ExitCode"] == "2:0"
+    assert slurm.log(job) == "usage: sbatch [OPTIONS] launch/slurm.sbatch COMMAND ...\n"
