@@ -79,6 +79,10 @@ def _join_cluster() -> None:
     own_machine = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _one_task_a_node()
     try:
         _initialize(local_device_ids=[] if own_machine else None)
+    except RuntimeError as error:
+        if name or "must be called before" not in str(error):
+            raise
+        return  # called from a program that computes already, and no launcher says that there are others
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
