@@ -110,6 +110,11 @@ def test_a_bottleneck_adapter_is_evaluated_as_it_was_trained(make_config: Callab
     assert written == pytest.approx(scores, rel=1e-5)
 
 
+def test_a_saved_model_takes_along_how_images_are_prepared(world: Path, tmp_path: Path) -> None:
+    peftjax.save_model(peftjax.load_model(world / "model"), tmp_path / "saved", source=world / "model")
+    assert (tmp_path / "saved" / "preprocessor_config.json").read_text() == '{"size": 8}'
+
+
 def test_what_needs_words_is_refused(make_config: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="these batches are of images: choose another init"):
         train.train(make_config(init="eva"), tmp_path / "run")

@@ -101,9 +101,10 @@ def load_preparation(directory: Path) -> Preparation:
       ValueError: there is no preprocessor_config.json, or it has a field or a value that is not honoured here.
     """
     if not (directory / FILE).is_file():
+        kind = read_json(directory / "config.json").get("model_type")
         raise ValueError(
-            f"{directory} has no {FILE}, which says how images are prepared for this model: take it from where the "
-            "checkpoint is from, or for a model of your own write one (docs/images.md)"
+            f"{directory} (model_type {kind!r}) has no {FILE}, which says how images are prepared for a model: take it "
+            "from where the checkpoint is from, or for a model of your own write one (docs/images.md)"
         )
     said = read_json(directory / FILE)
     kind = said.get("image_processor_type") or said.get("feature_extractor_type") or "ViTImageProcessor"

@@ -157,5 +157,7 @@ def _stored(directory: Path, ending: str) -> tuple[str, ...]:
     config = read_json(directory / "config.json")
     if not any(name.endswith(ending) for name in config.get("architectures") or ()):
         return ()
-    named = config.get("id2label") or {}
-    return tuple(str(named[number]) for number in sorted(named, key=int))
+    if named := config.get("id2label"):
+        return tuple(str(named[number]) for number in sorted(named, key=int))
+    count = config.get("num_labels") or config.get("_num_labels") or 2  # transformers writes no two unnamed ones
+    return tuple(f"LABEL_{number}" for number in range(count))

@@ -315,7 +315,7 @@ def _open_tfds(spec: str, data_dir: str) -> Tfds:
         builder = _tfds_builder(name, data_dir, spec)
     known, images = list(builder.info.splits), _image_features(builder)
     try:
-        data = builder.as_data_source(split, decoders=images) if builder.info.splits[split].num_examples else ()
+        data = builder.as_data_source(split, decoders=images or None) if builder.info.splits[split].num_examples else ()
     except NotImplementedError as error:  # prepared as TFRecord
         raise ValueError(
             f"the source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no "

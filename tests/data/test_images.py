@@ -188,7 +188,9 @@ def test_a_directory_without_a_preparation_and_images_that_keep_their_sizes_are_
     with pytest.raises(ValueError, match=r"^a: the image has 4 x 6 pixels after its preparation, .* reads 4 x 4"):
         rows.document({"image": encoded(), "label": 1}, "a")
     (tmp_path / "model" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"model has no preprocessor_config\.json, .*docs/images\.md"):
+    with pytest.raises(
+        ValueError, match=r"model \(model_type 'vit'\) has no preprocessor_config\.json, .*docs/images\.md"
+    ):
         load_rows(config, tmp_path / "model")
 
 

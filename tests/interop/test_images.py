@@ -1,4 +1,4 @@
-"""The preparation of images beside transformers' image processors with backend="pil"."""
+"""The preparation of images beside that of transformers' image processors with backend="pil"."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
+from transformers import DeiTImageProcessorPil, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+import peftjax
+from peftjax.core import config as configs
 from peftjax.data.images import load_preparation, open_image
+from peftjax.data.rows import load_rows
 from tests.interop.peers import THEIRS
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
@@ -98,3 +102,23 @@ def test_any_image_becomes_rgb_as_it_does_in_transformers(mode: str, tmp_path: P
     save(tmp_path / "a", mode)
     theirs = processor(str(tmp_path / "a"))["pixel_values"][0]
     np.testing.assert_array_equal(prepare(open_image((tmp_path / "a").read_bytes())), theirs.transpose(1, 2, 0))
+
+
+def test_a_file_gives_the_logits_that_it_gives_in_transformers(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    peer = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, initializer_range=0.2, **sizes)).eval()
+    processor = ViTImageProcessorPil(size=16)
+    for one in (peer, processor):
+        one.save_pretrained(tmp_path / "model")
+    picture((37, 23)).save(tmp_path / "a.jpg")
+    with torch.no_grad():
+        theirs = peer(**processor(str(tmp_path / "a.jpg"), return_tensors="pt")).logits
+
+    config = configs.defaults()
+    config.task.kind = "image_classification"  # its classes are the checkpoint's own
+    record = {"image": (tmp_path / "a.jpg").read_bytes(), "label": 1}
+    arrays = load_rows(config, tmp_path / "model").document(record, "a.jpg").arrays
+    ours = peftjax.load_model(tmp_path / "model")(arrays["pixels"][None])
+    assert theirs.abs().max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
