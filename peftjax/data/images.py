@@ -220,6 +220,9 @@ class ImageRows(Rows):
             )
         self._labels = Labels(config, directory, example=class_folders(config.data.train))
         self.labels = self._labels.names
+        for spec in (*config.data.train, *config.data.eval):  # now, and not when the first such image comes
+            for label in class_folders([spec]):
+                self._labels.number(label, spec)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         value = field_of(record, self._data.image_field, "image_field", name)

@@ -201,11 +201,11 @@ def test_a_new_head_needs_names_and_those_of_the_folders_are_offered(
         config.task.labels = ()
     with pytest.raises(ValueError, match=r"such as config\.task\.labels = \('blue', 'red'\)"):
         load_rows(config, directory())
-    head = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "blue", "1": "crimson"}}
-    rows = load_rows(config, directory(head))
-    assert rows.labels == ("blue", "crimson")
-    with pytest.raises(ValueError, match=r"^red/10/1\.JPG: the field 'label' has the class 'red', which is none of"):
-        list(eval_batches(config, rows))
+    head = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "blue", "1": "red"}}
+    assert load_rows(config, directory(head)).labels == ("blue", "red")
+    head["id2label"] = {"0": "blue", "1": "crimson"}
+    with pytest.raises(ValueError, match=r"^images:.*colors: the field 'label' has the class 'red', which is none of"):
+        load_rows(config, directory(head))
 
 
 @pytest.fixture(scope="session")  # a builder is registered once in a process; a worker may come back to this module
