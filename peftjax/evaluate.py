@@ -135,14 +135,17 @@ def main(argv: list[str]) -> None:
     tasks.check(config)
     distributed.start(options)
     workdir = Path(options.workdir)
-    result = workdir / ("model" if config.method.name == "full" else "adapter")
+    full = config.method.name == "full"
+    result = workdir / ("model" if full else "adapter")
     if not result.is_dir():
         raise ValueError(f"{result} is not there: has this run finished? python -m peftjax.train writes it at the end")
     mesh = sharding.make_mesh(config.mesh)
     base = resolve(config.model.path, config.model.revision)
     rows = load_rows(config, base)
-    model = tasks.load_base(config, result if config.method.name == "full" else base, rows.labels, mesh)
-    if config.method.name != "full":
+    if full:
+        config.model.new_head = False  # it is there by now
+    model = tasks.load_base(config, result if full else base, rows.labels, mesh)
+    if not full:
         load_adapter(model, result)
     sharding.place(model, mesh)
 

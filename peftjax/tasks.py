@@ -91,6 +91,7 @@ def head_options(config: Any, labels: Sequence[str]) -> dict[str, Any]:
         "head": task.head,
         "labels": labels or (1 if task.problem == "regression" else None),
         "problem_type": task.problem,
+        "new_head": config.model.new_head,
     }
 
 

@@ -105,12 +105,19 @@ def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(
     task = "TOKEN_CLS" if kind == "token_classification" else "SEQ_CLS"
     assert read_json(workdir / "adapter" / "adapter_config.json")["task_type"] == task
 
-    (tmp_path / "config.py").write_text(
+    assert_evaluated(made, workdir)
+
+
+def assert_evaluated(made: Any, workdir: Path) -> None:
+    """The evaluate command finds what the training's last evaluation found."""
+    file = workdir.with_name("config.py")
+    file.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({made.to_dict()!r})\n"
     )
-    evaluate.main([f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"])
+    evaluate.main([f"--config={file}", f"--workdir={workdir}"])
+    scores = [line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "eval"][-1]
     again = json.loads((workdir / "evaluation.json").read_text())
-    assert again.keys() == scores.keys()
+    assert again.keys() == scores.keys() - {"step", "kind", "seconds"}
     np.testing.assert_allclose(list(again.values()), [scores[name] for name in again], rtol=1e-5)
 
 
@@ -127,12 +134,21 @@ def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(mode
     train.train(made, tmp_path / "again")
     made.task.labels = ("with", "without")
     with pytest.raises(
-        ValueError, match=r"labels=\('with', 'without'\), but those of the checkpoint's head are \('with"
+        ValueError, match=r"those of the checkpoint's head are \('without', 'with'\); use these, or put a new"
     ):
         train.train(made, tmp_path / "other")
     made.task.kind, made.task.labels = "regression", ()
     with pytest.raises(ValueError, match="labels=1, but the checkpoint's head has 2"):
         train.train(made, tmp_path / "other")
+    made.task.kind, made.task.labels, made.model.new_head = "classification", ("x", "y", "without", "with"), True
+    train.train(made, tmp_path / "new")
+    assert list(read_json(tmp_path / "new" / "model" / "config.json")["id2label"].values()) == [
+        "x",
+        "y",
+        "without",
+        "with",
+    ]
+    assert_evaluated(made, tmp_path / "new")
 
 
 def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: Callable, tmp_path: Path) -> None:

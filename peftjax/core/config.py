@@ -54,6 +54,7 @@ FIELDS: dict[str, Field] = {
     ),
     "model.skip_quantize": Field((), "names of modules that stay in param_dtype, beside the head"),
     "model.remat": Field("none", "what the backward pass computes again to save memory", ("none", "block")),
+    "model.new_head": Field(False, "put a new head on an encoder in place of the one that its checkpoint has"),
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
     "task.kind": Field(
         "causal_lm",

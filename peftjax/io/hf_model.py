@@ -112,6 +112,7 @@ def load_model(
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
+    new_head: bool = False,
     seed: int = 0,
 ) -> Any:
     """The model in a Hugging Face directory (or hub id, or "embedded"), sharded over `mesh` (default: one device).
@@ -123,7 +124,8 @@ def load_model(
     biases, embeddings, the head and the modules named in `skip` (whole names or their endings) stay in param_dtype.
     head: of an encoder, "sequence_classification", "token_classification", "image_classification" or "none"; by default
     the one that its config.json names. A head that the checkpoint does not have begins at random, from `seed`, with
-    `labels` outputs, a number or their names, for a problem_type as transformers calls it.
+    `labels` outputs, a number or their names, for a problem_type as transformers calls it; so does one with new_head,
+    whatever the checkpoint has.
     Tensors are read one at a time, each process only what its devices hold: the peak is the model and about two and a
     half of its largest tensors.
 
@@ -134,7 +136,8 @@ def load_model(
             than `quantize`, or in some layers only.
     """
     directory = resolve(path, revision)
-    config, packed = _read_config(directory, dtype, param_dtype, remat, head, labels, problem_type)
+    chosen = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
+    config, packed = _read_config(directory, dtype, param_dtype, remat, chosen)
     if packed and skip:
         raise ValueError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
     stored: dict[str, Any] = dict(hf_files.read_tensors(directory))
@@ -189,12 +192,14 @@ def make_random(
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
+    new_head: bool = False,
     seed: int = 0,
 ) -> Any:
     """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`. The other
     arguments are those of `load_model`."""
     directory = resolve(path, revision)
-    config, packed = _read_config(directory, dtype, param_dtype, remat, head, labels, problem_type)
+    chosen = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
+    config, packed = _read_config(directory, dtype, param_dtype, remat, chosen)
     if packed and not quantize:
         raise ValueError(f'{directory} is quantized; for random weights say so by quantize="nf4"')
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
@@ -297,9 +302,7 @@ def _read_config(
     dtype: str,
     param_dtype: str | None,
     remat: str,
-    head: str | None,
-    labels: int | Sequence[str] | None,
-    problem_type: str | None,
+    head: dict[str, Any],
 ) -> tuple[Any, bool]:
     """The model's config, and whether the directory holds kernels in NF4."""
     for name in (dtype, param_dtype or dtype):
@@ -311,13 +314,11 @@ def _read_config(
         bitsandbytes.check_config(quantization, directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if hasattr(models.family(fields), "HEADS"):
-        options |= {"head": head, "labels": labels, "problem_type": problem_type} | (
-            read_pooling(directory) if head in (None, "none") else {}
-        )
-    elif head is not None or labels is not None:
+        options |= head | (read_pooling(directory) if head["head"] in (None, "none") else {})
+    elif any(head.values()):
+        given = ", ".join(f"{name}={value!r}" for name, value in head.items() if value)
         raise ValueError(
-            f"head={head!r}, labels={labels}: a model of type {fields['model_type']!r} has no heads to choose from here; "
-            "encoders have"
+            f"{given}: a model of type {fields['model_type']!r} has no heads to choose from here; encoders have"
         )
     return models.from_hf_config(fields, **options), bool(quantization)
 

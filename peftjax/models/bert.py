@@ -370,13 +370,14 @@ def from_hf(
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
+    new_head: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
 ) -> BertConfig:
     """Read a config.json of model_type bert or roberta, in the spelling of transformers 4 or 5.
 
     head: one of `HEADS`; by default the one that `architectures` names. labels: how many or their names, if not as config.json
-    says. problem_type: of the head, where config.json does not say.
+    says. problem_type: of the head, where config.json does not say. new_head: in place of the checkpoint's own.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
@@ -385,7 +386,7 @@ def from_hf(
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
     for field, value in _FIXED.items():
         fields.only(field, value)
-    chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels, problem_type)
+    chosen = read_head(config, _ARCHITECTURES[kind], HEADS, head, labels, problem_type, new_head)
     dropout = fields.take("hidden_dropout_prob", 0.1)
     result = BertConfig(
         kind=kind,

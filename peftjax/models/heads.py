@@ -8,6 +8,8 @@ from typing import Any
 from peftjax.core.paths import suggest
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+OTHER = "other"  # what the checkpoint's head is called where a new one takes its place
+INSTEAD = "or put a new one in its place by new_head (model.new_head)"
 # Fields of config.json about a head's outputs.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "_num_labels", "problem_type"})
 
@@ -63,12 +65,13 @@ def read_head(
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
+    new_head: bool = False,
 ) -> Head:
     """The head that a config.json names in `architectures`, or else `head`, one of `heads`, with `labels` outputs, or one
     for each name in `labels`.
 
     architectures: the class that wrote a checkpoint -> its head, the first one where none is named. problem_type: one of
-    `PROBLEMS`, where config.json does not say.
+    `PROBLEMS`, where config.json does not say. new_head: the checkpoint's own is none of ours, whatever it is.
 
     Raises:
         ValueError: a class or a head that is not known, a number of labels that cannot be, or labels or a problem other
@@ -76,6 +79,7 @@ def read_head(
     """
     stored = _stored(config, architectures)
     head = stored if head is None else head
+    stored = OTHER if new_head and stored != "none" else stored
     if head not in heads:
         raise ValueError(f"head={head!r} is none of {', '.join(heads)}.{suggest(head, heads)}")
     if stored not in (head, "none"):  # then these are another head's
@@ -99,7 +103,8 @@ def read_head(
     if problem_type is not None:
         if config.get("problem_type") not in (None, problem_type):
             raise ValueError(
-                f"the checkpoint's head is for {config['problem_type']}, not for {problem_type}; take a checkpoint without it"
+                f"the checkpoint's head is for {config['problem_type']}, not for {problem_type}; take another checkpoint, "
+                f"{INSTEAD}"
             )
         config = config | {"problem_type": problem_type}
     return Head(head, stored, names, config.get("problem_type"), config)
@@ -128,13 +133,17 @@ def _labels(config: dict[str, Any], head: str, stored: str, given: int | Sequenc
     if head == stored:
         known = known or 2  # what config.json leaves out
         if labels not in (None, known):
-            raise ValueError(f"labels={labels}, but the checkpoint's head has {known}; leave labels out to use it")
+            raise ValueError(
+                f"labels={labels}, but the checkpoint's head has {known}; leave labels out to use it, {INSTEAD}"
+            )
     labels = known if labels is None else labels
     if labels is None or labels < 1:
         raise ValueError(f"labels={labels}: say how many labels the new head has, at least 1 (regression: 1)")
     if given is not None and not isinstance(given, int):
         meant = head == stored and not all(name.startswith("LABEL_") for name in named)
         if meant and named != tuple(given):
-            raise ValueError(f"labels={tuple(given)}, but those of the checkpoint's head are {named}")
+            raise ValueError(
+                f"labels={tuple(given)}, but those of the checkpoint's head are {named}; use these, {INSTEAD}"
+            )
         return tuple(given)
     return named if len(named) == labels else tuple(f"LABEL_{number}" for number in range(labels))

@@ -320,17 +320,18 @@ def from_hf(
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
+    new_head: bool = False,
 ) -> VitConfig:
     """Read a config.json of model_type vit.
 
     head: one of `HEADS`; by default the one that `architectures` names. labels: how many or their names, if not as config.json
-    says. problem_type: of the head, where config.json does not say.
+    says. problem_type: of the head, where config.json does not say. new_head: in place of the checkpoint's own.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that this family cannot honour.
     """
     fields = Fields(config, harmless=HARMLESS | _HARMLESS)
-    chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels, problem_type)
+    chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels, problem_type, new_head)
     fields.only("pooler_act", "tanh")
     image, patch = (_both(fields, name, default) for name, default in (("image_size", 224), ("patch_size", 16)))
     if any(side % part for side, part in zip(image, patch, strict=True)):
