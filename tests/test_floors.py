@@ -17,7 +17,7 @@ FLOORS = {
     2: ["nn", "sharding"],
     3: ["models", "methods"],
     4: ["io", "data"],
-    5: ["losses", "scores", "tasks", "optim", "metrics", "report", "step"],
+    5: ["losses", "scores", "tasks", "optim", "metrics", "report", "step", "devices", "cost"],
     6: ["train", "evaluate", "generate", "plan", "sweep", "list_methods", "__init__"],  # commands, and the public names
 }
 SHARED = {2, 5, 6}

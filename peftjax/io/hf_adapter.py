@@ -27,6 +27,7 @@ from peftjax.methods.base import HfLeaf, Method, MethodAdapter
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.methods.prompt import SoftPrompt
 from peftjax.methods.sites import Site, adapters, head_sites, sites, tied_kernel
+from peftjax.quant.base import Quantized
 
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft puts a prompt beside a model, other methods into it
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,7 +59,7 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
     """
     method = _method(model, name)
     tensors = adapter_tensors(model, name)
-    record = {BASE: json.dumps(base_marks(model, name)), FORMATS: json.dumps(trained_on.formats(model))}
+    record = _record(model, base_marks(model, name))
     if isinstance(method, Bottleneck):
         files = _hub_files(model, method, name, base, tensors, record)
     else:
@@ -112,6 +113,36 @@ def _hub_files(
             adapter_hub.HEAD_CONFIG: _json(adapter_hub.head_config(model, base)),
         }
     return files
+
+
+def weights_bytes(model: Any, name: str = "default") -> int:
+    """The bytes of the safetensors files that `save_adapter` writes; the model may be shapes alone."""
+    method = _method(model, name)
+    graph, state = nnx.split(model)
+    tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
+    record = _record(model, dict.fromkeys(_marked(model, name), "0" * 16))
+    if not isinstance(method, Bottleneck):
+        return _file_bytes(tensors, record)
+    head = {key: value for key, value in tensors.items() if ".adapters." not in key}
+    rest = {key: value for key, value in tensors.items() if key not in head}
+    size = _file_bytes(adapter_hub.with_both_names(rest, method), record)
+    return size + (_file_bytes(head, {}) if head else 0)
+
+
+def _file_bytes(tensors: dict[str, jax.ShapeDtypeStruct], metadata: dict[str, str]) -> int:
+    """Of `_weights`: the header's length, the header, the tensors in the library's order, the widest first."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+    end = 0
+    for key, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        begin, end = end, end + value.size * value.dtype.itemsize
+        short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[value.dtype.name]
+        header[key] = {"dtype": short, "shape": list(value.shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + end
+
+
+def _record(model: Any, marked: dict[str, str]) -> dict[str, str]:
+    return {BASE: json.dumps(marked), FORMATS: json.dumps(trained_on.formats(model))}
 
 
 def _weights(tensors: dict[str, jax.Array], metadata: dict[str, str]) -> bytes:
@@ -289,13 +320,17 @@ def _in_order(file: bytes) -> bytes:
 
 def base_marks(model: Any, name: str) -> dict[str, str]:
     """Marks of the weights beneath the adapters called `name`, by path; of those that are not quantized."""
+    return marks(_marked(model, name))
+
+
+def _marked(model: Any, name: str) -> dict[str, Any]:
     arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
     arrays |= parameters_before(model, name)
-    return marks({
+    return {
         path: array
         for path, array in arrays.items()
-        if isinstance(array, jax.Array | np.ndarray) and array.dtype in (jnp.float32, jnp.bfloat16)
-    })  # fmt: skip
+        if not isinstance(array, Quantized) and array.dtype in (jnp.float32, jnp.bfloat16)
+    }
 
 
 def _check_base(model: Any, name: str, path: Path, metadata: dict[str, str]) -> None:

@@ -54,10 +54,11 @@ FLOATS = {
 # --- Where a model is ---
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
+def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] = DOWNLOADED) -> Path:
     """The directory meant by `path`: a local one, "embedded" (the small base inside the package), or a hub id.
 
-    A hub id is downloaded by huggingface_hub into its cache, at `revision` (branch, tag or commit), pickles left out.
+    A hub id is downloaded by huggingface_hub into its cache, at `revision` (branch, tag or commit), pickles left out;
+    files: patterns of what is needed of it.
 
     Raises:
         ValueError: there is no such directory, it has no config.json, or the hub does not give it.
@@ -72,7 +73,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is a file; give the directory that holds config.json and the weights")
     if name == "embedded" or not _is_hub_id(name):
         raise ValueError(f"{name}: no such directory.{_near(directory)}")
-    return _with_config(_download(name, revision))
+    return _with_config(_download(name, revision, files))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -89,12 +90,12 @@ def _near(directory: Path) -> str:
     return suggest(directory.name, there) or f" In {parent} there are: {', '.join(there[:10]) or 'no directories'}."
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise ValueError(f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -1,0 +1,24 @@
+"""QLoRA of LLaMA 65B on one GPU of 48 GB, of rank 64: one sequence of 512 tokens.
+
+    python -m peftjax.plan --config=configs/plan_llama_65b_qlora.py --device=a6000
+
+The directory holds only the sizes of huggyllama/llama-65b: enough for a plan. To train, give model.path a directory with the weights,
+or that hub id, and name the data.
+"""
+
+from ml_collections import ConfigDict
+
+from peftjax.core.config import defaults
+from peftjax.methods import make_config
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.model.path = "benchmarks/models/llama-65b"
+    config.model.dtype = "bfloat16"
+    config.model.quantize = "nf4"
+    config.model.remat = "block"
+    config.method = make_config("lora", rank=64, alpha=64.0, targets="all-linear")
+    config.data.max_length = 512
+    config.train.batch_size = 1
+    return config
