@@ -18,8 +18,9 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import jax
 import jax.numpy as jnp
-from qlora_memory import DEVICES, LLAMAS, device_mesh
+from qlora_memory import sizes
 
+from peftjax import devices
 from peftjax.plan import place
 from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
@@ -86,8 +87,8 @@ def product(inputs: int, outputs: int, quantized: bool) -> Cost:
 
 def cost(function: Callable, *shapes: Any) -> Cost:
     """The estimated cycles of a program, and its temporary memory in bytes."""
-    device = DEVICES["v5e:1x1"]
-    mesh = device_mesh(device, {})
+    device = devices.find("v5e:1x1")
+    mesh = device.mesh({"data": 1, "fsdp": 1, "tensor": 1})
     arguments = jax.tree.map(lambda leaf: place(leaf, (None,) * leaf.ndim, mesh), shapes)
     program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(device.platform,)).compile()
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program.as_text())))
@@ -98,7 +99,7 @@ def main() -> None:
     for name in ("llama-3.1-8b", "llama-3.1-70b"):
         print(f"{name}, {TOKENS} tokens: estimated cycles of NF4 over bfloat16; temporary memory with NF4, MiB")
         total = {False: 0, True: 0}
-        for group in projections(LLAMAS[name]).values():
+        for group in projections(sizes(name)).values():
             for one, (inputs, outputs) in group.items():
                 (dense, _), (nested, temporary) = (product(inputs, outputs, quantized) for quantized in (False, True))
                 total[False], total[True] = total[False] + dense, total[True] + nested
@@ -108,7 +109,7 @@ def main() -> None:
                     flush=True,
                 )
         print(f"  sum of the products alone: {total[True] / total[False]:.3f} (bound 1.10)")
-        inputs, gradients, kernels = layer(LLAMAS[name])
+        inputs, gradients, kernels = layer(sizes(name))
         quantized = jax.tree.map(lambda kernel: jax.eval_shape(nf4.quantize, kernel), kernels)
         dense, _ = cost(both_passes, inputs, gradients, kernels)
         nested, temporary = cost(both_passes, inputs, gradients, quantized)

@@ -10,6 +10,7 @@ against 8 GiB and against the checkpoint's bytes.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -18,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from load_memory import resident
-from qlora_memory import GIB, LLAMAS
 
+GIB = 2**30
+MODEL = Path(__file__).parent / "models" / "llama-7b" / "config.json"
 BOUND, LENGTH = 8 * GIB, 32
 
 
 def write(directory: str, layers: str) -> None:
     from load_memory import write_model
 
-    write_model(Path(directory), LLAMAS["llama-7b"] | {"num_hidden_layers": int(layers)}, "bfloat16")
+    write_model(Path(directory), json.loads(MODEL.read_text()) | {"num_hidden_layers": int(layers)}, "bfloat16")
 
 
 def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:

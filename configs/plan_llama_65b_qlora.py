@@ -2,8 +2,8 @@
 
     python -m peftjax.plan --config=configs/plan_llama_65b_qlora.py --device=a6000
 
-The directory holds only the sizes of huggyllama/llama-65b: enough for a plan. To train, give model.path a directory with the weights,
-or that hub id, and name the data.
+model.path holds only the sizes of huggyllama/llama-65b, enough for a plan. To train, give it a
+directory with the weights, or that hub id, and name the data.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m peftjax.plan --config=configs/plan_llama_70b_qlora.py --device=v5e:4x4
 
-The directory holds only the sizes of meta-llama/Llama-3.1-70B: enough for a plan. To train, give model.path a directory with the weights,
-or that hub id, and name the data.
+model.path holds only the sizes of meta-llama/Llama-3.1-70B, enough for a plan. To train, give it a
+directory with the weights, or that hub id, and name the data.
 """
 
 from ml_collections import ConfigDict

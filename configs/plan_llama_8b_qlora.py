@@ -2,8 +2,8 @@
 
     python -m peftjax.plan --config=configs/plan_llama_8b_qlora.py --device=v5e:1x1
 
-The directory holds only the sizes of meta-llama/Llama-3.1-8B: enough for a plan. To train, give model.path a directory with the weights,
-or that hub id, and name the data.
+model.path holds only the sizes of meta-llama/Llama-3.1-8B, enough for a plan. To train, give it a
+directory with the weights, or that hub id, and name the data.
 """
 
 from ml_collections import ConfigDict

@@ -256,14 +256,12 @@ def _compile(drawn: Sketch, config: Any, device: Device, mesh: Mesh) -> dict[str
     """The fields of a plan that the compiler gives."""
     name = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}[device.platform]
     known = sum(drawn.groups.values())
-    with jax.set_mesh(mesh):
-        lowered = drawn.traced.lower(lowering_platforms=(device.platform,))
-        try:
-            compiled = lowered.compile(device.compiler_options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return _estimate(drawn, config) | _refused(str(error), device.memory, known) | {"compiler": name}
+    try:
+        compiled = compile_step(drawn, device, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _estimate(drawn, config) | _refused(str(error), device.memory, known) | {"compiler": name}
     memory = compiled.memory_analysis()
     traffic = cost.traffic(compiled.as_text())
     return {
@@ -274,6 +272,12 @@ def _compile(drawn: Sketch, config: Any, device: Device, mesh: Mesh) -> dict[str
         "moved": traffic.memory,
         "collectives": traffic.collectives,
     }
+
+
+def compile_step(drawn: Sketch, device: Device, mesh: Mesh) -> Any:
+    """The train step as the device's compiler makes it."""
+    with jax.set_mesh(mesh):
+        return drawn.traced.lower(lowering_platforms=(device.platform,)).compile(device.compiler_options)
 
 
 def _refused(said: str, memory: int, known: int) -> dict[str, Any]:
@@ -540,7 +544,7 @@ def _step_table(plan: Plan, config: Any) -> Table:
     table.add_row(f"  {factor} x kernels x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
     table.add_row("memory traffic, a device", format_bytes(plan.moved), said)
     for kind, (count, size) in sorted(plan.collectives.items(), key=lambda item: -item[1][1]):
-        table.add_row(f"{kind}, {count:,} times", f"{format_bytes(size)} sent", said)
+        table.add_row(f"{kind} x {count:,}", f"{format_bytes(size)} sent", said)
     if plan.devices > 1 and not plan.compiler:
         table.add_row("collectives", "not known", "needs the compiler")
     if times := plan.seconds():
@@ -551,7 +555,7 @@ def _step_table(plan: Plan, config: Any) -> Table:
                 f"time, by {name}", f"{'[bold]' * bound}{_clock(value)}", "data sheet" + ", the bound" * bound
             )
         sure = "roofline" if plan.compiler and not plan.refused else "roofline, estimate"
-        table.add_row("at most", f"{plan.positions / max(times.values()):,.0f} tokens/s", sure)
+        table.add_row("speed, at that bound", f"{plan.positions / max(times.values()):,.0f} tokens/s", sure)
     table.add_section()
     if plan.adapter_bytes:
         table.add_row("adapter file", f"{plan.adapter_bytes:,} bytes", "shapes")
