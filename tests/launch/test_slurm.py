@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+
+STEPS = 30  # of the training
 
 # One node that jobs of `high` take from those of `low`, after a minute's grace; a requeued job waits for `cred_expire`.
 CONFIG = """
@@ -67,7 +70,7 @@ class Slurm:
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin",  # Debian's place for the daemons
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
 
@@ -123,7 +126,7 @@ class Slurm:
 
     def wait(self, job: str) -> dict[str, str]:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        wait_for(f"job {job}", lambda: self.states(job)["JobState"] in ends)
+        wait_for(f"job {job}", lambda: self.states(job)["JobState"] in ends, 600)
         return self.states(job)
 
 
@@ -172,6 +175,27 @@ def test_a_preempted_job_saves_and_goes_on_when_there_is_room(slurm: Slurm, stan
         lines = [line for line in slurm.log(job).splitlines() if line.startswith(f"{task}: ") and "slurm" not in line]
         assert lines == [f"{task}: begins", f"{task}: saved", f"{task}: goes on"]
     assert f"job {job}, start 2, on localhost: {sys.executable}" in slurm.log(job)
+
+
+def test_a_training_of_two_tasks_is_stopped_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    changes = {
+        "mesh.data": 2, "train.steps": STEPS, "train.log_every": 1, "train.eval_every": STEPS, "train.eval_batches": 1,
+        "eval.exact_match": 0, "eval.samples": 0, "checkpoint.every": STEPS,
+    }  # fmt: skip
+    job = slurm.submit(
+        "--ntasks=2", "launch/slurm.sbatch", sys.executable, "-m", "peftjax.train", "--config=configs/quickstart.py",
+        f"--workdir={tmp_path}", *(f"--config.{field}={value}" for field, value in changes.items()),
+    )  # fmt: skip
+    wait_for("the second step", lambda: f" 2/{STEPS} " in slurm.log(job), 600)
+    slurm.run("scancel", "--signal=TERM", job)  # as at the end of its time
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    assert "0: stopped by SIGTERM after step" in slurm.log(job)
+    assert "1: stopped by SIGTERM after step" in slurm.log(job)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "learning_rate" in record]
+    assert steps == list(range(1, STEPS + 1))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_cancelled_job_saves_and_stays_away(slurm: Slurm, stand_in: list[str]) -> None:
