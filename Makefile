@@ -30,6 +30,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
 
 clean:
 	rm -rf .venv .venv-* build dist .cache .mypy_cache .pytest_cache .ruff_cache
