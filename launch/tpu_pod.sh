@@ -53,9 +53,10 @@ poll=${TPU_POD_POLL:-60} # seconds between two looks at the state
 # shellcheck disable=SC2016
 stop='pid=$(cat ~/peftjax.pid 2>/dev/null) && kill "$pid" 2>/dev/null && timeout 300 tail --pid="$pid" -f /dev/null; true'
 # shellcheck disable=SC2016
-install='set -e; rm -rf peftjax; mkdir peftjax; tar -xzf peftjax.tar.gz -C peftjax; cd peftjax
+install='set -e; mkdir -p peftjax; tar -xzf peftjax.tar.gz -C peftjax; cd peftjax
     python3 -m pip install --quiet --user uv; PATH=$HOME/.local/bin:$PATH
-    uv venv --quiet --python ">=3.11,<3.14" .venv; uv pip install --quiet --editable ".[tpu]"'
+    [ -x .venv/bin/python ] || uv venv --quiet --python ">=3.11,<3.14" .venv
+    uv pip install --quiet --editable ".[tpu]"'
 run="cd peftjax && export PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ > ~/peftjax.pid && exec $(printf '%q ' "$@")"
 
 say() { echo "$(date +%T) $name: $*"; }
