@@ -153,13 +153,16 @@ def main(argv: list[str]) -> None:
         graph, found = variables.flat(model)
         values = {path: variable.get_value() for path, variable in found.items()}
         eval_step = make_eval_step(graph, tasks.of(config), config.train.loss_chunk, mesh)
-        measured = held_out_scores(eval_step, tasks.of(config), {}, values, eval_batches(config, rows), mesh)
+        batches = eval_batches(config, rows, **sharding.batch_share(mesh))
+        measured = held_out_scores(eval_step, tasks.of(config), {}, values, batches, mesh)
         if count := config.eval.exact_match or config.eval.samples:
             answers = answer(model, eval_examples(config, rows, count), rows.tokenizer, config.eval.max_new_tokens)
             if scored := config.eval.exact_match > 0:
                 measured |= answer_scores(answers, config.eval.metrics)
-            for item in answers[: config.eval.samples]:
+            for item in answers[: config.eval.samples] if jax.process_index() == 0 else ():
                 print(item.told(scored))
+    if jax.process_index() != 0:
+        return
     for name, value in measured.items():
         print(f"{name:15} {value:.6g}")
     (workdir / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n")

@@ -27,22 +27,30 @@ TABLE: dict[str, tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor) of the given sizes; one size may be -1 and takes the devices that are left.
 
-    Without sizes: a mesh of one device.
+    Without sizes: a mesh of one device. A process's devices lie side by side, so that its rows of a batch do.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or leave a process without any.
     """
     if sizes is None:
         devices = list(jax.devices())[:1] if devices is None else devices
         sizes = {}
-    devices = list(jax.devices() if devices is None else devices)
+    if everyones := devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = max(len(devices) // known, 1)
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if (needed := int(np.prod(shape))) > len(devices):
-        asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-        raise ValueError(f"mesh {asked} needs {needed} devices, this machine has {len(devices)}; one axis may be -1")
+        there = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
+        raise ValueError(f"mesh {asked} needs {needed} devices, {there} {len(devices)}; one axis may be -1")
+    if everyones and needed < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh {asked} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, which all take "
+            "part; one axis may be -1"
+        )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(np.array(devices[:needed]).reshape(shape), MESH_AXES, axis_types=axis_types)
 
@@ -115,16 +123,42 @@ def place(model: Any, mesh: Mesh) -> None:
         variable.set_value(jax.device_put(value, placement(value, variable.axes, mesh)))
 
 
+def batch_share(mesh: Mesh) -> dict[str, int]:
+    """Which part of a batch this process's devices hold, of how many equal ones: process_index and process_count of the
+    data's functions. Processes between which only features are split hold the same rows.
+
+    Raises:
+        ValueError: the processes hold parts that overlap.
+    """
+    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)  # [rows, features]
+    own = [row for row, part in enumerate(parts) if any(device.process_index == jax.process_index() for device in part)]
+    count, rest = divmod(len(parts), len(own))
+    if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: tensor must divide the {jax.local_device_count()} devices of a process, or be a "
+            "multiple of them, else its rows of a batch are not its own"
+        )
+    return {"process_index": own[0] // len(own), "process_count": count}
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
     """This process's rows [b, T] (or [b], or more dimensions) as a part of the global batch, cut into microbatches:
-    [A, B / A, T]."""
-    placed = {}
+    [A, B / A, T].
+
+    Raises:
+        ValueError: with several processes, rows that the devices cannot share evenly.
+    """
+    placed, count = {}, batch_share(mesh)["process_count"]
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
-        shape = (microbatches, local.shape[1] * jax.process_count(), *rows.shape[1:])
-        placed[name] = jax.make_array_from_process_local_data(
-            spec(batch_axes(rows.ndim - 1), shape, mesh), local, shape
-        )
+        shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
+        if count > 1 and shape[1] % (split := mesh.shape["data"] * mesh.shape["fsdp"]):
+            raise ValueError(
+                f"a batch of {shape[1]} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
+                "train.accumulate must be a multiple of them"
+            )
+        where = spec(batch_axes(rows.ndim - 1), shape, mesh)
+        placed[name] = jax.make_array_from_process_local_data(where, local, shape)
     return placed
 
 

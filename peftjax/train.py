@@ -141,7 +141,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     method = methods.from_config(config.method)
     if rows.tokenizer is not None:
         method = method.tokenized(rows.tokenizer.encode)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    processes = sharding.batch_share(mesh)
     batches = train_batches(config, rows, **processes)
     if config.data.eval:  # opened again at each evaluation; here, so that what is wrong with it is told at once
         eval_batches(config, rows, **processes).close()
@@ -182,7 +182,7 @@ def first_batches(config: Any, rows: Rows, method: methods.Method, mesh: Mesh) -
     """The batches [B, ...] that the method begins with, the first of the training; None where it needs none."""
     if not method.data:
         return None
-    batches = train_batches(config, rows, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = train_batches(config, rows, **sharding.batch_share(mesh))
     shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
     return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
 
@@ -257,7 +257,7 @@ def evaluate(run: Run, state: TrainState, log: metrics.Log) -> dict[str, float]:
     if not config.data.eval:
         return {}
     started = time.perf_counter()
-    batches = eval_batches(config, run.rows, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = eval_batches(config, run.rows, **sharding.batch_share(run.mesh))
     some = itertools.islice(batches, config.train.eval_batches or None)
     scores = held_out_scores(run.eval_step, tasks.of(config), state.trainable, run.frozen, some, run.mesh)
     scored, answers = config.eval.exact_match > 0, []

@@ -105,7 +105,14 @@ def _one_task_a_node() -> bool:
 
 
 def _initialize(**arguments: Any) -> None:
+    # Programs that run on CPUs at the same time take each other's turns in the collectives, and wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        raise UserError(
+            f"{jax.local_device_count()} CPU devices in each of {jax.process_count()} processes, whose collectives can wait "
+            "for each other for ever: take --xla_force_host_platform_device_count out of XLA_FLAGS and start more processes"
+        )
 
 
 def many() -> bool:

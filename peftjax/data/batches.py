@@ -342,17 +342,22 @@ def _batched(
     documents: grain.IterDataset, config: ConfigDict, empty: packing.Row, process_index: int, process_count: int
 ) -> grain.IterDataset:
     """Pairs of this process's part of each batch and the counts of the whole batch."""
-    size = config.train.batch_size
-    if size % process_count:
-        raise ValueError(f"config.train.batch_size = {size} must be a multiple of the {process_count} processes")
-    own = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
+    size, parts = config.train.batch_size, config.train.accumulate
+    if size % (parts * process_count):
+        times = f"train.accumulate = {parts} times " if parts > 1 else ""
+        raise ValueError(
+            f"config.train.batch_size = {size} must be a multiple of {times}the {process_count} processes that share it"
+        )
+    # Of every microbatch a part, so that it has the same rows whatever the number of processes.
+    own = np.arange(size).reshape(parts, process_count, -1)[:, process_index].ravel()
 
     def to_batch(rows: list[packing.Row]) -> tuple[Batch, dict[str, int]]:
         notes = [note for row in rows for note in row["notes"]]
         counts: collections.Counter[str] = collections.Counter(rows=len(rows))
         for note in notes:
             counts.update(note.counts | {"tokens": note.tokens, "loss_tokens": note.loss_tokens})
-        mine = (rows + [empty] * (size - len(rows)))[own]
+        filled = rows + [empty] * (size - len(rows))
+        mine = [filled[row] for row in own]
         arrays = {name: np.stack([row[name] for row in mine]) for name in empty}
         return Batch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
 
