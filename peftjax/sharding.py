@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from peftjax.core import distributed
 from peftjax.quant.base import Quantized
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -120,7 +121,13 @@ def place(model: Any, mesh: Mesh) -> None:
     """Move every variable of a model to where the table puts it."""
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
-        variable.set_value(jax.device_put(value, placement(value, variable.axes, mesh)))
+        variable.set_value(jax.tree.map(_moved, value, placement(value, variable.axes, mesh)))
+
+
+def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+    if leaf.is_fully_addressable and not where.is_fully_addressable:  # this process's own copy of what all have
+        return distributed.placed(np.asarray(leaf), where)
+    return jax.device_put(leaf, where)
 
 
 def batch_share(mesh: Mesh) -> dict[str, int]:

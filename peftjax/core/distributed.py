@@ -127,6 +127,11 @@ def whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has in its memory, on the devices of all of them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def meet(what: str) -> None:
     """Returns when every process is here; at once for a process that is alone."""
     if many():

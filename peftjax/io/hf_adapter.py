@@ -305,7 +305,7 @@ def _fill(model: Any, name: str, tensors: dict[str, np.ndarray], path: Path) -> 
         except ValueError as error:
             raise ValueError(f"{path / files.weights}: {tensor.key} {error}: the adapter is for another base") from None
     for variable, buffer in filled.values():
-        variable.set_value(jax.device_put(buffer, variable.get_value().sharding))
+        variable.set_value(distributed.placed(buffer, variable.get_value().sharding))
 
 
 def _in_order(file: bytes) -> bytes:
