@@ -1,6 +1,5 @@
 """launch/slurm.sbatch in a real SLURM: munged, slurmctld and slurmd as Debian's slurm-wlm has them, started here."""
 
-import contextlib
 import getpass
 import json
 import os
@@ -95,12 +94,13 @@ class Slurm:
         wait_for("an idle node", lambda: "idle" in self.run("sinfo", "--noheader", check=False))
 
     def stop(self) -> None:
-        self.run("scancel", "--user", getpass.getuser(), check=False)
-        with contextlib.suppress(TimeoutError):
+        try:
+            self.run("scancel", "--user", getpass.getuser(), check=False)
             wait_for("the end of all jobs", lambda: not self.run("squeue", "--noheader", check=False))
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            daemon.wait(timeout=30)
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+                daemon.wait(timeout=30)
 
     def daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("wb") as output:
