@@ -103,37 +103,32 @@ def place(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step takes. Bytes are those of one device; flops those of all devices together.
+    """What a train step takes. Bytes are those of one device, operations those of all devices together.
 
-    compiler: empty where it is not installed; then temporaries, moved and what is made of them are estimates, and
-    collectives are not known. padding: what the compiler's layouts add to the arguments. others: the program itself,
-    and results that do not take an argument's place. gradients: of what is trained, in float32; a part of temporaries,
-    and an estimate, since the compiler says nothing of it. full_bytes: parameters, gradients and optimizer state of full
-    fine-tuning, without activations. closed_flops: 4 operations (6 in full fine-tuning) for each parameter of a
-    kernel at each position. refused: what the TPU compiler said, which makes no program that does not fit.
+    Without a compiler, temporaries and moved are estimates, and collectives are not known.
     """
 
     device: str
     devices: int
-    memory: int
-    mesh: dict[str, int]
-    compiler: str
-    arguments: dict[str, int]
-    padding: int
+    memory: int  # that a program can have
+    mesh: dict[str, int]  # the axes that split something
+    compiler: str  # empty: it is not installed
+    arguments: dict[str, int]  # by what they are
+    padding: int  # what the compiler's layouts add to them
     temporaries: int
-    others: int
-    gradients: int
-    positions: int
+    others: int  # the program itself, and results that do not take an argument's place
+    gradients: int  # a part of temporaries; an estimate, since no compiler tells
+    positions: int  # of a batch's sequences, padding included
     base_parameters: int
     trained_parameters: int
-    adapter_bytes: int
-    full_bytes: int
-    flops: int
-    closed_flops: int
-    moved: int
-    collectives: dict[str, tuple[int, int]]
-    refused: str = ""
-    advice: tuple[tuple[str, int], ...] = ()
+    adapter_bytes: int  # of the file; 0 in full fine-tuning
+    full_bytes: int  # parameters, gradients and optimizer state of full fine-tuning, without activations
+    flops: int  # of the matrix products
+    closed_flops: int  # 4 (6 in full fine-tuning) for each parameter of a kernel at each position
+    moved: int  # read from and written to the device's memory
+    collectives: dict[str, tuple[int, int]]  # by kind, how many and the bytes sent
+    refused: str = ""  # what the TPU compiler said, which makes no program that does not fit
+    advice: tuple[tuple[str, int], ...] = ()  # what to change, and what it saves
 
     @property
     def needed(self) -> int:
@@ -166,7 +161,7 @@ class Sketch:
     arguments: Arguments
     traced: Any
     groups: dict[str, int]  # bytes of a device's share of the arguments, by what they are
-    gradients: int  # bytes of a device's share of them, in float32
+    gradients: int  # bytes of a device's share of them
     live: int  # `cost.live_bytes` over the number of devices: an estimate of the temporaries
 
     @property
@@ -207,7 +202,7 @@ def sketch(config: Any, hf_config: Mapping[str, Any], mesh: Mesh) -> Sketch:
         arguments=arguments,
         traced=traced,
         groups={name: size for name, size in groups.items() if size},
-        gradients=_share(state.trainable, 32),
+        gradients=_share(state.trainable, 32 if config.train.accumulate > 1 else 0),
         live=cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
     )
 
