@@ -39,12 +39,12 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
 
 def live_bytes(jaxpr: core.Jaxpr) -> int:
     """The most bytes of arrays beside its arguments that the program holds at one time, if it ran one operation after the
-    other, kept an array until its last use, and wrote down what is computed element by element only where a product
-    reads it (elsewhere a compiler computes it where it is used). A loop holds its results, such as what the backward
+    other, kept an array until its last use, and wrote down what is computed element by element only where it is read as
+    `_read_whole` says (elsewhere a compiler computes it where it is used). A loop holds its results, such as what the backward
     pass reads of each layer, and what one pass through its body holds."""
     last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if _is_var(var)}
     last |= dict.fromkeys((var for var in jaxpr.outvars if _is_var(var)), len(jaxpr.eqns))
-    factors = {var for equation in jaxpr.eqns if equation.primitive.name == "dot_general" for var in equation.invars}
+    factors = _read_whole(jaxpr)
     held: dict[Any, int] = {}
     peak = 0
     for index, equation in enumerate(jaxpr.eqns):
@@ -61,6 +61,20 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
             if _is_var(var) and last[var] == index:
                 held.pop(var, None)
     return peak
+
+
+def _read_whole(jaxpr: core.Jaxpr) -> set[Any]:
+    """What a product reads, or a reduction and another operation, such as the numerators of a softmax."""
+    readers: dict[Any, list[str]] = {}
+    for equation in jaxpr.eqns:
+        for var in equation.invars:
+            if _is_var(var):
+                readers.setdefault(var, []).append(equation.primitive.name)
+    return {
+        var
+        for var, names in readers.items()
+        if "dot_general" in names or (len(names) > 1 and any(name.startswith("reduce_") for name in names))
+    }
 
 
 # An array that these make is written to memory; what others make, element by element, is computed where it is read.
