@@ -118,7 +118,7 @@ class Plan:
     temporaries: int
     others: int  # the program itself, and results that do not take an argument's place
     gradients: int  # a part of temporaries; an estimate, since no compiler tells
-    positions: int  # of a batch's sequences, padding included
+    positions: int  # of a batch's sequences, padding included; of images, their patches and class tokens
     base_parameters: int
     trained_parameters: int
     adapter_bytes: int  # of the file; 0 in full fine-tuning
@@ -224,7 +224,7 @@ def measure(config: Any, hf_config: Mapping[str, Any], device: Device, *, advise
     method = methods.from_config(config.method)
     full = method.trains is nnx.Param
     base = [leaf.get_value() for leaf in variables.flat(drawn.model)[1].values() if type(leaf) is nnx.Param]
-    positions = math.prod(drawn.arguments[2]["tokens"].shape)
+    positions = _positions(drawn.model, drawn.arguments[2])
     plan = Plan(
         device=device.name,
         devices=device.count,
@@ -289,6 +289,13 @@ def _estimate(drawn: Sketch, config: Any) -> dict[str, Any]:
     base = drawn.groups.get("frozen base", 0)
     moved = passes * base + 2 * (drawn.needed - base)
     return {"compiler": "", "padding": 0, "temporaries": drawn.live, "others": 0, "moved": moved, "collectives": {}}
+
+
+def _positions(model: Any, batch: Mapping[str, Any]) -> int:
+    """`Plan.positions`; of an encoder-decoder those of its encoder."""
+    if "pixels" in batch:
+        return math.prod(batch["pixels"].shape[:2]) * (1 + model.config.patches)
+    return math.prod(batch["tokens"].shape)
 
 
 def _kernel_parameters(model: Any) -> int:
