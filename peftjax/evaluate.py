@@ -54,17 +54,16 @@ class Outputs(NamedTuple):
 
 def make_eval_step(graph: nnx.GraphDef, task: Task, chunk: int, mesh: Mesh) -> Callable[..., Outputs]:
     """A jitted function (trainable, frozen, batch [1, B, ...]) -> Outputs, whole on every device, of a model in evaluation."""
-    loss, everywhere = task.totals(chunk), sharding.spec((), (), mesh)
+    everywhere = sharding.spec((), (), mesh)
 
     @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh))
     def eval_step(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Outputs:
         model = variables.merge(graph, trainable, frozen)
         batch = {name: value[0] for name, value in batch.items()}
-        totals = loss(model, batch)
         if task.score is None:
-            return Outputs(totals, None)
-        logits = losses.outputs(model, batch)  # those of the loss: XLA computes equal things once
-        return Outputs(totals, (logits.astype(jnp.float32), batch["labels"], batch["loss_weights"]))
+            return Outputs(task.totals(chunk)(model, batch), None)
+        logits = losses.outputs(model, batch).astype(jnp.float32)
+        return Outputs(task.loss(logits, batch), (logits, batch["labels"], batch["loss_weights"]))
 
     return eval_step
 

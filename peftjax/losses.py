@@ -87,24 +87,24 @@ def outputs(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return model(batch["tokens"], mask=batch["mask"], token_types=batch["token_types"])
 
 
-def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
-    """The cross entropy of a head on labels and loss_weights, of examples [B] or of their tokens [B, T]."""
-    logits, labels, weights = outputs(model, batch), batch["labels"], batch["loss_weights"]
+def classification_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Totals:
+    """The cross entropy of `outputs` with labels and loss_weights, of examples [B] or of their tokens [B, T]."""
+    labels, weights = batch["labels"], batch["loss_weights"]
     if labels.ndim == 1:
         logits, labels, weights = logits[:, None], labels[:, None], weights[:, None]
     return _totals(logits, labels, weights)
 
 
-def multi_label_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
+def multi_label_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Totals:
     """The binary cross entropy of each class, its mean over the classes, as transformers has it. labels: [B, C], 0 or 1."""
-    logits, labels, weights = outputs(model, batch).astype(jnp.float32), batch["labels"], batch["loss_weights"]
+    logits, labels, weights = logits.astype(jnp.float32), batch["labels"], batch["loss_weights"]
     each = jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)
     return Totals(jnp.sum(weights * each), jnp.sum(weights), jnp.zeros((), jnp.float32))
 
 
-def regression_loss(model: Any, batch: Mapping[str, jax.Array]) -> Totals:
+def regression_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Totals:
     """(output - label)^2. labels: float32 [B]."""
-    numbers, weights = outputs(model, batch).astype(jnp.float32)[:, 0], batch["loss_weights"]
+    numbers, weights = logits.astype(jnp.float32)[:, 0], batch["loss_weights"]
     squares = jnp.square(numbers - batch["labels"])
     return Totals(jnp.sum(weights * squares), jnp.sum(weights), jnp.zeros((), jnp.float32))
 

@@ -23,8 +23,9 @@ class Task:
     """A kind of task.
 
     model: the class that learns it. head: of the model, as for `load_model`; None where it has none to choose.
-    problem: transformers' problem_type of the head. loss: of (model, batch), and of config.train.loss_chunk where the
-    model writes text. score: of the logits and labels of all held-out examples, {name: score}; None where the model writes text.
+    problem: transformers' problem_type of the head. loss: of (logits, batch); where the model writes text, of (model,
+    batch, config.train.loss_chunk). score: of the logits and labels of all held-out examples, {name: score}; None where
+    the model writes text.
     """
 
     model: type
@@ -35,7 +36,9 @@ class Task:
 
     def totals(self, chunk: int) -> Loss:
         """The loss as a function of a model and a batch."""
-        return self.loss if self.score else partial(self.loss, chunk=chunk)
+        if self.score is None:
+            return partial(self.loss, chunk=chunk)
+        return lambda model, batch: self.loss(losses.outputs(model, batch), batch)
 
 
 TASKS = {
