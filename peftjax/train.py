@@ -34,8 +34,9 @@ from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_model import load_kernels, resolve, save_model
 from peftjax.step import TrainState, first_state, flatten, prepare
 
-# Sections and fields that may differ between a run and its resumption: they change nothing that is computed.
-FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples")
+# Sections and fields that may differ between a run and its resumption: they change nothing that is computed, the mesh
+# nothing but its rounding.
+FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
 
 
 @dataclasses.dataclass

@@ -5,149 +5,32 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from peftjax import methods, train
 from peftjax.core import config as configs
-from peftjax.io.checkpoint import Checkpoints
-from peftjax.metrics import MEASURED, read_metrics
-from tests import tiny
-
-STEPS, EVERY, EVAL_EVERY = 40, 10, 20
-PATIENCE = 900  # seconds until a process is taken to hang; a busy machine is slow
-
-CONFIG = """
-from peftjax.core.config import defaults
-from peftjax.methods import make_config
-
-def get_config():
-    config = defaults()
-    config.model.path, config.model.init = "{root}/model", "random"
-    config.method = make_config("lora", rank=4, dropout=0.1)
-    config.data.train, config.data.eval = ("{root}/train.jsonl",), ("{root}/eval.jsonl",)
-    config.data.format, config.data.max_length, config.data.pack = "completion", 64, True
-    config.optim.learning_rate, config.optim.warmup_steps = 1e-2, 5
-    config.train.steps, config.train.batch_size, config.train.accumulate = {steps}, 8, 2
-    config.train.log_every, config.train.eval_every = 1, {eval_every}
-    config.eval.exact_match, config.eval.max_new_tokens = 2, 4
-    config.checkpoint.every = {every}
-    return config
-"""
+from tests.runs import (
+    EVERY,
+    STEPS,
+    assert_same_run,
+    checkpoints,
+    ended,
+    files,
+    finish,
+    kill_when,
+    logged,
+    make_world,
+    metrics,
+    start,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model (its config and tokenizer, no weights), data, and a config file."""
-    root = tmp_path_factory.mktemp("world")
-    (root / "model").mkdir()
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(root / "model" / "tokenizer.json"))
-    (root / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "pad_token": "<eos>"}))
-    model = tiny.CONFIG | {"vocab_size": len(letters) + 1, "architectures": ["LlamaForCausalLM"]}
-    (root / "model" / "config.json").write_text(json.dumps(model))
-    for name, numbers in (("train", range(200)), ("eval", range(200, 210))):
-        records = [{"prompt": f"{n} and {n + 1} ", "completion": f"make {2 * n + 1}."} for n in numbers]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (root / "config.py").write_text(CONFIG.format(root=root, steps=STEPS, every=EVERY, eval_every=EVAL_EVERY))
-    return root
-
-
-def start(world: Path, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen[str]:
-    """The command, always the same for the same workdir."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "peftjax.train", *arguments(world, workdir), *overrides],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def arguments(world: Path, workdir: Path) -> list[str]:
-    return [f"--config={world / 'config.py'}", f"--workdir={workdir}"]
-
-
-def finish(child: subprocess.Popen[str]) -> str:
-    """All that the command says, when it has ended by itself."""
-    with child:
-        try:
-            output, _ = child.communicate(timeout=PATIENCE)
-        finally:
-            child.kill()
-    assert child.returncode == 0, output
-    return output
-
-
-def kill_when(child: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
-    """SIGKILL as soon as something is seen. Looked for all the time: what is to be hit lasts a few milliseconds."""
-    deadline = time.monotonic() + PATIENCE
-    with child:
-        try:
-            while not seen():
-                assert child.poll() is None, child.communicate()[0]
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-        finally:
-            child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-
-
-def logged(workdir: Path, step: int, kind: str = "train") -> Callable[[], bool]:
-    path, text = workdir / "metrics.jsonl", f'"step": {step}, "kind": "{kind}"'
-    return lambda: path.exists() and text in path.read_text()
-
-
-def checkpoints(workdir: Path) -> set[str]:
-    """The complete ones."""
-    return {path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()}
-
-
-def metrics(workdir: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(workdir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def last_arrays(workdir: Path) -> dict[str, bytes]:
-    """The arrays of the newest checkpoint, as bytes."""
-    record = json.loads((workdir / "checkpoints" / str(STEPS) / "about" / "metadata").read_text())["content"]
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(text: str) -> jax.ShapeDtypeStruct:
-        dtype, sizes = text.rstrip("]").split("[")
-        return jax.ShapeDtypeStruct([int(size) for size in re.findall(r"\d+", sizes)], jnp.dtype(dtype), sharding=place)
-
-    with Checkpoints(workdir / "checkpoints", keep=9, keep_best=True) as saved:
-        restored = saved.restore({name: abstract(text) for name, text in record["leaves"].items()})
-    assert restored is not None
-    assert (restored.step, restored.damaged) == (STEPS, ())
-    return {name: np.asarray(leaf).tobytes() for name, leaf in restored.state.items()}
-
-
-def assert_same_run(workdir: Path, undisturbed: Path, result: str = "adapter") -> None:
-    assert metrics(workdir) == metrics(undisturbed)
-    assert files(workdir / result) == files(undisturbed / result)
-    assert last_arrays(workdir) == last_arrays(undisturbed)
-    # killed right after its last save, a run has not yet removed the checkpoint that it was to replace
-    assert checkpoints(workdir) >= checkpoints(undisturbed)
-    assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +68,21 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_never_was(w
 
     output = finish(start(world, workdir))
     assert f"going on after step {STEPS} of {STEPS}" in output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path, undisturbed: Path) -> None:
+    workdir = world / "preempted"
+    child = start(world, workdir)
+    wait_until(logged(workdir, 13), child)
+    for number in (signal.SIGTERM, signal.SIGTERM):  # an impatient scheduler
+        child.send_signal(number)
+    ((code, output),) = ended(child)
+    assert code == 75, output
+    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}, which is saved", output)[1])
+    assert str(step) in checkpoints(workdir)
+    assert metrics(workdir)[-1]["step"] == step
+    assert f"going on after step {step} of {STEPS}" in finish(start(world, workdir))
     assert_same_run(workdir, undisturbed)
 
 

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax
+
 from peftjax.core import config, distributed
 
 
@@ -35,6 +37,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if not mistake:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                "Where another process ended first, this is how the others learn of it: see what it said.",
+                file=sys.stderr,
+            )
         code = 2 if mistake else 1
     if code not in (None, 0, distributed.PREEMPTED) and distributed.many():
         sys.stdout.flush()

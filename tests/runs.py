@@ -1,0 +1,172 @@
+"""Real runs of the commands in processes of their own: to start, to watch, to kill, and to compare."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from peftjax.io.checkpoint import Checkpoints
+from peftjax.metrics import MEASURED, read_metrics
+from tests import tiny
+
+STEPS, EVERY, EVAL_EVERY = 40, 10, 20
+PATIENCE = 900  # seconds until a process is taken to hang; a busy machine is slow
+
+CONFIG = """
+from peftjax.core.config import defaults
+from peftjax.methods import make_config
+
+def get_config():
+    config = defaults()
+    config.model.path, config.model.init = "{root}/model", "random"
+    config.method = make_config("lora", rank=4, dropout=0.1)
+    config.data.train, config.data.eval = ("{root}/train.jsonl",), ("{root}/eval.jsonl",)
+    config.data.format, config.data.max_length, config.data.pack = "completion", 64, True
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-2, 5
+    config.train.steps, config.train.batch_size, config.train.accumulate = {steps}, 8, 2
+    config.train.log_every, config.train.eval_every = 1, {eval_every}
+    config.eval.exact_match, config.eval.max_new_tokens = 2, 4
+    config.checkpoint.every = {every}
+    return config
+"""
+
+
+def make_world(root: Path) -> Path:
+    """A folder with a tiny model (its config and tokenizer, no weights), data, and a config file."""
+    (root / "model").mkdir()
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(root / "model" / "tokenizer.json"))
+    (root / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "pad_token": "<eos>"}))
+    model = tiny.CONFIG | {"vocab_size": len(letters) + 1, "architectures": ["LlamaForCausalLM"]}
+    (root / "model" / "config.json").write_text(json.dumps(model))
+    for name, numbers in (("train", range(200)), ("eval", range(200, 210))):
+        records = [{"prompt": f"{n} and {n + 1} ", "completion": f"make {2 * n + 1}."} for n in numbers]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "config.py").write_text(CONFIG.format(root=root, steps=STEPS, every=EVERY, eval_every=EVAL_EVERY))
+    return root
+
+
+def start(
+    world: Path, workdir: Path, *overrides: str, devices: int = 1, command: str = "train"
+) -> subprocess.Popen[str]:
+    """The command, always the same for the same workdir."""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"peftjax.{command}", *arguments(world, workdir), *overrides],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def start_together(
+    world: Path, workdir: Path, count: int, *overrides: str, command: str = "train"
+) -> list[subprocess.Popen[str]]:
+    """The command as so many processes, each with one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        flags = f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}"
+    return [
+        start(world, workdir, *overrides, *flags, f"--process_id={index}", command=command) for index in range(count)
+    ]
+
+
+def arguments(world: Path, workdir: Path) -> list[str]:
+    return [f"--config={world / 'config.py'}", f"--workdir={workdir}"]
+
+
+def ended(*children: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    """How each command ended by itself, and all that it said."""
+    try:
+        outputs = [child.communicate(timeout=PATIENCE)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
+
+
+def finish(child: subprocess.Popen[str]) -> str:
+    """All that the command says, when it has ended by itself and well."""
+    ((code, output),) = ended(child)
+    assert code == 0, output
+    return output
+
+
+def wait_until(seen: Callable[[], bool], *children: subprocess.Popen[str]) -> None:
+    """Returns as soon as something is seen. Looked for all the time: what is to be hit lasts a few milliseconds."""
+    deadline = time.monotonic() + PATIENCE
+    while not seen():
+        for child in children:
+            assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def kill_when(child: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
+    """SIGKILL as soon as something is seen."""
+    with child:
+        try:
+            wait_until(seen, child)
+        finally:
+            child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+
+
+def logged(workdir: Path, step: int, kind: str = "train") -> Callable[[], bool]:
+    path, text = workdir / "metrics.jsonl", f'"step": {step}, "kind": "{kind}"'
+    return lambda: path.exists() and text in path.read_text()
+
+
+def checkpoints(workdir: Path) -> set[str]:
+    """The complete ones."""
+    return {path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()}
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def last_arrays(workdir: Path) -> dict[str, bytes]:
+    """The arrays of the newest checkpoint, as bytes."""
+    record = json.loads((workdir / "checkpoints" / str(STEPS) / "about" / "metadata").read_text())["content"]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(text: str) -> jax.ShapeDtypeStruct:
+        dtype, sizes = text.rstrip("]").split("[")
+        return jax.ShapeDtypeStruct([int(size) for size in re.findall(r"\d+", sizes)], jnp.dtype(dtype), sharding=place)
+
+    with Checkpoints(workdir / "checkpoints", keep=9, keep_best=True) as saved:
+        restored = saved.restore({name: abstract(text) for name, text in record["leaves"].items()})
+    assert restored is not None
+    assert (restored.step, restored.damaged) == (STEPS, ())
+    return {name: np.asarray(leaf).tobytes() for name, leaf in restored.state.items()}
+
+
+def assert_same_run(workdir: Path, undisturbed: Path, result: str = "adapter") -> None:
+    assert metrics(workdir) == metrics(undisturbed)
+    assert files(workdir / result) == files(undisturbed / result)
+    assert last_arrays(workdir) == last_arrays(undisturbed)
+    # killed right after its last save, a run has not yet removed the checkpoint that it was to replace
+    assert checkpoints(workdir) >= checkpoints(undisturbed)
+    assert (workdir / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()

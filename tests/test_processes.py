@@ -1,0 +1,106 @@
+"""Several real processes that train together: one run, whatever their number; and what becomes of it when one goes."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.runs import ended, finish, logged, make_world, metrics, start, start_together, wait_until
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("--config.train.steps=8", "--config.train.eval_every=4", "--config.checkpoint.every=4")
+MESHES = {2: ("--config.mesh.fsdp=2",), 4: ("--config.mesh.data=2", "--config.mesh.fsdp=2")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path) -> Path:
+    """The workdir of a run of one process on one device."""
+    finish(start(world, world / "alone", *SHORT))
+    return world / "alone"
+
+
+def assert_same_numbers(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [(line["step"], line["kind"]) for line in found] == [(line["step"], line["kind"]) for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        numbers, others = ({name: value for name, value in each.items() if name != "kind"} for each in (line, other))
+        assert numbers == pytest.approx(others, rel=2e-4)
+
+
+def assert_all_well(children: list[subprocess.Popen[str]]) -> list[str]:
+    results = ended(*children)
+    assert [code for code, _ in results] == [0] * len(children), results
+    return [output for _, output in results]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_together_as_one_would_alone(world: Path, alone: Path, count: int) -> None:
+    workdir = world / f"together-{count}"
+    outputs = assert_all_well(start_together(world, workdir, count, *SHORT, *MESHES[count]))
+    assert_same_numbers(metrics(workdir), metrics(alone))
+    assert "step 8/8" in outputs[0]
+    assert not any("step " in output for output in outputs[1:])  # one of them logs
+    names = [[path.name.split(".")[0] for path in sorted(place.iterdir())] for place in (workdir, alone)]
+    assert names[0] == names[1]
+    mine, theirs = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (workdir, alone))
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_processes_prepare_a_dataset_at_once_and_evaluate_together(world: Path, tmp_path: Path) -> None:
+    options = (
+        "--config.model.path=embedded", "--config.model.init=pretrained", f"--config.data.tfds_data_dir={tmp_path / 'tfds'}",
+        "--config.data.train=tfds:rewrite_dates/train", "--config.data.eval=tfds:rewrite_dates/test[:16]",
+        "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.accumulate=1", "--config.mesh.data=2",
+    )  # fmt: skip
+    assert_all_well(start_together(world, tmp_path / "run", 2, *options))
+    assert_all_well(start_together(world, tmp_path / "run", 2, *options, command="evaluate"))
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert scores["eval_loss"] == pytest.approx(metrics(tmp_path / "run")[-1]["eval_loss"], rel=1e-5)
+
+
+def test_when_one_process_is_killed_the_others_stop_and_say_so_and_the_run_can_go_on(world: Path, alone: Path) -> None:
+    workdir = world / "bereft"
+    for victim in (1, 0):
+        children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
+        wait_until(logged(workdir, 2 if victim else 5), *children)
+        children[victim].send_signal(signal.SIGKILL)
+        results = ended(*children)
+        assert results[victim][0] == -signal.SIGKILL
+        code, output = results[1 - victim]
+        assert code != 0
+        assert "error: " in output or "another task died" in output, output
+        assert not (workdir / "adapter").exists()
+    assert_all_well(start_together(world, workdir, 2, *SHORT, *MESHES[2]))
+    assert_same_numbers(metrics(workdir), metrics(alone))
+
+
+def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(world: Path, alone: Path) -> None:
+    workdir = world / "preempted"
+    children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
+    wait_until(logged(workdir, 1), *children)
+    children[1].send_signal(signal.SIGTERM)
+    results = ended(*children)
+    assert [code for code, _ in results] == [75, 75], results
+    assert "which is saved; the same command goes on" in results[0][1]
+    other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
+    assert "going on after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
+    assert_same_numbers(metrics(workdir), metrics(alone))
+
+
+def test_a_mistake_ends_every_process_with_2(world: Path, tmp_path: Path) -> None:
+    results = ended(*start_together(world, tmp_path / "run", 2, *SHORT))
+    assert [code for code, _ in results] == [2, 2]
+    assert "takes 1 of the 2 devices of 2 processes, which all take part" in results[0][1]
+    assert not list(tmp_path.iterdir())
