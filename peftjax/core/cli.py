@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -20,6 +21,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     PEFTJAX_TRACEBACK=1 in the environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a
     preempted run with 75. A warning is a line on stderr.
     """
+    keep_programs()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -48,6 +50,24 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # at once: an orderly exit waits for the other processes, and they for this one
     sys.exit(code)
+
+
+def keep_programs() -> None:
+    """Programs that took a second or more to compile outlive the process, in the user's cache directory.
+
+    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches it off. A directory that
+    cannot be made is done without. Processes can share one: an entry that another is still writing does not decompress, and
+    is compiled instead.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax" / "programs"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:

@@ -53,7 +53,11 @@ FIELDS: dict[str, Field] = {
         "", "format of the frozen kernels; empty: not quantized", ("", "nf4", "nf4_single", "int8")
     ),
     "model.skip_quantize": Field((), "names of modules that stay in param_dtype, beside the head"),
-    "model.remat": Field("none", "what the backward pass computes again to save memory", ("none", "block")),
+    "model.remat": Field(
+        "none",
+        "what the backward pass computes again: all but linear layers, a block, or that with its input in host memory",
+        ("none", "dots", "block", "offload"),
+    ),
     "model.new_head": Field(False, "put a new head on an encoder in place of the one that its checkpoint has"),
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
     "task.kind": Field(

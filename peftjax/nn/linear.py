@@ -5,10 +5,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from peftjax import sharding
 from peftjax.nn.slot import Slot
 from peftjax.quant.matmul import matmul
+
+OUTPUT = "linear_output"  # its name for rematerialisation
 
 
 class Linear(nnx.Module):
@@ -39,7 +42,7 @@ class Linear(nnx.Module):
         self.adapters = Slot()
 
     def __call__(self, x: jax.Array, **parameters: jax.Array) -> jax.Array:
-        return self.adapters(self, self.dense, x, **parameters)
+        return checkpoint_name(self.adapters(self, self.dense, x, **parameters), OUTPUT)
 
     def dense(self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
         """The base computation; `kernel` and `bias` stand in for the layer's own."""

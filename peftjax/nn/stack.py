@@ -5,11 +5,24 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.core import variables
+from peftjax.nn.linear import OUTPUT
 from peftjax.nn.slot import Slot
 
-REMAT = ("none", "block")
+INPUT = "layer_input"
+_POLICIES = jax.checkpoint_policies
+_KEPT: dict[str, Callable | None] = {
+    "dots": _POLICIES.save_only_these_names(OUTPUT),
+    "block": None,
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}  # what the backward pass finds, for each kind of remat
 
 
 def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
@@ -27,8 +40,9 @@ def scan_stack(
 ) -> tuple[jax.Array, Any]:
     """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers; returns the last x and all outs stacked.
 
-    Variables without a "layers" axis, which an adapter may share among its layers, are the same in each of them. With
-    remat="block" the backward pass keeps each layer's input alone and computes the layer again.
+    Variables without a "layers" axis, which an adapter may share among its layers, are the same in each of them.
+    remat: what the backward pass computes again. "block": the layer, of which its input alone is kept; "offload": likewise,
+    and the input is kept in the host's memory; "dots": all but the outputs of linear layers.
     """
     graph, leaves = variables.flat(block)
     stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
@@ -36,12 +50,10 @@ def scan_stack(
 
     def step(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
         layer, layer_inputs = slices
-        return body(variables.merge(graph, layer, shared), x, layer_inputs)
+        return body(variables.merge(graph, layer, shared), checkpoint_name(x, INPUT), layer_inputs)
 
-    if remat == "block":
-        step = jax.checkpoint(
-            step, prevent_cse=False
-        )  # a scan needs no barrier against common-subexpression elimination
+    if remat != "none":  # a scan needs no barrier against common-subexpression elimination
+        step = jax.checkpoint(step, prevent_cse=False, policy=_KEPT[remat])
     return jax.lax.scan(step, x, (stacked, per_layer))
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import jax
 import pytest
 
 from peftjax.core import cli
@@ -70,6 +71,23 @@ def test_a_real_process_ends_with_2_and_one_line_on_stderr():
     )
     assert result.returncode == 2
     assert result.stderr == "error: [Errno 2] No such file or directory: '/no/such/file'\n"
+
+
+def test_compiled_programs_are_kept_where_the_user_says_or_in_the_users_cache_directory(monkeypatch, tmp_path):
+    chosen = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == chosen == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        cli.keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "peftjax" / "programs")
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # in which no directory can be made
+        cli.keep_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 def test_parse_separates_the_config_its_overrides_and_the_workdir():
