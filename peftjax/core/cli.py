@@ -59,7 +59,7 @@ def keep_programs() -> None:
     cannot be made is done without. Processes can share one: an entry that another is still writing does not decompress, and
     is compiled instead.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax" / "programs"
     try:
