@@ -119,9 +119,10 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
 
 # --- Against a run ---
 
-# The train step, as large as a plan says, with real arrays; VmHWM is set back once the compiler is done.
+# The train step, as large as a plan says, with real arrays. Steps before make the threads and what they keep; then all
+# is given back, and VmHWM set back.
 RUN = """
-import gc, json, sys
+import ctypes, gc, json, sys
 from pathlib import Path
 import jax, numpy as np
 from peftjax import devices, plan
@@ -136,15 +137,23 @@ config, cpu = configs.from_json(json.dumps(request["config"])), devices.find("cp
 found = plan.measure(config, request["hf_config"], cpu)
 drawn = plan.sketch(config, request["hf_config"], cpu.mesh(config.mesh))
 step = drawn.traced.lower().compile()
+rng = np.random.default_rng(0)
+
+def fill(leaf):
+    return jax.device_put(rng.integers(0, 2, leaf.shape, np.int8).astype(leaf.dtype), leaf.sharding)
+
+def train():
+    state, frozen, batch = jax.tree.map(fill, drawn.arguments)
+    for _ in range(2):
+        state, measured = step(state, frozen, batch)
+        jax.block_until_ready(measured)
+
+train()
 gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-rng = np.random.default_rng(0)
-fill = lambda leaf: jax.device_put(rng.integers(0, 2, leaf.shape, np.int8).astype(leaf.dtype), leaf.sharding)
-state, frozen, batch = jax.tree.map(fill, drawn.arguments)
-for _ in range(2):
-    state, measured = step(state, frozen, batch)
-    jax.block_until_ready(measured)
+train()
 print(json.dumps({"planned": found.needed, "grown": resident("VmHWM") - before}))
 """
 
@@ -152,16 +161,16 @@ print(json.dumps({"planned": found.needed, "grown": resident("VmHWM") - before})
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc of Linux")
 def test_the_cpus_figure_is_the_growth_of_a_run() -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096, "max_position_embeddings": 512}
-    config = make_config(train__batch_size=8, data__max_length=256, model__quantize="")
+    config = make_config(train__batch_size=16, data__max_length=256, model__quantize="")
     request = {"config": config.to_dict(), "hf_config": tiny.CONFIG | sizes}
     ended = subprocess.run(
-        [sys.executable, "-c", RUN], input=json.dumps(request), env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+        [sys.executable, "-c", RUN], input=json.dumps(request), env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found["planned"] > 100e6  # else the noise of a process would be a large part
-    assert 0.8 < found["grown"] / found["planned"] < 1.25, found
+    assert found["planned"] > 300e6  # else the scratch memory of XLA:CPU's threads would be a large part
+    assert 0.8 < found["grown"] / found["planned"] < 1.35, found
 
 
 # --- Without a compiler, and too large ---
