@@ -315,6 +315,22 @@ def test_the_command_plans_in_another_process(written: Path, capsys: pytest.Capt
     assert record["needed"] == sum(record["arguments"].values()) + record["temporaries"] + record["others"]
 
 
+def test_of_a_hub_id_only_config_json_is_fetched(
+    written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
+) -> None:
+    fetched = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.append((name, revision, allow_patterns))
+        return str(written / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(plan, "ask", lambda *given, **named: alone)
+    hub = ["--config.model.path=some/model", "--config.model.revision=main"]
+    assert plan.main([f"--config={written / 'config.py'}", "--device=cpu", *hub]) == 0
+    assert fetched == [("some/model", "main", ["config.json"])]
+
+
 def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "ask", lambda *given, **named: pytest.fail("it was compiled"))
     config = f"--config={written / 'config.py'}"
