@@ -1,5 +1,6 @@
 """Where every array lives: a mesh, and one table from logical axes to mesh axes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,29 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
     of_leaves = value.axes(tuple(axes)) if isinstance(value, Quantized) else [axes]
     placed = [spec(own, leaf.shape, mesh) for own, leaf in zip(of_leaves, leaves, strict=True)]
     return jax.tree.unflatten(structure, placed)
+
+
+def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, float]:
+    """The parameters with a dimension that the table would split and the mesh does not divide: by how much more of each
+    a device has to hold, as a part of the whole. Of a quantized kernel the codes count."""
+    found = {}
+    for path, variable in variables.items():
+        value = variable.get_value()
+        quantized = isinstance(value, Quantized)
+        axes = value.axes(tuple(variable.axes))[0] if quantized else variable.axes
+        shape = jax.tree.leaves(value)[0].shape
+        wanted, given = (
+            _parts(partition(axes, sizes, mesh), mesh) for sizes in ((0,) * len(shape), shape)
+        )  # 0: any divides
+        if given < wanted:
+            found[path] = 1 / given - 1 / wanted
+    return found
+
+
+def _parts(split: PartitionSpec, mesh: Mesh) -> int:
+    """Into how many parts an array is split."""
+    each = [(names,) if isinstance(names, str) else names or () for names in split]
+    return math.prod(mesh.shape[name] for names in each for name in names)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

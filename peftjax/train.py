@@ -31,6 +31,7 @@ from peftjax.data.rows import Rows, load_rows
 from peftjax.evaluate import Outputs, answer, answer_scores, held_out_scores, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
+from peftjax.io.hf_files import enumerate_some
 from peftjax.io.hf_model import load_kernels, resolve, save_model
 from peftjax.step import TrainState, first_state, flatten, prepare
 
@@ -317,6 +318,13 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
         f"{config.model.path}: {base:,} parameters in {config.model.param_dtype or config.model.dtype}, on {shape}"
     )
     log.message(f"{config.method.name}: trains {trained:,} parameters, {trained / base:.2%} of the base's number")
+    leaves = variables.flat(run.model)[1]
+    if undivided := sharding.undivided(leaves, run.mesh):
+        more = sum(report.tree_bytes(leaves[path].get_value()) * part for path, part in undivided.items())
+        log.message(
+            f"not divided evenly by the mesh, and therefore {metrics.format_bytes(more)} more on each device: "
+            f"{enumerate_some(list(undivided), 4)}"
+        )
     if state.step > 0:
         log.message(f"going on after step {int(state.step)} of {config.train.steps}")
 

@@ -62,7 +62,7 @@ def test_processes_prepare_a_dataset_at_once_and_evaluate_together(world: Path, 
     options = (
         "--config.model.path=embedded", "--config.model.init=pretrained", f"--config.data.tfds_data_dir={tmp_path / 'tfds'}",
         "--config.data.train=tfds:rewrite_dates/train", "--config.data.eval=tfds:rewrite_dates/test[:16]",
-        "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.accumulate=1", "--config.mesh.data=2",
+        "--config.train.steps=2", "--config.optim.warmup_steps=0", "--config.train.eval_every=0", "--config.mesh.data=2",
     )  # fmt: skip
     assert_all_well(start_together(world, tmp_path / "run", 2, *options))
     assert_all_well(start_together(world, tmp_path / "run", 2, *options, command="evaluate"))

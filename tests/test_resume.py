@@ -1,10 +1,14 @@
 """A run that is killed and started again ends with the bits of one that never was. Real processes, real SIGKILL."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +133,84 @@ def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: P
     finally:
         file.write_text(original)
     assert re.search(r"the base model's weights: fingerprint [0-9a-f]{16} here, [0-9a-f]{16} there", message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not JSON: .* at column \d+"),
+        ('{"prompt": "1 and 2 "}', r"train\.jsonl:150: the record has no field 'completion'"),
+    ],
+)
+def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
+    world: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    lines = (world / "train.jsonl").read_text().splitlines()
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join([*lines[:149], line, *lines[150:]]) + "\n")
+    overrides = (
+        f"--config.data.train={data}", "--config.data.eval=", "--config.data.shuffle=false", "--config.eval.exact_match=0",
+        "--config.checkpoint.every=1", "--config.train.steps=12",
+    )  # fmt: skip
+    config = configs.load(world / "config.py", overrides, method_defaults=methods.method_defaults)
+    with pytest.raises(ValueError, match=message):  # with which the command exits with 2
+        train.train(config, tmp_path / "run")
+    last = max(map(int, checkpoints(tmp_path / "run")))
+    assert 0 < last < 12
+    data.write_text("\n".join(lines) + "\n")
+    train.train(config, tmp_path / "run")
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    disk, workdir = tmp_path / "disk", tmp_path / "disk" / "run"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("no disk of its own can be mounted here")
+    try:
+        child = start(world, workdir)
+        wait_until(lambda: str(EVERY) in checkpoints(workdir), child)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        ((code, output),) = ended(child)
+        assert code == 2, output
+        assert "No space left on device" in output
+        assert str(EVERY) in checkpoints(workdir)
+        (disk / "filler").unlink()
+        assert f"going on after step {EVERY} of {STEPS}" in finish(start(world, workdir))
+        assert_same_run(workdir, undisturbed)
+    finally:
+        child.kill()
+        child.wait()
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_was(
+    world: Path, tmp_path: Path
+) -> None:
+    overrides = ("--config.checkpoint.every=1", "--config.train.eval_every=0")
+    finish(start(world, tmp_path / "undisturbed", *overrides))
+    began = time.monotonic()
+    finish(start(world, tmp_path / "measured", *overrides))  # nothing is compiled any more
+    life, workdir, rng = time.monotonic() - began, tmp_path / "killed", random.Random(0)
+    kills = 0
+    while kills < 25:
+        child = start(world, workdir, *overrides)
+        try:
+            child.wait(rng.uniform(0, life))
+        except subprocess.TimeoutExpired:
+            kills += 1
+        child.kill()
+        ((code, output),) = ended(child)
+        assert code in (0, -signal.SIGKILL), output
+    finish(start(world, workdir, *overrides))
+    assert_same_run(workdir, tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
+import itertools
 import re
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from peftjax import sharding
@@ -60,3 +66,54 @@ def test_a_quantized_kernel_is_gathered_as_codes_where_the_batch_is_split_and_st
     sent = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", program)
     assert {shape for _, shape in sent} == {"4,64,4", "4,4"}  # [in/64, 64, out / 2] codes and [in/64, out / 2] absmax
     assert {dtype for dtype, _ in sent} <= {"s8", "u8"}  # a CPU's program has int4 as int8
+
+
+def test_codes_and_absmax_of_a_kernel_are_split_alike_on_any_mesh() -> None:
+    meshes = [sharding.make_mesh({"fsdp": fsdp, "tensor": 8 // fsdp}) for fsdp in (1, 2, 4, 8)]
+    for inputs, outputs in itertools.product((64, 128, 192, 320, 512, 96), (4, 6, 12, 64)):  # 96: no whole blocks
+        for nested in (False, True):
+            kernel = jax.eval_shape(
+                partial(nf4.quantize, nested=nested), jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)
+            )
+            for mesh, axes in itertools.product(meshes, (("embed", "mlp"), ("mlp", "embed"), ("heads", "embed"))):
+                codes, absmax, *scales = jax.tree.leaves(sharding.placement(kernel, axes, mesh))
+                blocks = tuple(codes.spec)
+                assert tuple(absmax.spec) == (blocks[::2] if len(blocks) == 3 else blocks), (
+                    inputs,
+                    outputs,
+                    mesh,
+                    axes,
+                )
+                assert all(scale.is_fully_replicated for scale in scales)
+
+
+def test_what_the_mesh_does_not_divide_is_told_with_what_a_device_holds_more_of_it() -> None:
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    kernel = jax.ShapeDtypeStruct((192, 8), jnp.float32)
+    leaves = {
+        "even": nnx.Param(kernel, axes=("embed", "mlp")),
+        "odd": nnx.Param(jax.ShapeDtypeStruct((192, 7), jnp.float32), axes=("embed", "mlp")),
+        "blocks": nnx.Param(jax.eval_shape(nf4.quantize, kernel), axes=("embed", "mlp")),  # 3 blocks on 4 devices
+        "norm": nnx.Param(jax.ShapeDtypeStruct((7,), jnp.float32), axes=(None,)),
+    }
+    assert sharding.undivided(leaves, mesh) == {"odd": 1 / 4 - 1 / 8, "blocks": 1 / 2 - 1 / 8}
+
+
+def test_processes_that_split_only_features_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device(NamedTuple):
+        process_index: int
+
+    def shares(sizes: dict[str, int], local: int) -> list[tuple[int, int]]:
+        devices = np.empty(8, object)
+        devices[:] = [Device(index // local) for index in range(8)]
+        shape = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+        mesh = SimpleNamespace(shape=shape, devices=devices.reshape(*shape.values()))
+        found = []
+        for process in range(8 // local):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            found.append(tuple(sharding.batch_share(mesh).values()))
+        return found
+
+    assert shares({"data": 4, "fsdp": 2}, local=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert shares({"data": 2, "tensor": 4}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shares({"tensor": 8}, local=4) == [(0, 1), (0, 1)]
