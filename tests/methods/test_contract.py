@@ -402,6 +402,35 @@ def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[s
         np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg=path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["nf4", "int8"])
+def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_are_split_both_ways(format_: str) -> None:
+    together = {
+        "lora": methods.Lora(rank=4, targets=("q_proj", "down_proj")),
+        "dora": methods.Lora(rank=2, dora=True, targets=("o_proj", "gate_proj")),
+        "ia3": methods.Ia3(targets=("k_proj", "v_proj"), feedforward=()),
+        "oft": methods.Oft(block_size=4, targets=("up_proj",)),
+        "prefix": methods.PrefixTuning(tokens=3),
+    }
+
+    def train(mesh: Any) -> tuple[dict[str, np.ndarray], list]:
+        model = tiny.quantized(tiny.model(hidden_size=128, intermediate_size=256, num_hidden_layers=2), format_)
+        for name, method in together.items():
+            methods.attach(model, method, name, rngs=nnx.Rngs(1))
+        methods.use(model, tuple(together))
+        step, state, frozen = trainer(model, together["lora"], mesh)
+        kernel = frozen["blocks.feedforward.gate.kernel"]
+        split = [leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(kernel)[:2]]
+        assert all(split) == (mesh.size > 1)
+        state, losses = run(step, state, frozen, 3, mesh)
+        return arrays(state.trainable), losses
+
+    (one, losses), (many, sharded) = (train(sharding.make_mesh(sizes)) for sizes in ({}, {"fsdp": 2, "tensor": 2}))
+    np.testing.assert_allclose(sharded, losses, rtol=2e-5)
+    for path, value in many.items():
+        np.testing.assert_allclose(value, one[path], atol=2e-4, err_msg=path)
+
+
 @pytest.mark.parametrize("name", marked(name for name in CASES if CASES[name].merges))
 def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> None:
     model = tiny.randomize(attached(name))
