@@ -194,7 +194,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturb
 def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_was(
     world: Path, tmp_path: Path
 ) -> None:
-    overrides = ("--config.checkpoint.every=1", "--config.train.eval_every=0")
+    overrides = ("--config.checkpoint.every=1", "--config.train.eval_every=0", "--config.train.steps=16")
     finish(start(world, tmp_path / "undisturbed", *overrides))
     began = time.monotonic()
     finish(start(world, tmp_path / "measured", *overrides))  # nothing is compiled any more

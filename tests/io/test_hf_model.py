@@ -1,15 +1,19 @@
 """Hugging Face directories read and written; the safetensors package itself is the judge of the files."""
 
 import fnmatch
+import functools
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -19,6 +23,8 @@ from peftjax.core import variables
 from peftjax.io import hf_files, hf_model
 from peftjax.io.hf_model import load_model, make_random, resolve, save_model
 from peftjax.nn.slot import Adapter
+from peftjax.report import tree_bytes
+from tests import tiny
 
 LAYERS, EMBED, MLP, VOCAB = 2, 16, 24, 32
 CONFIG = {
@@ -511,6 +517,42 @@ def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> N
     model = load_model(write(tmp_path / "m", random_tensors()))
     save_model(model, tmp_path / "saved", max_shard_bytes=5000)
     assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
+
+
+def on_a_device() -> int:
+    """Bytes of the arrays alive, of each what the device with the most of it holds."""
+    parts = (jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.live_arrays())
+    return tree_bytes(list(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_no_device_holds_more_than_its_part_while_a_model_is_loaded_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None
+) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1024}
+    save_model(tiny.model(**sizes), tmp_path / "m")
+    mesh, seen = sharding.make_mesh({"fsdp": 4, "tensor": 2}), []
+
+    def watched(original: Callable, *arguments: Any) -> Any:
+        result = original(*arguments)
+        seen.append(on_a_device())
+        return result
+
+    for name in ("_read", "_fetch"):
+        monkeypatch.setattr(hf_model, name, functools.partial(watched, getattr(hf_model, name)))
+    gc.collect()
+    before = on_a_device()
+    model = load_model(tmp_path / "m", quantize=quantize, mesh=mesh)
+    part = tree_bytes(nnx.state(model)) / 8
+    largest = 1024 * 512 * 4  # the embedding and each kernel of the feedforward
+    assert on_a_device() - before < 1.05 * part
+    assert max(seen) - before < 1.05 * part + largest / 8 + 1
+    seen.clear()
+    save_model(model, tmp_path / "saved")
+    assert max(seen) - before < 1.05 * part + 1.01 * largest  # one tensor at a time is gathered
+    gc.collect()
+    assert on_a_device() - before < 1.05 * part
 
 
 PROCESS = """

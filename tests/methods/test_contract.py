@@ -404,7 +404,9 @@ def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format_", ["nf4", "int8"])
-def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_are_split_both_ways(format_: str) -> None:
+def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_are_split_both_ways(
+    format_: str,
+) -> None:
     together = {
         "lora": methods.Lora(rank=4, targets=("q_proj", "down_proj")),
         "dora": methods.Lora(rank=2, dora=True, targets=("o_proj", "gate_proj")),
