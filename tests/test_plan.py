@@ -119,7 +119,7 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
 
 # --- Against a run ---
 
-# The train step, as large as a plan says, with real arrays. Steps before make the threads and what they keep; then all
+# The train step, as large as a plan says, with real arrays. A first one makes the threads and what they keep; then all
 # is given back, and VmHWM set back.
 RUN = """
 import ctypes, gc, json, sys
@@ -144,9 +144,7 @@ def fill(leaf):
 
 def train():
     state, frozen, batch = jax.tree.map(fill, drawn.arguments)
-    for _ in range(2):
-        state, measured = step(state, frozen, batch)
-        jax.block_until_ready(measured)
+    jax.block_until_ready(step(state, frozen, batch))
 
 train()
 gc.collect()
