@@ -79,19 +79,16 @@ def _join_cluster() -> None:
     own_machine = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _one_task_a_node()
     try:
         _initialize(local_device_ids=[] if own_machine else None)
-    except RuntimeError as error:
-        if name or "must be called before" not in str(error):
-            raise
-        return  # called from a program that computes already, and no launcher says that there are others
-    except ValueError as error:
-        if "coordinator_address" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        # No cluster; or a command called by a program that has asked for its devices already, and is no part of one.
+        if not any(words in str(error) for words in ("coordinator_address should be", "must be called before")):
             raise
         if name:
             raise UserError(
                 f"{name}={counts[name]}: a launcher started {counts[name]} processes that jax cannot bring together by "
                 "itself; give each --coordinator=HOST:PORT --num_processes=N --process_id=I"
             ) from None
-        return  # no cluster
+        return
     if name and jax.process_count() != counts[name]:
         raise UserError(
             f"{name}={counts[name]}, but jax found {jax.process_count()} processes; give each --coordinator=HOST:PORT "
@@ -105,9 +102,9 @@ def _one_task_a_node() -> bool:
 
 
 def _initialize(**arguments: Any) -> None:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
     # Programs that run on CPUs at the same time take each other's turns in the collectives, and wait for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         raise UserError(
             f"{jax.local_device_count()} CPU devices in each of {jax.process_count()} processes, whose collectives can wait "
