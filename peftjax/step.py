@@ -13,6 +13,7 @@ from peftjax import optim, sharding
 from peftjax.core import variables
 from peftjax.losses import Loss, Totals
 from peftjax.methods import Method
+from peftjax.nn.attention import use_kernel
 
 
 class TrainState(NamedTuple):
@@ -109,7 +110,16 @@ def prepare(
     state_of: Callable[[variables.FlatTree, optax.GradientTransformation], TrainState],
 ) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], TrainState, variables.FlatTree]:
     """The train step that `config` describes, its first state, and what is frozen, of a model in training with its
-    method attached. state_of: `first_state`, or `abstract_state` of a model that is shapes alone."""
+    method attached. state_of: `first_state`, or `abstract_state` of a model that is shapes alone.
+
+    Raises:
+        ValueError: model.attention cannot compute what this run needs.
+    """
+    if (kernel := config.model.attention) != "xla" and config.data.pack:
+        raise ValueError(
+            f"model.attention={kernel!r} sees one document a sequence, data.pack puts several; choose 'xla'"
+        )
+    use_kernel(model, kernel)
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})

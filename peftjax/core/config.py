@@ -58,6 +58,11 @@ FIELDS: dict[str, Field] = {
         "what the backward pass computes again: all but linear layers, a block, or that with its input in host memory",
         ("none", "dots", "block", "offload"),
     ),
+    "model.attention": Field(
+        "xla",
+        "what computes causal attention in training; cudnn (NVIDIA GPUs) and splash (TPUs) hold no scores in memory",
+        ("xla", "cudnn", "splash"),
+    ),
     "model.new_head": Field(False, "put a new head on an encoder in place of the one that its checkpoint has"),
     "model.init": Field("pretrained", "random: only config.json and the tokenizer are read", ("pretrained", "random")),
     "task.kind": Field(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax import sharding
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
@@ -84,8 +85,10 @@ class Attention(nnx.Module):
     Kernels are two-dimensional, heads flattened into one axis: query [D, N*H], key and value [D, K*H], out [N*H, D].
     scale: by default 1 / sqrt(H). softcap: scores s are cap tanh(s / cap) before the softmax. norm: of q and k, where
     `qk_norm_eps` is given. dropout: of the softmax, in training. The slot wraps the core (q, k, v, mask) -> [B, T, N, H]:
-    prefix tuning sits there.
+    prefix tuning sits there. kernel: what computes causal attention without a mask, by `use_kernel`.
     """
+
+    kernel: str = "xla"
 
     def __init__(
         self,
@@ -149,6 +152,10 @@ class Attention(nnx.Module):
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H]; a mask of None means causal."""
+        if mask is None and self.kernel == "splash":
+            return splash(q, k, v, scale=self.scale)
+        if mask is None and self.kernel == "cudnn":
+            return cudnn(q, k, v, scale=self.scale)
         if self.softcap is None and self.dropout.idle:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
         return attend(q, k, v, mask, scale=self.scale, cap=self.softcap, dropout=self.dropout)
@@ -188,6 +195,62 @@ class FusedAttention(Attention):
         ends = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
         q, k, v = jnp.split(self.qkv(x), ends, axis=-1)
         return self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+
+
+def use_kernel(model: nnx.Module, kernel: str) -> None:
+    """Let a fused kernel compute the causal attention of a model's layers: "cudnn" (NVIDIA GPUs) or "splash" (TPUs); "xla"
+    has none. Neither holds the scores in memory, [B, N, T, S] in float32. What has a mask stays with XLA.
+
+    Raises:
+        ValueError: attention of this model is never causal and without a mask, or has a soft cap or dropout.
+    """
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
+    if kernel != "xla":
+        reasons = {
+            "sliding windows": any(getattr(getattr(model, "config", None), "windows", ())),
+            "a soft cap": any(layer.softcap is not None for layer in layers),
+            "dropout": any(layer.dropout.rate for layer in layers),
+            "prefix tuning": any(layer.adapters.virtual for layer in layers),
+            "no such attention": not layers,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(
+                f"attention={kernel!r} is causal attention alone, and a {type(model).__name__} as it is here has "
+                f"{' and '.join(found)}; choose 'xla'"
+            )
+    for layer in layers:
+        layer.kernel = kernel
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None) -> jax.Array:
+    """Causal attention by cuDNN: [B, T, N, H], k and v [B, T, K, H], in bfloat16 or float16."""
+    try:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"attention='cudnn' is not possible here: {error}; choose 'xla'") from error
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, interpret: bool = False) -> jax.Array:
+    """Causal attention by jax's flash attention for TPUs: [B, T, N, H], k and v [B, T, K, H]; T a multiple of 128. Each
+    device of a mesh takes its own rows and heads. interpret: on another machine than a TPU."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    length, head_dim = q.shape[1], q.shape[3]
+    if length % 128 or k.shape[1] != length:
+        raise ValueError(f"attention='splash' takes sequences whose length is a multiple of 128, this one has {length}")
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * q.shape[2])
+        kernel = splash_attention.make_splash_mha(mask=masks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v))).swapaxes(1, 2)
+
+    q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v)
+    axes = ("batch", None, "kv_heads", None)
+    places = sharding.partition(axes, k.shape, mesh)  # type: ignore[arg-type]  # a query's head lies with its key's
+    return jax.shard_map(local, mesh=mesh, in_specs=(places,) * 3, out_specs=places, check_vma=False)(q, k, v)
 
 
 def attend(

@@ -120,17 +120,17 @@ class Nf4(Quantized):
     def dot(self, x: jax.Array) -> jax.Array:
         if not self._even:
             return product("ti,io->to", x, self.astype(x.dtype)).astype(x.dtype)
-        return self._product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK))
+        return self._product(x, transposed=False)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
             return product("to,io->ti", y, self.astype(y.dtype)).astype(y.dtype)
         y, kernel = _after(y, self)
-        return kernel._product("to,gbo->tgb", y).reshape(len(y), -1)
+        return kernel._product(y, transposed=True)
 
-    def _product(self, subscripts: str, x: jax.Array) -> jax.Array:
-        """An einsum with the values in the layout of the codes, in the dtype of x."""
-        within, apart = partial(_decoded_within, subscripts), partial(_decoded_apart, subscripts)
+    def _product(self, x: jax.Array, *, transposed: bool) -> jax.Array:
+        """The product with the values in the layout of the codes, in the dtype of x."""
+        within, apart = partial(_decoded_within, transposed), partial(_decoded_apart, transposed)
         return jax.lax.platform_dependent(x, self, tpu=within, default=apart)
 
     def _decoded(self, dtype: Any) -> jax.Array:
@@ -160,16 +160,38 @@ class Nf4(Quantized):
         return centred + jnp.broadcast_to(offset, centred.shape)
 
 
-def _decoded_within(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
+def _decoded_within(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     """The product of a TPU, whose compiler decodes within it, without a decoded kernel in memory. It accumulates in float32
-    as it is; asked to return that, it would decode some kernels apart."""
-    return jnp.einsum(subscripts, x, kernel._decoded(x.dtype), preferred_element_type=x.dtype)
+    as it is; asked to return that, it would decode some kernels apart.
+
+    On one device a convolution over the blocks whose window is all of them. Of an einsum the compiler makes one itself, but
+    in a layer with adapters over the axis of 64, for which it brings the codes into another layout and decodes them apart.
+    On several devices the einsum: around convolutions the compiler copies whole stacks of codes into another layout.
+    """
+    values = kernel._decoded(x.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or mesh.size == 1):
+        if transposed:
+            y = jnp.einsum("to,gbo->tgb", x, values, preferred_element_type=x.dtype)
+            return y.reshape(len(x), -1)
+        return jnp.einsum("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), values, preferred_element_type=x.dtype)
+    if transposed:
+        around, axes = [(len(values) - 1, len(values) - 1)], ("NHC", "HOI", "NHC")
+        x, values = x[:, None], jax.lax.rev(values, (0,))
+    else:
+        around, axes = [(0, 0)], ("NHC", "HIO", "NHC")
+        x = x.reshape(len(x), -1, BLOCK)
+    y = jax.lax.conv_general_dilated(x, values, (1,), around, dimension_numbers=axes, preferred_element_type=x.dtype)
+    return y.reshape(len(x), -1)
 
 
-def _decoded_apart(subscripts: str, x: jax.Array, kernel: Nf4) -> jax.Array:
+def _decoded_apart(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     """The product of a machine that decodes the kernel first: when x is there, not all kernels of a layer at once."""
     x, kernel = _after(x, kernel)
-    return product(subscripts, x, kernel._decoded(x.dtype)).astype(x.dtype)
+    values = kernel._decoded(x.dtype)
+    if transposed:
+        return product("to,gbo->tgb", x, values).astype(x.dtype).reshape(len(x), -1)
+    return product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), values).astype(x.dtype)
 
 
 def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:

@@ -1,5 +1,6 @@
 """Attention against plain NumPy; its masks, packed documents, windows and cache against what they stand for."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,16 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.nn.attention import Attention, attend, attention_mask, key_distances, within_window
+from peftjax.nn.attention import (
+    Attention,
+    attend,
+    attention_mask,
+    cudnn,
+    key_distances,
+    splash,
+    use_kernel,
+    within_window,
+)
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.rope import Rope
 
@@ -206,3 +216,28 @@ def test_attention_written_out_is_attention_and_a_cap_bends_its_scores() -> None
     weights = np.exp(scores) / np.exp(scores).sum()
     capped = attend(q, k, v, None, scale=0.7, cap=2.0, dropout=Dropout(0.0))
     np.testing.assert_allclose(capped[0, 1, 0], weights @ v[0, :2, 0], atol=1e-5)
+
+
+def test_splash_attention_is_causal_attention() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 128, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    loss = lambda attention: lambda *qkv: jnp.square(attention(*qkv)).sum()  # noqa: E731
+    expected = jax.grad(loss(lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True)), argnums=(0, 1, 2))(
+        q, k, v
+    )
+    found = jax.jit(jax.grad(loss(partial(splash, scale=None, interpret=True)), argnums=(0, 1, 2)))(q, k, v)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_fused_attention_is_refused_where_it_would_not_be_the_same() -> None:
+    with pytest.raises(ValueError, match="Llama as it is here has sliding windows; choose 'xla'"):
+        use_kernel(tiny.model(model_type="mistral", sliding_window=4), "splash")
+    q = jnp.zeros((1, 100, 2, 16))
+    with pytest.raises(ValueError, match="multiple of 128, this one has 100"):
+        splash(q, q, q, scale=None)
+    with pytest.raises(ValueError, match="attention='cudnn' is not possible here: "):
+        cudnn(q, q, q, scale=None)
+    model = tiny.model()
+    use_kernel(model, "cudnn")
+    assert model.blocks.attention.kernel == "cudnn"

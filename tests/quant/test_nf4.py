@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -247,3 +248,13 @@ def test_every_leaf_of_a_sharded_kernel_encoded_there_has_the_bits_of_one_device
     split = encode(jax.device_put(weights, sharding.spec(("embed", "mlp"), weights.shape, mesh)))
     for field in dataclasses.fields(Nf4)[:4]:
         np.testing.assert_array_equal(getattr(split, field.name), getattr(quantize(weights), field.name))
+
+
+def test_the_product_of_a_tpu_is_the_product() -> None:
+    kernel = nf4.quantize(jax.random.normal(jax.random.key(0), (192, 24)))
+    for transposed, width in ((False, 192), (True, 24)):
+        x = jax.random.normal(jax.random.key(1), (5, width))
+        found, expected = (
+            jax.jit(partial(f, transposed))(x, kernel) for f in (nf4._decoded_within, nf4._decoded_apart)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
