@@ -8,7 +8,10 @@ with the defaults. Needs what qlora_memory.py needs. On the GPU case model.atten
 
 import sys
 
-from qlora_memory import CASES, DEVICES, GIB, LLAMAS, compile_step, make_config
+from qlora_memory import CASES, make_config, sizes
+
+from peftjax import devices, plan
+from peftjax.devices import GIB
 
 KNOBS = (
     (),
@@ -18,18 +21,18 @@ KNOBS = (
     ("--config.train.loss_chunk=2048",),
     ("--config.train.batch_size=4",),
     ("--config.train.batch_size=4", "--config.train.accumulate=4"),
-    ("--config.method.dtype=bfloat16",),
-    ("--config.optim.momentum_dtype=bfloat16",),
 )
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "7b-24gb"
-    model, device, fields = CASES[name]
-    print(f"{model} on {device}, NF4, rank {fields['method.rank']}, 2048 positions: GiB")
+    model, device_name, fields = CASES[name]
+    device = devices.find(device_name)
+    print(f"{model} on {device_name}, NF4, rank {fields['method.rank']}, 2048 positions: GiB")
     for knobs in KNOBS:
         config = make_config(fields | {"data.max_length": 2048}, knobs)
-        found = compile_step(config, LLAMAS[model], DEVICES[device]).memory_analysis()
+        mesh = device.mesh(config.mesh)
+        found = plan.compile_step(plan.sketch(config, sizes(model), mesh), device, mesh).memory_analysis()
         arguments, temporary = (size / GIB for size in (found.argument_size_in_bytes, found.temp_size_in_bytes))
         described = " ".join(knob.removeprefix("--config.") for knob in knobs) or "remat=block"
         print(f"  {described}: arguments {arguments:.2f}, temporaries {temporary:.2f}", flush=True)

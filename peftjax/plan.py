@@ -285,7 +285,7 @@ def _estimate(drawn: Sketch, config: Any) -> dict[str, Any]:
     """Those fields without a compiler. Temporaries: `Sketch.live`. Memory traffic: the frozen base is read in each
     microbatch by the forward and the backward pass, and once more where that computes again; all else that is an
     argument, and the temporaries, are written once and read once."""
-    passes = config.train.accumulate * (3 if config.model.remat == "block" else 2)
+    passes = config.train.accumulate * (3 if config.model.remat in ("block", "offload") else 2)
     base = drawn.groups.get("frozen base", 0)
     moved = passes * base + 2 * (drawn.needed - base)
     return {"compiler": "", "padding": 0, "temporaries": drawn.live, "others": 0, "moved": moved, "collectives": {}}
