@@ -144,7 +144,7 @@ def main() -> None:
         dense, _ = cost(both_passes, inputs, gradients, kernels)
         nested, temporary = cost(both_passes, inputs, gradients, quantized)
         print(f"  as one program: {nested:,} / {dense:,} = {nested / dense:.3f}; {temporary / 2**20:.0f}", flush=True)
-        shapes = {one: shape for group in projections(LLAMAS[name]).values() for one, shape in group.items()}
+        shapes = {one: shape for group in projections(sizes(name)).values() for one, shape in group.items()}
         stacks = {one: jax.ShapeDtypeStruct((LAYERS, *shape), jnp.bfloat16) for one, shape in shapes.items()}
         nested_stacks = {one: jax.eval_shape(jax.vmap(nf4.quantize), stack) for one, stack in stacks.items()}
         dense, dense_temporary = gradients(shapes, stacks)
