@@ -139,10 +139,10 @@ def main() -> None:
                     flush=True,
                 )
         print(f"  sum of the products alone: {total[True] / total[False]:.3f} (bound 1.10)")
-        inputs, gradients, kernels = layer(sizes(name))
+        inputs, cotangents, kernels = layer(sizes(name))
         quantized = jax.tree.map(lambda kernel: jax.eval_shape(nf4.quantize, kernel), kernels)
-        dense, _ = cost(both_passes, inputs, gradients, kernels)
-        nested, temporary = cost(both_passes, inputs, gradients, quantized)
+        dense, _ = cost(both_passes, inputs, cotangents, kernels)
+        nested, temporary = cost(both_passes, inputs, cotangents, quantized)
         print(f"  as one program: {nested:,} / {dense:,} = {nested / dense:.3f}; {temporary / 2**20:.0f}", flush=True)
         shapes = {one: shape for group in projections(sizes(name)).values() for one, shape in group.items()}
         stacks = {one: jax.ShapeDtypeStruct((LAYERS, *shape), jnp.bfloat16) for one, shape in shapes.items()}
