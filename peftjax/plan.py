@@ -176,10 +176,8 @@ def sketch(config: Any, hf_config: Mapping[str, Any], mesh: Mesh) -> Sketch:
         UserError: the model has fewer positions; or as building the model and attaching the method do.
     """
     model = abstract_model(config, hf_config)
-    most, length = (
-        getattr(model.config, "max_positions", math.inf),
-        config.data.max_length + getattr(model, "virtual", 0),
-    )
+    most = getattr(model.config, "max_positions", math.inf)
+    length = config.data.max_length + getattr(model, "virtual", 0)
     if length > most:
         raise UserError(
             f"data.max_length={config.data.max_length}: with virtual tokens {length}, the model has {most} positions"

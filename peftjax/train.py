@@ -303,7 +303,8 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
     defaults.method = methods.make_config(config.method.name)
     if jax.process_index() == 0:
         metrics.write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
-    parts = report.count_parts(variables.flat(run.model)[1], run.method.trains)
+    leaves = variables.flat(run.model)[1]
+    parts = report.count_parts(leaves, run.method.trains)
     trained = sum(part.parameters for part in parts if part.trained)
     base = sum(part.parameters for part in parts if not part.adapter)
     run.report_data = dataclasses.replace(
@@ -318,7 +319,6 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
         f"{config.model.path}: {base:,} parameters in {config.model.param_dtype or config.model.dtype}, on {shape}"
     )
     log.message(f"{config.method.name}: trains {trained:,} parameters, {trained / base:.2%} of the base's number")
-    leaves = variables.flat(run.model)[1]
     if undivided := sharding.undivided(leaves, run.mesh):
         more = sum(report.tree_bytes(leaves[path].get_value()) * part for path, part in undivided.items())
         log.message(

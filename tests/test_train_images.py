@@ -17,17 +17,8 @@ from peftjax import evaluate, methods, train
 from peftjax.core import config as configs
 from peftjax.metrics import MEASURED, read_metrics
 from peftjax.models import from_hf_config
+from tests import tiny
 
-VIT: dict[str, Any] = {
-    "model_type": "vit",
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-}
 COLORS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 
 
@@ -35,7 +26,7 @@ COLORS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny ViT and images of noisy colours, of many sizes."""
     root, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
-    peftjax.save_model(from_hf_config(VIT).make(nnx.Rngs(0)), root / "model")
+    peftjax.save_model(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), root / "model")
     (root / "model" / "preprocessor_config.json").write_text(json.dumps({"size": 8}))
     for split, count in (("train", 12), ("eval", 5)):
         for name, color in COLORS.items():

@@ -31,6 +31,16 @@ CONFIG = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
+VIT: dict[str, Any] = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}
 
 
 def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **fields: Any) -> Any:

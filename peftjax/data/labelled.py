@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from peftjax.core.paths import suggest
 from peftjax.data.rows import Arrays, Document, Rows, over
 from peftjax.data.text import Tokenizer, field_of, fill, read_json
+from peftjax.models.heads import stored_labels
 
 # task.kind -> how the classes of transformers that have such a head are called
 HEADS = {
@@ -157,7 +158,4 @@ def _stored(directory: Path, ending: str) -> tuple[str, ...]:
     config = read_json(directory / "config.json")
     if not any(name.endswith(ending) for name in config.get("architectures") or ()):
         return ()
-    if named := config.get("id2label"):
-        return tuple(str(named[number]) for number in sorted(named, key=int))
-    count = config.get("num_labels") or config.get("_num_labels") or 2  # transformers writes no two unnamed ones
-    return tuple(f"LABEL_{number}" for number in range(count))
+    return stored_labels(config)

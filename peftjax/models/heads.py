@@ -126,12 +126,22 @@ def _named(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
+def stored_labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels of the head that a config.json describes; transformers writes none where there are two without a name."""
+    count = config.get("num_labels") or config.get("_num_labels") or 2
+    return _named(config) or _numbered(count)
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
 def _labels(config: dict[str, Any], head: str, stored: str, given: int | Sequence[str] | None) -> tuple[str, ...]:
     named = _named(config)
     labels = given if given is None or isinstance(given, int) else len(given)
     known = len(named) or config.get("num_labels") or config.get("_num_labels")
     if head == stored:
-        known = known or 2  # what config.json leaves out
+        known = len(stored_labels(config))
         if labels not in (None, known):
             raise ValueError(
                 f"labels={labels}, but the checkpoint's head has {known}; leave labels out to use it, {INSTEAD}"
@@ -146,4 +156,4 @@ def _labels(config: dict[str, Any], head: str, stored: str, given: int | Sequenc
                 f"labels={tuple(given)}, but those of the checkpoint's head are {named}; use these, {INSTEAD}"
             )
         return tuple(given)
-    return named if len(named) == labels else tuple(f"LABEL_{number}" for number in range(labels))
+    return named if len(named) == labels else _numbered(labels)

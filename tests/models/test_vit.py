@@ -25,15 +25,7 @@ from peftjax.quant.int8 import Int8
 from peftjax.step import first_state, make_train_step
 from tests import tiny
 
-CONFIG: dict[str, Any] = {
-    "model_type": "vit",
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
+CONFIG: dict[str, Any] = tiny.VIT | {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
