@@ -37,7 +37,7 @@ class Answer:
     @property
     def correct(self) -> bool:
         """Whether the two answers are the same text, but for spaces around it."""
-        return self.answer.strip() == self.expected.strip()
+        return scores.same(self.answer, self.expected)
 
     def told(self, scored: bool) -> str:
         """A line for people; scored: with a verdict."""
@@ -121,24 +121,20 @@ def answer_scores(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, 
     return found | {"prompts": len(answers)}
 
 
-def main(argv: list[str]) -> None:
-    from peftjax import methods
-    from peftjax.data.batches import eval_batches, eval_examples
+def load_trained(config: Any, workdir: Path, mesh: Mesh) -> tuple[Any, Any]:
+    """The model as a finished run left it in its workdir, on the mesh, and the `Rows` of its task.
+
+    Raises:
+        ValueError: the run has not finished.
+    """
     from peftjax.data.rows import load_rows
     from peftjax.io.hf_adapter import load_adapter
     from peftjax.io.hf_model import resolve
 
-    summary = "Evaluate what a training run left in its workdir."
-    options = cli.parse(argv, "evaluate", summary, options=distributed.add_options)
-    config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
-    tasks.check(config)
-    distributed.start(options)
-    workdir = Path(options.workdir)
     full = config.method.name == "full"
     result = workdir / ("model" if full else "adapter")
     if not result.is_dir():
         raise ValueError(f"{result} is not there: has this run finished? python -m peftjax.train writes it at the end")
-    mesh = sharding.make_mesh(config.mesh)
     base = resolve(config.model.path, config.model.revision)
     rows = load_rows(config, base)
     if full:
@@ -147,13 +143,35 @@ def main(argv: list[str]) -> None:
     if not full:
         load_adapter(model, result)
     sharding.place(model, mesh)
+    return model, rows
 
+
+def measure(config: Any, model: Any, rows: Any, mesh: Mesh) -> dict[str, float]:
+    """The `held_out_scores` of a model on config.data.eval."""
+    from peftjax.data.batches import eval_batches
+
+    graph, found = variables.flat(model)
+    values = {path: variable.get_value() for path, variable in found.items()}
+    task = tasks.of(config)
+    eval_step = make_eval_step(graph, task, config.train.loss_chunk, mesh)
+    batches = eval_batches(config, rows, **sharding.batch_share(mesh))
+    return held_out_scores(eval_step, task, {}, values, batches, mesh)
+
+
+def main(argv: list[str]) -> None:
+    from peftjax import methods
+    from peftjax.data.batches import eval_examples
+
+    summary = "Evaluate what a training run left in its workdir."
+    options = cli.parse(argv, "evaluate", summary, options=distributed.add_options)
+    config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
+    tasks.check(config)
+    distributed.start(options)
+    workdir = Path(options.workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    model, rows = load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):
-        graph, found = variables.flat(model)
-        values = {path: variable.get_value() for path, variable in found.items()}
-        eval_step = make_eval_step(graph, tasks.of(config), config.train.loss_chunk, mesh)
-        batches = eval_batches(config, rows, **sharding.batch_share(mesh))
-        measured = held_out_scores(eval_step, tasks.of(config), {}, values, batches, mesh)
+        measured = measure(config, model, rows, mesh)
         if count := config.eval.exact_match or config.eval.samples:
             answers = answer(model, eval_examples(config, rows, count), rows.tokenizer, config.eval.max_new_tokens)
             if scored := config.eval.exact_match > 0:

@@ -47,6 +47,11 @@ def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def same(answer: str, expected: str) -> bool:
+    """Whether two texts are equal but for spaces around them."""
+    return answer.strip() == expected.strip()
+
+
 def of_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """Some of `OF_ANSWERS`. exact_match: the share of answers that are what was expected, but for spaces around it; bleu:
     of the corpus, as sacrebleu has it by default (Post 2018); rouge_l: mean F of the longest common subsequences of
@@ -54,9 +59,7 @@ def of_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[
     found: dict[str, float] = {}
     for name in names:
         if name == "exact_match":
-            found[name] = float(
-                np.mean([one.strip() == other.strip() for one, other in zip(answers, expected, strict=True)])
-            )
+            found[name] = float(np.mean([same(one, other) for one, other in zip(answers, expected, strict=True)]))
         elif name == "bleu":
             import sacrebleu
 

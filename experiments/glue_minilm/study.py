@@ -28,9 +28,7 @@ from flax import nnx
 from peftjax import evaluate, methods, scores, sharding, tasks, train
 from peftjax.core import config as configs
 from peftjax.core import variables
-from peftjax.data.batches import eval_batches
 from peftjax.data.rows import load_rows
-from peftjax.io.hf_adapter import load_adapter
 from peftjax.io.hf_model import resolve
 from peftjax.methods import make_config
 
@@ -79,18 +77,10 @@ def held_out(config: Any, workdir: Path, options: argparse.Namespace, task: str)
     """What the model that a run left scores on the test file."""
     config = config.copy_and_resolve_references()
     config.data.eval = (f"{options.data}/{task}/test.jsonl.gz",)
-    mesh, base = sharding.make_mesh(config.mesh), resolve(config.model.path)
-    rows = load_rows(config, base)
-    full = config.method.name == "full"
-    model = tasks.load_base(config, workdir / "model" if full else base, rows.labels, mesh)
-    if not full:
-        load_adapter(model, workdir / "adapter")
+    mesh = sharding.make_mesh(config.mesh)
+    model, rows = evaluate.load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):
-        graph, leaves = variables.flat(model)
-        values = {path: leaf.get_value() for path, leaf in leaves.items()}
-        kind = tasks.of(config)
-        step = evaluate.make_eval_step(graph, kind, config.train.loss_chunk, mesh)
-        return evaluate.held_out_scores(step, kind, {}, values, eval_batches(config, rows), mesh)
+        return evaluate.measure(config, model, rows, mesh)
 
 
 def sizes(config: Any) -> dict[str, float]:
