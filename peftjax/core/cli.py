@@ -22,6 +22,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     preempted run with 75. A warning is a line on stderr.
     """
     keep_programs()
+    bereft = False  # by another process, whose end this one has noticed
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -39,16 +40,14 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if not mistake:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if bereft := isinstance(error, jax.errors.JaxRuntimeError):
             print(
                 "Where another process ended first, this is how the others learn of it: see what it said.",
                 file=sys.stderr,
             )
         code = 2 if mistake else 1
     if code not in (None, 0, distributed.PREEMPTED) and distributed.many():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # at once: an orderly exit waits for the other processes, and they for this one
+        distributed.leave(code, wait=not bereft)
     sys.exit(code)
 
 

@@ -4,11 +4,13 @@ Each process drives the accelerators it sees; together they are one program over
 """
 
 import argparse
+import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import numpy as np
@@ -133,6 +135,26 @@ def meet(what: str) -> None:
     """Returns when every process is here; at once for a process that is alone."""
     if many():
         multihost_utils.sync_global_devices(what)
+
+
+def leave(code: int, *, wait: bool) -> NoReturn:
+    """Ends this process, one of several, with an exit code other than that of success.
+
+    `wait`: until all are leaving, as after a mistake that each of them has met, HEARTBEAT seconds at most. If process 0 left
+    first, the others would be aborted before they can say what is wrong.
+    """
+
+    def shut_down() -> None:
+        with contextlib.suppress(Exception):  # the others are not leaving
+            jax.distributed.shutdown()
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if wait:
+        leaving = threading.Thread(target=shut_down, daemon=True)
+        leaving.start()
+        leaving.join(HEARTBEAT)
+    os._exit(code)  # at once: an orderly exit waits for the other processes, and they for this one
 
 
 class Preemption:
