@@ -4,9 +4,10 @@
 
 The seven projections of a Llama's layer on 2048 tokens, y = x W and dx = dy W^T, compiled for a v5e (extra `tpu`): each
 product alone; all as one program in which those of one input share it; and as they stand in a train step, the gradient
-of LoRAs of rank 16 on them in four scanned and rematerialised layers. Prints the sums of the estimated cycles of all
-operations (also of those that bring activations into other layouts; the compiler has no estimate for the lookup of the
-absmax), NF4 over bfloat16, and the temporary memory.
+of LoRAs of rank 16 on them in four scanned and rematerialised layers. A program takes and returns activations in the
+layout that its compiler chooses, with NF4 and with bfloat16, as it does between the layers of a model. Prints the sums of
+the estimated cycles of all operations (the compiler has none for the lookup of the absmax), NF4 over bfloat16, and the
+temporary memory.
 """
 
 import functools
@@ -19,10 +20,10 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from qlora_memory import sizes
 
 from peftjax import devices
-from peftjax.plan import place
 from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
 
@@ -42,8 +43,12 @@ def projections(config: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]
     }
 
 
-def both_passes(inputs: Any, gradients: Any, kernels: Any) -> Any:
-    """y = x W of every kernel, and the gradient of every input, dx = sum of dy W^T over the kernels that it goes into."""
+def both_passes(activations: tuple[Any, Any], kernels: Any) -> Any:
+    """y = x W of every kernel, and the gradient of every input, dx = sum of dy W^T over the kernels that it goes into.
+
+    activations: the inputs, and the gradients of the outputs.
+    """
+    inputs, gradients = activations
 
     def products(inputs: Any) -> Any:
         return {name: {one: matmul(x, kernel) for one, kernel in kernels[name].items()} for name, x in inputs.items()}
@@ -65,7 +70,7 @@ def gradients(shapes: dict[str, tuple[int, int]], kernels: Any) -> Cost:
         h = normed(x)
         return x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h)), None
 
-    def loss(loras: Any, kernels: Any, x: jax.Array) -> jax.Array:
+    def loss(x: jax.Array, loras: Any, kernels: Any) -> jax.Array:
         stacked = {name: (kernels[name], *lora) for name, lora in loras.items()}
         return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, stacked)[0].astype(jnp.float32)))
 
@@ -73,7 +78,7 @@ def gradients(shapes: dict[str, tuple[int, int]], kernels: Any) -> Cost:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     loras = {name: (array(LAYERS, inputs, 16), array(LAYERS, 16, out)) for name, (inputs, out) in shapes.items()}
-    return cost(jax.grad(loss), loras, kernels, rows(shapes["query"][0]))
+    return cost(jax.grad(loss, argnums=1), rows(shapes["query"][0]), loras, kernels)
 
 
 def normed(x: jax.Array) -> jax.Array:
@@ -81,8 +86,8 @@ def normed(x: jax.Array) -> jax.Array:
     return (x * jax.lax.rsqrt(squares + 1e-5)).astype(x.dtype)
 
 
-def layer(config: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Shapes of the inputs, of the gradients that come in and of the kernels."""
+def layer(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Shapes of the activations, which are the inputs and the gradients of the outputs, and of the kernels."""
     shapes = projections(config)
     inputs = {name: rows(next(iter(group.values()))[0]) for name, group in shapes.items()}
     gradients = {name: {one: rows(out) for one, (_, out) in group.items()} for name, group in shapes.items()}
@@ -90,7 +95,7 @@ def layer(config: dict[str, Any]) -> tuple[Any, Any, Any]:
         name: {one: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for one, shape in group.items()}
         for name, group in shapes.items()
     }
-    return inputs, gradients, kernels
+    return (inputs, gradients), kernels
 
 
 def rows(width: int) -> jax.ShapeDtypeStruct:
@@ -115,12 +120,14 @@ def product(inputs: int, outputs: int, quantized: bool) -> Cost:
     return one[0] + other[0], max(one[1], other[1])
 
 
-def cost(function: Callable, *shapes: Any) -> Cost:
-    """The estimated cycles of a program, and its temporary memory in bytes."""
+def cost(function: Callable, activations: Any, *parameters: Any) -> Cost:
+    """The estimated cycles of the program function(activations, *parameters), and its temporary memory in bytes."""
     device = devices.find("v5e:1x1")
     mesh = device.mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    arguments = jax.tree.map(lambda leaf: place(leaf, (None,) * leaf.ndim, mesh), shapes)
-    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(device.platform,)).compile()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    chosen = Format(Layout.AUTO, sharding)
+    jitted = jax.jit(function, in_shardings=(chosen, *[sharding] * len(parameters)), out_shardings=chosen)
+    program = jitted.trace(activations, *parameters).lower(lowering_platforms=(device.platform,)).compile()
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program.as_text())))
     return cycles, program.memory_analysis().temp_size_in_bytes
 
@@ -139,10 +146,10 @@ def main() -> None:
                     flush=True,
                 )
         print(f"  sum of the products alone: {total[True] / total[False]:.3f} (bound 1.10)")
-        inputs, cotangents, kernels = layer(sizes(name))
+        activations, kernels = layer(sizes(name))
         quantized = jax.tree.map(lambda kernel: jax.eval_shape(nf4.quantize, kernel), kernels)
-        dense, _ = cost(both_passes, inputs, cotangents, kernels)
-        nested, temporary = cost(both_passes, inputs, cotangents, quantized)
+        dense, _ = cost(both_passes, activations, kernels)
+        nested, temporary = cost(both_passes, activations, quantized)
         print(f"  as one program: {nested:,} / {dense:,} = {nested / dense:.3f}; {temporary / 2**20:.0f}", flush=True)
         shapes = {one: shape for group in projections(sizes(name)).values() for one, shape in group.items()}
         stacks = {one: jax.ShapeDtypeStruct((LAYERS, *shape), jnp.bfloat16) for one, shape in shapes.items()}
