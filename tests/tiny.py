@@ -18,6 +18,7 @@ from peftjax.io.hf_model import save_model
 from peftjax.models import from_hf_config
 from peftjax.nn.linear import Linear
 from peftjax.quant import FORMATS
+from peftjax.report import tree_bytes
 
 CONFIG = {
     "model_type": "llama",
@@ -123,3 +124,9 @@ def bits(model: Any, kind: type = nnx.Param) -> dict[str, bytes]:
 def in_bytes(value: Any) -> bytes:
     """Of an array, or of every leaf of a quantized kernel."""
     return b"".join(leaf.tobytes() for leaf in jax.tree.leaves(value))
+
+
+def on_a_device() -> int:
+    """Bytes of the arrays alive, of each what the device with the most of it holds."""
+    parts = (jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.live_arrays())
+    return tree_bytes(list(parts))

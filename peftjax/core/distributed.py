@@ -131,6 +131,23 @@ def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+class OnHost:
+    """An array off the devices: every process keeps those parts of it that its devices held, each once."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self.shape, self.dtype, self._sharding = array.shape, array.dtype, array.sharding
+        shards = {_where(shard.index): shard for shard in array.addressable_shards}
+        self._parts = {where: np.asarray(shard.data) for where, shard in shards.items()}
+
+    def back(self) -> jax.Array:
+        """The array on the devices again, as it was."""
+        return jax.make_array_from_callback(self.shape, self._sharding, lambda index: self._parts[_where(index)])
+
+
+def _where(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in index or ())
+
+
 def meet(what: str) -> None:
     """Returns when every process is here; at once for a process that is alone."""
     if many():

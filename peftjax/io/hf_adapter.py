@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from peftjax.core import distributed, variables
+from peftjax.core.distributed import OnHost
 from peftjax.core.fingerprint import marks
 from peftjax.core.paths import suggest
 from peftjax.io import adapter_hub
@@ -320,7 +321,12 @@ def _in_order(file: bytes) -> bytes:
 
 def base_marks(model: Any, name: str) -> dict[str, str]:
     """Marks of the weights beneath the adapters called `name`, by path; of those that are not quantized."""
-    return marks(_marked(model, name))
+    marked = _marked(model, name)
+    found = marks({path: array for path, array in marked.items() if not isinstance(array, OnHost)})
+    for path, kept in marked.items():
+        if isinstance(kept, OnHost):  # one at a time on the devices
+            found |= marks({path: kept.back()})
+    return {path: found[path] for path in marked}
 
 
 def _marked(model: Any, name: str) -> dict[str, Any]:

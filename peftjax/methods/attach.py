@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from peftjax import sharding
 from peftjax.core import variables
+from peftjax.core.distributed import OnHost
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
 from peftjax.methods import trained_on
 from peftjax.methods.base import Method
-from peftjax.methods.sites import adapters, head_sites, sites
+from peftjax.methods.sites import Site, adapters, head_sites, sites
 from peftjax.methods.targeted import train_whole
 from peftjax.nn.slot import Slot
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
-
-OnHost = tuple[Any, Any]  # a parameter copied to the host, and where its arrays lay
 
 
 def attached(model: nnx.Module) -> dict[str, Method]:
@@ -169,7 +170,7 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
     on, exactly. With `requantize` it is brought into its format again, which moves it. Merging an adapter that was trained
     on quantized kernels into others is no exact thing either. Both print by how much, measured.
     A head tied to the embedding gets a kernel of its own if the adapters change either of the two. The parameters that
-    were there are kept on the host for `unmerge`.
+    were there are kept on the host for `unmerge`, by each process its devices' parts of them.
 
     Raises:
         ValueError: the method does more than change weights, or the adapters are merged already. The model is unchanged
@@ -187,20 +188,22 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
     untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
     if untied:
         model.untie()
-    before: dict[str, dict[str, OnHost]] = {}
+    before: dict[str, dict[str, Any]] = {}
     errors: dict[str, float] = {}
     changes: dict[str, float] = {}
     try:
         for site in changed:
-            parameters = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-            new = site.module.adapters.adapter(name).merged(**parameters)
-            before[site.path] = {leaf: _on_host(parameters[leaf]) for leaf in new}
+            new = _with_adapter(site, name)
+            old = {leaf: site.parameters[leaf].get_value() for leaf in new}
+            before[site.path] = jax.tree.map(OnHost, old)
             for leaf, value in new.items():
-                site.parameters[leaf].set_value(_like(value, parameters[leaf], requantize))
-                if requantize and isinstance(parameters[leaf], Quantized):
-                    path = f"{site.path}.{leaf}"
-                    errors[path] = trained_on.distance(site.parameters[leaf].get_value(), value)
-                    changes[path] = trained_on.distance(value, parameters[leaf])
+                kernel: Any = value
+                if requantize and isinstance(old[leaf], Quantized):
+                    path, where = f"{site.path}.{leaf}", jax.tree.map(lambda part: part.sharding, old[leaf])
+                    kernel = jax.jit(quantize, static_argnums=1, out_shardings=where)(value, old[leaf].format)
+                    errors[path] = trained_on.distance(kernel, value)
+                    changes[path] = trained_on.distance(value, old[leaf])
+                site.parameters[leaf].set_value(kernel)
     except Exception:
         _restore(model, before, untied)
         raise
@@ -233,15 +236,16 @@ def merged(model: Any) -> list[str]:
     return [merge.name for merge in _merges(model)]
 
 
-def parameters_before(model: Any, name: str) -> dict[str, np.ndarray]:
-    """By path, those parameters of the base that were others before the adapters called `name` were merged."""
+def parameters_before(model: Any, name: str) -> dict[str, Any]:
+    """By path, those parameters of the base that were others before the adapters called `name` were merged: trees of
+    `OnHost`."""
     newest = merged(model)
     undone = _merges(model)[: newest.index(name) + 1] if name in newest else []
     return {
         f"{path}.{leaf}": value
         for merge in undone
         for path, leaves in merge.before.items()
-        for leaf, (value, _) in leaves.items()
+        for leaf, value in leaves.items()
     }
 
 
@@ -287,10 +291,10 @@ def active_view(model: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """One merge: {path: {leaf: the parameter before}}, and whether it untied the head."""
+    """One merge: {path: {leaf: the parameter before, a tree of `OnHost`}}, and whether it untied the head."""
 
     name: str
-    before: dict[str, dict[str, OnHost]]
+    before: dict[str, dict[str, Any]]
     untied: bool
 
 
@@ -307,11 +311,11 @@ def _merges(model: Any) -> list[Merge]:
     return merges.items if merges else []
 
 
-def _restore(model: Any, before: dict[str, dict[str, OnHost]], untied: bool) -> None:
+def _restore(model: Any, before: dict[str, dict[str, Any]], untied: bool) -> None:
     by_path = {site.path: site for site in sites(model)}
     for path, leaves in before.items():
         for leaf, value in leaves.items():
-            by_path[path].parameters[leaf].set_value(jax.device_put(*value))
+            by_path[path].parameters[leaf].set_value(jax.tree.map(OnHost.back, value))
     if untied:
         model.tie()
 
@@ -328,12 +332,18 @@ def _remove(model: Any, name: str) -> None:
         site.module.adapters.remove(name)
 
 
-def _on_host(value: Any) -> OnHost:
-    return jax.tree.map(np.asarray, value), jax.tree.map(lambda leaf: leaf.sharding, value)
-
-
-def _like(value: jax.Array, old: Any, requantize: bool) -> Any:
-    """A merged parameter where the old one was; of a quantized kernel decoded, or in its format again."""
-    if isinstance(old, Quantized):
-        return quantize(value, old.format) if requantize else value
-    return jax.device_put(value, old.sharding)
+def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
+    """The parameters of a layer that, alone, compute what it does with its adapter; each split over the devices as the
+    layer's own is."""
+    graph, leaves = variables.flat(site.module.adapters.adapter(name))
+    adapter = {path: leaf.get_value() for path, leaf in leaves.items()}
+    own = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
+    change = lambda adapter, own: variables.merge(graph, adapter).merged(**own)  # noqa: E731
+    shapes = jax.eval_shape(change, adapter, own)
+    placed = {leaf: jax.tree.leaves(own[leaf])[0].sharding for leaf in shapes}
+    options = {}
+    for leaf, where in placed.items():
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+            placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
+            options = sharding.compiler_options(where.mesh)
+    return jax.jit(change, out_shardings=placed, compiler_options=options)(adapter, own)

@@ -314,18 +314,16 @@ def parameter(owner: Any, leaf: str, given: Mapping[str, jax.Array]) -> jax.Arra
     return given[leaf] if leaf in given else getattr(owner, leaf).get_value()
 
 
-def over_layers(adapter: nnx.Module, compute: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`compute(adapter, *arrays)`, for a stacked adapter at each layer of it and of the arrays, [L, ...]."""
+def over_layers(adapter: nnx.Module, compute: Callable[..., Any], *arrays: Any) -> Any:
+    """`compute(adapter, *arrays)`, for a stacked adapter of each layer of it and of the arrays, [L, ...], in turn: so that
+    what it needs in between is there for one layer only."""
     graph, leaves = variables.flat(adapter)
-    stacked = {path: variables.is_stacked(leaf) for path, leaf in leaves.items()}
     values = {path: leaf.get_value() for path, leaf in leaves.items()}
-    if not any(stacked.values()):
+    stacked = {path: value for path, value in values.items() if variables.is_stacked(leaves[path])}
+    shared = {path: value for path, value in values.items() if path not in stacked}
+    if not stacked:
         return compute(adapter, *arrays)
-    axes = {path: 0 if yes else None for path, yes in stacked.items()}
-    over = jax.vmap(
-        lambda values, arrays: compute(variables.merge(graph, values), *arrays), in_axes=(axes, 0)
-    )  # over the dict of leaves, and every one of the arrays
-    return over(values, arrays)
+    return jax.lax.map(lambda one: compute(variables.merge(graph, shared, one[0]), *one[1]), (stacked, arrays))
 
 
 def positive(**options: float) -> None:

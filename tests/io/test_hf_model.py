@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from peftjax import sharding
+from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.io import hf_files, hf_model
 from peftjax.io.hf_model import load_model, make_random, resolve, save_model
@@ -519,12 +519,6 @@ def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> N
     assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
 
 
-def on_a_device() -> int:
-    """Bytes of the arrays alive, of each what the device with the most of it holds."""
-    parts = (jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.live_arrays())
-    return tree_bytes(list(parts))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_no_device_holds_more_than_its_part_while_a_model_is_loaded_and_saved(
@@ -536,41 +530,46 @@ def test_no_device_holds_more_than_its_part_while_a_model_is_loaded_and_saved(
 
     def watched(original: Callable, *arguments: Any) -> Any:
         result = original(*arguments)
-        seen.append(on_a_device())
+        seen.append(tiny.on_a_device())
         return result
 
     for name in ("_read", "_fetch"):
         monkeypatch.setattr(hf_model, name, functools.partial(watched, getattr(hf_model, name)))
     gc.collect()
-    before = on_a_device()
+    before = tiny.on_a_device()
     model = load_model(tmp_path / "m", quantize=quantize, mesh=mesh)
     part = tree_bytes(nnx.state(model)) / 8
     largest = 1024 * 512 * 4  # the embedding and each kernel of the feedforward
-    assert on_a_device() - before < 1.05 * part
+    assert tiny.on_a_device() - before < 1.05 * part
     assert max(seen) - before < 1.05 * part + largest / 8 + 1
     seen.clear()
     save_model(model, tmp_path / "saved")
     assert max(seen) - before < 1.05 * part + 1.01 * largest  # one tensor at a time is gathered
     gc.collect()
-    assert on_a_device() - before < 1.05 * part
+    assert tiny.on_a_device() - before < 1.05 * part
 
 
 PROCESS = """
 import sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from peftjax import sharding
+from flax import nnx
+from peftjax import methods, sharding
 from peftjax.io.hf_model import load_model, save_model
-model = load_model(sys.argv[3], mesh=sharding.make_mesh({"fsdp": 2, "tensor": 8}))
+mesh = sharding.make_mesh({"fsdp": 2, "tensor": 8})
+model = load_model(sys.argv[3], mesh=mesh)
 assert len(jax.local_devices()) == 8
 assert not model.embed.embedding.get_value().is_fully_addressable
-save_model(model, sys.argv[4])
+methods.attach(model, methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
+sharding.place(model, mesh)
+save_model(methods.merge(model), sys.argv[4] + "-merged")
+save_model(methods.detach(model), sys.argv[4])
 assert load_model(sys.argv[4]) is not None
 """
 
 
 @pytest.mark.slow
-def test_two_processes_load_their_parts_and_save_the_whole(tmp_path: Path) -> None:
+def test_two_processes_load_their_parts_merge_and_save_the_whole(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as probe:
@@ -584,5 +583,9 @@ def test_two_processes_load_their_parts_and_save_the_whole(tmp_path: Path) -> No
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    read = load_file(tmp_path / "saved" / "model.safetensors")
-    assert_equal_bits(read, random_tensors())
+    assert_equal_bits(load_file(tmp_path / "saved" / "model.safetensors"), random_tensors())
+    alone = methods.attach(load_model(source), methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
+    save_model(methods.merge(alone), tmp_path / "alone")
+    together = load_file(tmp_path / "saved-merged" / "model.safetensors")
+    for key, value in load_file(tmp_path / "alone" / "model.safetensors").items():
+        np.testing.assert_allclose(together[key], value, atol=1e-6, err_msg=key)
