@@ -146,7 +146,7 @@ class Device:
         Raises:
             UserError: they do not multiply to the number of devices.
         """
-        shape = {axis: int(sizes[axis]) for axis in sharding.MESH_AXES}
+        shape = {axis: int(sizes.get(axis, 1)) for axis in sharding.MESH_AXES}
         known = abs(math.prod(shape.values()))
         rest = self.count // known if -1 in shape.values() and self.count % known == 0 else 1
         if known * rest != self.count:
@@ -158,7 +158,7 @@ class Device:
         return {axis: rest if size == -1 else size for axis, size in shape.items()}
 
     def mesh(self, sizes: Mapping[str, int], *, simulated: bool = False) -> Mesh:
-        """A mesh (data, fsdp, tensor) of all these devices; simulated: of as many CPU devices."""
+        """A mesh of all these devices; simulated: of as many CPU devices."""
         found = jax.devices("cpu")[: self.count] if simulated or self.chip is None else self._topology()
         return sharding.make_mesh(self.mesh_shape(sizes), devices=found)
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peftjax import sharding
+
 
 class Totals(NamedTuple):
     """Sums over tokens, or over labelled examples, float32 scalars: they add up over chunks and microbatches, and
@@ -49,15 +51,22 @@ def chunked_cross_entropy(
     if chunk >= length:
         return _totals(logits_fn(hidden), targets, weights)
 
-    chunks = -(-length // chunk)
+    # Of each part of the length that lies on other devices a chunk takes as much, so that all of them are busy with it.
+    parts = sharding.parts("length", length)
+    own, step = length // parts, -(-chunk // parts)
+    chunks = -(-own // step)
 
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+        rows, rest = x.shape[0], x.shape[2:]
+        x = x.reshape(rows, parts, own, *rest)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * step - own)] + [(0, 0)] * len(rest))
+        x = jnp.moveaxis(x.reshape(rows, parts, chunks, step, *rest), 2, 0)
+        return x.reshape(chunks, rows, parts * step, *rest)
 
     @partial(jax.checkpoint, prevent_cse=False)  # a scan keeps the two passes apart by itself
     def add_chunk(sums: Totals, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Totals, None]:
         hidden, targets, weights = part
+        hidden = sharding.constrain(hidden, "batch", "length", None)
         return jax.tree.map(jnp.add, sums, _totals(logits_fn(hidden), targets, weights)), None
 
     zero = jnp.zeros((), jnp.float32)

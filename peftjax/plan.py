@@ -173,15 +173,10 @@ def sketch(config: Any, hf_config: Mapping[str, Any], mesh: Mesh) -> Sketch:
     """The train step of `config` on a mesh, traced.
 
     Raises:
-        UserError: the model has fewer positions; or as building the model and attaching the method do.
+        UserError: as `tasks.check_length`, building the model and attaching the method do.
     """
     model = abstract_model(config, hf_config)
-    most = getattr(model.config, "max_positions", math.inf)
-    length = config.data.max_length + getattr(model, "virtual", 0)
-    if length > most:
-        raise UserError(
-            f"data.max_length={config.data.max_length}: with virtual tokens {length}, the model has {most} positions"
-        )
+    tasks.check_length(config, model, mesh)
     with jax.set_mesh(mesh):
         step, arguments = abstract_step(config, model, mesh)
         traced = step.trace(*arguments)

@@ -12,22 +12,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from peftjax.core import distributed
 from peftjax.quant.base import Quantized
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Logical axis -> the mesh axes that split it. Everything not named here is whole on every device.
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "length": ("sequence",),
+    "embed": ("fsdp", "sequence"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "rank": ("fsdp",),
+    "rank": ("fsdp", "sequence"),
 }
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, fsdp, tensor) of the given sizes; one size may be -1 and takes the devices that are left.
+    """A mesh (data, fsdp, sequence, tensor) of the given sizes; one size may be -1 and takes the devices that are left.
 
     Without sizes: a mesh of one device. A process's devices lie side by side, so that its rows of a batch do.
 
@@ -129,15 +130,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))  # type: ignore[arg-type]
 
 
+def parts(axis: str, size: int) -> int:
+    """Into how many parts the mesh in force splits a dimension."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _parts(partition((axis,), (size,), mesh), mesh)  # type: ignore[arg-type]
+
+
+def whole_length(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Keys or values with these logical axes, whole in length: whoever has a query of a sequence needs them all. As they
+    are where no length is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("sequence", 1) == 1:
+        return x
+    return constrain(x, *(None if axis == "length" else axis for axis in axes))
+
+
 def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
-    """A quantized kernel with these logical axes, on the mesh in force, whole on the devices that split the batch: its
-    codes are sent to them. Left to itself, the compiler sends the decoded kernel, four times as much, which then lies
-    in memory. Any other kernel as it is."""
-    if not isinstance(kernel, Quantized):
+    """A kernel with these logical axes, on the mesh in force, whole on the devices that split the batch or the length, where
+    the compiler left to itself would do worse. It sends a quantized kernel decoded, four times as much, which then lies in
+    memory. And where the length is split, as the kernel's inputs are, it splits the activations by features instead, and each
+    device computes with every position."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not (isinstance(kernel, Quantized) or mesh.shape.get("sequence", 1) > 1):
         return kernel
-    kept = tuple(None if set(TABLE.get(axis or "", ())) & set(TABLE["batch"]) else axis for axis in axes)
+    split = {*TABLE["batch"], *TABLE["length"]}
+    kept = tuple(None if set(TABLE.get(axis or "", ())) & split else axis for axis in axes)
     leaves, structure = jax.tree.flatten(kernel)
-    placed = [constrain(leaf, *own) for leaf, own in zip(leaves, kernel.axes(kept), strict=True)]
+    of_leaves = kernel.axes(kept) if isinstance(kernel, Quantized) else [kept]
+    placed = [constrain(leaf, *own) for leaf, own in zip(leaves, of_leaves, strict=True)]
     return jax.tree.unflatten(structure, placed)
 
 
@@ -166,8 +186,8 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     count, rest = divmod(len(parts), len(own))
     if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: tensor must divide the {jax.local_device_count()} devices of a process, or be a "
-            "multiple of them, else its rows of a batch are not its own"
+            f"mesh {dict(mesh.shape)}: sequence x tensor must divide the {jax.local_device_count()} devices of a process, or "
+            "be a multiple of them, else its rows of a batch are not its own"
         )
     return {"process_index": own[0] // len(own), "process_count": count}
 

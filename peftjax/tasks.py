@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from peftjax import losses, scores
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.io.hf_model import load_model, make_random
 from peftjax.losses import Loss
@@ -123,3 +124,21 @@ def load_base(config: Any, directory: Path, labels: Sequence[str], mesh: Mesh) -
             f"task.kind={config.task.kind!r}; it learns {', '.join(learns)}"
         )
     return model
+
+
+def check_length(config: Any, model: Any, mesh: Mesh) -> None:
+    """Raises a UserError where an example has more positions than the model, or a number that mesh.sequence does not
+    divide."""
+    if isinstance(model, Vit):
+        lengths = {"an image, its patches and the class token": 1 + model.config.patches}
+    else:
+        virtual, length, most = getattr(model, "virtual", 0), config.data.max_length, model.config.max_positions
+        what = f"data.max_length={length}" + f" and {virtual} virtual tokens" * (virtual > 0)
+        lengths = {what: length + virtual}
+        if length + virtual > most:
+            raise UserError(f"{what} exceed the model's {most} positions; lower data.max_length or method.tokens")
+        if isinstance(model, T5):
+            lengths[f"data.max_target_length={config.data.max_target_length}"] = config.data.max_target_length
+    for what, length in lengths.items():
+        if length % (parts := mesh.shape["sequence"]):
+            raise UserError(f"{what}: {length} positions, which mesh.sequence={parts} does not divide")

@@ -156,11 +156,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
         batches=first_batches(config, rows, method, mesh),
         kernels=load_kernels(base, model) if method.unquantized else None,
     )
-    if rows.tokenizer is not None and model.virtual + config.data.max_length > model.config.max_positions:
-        raise ValueError(
-            f"data.max_length={config.data.max_length} and {model.virtual} virtual tokens exceed the model's "
-            f"{model.config.max_positions} positions; lower data.max_length or method.tokens"
-        )
+    tasks.check_length(config, model, mesh)
     sharding.place(model, mesh)
 
     task, chunk = tasks.of(config), config.train.loss_chunk

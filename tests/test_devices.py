@@ -42,7 +42,7 @@ def test_an_unknown_device_is_refused_with_what_there_is(name: str, told: str) -
 
 def test_a_mesh_takes_all_devices_or_is_refused() -> None:
     device = devices.find("h100:8")
-    assert device.mesh_shape({"data": 2, "fsdp": -1, "tensor": 1}) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert device.mesh_shape({"data": 2, "fsdp": -1, "tensor": 1}) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
     for sizes in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 3, "fsdp": -1, "tensor": 1}):
         with pytest.raises(UserError, match=r"h100:8 is 8 devices.*mesh\.fsdp=-1"):
             device.mesh_shape(sizes)

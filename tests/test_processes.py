@@ -15,7 +15,7 @@ from tests.runs import ended, finish, logged, make_world, metrics, start, start_
 pytestmark = pytest.mark.slow
 
 SHORT = ("--config.train.steps=8", "--config.train.eval_every=4", "--config.checkpoint.every=4")
-MESHES = {2: ("--config.mesh.fsdp=2",), 4: ("--config.mesh.data=2", "--config.mesh.fsdp=2")}
+MESHES = {2: ("--config.mesh.fsdp=2",), 4: ("--config.mesh.fsdp=2", "--config.mesh.sequence=2")}
 
 
 @pytest.fixture(scope="module")

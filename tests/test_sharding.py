@@ -23,11 +23,13 @@ def test_a_mesh_of_one_device_is_the_default() -> None:
 
 
 def test_minus_one_takes_the_devices_that_are_left() -> None:
-    assert dict(sharding.make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
 
 
 def test_a_mesh_larger_than_the_machine_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mesh data=4, fsdp=4, tensor=1 needs 16 devices, this machine has 8"):
+    with pytest.raises(
+        ValueError, match=r"mesh data=4, fsdp=4, sequence=1, tensor=1 needs 16 devices, this machine has 8"
+    ):
         sharding.make_mesh({"data": 4, "fsdp": 4})
 
 
@@ -106,7 +108,7 @@ def test_processes_that_split_only_features_share_their_rows(monkeypatch: pytest
     def shares(sizes: dict[str, int], local: int) -> list[tuple[int, int]]:
         devices = np.empty(8, object)
         devices[:] = [Device(index // local) for index in range(8)]
-        shape = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+        shape = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | sizes
         mesh = SimpleNamespace(shape=shape, devices=devices.reshape(*shape.values()))
         found = []
         for process in range(8 // local):
@@ -117,3 +119,4 @@ def test_processes_that_split_only_features_share_their_rows(monkeypatch: pytest
     assert shares({"data": 4, "fsdp": 2}, local=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert shares({"data": 2, "tensor": 4}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert shares({"tensor": 8}, local=4) == [(0, 1), (0, 1)]
+    assert shares({"data": 2, "sequence": 2, "tensor": 2}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]

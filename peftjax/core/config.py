@@ -140,6 +140,9 @@ FIELDS: dict[str, Field] = {
     "checkpoint.adapter": Field(False, "write adapter/ with every checkpoint, not only at the end"),
     "mesh.data": Field(1, "devices that split the batch; -1: all that are left", low=-1),
     "mesh.fsdp": Field(1, "devices that split the batch and the weights; -1: all that are left", low=-1),
+    "mesh.sequence": Field(
+        1, "devices that split the length of sequences and the weights; -1: all that are left", low=-1
+    ),
     "mesh.tensor": Field(1, "devices that split heads and features; -1: all that are left", low=-1),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import sharding
 from peftjax.nn.dropout import Dropout
@@ -85,10 +86,10 @@ class Attention(nnx.Module):
     Kernels are two-dimensional, heads flattened into one axis: query [D, N*H], key and value [D, K*H], out [N*H, D].
     scale: by default 1 / sqrt(H). softcap: scores s are cap tanh(s / cap) before the softmax. norm: of q and k, where
     `qk_norm_eps` is given. dropout: of the softmax, in training. The slot wraps the core (q, k, v, mask) -> [B, T, N, H]:
-    prefix tuning sits there. kernel: what computes causal attention without a mask, by `use_kernel`.
+    prefix tuning sits there. implementation: what computes causal attention without a mask, by `use_kernel`.
     """
 
-    kernel: str = "xla"
+    implementation: str = "xla"
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
             cache = (k, v)
+        k, v = (sharding.whole_length(part, "batch", "length", "kv_heads", None) for part in (k, v))
         attended = self.adapters(self, self.core, q, k, v, mask)
         return self.out(attended.reshape(*x.shape[:2], -1)), cache
 
@@ -152,9 +154,9 @@ class Attention(nnx.Module):
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H]; a mask of None means causal."""
-        if mask is None and self.kernel == "splash":
+        if mask is None and self.implementation == "splash":
             return splash(q, k, v, scale=self.scale)
-        if mask is None and self.kernel == "cudnn":
+        if mask is None and self.implementation == "cudnn":
             return cudnn(q, k, v, scale=self.scale)
         if self.softcap is None and self.dropout.idle:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
@@ -219,7 +221,7 @@ def use_kernel(model: nnx.Module, kernel: str) -> None:
                 f"{' and '.join(found)}; choose 'xla'"
             )
     for layer in layers:
-        layer.kernel = kernel
+        layer.implementation = kernel
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None) -> jax.Array:
@@ -232,25 +234,33 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None) -> j
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, interpret: bool = False) -> jax.Array:
     """Causal attention by jax's flash attention for TPUs: [B, T, N, H], k and v [B, T, K, H]; T a multiple of 128. Each
-    device of a mesh takes its own rows and heads. interpret: on another machine than a TPU."""
+    device of a mesh takes its own rows, queries and heads. interpret: on another machine than a TPU."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    length, head_dim = q.shape[1], q.shape[3]
-    if length % 128 or k.shape[1] != length:
-        raise ValueError(f"attention='splash' takes sequences whose length is a multiple of 128, this one has {length}")
+    length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
+    if length % (128 * parts) or k.shape[1] != length:
+        each = f" on each of {parts} devices" if parts > 1 else ""
+        raise ValueError(
+            f"attention='splash' takes sequences whose length is a multiple of 128{each}, this one has {length}"
+        )
+    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query's head lies with its key's
+    masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)
+    kernel = splash_attention.make_splash_mha(mask=masks, head_shards=1, q_seq_shards=parts, interpret=interpret)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * q.shape[2])
-        kernel = splash_attention.make_splash_mha(mask=masks, head_shards=1, q_seq_shards=1, interpret=interpret)
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v))).swapaxes(1, 2)
 
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v)
-    axes = ("batch", None, "kv_heads", None)
-    places = sharding.partition(axes, k.shape, mesh)  # type: ignore[arg-type]  # a query's head lies with its key's
-    return jax.shard_map(local, mesh=mesh, in_specs=(places,) * 3, out_specs=places, check_vma=False)(q, k, v)
+        return local(kernel, q, k, v)
+    queries, keys = (
+        sharding.partition(("batch", axis, "kv_heads", None), k.shape, mesh)  # type: ignore[arg-type]
+        for axis in ("length", None)
+    )
+    masked = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
+    split = jax.shard_map(local, mesh=mesh, in_specs=(masked, queries, keys, keys), out_specs=queries, check_vma=False)
+    return split(kernel, q, k, v)
 
 
 def attend(

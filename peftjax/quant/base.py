@@ -41,11 +41,11 @@ class Quantized:
         raise NotImplementedError
 
     def dot(self, x: jax.Array) -> jax.Array:
-        """x W of one layer: [T, in] -> [T, out], in the dtype of x."""
+        """x W of one layer: [..., in] -> [..., out], in the dtype of x."""
         raise NotImplementedError
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
-        """y W^T of one layer: [T, out] -> [T, in], in the dtype of y."""
+        """y W^T of one layer: [..., out] -> [..., in], in the dtype of y."""
         raise NotImplementedError
 
 

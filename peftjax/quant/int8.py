@@ -36,10 +36,14 @@ class Int8(Quantized):
         return [kernel, (*kernel[:-2], kernel[-1])]
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return (product("ti,io->to", x, self.codes) * self.scale[None]).astype(x.dtype)
+        return _scaled(product("...i,io->...o", x, self.codes), self.scale).astype(x.dtype)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
-        return product("to,io->ti", (y * self.scale[None]).astype(y.dtype), self.codes).astype(y.dtype)
+        return product("...o,io->...i", _scaled(y, self.scale).astype(y.dtype), self.codes).astype(y.dtype)
+
+
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    return y * jnp.broadcast_to(scale, y.shape)
 
 
 def quantize(kernel: jax.Array) -> Int8:

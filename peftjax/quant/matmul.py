@@ -11,16 +11,18 @@ def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights.
     A quantized kernel gets no gradient, and the backward pass keeps its codes and decodes them again.
     Leading axes are flattened: XLA's CPU backend takes the kernel's gradient, a product that contracts over all of
-    them, at less than two thirds of the time that way (benchmarks/matmul.py).
+    them, at less than two thirds of the time that way (benchmarks/matmul.py). Not where a mesh splits the length: positions
+    of several sequences in one axis have no place on it.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = _frozen(rows, kernel) if isinstance(kernel, Quantized) else product("ti,io->to", rows, kernel)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = x if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else x.reshape(-1, x.shape[-1])
+    y = _frozen(rows, kernel) if isinstance(kernel, Quantized) else product("...i,io->...o", rows, kernel)
     return y.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
 def _frozen(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """[T, in] -> [T, out]. Left to itself, differentiation would keep the decoded kernel of every layer of a scan."""
+    """[..., in] -> [..., out]. Left to itself, differentiation would keep the decoded kernel of every layer of a scan."""
     return kernel.dot(x)
 
 

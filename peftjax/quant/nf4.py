@@ -119,12 +119,12 @@ class Nf4(Quantized):
 
     def dot(self, x: jax.Array) -> jax.Array:
         if not self._even:
-            return product("ti,io->to", x, self.astype(x.dtype)).astype(x.dtype)
+            return product("...i,io->...o", x, self.astype(x.dtype)).astype(x.dtype)
         return self._product(x, transposed=False)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
-            return product("to,io->ti", y, self.astype(y.dtype)).astype(y.dtype)
+            return product("...o,io->...i", y, self.astype(y.dtype)).astype(y.dtype)
         y, kernel = _after(y, self)
         return kernel._product(y, transposed=True)
 
@@ -172,9 +172,10 @@ def _decoded_within(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.size == 1):
         if transposed:
-            y = jnp.einsum("to,gbo->tgb", x, values, preferred_element_type=x.dtype)
-            return y.reshape(len(x), -1)
-        return jnp.einsum("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), values, preferred_element_type=x.dtype)
+            y = jnp.einsum("...o,gbo->...gb", x, values, preferred_element_type=x.dtype)
+            return y.reshape(*x.shape[:-1], -1)
+        blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+        return jnp.einsum("...gb,gbo->...o", blocks, values, preferred_element_type=x.dtype)
     if transposed:
         around, axes = [(len(values) - 1, len(values) - 1)], ("NHC", "HOI", "NHC")
         x, values = x[:, None], jax.lax.rev(values, (0,))
@@ -190,8 +191,8 @@ def _decoded_apart(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     x, kernel = _after(x, kernel)
     values = kernel._decoded(x.dtype)
     if transposed:
-        return product("to,gbo->tgb", x, values).astype(x.dtype).reshape(len(x), -1)
-    return product("tgb,gbo->to", x.reshape(len(x), -1, BLOCK), values).astype(x.dtype)
+        return product("...o,gbo->...gb", x, values).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return product("...gb,gbo->...o", x.reshape(*x.shape[:-1], -1, BLOCK), values).astype(x.dtype)
 
 
 def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:

@@ -384,6 +384,8 @@ MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32")
 MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16")
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32")
 MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4")
+MESHES += marked(("full", "lora", "houlsby", "prefix", "prompt", "oft"), {"sequence": 2, "tensor": 2}, "float32")
+MESHES += marked(("lora",), {"data": 2, "sequence": 2, "tensor": 2}, "nf4")
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)

@@ -219,10 +219,10 @@ def test_attention_written_out_is_attention_and_a_cap_bends_its_scores() -> None
     np.testing.assert_allclose(capped[0, 1, 0], weights @ v[0, :2, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}, {"sequence": 2, "tensor": 2}])
 def test_splash_attention_is_causal_attention_on_a_mesh_too(sizes: dict[str, int]) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, 128, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    q, k, v = (jax.random.normal(key, (2, 256, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
     loss = lambda attention: lambda *qkv: jnp.square(attention(*qkv)).sum()  # noqa: E731
     expected = jax.grad(loss(lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True)), argnums=(0, 1, 2))(
         q, k, v
@@ -239,8 +239,14 @@ def test_fused_attention_is_refused_where_it_would_not_be_the_same() -> None:
     q = jnp.zeros((1, 100, 2, 16))
     with pytest.raises(ValueError, match="multiple of 128, this one has 100"):
         splash(q, q, q, scale=None)
+    q = jnp.zeros((1, 384, 2, 16))
+    with (
+        jax.set_mesh(make_mesh({"sequence": 2})),
+        pytest.raises(ValueError, match="multiple of 128 on each of 2 devices, this one has 384"),
+    ):
+        splash(q, q, q, scale=None)
     with pytest.raises(ValueError, match="attention='cudnn' is not possible here: "):
         cudnn(q, q, q, scale=None)
     model = tiny.model()
     use_kernel(model, "cudnn")
-    assert model.blocks.attention.kernel == "cudnn"
+    assert model.blocks.attention.implementation == "cudnn"
