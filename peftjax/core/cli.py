@@ -22,7 +22,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     preempted run with 75. A warning is a line on stderr.
     """
     keep_programs()
-    bereft = False  # by another process, whose end this one has noticed
+    wait = False  # for the other processes
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -40,14 +40,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if not mistake:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        if bereft := isinstance(error, jax.errors.JaxRuntimeError):
+        wait = not isinstance(error, jax.errors.JaxRuntimeError)
+        if not wait:
             print(
                 "Where another process ended first, this is how the others learn of it: see what it said.",
                 file=sys.stderr,
             )
         code = 2 if mistake else 1
     if code not in (None, 0, distributed.PREEMPTED) and distributed.many():
-        distributed.leave(code, wait=not bereft)
+        distributed.leave(code, wait=wait)
     sys.exit(code)
 
 
