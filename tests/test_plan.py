@@ -113,7 +113,7 @@ def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: di
 
 
 def test_more_positions_than_the_model_has_are_refused() -> None:
-    with pytest.raises(UserError, match="the model has 64 positions"):
+    with pytest.raises(UserError, match="exceed the model's 64 positions"):
         plan.measure(make_config(data__max_length=65), SMALL, devices.find("cpu"))
 
 
@@ -338,7 +338,7 @@ def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatc
 
 
 def test_an_error_of_the_other_process_is_told(written: Path) -> None:
-    with pytest.raises(UserError, match="the model has 64 positions"):
+    with pytest.raises(UserError, match="exceed the model's 64 positions"):
         plan.ask(make_config(data__max_length=100), SMALL, devices.find("cpu"))
 
 
