@@ -36,10 +36,10 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
 # task -> template of the text, length that nearly all texts have, steps, score
 TASKS = {
-    "cola": ("{text}", 32, 600, "matthews"),
-    "sst2": ("{text}", 48, 400, "accuracy"),
-    "mrpc": ("{sentence1}", 80, 450, "accuracy"),
-    "rte": ("{sentence1}", 128, 280, "accuracy"),
+    "cola": ("{text}", 24, 1000, "matthews"),
+    "sst2": ("{text}", 40, 400, "accuracy"),
+    "mrpc": ("{sentence1}", 80, 300, "accuracy"),
+    "rte": ("{sentence1}", 112, 200, "accuracy"),
 }
 BATCH = 16
 # The options of a method, chosen so that sizes are of one order, not tuned.
