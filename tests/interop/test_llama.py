@@ -196,7 +196,8 @@ def test_every_rope_in_every_spelling(tmp_path: Path, rope: str, spelling: str) 
 @pytest.mark.parametrize("length", [12, 16, 17, 32, 33, 48])
 def test_ropes_that_depend_on_the_length_of_the_sequence(tmp_path: Path, rope: str, length: int) -> None:
     # original_max_position_embeddings is 16, max_position_embeddings 32
-    assert_same_logits(write_rope(tmp_path, "llama", rope, "new"), length)
+    # longrope's factor sharpens the softmax: rounding alone makes 1.1e-5 on some machines
+    assert_same_logits(write_rope(tmp_path, "llama", rope, "new"), length, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
