@@ -39,8 +39,9 @@ adapters = pytest.importorskip("adapters", reason="adapters 1.3.0 has an environ
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
 
 
-# Adam makes whole steps of gradients near 0: where the library trains in float64, one of 512 weights ends 2e-4 away.
-ROUNDING = 5e-4
+# Adam makes whole steps of gradients near 0: one of 512 weights ends 2e-4 away where the library trains in float64, and
+# 6e-4 in float32 on some machines.
+ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
