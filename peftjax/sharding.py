@@ -136,13 +136,16 @@ def parts(axis: str, size: int) -> int:
     return 1 if mesh.empty else _parts(partition((axis,), (size,), mesh), mesh)  # type: ignore[arg-type]
 
 
-def whole_length(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Keys or values with these logical axes, whole in length: whoever has a query of a sequence needs them all. As they
-    are where no length is split."""
+def _splits_length() -> bool:
+    """Whether the mesh in force does."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("sequence", 1) == 1:
-        return x
-    return constrain(x, *(None if axis == "length" else axis for axis in axes))
+    return not mesh.empty and mesh.shape.get("sequence", 1) > 1
+
+
+def whole_length(x: jax.Array) -> jax.Array:
+    """Keys or values, [B, S, K, H], whole in length: whoever has a query of a sequence needs them all. As they are where no
+    length is split."""
+    return constrain(x, "batch", None, "kv_heads", None) if _splits_length() else x
 
 
 def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
@@ -150,8 +153,7 @@ def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
     the compiler left to itself would do worse. It sends a quantized kernel decoded, four times as much, which then lies in
     memory. And where the length is split, as the kernel's inputs are, it splits the activations by features instead, and each
     device computes with every position."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not (isinstance(kernel, Quantized) or mesh.shape.get("sequence", 1) > 1):
+    if not (isinstance(kernel, Quantized) or _splits_length()):
         return kernel
     split = {*TABLE["batch"], *TABLE["length"]}
     kept = tuple(None if set(TABLE.get(axis or "", ())) & split else axis for axis in axes)

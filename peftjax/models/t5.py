@@ -164,9 +164,8 @@ class T5Attention(nnx.Module):
 
     def keys_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What is attended to: [B, S, D] -> keys and values, [B, S, N, H] each."""
-        axes = ("batch", "length", "kv_heads", None)
         k, v = self._heads(self.key(states)), self._heads(self.value(states))
-        return sharding.whole_length(k, *axes), sharding.whole_length(v, *axes)
+        return sharding.whole_length(k), sharding.whole_length(v)
 
     def __call__(
         self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None

@@ -139,8 +139,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
             cache = (k, v)
-        k, v = (sharding.whole_length(part, "batch", "length", "kv_heads", None) for part in (k, v))
-        attended = self.adapters(self, self.core, q, k, v, mask)
+        attended = self.adapters(self, self.core, q, sharding.whole_length(k), sharding.whole_length(v), mask)
         return self.out(attended.reshape(*x.shape[:2], -1)), cache
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
