@@ -86,7 +86,7 @@ def abstract_step(config: Any, model: Any, mesh: Mesh) -> tuple[Any, Arguments]:
         name: place(jax.ShapeDtypeStruct((*lead, *array.shape), array.dtype), sharding.batch_axes(array.ndim), mesh)
         for name, array in row.items()
     }
-    return step, (state, frozen, batch)
+    return step.jitted(state), (state, frozen, batch)
 
 
 def place(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:

@@ -1,6 +1,7 @@
 """The train step: sharded, accumulating, and lean, since only what is trained has a gradient, a moment or an update."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,21 +52,90 @@ def _make_state(optimizer: optax.GradientTransformation, seed: int, trainable: v
     return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
 
 
-def make_train_step(
+Gradients = Callable[[TrainState, variables.FlatTree, Mapping[str, jax.Array]], tuple[variables.FlatTree, Totals]]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a train step is made of. gradients: of (state, frozen, batch of arrays [A, B, ...]), of the mean loss, and the
+    totals it was made of; looks at no moment of the state. optimizer: what makes updates of them."""
+
+    gradients: Gradients
+    optimizer: optax.GradientTransformation
+
+    def jitted(self, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+        """A jitted (state, frozen, batch) -> (state, metrics), of states that lie where `state` does. The state is donated;
+        the frozen tree is an argument: never donated, never differentiated."""
+
+        def train_step(
+            state: TrainState, frozen: variables.FlatTree, batch: Mapping[str, jax.Array]
+        ) -> tuple[TrainState, Metrics]:
+            return self.updated(state, *self.gradients(state, frozen, batch))
+
+        return _jitted(train_step, state)
+
+    def updated(self, state: TrainState, gradients: variables.FlatTree, totals: Totals) -> tuple[TrainState, Metrics]:
+        """The state after one update, and what a log says of it."""
+        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
+        measured = {
+            "loss": totals.loss / totals.tokens,
+            "grad_norm": optax.tree.norm(gradients),
+            "tokens": totals.tokens,
+        }
+        return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
+
+
+def jitted_together(
+    steps: Sequence[Step], states: Sequence[TrainState]
+) -> Callable[..., list[tuple[TrainState, Metrics]]]:
+    """A jitted (states, shared, own, batches) -> [(state, metrics) of each], one step of models that differ in their leaves
+    alone: gradients under vmap, then each optimizer's update. shared: the frozen leaves that all of them have, such as
+    the base, which is there, read and decoded once; own: the other frozen leaves of each. The states are donated."""
+
+    def train_step(
+        states: Sequence[TrainState],
+        shared: variables.FlatTree,
+        own: Sequence[variables.FlatTree],
+        batches: Sequence[Mapping[str, jax.Array]],
+    ) -> list[tuple[TrainState, Metrics]]:
+        def gradients(
+            state: TrainState, own: variables.FlatTree, batch: Mapping[str, jax.Array]
+        ) -> tuple[variables.FlatTree, Totals]:
+            return steps[0].gradients(state, {**shared, **own}, batch)
+
+        without_moments = [state._replace(optimizer=()) for state in states]
+        stacked = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) for members in (without_moments, own, batches)
+        ]
+        together = jax.vmap(gradients)(*stacked)
+        return [
+            step.updated(state, *jax.tree.map(lambda leaf, index=index: leaf[index], together))
+            for index, (step, state) in enumerate(zip(steps, states, strict=True))
+        ]
+
+    return _jitted(train_step, states)
+
+
+def _jitted(step: Callable[..., Any], states: Any) -> Callable[..., Any]:
+    """The function of (states, ...), compiled; it gives as many states, each where that of `states` lies, with metrics."""
+    leaves = jax.tree.leaves(states)
+    mesh = next(leaf.sharding.mesh for leaf in leaves)
+    places = jax.tree.map(lambda leaf: leaf.sharding, states)
+    results = (places, None) if isinstance(states, TrainState) else [(place, None) for place in places]
+    return jax.jit(step, donate_argnums=0, out_shardings=results, compiler_options=sharding.compiler_options(mesh))
+
+
+def make_gradients(
     graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
     dropout_keys: tuple[str, ...],
     loss: Loss,
-    state: TrainState,
     penalty: Callable[[Any], jax.Array | None] = lambda model: None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted (state, frozen, batch of arrays [A, B, ...]) -> (state, metrics). The frozen tree is an argument: never
-    donated, never differentiated. Microbatches add up sums of losses and gradients; dividing once by the number of tokens makes
-    the result that of one large batch, however the tokens fall. penalty: what a method adds to the mean loss that is
+) -> Gradients:
+    """`Step.gradients` of a model. Microbatches add up sums of losses and gradients; dividing once by the number of tokens
+    makes the result that of one large batch, however the tokens fall. penalty: what a method adds to the mean loss that is
     minimised, from the model; the loss that is reported is without it."""
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    options = sharding.compiler_options(next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable)))
 
     def minimised(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
         model = variables.merge(graph, trainable, frozen)
@@ -73,10 +143,9 @@ def make_train_step(
         extra = penalty(model)
         return totals.loss if extra is None else totals.loss + totals.tokens * extra, totals
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-    def train_step(
-        state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def gradients(
+        state: TrainState, frozen: variables.FlatTree, batch: Mapping[str, jax.Array]
+    ) -> tuple[variables.FlatTree, Totals]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def microbatch(sums: Any, part: Any) -> tuple[Any, None]:
@@ -88,18 +157,22 @@ def make_train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
         none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
         count = len(next(iter(batch.values())))
-        (gradients, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
-        gradients = jax.tree.map(lambda g: g / totals.tokens, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
-        measured = {
-            "loss": totals.loss / totals.tokens,
-            "grad_norm": optax.tree.norm(gradients),
-            "tokens": totals.tokens,
-        }
-        return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
+        (sums, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
+        return jax.tree.map(lambda g: g / totals.tokens, sums), totals
 
-    return train_step
+    return gradients
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    dropout_keys: tuple[str, ...],
+    loss: Loss,
+    state: TrainState,
+    penalty: Callable[[Any], jax.Array | None] = lambda model: None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`Step.jitted` of a model and an optimizer; the arguments are those of `make_gradients`."""
+    return Step(make_gradients(graph, dropout_keys, loss, penalty), optimizer).jitted(state)
 
 
 def prepare(
@@ -108,8 +181,8 @@ def prepare(
     method: Method,
     loss: Loss,
     state_of: Callable[[variables.FlatTree, optax.GradientTransformation], TrainState],
-) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], TrainState, variables.FlatTree]:
-    """The train step that `config` describes, its first state, and what is frozen, of a model in training with its
+) -> tuple[Step, TrainState, variables.FlatTree]:
+    """The step that `config` describes, its first state, and what is frozen, of a model in training with its
     method attached. state_of: `first_state`, or `abstract_state` of a model that is shapes alone.
 
     Raises:
@@ -126,7 +199,7 @@ def prepare(
     optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     state = state_of(trainable, optimizer)
     dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    return make_train_step(graph, optimizer, dropout, loss, state, method.penalty), state, frozen
+    return Step(make_gradients(graph, dropout, loss, method.penalty), optimizer), state, frozen
 
 
 def flatten(state: TrainState) -> dict[str, jax.Array]:

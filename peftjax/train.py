@@ -33,11 +33,52 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.hf_model import load_kernels, resolve, save_model
-from peftjax.step import TrainState, first_state, flatten, prepare
+from peftjax.step import Step, TrainState, first_state, flatten, prepare
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed, the mesh
 # nothing but its rounding.
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
+
+
+class NotFiniteError(ValueError):
+    """The loss or the gradient of a run is not finite any more."""
+
+
+class Window:
+    """The steps since the last look at them. Looking waits for the device, so it is done for several steps at once."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, jax.Array], Any]] = []
+        self.tokens = 0  # or images
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Count the time from now on."""
+        self.opened = time.perf_counter()
+
+    def add(self, step: int, measured: dict[str, jax.Array], batch: Any) -> None:
+        """Remember a step that was started."""
+        self.steps.append((step, measured, batch))
+        self.tokens += batch.real_tokens
+
+    def close(self) -> dict[str, float]:
+        """The last step's numbers and the speed over all of them.
+
+        Raises:
+            NotFiniteError: a loss or a gradient norm is; names the first such step and its records.
+        """
+        for step, measured, batch in self.steps:
+            numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]:
+                raise NotFiniteError(
+                    f"step {step}: {bad[0]} is {numbers[bad[0]]}. Records of its batch: {', '.join(batch.records)}. "
+                    "No checkpoint was written since; lower optim.learning_rate, look at these records, or set optim.clip_norm"
+                )
+        speed = self.tokens / (time.perf_counter() - self.opened)
+        unit = "images" if "pixels" in batch.arrays else "tokens"
+        self.steps, self.tokens = [], 0
+        self.reopen()
+        return numbers | {f"{unit}_per_second": speed}
 
 
 @dataclasses.dataclass
@@ -55,8 +96,9 @@ class Run:
     model: Any  # in evaluation; its trainable leaves are a state's as of the last `sync`, gone with the next step
     frozen: variables.FlatTree
     schedule: optax.Schedule
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    train_step: Step
     eval_step: Callable[..., Outputs]
+    window: Window = dataclasses.field(default_factory=Window)
     report_data: report.ReportData = dataclasses.field(default_factory=report.ReportData)
     timings: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
@@ -95,29 +137,18 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
         run, state = setup(config, workdir, mesh)
         state = resume(run, state, checkpoints)
         start, steps = int(state.step), config.train.steps
+        train_step = run.train_step.jitted(state)
         with metrics.Log(workdir, total_steps=steps, resume_step=start, enabled=jax.process_index() == 0) as log:
             introduce(run, state, log)
             scores = {} if start else evaluate(run, state, log)
-            window = Window(start)
+            run.window.reopen()
             for step in range(start + 1, steps + 1):
                 batch = next(run.batches)
-                state, measured = run.train_step(state, run.frozen, shard(run, batch))
-                window.add(step, measured, batch)
-                evaluating = step == steps or due(step, config.train.eval_every)
+                state, measured = train_step(state, run.frozen, shard(run, batch))
+                run.window.add(step, measured, batch)
                 stopping = preemption.reached(step)
-                saving = evaluating or stopping or due(step, config.checkpoint.every)
-                if saving or due(step, config.train.log_every):
-                    numbers = window.close()
-                    if step == steps or due(step, config.train.log_every):
-                        log.step(step, numbers | {"learning_rate": float(run.schedule(step - 1))})
-                if evaluating:
-                    scores = evaluate(run, state, log)
-                if saving:
-                    score = -scores["eval_loss"] if evaluating and scores else None
-                    checkpoints.save(step, flatten(state), run.batches.get_state(), score=score, identity=run.identity)
-                    if config.checkpoint.adapter and step < steps:
-                        write_result(run, state)
-                    window = Window(step)
+                log_step(run, step, log, stopping=stopping)
+                scores = keep(run, state, step, log, checkpoints, stopping=stopping) or scores
                 if stopping and step < steps:
                     checkpoints.wait()
                     raise distributed.Preempted(
@@ -128,6 +159,41 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
     return scores
 
 
+def log_step(run: Run, step: int, log: metrics.Log, *, stopping: bool) -> None:
+    """Look at the steps since the last look, where a line in the log or a checkpoint is due, and write the line.
+
+    Raises:
+        NotFiniteError: the loss or the gradient is not finite any more.
+    """
+    logging = step == run.config.train.steps or due(step, run.config.train.log_every)
+    if logging or saving(run.config, step, stopping):
+        numbers = run.window.close()
+        if logging:
+            log.step(step, numbers | {"learning_rate": float(run.schedule(step - 1))})
+
+
+def keep(
+    run: Run, state: TrainState, step: int, log: metrics.Log, checkpoints: Checkpoints, *, stopping: bool
+) -> dict[str, float]:
+    """The evaluation and the checkpoint that are due after a step; returns the scores, empty without an evaluation."""
+    scores = evaluate(run, state, log) if evaluating(run.config, step) else {}
+    if saving(run.config, step, stopping):
+        score = -scores["eval_loss"] if scores else None
+        checkpoints.save(step, flatten(state), run.batches.get_state(), score=score, identity=run.identity)
+        if run.config.checkpoint.adapter and step < run.config.train.steps:
+            write_result(run, state)
+        run.window.reopen()
+    return scores
+
+
+def evaluating(config: Any, step: int) -> bool:
+    return step == config.train.steps or due(step, config.train.eval_every)
+
+
+def saving(config: Any, step: int, stopping: bool) -> bool:
+    return stopping or evaluating(config, step) or due(step, config.checkpoint.every)
+
+
 def check_workdir(workdir: Path) -> None:
     """Raises a ValueError if the workdir can be neither made nor written: now, and not after an hour of loading."""
     place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
@@ -136,8 +202,9 @@ def check_workdir(workdir: Path) -> None:
         raise ValueError(f"--workdir={workdir}: {place} {why}; name a directory that can be made or written")
 
 
-def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
-    """Everything that a run needs before its first step, and the state it starts from."""
+def setup(config: Any, workdir: Path, mesh: Mesh, model: Any = None) -> tuple[Run, TrainState]:
+    """Everything that a run needs before its first step, and the state it starts from. model: its base, which gets the
+    adapters, where it is loaded already."""
     base = resolve(config.model.path, config.model.revision)
     rows = load_rows(config, base)
     method = methods.from_config(config.method)
@@ -147,7 +214,8 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
     batches = train_batches(config, rows, **processes)
     if config.data.eval:  # opened again at each evaluation; here, so that what is wrong with it is told at once
         eval_batches(config, rows, **processes).close()
-    model = tasks.load_base(config, base, rows.labels, mesh)
+    if model is None:
+        model = tasks.load_base(config, base, rows.labels, mesh)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
     methods.attach(
         model,
@@ -161,16 +229,14 @@ def setup(config: Any, workdir: Path, mesh: Mesh) -> tuple[Run, TrainState]:
 
     task, chunk = tasks.of(config), config.train.loss_chunk
     model.train()
-    train_step, state, frozen = prepare(
-        config, model, method, task.totals(chunk), partial(first_state, seed=config.seed)
-    )
+    step, state, frozen = prepare(config, model, method, task.totals(chunk), partial(first_state, seed=config.seed))
     model.eval()
     eval_graph, _ = variables.flat(model)
     run = Run(
         config=config, workdir=workdir, mesh=mesh, base=base, base_fingerprint=base_fingerprint, rows=rows,
         batches=batches, method=method, model=model, frozen=frozen,
         schedule=optim.make_schedule(config.optim, config.train.steps),
-        train_step=train_step, eval_step=make_eval_step(eval_graph, task, chunk, mesh),
+        train_step=step, eval_step=make_eval_step(eval_graph, task, chunk, mesh),
     )  # fmt: skip
     run.sync(state)  # the state holds copies: let go of the originals
     return run, state
@@ -183,37 +249,6 @@ def first_batches(config: Any, rows: Rows, method: methods.Method, mesh: Mesh) -
     batches = train_batches(config, rows, **sharding.batch_share(mesh))
     shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
     return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
-
-
-class Window:
-    """The steps since the last look at them. Looking waits for the device, so it is done for several steps at once."""
-
-    def __init__(self, step: int) -> None:
-        self.steps: list[tuple[int, dict[str, jax.Array], Any]] = []
-        self.tokens, self.opened = 0, time.perf_counter()  # or images
-
-    def add(self, step: int, measured: dict[str, jax.Array], batch: Any) -> None:
-        """Remember a step that was started."""
-        self.steps.append((step, measured, batch))
-        self.tokens += batch.real_tokens
-
-    def close(self) -> dict[str, float]:
-        """The last step's numbers and the speed over all of them.
-
-        Raises:
-            ValueError: a loss or a gradient norm is not finite; names the first such step and its records.
-        """
-        for step, measured, batch in self.steps:
-            numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
-            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]:
-                raise ValueError(
-                    f"step {step}: {bad[0]} is {numbers[bad[0]]}. Records of its batch: {', '.join(batch.records)}. "
-                    "No checkpoint was written since; lower optim.learning_rate, look at these records, or set optim.clip_norm"
-                )
-        speed = self.tokens / (time.perf_counter() - self.opened)
-        unit = "images" if "pixels" in batch.arrays else "tokens"
-        self.steps, self.tokens, self.opened = [], 0, time.perf_counter()
-        return numbers | {f"{unit}_per_second": speed}
 
 
 def require_same_config(config: Any, workdir: Path, checkpoints: Checkpoints) -> None:

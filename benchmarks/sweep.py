@@ -1,0 +1,71 @@
+"""A step of several LoRAs side by side, as `python -m peftjax.sweep` takes it, against as many steps of one alone.
+
+    PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4]
+
+A random Llama of 4 layers in NF4, LoRA of rank 4 on all linear layers, packed sequences of 64 tokens. Times are medians over
+rounds in which all take turns.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from peftjax import sharding, sweep
+from peftjax.io.hf_files import resolve
+
+COUNTS, ROUNDS = (1, 2, 4, 8), 7
+
+
+def model_directory(root: Path, width: int) -> Path:
+    """The embedded base's tokenizer and config.json with other sizes, without weights."""
+    made = root / "model"
+    shutil.copytree(resolve("embedded"), made, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
+    sizes |= {"num_key_value_heads": width // 64, "head_dim": 64}
+    (made / "config.json").write_text(json.dumps(json.loads((made / "config.json").read_text()) | sizes))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4)
+    options = parser.parse_args()
+    with contextlib.ExitStack() as opened:
+        root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        fields = {
+            "model.path": model_directory(root, options.width), "model.init": "random", "model.quantize": "nf4",
+            "train.batch_size": options.batch,
+        }  # fmt: skip
+        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+        rates = ",".join(f"{rate}e-3" for rate in range(1, max(COUNTS) + 1))
+        swept = [f"--sweep.optim.learning_rate={rates}"]
+        mesh = sharding.make_mesh()
+        opened.enter_context(jax.set_mesh(mesh))
+        steps = {}
+        for count in COUNTS:
+            members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
+            (group,) = sweep.set_up(members, mesh, opened)
+            steps[count] = sweep.make_advance(group)
+            jax.block_until_ready(steps[count](0))  # compiles
+        seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
+        for number in range(1, ROUNDS + 1):
+            for count, advance in steps.items():
+                started = time.perf_counter()
+                jax.block_until_ready(advance(number))
+                seconds[count].append(time.perf_counter() - started)
+    print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens for each")
+    for count in COUNTS[1:]:
+        ratio = statistics.median(many / one for many, one in zip(seconds[count], seconds[1], strict=True)) / count
+        print(f"a step of {count} side by side takes {ratio:.2f} of the time of {count} steps of one alone")
+
+
+if __name__ == "__main__":
+    main()

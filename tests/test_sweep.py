@@ -1,0 +1,234 @@
+"""Sweeps: many runs at once leave what each of them would have left alone."""
+
+import contextlib
+import json
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from peftjax import methods, sharding, sweep, train
+from peftjax.core import config as configs
+from peftjax.core.errors import UserError
+from peftjax.io.checkpoint import Checkpoints
+from tests import runs
+from tests.test_train import config
+
+FIELDS = ("--sweep.optim.learning_rate=1e-2,1e-3", "--sweep.method.alpha=8,16")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A config file of the package's quickstart, which names a Lora."""
+    file = tmp_path / "config.py"
+    file.write_text("from peftjax.core.config import defaults\n\n\ndef get_config():\n    return defaults()\n")
+    return file
+
+
+def member(made: Any, workdir: Path, **values: Any) -> sweep.Member:
+    """A run with other values of some fields, `section__field`."""
+    made = made.copy_and_resolve_references()
+    for name, value in values.items():
+        section, _, field = name.rpartition("__")
+        (made[section] if section else made)[field] = value
+    return sweep.Member(values, made, workdir / ",".join(f"{name}={value}" for name, value in values.items()))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    lines, others = (runs.metrics(workdir) for workdir in (one, other))
+    assert [(line.pop("step"), line.pop("kind")) for line in lines] == [
+        (line.pop("step"), line.pop("kind")) for line in others
+    ]
+    for line, expected in zip(lines, others, strict=True):
+        assert line == pytest.approx(expected, rel=2e-4)
+    assert_same_result(one, other, "adapter/adapter_model.safetensors")
+
+
+def assert_same_result(one: Path, other: Path, file: str) -> None:
+    mine, theirs = load_file(one / file), load_file(other / file)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: Path) -> None:
+    found = sweep.members(str(file), ["--config.train.steps=7"], FIELDS, tmp_path)
+    assert [one.name for one in found] == [
+        f"learning_rate={rate},alpha={alpha}" for rate in (0.01, 0.001) for alpha in (8.0, 16.0)
+    ]
+    assert [(one.config.optim.learning_rate, one.config.method.alpha) for one in found] == [
+        (1e-2, 8), (1e-2, 16), (1e-3, 8), (1e-3, 16),
+    ]  # fmt: skip
+    assert {one.config.train.steps for one in found} == {7}
+    targets = sweep.members(str(file), [], ["--sweep.method.targets=('q_proj', 'v_proj');all-linear"], tmp_path)
+    assert [one.config.method.targets for one in targets] == [("q_proj", "v_proj"), "all-linear"]
+    assert [one.name for one in targets] == ["targets=q_proj+v_proj", "targets=all-linear"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "nothing to sweep"),
+        (["--sweep.seed="], "has values, --sweep.seed=VALUE,VALUE"),
+        (["--sweep.seed"], "has values"),
+        (["--sweep.seed=1", "--sweep.seed=2"], "seed is swept already"),
+        (["--sweep.optim.learning_rate=1e-3,0.001"], "two runs of the sweep are the same: learning_rate=0.001"),
+        (["--sweep.optim.learnin_rate=1"], "Did you mean 'learning_rate'"),
+        (["--sweep.seed=-1"], "seed is -1"),
+    ],
+)
+def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.members(str(file), [], fields, tmp_path)
+
+
+def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:
+    made = configs.defaults()
+    made.method = methods.make_config("lora")
+    numbers = [member(made, tmp_path, seed=seed, optim__name=name) for seed in (0, 1) for name in ("sgd", "adamw")]
+    assert sweep.populations(numbers) == [numbers]
+    assert sweep.populations(numbers, 3) == [numbers[:3], numbers[3:]]
+    ranks = [member(made, tmp_path, method__rank=rank, seed=seed) for seed in (0, 1) for rank in (4, 8)]
+    assert sweep.populations(ranks) == [[ranks[0], ranks[2]], [ranks[1], ranks[3]]]
+    random = [member(made, tmp_path, model__init="random", seed=seed) for seed in (0, 1)]
+    assert sweep.populations(random) == [[random[0]], [random[1]]]  # their bases differ
+    patterns = [member(made, tmp_path, method__alpha_pattern=(("q_proj", alpha),)) for alpha in (1.0, 2.0)]
+    assert len(sweep.populations(patterns)) == 2
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    """A training that asks for no answers."""
+    return config(tmp_path, eval__exact_match=0, eval__samples=0, train__steps=4, checkpoint__every=2)
+
+
+def test_runs_side_by_side_are_those_that_train_would_do(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.model.quantize, made.method = "nf4", methods.make_config("lora", rank=4, dropout=0.1)
+    options = {"seed": (0, 0, 1), "optim__learning_rate": (1e-2, 1e-3, 1e-2), "method__alpha": (8.0, 16.0, 4.0)}
+    several = [
+        member(made, tmp_path / "sweep", **dict(zip(options, values, strict=True)))
+        for values in zip(*options.values(), strict=True)
+    ]
+    found = sweep.sweep(several, tmp_path / "sweep")
+    assert "population 1 of 1, 3 side by side" in capsys.readouterr().out
+    for one in several[1:]:
+        train.train(one.config, tmp_path / "alone" / one.name)
+        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
+    assert found == json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    losses = [one["scores"]["eval_loss"] for one in found]
+    assert losses == sorted(losses)
+    assert len(set(losses)) == 3
+    assert sweep.sweep(several, tmp_path / "sweep") == found
+    assert "3 of 3 runs are finished already" in capsys.readouterr().out
+
+
+def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path: Path) -> None:
+    made.model.quantize = "nf4"
+    pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
+    with contextlib.ExitStack() as opened:
+        (group,) = sweep.set_up(pair, sharding.make_mesh(), opened)
+        kernels = [one.run.frozen["blocks.attention.query.kernel"] for one in group]
+        ours, theirs = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kernel)] for kernel in kernels)
+    assert ours == theirs
+    assert len(ours) == 4  # codes, absmax, their scales and mean
+
+
+def test_a_run_that_is_not_finite_any_more_ends_alone(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.data.eval, made.optim.clip_norm = (), 0.0
+    rates = [member(made, tmp_path / "sweep", optim__learning_rate=rate) for rate in (1e30, 1e-2)]
+    found = sweep.sweep(rates, tmp_path / "sweep")
+    assert [one["values"] for one in found] == [{"optim__learning_rate": 1e-2}, {"optim__learning_rate": 1e30}]
+    assert "is nan" in found[1]["failed"]
+    assert 0 < found[0]["scores"]["loss"] < 10
+    assert (rates[1].workdir / "adapter").exists()
+    assert not (rates[0].workdir / "adapter").exists()
+    assert "ends here: step" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="every run of the sweep failed; the first: step"):
+        sweep.sweep(rates[:1], tmp_path / "sweep")
+
+
+def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, tmp_path: Path) -> None:
+    first = member(made, tmp_path / "sweep", seed=0)
+    with Checkpoints(first.workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
+        identity = {"config": json.loads(configs.to_json(made)), "base": ""}
+        checkpoints.save(4, {"step": jnp.zeros(())}, {}, identity=identity)
+    assert not sweep.finished(first)  # the report is not there
+    made.train.batch_size = 4
+    with pytest.raises(ValueError, match=r"seed=0 holds a run with another configuration: train.batch_size: 4 here"):
+        sweep.sweep([member(made, tmp_path / "sweep", seed=0)], tmp_path / "sweep")
+
+
+def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
+    values = [{"optim.learning_rate": rate, "method.targets": ("q_proj", "v_proj")} for rate in (1e-3, 1.0)]
+    found = [
+        {"run": "a", "values": values[0], "scores": {"loss": 0.25, "eval_loss": 0.5}},
+        {"run": "b", "values": values[1], "scores": {}, "failed": "step 3: loss is nan"},
+    ]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(sweep.table(found))
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert ["learning_rate", "targets", "loss", "eval_loss"] in lines
+    assert ["0.001", "q_proj+v_proj", "0.25", "0.5"] in lines
+    assert ["1.0", "q_proj+v_proj", "not", "finite"] in lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["randlora", "full"])
+def test_what_a_method_holds_in_its_structure_or_in_the_base_is_not_mixed_up(
+    name: str, made: Any, tmp_path: Path
+) -> None:
+    made.method = methods.make_config(name)
+    field, values = ("seed", (0, 1)) if name == "full" else ("method__alpha", (64.0, 640.0))
+    pair = [member(made, tmp_path / "sweep", **{field: value}) for value in values]
+    sweep.sweep(pair, tmp_path / "sweep")
+    for one in pair:
+        train.train(one.config, tmp_path / "alone" / one.name)
+        result = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
+        assert_same_result(one.workdir, tmp_path / "alone" / one.name, result)
+
+
+@pytest.mark.slow
+def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Path) -> None:
+    made.model.quantize = "nf4"
+    for workdir, sizes in ((tmp_path / "one", {}), (tmp_path / "mesh", {"fsdp": 2, "tensor": 2})):
+        made.mesh.update(sizes)
+        sweep.sweep([member(made, workdir, seed=seed) for seed in (0, 1)], workdir)
+    for seed in ("seed=0", "seed=1"):
+        assert_same_run(tmp_path / "mesh" / seed, tmp_path / "one" / seed)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_would_have_been(tmp_path: Path) -> None:
+    world = runs.make_world(tmp_path)
+    swept = ("--sweep.optim.learning_rate=1e-2,1e-3", "--config.train.steps=12", "--config.checkpoint.every=4")
+    start = partial(runs.start, world, world / "killed", *swept, command="sweep")
+    first = world / "killed" / "learning_rate=0.01"
+    runs.kill_when(start(), lambda: bool(runs.checkpoints(first)))
+    child = start()
+    runs.wait_until(runs.logged(first, 6), child)
+    child.send_signal(signal.SIGTERM)
+    ((code, output),) = runs.ended(child)
+    assert code == 75, output
+    assert "which is saved; the same command goes on" in output
+    split = (*swept, "--config.mesh.fsdp=2")
+    results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
+    assert [code for code, _ in results] == [0, 0], results
+    assert "sweep.json" in results[0][1]
+    assert "sweep.json" not in results[1][1]
+
+    said = runs.finish(runs.start(world, world / "undisturbed", *swept, command="sweep"))
+    assert "population 1 of 1, 2 side by side" in said
+    for name in ("learning_rate=0.01", "learning_rate=0.001"):
+        assert_same_run(world / "killed" / name, world / "undisturbed" / name)
