@@ -120,10 +120,11 @@ def jitted_together(
 
 def _jitted(step: Callable[..., Any], states: Any) -> Callable[..., Any]:
     """The function of (states, ...), compiled; it gives as many states, each where that of `states` lies, with metrics."""
-    leaves = jax.tree.leaves(states)
-    mesh = next(leaf.sharding.mesh for leaf in leaves)
+    alone = isinstance(states, TrainState)
+    trainable = (states if alone else states[0]).trainable
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
     places = jax.tree.map(lambda leaf: leaf.sharding, states)
-    results = (places, None) if isinstance(states, TrainState) else [(place, None) for place in places]
+    results = (places, None) if alone else [(place, None) for place in places]
     return jax.jit(step, donate_argnums=0, out_shardings=results, compiler_options=sharding.compiler_options(mesh))
 
 
