@@ -3,7 +3,7 @@
     PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4]
 
 A random Llama of 4 layers in NF4, LoRA of rank 4 on all linear layers, packed sequences of 64 tokens. Times are medians over
-rounds in which all take turns.
+rounds in which all take turns; one alone is a population of one.
 """
 
 import argparse
