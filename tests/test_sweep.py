@@ -109,6 +109,7 @@ def made(tmp_path: Path) -> Any:
     return config(tmp_path, eval__exact_match=0, eval__samples=0, train__steps=4, checkpoint__every=2)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_that_train_would_do(
     made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
