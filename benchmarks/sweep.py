@@ -53,13 +53,15 @@ def main() -> None:
         for count in COUNTS:
             members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
             (group,) = sweep.set_up(members, mesh, opened)
-            steps[count] = sweep.make_advance(group)
-            jax.block_until_ready(steps[count](0))  # compiles
+            steps[count] = group, sweep.make_advance(group)
+            steps[count][1](0)  # compiles
         seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
         for number in range(1, ROUNDS + 1):
-            for count, advance in steps.items():
+            for count, (group, advance) in steps.items():
+                jax.block_until_ready([one.state for one in group])
                 started = time.perf_counter()
-                jax.block_until_ready(advance(number))
+                advance(number)
+                jax.block_until_ready([one.state for one in group])
                 seconds[count].append(time.perf_counter() - started)
     print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens for each")
     for count in COUNTS[1:]:

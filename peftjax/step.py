@@ -73,7 +73,7 @@ class Step:
         ) -> tuple[TrainState, Metrics]:
             return self.updated(state, *self.gradients(state, frozen, batch))
 
-        return _jitted(train_step, state)
+        return _jitted(train_step, state.trainable, (_places(state), None))
 
     def updated(self, state: TrainState, gradients: variables.FlatTree, totals: Totals) -> tuple[TrainState, Metrics]:
         """The state after one update, and what a log says of it."""
@@ -115,16 +115,16 @@ def jitted_together(
             for index, (step, state) in enumerate(zip(steps, states, strict=True))
         ]
 
-    return _jitted(train_step, states)
+    return _jitted(train_step, states[0].trainable, [(_places(state), None) for state in states])
 
 
-def _jitted(step: Callable[..., Any], states: Any) -> Callable[..., Any]:
-    """The function of (states, ...), compiled; it gives as many states, each where that of `states` lies, with metrics."""
-    alone = isinstance(states, TrainState)
-    trainable = (states if alone else states[0]).trainable
+def _places(state: TrainState) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _jitted(step: Callable[..., Any], trainable: variables.FlatTree, results: Any) -> Callable[..., Any]:
+    """The function compiled for the mesh of what is trained, its first argument donated; results: where they lie."""
     mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
-    places = jax.tree.map(lambda leaf: leaf.sharding, states)
-    results = (places, None) if alone else [(place, None) for place in places]
     return jax.jit(step, donate_argnums=0, out_shardings=results, compiler_options=sharding.compiler_options(mesh))
 
 

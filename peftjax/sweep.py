@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,6 +67,7 @@ class Training:
     state: TrainState
     checkpoints: Checkpoints
     log: metrics.Log = dataclasses.field(init=False)
+    loss: jax.Array = dataclasses.field(init=False)  # of the last step
 
 
 def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir: Path) -> list[Member]:
@@ -119,11 +120,10 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
     groups = populations(waiting, most)
     with distributed.Preemption() as preemption:
-        steps = itertools.count(1)  # of all populations: the preemption's own count
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
             say(f"population {number} of {len(groups)}{several}: {'; '.join(member.name for member in population)}")
-            train_population(population, preemption, steps)
+            train_population(population, preemption)
     distributed.meet("all runs of the sweep have ended")
     found = sorted(
         map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
@@ -137,7 +137,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
 
 def finished(member: Member) -> bool:
     """Whether the run has ended. Raises a ValueError where its directory holds a run with another configuration."""
-    with Checkpoints(member.workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
+    with train.make_checkpoints(member.config, member.workdir) as checkpoints:
         train.require_same_config(member.config, member.workdir, checkpoints)
         done = checkpoints.latest_step() == member.config.train.steps
     return done and (member.workdir / "report.html").exists()
@@ -155,12 +155,12 @@ def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
     return groups[::-1]
 
 
-def train_population(population: Sequence[Member], preemption: distributed.Preemption, steps: Iterator[int]) -> None:
+def train_population(population: Sequence[Member], preemption: distributed.Preemption) -> None:
     """Train the members to their end, from their newest checkpoints if there are any."""
     mesh = sharding.make_mesh(population[0].config.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         for group in set_up(population, mesh, opened):
-            train_side_by_side(group, preemption, steps)
+            train_side_by_side(group, preemption)
 
 
 def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStack) -> list[list[Training]]:
@@ -172,15 +172,14 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     groups: dict[Any, list[Training]] = {}
     for member in population:
         run, state = train.setup(member.config, member.workdir, mesh, nnx.clone(base))
-        options = {"keep": member.config.checkpoint.keep, "keep_best": member.config.checkpoint.keep_best}
-        checkpoints = opened.enter_context(Checkpoints(member.workdir / "checkpoints", **options))
+        checkpoints = opened.enter_context(train.make_checkpoints(member.config, member.workdir))
         state = train.resume(run, state, checkpoints)
         structure = nnx.split(methods.active_view(run.model))[0]
         groups.setdefault((int(state.step), structure), []).append(Training(member, run, state, checkpoints))
     return list(groups.values())
 
 
-def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemption, steps: Iterator[int]) -> None:
+def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemption) -> None:
     """Train models of one structure, which are at the same step, to their end, and write the result of each."""
     config = group[0].run.config
     start, total = int(group[0].state.step), config.train.steps
@@ -196,8 +195,8 @@ def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemp
             one.run.window.reopen()
         began = time.perf_counter()
         for step in range(start + 1, total + 1):
-            losses = advance(step)
-            stopping = preemption.reached(next(steps))
+            advance(step)
+            stopping = preemption.reached()
             for one in group:
                 log_step(one, step, stopping)
             going = [one for one in group if not one.member.failed]
@@ -208,25 +207,19 @@ def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemp
             if train.saving(config, step, stopping):
                 for one in going:
                     one.run.window.reopen()  # nobody's speed counts the time that others took to save
-            if step == total or train.due(step, config.train.log_every):
-                say(
-                    _progress(
-                        step, total, step - start, {one.member.name: losses[one.member.name] for one in going}, began
-                    )
-                )
+            if train.logging(config, step):
+                say(_progress(going, step, start, total, time.perf_counter() - began))
             if stopping and step < total:
                 for one in going:
                     one.checkpoints.wait()
-                raise distributed.Preempted(
-                    f"stopped by SIGTERM after step {step} of {total}, which is saved; the same command goes on"
-                )
+                raise train.preempted(step, total)
         for one in going:
             one.checkpoints.wait()
             train.finish(one.run, one.state, one.log)
 
 
-def make_advance(group: Sequence[Training]) -> Callable[[int], dict[str, jax.Array]]:
-    """A function that takes all of them a step further, whose number it is told, and returns their losses by name."""
+def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
+    """A function that takes all of them a step further, whose number it is told."""
     first = group[0].run
     own = [_own_leaves(one.run) for one in group]
     shared = {path: leaf for path, leaf in first.frozen.items() if path not in own[0]}
@@ -236,16 +229,15 @@ def make_advance(group: Sequence[Training]) -> Callable[[int], dict[str, jax.Arr
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
     train_step = jitted_together([one.run.train_step for one in group], [one.state for one in group])
 
-    def advance(step: int) -> dict[str, jax.Array]:
+    def advance(step: int) -> None:
         batches = {seed: next(stream) for seed, stream in streams.items()}
         placed = {seed: train.shard(first, batch) for seed, batch in batches.items()}
         seeds = [one.run.config.seed for one in group]
         results = train_step([one.state for one in group], shared, own, [placed[seed] for seed in seeds])
         for one, seed, (state, measured) in zip(group, seeds, results, strict=True):
-            one.state = state
+            one.state, one.loss = state, measured["loss"]
             if not one.member.failed:
                 one.run.window.add(step, measured, batches[seed])
-        return {one.member.name: measured["loss"] for one, (_, measured) in zip(group, results, strict=True)}
 
     return advance
 
@@ -305,11 +297,11 @@ def _own_leaves(run: train.Run) -> variables.FlatTree:
     return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
 
 
-def _progress(step: int, total: int, done: int, losses: Mapping[str, jax.Array], began: float) -> str:
-    ranked = sorted((float(loss), name) for name, loss in losses.items())
-    seconds = time.perf_counter() - began
+def _progress(going: Sequence[Training], step: int, start: int, total: int, seconds: float) -> str:
+    """The best and the worst loss, and the time left if it goes on as in these seconds."""
+    ranked = sorted((float(one.loss), one.member.name) for one in going)
     ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
-    clock = f"{metrics.format_clock(seconds)}, {metrics.format_clock(seconds / done * (total - step))} left"
+    clock = f"{metrics.format_clock(seconds)}, {metrics.format_clock(seconds / (step - start) * (total - step))} left"
     return "  ".join([f"step {step:>{len(str(total))}}/{total}", f"loss {' to '.join(ends)}", clock])
 
 

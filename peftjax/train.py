@@ -129,9 +129,7 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
     check_workdir(workdir)
     tasks.check(config)
     mesh = sharding.make_mesh(config.mesh)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-    )
+    checkpoints = make_checkpoints(config, workdir)
     with jax.set_mesh(mesh), checkpoints, distributed.Preemption() as preemption:
         require_same_config(config, workdir, checkpoints)  # before a model is loaded for nothing
         run, state = setup(config, workdir, mesh)
@@ -146,17 +144,27 @@ def train(config: Any, workdir: Path) -> dict[str, float]:
                 batch = next(run.batches)
                 state, measured = train_step(state, run.frozen, shard(run, batch))
                 run.window.add(step, measured, batch)
-                stopping = preemption.reached(step)
+                stopping = preemption.reached()
                 log_step(run, step, log, stopping=stopping)
                 scores = keep(run, state, step, log, checkpoints, stopping=stopping) or scores
                 if stopping and step < steps:
                     checkpoints.wait()
-                    raise distributed.Preempted(
-                        f"stopped by SIGTERM after step {step} of {steps}, which is saved; the same command goes on"
-                    )
+                    raise preempted(step, steps)
             checkpoints.wait()
             finish(run, state, log)
     return scores
+
+
+def make_checkpoints(config: Any, workdir: Path) -> Checkpoints:
+    """Those of the run in a workdir."""
+    return Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+
+
+def preempted(step: int, steps: int) -> distributed.Preempted:
+    """What to raise when all is saved."""
+    return distributed.Preempted(
+        f"stopped by SIGTERM after step {step} of {steps}, which is saved; the same command goes on"
+    )
 
 
 def log_step(run: Run, step: int, log: metrics.Log, *, stopping: bool) -> None:
@@ -165,10 +173,9 @@ def log_step(run: Run, step: int, log: metrics.Log, *, stopping: bool) -> None:
     Raises:
         NotFiniteError: the loss or the gradient is not finite any more.
     """
-    logging = step == run.config.train.steps or due(step, run.config.train.log_every)
-    if logging or saving(run.config, step, stopping):
+    if logging(run.config, step) or saving(run.config, step, stopping):
         numbers = run.window.close()
-        if logging:
+        if logging(run.config, step):
             log.step(step, numbers | {"learning_rate": float(run.schedule(step - 1))})
 
 
@@ -184,6 +191,10 @@ def keep(
             write_result(run, state)
         run.window.reopen()
     return scores
+
+
+def logging(config: Any, step: int) -> bool:
+    return step == config.train.steps or due(step, config.train.log_every)
 
 
 def evaluating(config: Any, step: int) -> bool:

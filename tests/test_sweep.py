@@ -21,12 +21,10 @@ from peftjax.io.checkpoint import Checkpoints
 from tests import runs
 from tests.test_train import config
 
-FIELDS = ("--sweep.optim.learning_rate=1e-2,1e-3", "--sweep.method.alpha=8,16")
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A config file of the package's quickstart, which names a Lora."""
+    """A config file of the defaults, which name a Lora."""
     file = tmp_path / "config.py"
     file.write_text("from peftjax.core.config import defaults\n\n\ndef get_config():\n    return defaults()\n")
     return file
@@ -59,7 +57,8 @@ def assert_same_result(one: Path, other: Path, file: str) -> None:
 
 
 def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: Path) -> None:
-    found = sweep.members(str(file), ["--config.train.steps=7"], FIELDS, tmp_path)
+    fields = ("--sweep.optim.learning_rate=1e-2,1e-3", "--sweep.method.alpha=8,16")
+    found = sweep.members(str(file), ["--config.train.steps=7"], fields, tmp_path)
     assert [one.name for one in found] == [
         f"learning_rate={rate},alpha={alpha}" for rate in (0.01, 0.001) for alpha in (8.0, 16.0)
     ]

@@ -182,7 +182,8 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._stepping = self._signalled = False
+        self._signalled = False
+        self._steps = 0
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -200,10 +201,10 @@ class Preemption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._signalled = True
-        if not self._stepping:  # there is nothing to save yet
+        if not self._steps:  # there is nothing to save yet
             raise Preempted("stopped by SIGTERM before the first step; the same command goes on")
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """Whether to save after this step and stop; asked after every step, by every process."""
-        self._stepping = True
-        return self._signalled or multihost_utils.reached_preemption_sync_point(step)
+        self._steps += 1
+        return self._signalled or multihost_utils.reached_preemption_sync_point(self._steps)
