@@ -10,8 +10,9 @@ import sys
 
 from qlora_memory import CASES, make_config, sizes
 
-from peftjax import devices, plan
-from peftjax.devices import GIB
+from peftjax.plan import devices
+from peftjax.plan import measure as plan
+from peftjax.plan.devices import GIB
 
 KNOBS = (
     (),

@@ -78,11 +78,11 @@ def write_model(directory: Path, config: dict, dtype: str) -> None:
     from safetensors.numpy import save_file
 
     from peftjax import models
-    from peftjax.io import hf_files, hf_model
+    from peftjax.io import entries, hf_files
 
     model = nnx.eval_shape(lambda: models.from_hf_config(config).make(nnx.Rngs(0)))
     files: dict[str, dict[str, tuple[int, ...]]] = {}
-    for entry in hf_model.entries(model):
+    for entry in entries.entries(model):
         for layer, key in enumerate(entry.keys):
             files.setdefault(f"model-{layer if entry.stacked else 'rest'}.safetensors", {})[key] = entry.stored_shape
     directory.mkdir(parents=True)
@@ -104,16 +104,17 @@ def child(directory: str, target: str, dtype: str, quantize: str, mesh_sizes: st
 
     from peftjax import sharding
     from peftjax.core import variables
-    from peftjax.io import hf_model
+    from peftjax.io.load import load_model
+    from peftjax.io.save import save_model
 
     mesh = sharding.make_mesh(json.loads(mesh_sizes))
-    hf_model.load_model("embedded", dtype, quantize or None, mesh=mesh)  # the compiler's own memory is not the model's
+    load_model("embedded", dtype, quantize or None, mesh=mesh)  # the compiler's own memory is not the model's
     before = resident("VmRSS")
-    model = hf_model.load_model(directory, dtype, quantize or None, mesh=mesh)
+    model = load_model(directory, dtype, quantize or None, mesh=mesh)
     loading = resident("VmHWM") - before
     leaves = jax.tree.leaves([variable.get_value() for variable in variables.flat(model)[1].values()])
     size = sum(leaf.size * (4 if leaf.dtype == jax.numpy.int4 else 8 * leaf.dtype.itemsize) // 8 for leaf in leaves)
-    hf_model.save_model(model, target)
+    save_model(model, target)
     saving = resident("VmHWM") - before - loading
     print(json.dumps({"model": size, "loading": loading, "saving": saving}))
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from qlora_memory import sizes
 
-from peftjax import devices
+from peftjax.plan import devices
 from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
 

@@ -36,11 +36,12 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
     from flax import nnx
 
     import peftjax
-    from peftjax import methods, optim
+    from peftjax import methods
     from peftjax.core import config as configs
     from peftjax.core import variables
     from peftjax.losses import next_token_loss
-    from peftjax.step import first_state, make_train_step
+    from peftjax.training import optim
+    from peftjax.training.step import first_state, make_train_step
 
     model = peftjax.load_model(directory, dtype, quantize="nf4", remat="block")
     report("after loading")

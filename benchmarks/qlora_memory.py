@@ -19,9 +19,11 @@ from typing import Any
 # before jax: it shall not look for hardware
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
-from peftjax import devices, methods, plan
+from peftjax import methods
 from peftjax.core import config as configs
-from peftjax.devices import GIB
+from peftjax.plan import devices
+from peftjax.plan import measure as plan
+from peftjax.plan.devices import GIB
 
 HERE = Path(__file__).parent
 

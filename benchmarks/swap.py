@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import peftjax
-from peftjax.methods import active_view
+from peftjax.adapters import active_view
 from peftjax.models import from_hf_config
 
 CONFIG = {

@@ -1,7 +1,9 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
+from peftjax.adapters import attach, detach, merge, rows, unmerge, use
 from peftjax.io.hf_adapter import load_adapter, save_adapter
-from peftjax.io.hf_model import load_kernels, load_model, save_model
+from peftjax.io.load import load_kernels, load_model
+from peftjax.io.save import save_model
 from peftjax.methods import (
     AdaLora,
     BitFit,
@@ -26,14 +28,8 @@ from peftjax.methods import (
     TrainableTokens,
     VbLora,
     Vera,
-    attach,
-    combine,
-    detach,
-    merge,
-    rows,
-    unmerge,
-    use,
 )
+from peftjax.methods.lora.combine import combine
 from peftjax.nn.adopt import adopt
 
 __all__ = [

@@ -1,169 +1,16 @@
-"""Text from a model: batched generation under one jit with a key/value cache.
+"""Generate text from prompts.
 
 python -m peftjax.generate --model=DIR --adapter=DIR --prompt="..." [--prompt="..."]
 """
 
 import argparse
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
-from peftjax.core import cli, distributed
-from peftjax.methods import active_view
+from peftjax.core import cli
+from peftjax.decoding import Sampling, generate
 from peftjax.quant import FORMATS
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. temperature 0: the most likely one. top_k: among the k most likely (0: all).
-
-    top_p: among the fewest most likely tokens whose probabilities add up to at least p (Holtzman et al. 2019,
-    arXiv:1904.09751, section 3.1). Order: temperature, top_k, top_p, as transformers has it.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, it is {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or more, it is {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, it is {self.top_p}")
-
-    def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-        """logits [B, V] -> token ids [B]."""
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        logits = logits.astype(jnp.float32) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1)
-
-
-def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens, up to and without a stop token; an encoder-decoder
-    answers it.
-
-    prompts: token ids, each at least one. All rows run in one batch, padded on the left to a length that is a multiple
-    of 32 (so few lengths are compiled). Active adapters take part.
-
-    Raises:
-        ValueError: an empty prompt, or one that does not fit the model's positions with what is to come.
-    """
-    if not prompts or not all(prompts):
-        raise ValueError(
-            "generate: every prompt needs at least one token; give the tokenizer's bos token for an empty one"
-        )
-    longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
-    if longest + max_new_tokens > limit:
-        virtual = f" less the {model.virtual} of its virtual tokens" if model.virtual else ""
-        raise ValueError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{model.config.max_positions} positions{virtual}"
-        )
-    width = min(-(-longest // 32) * 32, limit - max_new_tokens)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
-    view = active_view(model)
-    view.eval()
-    graph, state = nnx.split(view)
-    ends = np.zeros(model.config.vocab, bool)
-    ends[list(stop)] = True
-    key = jax.random.key(seed)
-    decoded = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
-    out, lengths = map(distributed.whole, decoded)
-    return [row[:length].tolist() for row, length in zip(out, lengths, strict=True)]
-
-
-@partial(jax.jit, static_argnames=("graph", "sampling", "max_new"))
-def _decode(
-    graph: nnx.GraphDef,
-    state: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    key: jax.Array,
-    ends: jax.Array,
-    *,
-    sampling: Sampling,
-    max_new: int,
-) -> tuple[jax.Array, jax.Array]:
-    """tokens, mask: [B, W], padded on the left; ends: bool [V], true for tokens to stop at -> (new tokens
-    [B, max_new], how many of them count [B])."""
-    model = nnx.merge(graph, state)
-    batch = len(tokens)
-    hidden, cache, read = (_begin_target if hasattr(model, "decode") else _read_prompts)(model, tokens, mask, max_new)
-
-    def unfinished(carry: tuple) -> jax.Array:
-        index, _, _, done, _, _ = carry
-        return (index < max_new) & ~jnp.all(done)
-
-    def step(carry: tuple) -> tuple:
-        index, out, lengths, done, hidden, cache = carry
-        logits = model.logits(hidden[:, -1:])[:, 0]  # [B, V]
-        token = sampling.draw(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
-        done = done | ends[token]
-        out = out.at[:, index].set(token)
-        lengths = jnp.where(done, lengths, index + 1)
-        hidden, cache = read(token[:, None], index, cache)
-        return index + 1, out, lengths, done, hidden, cache
-
-    none = jnp.zeros((batch,), jnp.int32)
-    carry = (0, jnp.zeros((batch, max_new), jnp.int32), none, none.astype(bool), hidden[:, -1:], cache)
-    _, out, lengths, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
-    return out, lengths
-
-
-# (the states [B, 1 or W, D] of which the last tells the first new token, a cache, and what reads new token number i,
-# [B, 1], into the cache)
-Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
-
-
-def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """A decoder: new tokens go on from the prompts."""
-    batch, width = tokens.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=model.make_cache(batch, width + max_new))
-
-    def read(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return model.hidden(token, positions=positions[:, -1:] + 1 + index, cache=cache)
-
-    return hidden, cache, read
-
-
-def _begin_target(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """An encoder-decoder: it encodes the prompts, and new tokens go on from the target's start token."""
-    order = jnp.argsort(~mask, axis=1, stable=True)  # padding on the right, so that a soft prompt is beside its text
-    tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
-    cache = model.make_cache(tokens, mask, max_new + 1)
-    start = jnp.full((len(tokens), 1), model.config.start, jnp.int32)
-    return *model.decode(start, cache), lambda token, index, cache: model.decode(token, cache)
 
 
 def main(argv: list[str]) -> None:
@@ -186,9 +33,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(argv)
 
-    from peftjax.data.text import load_tokenizer
+    from peftjax.data.tokenizer import load_tokenizer
     from peftjax.io.hf_adapter import load_adapter
-    from peftjax.io.hf_model import load_model, resolve
+    from peftjax.io.hf_files import resolve
+    from peftjax.io.load import load_model
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     directory = resolve(options.model)

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import cli
+from peftjax.core.units import format_bytes
 from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
-from peftjax.metrics import format_bytes
 from peftjax.models import from_hf_config
 
 # What a method cannot do without, for the table: AdaLoRA's size does not depend on it, that of tokens is of one token.
@@ -49,8 +49,8 @@ def row(config: Any, name: str) -> Row:
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         if method.trains is nnx.Param:
             return {}
-        methods.attach(model, method, rngs=nnx.Rngs(0))
-        counted["trained"] = methods.count_trainable(model)
+        adapters.attach(model, method, rngs=nnx.Rngs(0))
+        counted["trained"] = adapters.count_trainable(model)
         return adapter_tensors(model, "default")
 
     try:
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     if given.method:
         cls = methods.method_class(given.method)
         console.print(inspect.getdoc(inspect.getmodule(cls)), highlight=False, markup=False, soft_wrap=True)
-        for part in cls.__mro__[: cls.__mro__.index(methods.Method)]:  # options are explained where they are declared
+        for part in cls.__mro__[: cls.__mro__.index(adapters.Method)]:  # options are explained where they are declared
             console.print("\n" + (inspect.getdoc(part) or ""), highlight=False, markup=False, soft_wrap=True)
         console.print(options(given.method))
         return

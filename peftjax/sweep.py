@@ -29,14 +29,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftjax import methods, metrics, sharding, tasks, train
+from peftjax import adapters, methods, sharding, train
+from peftjax import log as metrics
 from peftjax.core import cli, distributed, variables
 from peftjax.core import config as configs
 from peftjax.core.errors import UserError
+from peftjax.core.files import write_atomically
+from peftjax.core.units import format_clock
 from peftjax.data.rows import load_rows
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.io.hf_model import resolve
-from peftjax.step import TrainState, jitted_together
+from peftjax.io.hf_files import resolve
+from peftjax.tasks import base as tasks
+from peftjax.training.step import TrainState, jitted_together
 
 RESULTS = "sweep.json"
 _PLACE = ("step", "kind", "seconds")  # of a line of metrics.jsonl, beside the scores
@@ -129,7 +133,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
     )
     if jax.process_index() == 0:
-        metrics.write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+        write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
     if all("failed" in one for one in found):
         raise ValueError(f"every run of the sweep failed; the first: {found[0]['failed']}")
     return found
@@ -174,7 +178,7 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
         run, state = train.setup(member.config, member.workdir, mesh, nnx.clone(base))
         checkpoints = opened.enter_context(train.make_checkpoints(member.config, member.workdir))
         state = train.resume(run, state, checkpoints)
-        structure = nnx.split(methods.active_view(run.model))[0]
+        structure = nnx.split(adapters.active_view(run.model))[0]
         groups.setdefault((int(state.step), structure), []).append(Training(member, run, state, checkpoints))
     return list(groups.values())
 
@@ -301,7 +305,7 @@ def _progress(going: Sequence[Training], step: int, start: int, total: int, seco
     """The best and the worst loss, and the time left if it goes on as in these seconds."""
     ranked = sorted((float(one.loss), one.member.name) for one in going)
     ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
-    clock = f"{metrics.format_clock(seconds)}, {metrics.format_clock(seconds / (step - start) * (total - step))} left"
+    clock = f"{format_clock(seconds)}, {format_clock(seconds / (step - start) * (total - step))} left"
     return "  ".join([f"step {step:>{len(str(total))}}/{total}", f"loss {' to '.join(ends)}", clock])
 
 

@@ -22,18 +22,26 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import methods, metrics, optim, report, sharding, tasks
+from peftjax import adapters, methods, sharding
+from peftjax import log as metrics
 from peftjax.core import cli, distributed, variables
 from peftjax.core import config as configs
+from peftjax.core.files import write_atomically
 from peftjax.core.fingerprint import fingerprint
+from peftjax.core.units import format_bytes
 from peftjax.data.batches import eval_batches, eval_examples, train_batches
 from peftjax.data.rows import Rows, load_rows
-from peftjax.evaluate import Outputs, answer, answer_scores, held_out_scores, make_eval_step
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
-from peftjax.io.hf_files import enumerate_some
-from peftjax.io.hf_model import load_kernels, resolve, save_model
-from peftjax.step import Step, TrainState, first_state, flatten, prepare
+from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.load import load_kernels
+from peftjax.io.save import save_model
+from peftjax.report import data as report
+from peftjax.report.page import write_report
+from peftjax.tasks import base as tasks
+from peftjax.training import optim
+from peftjax.training.evaluation import Outputs, answer, answer_scores, held_out_scores, make_eval_step
+from peftjax.training.step import Step, TrainState, first_state, flatten, prepare
 
 # Sections and fields that may differ between a run and its resumption: they change nothing that is computed, the mesh
 # nothing but its rounding.
@@ -92,7 +100,7 @@ class Run:
     base_fingerprint: str
     rows: Rows
     batches: Any
-    method: methods.Method
+    method: adapters.Method
     model: Any  # in evaluation; its trainable leaves are a state's as of the last `sync`, gone with the next step
     frozen: variables.FlatTree
     schedule: optax.Schedule
@@ -228,7 +236,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh, model: Any = None) -> tuple[Ru
     if model is None:
         model = tasks.load_base(config, base, rows.labels, mesh)
     base_fingerprint = fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
-    methods.attach(
+    adapters.attach(
         model,
         method,
         rngs=nnx.Rngs(config.seed),
@@ -253,7 +261,7 @@ def setup(config: Any, workdir: Path, mesh: Mesh, model: Any = None) -> tuple[Ru
     return run, state
 
 
-def first_batches(config: Any, rows: Rows, method: methods.Method, mesh: Mesh) -> Any:
+def first_batches(config: Any, rows: Rows, method: adapters.Method, mesh: Mesh) -> Any:
     """The batches [B, ...] that the method begins with, the first of the training; None where it needs none."""
     if not method.data:
         return None
@@ -344,7 +352,7 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
     config, defaults = run.config, configs.defaults()
     defaults.method = methods.make_config(config.method.name)
     if jax.process_index() == 0:
-        metrics.write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
+        write_atomically(run.workdir / "config.json", configs.to_json(config) + "\n")
     leaves = variables.flat(run.model)[1]
     parts = report.count_parts(leaves, run.method.trains)
     trained = sum(part.parameters for part in parts if part.trained)
@@ -364,7 +372,7 @@ def introduce(run: Run, state: TrainState, log: metrics.Log) -> None:
     if undivided := sharding.undivided(leaves, run.mesh):
         more = sum(report.tree_bytes(leaves[path].get_value()) * part for path, part in undivided.items())
         log.message(
-            f"not divided evenly by the mesh, and therefore {metrics.format_bytes(more)} more on each device: "
+            f"not divided evenly by the mesh, and therefore {format_bytes(more)} more on each device: "
             f"{enumerate_some(list(undivided), 4)}"
         )
     if state.step > 0:
@@ -389,9 +397,9 @@ def finish(run: Run, state: TrainState, log: metrics.Log) -> None:
     )
     run.save_report_data()
     log.message(run.batches.summary_text())
-    log.message(f"{result}: {metrics.format_bytes(size)}")
+    log.message(f"{result}: {format_bytes(size)}")
     if jax.process_index() == 0:
-        log.message(f"{report.write_report(run.workdir)}")
+        log.message(f"{write_report(run.workdir)}")
 
 
 def main(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.metrics import MEASURED, read_metrics
+from peftjax.log import MEASURED, read_metrics
 from tests import tiny
 
 STEPS, EVERY, EVAL_EVERY = 40, 10, 20

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from peftjax import methods, tasks
+from peftjax import methods
 from peftjax.core import config as configs
 from peftjax.core.errors import UserError
+from peftjax.tasks import base as tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
 GLUE = FOLDER / "glue_roberta_lora.py"

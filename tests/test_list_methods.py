@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax import list_methods, methods
+from peftjax import adapters, list_methods, methods
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.models import from_hf_config
 
@@ -16,9 +16,9 @@ from peftjax.models import from_hf_config
 def test_a_row_is_what_the_method_trains_and_writes(name: str, tmp_path: Path) -> None:
     row = list_methods.row(from_hf_config(tiny.CONFIG), name)
     method = methods.METHODS[name]()
-    model = methods.attach(tiny.model(), method, rngs=nnx.Rngs(0))
+    model = adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0))
     base = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert row.trained == methods.count_trainable(model)
+    assert row.trained == adapters.count_trainable(model)
     assert row.share == row.trained / base
     written = (save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors").stat().st_size
     assert 0.5 * written < row.file_bytes < written  # the file has a header too

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, generate, methods, tasks, train
+from peftjax import evaluate, generate, methods, train
 from peftjax.core import config as configs
-from peftjax.io.hf_model import load_model
-from peftjax.metrics import read_metrics
+from peftjax.io.load import load_model
+from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
+from peftjax.tasks import base as tasks
 from tests import tiny
 
 

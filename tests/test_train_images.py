@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import peftjax
 from peftjax import evaluate, methods, train
 from peftjax.core import config as configs
-from peftjax.metrics import MEASURED, read_metrics
+from peftjax.log import MEASURED, read_metrics
 from peftjax.models import from_hf_config
 from tests import tiny
 

@@ -14,11 +14,11 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 from peftjax.core import variables
-from peftjax.io.hf_model import save_model
+from peftjax.io.save import save_model
 from peftjax.models import from_hf_config
 from peftjax.nn.linear import Linear
 from peftjax.quant import FORMATS
-from peftjax.report import tree_bytes
+from peftjax.report.data import tree_bytes
 
 CONFIG = {
     "model_type": "llama",

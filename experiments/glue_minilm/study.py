@@ -25,12 +25,14 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from peftjax import evaluate, methods, scores, sharding, tasks, train
+from peftjax import adapters, evaluate, methods, sharding, train
 from peftjax.core import config as configs
 from peftjax.core import variables
 from peftjax.data.rows import load_rows
-from peftjax.io.hf_model import resolve
+from peftjax.io.hf_files import resolve
 from peftjax.methods import make_config
+from peftjax.tasks import base as tasks
+from peftjax.tasks import metrics as scores
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
@@ -95,7 +97,7 @@ def sizes(config: Any) -> dict[str, float]:
     )
     if method.trains is nnx.Param:
         return {"trained": encoder, "share": 1.0}
-    methods.attach(model, method, rngs=nnx.Rngs(0))
+    adapters.attach(model, method, rngs=nnx.Rngs(0))
     trained = sum(
         leaf.get_value().size
         for path, leaf in variables.flat(model)[1].items()

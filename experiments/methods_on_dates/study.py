@@ -19,20 +19,22 @@ import optax
 from flax import nnx
 
 from experiments.methods_on_dates.config import get_config
-from peftjax import methods, optim
+from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.data.batches import eval_batches, train_batches
 from peftjax.data.rows import make_rows
-from peftjax.data.text import load_tokenizer
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.io.hf_adapter import adapter_tensors
-from peftjax.io.hf_model import load_model, resolve
+from peftjax.io.hf_files import resolve
+from peftjax.io.load import load_model
 from peftjax.losses import next_token_loss
+from peftjax.training import optim
 
 HERE = Path(__file__).parent
 RATES = (3e-3, 2e-2, 1e-1)
 EVAL_BATCHES = 8
 config = get_config()
-METHODS: dict[str, methods.Method] = {
+METHODS: dict[str, adapters.Method] = {
     "full": methods.Full(),
     "lora": methods.Lora(rank=4, alpha=8),
     "prompt": methods.PromptTuning(tokens=16),
@@ -63,12 +65,12 @@ METHODS: dict[str, methods.Method] = {
 }
 
 
-def measure(method: methods.Method, model: Any, batches: list[Any], held_out: list[Any]) -> dict[str, Any]:
+def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: list[Any]) -> dict[str, Any]:
     """Train the method on a new model; its size, its cost and its scores."""
     base = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     alone = products(model, batches[0]["tokens"])
     shown = batches[: method.data] if method.data else None
-    methods.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
+    adapters.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
     full = method.trains is nnx.Param
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
@@ -82,7 +84,7 @@ def measure(method: methods.Method, model: Any, batches: list[Any], held_out: li
 
     def step(trainable: Any, state: Any, rate: Any, frozen: Any, batch: Any) -> Any:
         def minimised(trainable: Any) -> jax.Array:
-            built = variables.merge(graph, trainable, frozen)
+            built = variables.join(graph, trainable, frozen)
             totals, extra = loss(built, batch), method.penalty(built)
             return totals.loss / totals.tokens + (0.0 if extra is None else extra)
 
@@ -90,7 +92,7 @@ def measure(method: methods.Method, model: Any, batches: list[Any], held_out: li
         return optax.apply_updates(trainable, updates), state
 
     def scores(trainable: Any, frozen: Any, batch: Any) -> Any:
-        return jnp.stack(list(loss(variables.merge(graph, trainable, frozen), batch)))
+        return jnp.stack(list(loss(variables.join(graph, trainable, frozen), batch)))
 
     rates = jnp.array(RATES)
     members = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(RATES)), trainable)
@@ -106,8 +108,8 @@ def measure(method: methods.Method, model: Any, batches: list[Any], held_out: li
     total, tokens, correct = halves[1][best].tolist()
     one_state = optimizer(1.0).init(trainable)
     return {
-        "trained": base if full else methods.count_trainable(model),
-        "share": 1.0 if full else methods.count_trainable(model) / base,
+        "trained": base if full else adapters.count_trainable(model),
+        "share": 1.0 if full else adapters.count_trainable(model) / base,
         "file_bytes": None if full else sum(leaf.nbytes for leaf in adapter_tensors(model).values()),
         "inference_flops": products(model, batches[0]["tokens"]) / alone,
         "step_flops": products_of(jax.make_jaxpr(step)(trainable, one_state, 1.0, frozen, batches[0]).jaxpr),

@@ -58,7 +58,7 @@ def split(model: nnx.Module, mask: Mapping[str, bool]) -> tuple[nnx.GraphDef, Fl
     return graph, trainable, frozen
 
 
-def merge(graph: nnx.GraphDef, *trees: FlatTree) -> Any:
+def join(graph: nnx.GraphDef, *trees: FlatTree) -> Any:
     """The model again, from its structure and trees that together hold every leaf once."""
     return nnx.merge(graph, nnx.from_flat_state([(_key(path), value) for path, value in _present(*trees).items()]))
 

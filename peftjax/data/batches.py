@@ -18,9 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from peftjax.data import packing
+from peftjax.data.records import Prompt
 from peftjax.data.rows import Rows
 from peftjax.data.sources import Concatenated, Source, open_source, split_weight
-from peftjax.data.text import Prompt
 
 # What is counted, in the order it is told in.
 COUNTS = ("records", "too_long", "empty", "rows", "tokens", "loss_tokens")

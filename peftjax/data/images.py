@@ -16,11 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from peftjax.core.paths import suggest
+from peftjax.data.fields import field_of
 from peftjax.data.labelled import Labels
 from peftjax.data.packing import Row
 from peftjax.data.rows import Document, Rows, empty_row
 from peftjax.data.sources import class_folders
-from peftjax.data.text import field_of, read_json
+from peftjax.io.hf_files import read_json_if_any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,12 +102,12 @@ def load_preparation(directory: Path) -> Preparation:
       ValueError: there is no preprocessor_config.json, or it has a field or a value that is not honoured here.
     """
     if not (directory / FILE).is_file():
-        kind = read_json(directory / "config.json").get("model_type")
+        kind = read_json_if_any(directory / "config.json").get("model_type")
         raise ValueError(
             f"{directory} (model_type {kind!r}) has no {FILE}, which says how images are prepared for a model: take it "
             "from where the checkpoint is from, or for a model of your own write one (docs/images.md)"
         )
-    said = read_json(directory / FILE)
+    said = read_json_if_any(directory / FILE)
     kind = said.get("image_processor_type") or said.get("feature_extractor_type") or "ViTImageProcessor"
     match = re.fullmatch(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind))
     if not match or match[1] not in DEFAULTS:
@@ -248,7 +249,7 @@ class ImageRows(Rows):
 
 def _model_sides(directory: Path) -> tuple[int, int]:
     """Height and width of the images that the model reads."""
-    config = read_json(directory / "config.json")
+    config = read_json_if_any(directory / "config.json")
     if (channels := config.get("num_channels", CHANNELS)) != CHANNELS:
         raise ValueError(f"{directory}: the model reads {channels} channels (num_channels); images are read as RGB")
     size = config.get("image_size", 224)

@@ -8,8 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from peftjax.core.paths import suggest
+from peftjax.data.fields import field_of, fill
 from peftjax.data.rows import Arrays, Document, Rows, over
-from peftjax.data.text import Tokenizer, field_of, fill, read_json
+from peftjax.data.tokenizer import Tokenizer
+from peftjax.io.hf_files import read_json_if_any
 from peftjax.models.heads import stored_labels
 
 # task.kind -> how the classes of transformers that have such a head are called
@@ -155,7 +157,7 @@ def _inputs(encoding: Any) -> Arrays:
 
 def _stored(directory: Path, ending: str) -> tuple[str, ...]:
     """The classes of a checkpoint's own head; none where it has another one, or none."""
-    config = read_json(directory / "config.json")
+    config = read_json_if_any(directory / "config.json")
     if not any(name.endswith(ending) for name in config.get("architectures") or ()):
         return ()
     return stored_labels(config)

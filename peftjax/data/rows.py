@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from peftjax.data.fields import fill
 from peftjax.data.packing import Row
-from peftjax.data.text import Example, Prompt, Tokenizer, encode_prompt, encode_record, fill, load_tokenizer, read_json
+from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.io.hf_files import read_json_if_any
 
 Arrays = dict[str, np.ndarray]
 
@@ -154,7 +157,7 @@ class AnswerRows(Rows):
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self._cut = tokenizer.cut(config.data.max_length)
-        model = read_json(tokenizer.directory / "config.json")
+        model = read_json_if_any(tokenizer.directory / "config.json")
         start = model.get("decoder_start_token_id")
         self._start = int(tokenizer.pad_id if start is None else start)
 

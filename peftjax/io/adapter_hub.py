@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.adapters.method import Method
+from peftjax.adapters.sites import sites
 from peftjax.io.hf_files import read_header, read_json
-from peftjax.methods.base import Method
 from peftjax.methods.bottleneck import Bottleneck, from_hub
-from peftjax.methods.sites import sites
 from peftjax.nn.stack import NormedResidual, Residual
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"

@@ -15,6 +15,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
+from peftjax.adapters import attached, detach, provenance, use
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.attach import attach_unchecked, release_head
+from peftjax.adapters.method import Method
+from peftjax.adapters.registry import active, parameters_before
+from peftjax.adapters.sites import Site, adapters_named, head_sites, sites, tied_kernel
 from peftjax.core import distributed, variables
 from peftjax.core.distributed import OnHost
 from peftjax.core.fingerprint import marks
@@ -22,12 +28,9 @@ from peftjax.core.paths import suggest
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_hub import Files
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
-from peftjax.methods import METHODS, attached, detach, trained_on, use
-from peftjax.methods.attach import active, attach_unchecked, parameters_before, release_head
-from peftjax.methods.base import HfLeaf, Method, MethodAdapter
+from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.methods.prompt import SoftPrompt
-from peftjax.methods.sites import Site, adapters, head_sites, sites, tied_kernel
 from peftjax.quant.base import Quantized
 
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft puts a prompt beside a model, other methods into it
@@ -143,7 +146,7 @@ def _file_bytes(tensors: dict[str, jax.ShapeDtypeStruct], metadata: dict[str, st
 
 
 def _record(model: Any, marked: dict[str, str]) -> dict[str, str]:
-    return {BASE: json.dumps(marked), FORMATS: json.dumps(trained_on.formats(model))}
+    return {BASE: json.dumps(marked), FORMATS: json.dumps(provenance.formats(model))}
 
 
 def _weights(tensors: dict[str, jax.Array], metadata: dict[str, str]) -> bytes:
@@ -266,7 +269,7 @@ def _in_file(model: Any, name: str) -> list[_Tensor]:
     found: dict[str, _Tensor] = {}
     files = _files(model, name)
     heads = [site.path for site in head_sites(model)]
-    for site, adapter in adapters(model, name):
+    for site, adapter in adapters_named(model, name):
         key_of = files.head_key if site.path in heads else files.key
         written = adapter.exported()
         for key, leaf in written.hf_shared().items():
@@ -351,8 +354,8 @@ def _check_base(model: Any, name: str, path: Path, metadata: dict[str, str]) -> 
 
 
 def _remember_formats(model: Any, name: str, path: Path, metadata: dict[str, str]) -> None:
-    recorded, own = json.loads(metadata.get(FORMATS, "{}")), trained_on.formats(model)
-    trained_on.remember(model, name, recorded)
+    recorded, own = json.loads(metadata.get(FORMATS, "{}")), provenance.formats(model)
+    provenance.remember(model, name, recorded)
     if FORMATS in metadata and recorded != own:
         here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
         warnings.warn(

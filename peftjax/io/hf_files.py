@@ -141,6 +141,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that may be missing: empty then."""
+    return read_json(path) if path.is_file() else {}
+
+
 # --- What its files hold ---
 
 

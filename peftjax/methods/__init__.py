@@ -1,18 +1,19 @@
-"""PEFT methods by name, and what one does with them: attach, use, detach, merge, unmerge."""
+"""PEFT methods, one per file, and the registry that finds them by name.
+
+A file holds a method's options, its adapter and its equation. Nothing else belongs here.
+"""
 
 import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from peftjax.adapters.method import Method, no_such_option
 from peftjax.core.paths import suggest
 from peftjax.methods.adalora import AdaLora
-from peftjax.methods.attach import active_view, attach, attached, count_trainable, detach, merge, unmerge, use
-from peftjax.methods.base import Method, no_such_option
 from peftjax.methods.bitfit import BitFit
 from peftjax.methods.boft import Boft
 from peftjax.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
-from peftjax.methods.combine import combine
 from peftjax.methods.fourierft import FourierFT
 from peftjax.methods.full import Full
 from peftjax.methods.hra import Hra
@@ -20,13 +21,12 @@ from peftjax.methods.ia3 import Ia3
 from peftjax.methods.ln_tuning import LnTuning
 from peftjax.methods.loha import LoHa
 from peftjax.methods.lokr import LoKr
-from peftjax.methods.lora import Lora
+from peftjax.methods.lora.lora import Lora
 from peftjax.methods.miss import Miss
 from peftjax.methods.oft import Oft
 from peftjax.methods.prefix import PrefixTuning
 from peftjax.methods.prompt import PromptTuning, PTuning
 from peftjax.methods.randlora import RandLora
-from peftjax.methods.rows import rows
 from peftjax.methods.trainable_tokens import TrainableTokens
 from peftjax.methods.vblora import VbLora
 from peftjax.methods.vera import Vera
@@ -86,19 +86,9 @@ __all__ = [
     "TrainableTokens",
     "VbLora",
     "Vera",
-    "active_view",
-    "attach",
-    "attached",
-    "combine",
-    "count_trainable",
-    "detach",
     "from_config",
     "make_config",
-    "merge",
     "method_defaults",
-    "rows",
-    "unmerge",
-    "use",
 ]
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from flax import nnx
 
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, transposed
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Chosen, Site, adapters_named, check_rank, sites
+from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, positive, transposed
-from peftjax.methods.lora import Lora
-from peftjax.methods.sites import Chosen, Site, adapters, check_rank, sites
-from peftjax.methods.targeted import Targeted, chosen_names
+from peftjax.methods.lora.lora import Lora
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
 
@@ -123,7 +124,7 @@ class AdaLora(Targeted):
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         pattern = {}
-        for site, adapter in adapters(model, name):
+        for site, adapter in adapters_named(model, name):
             if isinstance(adapter, AdaLoraLinear):
                 for hf, rank, kept in zip(site.names, adapter.ranks, adapter.kept(), strict=True):
                     if rank is not None:

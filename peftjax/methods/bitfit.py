@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, parameter
+from peftjax.adapters.sites import Chosen, Site, sites
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import HfLeaf, LayerMask, MethodAdapter, parameter
-from peftjax.methods.sites import Chosen, Site, sites
-from peftjax.methods.targeted import Targeted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter, parameter
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Site
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import HfLeaf, LayerMask, WeightAdapter, parameter, positive
 from peftjax.methods.oft import cayley_less_one, times_blocks
-from peftjax.methods.sites import Site
-from peftjax.methods.targeted import Targeted
 from peftjax.nn.dropout import Dropout
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, transposed
+from peftjax.adapters.method import Method, positive
+from peftjax.adapters.sites import Site, place, sites
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import HfLeaf, LayerMask, Method, MethodAdapter, positive, transposed
-from peftjax.methods.sites import Site, place, sites
 from peftjax.nn.adopt import AdoptedSublayer
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.stack import Residual

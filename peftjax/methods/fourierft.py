@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Chosen, Site, check_table
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, positive
-from peftjax.methods.sites import Chosen, Site, check_table
-from peftjax.methods.targeted import Targeted
 from peftjax.nn.dropout import Dropout
 
 LARGEST = (2**32 - 1) // 20  # torch permutes as many numbers as this in another way

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from flax import nnx
 
+from peftjax.adapters.method import Method
 from peftjax.core import variables
-from peftjax.methods.base import Method
 from peftjax.quant.base import Quantized
 
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, over_layers
+from peftjax.adapters.sites import Chosen, Site
+from peftjax.adapters.targeted import Targeted, chosen_names, names_or_pattern
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import HfLeaf, LayerMask, MethodAdapter, over_layers
-from peftjax.methods.sites import Chosen, Site
-from peftjax.methods.targeted import Targeted, chosen_names, names_or_pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.methods.base import HfLeaf, Override
-from peftjax.methods.sites import Site
-from peftjax.methods.targeted import Targeted
+from peftjax.adapters.adapter import HfLeaf, Override
+from peftjax.adapters.sites import Site
+from peftjax.adapters.targeted import Targeted
 from peftjax.nn.norm import LayerNorm, RMSNorm
 
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, transposed
+from peftjax.adapters.lycoris import Lycoris, UpdateDropout
+from peftjax.adapters.sites import Site
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, transposed
-from peftjax.methods.lycoris import Lycoris, UpdateDropout
-from peftjax.methods.sites import Site
 from peftjax.quant.matmul import matmul
 
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Site
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, WeightAdapter, positive
-from peftjax.methods.sites import Site
-from peftjax.methods.targeted import Targeted
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
 

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Site
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import HfLeaf, LayerMask, WeightAdapter, positive
-from peftjax.methods.sites import Site
-from peftjax.methods.targeted import Targeted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

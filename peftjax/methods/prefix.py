@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.sites import place, sites
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import HfLeaf, MethodAdapter
 from peftjax.methods.prompt import Dense, SoftPrompt, uniform
-from peftjax.methods.sites import place, sites
 from peftjax.nn.attention import Attention
 
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.method import Method, positive
+from peftjax.adapters.sites import Site, place, token_tables
 from peftjax.core.variables import PeftParam
-from peftjax.methods.base import HfLeaf, Method, MethodAdapter, positive
-from peftjax.methods.sites import Site, place, token_tables
 from peftjax.nn.dropout import Dropout
 
 

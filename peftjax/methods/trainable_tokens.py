@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.adapters.adapter import HfLeaf, WeightAdapter
+from peftjax.adapters.method import Method
+from peftjax.adapters.sites import Site, choose, place, sites, tied_kernel, token_tables
+from peftjax.adapters.targeted import names_or_pattern
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import HfLeaf, Method, WeightAdapter
-from peftjax.methods.sites import Site, choose, place, sites, tied_kernel, token_tables
-from peftjax.methods.targeted import names_or_pattern
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 

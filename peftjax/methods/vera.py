@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, transposed
+from peftjax.adapters.method import positive
+from peftjax.adapters.sites import Site, place
+from peftjax.adapters.targeted import Targeted, train_whole
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.base import DeltaAdapter, HfLeaf, LayerMask, positive, transposed
-from peftjax.methods.sites import Site, place
-from peftjax.methods.targeted import Targeted, train_whole
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
 

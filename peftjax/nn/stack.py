@@ -50,7 +50,7 @@ def scan_stack(
 
     def step(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
         layer, layer_inputs = slices
-        return body(variables.merge(graph, layer, shared), checkpoint_name(x, INPUT), layer_inputs)
+        return body(variables.join(graph, layer, shared), checkpoint_name(x, INPUT), layer_inputs)
 
     if remat != "none":  # a scan needs no barrier against common-subexpression elimination
         step = jax.checkpoint(step, prevent_cse=False, policy=_KEPT[remat])

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from peftjax import optim
 from peftjax.core import config
 from peftjax.core.errors import UserError
+from peftjax.training import optim
 
 BASE = "from peftjax.core.config import defaults as get_config\n"
 CHANGED = (

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from peftjax.core import config as configs
-from peftjax.data.text import Tokenizer, load_tokenizer
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, this is a date: 17 March 1999", "yes no yes no"]

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from peftjax.data import batches as of_rows
 from peftjax.data.batches import Batch, Batches, EvalBatches
+from peftjax.data.records import Prompt
 from peftjax.data.rows import make_rows
-from peftjax.data.text import Prompt, Tokenizer, load_tokenizer
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 
 Make = Callable[..., Any]
 

@@ -4,8 +4,8 @@ import pytest
 
 from peftjax.core import config as configs
 from peftjax.data import packing
+from peftjax.data.records import Example
 from peftjax.data.rows import empty_row, next_tokens
-from peftjax.data.text import Example
 
 PAD = 99
 NAMES = ("tokens", "targets", "loss_weights")

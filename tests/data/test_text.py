@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from peftjax.data.text import Example, Tokenizer, encode_prompt, encode_record, load_tokenizer
+from peftjax.data.records import Example, encode_prompt, encode_record
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = [
     {"role": "user", "content": "hello"},

@@ -16,13 +16,14 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import optim, sharding
+from peftjax import sharding
+from peftjax.adapters import Method
+from peftjax.adapters import attached as attached_methods
 from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.losses import next_token_loss
-from peftjax.methods import Method
-from peftjax.methods import attached as attached_methods
-from peftjax.step import first_state, make_train_step
+from peftjax.training import optim
+from peftjax.training.step import first_state, make_train_step
 
 # What these libraries warn of among themselves; ours stay errors.
 THEIRS = ("ignore::FutureWarning", "ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
@@ -191,7 +192,7 @@ def train_by_hand(model: Any) -> list[float]:
     @jax.jit
     def step(trainable: Any, state: Any, batch: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
-            totals = next_token_loss(variables.merge(graph, trainable, frozen), batch, 7)
+            totals = next_token_loss(variables.join(graph, trainable, frozen), batch, 7)
             return totals.loss / totals.tokens
 
         value, gradients = jax.value_and_grad(loss)(trainable)

@@ -15,11 +15,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import methods, optim, sharding
+from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.losses import next_token_loss
-from peftjax.step import first_state, make_train_step
+from peftjax.training import optim
+from peftjax.training.step import first_state, make_train_step
 from tests.interop.peers import (
     RATE,
     THEIRS,

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 import peftjax
-from peftjax.methods import attached as attached_methods
-from peftjax.methods import count_trainable
+from peftjax.adapters import attached as attached_methods
+from peftjax.adapters import count_trainable
 from peftjax.methods.bottleneck import Bottleneck
 from tests.interop.peers import (
     THEIRS,

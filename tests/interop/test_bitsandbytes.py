@@ -22,7 +22,7 @@ import peftjax
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.fingerprint import fingerprint
-from peftjax.io.hf_model import save_model
+from peftjax.io.save import save_model
 from peftjax.quant import nf4
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, Nf4
 from tests.interop.peers import THEIRS, assert_close, assert_far, logits, train_by_the_step, train_theirs

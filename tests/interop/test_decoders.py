@@ -14,8 +14,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import peftjax
-from peftjax.generate import generate
-from peftjax.io.hf_model import load_model, save_model
+from peftjax.decoding import generate
+from peftjax.io.load import load_model
+from peftjax.io.save import save_model
 from tests.interop import peers
 from tests.interop.test_llama import our_logits, spell
 

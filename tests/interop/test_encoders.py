@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 
 import peftjax
 from peftjax import losses, sharding
+from peftjax.adapters import count_trainable
 from peftjax.core import variables
 from peftjax.losses import Totals
-from peftjax.methods import count_trainable
-from peftjax.step import first_state, make_train_step
+from peftjax.training.step import first_state, make_train_step
 from tests.interop.peers import (
     THEIRS,
     adamw,
@@ -142,7 +142,7 @@ def test_the_states_after_each_layer_are_those_of_transformers(kind: str, encode
     np.testing.assert_allclose(x, outputs.hidden_states[0], atol=1e-5, err_msg="embeddings")
     graph, leaves = variables.flat(model.blocks)
     for layer, expected in enumerate(outputs.hidden_states[1:]):
-        block = variables.merge(graph, {path: leaf.get_value()[layer] for path, leaf in leaves.items()})
+        block = variables.join(graph, {path: leaf.get_value()[layer] for path, leaf in leaves.items()})
         x = block(x, given["mask"][:, None, None])
         np.testing.assert_allclose(x, expected, atol=1e-5, err_msg=f"layer {layer}")
     np.testing.assert_allclose(model.pooled(x[:, 0]), outputs.pooler_output, atol=1e-5, err_msg="pooler")

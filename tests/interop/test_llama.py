@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.io.hf_model import load_model, make_random, save_model
+from peftjax.io.load import load_model
+from peftjax.io.random_model import make_random
+from peftjax.io.save import save_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

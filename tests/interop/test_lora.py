@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax.methods import count_trainable
+from peftjax.adapters import count_trainable
 from tests.interop.peers import (
     STEPS,
     THEIRS,

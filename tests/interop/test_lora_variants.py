@@ -13,7 +13,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax.methods.sites import adapters
+from peftjax.adapters.sites import adapters_named
 from tests.interop import peers
 from tests.interop.peers import (
     DECAY,
@@ -100,7 +100,7 @@ def test_pissa_and_olora_start_and_train_as_in_peft_and_their_file_fits_the_base
     )  # fmt: skip
     theirs = peft.get_peft_model(load_theirs(base), config)
     assert_close(logits(model), logits(theirs))
-    for site, adapter in adapters(model, "default"):
+    for site, adapter in adapters_named(model, "default"):
         for layer, hf in enumerate(site.names):
             module = theirs.get_submodule(f"base_model.model.{hf}")
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -169,5 +169,5 @@ def test_eva_finds_the_directions_and_the_ranks_of_peft(bases: Callable, tmp_pat
         if "lora_A" in key:  # each from random projections of its own: 0.9999 and better
             assert ((files["ours"][key] * expected).sum(axis=1) > 0.999).all(), key
     peftjax.load_adapter(model, tmp_path / "theirs", "theirs")
-    for site, ours in adapters(model, "default"):
+    for site, ours in adapters_named(model, "default"):
         np.testing.assert_allclose(ours.scale.get_value(), site.module.adapters.theirs.scale.get_value())

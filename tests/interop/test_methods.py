@@ -14,10 +14,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import methods
-from peftjax.methods import count_trainable
+from peftjax import adapters, methods
+from peftjax.adapters import count_trainable
+from peftjax.adapters.sites import adapters_named
 from peftjax.methods.prefix import ProjectedPrefix
-from peftjax.methods.sites import adapters
 from tests.interop.peers import (
     THEIRS,
     adapted,
@@ -40,7 +40,7 @@ class Peer:
     """A method and the same in peft's words. base: of tests/interop/peers.py; merges: it changes weights alone;
     trains: five steps of training are compared from a file (where it lacks what is trained, they are compared below)."""
 
-    ours: methods.Method
+    ours: adapters.Method
     theirs: Callable[[], Any]
     base: str = "untied"
     merges: bool = True
@@ -317,7 +317,7 @@ def test_five_steps_of_an_encoder_equal_those_of_peft(name: str, bases: Callable
     start = load_file(peftjax.save_adapter(model, tmp_path / "start") / "adapter_model.safetensors")
     config.task_type = "CAUSAL_LM"
     theirs = peft.get_peft_model(load_theirs(base), config)
-    ((_, ours), *_) = adapters(model, "default")
+    ((_, ours), *_) = adapters_named(model, "default")
     into_theirs(ours, theirs.prompt_encoder["default"])
     assert_close(logits(model), logits(theirs))
 

@@ -12,7 +12,7 @@ import torch
 from transformers import optimization
 
 from peftjax.core import config as configuration
-from peftjax.optim import decay_mask, make_optimizer, make_schedule
+from peftjax.training.optim import decay_mask, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.interop
 

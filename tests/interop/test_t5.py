@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import peftjax
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.generate import generate
+from peftjax.decoding import generate
 from peftjax.losses import seq2seq_loss
 from peftjax.models.t5 import buckets_of_distances
 from tests.interop.peers import STEPS, THEIRS, adamw, assert_close, assert_far, attached, optimizer_for, shake
@@ -133,7 +133,7 @@ def test_every_state_and_the_logits_are_those_of_transformers(name: str, t5s: Ca
 
 def first_layer(stack: Any) -> Any:
     graph, leaves = variables.flat(stack)
-    return variables.merge(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
+    return variables.join(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
 
 
 def test_scaling_and_a_head_of_its_own_are_read_and_written_as_transformers_does(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_the_buckets_are_those_of_transformers() -> None:
 
 # --- Adapters ---
 
-PEERS: dict[str, tuple[methods.Method, Callable[[], Any]]] = {
+PEERS: dict[str, tuple[adapters.Method, Callable[[], Any]]] = {
     "lora": (
         methods.Lora(rank=4, alpha=8, targets="all-linear"),
         lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
@@ -233,7 +233,7 @@ def test_adapters_go_both_ways_between_peft_and_us(method: str, name: str, t5s: 
     peftjax.load_adapter(model, tmp_path / "theirs")
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), before)
-    assert methods.count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert adapters.count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     peftjax.save_adapter(model, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     for key, value in load_file(tmp_path / "theirs" / "adapter_model.safetensors").items():
@@ -289,7 +289,7 @@ def test_steps_of_adamw_equal_those_of_torch_and_peft(method: str, t5s: Callable
     @jax.jit
     def step(trainable: Any, state: Any, batch: Any) -> Any:
         def mean(trainable: Any) -> jax.Array:
-            totals = seq2seq_loss(variables.merge(graph, trainable, frozen), batch, 7)
+            totals = seq2seq_loss(variables.join(graph, trainable, frozen), batch, 7)
             return totals.loss / totals.tokens
 
         value, gradients = jax.value_and_grad(mean)(trainable)

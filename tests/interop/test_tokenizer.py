@@ -11,7 +11,8 @@ import tokenizers
 import transformers
 
 from peftjax.core import config as configs
-from peftjax.data.text import encode_record, load_tokenizer
+from peftjax.data.records import encode_record
+from peftjax.data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop
 

@@ -7,7 +7,7 @@ import pytest
 
 import peftjax
 from peftjax import train
-from peftjax.metrics import read_metrics
+from peftjax.log import read_metrics
 from tests.interop.peers import THEIRS, assert_close, assert_far, load_into_theirs, logits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ import transformers
 from safetensors.numpy import load_file
 
 import peftjax
+from peftjax.adapters import count_trainable
 from peftjax.core import variables
-from peftjax.methods import count_trainable
 from tests.interop.peers import THEIRS, assert_close, assert_far, attached, load_into_theirs, load_theirs, shake
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
@@ -76,7 +76,7 @@ def test_every_state_is_that_of_transformers_and_the_saved_model_is_read_back(
     x = model.embedded(jnp.asarray(pixels()))
     np.testing.assert_allclose(x, first, atol=1e-5, err_msg="embeddings")
     graph, leaves = variables.flat(model.blocks)
-    block = variables.merge(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
+    block = variables.join(graph, {path: leaf.get_value()[0] for path, leaf in leaves.items()})
     np.testing.assert_allclose(block(x), second, atol=1e-5, err_msg="first block")
     if name == CLASSIFIER:
         assert outputs.logits.abs().max() > 0.5  # else a small difference says little

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.methods.bottleneck import Bottleneck
 
@@ -20,7 +20,7 @@ PLACE = "model.layers.{}.output_adapters.adapters.default."
 
 
 def saved(path: Path, method: Bottleneck | None = None) -> Path:
-    model = methods.attach(tiny.model(), method or methods.Pfeiffer(), rngs=nnx.Rngs(1))
+    model = adapters.attach(tiny.model(), method or methods.Pfeiffer(), rngs=nnx.Rngs(1))
     return save_adapter(tiny.randomize(model), path / "adapter")
 
 
@@ -34,7 +34,7 @@ def rewrite(path: Path, tensors: dict[str, np.ndarray] | None = None, **fields: 
 
 
 def non_linearity(model: Any) -> str:
-    return methods.attached(model)["default"].non_linearity
+    return adapters.attached(model)["default"].non_linearity
 
 
 def test_the_directory_holds_the_keys_shapes_and_fields_of_the_format(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.core.fingerprint import fingerprint
 from peftjax.io import hf_files
-from peftjax.io.hf_model import load_model, make_random, save_model
+from peftjax.io.load import load_model
+from peftjax.io.random_model import make_random
+from peftjax.io.save import save_model
 from peftjax.quant.nf4 import Nf4
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -90,8 +92,8 @@ def test_no_kernel_is_read_as_anything_but_its_codes(
 
 
 def test_a_merged_layer_is_written_as_the_array_it_is_and_named_among_the_skipped(tmp_path: Path) -> None:
-    model = methods.attach(tiny.quantized(tiny.model()), methods.Lora(targets=("q_proj",)), rngs=nnx.Rngs(0))
-    methods.merge(tiny.randomize(model))
+    model = adapters.attach(tiny.quantized(tiny.model()), methods.Lora(targets=("q_proj",)), rngs=nnx.Rngs(0))
+    adapters.merge(tiny.randomize(model))
     save_model(model, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(3))]

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters, methods
+from peftjax.adapters.registry import active
 from peftjax.core import variables
 from peftjax.io import hf_adapter
 from peftjax.io.hf_adapter import load_adapter, save_adapter
-from peftjax.methods.attach import active
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,7 +28,7 @@ Tensors = dict[str, np.ndarray]
 
 def attached(name: str = "default", model: Any = None, **options: Any) -> Any:
     model = tiny.model(attention_bias=True) if model is None else model
-    return tiny.randomize(methods.attach(model, methods.Lora(**options), name, rngs=nnx.Rngs(1)))
+    return tiny.randomize(adapters.attach(model, methods.Lora(**options), name, rngs=nnx.Rngs(1)))
 
 
 def random_tensors(*, layers: int = L, embed: int = E) -> Tensors:
@@ -159,8 +159,8 @@ def test_the_config_says_how_the_adapter_was_made(tmp_path: Path) -> None:
     assert config == expected
     assert list(config["rank_pattern"]) == ["v_proj", "layers.1.self_attn.v_proj"]  # of two, the first counts
     assert (
-        methods.attached(load_adapter(tiny.model(attention_bias=True), path))["default"]
-        == methods.attached(model)["default"]
+        adapters.attached(load_adapter(tiny.model(attention_bias=True), path))["default"]
+        == adapters.attached(model)["default"]
     )
 
 
@@ -193,7 +193,7 @@ def test_a_save_that_fails_leaves_no_directory(tmp_path: Path, monkeypatch: pyte
 def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapter 'mien' is attached. Did you mean 'mine'\? Attached: \['mine'\]"):
         save_adapter(attached("mine", rank=2), tmp_path / "adapter", "mien")
-    full = methods.attach(tiny.model(), methods.Full(), rngs=nnx.Rngs(0))
+    full = adapters.attach(tiny.model(), methods.Full(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="full has no adapter file; save the whole model with save_model"):
         save_adapter(full, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
@@ -242,7 +242,7 @@ def test_an_adapter_of_bfloat16_is_stored_so(tmp_path: Path) -> None:
 
 def test_the_least_config_means_rank_8_and_alpha_8(tmp_path: Path) -> None:
     model = load_adapter(tiny.model(), write(tmp_path / "a", random_tensors()))
-    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
     np.testing.assert_array_equal(values(model)["blocks.attention.query.adapters.default.scale"], np.ones((L, 8)))
 
 
@@ -270,7 +270,7 @@ PEFT_FIELDS = {
 def test_the_full_config_of_peft_is_read(init: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | {"init_lora_weights": init})
     model = load_adapter(tiny.model(), path)
-    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_what_only_says_how_it_was_trained_is_read_with_a_note(
 ) -> None:
     with pytest.warns(UserWarning, match=note):
         model = load_adapter(tiny.model(), write(tmp_path / "a", random_tensors(), **PEFT_FIELDS | fields))
-    assert methods.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize("layers", [1, [1]])
@@ -387,8 +387,8 @@ def test_an_adapter_trained_on_other_weights_of_the_same_shapes_is_refused_unles
 
 def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(tmp_path: Path) -> None:
     model = tiny.randomize(attached(rank=2, targets=("q_proj", "lm_head")))
-    methods.attach(model, methods.Lora(rank=2, targets=("v_proj",)), "later", rngs=nnx.Rngs(0))
-    path = save_adapter(methods.merge(methods.merge(model), "later"), tmp_path / "a")
+    adapters.attach(model, methods.Lora(rank=2, targets=("v_proj",)), "later", rngs=nnx.Rngs(0))
+    path = save_adapter(adapters.merge(adapters.merge(model), "later"), tmp_path / "a")
     assert active(load_adapter(tiny.model(), path)) == ("default",)
     with pytest.raises(ValueError, match=r"trained on another base: .* blocks.attention.query.kernel, head.kernel"):
         load_adapter(tiny.model(), save_adapter(model, tmp_path / "later", "later"))

@@ -18,12 +18,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from peftjax import methods, sharding
+from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.io import hf_files, hf_model
-from peftjax.io.hf_model import load_model, make_random, resolve, save_model
+from peftjax.io import hf_files, load, save
+from peftjax.io.hf_files import resolve
+from peftjax.io.load import load_model
+from peftjax.io.random_model import make_random
+from peftjax.io.save import save_model
 from peftjax.nn.slot import Adapter
-from peftjax.report import tree_bytes
+from peftjax.report.data import tree_bytes
 from tests import tiny
 
 LAYERS, EMBED, MLP, VOCAB = 2, 16, 24, 32
@@ -496,7 +499,7 @@ def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> np.ndarray:
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf_model, "_fetch", fail)
+    monkeypatch.setattr(save, "_fetch", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(model, tmp_path / "saved")
     assert {entry.name for entry in tmp_path.iterdir()} == {"m", "saved"}
@@ -533,8 +536,8 @@ def test_no_device_holds_more_than_its_part_while_a_model_is_loaded_and_saved(
         seen.append(tiny.on_a_device())
         return result
 
-    for name in ("_read", "_fetch"):
-        monkeypatch.setattr(hf_model, name, functools.partial(watched, getattr(hf_model, name)))
+    for module, name in ((load, "_read"), (save, "_fetch")):
+        monkeypatch.setattr(module, name, functools.partial(watched, getattr(module, name)))
     gc.collect()
     before = tiny.on_a_device()
     model = load_model(tmp_path / "m", quantize=quantize, mesh=mesh)
@@ -555,15 +558,16 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from flax import nnx
 from peftjax import methods, sharding
-from peftjax.io.hf_model import load_model, save_model
+from peftjax.io.load import load_model
+from peftjax.io.save import save_model
 mesh = sharding.make_mesh({"fsdp": 2, "tensor": 8})
 model = load_model(sys.argv[3], mesh=mesh)
 assert len(jax.local_devices()) == 8
 assert not model.embed.embedding.get_value().is_fully_addressable
-methods.attach(model, methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
+adapters.attach(model, methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
 sharding.place(model, mesh)
-save_model(methods.merge(model), sys.argv[4] + "-merged")
-save_model(methods.detach(model), sys.argv[4])
+save_model(adapters.merge(model), sys.argv[4] + "-merged")
+save_model(adapters.detach(model), sys.argv[4])
 assert load_model(sys.argv[4]) is not None
 """
 
@@ -584,8 +588,8 @@ def test_two_processes_load_their_parts_merge_and_save_the_whole(tmp_path: Path)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert_equal_bits(load_file(tmp_path / "saved" / "model.safetensors"), random_tensors())
-    alone = methods.attach(load_model(source), methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
-    save_model(methods.merge(alone), tmp_path / "alone")
+    alone = adapters.attach(load_model(source), methods.Lora(rank=4, init="orthogonal"), rngs=nnx.Rngs(0))
+    save_model(adapters.merge(alone), tmp_path / "alone")
     together = load_file(tmp_path / "saved-merged" / "model.safetensors")
     for key, value in load_file(tmp_path / "alone" / "model.safetensors").items():
         np.testing.assert_allclose(together[key], value, atol=1e-6, err_msg=key)

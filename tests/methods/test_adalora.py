@@ -12,9 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import tests.tiny as tiny
+from peftjax.adapters import attach, count_trainable
 from peftjax.core import variables
 from peftjax.io.hf_adapter import load_adapter, save_adapter
-from peftjax.methods import AdaLora, attach, count_trainable
+from peftjax.methods import AdaLora
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters
 from peftjax.methods import Houlsby, ParallelAdapter, Pfeiffer
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.nn.stack import Residual
@@ -21,7 +21,7 @@ E, L = 32, 3  # embed, layers
 
 
 def attached(method: Bottleneck, dtype: str = "float32") -> Any:
-    return methods.attach(tiny.model(dtype=dtype), method, rngs=nnx.Rngs(1))
+    return adapters.attach(tiny.model(dtype=dtype), method, rngs=nnx.Rngs(1))
 
 
 def adapter(model: Any) -> Any:
@@ -33,7 +33,7 @@ def adapter(model: Any) -> Any:
     [(Houlsby, lambda x, f: f), (Pfeiffer, lambda x, f: x + f), (ParallelAdapter, lambda x, f: x)],
 )
 def test_a_sublayer_gives_what_the_equation_says(method: Any, read: Any) -> None:
-    model = methods.attach(Sublayer(), method(reduction_factor=4, non_linearity="tanh", scale=3.0), rngs=nnx.Rngs(0))
+    model = adapters.attach(Sublayer(), method(reduction_factor=4, non_linearity="tanh", scale=3.0), rngs=nnx.Rngs(0))
     own = adapter(tiny.randomize(model, scale=1.0))
     x = jax.random.normal(jax.random.key(1), (5, 8))
     down, up = own.down.get_value(), own.up.get_value()
@@ -138,7 +138,7 @@ def test_a_config_of_adapter_hub_is_read(fields: dict[str, Any], expected: Bottl
         (lambda: ParallelAdapter(norm_after=True, residual_before_norm=True), "and not with a parallel adapter"),
         (lambda: attached(Pfeiffer(leave_out=(1, 3))), "method.leave_out: layer 3 is not there; the model has layers 0 to 2"),
         (lambda: attached(Pfeiffer(leave_out=(0, 1, 2))), r"method.leave_out=\(0, 1, 2\) leaves no layer with an adapter"),
-        (lambda: methods.merge(attached(Pfeiffer())), "BottleneckAdapter cannot be merged"),
+        (lambda: adapters.merge(attached(Pfeiffer())), "BottleneckAdapter cannot be merged"),
         (lambda: hub(phm_layer=True), "phm_layer=True is not supported for houlsby"),
         (lambda: hub(inv_adapter="nice"), "inv_adapter='nice' is not supported"),
         (lambda: hub(cross_adapter=True), "cross_adapter=True is not supported"),

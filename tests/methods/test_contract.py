@@ -19,21 +19,22 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import tests.tiny as tiny
-from peftjax import methods, optim, sharding
+from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.losses import next_token_loss
 from peftjax.models import decoder
-from peftjax.step import TrainState, first_state, flatten, make_train_step
+from peftjax.training import optim
+from peftjax.training.step import TrainState, first_state, flatten, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method, how many parameters it trains on the tiny model by its formula, and what it promises."""
 
-    method: methods.Method
+    method: adapters.Method
     trained: int
     noop: bool = True  # attached, it changes no bit of the logits
     merges: bool = True
@@ -245,7 +246,7 @@ def attached(name: str, *, dtype: str = "float32", remat: str = "none", adapter:
         model = tiny.quantized(tiny.model(remat=remat, hidden_size=64, intermediate_size=72, **FIELDS.get(name, {})))
     else:
         model = tiny.model(dtype=dtype, remat=remat, **FIELDS.get(name, {}))
-    return methods.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
+    return adapters.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
 
 
 LOSS = functools.partial(next_token_loss, chunk=8)
@@ -260,7 +261,7 @@ def optimizer_for(trainable: variables.FlatTree, leaves: dict[str, Any]) -> opta
     )
 
 
-def trainer(model: Any, method: methods.Method, mesh: Any = None) -> tuple[Callable, TrainState, variables.FlatTree]:
+def trainer(model: Any, method: adapters.Method, mesh: Any = None) -> tuple[Callable, TrainState, variables.FlatTree]:
     """The train step of the real train command, its first state, and the frozen tree."""
     sharding.place(model, mesh or sharding.make_mesh())
     model.train()
@@ -349,7 +350,7 @@ def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
     if name == "full":
         counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     else:
-        counted = methods.count_trainable(model, "default")
+        counted = adapters.count_trainable(model, "default")
     assert counted == CASES[name].trained
 
 
@@ -363,14 +364,14 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
                 path: leaf.get_value()[layer] if variables.is_stacked(leaf) else leaf.get_value()
                 for path, leaf in leaves.items()
             }
-            x, _ = body(variables.merge(graph, one), x, inputs)
+            x, _ = body(variables.join(graph, one), x, inputs)
         return x, None
 
     def gradients(remat: str) -> dict[str, np.ndarray]:
         model = tiny.randomize(attached(name, remat=remat))
         graph, leaves = variables.flat(model)
         _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
-        loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+        loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
         return arrays(jax.jit(jax.grad(loss))(trainable))
 
     scanned, rematerialised = gradients("none"), gradients("block")
@@ -420,8 +421,8 @@ def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_a
     def train(mesh: Any) -> tuple[dict[str, np.ndarray], list]:
         model = tiny.quantized(tiny.model(hidden_size=128, intermediate_size=256, num_hidden_layers=2), format_)
         for name, method in together.items():
-            methods.attach(model, method, name, rngs=nnx.Rngs(1))
-        methods.use(model, tuple(together))
+            adapters.attach(model, method, name, rngs=nnx.Rngs(1))
+        adapters.use(model, tuple(together))
         step, state, frozen = trainer(model, together["lora"], mesh)
         kernel = frozen["blocks.feedforward.gate.kernel"]
         split = [leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(kernel)[:2]]
@@ -439,13 +440,13 @@ def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_a
 def test_merged_equals_attached_and_unmerging_restores_the_bits(name: str) -> None:
     model = tiny.randomize(attached(name))
     before, expected = tiny.bits(model), model(tiny.tokens())
-    methods.merge(model, "default")
+    adapters.merge(model, "default")
     np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5)
     assert tiny.bits(model) != before
     if name != "trainable-tokens-tied":  # the compiled program is the base's; there the head now has a kernel
-        structure = lambda model: nnx.split(methods.active_view(model))[0]  # noqa: E731
+        structure = lambda model: nnx.split(adapters.active_view(model))[0]  # noqa: E731
         assert structure(model) == structure(tiny.model(**FIELDS.get(name, {})))
-    methods.unmerge(model, "default")
+    adapters.unmerge(model, "default")
     assert tiny.bits(model) == before
     np.testing.assert_array_equal(model(tiny.tokens()), expected)
 
@@ -459,16 +460,16 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused() -> None:
 def test_merged_into_an_nf4_base_equals_attached_and_unmerging_restores_the_codes(name: str) -> None:
     model = tiny.randomize(attached(name, dtype="nf4"), scale=0.05)
     before, expected = tiny.bits(model), model(tiny.tokens())
-    methods.merge(model, "default")
+    adapters.merge(model, "default")
     np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5 * np.abs(expected).max())
-    assert tiny.bits(methods.unmerge(model, "default")) == before
+    assert tiny.bits(adapters.unmerge(model, "default")) == before
 
 
 @pytest.mark.parametrize("name", PEFT_OF_EACH)
 def test_detaching_gives_the_base_back(name: str) -> None:
     base = tiny.model(**FIELDS.get(name, {}))
-    model = methods.detach(tiny.randomize(attached(name)), "default")
-    assert nnx.split(model)[0] == nnx.split(methods.detach(attached(name), "default"))[0]
+    model = adapters.detach(tiny.randomize(attached(name)), "default")
+    assert nnx.split(model)[0] == nnx.split(adapters.detach(attached(name), "default"))[0]
     assert variables.flat(model)[1].keys() == variables.flat(base)[1].keys()
     np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
 
@@ -478,19 +479,19 @@ def test_two_adapters_under_names_take_turns(name: str) -> None:
     model = attached(name, adapter="first")
     base = tiny.model(**FIELDS.get(name, {}))(tiny.tokens())
     first = tiny.randomize(model, seed=1)(tiny.tokens())
-    methods.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
+    adapters.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
     if CASES[name].noop:
         np.testing.assert_array_equal(model(tiny.tokens()), base)
-    np.testing.assert_array_equal(methods.use(model, "first")(tiny.tokens()), first)
-    np.testing.assert_array_equal(methods.use(model, None)(tiny.tokens()), base)
+    np.testing.assert_array_equal(adapters.use(model, "first")(tiny.tokens()), first)
+    np.testing.assert_array_equal(adapters.use(model, None)(tiny.tokens()), base)
     assert np.abs(first - base).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", PEFT_OF_EACH)
 def test_switching_adapters_of_the_same_shapes_needs_no_new_compilation(name: str) -> None:
     model = attached(name, adapter="first")
-    methods.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
-    graphs = [nnx.split(methods.active_view(methods.use(model, which)))[0] for which in ("first", "second")]
+    adapters.attach(model, CASES[name].method, "second", rngs=nnx.Rngs(9))
+    graphs = [nnx.split(adapters.active_view(adapters.use(model, which)))[0] for which in ("first", "second")]
     assert graphs[0] == graphs[1]
     assert hash(graphs[0]) == hash(graphs[1])
 
@@ -501,7 +502,7 @@ def test_a_population_under_vmap_equals_its_members_one_by_one(name: str) -> Non
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
     members = [jax.tree.map(lambda leaf, factor=factor: leaf * factor, trainable) for factor in (0.5, 1.0, 1.5)]
-    loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+    loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     alone = jax.jit(jax.grad(loss))
     together = jax.jit(jax.vmap(jax.grad(loss)))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     for index, member in enumerate(members):

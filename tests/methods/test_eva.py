@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax import methods, sharding
+from peftjax import adapters, sharding
+from peftjax.adapters.sites import adapters_named
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.methods import Lora
-from peftjax.methods.eva import Memory, redistribute, remember
-from peftjax.methods.sites import adapters
+from peftjax.methods.lora.eva import Memory, redistribute, remember
 
 E, L = 32, 3  # embed, layers
 
@@ -24,7 +24,7 @@ def batches(count: int = 2) -> list[dict[str, Any]]:
 
 def attached(model: Any = None, **options: Any) -> Any:
     options = {"rank": 4, "init": "eva", "targets": ("q_proj", "down_proj", "embed_tokens")} | options
-    return methods.attach(model or tiny.model(), Lora(**options), rngs=nnx.Rngs(0), batches=batches())
+    return adapters.attach(model or tiny.model(), Lora(**options), rngs=nnx.Rngs(0), batches=batches())
 
 
 def test_the_memory_of_many_batches_is_the_principal_components_of_all_their_rows() -> None:
@@ -61,9 +61,9 @@ def test_ranks_go_where_most_is_explained_and_their_sum_stays() -> None:
 def test_it_starts_as_the_base_with_orthonormal_rows_and_ranks_that_move(tmp_path: Path) -> None:
     model = attached()
     np.testing.assert_array_equal(model(tiny.tokens()), tiny.model()(tiny.tokens()))
-    method = methods.attached(model)["default"]
+    method = adapters.attached(model)["default"]
     ranks, names = [], []
-    for site, adapter in adapters(model, "default"):
+    for site, adapter in adapters_named(model, "default"):
         if site.path == "embed":
             assert adapter.ranks == (4,)
             continue
@@ -85,13 +85,13 @@ def test_it_starts_as_the_base_with_orthonormal_rows_and_ranks_that_move(tmp_pat
 
 def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_directions() -> None:
     method = Lora(rank=4, alpha=8, init="eva", eva_rho=1.0, targets=("q_proj",))
-    one = methods.attach(tiny.model(), method, rngs=nnx.Rngs(0), batches=batches())
-    assert methods.attached(one)["default"] == method
+    one = adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0), batches=batches())
+    assert adapters.attached(one)["default"] == method
     mesh, model = sharding.make_mesh({"fsdp": 2, "tensor": 2}), tiny.model()
     sharding.place(model, mesh)
     shown = [sharding.shard_batch({key: np.asarray(x) for key, x in batch.items()}, mesh) for batch in batches()]
     shown = [{key: value[0] for key, value in batch.items()} for batch in shown]
-    methods.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
+    adapters.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
     expected, found = (np.asarray(each.blocks.attention.query.adapters.default.a.get_value()) for each in (one, model))
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
@@ -117,5 +117,5 @@ def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_direction
 def test_what_cannot_be_is_refused_and_leaves_the_model_alone(options: Any, given: Any, message: str) -> None:
     model = tiny.model()
     with pytest.raises(ValueError, match=message):
-        methods.attach(model, Lora(**options), rngs=nnx.Rngs(0), batches=given)
+        adapters.attach(model, Lora(**options), rngs=nnx.Rngs(0), batches=given)
     assert nnx.split(model)[0] == nnx.split(tiny.model())[0]

@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.methods import FourierFT, attach
-from peftjax.methods.base import over_layers
+from peftjax.adapters import attach
+from peftjax.adapters.adapter import over_layers
+from peftjax.adapters.sites import Site
+from peftjax.methods import FourierFT
 from peftjax.methods.fourierft import LARGEST, places
-from peftjax.methods.sites import Site
 
 pytestmark = pytest.mark.slow
 

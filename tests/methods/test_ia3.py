@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.methods import Ia3, attach
+from peftjax.adapters import attach
+from peftjax.methods import Ia3
 
 TARGETS = ("k_proj", "v_proj", "down_proj")
 

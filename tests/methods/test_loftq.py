@@ -8,7 +8,7 @@ from flax import nnx
 
 import peftjax
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import variables
 
 SIZES = {"hidden_size": 64, "intermediate_size": 72}  # the kernel of down_proj is no multiple of a block wide
@@ -30,7 +30,7 @@ def test_the_update_is_the_best_approximation_of_what_quantizing_took_away(direc
     exact, model = peftjax.load_model(directory), peftjax.load_model(directory, quantize="nf4")
     before = tiny.bits(model)
     lora = methods.Lora(**{"rank": 4, "init": "loftq", "rank_pattern": {"1.self_attn.q_proj": 2}} | options)
-    methods.attach(model, lora, rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
+    adapters.attach(model, lora, rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
     assert tiny.bits(model) == before
     for module, layer, rank in (("attention.query", 0, 4), ("attention.query", 1, 2), ("feedforward.down", 2, 4)):
         path = f"blocks.{module}.kernel"
@@ -50,11 +50,11 @@ def test_the_update_is_the_best_approximation_of_what_quantizing_took_away(direc
 def test_it_needs_the_kernels_and_a_quantized_base(directory: Path) -> None:
     model, lora = peftjax.load_model(directory, quantize="nf4"), methods.Lora(rank=2, init="loftq")
     with pytest.raises(ValueError, match=r"give it kernels=peftjax.load_kernels\(PATH, model\)"):
-        methods.attach(model, lora, rngs=nnx.Rngs(0))
+        adapters.attach(model, lora, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="kernels= goes with init='loftq', not with these options of lora"):
-        methods.attach(model, methods.Lora(rank=2), rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
+        adapters.attach(model, methods.Lora(rank=2), rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
     with pytest.raises(ValueError, match=r"no kernel of this model is quantized: set model\.quantize"):
-        methods.attach(tiny.model(**SIZES), lora, rngs=nnx.Rngs(0))
+        adapters.attach(tiny.model(**SIZES), lora, rngs=nnx.Rngs(0))
     peftjax.save_model(model, directory.with_name("nf4"))
     with pytest.raises(ValueError, match="is quantized itself: give the directory that it was made from"):
         peftjax.load_kernels(directory.with_name("nf4"), model)

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax import methods
+from peftjax import adapters
+from peftjax.adapters import active_view, attach, detach, merge, unmerge, use
+from peftjax.adapters.adapter import over_layers
+from peftjax.adapters.registry import active
 from peftjax.core import variables
-from peftjax.methods import Lora, active_view, attach, detach, merge, unmerge, use
-from peftjax.methods.attach import active
-from peftjax.methods.base import over_layers
+from peftjax.methods import Lora
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 ALL = L * ((E + E) + 2 * (E + KV) + (E + E) + 3 * (E + F))  # in + out of every Linear but the head
@@ -35,7 +36,7 @@ def query(model: Any, name: str = "default") -> Any:
 def gradients(model: Any) -> dict[str, np.ndarray]:
     """Of the mean square of the logits, for what is trained."""
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
-    loss = lambda tree: jnp.square(variables.merge(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+    loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     found = jax.jit(jax.grad(loss))(trainable)
     return {path: np.asarray(leaf) for path, leaf in found.items() if isinstance(leaf, jax.Array)}
 
@@ -66,7 +67,7 @@ def gradients(model: Any) -> dict[str, np.ndarray]:
     ],
 )  # fmt: skip
 def test_the_number_of_trained_parameters_is_the_formulas(options: dict[str, Any], expected: int) -> None:
-    assert methods.count_trainable(attached(**options)) == expected
+    assert adapters.count_trainable(attached(**options)) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_the_number_of_trained_parameters_is_the_formulas(options: dict[str, Any
 )
 def test_the_number_of_trained_biases_is_the_formulas(options: dict[str, Any], biases: int) -> None:
     model = tiny.model(attention_bias=True)
-    without = methods.count_trainable(attached("without", model, **QV, **options | {"bias": "none"}), "without")
-    assert methods.count_trainable(attached("with_them", model, **QV, **options), "with_them") == without + biases
+    without = adapters.count_trainable(attached("without", model, **QV, **options | {"bias": "none"}), "without")
+    assert adapters.count_trainable(attached("with_them", model, **QV, **options), "with_them") == without + biases
 
 
 def test_a_starts_uniform_and_different_in_every_layer_and_b_zero() -> None:
@@ -187,7 +188,7 @@ def test_a_merged_model_compiles_to_what_the_base_costs() -> None:
     def cost(model: Any) -> dict[str, float]:
         graph, leaves = variables.flat(active_view(model))
         values = {path: leaf.get_value() for path, leaf in leaves.items()}
-        forward = jax.jit(lambda values: variables.merge(graph, values)(tiny.tokens()))
+        forward = jax.jit(lambda values: variables.join(graph, values)(tiny.tokens()))
         return forward.lower(values).compile().cost_analysis()
 
     model = tiny.randomize(attached(rank=2))
@@ -272,7 +273,7 @@ def test_adapters_of_different_shapes_take_turns_under_names() -> None:
     np.testing.assert_array_equal(logits(use(model, None)), base)
     assert active(model) == ()
     assert np.abs(small - base).max() > 1e-3
-    assert list(methods.attached(model)) == ["small", "large"]
+    assert list(adapters.attached(model)) == ["small", "large"]
 
 
 def test_detaching_one_leaves_the_other_as_it_is() -> None:
@@ -281,7 +282,7 @@ def test_detaching_one_leaves_the_other_as_it_is() -> None:
     attached("gone", model, rank=4)
     use(model, "kept")
     detach(model, "gone")
-    assert list(methods.attached(model)) == ["kept"]
+    assert list(adapters.attached(model)) == ["kept"]
     assert active(model) == ("kept",)
     np.testing.assert_array_equal(logits(model), kept)
     assert not [path for path in variables.flat(model)[1] if ".gone." in path]
@@ -328,7 +329,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
     assert query(model, "mine").ranks == (2, 2, 2)
 
 
-@pytest.mark.parametrize("change", [use, detach, merge, unmerge, methods.count_trainable])
+@pytest.mark.parametrize("change", [use, detach, merge, unmerge, adapters.count_trainable])
 def test_a_name_that_is_not_there_is_an_error_with_the_near_ones(change: Any) -> None:
     with pytest.raises(ValueError, match=r"no adapter 'minne' is attached. Did you mean 'mine'\? Attached: \['mine'\]"):
         change(attached("mine", rank=2), "minne")

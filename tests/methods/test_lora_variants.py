@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
+from peftjax.adapters import attach, detach, merge, use
+from peftjax.adapters.adapter import over_layers
 from peftjax.core import variables
 from peftjax.core.variables import PeftConstant
-from peftjax.methods import Lora, attach, detach, merge, use
-from peftjax.methods.base import over_layers
+from peftjax.methods import Lora
 
 E, V, KV, L = 32, 48, 16, 3  # embed, vocab, kv heads * head dim, layers
 
@@ -70,7 +71,7 @@ def test_no_gradient_flows_through_doras_norm() -> None:
     values = {path: leaf.get_value() for path, leaf in leaves.items()}
 
     def ours(b: jax.Array) -> jax.Array:
-        one = variables.merge(graph, values | {"b": b})
+        one = variables.join(graph, values | {"b": b})
         return jnp.square(one(model.blocks.attention.query, lambda x, kernel: x @ kernel, x, kernel=kernel)).sum()
 
     def constant(b: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.methods import Miss, attach
+from peftjax.adapters import attach
+from peftjax.methods import Miss
 
 
 @pytest.mark.parametrize(("rank", "variant", "mini_rank"), [(6, "balance", 1), (6, "mini", 4), (8, "bat", 1)])

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.methods import BitFit, LnTuning, TrainableTokens, attach, count_trainable, use
-from peftjax.methods.attach import attached
+from peftjax.adapters import attach, count_trainable, use
+from peftjax.adapters.registry import attached
+from peftjax.methods import BitFit, LnTuning, TrainableTokens
 
 
 def attach_to(model: Any, method: Any, name: str = "default") -> Any:

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
+from peftjax.adapters import attach, merge
 from peftjax.core import variables
-from peftjax.methods import Boft, Hra, Oft, attach, merge
+from peftjax.methods import Boft, Hra, Oft
 from peftjax.methods.boft import butterfly
 from peftjax.methods.oft import cayley_less_one, near_divisor, neumann_less_one, projected, skew
 from tests.methods.test_contract import run, trainer
@@ -114,7 +115,7 @@ def test_boft_drops_a_share_of_the_blocks_of_one_factor() -> None:
     values = {path: leaf.get_value()[0] for path, leaf in leaves.items()}
     counts = set()
     for seed in range(8):
-        adapter = variables.merge(graph, values | {"dropout.key": jax.random.key_data(jax.random.key(seed))})
+        adapter = variables.join(graph, values | {"dropout.key": jax.random.key_data(jax.random.key(seed))})
         adapter.train()
         kept = np.any(adapter._dropped(adapter._less_one()) != 0, axis=(2, 3))
         counts.add(tuple(kept.sum(axis=1).tolist()))

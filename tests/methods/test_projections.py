@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
+from peftjax.adapters import attach
+from peftjax.adapters.adapter import over_layers
+from peftjax.adapters.sites import adapters_named
 from peftjax.core import variables
-from peftjax.methods import RandLora, VbLora, Vera, attach
-from peftjax.methods.base import over_layers
-from peftjax.methods.sites import adapters
+from peftjax.methods import RandLora, VbLora, Vera
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def test_randloras_bases_have_unit_deviation_and_the_share_of_zeros_asked_for(
 
 def test_randloras_update_has_full_rank() -> None:
     model = tiny.randomize(attached(RandLora(rank=5, alpha=10, targets=("v_proj", "up_proj", "down_proj"))))
-    for site, adapter in adapters(model, "default"):
+    for site, adapter in adapters_named(model, "default"):
         for delta in over_layers(adapter, lambda one: one.delta()):
             assert delta.shape == (site.module.in_features, site.module.out_features)
             assert np.linalg.matrix_rank(delta) == min(delta.shape)

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax import methods
-from peftjax.generate import generate
+from peftjax import adapters
+from peftjax.decoding import generate
 from peftjax.methods import PrefixTuning, PromptTuning, PTuning
 
 METHODS = {
@@ -21,12 +21,12 @@ METHODS = {
 
 
 @pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> methods.Method:
+def method(request: pytest.FixtureRequest) -> adapters.Method:
     return METHODS[request.param]
 
 
-def attached(method: methods.Method, **fields: Any) -> Any:
-    return methods.attach(tiny.model(**fields), method, rngs=nnx.Rngs(1))
+def attached(method: adapters.Method, **fields: Any) -> Any:
+    return adapters.attach(tiny.model(**fields), method, rngs=nnx.Rngs(1))
 
 
 def mistral(window: int) -> dict[str, Any]:
@@ -38,13 +38,13 @@ def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() ->
     ids = jnp.array([7, 3, 11])
     tokens = tiny.tokens()
     longer = jnp.concatenate([jnp.broadcast_to(ids[None], (len(tokens), 3)), tokens], axis=1)
-    model = methods.attach(base, PromptTuning(init="text", text_ids=(7, 3, 11), tokens=3), rngs=nnx.Rngs(0))
+    model = adapters.attach(base, PromptTuning(init="text", text_ids=(7, 3, 11), tokens=3), rngs=nnx.Rngs(0))
     prompted = model(tokens)
-    np.testing.assert_allclose(prompted, methods.use(model, None)(longer)[:, 3:], atol=1e-5)
+    np.testing.assert_allclose(prompted, adapters.use(model, None)(longer)[:, 3:], atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, mistral(4)], ids=["full", "windowed"])
-def test_packed_documents_are_computed_as_if_each_were_alone(method: methods.Method, fields: dict[str, Any]) -> None:
+def test_packed_documents_are_computed_as_if_each_were_alone(method: adapters.Method, fields: dict[str, Any]) -> None:
     model = attached(method, **fields)
     first, second = tiny.tokens()[:1, :7], tiny.tokens()[1:2, :8]
     packed = model(
@@ -57,7 +57,7 @@ def test_packed_documents_are_computed_as_if_each_were_alone(method: methods.Met
 
 
 @pytest.mark.parametrize("fields", [{}, mistral(40)], ids=["full", "windowed"])
-def test_padding_on_the_left_changes_nothing(method: methods.Method, fields: dict[str, Any]) -> None:
+def test_padding_on_the_left_changes_nothing(method: adapters.Method, fields: dict[str, Any]) -> None:
     model = attached(method, **fields)
     tokens = tiny.tokens()[:1, :7]
     padded = jnp.pad(tokens, ((0, 0), (4, 0)))
@@ -66,7 +66,7 @@ def test_padding_on_the_left_changes_nothing(method: methods.Method, fields: dic
     np.testing.assert_allclose(model(padded, mask=mask, positions=positions)[:, 4:], model(tokens), atol=1e-5)
 
 
-def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(method: methods.Method) -> None:
+def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(method: adapters.Method) -> None:
     model = tiny.randomize(attached(method))
     prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]
     answers = generate(model, prompts, max_new_tokens=6)
@@ -75,15 +75,15 @@ def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(met
         for token in answer:
             assert int(jnp.argmax(model(jnp.array([sequence]))[0, -1])) == token
             sequence.append(token)
-    assert answers != generate(methods.use(model, None), prompts, max_new_tokens=6)
+    assert answers != generate(adapters.use(model, None), prompts, max_new_tokens=6)
 
 
 def test_a_soft_prompt_and_a_prefix_work_together() -> None:
     model = attached(PromptTuning(tokens=3))
     prompt = model(tiny.tokens())
-    methods.attach(model, PrefixTuning(tokens=4), "prefix", rngs=nnx.Rngs(2))
+    adapters.attach(model, PrefixTuning(tokens=4), "prefix", rngs=nnx.Rngs(2))
     prefix = model(tiny.tokens())
-    both = methods.use(model, ("default", "prefix"))
+    both = adapters.use(model, ("default", "prefix"))
     assert both.virtual == 7
     assert np.abs(both(tiny.tokens()) - prompt).max() > 1e-3
     assert np.abs(both(tiny.tokens()) - prefix).max() > 1e-3

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 import peftjax
 from peftjax import sharding
+from peftjax.adapters import count_trainable
 from peftjax.core import variables
 from peftjax.losses import Totals
-from peftjax.methods import count_trainable
 from peftjax.models import from_hf_config
-from peftjax.step import first_state, make_train_step
+from peftjax.training.step import first_state, make_train_step
 from tests import tiny
 
 CONFIG: dict[str, Any] = {

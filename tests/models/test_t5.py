@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.generate import Sampling, generate
+from peftjax.decoding import Sampling, generate
 from peftjax.losses import seq2seq_loss
 from peftjax.models import from_hf_config
 from tests import tiny
@@ -113,7 +113,7 @@ def test_dropout_draws_by_its_keys_in_training_and_is_absent_in_evaluation(tmp_p
 
     @jax.jit
     def drawn(key: jax.Array) -> jax.Array:
-        return variables.merge(graph, variables.with_dropout_keys(tree, keys, key))(**given)
+        return variables.join(graph, variables.with_dropout_keys(tree, keys, key))(**given)
 
     one, other = drawn(jax.random.key(1)), drawn(jax.random.key(2))
     assert np.abs(one - other).max() > 1e-2
@@ -136,8 +136,8 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_adapters_sit_in_both_stacks_and_go_through_their_files(name: str, tmp_path: Path) -> None:
     method, trained = METHODS[name]
-    adapted = tiny.randomize(methods.attach(model(), method, rngs=nnx.Rngs(0)))
-    assert trained is None or methods.count_trainable(adapted) == trained
+    adapted = tiny.randomize(adapters.attach(model(), method, rngs=nnx.Rngs(0)))
+    assert trained is None or adapters.count_trainable(adapted) == trained
     with_adapters = adapted(**inputs())
     assert np.abs(with_adapters - model()(**inputs())).max() > 1e-3
     peftjax.save_adapter(adapted, tmp_path / "adapter")
@@ -147,7 +147,7 @@ def test_adapters_sit_in_both_stacks_and_go_through_their_files(name: str, tmp_p
 
 def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() -> None:
     given = inputs()
-    prompted = methods.attach(model(), methods.PromptTuning(init="text", text_ids=(7, 3), tokens=2), rngs=nnx.Rngs(0))
+    prompted = adapters.attach(model(), methods.PromptTuning(init="text", text_ids=(7, 3), tokens=2), rngs=nnx.Rngs(0))
     longer = jnp.concatenate([jnp.broadcast_to(jnp.array([[7, 3]]), (2, 2)), given["tokens"]], axis=1)
     mask = jnp.pad(given["mask"], ((0, 0), (2, 0)), constant_values=True)
     expected = model()(longer, mask=mask, decoder_tokens=given["decoder_tokens"])
@@ -161,9 +161,9 @@ def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() ->
 
 
 def test_a_merged_head_of_its_own_is_saved_beside_the_scaling(tmp_path: Path) -> None:
-    adapted = tiny.randomize(methods.attach(model(), methods.Lora(rank=2, targets=("lm_head",)), rngs=nnx.Rngs(0)))
+    adapted = tiny.randomize(adapters.attach(model(), methods.Lora(rank=2, targets=("lm_head",)), rngs=nnx.Rngs(0)))
     expected = adapted(**inputs())
-    peftjax.save_model(methods.merge(adapted), tmp_path)
+    peftjax.save_model(adapters.merge(adapted), tmp_path)
     again = peftjax.load_model(tmp_path)
     assert not again.tied
     np.testing.assert_allclose(again(**inputs()), expected, atol=1e-5)
@@ -180,12 +180,12 @@ def test_a_merged_head_of_its_own_is_saved_beside_the_scaling(tmp_path: Path) ->
         ({}, methods.Pfeiffer(leave_out=(1,)), "counts the layers of one stack, and this model has several"),
     ],
 )
-def test_what_two_stacks_make_ambiguous_is_refused(fields: dict, method: methods.Method, message: str) -> None:
+def test_what_two_stacks_make_ambiguous_is_refused(fields: dict, method: adapters.Method, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        methods.attach(model(**fields), method, rngs=nnx.Rngs(0))
+        adapters.attach(model(**fields), method, rngs=nnx.Rngs(0))
 
 
 def test_a_batch_of_several_adapters_is_refused() -> None:
-    adapted = methods.attach(model(), methods.Lora(rank=2, targets=("q",)), rngs=nnx.Rngs(0))
+    adapted = adapters.attach(model(), methods.Lora(rank=2, targets=("q",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="not there for an encoder-decoder"):
-        methods.rows(adapted, ["default", None])
+        adapters.rows(adapted, ["default", None])

@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 
 import peftjax
 from peftjax import sharding
+from peftjax.adapters import count_trainable
 from peftjax.core import variables
-from peftjax.io.hf_model import make_quantized
+from peftjax.io.random_model import make_quantized
 from peftjax.losses import Totals
-from peftjax.methods import count_trainable
 from peftjax.models import from_hf_config
 from peftjax.quant.int8 import Int8
-from peftjax.step import first_state, make_train_step
+from peftjax.training.step import first_state, make_train_step
 from tests import tiny
 
 CONFIG: dict[str, Any] = tiny.VIT | {

@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
-from peftjax import methods, sharding
+from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.losses import Totals
 from peftjax.methods import Houlsby, Lora, PrefixTuning, PromptTuning
 from peftjax.nn.adopt import adopt
-from peftjax.step import first_state, make_train_step
+from peftjax.training.step import first_state, make_train_step
 
 
 class Classifier(nnx.Module):
@@ -42,9 +42,9 @@ TOKENS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 19]])
 ALL = ("query", "key", "value", "out", "general", "einsum", "blocks.0", "blocks.1", "head", "embed")
 
 
-def adopted(method: methods.Method | None = None) -> Any:
+def adopted(method: adapters.Method | None = None) -> Any:
     model = adopt(Classifier(nnx.Rngs(0)))
-    return model if method is None else methods.attach(model, method, rngs=nnx.Rngs(1))
+    return model if method is None else adapters.attach(model, method, rngs=nnx.Rngs(1))
 
 
 def randomized(model: Any) -> Any:
@@ -81,8 +81,8 @@ def test_lora_in_any_layer_is_the_update_of_its_matrix(target: str) -> None:
     np.testing.assert_array_equal(model(TOKENS), adopted()(TOKENS))
     attached = randomized(model)(TOKENS)
     assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
-    np.testing.assert_allclose(methods.merge(model)(TOKENS), attached, atol=1e-5)
-    np.testing.assert_array_equal(methods.detach(model)(TOKENS), adopted()(TOKENS))
+    np.testing.assert_allclose(adapters.merge(model)(TOKENS), attached, atol=1e-5)
+    np.testing.assert_array_equal(adapters.detach(model)(TOKENS), adopted()(TOKENS))
 
 
 def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
@@ -120,11 +120,11 @@ def test_bottleneck_adapters_sit_in_the_sublayers_that_are_named() -> None:
     model = adopt(Classifier(nnx.Rngs(0)), sublayers={"attention": 12, "blocks.0": 12})
     np.testing.assert_array_equal(model(TOKENS), Classifier(nnx.Rngs(0))(TOKENS))
     assert isinstance(model.attention, nnx.MultiHeadAttention)
-    methods.attach(model, Houlsby(reduction_factor=4), rngs=nnx.Rngs(1))
-    assert methods.count_trainable(model) == 2 * (2 * 12 * 3 + 3 + 12)
+    adapters.attach(model, Houlsby(reduction_factor=4), rngs=nnx.Rngs(1))
+    assert adapters.count_trainable(model) == 2 * (2 * 12 * 3 + 3 + 12)
     attached = randomized(model)(TOKENS)
     assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
-    np.testing.assert_array_equal(methods.detach(model)(TOKENS), adopted()(TOKENS))
+    np.testing.assert_array_equal(adapters.detach(model)(TOKENS), adopted()(TOKENS))
 
 
 class Stacked(nnx.Module):
@@ -138,15 +138,15 @@ class Stacked(nnx.Module):
         (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
         (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself one Linear; put it into a module"),
         (
-            lambda: methods.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
+            lambda: adapters.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
             r"attach: no layer .* peftjax.adopt\(model\) gives",
         ),
         (
-            lambda: methods.attach(adopted(), Lora, rngs=nnx.Rngs(0)),
+            lambda: adapters.attach(adopted(), Lora, rngs=nnx.Rngs(0)),
             r"attach: the method must be one .* Lora\(rank=8\)",
         ),
-        (lambda: methods.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), it is 0"),
-        (lambda: methods.rows(adopted(Lora(rank=2)), ["default"]), "rows: Classifier is no decoder of peftjax"),
+        (lambda: adapters.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), it is 0"),
+        (lambda: adapters.rows(adopted(Lora(rank=2)), ["default"]), "rows: Classifier is no decoder of peftjax"),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
         (

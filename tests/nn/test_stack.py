@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from peftjax import methods
+from peftjax import adapters, methods
 from peftjax.core import variables
 from tests import tiny
 
@@ -19,12 +19,12 @@ TOKENS = jnp.arange(48).reshape(2, 24)
 @functools.cache
 def gradients(remat: str) -> tuple[dict[str, np.ndarray], Any]:
     """Of a LoRA, and what the compiled program needs."""
-    model = methods.attach(tiny.model(remat=remat), methods.Lora(rank=2), name="default", rngs=nnx.Rngs(0))
+    model = adapters.attach(tiny.model(remat=remat), methods.Lora(rank=2), name="default", rngs=nnx.Rngs(0))
     model = tiny.randomize(model)
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
 
     def loss(trainable: Any, frozen: Any) -> jax.Array:
-        return jnp.mean(jnp.square(variables.merge(graph, trainable, frozen)(TOKENS)))
+        return jnp.mean(jnp.square(variables.join(graph, trainable, frozen)(TOKENS)))
 
     program = jax.jit(jax.grad(loss)).lower(trainable, frozen).compile()
     return jax.tree.map(np.asarray, program(trainable, frozen)), program.memory_analysis()

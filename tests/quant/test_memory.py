@@ -7,7 +7,7 @@ import pytest
 
 from peftjax import methods, sharding
 from peftjax.core import config as configs
-from peftjax.plan import abstract_model, abstract_step
+from peftjax.plan.abstract import abstract_model, abstract_step
 from peftjax.quant.base import Quantized
 
 WIDE = {

@@ -1,0 +1,25 @@
+"""What all methods share: adapters in slots, the layers they sit in, attaching, merging and mixing them.
+
+Nothing here knows a particular method.
+"""
+
+from peftjax.adapters.attach import attach, count_trainable, detach
+from peftjax.adapters.merge import merge, unmerge
+from peftjax.adapters.method import Method
+from peftjax.adapters.mixed_batch import rows
+from peftjax.adapters.registry import active, attached, use
+from peftjax.adapters.view import active_view
+
+__all__ = [
+    "Method",
+    "active",
+    "active_view",
+    "attach",
+    "attached",
+    "count_trainable",
+    "detach",
+    "merge",
+    "rows",
+    "unmerge",
+    "use",
+]

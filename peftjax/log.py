@@ -1,0 +1,289 @@
+"""The log of a run: metrics.jsonl, TensorBoard events, and what the terminal shows while it trains.
+
+metrics.jsonl has one JSON object a line, in the order of the steps:
+
+    {"step": 20, "kind": "train", "seconds": 3.1, "loss": 2.5, ..., "peak_memory_bytes": 734003200}
+    {"step": 20, "kind": "eval", "seconds": 3.4, "eval_loss": 2.6, ...}
+
+JSON has no numbers that are not finite: they stand as the strings "NaN", "Infinity" and "-Infinity".
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from peftjax.core.errors import UserError
+from peftjax.core.files import write_atomically
+from peftjax.core.units import format_bytes, format_clock
+
+METRICS = "metrics.jsonl"
+
+
+# The fields in which two runs of the same config differ; all others are equal, bit for bit, also after a resume.
+SPEEDS = ("tokens_per_second", "images_per_second")
+
+
+MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+_SHORT = {
+    "tokens_per_second": "tok/s",
+    "images_per_second": "images/s",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "eval_loss": "loss",
+}
+
+
+class Log:
+    """What a run logs. A context manager; `close` ends it.
+
+    A run that starts at step 0 begins its log anew. One that resumes at step s keeps the lines up to s and drops the
+    others, whose steps will be done again: the file of a run that was killed and resumed holds the lines of one that
+    never was, but for the fields in `MEASURED`.
+
+    On a terminal a progress bar shows the newest training metrics and a line is printed for each evaluation; anywhere
+    else (CI, a log file) each logged step is one plain line.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        total_steps: int,
+        resume_step: int,
+        enabled: bool = True,
+        tensorboard: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        """
+        Args:
+            workdir: made if it is not there.
+            total_steps: after which the run ends.
+            resume_step: the steps that are done already.
+            enabled: False on every process but the first; nothing is then written or printed.
+            tensorboard: write TensorBoard events too, in the workdir itself.
+            quiet: print nothing.
+
+        Raises:
+            UserError: resuming, a line of the workdir's metrics.jsonl is broken (the last one may be cut off).
+        """
+        self._total, self._resumed, self._enabled = total_steps, resume_step, enabled
+        self._printing = enabled and not quiet
+        self._bar: _Bar | None = None
+        self._events: _Events | None = None
+        self._first: tuple[int, float] | None = None  # a step of this process and when it was logged, for the time left
+        if not enabled:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / METRICS
+        logged = path.exists()
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if logged and resume_step else []
+        write_atomically(path, "".join(map(_line, kept)))
+        self._began = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        if tensorboard:
+            self._events = _Events(workdir, purge=(resume_step + 1 if resume_step else 0) if logged else None)
+        if self._printing and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = _Bar(total_steps, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log the training metrics of a step: loss, learning_rate, one of `SPEEDS`, grad_norm and any others."""
+        if not self._enabled:
+            return
+        now, memory = time.perf_counter(), peak_memory()
+        self._first = self._first or (step, now)
+        self._write(step, "train", {**numbers, "peak_memory_bytes": memory})
+        done = step - self._first[0]
+        left = (self._total - step) * (now - self._first[1]) / done if done else None
+        shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]
+        if self._bar:
+            self._bar.update(step, "  ".join(shown), left)
+        elif self._printing:
+            clock = format_clock(now - self._began) + (f", {format_clock(left)} left" if left else "")
+            print(self._place(step), *shown, clock, sep="  ", flush=True)
+
+    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log the scores of an evaluation after that step."""
+        if not self._enabled:
+            return
+        self._write(step, "eval", numbers)
+        self.message("  ".join([self._place(step), "evaluation", *_shown(numbers, numbers)]))
+
+    def message(self, text: str) -> None:
+        """Print a text, above the bar where there is one."""
+        if self._bar:
+            self._bar.print(text)
+        elif self._printing:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """End the bar and close the files; a second time, do nothing."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        if self._events:
+            self._events.close()
+            self._events = None
+        if self._enabled:
+            self._file.close()
+
+    def _write(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in numbers.items()}
+        seconds = round(time.perf_counter() - self._began, 3)
+        self._file.write(_line({"step": step, "kind": kind, "seconds": seconds, **plain}))
+        self._file.flush()  # a run that is killed after this has this line
+        if self._events:
+            self._events.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
+
+    def _place(self, step: int) -> str:
+        return f"step {step:>{len(str(self._total))}}/{self._total}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line that is cut off, as of a process killed while writing it, is left out.
+
+    Raises:
+        UserError: another line is broken; names it.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last has no newline: empty, or cut off
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line, parse_constant=_refuse)
+            if (
+                not isinstance(entry, dict)
+                or type(entry.get("step")) is not int
+                or not {"kind", "seconds"} <= set(entry)
+            ):
+                raise ValueError("not an object with step, kind and seconds")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: {error}: {line[:80]!r}. Remove the line, or the file") from None
+        found.append(
+            {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in entry.items()}
+        )
+    return found
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: on the fullest of this process's accelerators, or resident on the CPU."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)
+    return peak or _peak_resident()
+
+
+class _Bar:
+    """A progress bar of rich, at the foot of the terminal."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich import progress
+        from rich.console import Console
+        from rich.table import Column
+
+        self._progress = progress.Progress(
+            progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),  # it takes what the numbers leave
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[numbers]}", markup=False),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[left]}", markup=False),
+            console=Console(file=sys.stdout, highlight=False),
+            expand=True,
+            refresh_per_second=2,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("", total=total, completed=done, numbers="compiling", left="")
+
+    def update(self, step: int, numbers: str, left: float | None) -> None:
+        text = "" if left is None else f"{format_clock(left)} left"
+        self._progress.update(self._task, completed=step, numbers=numbers, left=text, refresh=True)
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+class _Events:
+    """TensorBoard scalars. Written at once, not by tensorboardX's thread: a killed run loses none that it logged."""
+
+    def __init__(self, directory: Path, purge: int | None) -> None:
+        """purge: TensorBoard hides the events of earlier files from this step on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._event = event_pb2.Event
+        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{purge or 0}")
+        if purge is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(self._event(step=purge, wall_time=time.time(), session_log=start))
+        self._writer.flush()
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        for tag, value in numbers.items():
+            self._writer.write_event(self._event(step=step, wall_time=now, summary=scalar(tag, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    names = {repr(value): name for name, value in _NOT_FINITE.items()}  # nan is not equal to itself, its repr is
+    return json.dumps({key: names.get(repr(value), value) for key, value in entry.items()}, allow_nan=False) + "\n"
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _shown(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Those of the numbers that are there, each with its name, in a few characters."""
+    return [_short(name, numbers[name]) for name in names if name in numbers]
+
+
+def _short(name: str, value: float) -> str:
+    label = _SHORT.get(name, name.removeprefix("eval_").replace("_", " "))
+    if name in SPEEDS:
+        return f"{value:,.0f} {label}"
+    if name in ("token_accuracy", "exact_match"):
+        return f"{label} {value:.1%}"
+    if name == "learning_rate":
+        return f"{label} {value:.3g}"
+    return f"{label} {value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{label} {value:.4g}"
+
+
+def _peak_resident() -> int:
+    """The most bytes of main memory that this process ever held."""
+    try:  # Linux; getrusage would also count what the parent held when it forked this process
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

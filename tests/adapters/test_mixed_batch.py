@@ -1,0 +1,88 @@
+"""One batch whose rows use different adapters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax import adapters
+from peftjax.adapters import rows, use
+from peftjax.adapters.registry import active
+from peftjax.decoding import generate
+from peftjax.methods import Lora, PromptTuning
+
+LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
+METHODS = {"lora": LORA, "prompt": PromptTuning(tokens=3)}
+
+
+def attached(method: adapters.Method) -> Any:
+    """A model with the adapters "one" and "two", neither as it was made."""
+    model = tiny.model()
+    for seed, name in enumerate(("one", "two")):
+        adapters.attach(model, method, name, rngs=nnx.Rngs(seed))
+    return tiny.randomize(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("lora", ["two", None, "one", "two"]), ("lora", ["one", "one"]), ("prompt", ["two", "one", "two"])],
+)
+def test_each_row_is_what_its_adapter_alone_computes(method: str, names: list[str | None]) -> None:
+    model = attached(METHODS[method])
+    tokens = jnp.resize(tiny.tokens(), (len(names), 9))
+    mixed = rows(model, names)(tokens)
+    for row, name in enumerate(names):
+        np.testing.assert_allclose(mixed[row], use(model, name)(tokens[row : row + 1])[0], atol=1e-5)
+
+
+def test_generation_answers_each_prompt_with_its_own_adapter() -> None:
+    model = attached(LORA)
+    prompts, names = [[5, 9, 2], [5, 9, 2], [1, 30, 8, 21]], ["one", None, "two"]
+    together = generate(rows(model, names), prompts, max_new_tokens=5)
+    alone = [
+        generate(use(model, name), [prompt], max_new_tokens=5)[0] for name, prompt in zip(names, prompts, strict=True)
+    ]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def test_other_rows_take_other_adapters_without_a_new_compilation() -> None:
+    model = rows(attached(LORA), ["one", "two", None])
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
+    tokens = jnp.resize(tiny.tokens(), (3, 9))
+    first = compiled(state, tokens)
+    model.index.set_value(jnp.array([1, 1, 0], jnp.int32))
+    second = compiled(nnx.split(model)[1], tokens)
+    np.testing.assert_array_equal(second[1], first[1])
+    assert np.abs(second[0] - first[0]).max() > 1e-3
+    assert compiled._cache_size() == 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = use(attached(LORA), "two")
+    before, names = tiny.bits(model), list(adapters.attached(model))
+    rows(model, ["one", None])
+    assert tiny.bits(model) == before
+    assert list(adapters.attached(model)) == names
+    assert active(model) == ("two",)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "message"),
+    [
+        ("lora", ["one", "tow"], "no adapter 'tow' is attached. Did you mean 'two'"),
+        ("lora", [None], "names no adapter"),
+        ("prompt", ["one", None], "prompt always has an effect"),
+        ("lora", ["one", "other"], "the adapters 'one' and 'other' differ"),
+    ],
+)
+def test_what_cannot_be_in_one_batch_is_refused(method: str, names: list[str | None], message: str) -> None:
+    model = attached(METHODS[method])
+    adapters.attach(model, Lora(rank=3), "other", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        rows(model, names)

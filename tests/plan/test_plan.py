@@ -1,0 +1,375 @@
+"""The plan: what it says before a run is what the run takes."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from peftjax import adapters, methods
+from peftjax.core import config as configs
+from peftjax.core.errors import UserError
+from peftjax.io.hf_adapter import save_adapter, weights_bytes
+from peftjax.plan import __main__ as command
+from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
+from peftjax.plan.devices import Device
+from tests import tiny
+
+SMALL = tiny.CONFIG | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+
+
+def make_config(**fields: Any) -> Any:
+    """LoRA on NF4 kernels, with other values of some fields (model__remat="none")."""
+    config = configs.defaults()
+    config.method = methods.make_config("lora", rank=4, targets="all-linear")
+    config.model.quantize, config.model.remat, config.data.max_length = "nf4", "block", 16
+    return abstract.changed(config, **fields)
+
+
+@pytest.fixture(scope="module")
+def alone() -> plan.Plan:
+    return measure.measure(make_config(), SMALL, devices.find("cpu"))
+
+
+@pytest.fixture(scope="module")
+def together() -> plan.Plan:
+    config = make_config(mesh={"data": 1, "fsdp": 4, "tensor": 2}, model__quantize="")
+    return measure.measure(config, SMALL, devices.find("cpu:8"))
+
+
+def printed(config: Any, found: plan.Plan, missing: str = "") -> str:
+    file = io.StringIO()
+    tables.show(Console(file=file, width=100, highlight=False), config, found, missing)
+    return file.getvalue()
+
+
+# --- What is counted ---
+
+
+@pytest.mark.parametrize("name", ["alone", "together"])
+def test_the_arguments_by_shape_are_the_compilers(name: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(name)
+    assert found.compiler == "XLA:CPU"
+    assert found.padding == 0
+    assert set(found.arguments) >= {"frozen base", "adapters", "optimizer state", "batch"}
+    assert found.arguments["optimizer state"] == pytest.approx(2 * found.arguments["adapters"], abs=64)
+    assert found.fits
+
+
+def test_collectives_are_found_on_several_devices(alone: plan.Plan, together: plan.Plan) -> None:
+    assert alone.collectives == {}
+    assert together.mesh == {"fsdp": 4, "tensor": 2}
+    assert all(count > 0 and size > 0 for count, size in together.collectives.values())
+    assert {"all-gather", "all-reduce"} <= set(together.collectives)
+
+
+def test_products_are_those_of_the_passes_over_the_kernels(alone: plan.Plan) -> None:
+    # forward, again, backward: three times 2 operations, less the last product of a block, which is not done again
+    assert 1.2 * alone.closed_flops < alone.flops < 1.9 * alone.closed_flops
+
+
+@pytest.mark.parametrize(
+    "method", [methods.Lora(rank=4), methods.PromptTuning(tokens=3), methods.Houlsby(), methods.Vera(rank=4)]
+)
+def test_the_adapter_file_has_the_bytes_that_are_written(method: adapters.Method, tmp_path: Path) -> None:
+    model = adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0))
+    written = save_adapter(model, tmp_path / "adapter", base="some/base").glob("*.safetensors")
+    assert weights_bytes(model) == sum(file.stat().st_size for file in written)
+
+
+def test_the_adapter_file_of_shapes_alone_has_the_bytes_of_a_real_one(alone: plan.Plan, tmp_path: Path) -> None:
+    model = adapters.attach(tiny.quantized(tiny.model(**SMALL)), methods.Lora(rank=4), rngs=nnx.Rngs(0))
+    written = save_adapter(model, tmp_path / "adapter", base="some/base") / "adapter_model.safetensors"
+    assert alone.adapter_bytes == written.stat().st_size
+
+
+def test_full_fine_tuning_is_counted_with_gradients_and_moments(alone: plan.Plan) -> None:
+    assert alone.full_bytes == pytest.approx(16 * alone.base_parameters, abs=64)  # float32: 4 of each
+    full = abstract.full_fine_tuning(make_config())
+    assert (full.method.name, full.model.quantize) == ("full", "")
+
+
+def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    dense = make_config(model__quantize="")
+    single = abstract.abstract_model(dense, SMALL | {"quantization_config": stored})
+    assert single.blocks.attention.query.kernel.get_value().format == "nf4_single"
+    nested = abstract.abstract_model(
+        dense, SMALL | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}}
+    )
+    assert nested.blocks.attention.query.kernel.get_value().format == "nf4"
+
+
+@pytest.mark.parametrize("fields", [{"init": "eva"}, {"init": "loftq"}, {"init": "pissa"}])
+def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: dict[str, Any]) -> None:
+    method = methods.make_config("lora", rank=4, **fields).to_dict()
+    config = make_config(method=method, model__quantize="nf4" if "loftq" in fields["init"] else "")
+    assert adapters.attached(abstract.abstract_model(config, SMALL))["default"].rank == 4
+
+
+def test_more_positions_than_the_model_has_are_refused() -> None:
+    with pytest.raises(UserError, match="exceed the model's 64 positions"):
+        measure.measure(make_config(data__max_length=65), SMALL, devices.find("cpu"))
+
+
+# --- Against a run ---
+
+# The train step, as large as a plan says, with real arrays. A first one makes the threads and what they keep; then all
+# is given back, and VmHWM set back.
+RUN = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import jax, numpy as np
+from peftjax.plan import __main__ as command
+from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
+from peftjax.core import config as configs
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+request = json.load(sys.stdin)
+config, cpu = configs.from_json(json.dumps(request["config"])), devices.find("cpu")
+found = measure.measure(config, request["hf_config"], cpu)
+drawn = abstract.sketch(config, request["hf_config"], cpu.mesh(config.mesh))
+step = drawn.traced.lower().compile()
+rng = np.random.default_rng(0)
+
+def fill(leaf):
+    return jax.device_put(rng.integers(0, 2, leaf.shape, np.int8).astype(leaf.dtype), leaf.sharding)
+
+def train():
+    state, frozen, batch = jax.tree.map(fill, drawn.arguments)
+    jax.block_until_ready(step(state, frozen, batch))
+
+train()
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+train()
+print(json.dumps({"planned": found.needed, "grown": resident("VmHWM") - before}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc of Linux")
+def test_the_cpus_figure_is_the_growth_of_a_run() -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "max_position_embeddings": 512}
+    config = make_config(train__batch_size=16, data__max_length=512, model__quantize="")
+    request = {"config": config.to_dict(), "hf_config": tiny.CONFIG | sizes}
+    # one device, and a program that is compiled with care; what is freed is given back to the system
+    own = {"XLA_FLAGS": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps(request),
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["planned"] > 300e6  # else the scratch memory of XLA:CPU's threads would be a large part
+    assert 0.8 < found["grown"] / found["planned"] < 1.35, found
+
+
+# --- Without a compiler, and too large ---
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "missing", lambda self: 'pip install "peftjax[cuda-plan]"')
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_every_line_that_needs_one_says_estimate() -> None:
+    config = make_config(mesh__fsdp=8)
+    found = measure.measure(config, SMALL, devices.find("h100:8"))
+    text = printed(config, found, devices.find("h100:8").missing())
+    assert "not compiled: pip install" in text
+    assert "estimate: fits" in text
+    for line in text.splitlines():
+        if any(name in line for name in ("temporaries", "gradients", "traffic", "at most", "full fine-tuning")):
+            assert "estimate" in line, line
+    assert "needs the compiler" in next(line for line in text.splitlines() if "collectives" in line)
+    assert found.seconds().keys() == {"products", "memory"}
+
+
+def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(alone: plan.Plan) -> None:
+    drawn = abstract.sketch(make_config(), SMALL, devices.find("cpu").mesh(make_config().mesh))
+    assert alone.temporaries / 4 < drawn.live < 2 * alone.temporaries
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_what_does_not_fit_is_told_with_what_to_change() -> None:
+    config = make_config(
+        model__quantize="", model__remat="none", train__batch_size=16, data__max_length=64, train__loss_chunk=64
+    )
+    device = dataclasses.replace(devices.find("a6000"), memory=600_000)
+    found = measure.measure(config, SMALL, device)
+    assert not found.fits
+    saved = dict(found.advice)
+    assert {"model.quantize=nf4", "model.remat=block", "train.accumulate=2", "train.batch_size=8"} <= set(saved)
+    assert saved["optim.momentum_dtype=bfloat16"] == found.arguments["adapters"] // 2
+    assert list(saved.values()) == sorted(saved.values(), reverse=True)
+    text = printed(config, found)
+    assert "does not fit" in text
+    assert "--config.model.remat=block" in text
+
+
+def test_more_devices_are_named_where_they_would_do(alone: plan.Plan) -> None:
+    large = dataclasses.replace(alone, device="a6000", memory=devices.find("a6000").memory, temporaries=10**9)
+    large = dataclasses.replace(large, arguments={"frozen base": 150 * 10**9})
+    name, each = advice.more_devices(large) or ("", 0)
+    assert name == "a6000:4"
+    assert each == pytest.approx(150e9 / 4 + 1e9, rel=1e-3)
+
+
+# --- Several of them ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "most", "first", "largest"),
+    [
+        ("batch", "batch_size", 100, 8, 96),  # in steps of 4 devices
+        ("batch", "batch_size", 5, 8, 4),
+        ("batch", "batch_size", 3, 8, None),
+        ("length", "max_length", 1000, 64, 960),  # of 64
+        ("rank", "rank", 77, 4, 72),
+    ],
+)
+def test_a_search_finds_the_largest_that_fits(
+    kind: str, field: str, most: int, first: int, largest: int | None
+) -> None:
+    config = make_config()
+    section = {"batch": "train", "length": "data", "rank": "method"}[kind]
+
+    def probe(config: Any) -> Any:
+        return SimpleNamespace(fits=config[section][field] <= most)
+
+    tried = {value: found.fits for value, found in search.search(kind, config, 4, probe)}
+    assert next(iter(tried)) == first
+    assert max((value for value, fits in tried.items() if fits), default=None) == largest
+    assert len(tried) <= 9
+
+
+def test_a_search_stops_at_what_the_model_refuses() -> None:
+    def probe(config: Any) -> Any:
+        if config.method.rank > 32:
+            raise UserError("larger than the layer")
+        return SimpleNamespace(fits=True)
+
+    tried = dict(search.search("rank", make_config(), 1, probe))
+    assert max(value for value, found in tried.items() if not isinstance(found, UserError)) == 32
+    with pytest.raises(UserError, match="'bitfit' has no rank"):
+        list(search.search("rank", make_config(method=methods.make_config("bitfit").to_dict()), 1, probe))
+
+
+def test_methods_are_compared_with_the_configs_own() -> None:
+    assert list(search.compared(make_config())) == ["full", "lora", "lora, nf4"]
+    own = search.compared(make_config(method=methods.make_config("ia3").to_dict()))
+    assert list(own) == ["full", "lora", "lora, nf4", "ia3, nf4 (the config)"]
+    assert [config.method.name for config in own.values()] == ["full", "lora", "lora", "ia3"]
+
+
+# --- The command ---
+
+CONFIG = """
+from peftjax.core.config import defaults
+from peftjax.methods import make_config
+
+def get_config():
+    config = defaults()
+    config.model.path = {path!r}
+    config.method = make_config("lora", rank=2)
+    config.data.max_length = 16
+    return config
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A config whose model's directory holds nothing but config.json."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(tmp_path / "model")))
+    return tmp_path
+
+
+def test_the_command_plans_in_another_process(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written / "plan.json"
+    code = command.main([f"--config={written / 'config.py'}", "--device=cpu", f"--json={file}"])
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "compiled by XLA:CPU" in out
+    assert "frozen base" in out
+    assert "\x1b" not in out  # no terminal, no colours
+    record = json.loads(file.read_text())
+    assert record["fits"] is True
+    assert record["needed"] == sum(record["arguments"].values()) + record["temporaries"] + record["others"]
+
+
+def test_of_a_hub_id_only_config_json_is_fetched(
+    written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
+) -> None:
+    fetched = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.append((name, revision, allow_patterns))
+        return str(written / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(command, "ask", lambda *given, **named: alone)
+    hub = ["--config.model.path=some/model", "--config.model.revision=main"]
+    assert command.main([f"--config={written / 'config.py'}", "--device=cpu", *hub]) == 0
+    assert fetched == [("some/model", "main", ["config.json"])]
+
+
+def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "ask", lambda *given, **named: pytest.fail("it was compiled"))
+    config = f"--config={written / 'config.py'}"
+    for device, told in (("cpu:2", "is 2 devices"), ("v5x", "no such device")):
+        with pytest.raises(UserError, match=told):
+            command.main([config, f"--device={device}"])
+
+
+def test_an_error_of_the_other_process_is_told(written: Path) -> None:
+    with pytest.raises(UserError, match="exceed the model's 64 positions"):
+        worker.ask(make_config(data__max_length=100), SMALL, devices.find("cpu"))
+
+
+# --- The real compilers; the extras tpu and cuda-plan ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e", "v5p:2x2x1", "v6e:2x4", "a6000", "l4:2", "h100:8", "h200", "a100-40gb"])
+def test_devices_that_are_not_there_are_compiled_for(name: str) -> None:
+    device = devices.find(name)
+    if missing := device.missing():
+        pytest.skip(missing)
+    config = make_config(mesh__fsdp=device.count, model__dtype="bfloat16", train__batch_size=device.count)
+    found = worker.ask(config, SMALL, device)
+    assert found.compiler == ("libtpu" if device.platform == "tpu" else "XLA:GPU")
+    assert found.fits
+    assert 0 <= found.padding < 2 * sum(found.arguments.values())
+    assert found.moved > 0
+    assert bool(found.collectives) == (device.count > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+def test_a_program_that_the_tpu_compiler_refuses_does_not_fit() -> None:
+    wide = SMALL | {"hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 16}
+    found = worker.ask(make_config(model__quantize="", model__dtype="float32"), wide, devices.find("v5e"), advise=False)
+    assert not found.fits
+    assert "RESOURCE_EXHAUSTED" in found.refused
+    assert found.needed > sum(found.arguments.values())

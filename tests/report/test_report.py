@@ -1,0 +1,388 @@
+"""The report: what stands on the page, what must never be on it, and that odd data does not break it."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from peftjax import adapters, methods
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.report import page as report
+from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
+from peftjax.report.page import write_report
+
+NASTY = '<script>alert(1)</script> & "quoted" </div>{{ 7*7 }} \x1b[31m \ud800'
+CONFIG = {
+    "method": {"name": "lora", "rank": 16},
+    "model": {"path": "embedded"},
+    "data": {"train": ["tfds:rewrite_dates/train"]},
+    "train": {"steps": 30},
+}
+DATA = ReportData(
+    title="Dates",
+    parts=(
+        Part("embed", 1000, 4000, adapter=False, trained=False),
+        Part("blocks.attention", 3000, 12000, adapter=False, trained=False),
+        Part("blocks.attention.query", 80, 320, adapter=True, trained=True),
+    ),
+    optimizer_bytes=640,
+    adapter_file_bytes=2048,
+    before=(Sample("a:1", "prompt one", "old", "2001-01-01", False), Sample("a:2", NASTY, "", NASTY, False)),
+    after=(Sample("a:1", "prompt one", "2001-01-01", "2001-01-01", True), Sample("a:2", NASTY, NASTY, NASTY, True)),
+    timings={"compile": 12.5},
+    versions={"jax": "0.0.1"},
+    default_config={**CONFIG, "method": {"name": "lora", "rank": 8}},
+)
+
+
+def train_line(step: int, **numbers: float) -> dict[str, Any]:
+    line = {"loss": 3 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 500.0}
+    return {"step": step, "kind": "train", "seconds": float(step), "peak_memory_bytes": 2**20, **line, **numbers}
+
+
+def eval_line(step: int, loss: float, match: float) -> dict[str, Any]:
+    scores = {"eval_loss": loss, "perplexity": math.exp(loss), "token_accuracy": match, "exact_match": match}
+    return {"step": step, "kind": "eval", "seconds": step + 0.5, **scores, "prompts": 256}
+
+
+LINES = [eval_line(0, 3.0, 0.0), *(train_line(step) for step in range(1, 31)), eval_line(30, 0.1, 0.9375)]
+
+
+def write_workdir(
+    workdir: Path, config: Any = None, lines: list[dict[str, Any]] | None = None, data: ReportData | None = None
+) -> Path:
+    workdir.mkdir(exist_ok=True)
+    if config is not None:
+        (workdir / "config.json").write_text(json.dumps(config))
+    if lines is not None:
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if data is not None:
+        data.save(workdir)
+    return workdir
+
+
+def page(workdir: Path) -> str:
+    text = write_report(workdir).read_text(encoding="utf-8")
+    check_tags(text)
+    return text
+
+
+def check_tags(text: str) -> None:
+    """Every element is closed in its place, and none loads anything."""
+
+    class Checker(HTMLParser):
+        open: tuple[str, ...] = ()
+
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "link", "img", "iframe", "object")
+            assert not {"src", "href", "srcset"} & {name for name, _ in attributes}
+            assert all(value and value[0] == "#" for name, value in attributes if name == "xlink:href")
+            if tag not in ("meta", "wbr"):
+                self.open = (*self.open, tag)
+
+        def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open[-1] == tag
+            self.open = self.open[:-1]
+
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    assert checker.open == ()
+
+
+def words(text: str) -> str:
+    """What a reader sees: no tags, single spaces."""
+    body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> str:
+    return page(write_workdir(tmp_path / "run", CONFIG, LINES, DATA))
+
+
+def test_headline_numbers_go_from_before_to_after(full: str) -> None:
+    seen = words(full)
+    assert "Exact match 0% → 93.8% +93.8 points · 256 held-out prompts" in seen
+    assert "Held-out loss 3 → 0.1 perplexity 20.09 → 1.105" in seen
+    assert "Trained parameters 80 2.00% of the 4,000 in the base" in seen
+    assert "Adapter file 2.0 KiB beside a base of 15.6 KiB" in seen
+    assert "Wall time 30 s 30 steps" in seen
+    assert "Tokens per second 500" in seen
+
+
+def test_every_section_is_there(full: str) -> None:
+    seen = words(full)
+    for expected in (
+        "Loss nats per token", "Answers", "Learning rate", "Gradient norm", "Answers before and after",
+        "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak in use 1.0 MiB", "compile 12 s",
+        "Changed from the defaults 1 of 5 fields", "jax 0.0.1", "method lora, rank 16",
+    ):  # fmt: skip
+        assert expected in seen
+    assert "Not finished" not in seen
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
+    assert not re.findall(r"https?:|//[a-z]|@import|url\(|@font-face", full)
+    assert "prefers-color-scheme: dark" in full
+
+
+def test_answers_are_marked_and_paired_by_prompt(full: str) -> None:
+    assert "Expected 2001-01-01 ✗ wrong Before old ✓ right After 2001-01-01" in words(full)
+    assert full.count("✓ right") == 2
+    assert "empty" in words(full)
+
+
+def test_text_is_escaped(full: str) -> None:
+    assert "<script" not in full
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in full
+    assert "{{ 7*7 }}" in full  # not evaluated either
+    assert "\\x1b[31m" in full
+    assert "\x1b" not in full
+
+
+def test_nasty_text_is_escaped_wherever_it_can_stand(tmp_path: Path) -> None:
+    config = {"model": {"path": NASTY}, "data": {"train": [NASTY]}, "a": {NASTY: NASTY}}
+    data = ReportData(
+        title=NASTY, versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),)
+    )
+    text = page(write_workdir(tmp_path, config, None, data))
+    assert text.count("&lt;script&gt;") >= 8
+    assert "<script" not in text
+
+
+def test_fields_at_their_default_are_folded_away(full: str) -> None:
+    changed, everything = full.split("<summary>All fields")
+    changed = words(changed.split("Changed from the defaults")[1])
+    assert "method.rank 16 8" in changed
+    assert "train.steps" not in changed
+    assert "train.steps 30" in words(everything)
+
+
+def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
+    seen = words(page(write_workdir(tmp_path / "a", CONFIG)))
+    assert "Not finished: step 0 of 30" in seen
+    for absent in ("Training", "Answers", "Parameters", "Memory", "Changed"):
+        assert absent not in seen
+    seen = words(page(write_workdir(tmp_path / "b", None, [train_line(1)])))
+    assert "Learning rate" in seen
+    for absent in ("Held-out", "Exact match", "Answers", "Configuration", "Not finished"):
+        assert absent not in seen
+
+
+def test_without_an_evaluation_before_training_there_is_no_before(tmp_path: Path) -> None:
+    seen = words(page(write_workdir(tmp_path, CONFIG, LINES[1:], dataclasses.replace(DATA, before=()))))
+    assert "Exact match 93.8%" in seen
+    assert "→" not in seen
+    assert "Before" not in seen
+
+
+def test_the_title_is_the_name_of_the_workdir_if_none_is_given(tmp_path: Path) -> None:
+    assert "<title>my-run · peftjax</title>" in page(write_workdir(tmp_path / "my-run", CONFIG))
+
+
+def charts(text: str) -> dict[str, ElementTree.Element]:
+    """The charts' svg elements by title."""
+    found = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    elements = [ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="xlink"', 1)) for svg in found]
+    return {element.attrib["aria-label"].removesuffix(" by step"): element for element in elements}
+
+
+def curves(chart: ElementTree.Element, color: str = "first") -> list[list[tuple[float, float]]]:
+    """The points of the lines of that color, in pixels."""
+    paths = [path for path in chart.iter("path") if f"fill: none; stroke: var(--{color})" in path.get("style", "")]
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.attrib["d"])] for path in paths]
+
+
+def dots(chart: ElementTree.Element) -> int:
+    return sum(1 for _ in chart.iter("use"))
+
+
+def labels(chart: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in chart.iter("text")]
+
+
+def test_each_chart_holds_its_curves(full: str) -> None:
+    drawn = charts(full)
+    assert list(drawn) == ["Loss", "Answers", "Learning rate", "Gradient norm", "Tokens per second"]
+    assert [len(line) for line in curves(drawn["Loss"])] == [30]
+    assert [len(line) for line in curves(drawn["Loss"], "second")] == [2]
+    assert dots(drawn["Loss"]) == 32
+    ((start, zero), (end, match)) = curves(drawn["Answers"])[0]
+    assert start < end
+    assert zero > match  # y points down
+    assert labels(drawn["Answers"])[-6:] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+    assert labels(drawn["Loss"])[:4] == ["0", "10", "20", "30"]
+
+
+def test_charts_have_the_colors_of_the_page_and_ids_of_their_own(full: str) -> None:
+    for name, color in report.COLORS.items():
+        assert f"--{name}: {color};" in full  # in the light; the charts name the variables
+        assert f": var(--{name})" in full
+    assert not re.search(r"(fill|stroke): #", full)
+    ids = re.findall(r' id="([^"]*)"', full)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path, full: str) -> None:
+    (tmp_path / "again").mkdir()
+    assert page(write_workdir(tmp_path / "again" / "run", CONFIG, LINES, DATA)) == full
+
+
+def test_matplotlib_is_imported_only_to_draw_and_without_pyplot(tmp_path: Path) -> None:
+    write_workdir(tmp_path, None, [train_line(1)])
+    code = (
+        "import sys, pathlib, peftjax.train, peftjax.report.page as report; print('matplotlib' in sys.modules);"
+        f"report.write_report(pathlib.Path({str(tmp_path)!r}));"
+        "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    root = Path(report.__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1.0],
+        [0.0, 0.0],
+        [2.0, 2.0],
+        [-3.0, 5.0],
+        [math.nan, math.inf],
+        [1e-30, 1e30],
+        [1.0, math.nan, 3.0],
+        [1e-45, 3e38],
+    ],
+    ids=str,
+)
+def test_odd_losses_make_a_page_and_those_that_are_not_finite_are_skipped(tmp_path: Path, losses: list[float]) -> None:
+    lines = [train_line(step, loss=loss) for step, loss in enumerate(losses, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+    drawn = charts(page(tmp_path))
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    assert ("Loss" in drawn) == bool(finite)
+    if finite:
+        assert dots(drawn["Loss"]) == len(finite)
+        width, height = map(float, drawn["Loss"].attrib["viewBox"].split()[2:])
+        for x, y in itertools.chain(*curves(drawn["Loss"])):
+            assert 0 <= x <= width
+            assert 0 <= y <= height
+
+
+@pytest.mark.parametrize(("last", "logarithmic"), [(0.1, True), (0.5, False), (0.0, False)])
+def test_a_loss_that_falls_far_has_a_logarithmic_axis(tmp_path: Path, last: float, logarithmic: bool) -> None:
+    text = page(write_workdir(tmp_path, None, [train_line(1, loss=5.0), train_line(2, loss=last)]))
+    assert ("nats per token, logarithmic" in text) == logarithmic
+    assert labels(charts(text)["Loss"])[3:] == (
+        ["0.1", "0.3", "1", "3"] if logarithmic else ["0", "1", "2", "3", "4", "5"][last > 0 :]
+    )
+
+
+def json_line(line: dict[str, Any]) -> str:
+    names = {"nan": "NaN", "inf": "Infinity"}
+    return json.dumps({key: names.get(repr(value), value) for key, value in line.items()}) + "\n"
+
+
+def test_a_long_noisy_run_makes_a_small_page_with_its_extremes_and_a_running_mean(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(size=20_000)
+    lines = [train_line(step, loss=2 + noise[step - 1], grad_norm=noise[-step]) for step in range(1, 20_001)]
+    lines[12_345]["loss"] = 50.0
+    text = page(write_workdir(tmp_path, CONFIG, lines))
+    assert len(text) < 400_000
+    assert "each logged step" in text
+    raw, mean = curves(charts(text)["Loss"])
+    assert len(raw) < 8_000
+    (left, _), *_, (right, bottom) = raw
+    peak = min(raw, key=lambda point: point[1])
+    assert (peak[0] - left) / (right - left) == pytest.approx(12_345 / 20_000, abs=1e-3)
+    assert min(y for _, y in mean) > (peak[1] + bottom) / 2
+
+
+def test_numbers_are_short() -> None:
+    values = (0, 0.25, 1000, 12_000, 1_500_000, 2e-5, 2.5e-17, 1e30, -0.5)
+    assert [report._number(value) for value in values] == [
+        "0", "0.25", "1,000", "12,000", "1.5e6", "2e-5", "2.5e-17", "1e30", "-0.5",
+    ]  # fmt: skip
+    assert [report.format_duration(seconds) for seconds in (0.84, 59.9, 60, 151, 11_520)] == [
+        "0.8 s", "1 min 0 s", "1 min 0 s", "2 min 31 s", "3 h 12 min",
+    ]  # fmt: skip
+
+
+def test_report_data_comes_back_equal(tmp_path: Path) -> None:
+    DATA.save(tmp_path)
+    assert ReportData.load(tmp_path) == DATA
+    assert ReportData.load(tmp_path / "elsewhere") == ReportData()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"titel": "x"}', "unexpected keyword argument 'titel'"),
+        ('{"parts": [{"name": "x"}]}', "missing"),
+        ('{"before": 3}', "report.json"),
+        ("[]", "not a JSON object but list"),
+        ('{"title', "not JSON"),
+    ],
+)
+def test_a_report_json_that_is_not_ours_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError, match=r"report\.json") as error:
+        write_report(tmp_path)
+    assert message in str(error.value)
+
+
+def test_an_empty_workdir_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run has written there"):
+        write_report(tmp_path)
+
+
+def test_the_command_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_workdir(tmp_path, CONFIG, LINES)
+    report.main(["--workdir", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").exists()
+
+
+def test_parameters_are_counted_by_part_and_what_is_trained_by_type() -> None:
+    model = tiny.model()
+    base = {part.name: part for part in count_parts(variables.flat(model)[1], variables.PeftParam)}
+    assert base["embed"] == Part("embed", 48 * 32, 48 * 32 * 4, adapter=False, trained=False)
+    assert base["blocks.attention"].parameters == 3 * (2 * 32 * 32 + 2 * 32 * 16)
+
+    adapters.attach(model, methods.Lora(rank=2, targets=("q_proj",)), rngs=nnx.Rngs(0))
+    leaves = variables.flat(model)[1]
+    parts = {part.name: part for part in count_parts(leaves, variables.PeftParam)}
+    added = Part("blocks.attention.query", 3 * 2 * (32 + 32), 3 * 2 * (32 + 32) * 4, adapter=True, trained=True)
+    assert parts.pop("blocks.attention.query") == added
+    assert parts == base
+
+    full = count_parts(variables.flat(tiny.model())[1], nnx.Param)
+    assert all(part.trained and not part.adapter for part in full)
+
+
+def test_bytes_are_those_that_an_array_takes() -> None:
+    tree = {
+        "a": jnp.zeros((3, 5), jnp.float32),
+        "b": [jnp.zeros(10, jnp.bfloat16)],
+        "c": jnp.zeros(7, jnp.int4),
+        "d": None,
+    }
+    assert tree_bytes(tree) == 60 + 20 + 4
+    assert tree_bytes(jnp.zeros(3, bool)) == 3

@@ -1,0 +1,99 @@
+"""Generation: equal to the whole forward pass token by token, whatever the batch; sampling as it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from peftjax import adapters, methods
+from peftjax.decoding import Sampling, generate
+from tests import tiny
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """One token at a time by whole forward passes, without a cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = jnp.array([tokens + [0] * (24 - len(tokens))])
+        tokens.append(int(jnp.argmax(model(padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_generation_in_a_batch_equals_each_prompt_by_whole_forward_passes() -> None:
+    model = tiny.model()
+    assert generate(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+
+
+def test_a_sliding_window_is_kept_while_generating() -> None:
+    model = tiny.model(model_type="mistral", sliding_window=3)
+    assert generate(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+
+
+def test_a_stop_token_ends_its_row_and_is_not_given_back() -> None:
+    model = tiny.model()
+    free = generate(model, PROMPTS, max_new_tokens=6)
+    stop = free[0][2]
+    for row, stopped in zip(free, generate(model, PROMPTS, max_new_tokens=6, stop=[stop]), strict=True):
+        assert stopped == (row[: row.index(stop)] if stop in row else row)
+
+
+def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
+    from peftjax.decoding import _decode
+
+    model = tiny.model()
+    base = generate(model, PROMPTS, max_new_tokens=6)
+    for seed, name in enumerate(("first", "second")):
+        adapters.attach(model, methods.Lora(rank=4), name, rngs=nnx.Rngs(seed))
+        tiny.randomize(model, scale=1.0, seed=seed)
+    first = generate(adapters.use(model, "first"), PROMPTS, max_new_tokens=6)
+    compiled = _decode._cache_size()
+    second = generate(adapters.use(model, "second"), PROMPTS, max_new_tokens=6)
+    assert _decode._cache_size() == compiled
+    assert base != first != second
+    assert generate(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
+
+
+def test_sampling_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
+    model, hot = tiny.model(), Sampling(temperature=2.0)
+    one, again, other = (generate(model, PROMPTS, max_new_tokens=8, sampling=hot, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=1.0), {0, 1, 2, 3}),
+        (Sampling(temperature=1.0, top_k=2), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.55), {0, 1}),  # 0.5 alone is less than 0.55
+        (Sampling(temperature=1.0, top_p=0.4), {0}),
+        (Sampling(temperature=0.05), {0}),
+        (Sampling(), {0}),
+    ],
+)
+def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampling, allowed: set[int]) -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 2000))
+    drawn = np.asarray(sampling.draw(logits, jax.random.key(0)))
+    assert set(drawn.tolist()) == allowed
+    if sampling == Sampling(temperature=1.0):
+        np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.5, 0.3, 0.15, 0.05], atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[]], "max_new_tokens": 2}, "every prompt needs at least one token"),
+        ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new ones exceed the model's 64 positions"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny.model(), **arguments)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_options_out_of_range_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
