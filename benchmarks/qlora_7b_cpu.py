@@ -37,11 +37,11 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
 
     import peftjax
     from peftjax import methods
-    from peftjax.core import config as configs
     from peftjax.core import variables
     from peftjax.losses import next_token_loss
+    from peftjax.training import config as configs
     from peftjax.training import optim
-    from peftjax.training.step import first_state, make_train_step
+    from peftjax.training.step import Objective, init_state, make_train_step
 
     model = peftjax.load_model(directory, dtype, quantize="nf4", remat="block")
     report("after loading")
@@ -53,9 +53,9 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
     config = configs.defaults().optim
     config.learning_rate = 1e-3
     optimizer = optim.make_optimizer(config, 100, decayed)
-    state = first_state(trainable, optimizer, seed=0)
+    state = init_state(trainable, optimizer, seed=0)
     variables.update(model, state.trainable)  # the state holds copies: let go of the originals, as train.py does
-    return make_train_step(graph, optimizer, (), partial(next_token_loss, chunk=LENGTH), state), state, frozen
+    return make_train_step(Objective(graph, partial(next_token_loss, chunk=LENGTH)), optimizer, state), state, frozen
 
 
 def report(when: str) -> None:

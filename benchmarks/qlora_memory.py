@@ -19,11 +19,10 @@ from typing import Any
 # before jax: it shall not look for hardware
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
-from peftjax import methods
-from peftjax.core import config as configs
 from peftjax.plan import devices
 from peftjax.plan import measure as plan
 from peftjax.plan.devices import GIB
+from peftjax.training import config as configs
 
 HERE = Path(__file__).parent
 
@@ -50,7 +49,7 @@ def make_config(fields: dict[str, Any], overrides: Sequence[str]) -> Any:
     """The config that `python -m peftjax.train --config=configs/base.py` would make of these."""
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     base = HERE.parent / "configs" / "base.py"
-    return configs.load(base, [*given, *overrides], method_defaults=methods.method_defaults)
+    return configs.load(base, [*given, *overrides])
 
 
 def main(arguments: Sequence[str]) -> None:

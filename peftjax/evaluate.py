@@ -10,31 +10,29 @@ import jax
 
 from peftjax import sharding
 from peftjax.core import cli, distributed
-from peftjax.core import config as configs
-from peftjax.tasks import base as tasks
-from peftjax.training.evaluation import answer, answer_scores, load_trained, measure
+from peftjax.data.batches import eval_prompts
+from peftjax.training import answers
+from peftjax.training import config as configs
+from peftjax.training.trained import load_trained, measure
 
 
 def main(argv: list[str]) -> None:
-    from peftjax import methods
-    from peftjax.data.batches import eval_examples
-
-    summary = "Evaluate what a training run left in its workdir."
-    options = cli.parse(argv, "evaluate", summary, options=distributed.add_options)
-    config = configs.load(options.config, options.overrides, method_defaults=methods.method_defaults)
-    tasks.check(config)
+    summary = "Evaluate the trained model in a workdir."
+    options = cli.parse(argv, "evaluate", summary, configs.describe(), options=distributed.add_options)
+    config = configs.load(options.config, options.overrides)
     distributed.start(options)
     workdir = Path(options.workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    model, rows = load_trained(config, workdir, mesh)
+    mesh = sharding.make_mesh(config.mesh.sizes)
+    model, task = load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):
-        measured = measure(config, model, rows, mesh)
+        measured = measure(config, model, task, mesh)
         if count := config.eval.exact_match or config.eval.samples:
-            answers = answer(model, eval_examples(config, rows, count), rows.tokenizer, config.eval.max_new_tokens)
+            prompts = eval_prompts(config.data, task, count)
+            found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens)
             if scored := config.eval.exact_match > 0:
-                measured |= answer_scores(answers, config.eval.metrics)
-            for item in answers[: config.eval.samples] if jax.process_index() == 0 else ():
-                print(item.told(scored))
+                measured |= answers.score(found, config.eval.metrics)
+            for item in found[: config.eval.samples] if jax.process_index() == 0 else ():
+                print(item.line(scored))
     if jax.process_index() != 0:
         return
     for name, value in measured.items():

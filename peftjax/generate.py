@@ -9,48 +9,49 @@ from functools import partial
 from pathlib import Path
 
 from peftjax.core import cli
+from peftjax.core.errors import UserError
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
+from peftjax.io.hf_adapter import load_adapter
+from peftjax.io.hf_files import resolve
+from peftjax.io.load import load_model
 from peftjax.quant import FORMATS
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peftjax.generate", description="Generate text from prompts with a model and an adapter."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help='Hugging Face directory, hub id, or "embedded" for the bundled model')
+    add("--adapter", help="Adapter directory in the format of Hugging Face PEFT")
+    add("--prompt", action="append", required=True, help="Prompt; repeatable, all are answered in one batch")
+    add("--chat", action="store_true", help="Render each prompt as a user message with the chat template")
+    add("--max-new-tokens", type=int, default=64, help="Maximum number of generated tokens (default: 64)")
+    add("--temperature", type=float, default=0.0, help="Sampling temperature; 0: greedy (default)")
+    add("--top-k", type=int, default=0, help="Sample among the k most likely tokens; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="Sample among the most likely tokens of this total probability")
+    add("--seed", type=int, default=0, help="Random seed")
+    add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
+    add("--quantize", choices=tuple(FORMATS), help="Format of the frozen kernels")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Compute dtype")
+    return parser
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m peftjax.generate", description="Continue prompts.")
-    parser.add_argument("--model", required=True, help='a Hugging Face directory, a hub id, or "embedded"')
-    parser.add_argument("--adapter", help="an adapter directory in Hugging Face PEFT format")
-    parser.add_argument("--prompt", action="append", required=True, help="repeat it for several, answered in one batch")
-    parser.add_argument(
-        "--chat", action="store_true", help="prompts are user messages for the tokenizer's chat template"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--stop", action="append", default=[], help="a token to stop at, besides the end of text; repeatable"
-    )
-    parser.add_argument("--quantize", choices=tuple(FORMATS), help="the format in which the base was trained on")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    options = parser.parse_args(argv)
-
-    from peftjax.data.tokenizer import load_tokenizer
-    from peftjax.io.hf_adapter import load_adapter
-    from peftjax.io.hf_files import resolve
-    from peftjax.io.load import load_model
-
+    options = make_parser().parse_args(argv)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    texts = (
-        [tokenizer.chat([{"role": "user", "content": p}], True) for p in options.prompt]
-        if options.chat
-        else options.prompt
-    )
+    texts = options.prompt
+    if options.chat:
+        texts = [tokenizer.chat([{"role": "user", "content": prompt}], True) for prompt in options.prompt]
     prompts = [tokenizer.encode(text, bos=not options.chat) for text in texts]
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
     if not hasattr(model, "make_cache"):
-        raise ValueError(f"--model={options.model} is a {type(model).__name__}, which generates no text")
+        raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")
     if options.adapter:
         load_adapter(model, Path(options.adapter))
 

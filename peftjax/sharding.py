@@ -1,5 +1,6 @@
 """Where every array lives: a mesh, and one table from logical axes to mesh axes."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,36 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peftjax.core import distributed
+from peftjax.core.config import field
+from peftjax.core.errors import UserError
 from peftjax.quant.base import Quantized
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices split what. One axis may be -1."""
+
+    data: int = field(1, "Devices that split the batch; -1: all remaining devices", low=-1)
+    fsdp: int = field(1, "Devices that split the batch and the weights; -1: all remaining devices", low=-1)
+    sequence: int = field(
+        1, "Devices that split the length of sequences and the weights; -1: all remaining devices", low=-1
+    )
+    tensor: int = field(1, "Devices that split heads and features; -1: all remaining devices", low=-1)
+
+    def __post_init__(self) -> None:
+        if none := [axis for axis, size in self.sizes.items() if size == 0]:
+            raise UserError(f"mesh.{none[0]}=0 must be a number of devices, or -1 for all remaining devices")
+        rest = [f"mesh.{axis}" for axis, size in self.sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise UserError(f"{' and '.join(rest)} are -1 (all remaining devices); only one of them may be")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of devices on each axis."""
+        return dataclasses.asdict(self)
+
 
 # Logical axis -> the mesh axes that split it. Everything not named here is whole on every device.
 TABLE: dict[str, tuple[str, ...]] = {

@@ -11,11 +11,11 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, generate, methods, train
-from peftjax.core import config as configs
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.tasks import base as tasks
+from peftjax.training import config as configs
 from tests import tiny
 
 
@@ -40,7 +40,7 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
 
 def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_path: Path) -> None:
     made, workdir = config(tmp_path), tmp_path / "run"
-    scores = train.train(made, workdir)
+    scores = train.train(configs.validate(made), workdir)
     lines = read_metrics(workdir / "metrics.jsonl")
     before, after = (line for line in lines if line["kind"] == "eval")
     assert (before["step"], after["step"]) == (0, 6)
@@ -68,7 +68,7 @@ def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path) -> None
     with pytest.raises(
         ValueError, match=r"bert' is a Bert, which does not learn task.kind='causal_lm'; it learns classif"
     ):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")
     with pytest.raises(ValueError, match=r"bert is a Bert, which generates no text"):
         generate.main([f"--model={tmp_path / 'bert'}", "--prompt=one"])
 
@@ -82,7 +82,7 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
         train, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
     )
     made = config(tmp_path, checkpoint__adapter=True, data__eval=())
-    train.train(made, tmp_path / "run")
+    train.train(configs.validate(made), tmp_path / "run")
     assert written == [tmp_path / "run" / "adapter"] * 2  # at steps 3 and 6
     peftjax.load_adapter(load_model(made.model.path), written[0])
 
@@ -103,14 +103,14 @@ def test_any_methods_run_leaves_an_adapter_that_changes_the_model(
 ) -> None:
     made = config(tmp_path, method, train__steps=2, data__eval=())
     made.method = methods.make_config(method, **options)
-    train.train(made, tmp_path / "run")
+    train.train(configs.validate(made), tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path), tmp_path / "run" / "adapter")
     assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4
 
 
 def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0, eval__samples=0), tmp_path / "run"
-    train.train(made, workdir)
+    train.train(configs.validate(made), workdir)
     assert not (workdir / "adapter").exists()
     tuned, base = load_model(workdir / "model"), load_model(made.model.path)
     assert (workdir / "model" / "tokenizer.json").exists()
@@ -119,7 +119,7 @@ def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
 
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, workdir = config(tmp_path, train__steps=2), tmp_path / "run"
-    scores = train.train(made, workdir)
+    scores = train.train(configs.validate(made), workdir)
     (tmp_path / "config.py").write_text(
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n    return ConfigDict(json.loads({configs.to_json(made)!r}))\n"
@@ -151,13 +151,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path:
     with pytest.raises(
         ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"
     ):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
 def test_without_held_out_records_nothing_is_evaluated(tmp_path: Path) -> None:
     made = config(tmp_path, data__eval=(), train__steps=2)
-    assert train.train(made, tmp_path / "run") == {}
+    assert train.train(configs.validate(made), tmp_path / "run") == {}
     assert all(line["kind"] == "train" for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
@@ -165,13 +165,13 @@ def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path
     made = config(tmp_path)
     made.method.targets = "q_porj"
     with pytest.raises(ValueError, match="'q_porj' matches no layer"):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
     made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0, eval__samples=0)
-    train.train(made, tmp_path / "run")
+    train.train(configs.validate(made), tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
     assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32
     assert model.blocks.attention.query.kernel.dtype == jnp.bfloat16
@@ -182,11 +182,11 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     monkeypatch.setattr(tasks, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; name a directory that can be made"):
-        train.train(made, tmp_path / "file" / "run")
+        train.train(configs.validate(made), tmp_path / "file" / "run")
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
     with pytest.raises(ValueError, match=r"names no file\. Did you mean 'eval\.jsonl'"):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")
     made.data.prompt_template = "{promt}"
     with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run").exists()

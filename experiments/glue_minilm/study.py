@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax import adapters, evaluate, methods, sharding, train
-from peftjax.core import config as configs
+from peftjax.training import config as configs
 from peftjax.core import variables
 from peftjax.data.rows import load_rows
 from peftjax.io.hf_files import resolve
@@ -62,7 +62,7 @@ OTHER_RATES = (1e-3, 5e-3)
 def run_config(options: argparse.Namespace, task: str, method: str, rate: float) -> Any:
     """The config of one run."""
     template, length, steps, _ = TASKS[task]
-    config = configs.load(f"{CONFIG}:{task}", method_defaults=methods.method_defaults).copy_and_resolve_references()
+    config = configs.load(f"{CONFIG}:{task}").copy_and_resolve_references()
     with config.unlocked():
         config.method = make_config(method, **METHODS[method])
     config.model.path = options.model
@@ -72,14 +72,14 @@ def run_config(options: argparse.Namespace, task: str, method: str, rate: float)
     config.train.batch_size, config.train.steps, config.train.eval_every = BATCH, steps, 0
     config.optim.learning_rate, config.optim.warmup_steps = rate, steps // 16
     config.checkpoint.every = steps
-    return configs.validate(config, method_defaults=methods.method_defaults)
+    return configs.validate(config)
 
 
 def held_out(config: Any, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
     """What the model that a run left scores on the test file."""
     config = config.copy_and_resolve_references()
     config.data.eval = (f"{options.data}/{task}/test.jsonl.gz",)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh.sizes)
     model, rows = evaluate.load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):
         return evaluate.measure(config, model, rows, mesh)
@@ -88,7 +88,7 @@ def held_out(config: Any, workdir: Path, options: argparse.Namespace, task: str)
 def sizes(config: Any) -> dict[str, float]:
     """How many parameters the method trains, the head aside, and their share of the encoder's."""
     base = resolve(config.model.path)
-    model = tasks.load_base(config, base, load_rows(config, base).labels, sharding.make_mesh(config.mesh))
+    model = tasks.load_base(config, base, load_rows(config, base).labels, sharding.make_mesh(config.mesh.sizes))
     method = methods.from_config(config.method)
     encoder = sum(
         leaf.get_value().size

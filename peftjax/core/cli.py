@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, and user mistakes printed without a traceback."""
+"""What all commands share: arguments, exit codes, and user mistakes printed without a traceback."""
 
 import argparse
 import os
@@ -11,18 +11,19 @@ from typing import Any, NoReturn
 
 import jax
 
-from peftjax.core import config, distributed
+from peftjax.core import distributed
+from peftjax.core.errors import UserError
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Ends the process with what `main(arguments)` returns, None counting as 0.
+    """End the process with what `main(arguments)` returns; None counts as 0.
 
-    A ValueError or an OSError is the user's to mend: its message goes to stderr and the exit code is 2. With
-    PEFTJAX_TRACEBACK=1 in the environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a
-    preempted run with 75. A warning is a line on stderr.
+    The message of a UserError or an OSError goes to stderr, and the exit code is 2. With PEFTJAX_TRACEBACK=1 in the
+    environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a preempted run with 75.
+    A warning is one line on stderr.
     """
     keep_programs()
-    wait = False  # for the other processes
+    wait = False  # whether to wait for the other processes
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -34,7 +35,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print(stop, file=sys.stderr)
         code = distributed.PREEMPTED
     except Exception as error:
-        mistake = isinstance(error, ValueError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
+        mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
         if not mistake and not distributed.many():
             raise
         if not mistake:
@@ -43,7 +44,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         wait = not isinstance(error, jax.errors.JaxRuntimeError)
         if not wait:
             print(
-                "Where another process ended first, this is how the others learn of it: see what it said.",
+                "If another process ended first, its own message says why.",
                 file=sys.stderr,
             )
         code = 2 if mistake else 1
@@ -53,11 +54,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def keep_programs() -> None:
-    """Programs that took a second or more to compile outlive the process, in the user's cache directory.
+    """Keep programs that took a second or more to compile in the user's cache directory, for later processes.
 
-    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false switches it off. A directory that
-    cannot be made is done without. Processes can share one: an entry that another is still writing does not decompress, and
-    is compiled instead.
+    JAX_COMPILATION_CACHE_DIR sets another directory, JAX_ENABLE_COMPILATION_CACHE=false disables the cache. Without a
+    writable directory there is no cache. Processes can share one: an entry that is still being written does not
+    decompress, and is compiled instead.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
@@ -71,7 +72,7 @@ def keep_programs() -> None:
 
 
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
-    del where, also  # a place in our code says nothing to a user
+    del where, also  # a line of our code tells a user nothing
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -79,19 +80,27 @@ def parse(
     argv: list[str],
     command: str,
     summary: str,
+    fields: str,
     *,
     workdir: bool = True,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The arguments of `python -m peftjax.COMMAND`: `config` (path), `overrides` (for `config.load`) and `workdir`.
+    """The arguments of `python -m peftjax.COMMAND`: `config` (path), `overrides` (strings "--config.a.b=c") and `workdir`.
 
-    `options` may add a command's own ones. --help also lists all fields of the config. An argument that is missing or
-    unknown ends the process with code 2, as argparse does.
+    A missing or unknown argument ends the process with code 2, as argparse does.
+
+    Args:
+      argv: The command line without the program.
+      command: The name of the command.
+      summary: What it does, for --help.
+      fields: The description of all config fields, for --help.
+      workdir: Whether the command has --workdir.
+      options: Adds the command's own options to the parser.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m peftjax.{command}",
         description=summary,
-        epilog=config.describe(),
+        epilog=fields,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -99,7 +108,9 @@ def parse(
         "--config", required=True, metavar="FILE", help="Python file with get_config(), or FILE.py:ARGUMENT"
     )
     if workdir:
-        parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run keeps all it writes")
+        parser.add_argument(
+            "--workdir", required=True, metavar="DIR", help="Directory for everything that the run writes"
+        )
     if options is not None:
         options(parser)
     overrides = [argument for argument in argv if argument.startswith("--config.")]

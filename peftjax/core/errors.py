@@ -1,8 +1,9 @@
-"""The error a user is meant to read."""
+"""The error that users are meant to read."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what, where, its value, what was near and how to fix it.
+    """A mistake in what the user gave: a config, a file, the data, or an argument of a public function.
 
-    The commands print it without a traceback (peftjax/core/cli.py).
+    The message says on one line what happened, where, the value and the fix. The commands print it without a traceback
+    (core/cli.py); any other exception is a bug of ours, and shows one.
     """

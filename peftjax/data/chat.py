@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from peftjax.core.errors import UserError
 from peftjax.data.chat_template import Message
+from peftjax.data.config import DataConfig
 from peftjax.data.fields import field_of
 from peftjax.data.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ def encode_chat(messages: list[Message], tokenizer: Tokenizer, name: str) -> tup
         before = render(tokenizer, messages[:i], name, add_generation_prompt=True)
         after = render(tokenizer, messages[: i + 1], name)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: the chat template of {tokenizer.directory} writes the conversation up to message {i + 1} (an "
                 "assistant turn) differently once more messages follow, so the assistant's part cannot be told. Split "
                 'such conversations into one record for each answer, or use config.data.format = "completion"'
@@ -44,16 +45,16 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], name: str, *, add_
     try:
         return tokenizer.chat(messages, add_generation_prompt)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
-def messages_of(record: Mapping[str, Any], data: ConfigDict, name: str) -> list[Message]:
+def messages_of(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Message]:
     messages = field_of(record, data.messages_field, "messages_field", name)
     if isinstance(messages, Mapping):  # TFDS stores a sequence of dicts as a dict of sequences
         messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     good = isinstance(messages, list | tuple) and messages
     if not good or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages):
-        raise ValueError(
+        raise UserError(
             f'{name}: the field {data.messages_field!r} must hold a list of messages {{"role": ..., "content": ...}}, '
             f"and holds {str(messages)[:80]!r}"
         )

@@ -1,8 +1,8 @@
-"""Images with a class, prepared as the model's preprocessor_config.json says.
+"""Images as pixels, prepared as the model's preprocessor_config.json says.
 
-Equal to transformers' ViTImageProcessor and DeiTImageProcessor with backend="pil", given the path of an image. The
-torchvision backend, which is their default where torchvision is installed, resizes by other code, which rounds otherwise,
-and makes one step of the rescaling and the normalisation: it differs by rounding.
+Equal to transformers' ViTImageProcessor and DeiTImageProcessor with backend="pil" for the path of an image. Their
+torchvision backend, the default if torchvision is installed, differs by rounding: it resizes with other code, and merges
+rescaling and normalization into one step.
 """
 
 import dataclasses
@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.data.fields import field_of
-from peftjax.data.labelled import Labels
-from peftjax.data.packing import Row
-from peftjax.data.rows import Document, Rows, empty_row
-from peftjax.data.sources import class_folders
 from peftjax.io.hf_files import read_json_if_any
 
 if TYPE_CHECKING:
@@ -38,13 +33,13 @@ _ALL = {
     "image_std": 0.5,
     "default_to_square": True,
 }
-# What transformers fills in for a field that is left out or null, by the kind of processor.
+# transformers' default for a field that is missing or null, by the kind of processor.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": _ALL | {"size": 224, "resample": 2},
     "DeiT": _ALL | {"size": 256, "resample": 3, "do_center_crop": True, "crop_size": 224},
 }
-# Fields that change no pixel here: the processor's name, and do_convert_rgb and the layouts, since an image is always
-# made RGB when it is opened, and rows are [H, W, C].
+# Fields that change no pixel here: the name of the processor, do_convert_rgb (images are always converted to RGB), and
+# the layouts (rows are always [H, W, C]).
 HARMLESS = frozenset({
     "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format",
     "input_data_format", "_valid_processor_keys",
@@ -53,10 +48,14 @@ HARMLESS = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How an image becomes pixels: (image * rescale - mean) / std, of the image resized and cropped. None: not done.
+    """How an image becomes pixels: (image * rescale - mean) / std of the resized and cropped image.
 
-    resize: height and width, or the length of the shortest side; resample: PIL's number of the filter; crop: height and
-    width around the middle, black where the image is smaller; normalize: mean and std, each [C].
+    Attributes:
+      resize: Height and width, or the length of the shortest side; None: no resizing.
+      resample: PIL's number of the resampling filter.
+      crop: Height and width around the center, padded with black if the image is smaller; None: no cropping.
+      rescale: Factor of the pixel values; None: 1.
+      normalize: Mean and std, each [C]; None: no normalization.
     """
 
     resize: tuple[int, int] | int | None
@@ -67,7 +66,7 @@ class Preparation:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """Height and width of all pixels; None where they depend on the image."""
+        """Height and width of the result; None if they depend on the image."""
         return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
     def __call__(self, image: "Image") -> np.ndarray:
@@ -90,36 +89,36 @@ class Preparation:
 
 
 def _shortest(image: "Image", side: int) -> tuple[int, int]:
-    """Height and width once the shortest side has that length."""
+    """Height and width of an image scaled so that its shortest side has the given length."""
     longest = int(side * max(image.size) / min(image.size))
     return (longest, side) if image.width <= image.height else (side, longest)
 
 
 def load_preparation(directory: Path) -> Preparation:
-    """What a model's directory says about its images.
+    """The preparation that a model directory asks for.
 
     Raises:
-      ValueError: there is no preprocessor_config.json, or it has a field or a value that is not honoured here.
+      UserError: There is no preprocessor_config.json, or it has a field or a value that is not supported.
     """
     if not (directory / FILE).is_file():
         kind = read_json_if_any(directory / "config.json").get("model_type")
-        raise ValueError(
-            f"{directory} (model_type {kind!r}) has no {FILE}, which says how images are prepared for a model: take it "
-            "from where the checkpoint is from, or for a model of your own write one (docs/images.md)"
+        raise UserError(
+            f"{directory} (model_type {kind!r}) has no {FILE}, which says how to prepare images: copy it "
+            "from the source of the checkpoint, or write one for a model of your own (docs/images.md)"
         )
     said = read_json_if_any(directory / FILE)
     kind = said.get("image_processor_type") or said.get("feature_extractor_type") or "ViTImageProcessor"
     match = re.fullmatch(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind))
     if not match or match[1] not in DEFAULTS:
         supported = ", ".join(f"{name}ImageProcessor" for name in DEFAULTS)
-        raise ValueError(f"{directory / FILE}: image_processor_type={kind!r} is not supported, only {supported}")
+        raise UserError(f"{directory / FILE}: image_processor_type={kind!r} is not supported, only {supported}")
     fields = DEFAULTS[match[1]] | {name: value for name, value in said.items() if value is not None}
     known = {*_ALL, "size", "resample", "crop_size"}
     for name, value in fields.items():  # one that is false says what is not done
         if name not in known | HARMLESS and value is not False:
-            raise ValueError(
-                f"{directory / FILE}: {name}={value!r} is not supported, so the pixels might be others.{suggest(name, known)} "
-                "Take the field out if it does not matter"
+            raise UserError(
+                f"{directory / FILE}: {name}={value!r} is not supported, so the pixels could differ.{suggest(name, known)} "
+                "Remove the field if it does not matter"
             )
     return _preparation(fields, str(directory / FILE))
 
@@ -127,11 +126,13 @@ def load_preparation(directory: Path) -> Preparation:
 def _preparation(fields: Mapping[str, Any], file: str) -> Preparation:
     for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"):
         if type(fields[name]) is not bool:
-            raise ValueError(f"{file}: {name}={fields[name]!r} is neither true nor false")
+            raise UserError(f"{file}: {name}={fields[name]!r} must be true or false")
     if fields["resample"] not in range(6):
-        raise ValueError(f"{file}: resample={fields['resample']!r} is none of PIL's filters, 0 to 5 (2: bilinear)")
+        raise UserError(
+            f"{file}: resample={fields['resample']!r} must be the number of a PIL filter, 0 to 5 (2: bilinear)"
+        )
     if type(fields["rescale_factor"]) not in (int, float):
-        raise ValueError(f"{file}: rescale_factor={fields['rescale_factor']!r} is no number")
+        raise UserError(f"{file}: rescale_factor={fields['rescale_factor']!r} must be a number")
     size, crop = fields["size"], fields.get("crop_size")
     resize: tuple[int, int] | int
     match size:
@@ -160,28 +161,31 @@ def _sides(value: Any, name: str, file: str) -> tuple[int, int]:
             return height, width
         case {"height": int(height), "width": int(width), **rest} if not rest:
             return height, width
-    raise ValueError(
-        f"{file}: {name}={value!r} is not supported: say a number, {{'height': 224, 'width': 224}}, or as size "
-        "{'shortest_edge': 256} and crop the rest away (do_center_crop, crop_size)"
+    raise UserError(
+        f"{file}: {name}={value!r} is not supported; use a number, {{'height': 224, 'width': 224}}, or as size "
+        "{'shortest_edge': 256} with a crop (do_center_crop, crop_size)"
     )
 
 
 def _channels(value: Any, name: str, file: str) -> np.ndarray:
-    """A number for each channel, [C]."""
+    """One number per channel, [C]."""
     values = value if isinstance(value, list) else [value] * CHANNELS
     if len(values) != CHANNELS or any(type(number) not in (int, float) for number in values):
-        raise ValueError(f"{file}: {name}={value!r} is neither a number nor {CHANNELS} of them")
+        raise UserError(f"{file}: {name}={value!r} must be a number or a list of {CHANNELS}")
     return np.array(values, np.float32)
 
 
 def open_image(value: Any) -> "Image":
-    """The RGB image that a record holds: the bytes of a file, with or without datasets' {"bytes": ...} around them, or
-    uint8 [H, W] or [H, W, C]. As transformers opens a file: turned as its EXIF data says, without its transparency, the
-    first of several frames.
+    """The RGB image that a record holds, opened as transformers opens a file.
+
+    It is rotated as its EXIF data says, without transparency, and the first of several frames.
+
+    Args:
+      value: The bytes of an image file, bare or as the {"bytes": ...} of datasets, or a uint8 array [H, W] or [H, W, C].
 
     Raises:
-      Exception: what Pillow has to say of damaged bytes; a ValueError if the value is something else, or if a channel
-        has more than 8 bits, which Pillow would cut off.
+      UserError: The value is something else, or has more than 8 bits per channel, which Pillow would truncate.
+      Exception: Whatever Pillow raises for damaged bytes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -191,70 +195,31 @@ def open_image(value: Any) -> "Image":
         try:
             image: Image.Image = Image.open(io.BytesIO(value))
         except UnidentifiedImageError:
-            raise ValueError(f"its {len(value):,} bytes are of no format that Pillow reads") from None
+            raise UserError(f"its {len(value):,} bytes have no format that Pillow reads") from None
     elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
         image = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value)
     else:
         what = f"the str {value[:80]!r}" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"it is {what}, and must be the bytes of an image file or a uint8 array; files in folders are read by "
-            "images:DIR"
+        raise UserError(
+            f"it is {what}, but must be the bytes of an image file or a uint8 array; use images:DIR to "
+            "read files in folders"
         )
     if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-        raise ValueError("it has more than 8 bits a channel, of which Pillow would cut off some; store it with 8 bits")
+        raise UserError("it has more than 8 bits per channel, which Pillow would truncate; store it with 8 bits")
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; from a palette Pillow warns otherwise
+        image = image.convert("RGBA")  # the same colors; without this Pillow warns about palettes
     return image.convert("RGB")
 
 
-class ImageRows(Rows):
-    """One class of an image."""
-
-    def __init__(self, config: ConfigDict, directory: Path):
-        self._config, self._data = config, config.data
-        self._prepare, self._sides = load_preparation(directory), _model_sides(directory)
-        if self._prepare.sides not in (None, self._sides):
-            raise ValueError(
-                f"{directory / FILE}: images become {_by(self._prepare.sides)} pixels, and the model reads "
-                f"{_by(self._sides)} (image_size in config.json): set size, or with do_center_crop crop_size, to that"
-            )
-        self._labels = Labels(config, directory, example=class_folders(config.data.train))
-        self.labels = self._labels.names
-        for spec in (*config.data.train, *config.data.eval):  # now, and not when the first such image comes
-            for label in class_folders([spec]):
-                self._labels.number(label, spec)
-
-    def document(self, record: Mapping[str, Any], name: str) -> Document:
-        value = field_of(record, self._data.image_field, "image_field", name)
-        label = self._labels.number(field_of(record, self._data.label_field, "label_field", name), name)
-        try:
-            image = open_image(value)
-        except Exception as error:  # of damaged bytes Pillow may raise anything
-            where = f"{name}: the image in the field {self._data.image_field!r}"
-            raise ValueError(f"{where} cannot be read: {error}") from error
-        pixels = self._prepare(image)
-        if pixels.shape[:2] != self._sides:
-            raise ValueError(
-                f"{name}: the image has {_by(pixels.shape)} pixels after its preparation, and the model reads "
-                f"{_by(self._sides)}; let {FILE} resize or crop it"
-            )
-        return Document(
-            {"pixels": pixels, "labels": np.asarray(label, np.int32), "loss_weights": np.ones((), np.float32)}
-        )
-
-    def empty(self) -> Row:
-        return empty_row(self._config, classes=len(self.labels), image=(*self._sides, CHANNELS))
-
-
-def _model_sides(directory: Path) -> tuple[int, int]:
-    """Height and width of the images that the model reads."""
+def model_sides(directory: Path) -> tuple[int, int]:
+    """Height and width of the images that the model in a directory reads."""
     config = read_json_if_any(directory / "config.json")
     if (channels := config.get("num_channels", CHANNELS)) != CHANNELS:
-        raise ValueError(f"{directory}: the model reads {channels} channels (num_channels); images are read as RGB")
+        raise UserError(f"{directory}: the model reads {channels} channels (num_channels), but images are RGB")
     size = config.get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _by(sides: tuple[int, ...] | None) -> str:
+def dimensions(sides: tuple[int, ...] | None) -> str:
     return "any number of" if sides is None else f"{sides[0]} x {sides[1]}"

@@ -1,17 +1,18 @@
-"""Records of text as tokens: which fields are read, and which tokens carry a loss."""
+"""Records of text as tokens: which fields are read, and which tokens have a loss."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from peftjax.core.errors import UserError
 from peftjax.data.chat import encode_chat, messages_of, render
+from peftjax.data.config import DataConfig
 from peftjax.data.fields import field_of, fill
 from peftjax.data.tokenizer import Tokenizer
 
-# Of a text record, at most this many tokens are the prompt that a generated sample continues.
+# The maximum length of the prompt that is cut from a text record.
 TEXT_PROMPT_TOKENS = 32
 
 
@@ -20,8 +21,8 @@ class Example:
     """One document for training.
 
     Attributes:
-      tokens: [n] int32.
-      loss_mask: [n] bool, true where the model is asked to predict this token. Nothing predicts the first one.
+      tokens: int32 [n].
+      loss_mask: bool [n], true for the tokens that the model is trained to predict. The first one is never predicted.
     """
 
     tokens: np.ndarray
@@ -30,13 +31,13 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model is asked in an evaluation by generation.
+    """A prompt for an evaluation by generation.
 
     Attributes:
-      tokens: to continue.
-      prompt: their text.
-      expected: the text that should follow. Compare without the spaces around it: some tokenizers lose them.
-      record: the record's name.
+      tokens: The tokens to continue.
+      prompt: Their text.
+      expected: The expected continuation. Compare without surrounding spaces, which some tokenizers lose.
+      record: The name of the record.
     """
 
     tokens: list[int]
@@ -45,20 +46,22 @@ class Prompt:
     record: str
 
 
-def encode_record(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, *, name: str) -> Example:
-    """The tokens of a record and which of them carry a loss, by `data.format` (`data` is config.data).
+def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, *, name: str) -> Example:
+    """The tokens of a record, and which of them have a loss.
 
-    text: the text between bos (where the tokenizer adds it by itself) and eos; a loss on all of it. An empty text has
-      no loss.
-    completion: bos, prompt, completion, eos; a loss on the completion and the eos. The prompt's tokens are those of the
-      prompt alone, what a generation starts from, and the completion's are those it has after the prompt. Where
-      tokenizing both together would merge across their boundary (Hugging Face TRL then warns and trains on the merged
-      tokens), the completion is tokenized by itself.
-    chat: the conversation by the model's chat template; a loss on every assistant turn, its end-of-turn token included.
+    By data.format:
+
+    text: The text between bos (if the tokenizer adds it) and eos, with a loss on all of it. An empty text has no loss.
+    completion: bos, prompt, completion, eos, with a loss on the completion and the eos. The prompt has the tokens that it
+      has alone, which is what generation starts from; the completion has those that it has after the prompt. Where
+      tokenizing both together would merge tokens across their boundary (Hugging Face TRL then warns and trains on the
+      merged tokens), the completion is tokenized separately.
+    chat: The conversation as rendered by the chat template, with a loss on every assistant turn including its
+      end-of-turn token.
 
     Raises:
-      ValueError: a field is missing or is not text; a template or a conversation that cannot be used. `name`, what to
-        call the record, is in the message.
+      UserError: A field is missing or is not text, or a template or a conversation cannot be used. The message calls the
+        record `name`.
     """
     if data.format == "text":
         return _encode_text(record, data, tokenizer, name)
@@ -67,17 +70,20 @@ def encode_record(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokeni
         return example([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
     if data.format == "chat":
         return example(*encode_chat(messages_of(record, data, name), tokenizer, name))
-    raise ValueError(f'config.data.format = {data.format!r} must be "text", "completion" or "chat"')
+    raise UserError(f'config.data.format={data.format!r} must be "text", "completion" or "chat"')
 
 
-def encode_prompt(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, *, name: str) -> Prompt:
-    """What a generation starts from for this record, and the text that should follow.
+def encode_prompt(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, *, name: str) -> Prompt:
+    """The prompt of a record, and the text that is expected to follow.
 
-    completion: the prompt; the completion. chat: what precedes the last assistant turn; that turn's content.
-    text: the first half of the tokens, 32 of them at most; the rest of the text.
+    By data.format:
+
+    completion: The prompt, and the completion.
+    chat: All that precedes the last assistant turn, and the content of that turn.
+    text: The first half of the tokens, at most 32 of them, and the rest of the text.
 
     Raises:
-      ValueError: as `encode_record`; also a conversation without an assistant turn.
+      UserError: As `encode_record`; also a conversation without an assistant turn.
     """
     if data.format == "completion":
         expected, ids, _ = _prompt_and_completion(record, data, tokenizer, name)
@@ -85,7 +91,7 @@ def encode_prompt(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokeni
         messages = messages_of(record, data, name)
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None or not isinstance(messages[last].get("content"), str):
-            raise ValueError(f"{name}: the conversation has no assistant turn with a text to expect")
+            raise UserError(f"{name}: the conversation has no assistant turn with text to compare with")
         text = render(tokenizer, messages[:last], name, add_generation_prompt=True)
         ids, expected = tokenizer.encode(text, bos=False, eos=False), messages[last]["content"]
     else:
@@ -99,19 +105,19 @@ def example(tokens: Sequence[int], loss_mask: Sequence[bool] | np.ndarray) -> Ex
     return Example(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))
 
 
-def _encode_text(record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, name: str) -> Example:
+def _encode_text(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str) -> Example:
     text = field_of(record, data.text_field, "text_field", name)
     if not isinstance(text, str):
-        raise ValueError(f"{name}: the field {data.text_field!r} must hold text, and holds {type(text).__name__}")
+        raise UserError(f"{name}: field {data.text_field!r} must hold text, not {type(text).__name__}")
     ids = tokenizer.encode(text, bos=False, eos=False)
     tokens = tokenizer.end(tokenizer.begin(ids))
     return example(tokens, np.full(len(tokens), bool(ids)))
 
 
 def _prompt_and_completion(
-    record: Mapping[str, Any], data: ConfigDict, tokenizer: Tokenizer, name: str
+    record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str
 ) -> tuple[str, list[int], list[int]]:
-    """The completion's text, the prompt's tokens, and the completion's tokens with their eos."""
+    """The text of the completion, the tokens of the prompt, and the tokens of the completion with its eos."""
     prompt = fill(data.prompt_template, record, data, name)
     completion = fill(data.completion_template, record, data, name)
     before = tokenizer.encode(prompt, bos=True, eos=False)

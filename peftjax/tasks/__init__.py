@@ -1,1 +1,46 @@
-"""The kinds of tasks, one per file, each with its data, its loss and its metrics."""
+"""The kinds of tasks, one per file, and the registry that finds them by name.
+
+A task owns its records, rows of padding, loss, metrics, unit and lengths. Adding one is a file here and an entry in
+`TASKS`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from peftjax.core.config import field
+from peftjax.data.config import DataConfig
+from peftjax.tasks.base import Task
+from peftjax.tasks.causal_lm import CausalLM
+from peftjax.tasks.classification import Classification
+from peftjax.tasks.image_classification import ImageClassification
+from peftjax.tasks.regression import Regression
+from peftjax.tasks.seq2seq import Seq2Seq
+from peftjax.tasks.token_classification import TokenClassification
+
+TASKS: dict[str, type[Task]] = {
+    cls.kind: cls for cls in (CausalLM, Seq2Seq, Classification, Regression, TokenClassification, ImageClassification)
+}
+Task.registry = TASKS
+
+__all__ = ["TASKS", "Task", "TaskConfig", "make_task"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the model learns."""
+
+    kind: str = field(
+        "causal_lm",
+        "Task type: continue a text, answer one (T5), predict the class or the number of a text or a pair of texts, the "
+        "class of each word, or the class of an image",
+        choices=tuple(TASKS),
+    )
+    labels: tuple[str, ...] = field((), "Class names in their order; empty: those of the checkpoint's own head")
+    multi_label: bool = field(False, "Whether a text may have several classes at once, or none; for classification")
+
+
+def make_task(config: TaskConfig, data: DataConfig, directory: Path, loss_chunk: int = 128) -> Task:
+    """The task of a configuration, for the model in a directory; see `Task` for the arguments."""
+    return TASKS[config.kind](
+        data, directory, labels=config.labels, multi_label=config.multi_label, loss_chunk=loss_chunk
+    )

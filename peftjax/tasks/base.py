@@ -1,146 +1,201 @@
-"""The kinds of task: for each its models, its head, its loss, and what an evaluation makes of the model's outputs."""
+"""What a kind of task is: how records become examples, what the model minimizes, and how it is scored."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from peftjax import losses
 from peftjax.core.errors import UserError
-from peftjax.core.paths import suggest
-from peftjax.io.load import load_model
-from peftjax.io.random_model import make_random
-from peftjax.losses import Loss
-from peftjax.models.bert import Bert
-from peftjax.models.decoder import Decoder
-from peftjax.models.t5 import T5
-from peftjax.models.vit import Vit
-from peftjax.tasks import metrics as scores
+from peftjax.data.config import DataConfig
+from peftjax.data.documents import Document
+from peftjax.data.packing import Row
+from peftjax.data.records import Prompt
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.losses import Totals
+from peftjax.models.base import Model
+from peftjax.tasks.model import ModelConfig, load_base
+
+Batch = Mapping[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A kind of task.
+class Outputs(NamedTuple):
+    """What an evaluation step returns.
 
-    model: the class that learns it. head: of the model, as for `load_model`; None where it has none to choose.
-    problem: transformers' problem_type of the head. loss: of (logits, batch); where the model writes text, of (model,
-    batch, config.train.loss_chunk). score: of the logits and labels of all held-out examples, {name: score}; None where
-    the model writes text.
+    Attributes:
+      totals: Sums of the loss.
+      labelled: Logits, labels and loss weights of the batch, for metrics over the whole held-out data; None where the
+        metrics follow from the totals.
     """
 
-    model: type
-    loss: Callable[..., losses.Totals]
-    head: str | None = None
-    problem: str | None = None
-    score: Callable[..., dict[str, float]] | None = None
-
-    def totals(self, chunk: int) -> Loss:
-        """The loss as a function of a model and a batch."""
-        if self.score is None:
-            return partial(self.loss, chunk=chunk)
-        return lambda model, batch: self.loss(losses.outputs(model, batch), batch)
+    totals: Totals
+    labelled: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
-TASKS = {
-    "causal_lm": Task(Decoder, losses.next_token_loss),
-    "seq2seq": Task(T5, losses.seq2seq_loss),
-    "classification": Task(
-        Bert,
-        losses.classification_loss,
-        "sequence_classification",
-        "single_label_classification",
-        scores.classification,
-    ),
-    "regression": Task(Bert, losses.regression_loss, "sequence_classification", "regression", scores.regression),
-    "token_classification": Task(Bert, losses.classification_loss, "token_classification", score=scores.classification),
-    "image_classification": Task(
-        Vit, losses.classification_loss, "image_classification", "single_label_classification", scores.classification
-    ),
-}
+class Task:
+    """A kind of task. It is also the `peftjax.data.documents.Encoder` of its records.
 
+    A subclass is one file in this package and one entry in `TASKS`. It declares the class attributes below and
+    implements `document`, `row_shapes`, `loss` and `metrics`; a task whose metrics need all predictions overrides
+    `evaluate`, and one that answers prompts in text implements `prompt`.
 
-def of(config: Any) -> Task:
-    """The task of a config."""
-    if config.task.multi_label:
-        return dataclasses.replace(
-            TASKS["classification"],
-            loss=losses.multi_label_loss,
-            problem="multi_label_classification",
-            score=scores.multi_label,
+    Attributes:
+      kind: Its name, the value of task.kind.
+      model_class: The model classes that learn it.
+      head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
+      problem_type: transformers' name for what the head predicts.
+      unit: What the training speed counts.
+      loss_unit: The unit of the loss, for charts.
+      generates: Whether the model answers prompts in text.
+      packs: Whether several records may share a row.
+      multi: Whether task.multi_label applies.
+      labels: The class names; empty where there are no classes.
+    """
+
+    registry: ClassVar[Mapping[str, type["Task"]]]  # all tasks by kind, for messages
+    kind: ClassVar[str]
+    model_class: ClassVar[type[Model]]
+    head: ClassVar[str | None] = None
+    problem_type: str | None = None
+    unit: str = "tokens"
+    loss_unit: ClassVar[str] = "mean of the examples"
+    generates: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    multi: ClassVar[bool] = False
+    labels: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        data: DataConfig,
+        directory: Path,
+        *,
+        labels: tuple[str, ...] = (),
+        multi_label: bool = False,
+        loss_chunk: int = 128,
+    ) -> None:
+        """Reads no tokenizer and no weights.
+
+        Args:
+          data: The section `data` of the configuration.
+          directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
+          labels: Class names in their order; empty for those of the checkpoint.
+          multi_label: Whether an example may have several classes.
+          loss_chunk: Positions whose logits are computed at a time.
+
+        Raises:
+          UserError: The options do not fit the kind of task or the model.
+        """
+        if data.pack and not self.packs:
+            raise UserError(
+                f"data.pack=True packs texts for task.kind='causal_lm' only, not for {self.kind!r}; set it to False"
+            )
+        if multi_label and not self.multi:
+            raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
+        self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
+        self.given_labels, self.multi_label = labels, multi_label
+
+    # --- Data ---
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model directory, with the fast parts that the task needs."""
+        return load_tokenizer(self.directory)
+
+    def document(self, record: Mapping[str, Any], name: str) -> Document:
+        """The example in a record; messages call the record `name`.
+
+        Raises:
+          UserError: A field is missing or holds the wrong kind of value.
+        """
+        raise NotImplementedError
+
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one row, without the batch dimension."""
+        raise NotImplementedError
+
+    def empty_row(self) -> Row:
+        """A row of padding: the tokenizer's padding token in the token arrays, zeros elsewhere."""
+        fill: dict[str, int] = dict.fromkeys(("tokens", "decoder_tokens"), self.tokenizer.pad_id)
+        return {name: np.full(each.shape, fill.get(name, 0), each.dtype) for name, each in self.row_shapes().items()}
+
+    def prompt(self, record: Mapping[str, Any], name: str) -> Prompt | None:
+        """The prompt of a record and the expected answer; None if there is no room for an answer in data.max_length."""
+        raise UserError(
+            f"eval.exact_match and eval.samples: task.kind={self.kind!r} does not generate text; set them to 0"
         )
-    return TASKS[config.task.kind]
 
+    # --- The model ---
 
-def check(config: Any) -> None:
-    """Raises a ValueError where the config asks for a score that there is not, or for answers of what gives none."""
-    if unknown := [name for name in config.eval.metrics if name not in scores.OF_ANSWERS]:
-        raise ValueError(
-            f"eval.metrics has {unknown[0]!r}.{suggest(unknown[0], scores.OF_ANSWERS)} There are "
-            f"{', '.join(scores.OF_ANSWERS)}, scores of generated answers; the others come by themselves"
-        )
-    for field in ("exact_match", "samples"):
-        if config.eval[field] and of(config).score is not None:
-            raise ValueError(
-                f"eval.{field}={config.eval[field]}: task.kind={config.task.kind!r} gives no answers in words; set it to 0"
+    def load_model(self, config: ModelConfig, directory: Path, mesh: Mesh, seed: int) -> Model:
+        """The base model in a directory, with the head of this task and without adapters, sharded over the mesh.
+
+        Raises:
+          UserError: What `load_model` refuses, or a model that does not learn this kind of task.
+        """
+        model = load_base(config, directory, mesh, seed, **self.head_options(config.new_head))
+        self.require(model, config.path)
+        return model
+
+    def require(self, model: Model, path: str) -> None:
+        """Raises a UserError for a model that does not learn this kind of task."""
+        if not isinstance(model, self.model_class):
+            raise UserError(
+                f"model.path={path!r} is a {type(model).__name__}, which does not learn task.kind={self.kind!r}; it learns "
+                f"{', '.join(kind for kind, task in self.registry.items() if isinstance(model, task.model_class))}"
             )
 
+    def head_options(self, new_head: bool) -> dict[str, Any]:
+        """The options for the model's head, as `load_model` and `models.from_hf_config` take them."""
+        if self.head is None:
+            return {}
+        return {
+            "head": self.head,
+            "labels": self.labels or (1 if self.problem_type == "regression" else None),
+            "problem_type": self.problem_type,
+            "new_head": new_head,
+        }
 
-def head_options(config: Any, labels: Sequence[str]) -> dict[str, Any]:
-    """The options for the head of the task's model, as `load_model` and `models.from_hf_config` take them."""
-    task = of(config)
-    if task.head is None:
-        return {}
-    return {
-        "head": task.head,
-        "labels": labels or (1 if task.problem == "regression" else None),
-        "problem_type": task.problem,
-        "new_head": config.model.new_head,
-    }
+    def positions(self, model: Model) -> int:
+        """The positions of one row that the model computes, without virtual tokens."""
+        return self.data.max_length
 
+    def lengths(self, model: Model) -> dict[str, int]:
+        """The numbers of positions that mesh.sequence divides, by a description of each.
 
-def load_base(config: Any, directory: Path, labels: Sequence[str], mesh: Mesh) -> Any:
-    """The model in a directory as `config` wants it, with the head of its task and these classes, without adapters.
-
-    Raises:
-        ValueError: what `load_model` refuses, or a model that does not learn this kind of task.
-    """
-    make = make_random if config.model.init == "random" else load_model
-    model = make(
-        directory,
-        config.model.dtype,
-        config.model.quantize or None,
-        param_dtype=config.model.param_dtype or None,
-        remat=config.model.remat,
-        skip=config.model.skip_quantize,
-        mesh=mesh,
-        seed=config.seed,
-        **head_options(config, labels),
-    )
-    if not isinstance(model, of(config).model):
-        learns = [kind for kind, task in TASKS.items() if isinstance(model, task.model)]
-        raise ValueError(
-            f"model.path={config.model.path!r} is a {type(model).__name__}, which does not learn "
-            f"task.kind={config.task.kind!r}; it learns {', '.join(learns)}"
-        )
-    return model
-
-
-def check_length(config: Any, model: Any, mesh: Mesh) -> None:
-    """Raises a UserError where an example has more positions than the model, or a number that mesh.sequence does not
-    divide."""
-    if isinstance(model, Vit):
-        lengths = {"an image, its patches and the class token": 1 + model.config.patches}
-    else:
-        virtual, length, most = getattr(model, "virtual", 0), config.data.max_length, model.config.max_positions
+        Raises:
+          UserError: One exceeds the positions of the model.
+        """
+        virtual, length, most = model.virtual, self.data.max_length, model.config.max_positions
         what = f"data.max_length={length}" + f" and {virtual} virtual tokens" * (virtual > 0)
-        lengths = {what: length + virtual}
         if length + virtual > most:
             raise UserError(f"{what} exceed the model's {most} positions; lower data.max_length or method.tokens")
-        if isinstance(model, T5):
-            lengths[f"data.max_target_length={config.data.max_target_length}"] = config.data.max_target_length
-    for what, length in lengths.items():
-        if length % (parts := mesh.shape["sequence"]):
-            raise UserError(f"{what}: {length} positions, which mesh.sequence={parts} does not divide")
+        return {what: length + virtual}
+
+    def check_lengths(self, model: Model, mesh: Mesh) -> None:
+        """Raises a UserError if an example has more positions than the model, or mesh.sequence does not divide them."""
+        for what, length in self.lengths(model).items():
+            if length % (parts := mesh.shape["sequence"]):
+                raise UserError(f"{what}: {length} positions are not a multiple of mesh.sequence={parts}")
+
+    # --- Loss and metrics ---
+
+    def loss(self, model: Model, batch: Batch) -> Totals:
+        """The loss summed over the tokens or the examples of a batch [B, ...]."""
+        raise NotImplementedError
+
+    def evaluate(self, model: Model, batch: Batch) -> Outputs:
+        """The loss of a batch, and what `metrics` needs beside it."""
+        return Outputs(self.loss(model, batch), None)
+
+    def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
+        """The metrics of all held-out data.
+
+        Args:
+          totals: The sums of the loss.
+          logits: The concatenated logits from `evaluate`, or None.
+          labels: Their labels, or None.
+        """
+        raise NotImplementedError

@@ -1,15 +1,28 @@
-"""Scores of predictions, from scikit-learn, SciPy, sacrebleu and rouge-score; all but BLEU (0 to 100) are from -1 or 0 to 1."""
+"""Metrics of predictions, computed by scikit-learn, SciPy, sacrebleu and rouge-score.
+
+BLEU is from 0 to 100; all others are at most 1.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+
 OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
 
 
 def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """accuracy; f1 of class 1 where there are two classes, else macro_f1, the mean over the classes; matthews, the
-    correlation coefficient of Matthews. logits [N, C], labels int [N]."""
+    """Metrics of a single class per example.
+
+    accuracy; f1 of class 1 if there are two classes, else macro_f1, the mean over the classes; matthews, the Matthews
+    correlation coefficient.
+
+    Args:
+      logits: [N, C].
+      labels: int [N].
+    """
     from sklearn import metrics
 
     predicted, classes = logits.argmax(-1), logits.shape[-1]
@@ -22,8 +35,15 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """accuracy: the share of examples all of whose classes are told; micro_f1 over all classes of all examples; macro_f1,
-    the mean over the classes. A class is told where its probability is above one half. logits, labels [N, C]."""
+    """Metrics of any number of classes per example, each predicted if its probability exceeds one half.
+
+    accuracy, the fraction of examples with all classes right; micro_f1, over all classes of all examples; macro_f1, the
+    mean over the classes.
+
+    Args:
+      logits: [N, C].
+      labels: [N, C], 0 or 1.
+    """
     from sklearn import metrics
 
     predicted, labels = logits > 0, labels > 0
@@ -34,8 +54,12 @@ def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """pearson and spearman: the correlations of the numbers and of their ranks; NaN where either does not vary. logits
-    [N, 1], labels float [N]."""
+    """pearson and spearman, the correlations of the numbers and of their ranks; NaN if either is constant.
+
+    Args:
+      logits: [N, 1].
+      labels: float [N].
+    """
     from scipy import stats
 
     predicted = logits[:, 0]
@@ -47,19 +71,32 @@ def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def check_answer_metrics(names: Sequence[str]) -> None:
+    """Raises a UserError for a name that is not in `OF_ANSWERS`."""
+    if unknown := [name for name in names if name not in OF_ANSWERS]:
+        raise UserError(
+            f"eval.metrics has {unknown[0]!r}.{suggest(unknown[0], OF_ANSWERS)} Metrics of generated answers: "
+            f"{', '.join(OF_ANSWERS)}; those of other tasks are always computed"
+        )
+
+
 def same(answer: str, expected: str) -> bool:
-    """Whether two texts are equal but for spaces around them."""
+    """Whether two texts are equal up to surrounding spaces."""
     return answer.strip() == expected.strip()
 
 
 def of_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Some of `OF_ANSWERS`. exact_match: the share of answers that are what was expected, but for spaces around it; bleu:
-    of the corpus, as sacrebleu has it by default (Post 2018); rouge_l: mean F of the longest common subsequences of
-    words, without stemming (Lin 2004)."""
+    """Metrics of generated answers.
+
+    exact_match: the fraction of answers equal to the expected ones up to surrounding spaces; bleu: corpus BLEU with
+    sacrebleu's defaults (Post 2018, arXiv:1804.08771); rouge_l: mean F-measure of the longest common subsequence of
+    words, without stemming (Lin 2004).
+    """
     found: dict[str, float] = {}
     for name in names:
+        pairs = list(zip(answers, expected, strict=True))
         if name == "exact_match":
-            found[name] = float(np.mean([same(one, other) for one, other in zip(answers, expected, strict=True)]))
+            found[name] = float(np.mean([same(one, other) for one, other in pairs]))
         elif name == "bleu":
             import sacrebleu
 
@@ -68,9 +105,5 @@ def of_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[
             from rouge_score.rouge_scorer import RougeScorer
 
             scorer = RougeScorer(["rougeL"])
-            found[name] = float(
-                np.mean(
-                    [scorer.score(other, one)["rougeL"].fmeasure for one, other in zip(answers, expected, strict=True)]
-                )
-            )
+            found[name] = float(np.mean([scorer.score(other, one)["rougeL"].fmeasure for one, other in pairs]))
     return found

@@ -14,21 +14,50 @@ Trees are flat ({path: array}); frozen leaves stand as `optax.MaskedNode()` and 
 no moment and no update.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
+from jax.typing import ArrayLike
 
-from peftjax.core.paths import suggest
+from peftjax.core.config import field
+from peftjax.core.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: str = field("adamw", "Optimizer", choices=OPTIMIZERS)
+    learning_rate: float = field(1e-4, "Peak learning rate", low=0)
+    schedule: str = field("cosine", "Learning rate schedule after the warmup", choices=SCHEDULES)
+    warmup_steps: int = field(0, "Steps over which the learning rate rises from 0", low=0)
+    final_fraction: float = field(0.0, "Final learning rate as a fraction of the peak", low=0, high=1)
+    weight_decay: float = field(0.0, "Decoupled weight decay, times the learning rate; not for norms and biases", low=0)
+    b1: float = field(0.9, "Decay rate of the first moment (adamw, lion)", low=0, high=1)
+    b2: float = field(0.999, "Decay rate of the second moment (adamw) or of the momentum (lion)", low=0, high=1)
+    eps: float = field(1e-8, "Term added to the root of the second moment (adamw)", low=0)
+    momentum: float = field(0.9, "Momentum of sgd", low=0, high=1)
+    momentum_dtype: str = field(
+        "float32", "Dtype of the first moment (adamw, lion, sgd)", choices=("float32", "bfloat16")
+    )
+    clip_norm: float = field(1.0, "Maximum global norm of the gradient; 0: no clipping", low=0)
+
+    def __post_init__(self) -> None:  # what the bounds of the fields cannot say: open intervals
+        for name, value in (("b1", self.b1), ("b2", self.b2), ("momentum", self.momentum)):
+            if value == 1:
+                raise UserError(f"optim.{name}=1 must be less than 1")
+        if self.eps == 0:  # 0 would divide 0 by 0: LoRA's A has no gradient while B is zero
+            raise UserError("optim.eps=0 must be more than 0, for example 1e-8")
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """lr(s), the learning rate of update number s = 0, 1, ..., steps - 1; with w = warmup_steps, f = final_fraction:
 
         s <  w:   learning_rate * s / w
@@ -43,25 +72,22 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     Takes an int or an int32 array, traced or not; returns a float32 scalar. Raises ValueError for an unknown name, and
     for a warmup longer than the run.
     """
-    _validate(config, steps)
     peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         left = jnp.clip((steps - step) / max(1, steps - warmup), 0.0, 1.0)  # 1 - x
-        decayed = {
+        shapes: dict[str, ArrayLike] = {
             "constant": 1.0,
             "linear": final + (1 - final) * left,
             "cosine": final + (1 - final) * jnp.sin(0.5 * jnp.pi * left) ** 2,  # = (1 + cos(pi x)) / 2, exact near 0
-        }[config.schedule]
-        return peak * jnp.where(step < warmup, step / max(1, warmup), decayed)
+        }
+        return peak * jnp.where(step < warmup, step / max(1, warmup), shapes[config.schedule])
 
     return schedule
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict, steps: int, decay_mask: Mapping[str, Any]
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int, decay_mask: Mapping[str, Any]) -> optax.GradientTransformation:
     """The chain at the head of this file: clip, direction, decay, learning rate. `update` needs `params`.
 
     adamw      m_t = b1 m_{t-1} + (1 - b1) g_t,  v_t = b2 v_{t-1} + (1 - b2) g_t^2,
@@ -86,7 +112,6 @@ def make_optimizer(
     `decay_mask` is a tree of booleans such as `decay_mask()` makes. For the log, `make_schedule(config, steps)(s)` is
     the rate of update s. Raises ValueError for an unknown name, b1, b2 or momentum of 1, eps of 0.
     """
-    _validate(config, steps)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return _in_float32(
         optax.chain(
@@ -110,7 +135,7 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
     }
 
 
-def _direction(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
     """d_t of `make_optimizer`."""
     stored = config.momentum_dtype
     if config.name == "adamw":
@@ -134,21 +159,3 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)
-
-
-def _validate(config: ml_collections.ConfigDict, steps: int) -> None:
-    """What the bounds of single fields (core/config.py) cannot say: open intervals, and a warmup within the run."""
-    for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if config[field] not in known:
-            hint = suggest(config[field], known)
-            raise ValueError(f"optim.{field} is {config[field]!r}; it can be {', '.join(known)}.{hint}")
-    for field in ("b1", "b2", "momentum"):
-        if not 0 <= config[field] < 1:
-            raise ValueError(f"optim.{field} is {config[field]}; it must be at least 0 and less than 1.")
-    if not config.eps > 0:  # 0 would divide 0 by 0: LoRA's A has no gradient while B is zero
-        raise ValueError(f"optim.eps is {config.eps}; it must be more than 0, for example 1e-8.")
-    if not 0 <= config.warmup_steps <= steps:
-        raise ValueError(
-            f"optim.warmup_steps is {config.warmup_steps}, but training has {steps} steps (train.steps): "
-            f"it must be from 0 to {steps}."
-        )

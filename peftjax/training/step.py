@@ -1,7 +1,11 @@
-"""The train step: sharded, accumulating, and lean, since only what is trained has a gradient, a moment or an update."""
+"""The pieces of a train step: accumulated gradients, one update, and what the log says of it.
+
+Only trainable leaves have a gradient, a moment or an update. Inside a step there is plain `jax.value_and_grad` and
+`jax.lax.scan` over split state.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,197 +15,155 @@ import optax
 from flax import nnx
 
 from peftjax import sharding
-from peftjax.adapters import Method
 from peftjax.core import variables
-from peftjax.losses import Loss, Totals
-from peftjax.nn.attention import use_kernel
-from peftjax.training import optim
+from peftjax.losses import Totals
+from peftjax.models.base import Model
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", variables.FlatTree, Batch], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step; a checkpoint holds exactly this and the position in the data."""
+    """All that changes from step to step; a checkpoint holds exactly this and the position in the data.
 
-    step: jax.Array  # int32 [], updates done
+    Attributes:
+      step: int32 [], the number of updates done.
+      trainable: The trainable parameters by path.
+      optimizer: The state of the optimizer.
+      key: uint32 [2], the same in all steps: step t draws from fold_in(key, t).
+    """
+
+    step: jax.Array
     trainable: variables.FlatTree
     optimizer: optax.OptState
-    key: jax.Array  # uint32 [2], the same all the time: step t draws from fold_in(key, t)
+    key: jax.Array
 
 
-def first_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. The trainable leaves are copied: the train step donates its state, and the model
-    keeps its own."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer))
-    return jax.jit(partial(_make_state, optimizer, seed), out_shardings=shardings)(trainable)
+def init_state(trainable: variables.FlatTree, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step.
+
+    The trainable leaves are copied, because a train step donates its state and the model keeps its own.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, tx))
+    return jax.jit(partial(_make_state, tx, seed), out_shardings=shardings)(trainable)
 
 
-def abstract_state(trainable: variables.FlatTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and places of the state, from arrays or from their shapes (`jax.ShapeDtypeStruct` with a sharding).
-    A moment lies where its parameter lies, anything else on every device."""
+def abstract_state(trainable: variables.FlatTree, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from arrays or from `jax.ShapeDtypeStruct`s with a sharding.
+
+    A moment is sharded as its parameter; everything else is replicated.
+    """
     mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
     everywhere = sharding.spec((), (), mesh)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        owner = trainable.get(getattr(path[-1], "key", ""))
+        owner = trainable.get(path[-1].key) if isinstance(path[-1], jax.tree_util.DictKey) else None
         where = owner.sharding if owner is not None and owner.shape == leaf.shape else everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(partial(_make_state, optimizer, 0), trainable))
+    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(partial(_make_state, tx, 0), trainable))
 
 
-def _make_state(optimizer: optax.GradientTransformation, seed: int, trainable: variables.FlatTree) -> TrainState:
+def _make_state(tx: optax.GradientTransformation, seed: int, trainable: variables.FlatTree) -> TrainState:
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), key)
-
-
-Gradients = Callable[[TrainState, variables.FlatTree, Mapping[str, jax.Array]], tuple[variables.FlatTree, Totals]]
-Metrics = dict[str, jax.Array]
+    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), tx.init(trainable), key)
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What a train step is made of. gradients: of (state, frozen, batch of arrays [A, B, ...]), of the mean loss, and the
-    totals it was made of; looks at no moment of the state. optimizer: what makes updates of them."""
+class Objective:
+    """What a step minimizes, as a function of split state.
 
-    gradients: Gradients
-    optimizer: optax.GradientTransformation
-
-    def jitted(self, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
-        """A jitted (state, frozen, batch) -> (state, metrics), of states that lie where `state` does. The state is donated;
-        the frozen tree is an argument: never donated, never differentiated."""
-
-        def train_step(
-            state: TrainState, frozen: variables.FlatTree, batch: Mapping[str, jax.Array]
-        ) -> tuple[TrainState, Metrics]:
-            return self.updated(state, *self.gradients(state, frozen, batch))
-
-        return _jitted(train_step, state.trainable, (_places(state), None))
-
-    def updated(self, state: TrainState, gradients: variables.FlatTree, totals: Totals) -> tuple[TrainState, Metrics]:
-        """The state after one update, and what a log says of it."""
-        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
-        measured = {
-            "loss": totals.loss / totals.tokens,
-            "grad_norm": optax.tree.norm(gradients),
-            "tokens": totals.tokens,
-        }
-        return TrainState(state.step + 1, trainable, optimizer_state, state.key), measured
-
-
-def jitted_together(
-    steps: Sequence[Step], states: Sequence[TrainState]
-) -> Callable[..., list[tuple[TrainState, Metrics]]]:
-    """A jitted (states, shared, own, batches) -> [(state, metrics) of each], one step of models that differ in their leaves
-    alone: gradients under vmap, then each optimizer's update. shared: the frozen leaves that all of them have, such as
-    the base, which is there, read and decoded once; own: the other frozen leaves of each. The states are donated."""
-
-    def train_step(
-        states: Sequence[TrainState],
-        shared: variables.FlatTree,
-        own: Sequence[variables.FlatTree],
-        batches: Sequence[Mapping[str, jax.Array]],
-    ) -> list[tuple[TrainState, Metrics]]:
-        def gradients(
-            state: TrainState, own: variables.FlatTree, batch: Mapping[str, jax.Array]
-        ) -> tuple[variables.FlatTree, Totals]:
-            return steps[0].gradients(state, {**shared, **own}, batch)
-
-        without_moments = [state._replace(optimizer=()) for state in states]
-        stacked = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) for members in (without_moments, own, batches)
-        ]
-        together = jax.vmap(gradients)(*stacked)
-        return [
-            step.updated(state, *jax.tree.map(lambda leaf, index=index: leaf[index], together))
-            for index, (step, state) in enumerate(zip(steps, states, strict=True))
-        ]
-
-    return _jitted(train_step, states[0].trainable, [(_places(state), None) for state in states])
-
-
-def _places(state: TrainState) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, state)
-
-
-def _jitted(step: Callable[..., Any], trainable: variables.FlatTree, results: Any) -> Callable[..., Any]:
-    """The function compiled for the mesh of what is trained, its first argument donated; results: where they lie."""
-    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(trainable))
-    return jax.jit(step, donate_argnums=0, out_shardings=results, compiler_options=sharding.compiler_options(mesh))
-
-
-def make_gradients(
-    graph: nnx.GraphDef,
-    dropout_keys: tuple[str, ...],
-    loss: Loss,
-    penalty: Callable[[Any], jax.Array | None] = lambda model: None,
-) -> Gradients:
-    """`Step.gradients` of a model. Microbatches add up sums of losses and gradients; dividing once by the number of tokens
-    makes the result that of one large batch, however the tokens fall. penalty: what a method adds to the mean loss that is
-    minimised, from the model; the loss that is reported is without it."""
-
-    def minimised(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Totals]:
-        model = variables.join(graph, trainable, frozen)
-        totals = loss(model, batch)
-        extra = penalty(model)
-        return totals.loss if extra is None else totals.loss + totals.tokens * extra, totals
-
-    def gradients(
-        state: TrainState, frozen: variables.FlatTree, batch: Mapping[str, jax.Array]
-    ) -> tuple[variables.FlatTree, Totals]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-        def microbatch(sums: Any, part: Any) -> tuple[Any, None]:
-            index, batch = part
-            keyed = variables.with_dropout_keys(frozen, dropout_keys, jax.random.fold_in(key, index))
-            (_, totals), gradients = jax.value_and_grad(minimised, has_aux=True)(state.trainable, keyed, batch)
-            return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-        none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
-        count = len(next(iter(batch.values())))
-        (sums, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
-        return jax.tree.map(lambda g: g / totals.tokens, sums), totals
-
-    return gradients
-
-
-def make_train_step(
-    graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    dropout_keys: tuple[str, ...],
-    loss: Loss,
-    state: TrainState,
-    penalty: Callable[[Any], jax.Array | None] = lambda model: None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`Step.jitted` of a model and an optimizer; the arguments are those of `make_gradients`."""
-    return Step(make_gradients(graph, dropout_keys, loss, penalty), optimizer).jitted(state)
-
-
-def prepare(
-    config: Any,
-    model: Any,
-    method: Method,
-    loss: Loss,
-    state_of: Callable[[variables.FlatTree, optax.GradientTransformation], TrainState],
-) -> tuple[Step, TrainState, variables.FlatTree]:
-    """The step that `config` describes, its first state, and what is frozen, of a model in training with its
-    method attached. state_of: `first_state`, or `abstract_state` of a model that is shapes alone.
-
-    Raises:
-        ValueError: model.attention cannot compute what this run needs.
+    Attributes:
+      graph: The structure of the model, in training mode.
+      loss: The loss of a model on a batch, summed over its tokens or examples.
+      penalty: What the method adds to the mean loss; None adds nothing. The reported loss is without it.
+      dropout_keys: Paths of the keys that get fresh bits in every microbatch.
     """
-    if (kernel := config.model.attention) != "xla" and config.data.pack:
-        raise ValueError(
-            f"model.attention={kernel!r} sees one document a sequence, data.pack puts several; choose 'xla'"
-        )
-    use_kernel(model, kernel)
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
-    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    optimizer = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
-    state = state_of(trainable, optimizer)
-    dropout = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    return Step(make_gradients(graph, dropout, loss, method.penalty), optimizer), state, frozen
+
+    graph: nnx.GraphDef
+    loss: Callable[[Model, Batch], Totals]
+    penalty: Callable[[Model], jax.Array | None] = lambda model: None
+    dropout_keys: tuple[str, ...] = ()
+
+    def __call__(
+        self, trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Batch
+    ) -> tuple[jax.Array, Totals]:
+        """The sum to minimize, float32 [], and the sums that the mean loss is computed from."""
+        model = variables.join(self.graph, trainable, frozen)
+        totals = self.loss(model, batch)
+        penalty = self.penalty(model)
+        return totals.loss if penalty is None else totals.loss + totals.tokens * penalty, totals
+
+
+def accumulate(
+    objective: Objective, state: TrainState, frozen: variables.FlatTree, batch: Batch
+) -> tuple[variables.FlatTree, Totals]:
+    """The float32 gradients of the mean loss over all microbatches, and the sums that it is computed from.
+
+    Microbatches add up sums of losses and gradients. Dividing once by the number of tokens makes the result that of one
+    large batch, however the tokens are distributed.
+
+    Args:
+      objective: What is minimized.
+      state: The current state; its optimizer is not looked at.
+      frozen: The other leaves of the model.
+      batch: Arrays [A, B, ...] of A microbatches.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def microbatch(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, batch = part
+        keyed = variables.with_dropout_keys(frozen, objective.dropout_keys, jax.random.fold_in(key, index))
+        (_, totals), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable, keyed, batch)
+        return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+    none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
+    count = len(next(iter(batch.values())))
+    (sums, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
+    return jax.tree.map(lambda g: g / totals.tokens, sums), totals
+
+
+def apply(tx: optax.GradientTransformation, state: TrainState, gradients: variables.FlatTree) -> TrainState:
+    """The state after one update, computed in float32."""
+    updates, optimizer = tx.update(gradients, state.optimizer, state.trainable)
+    trainable = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.trainable, updates)
+    return TrainState(state.step + 1, trainable, optimizer, state.key)
+
+
+def summary(gradients: variables.FlatTree, totals: Totals) -> Metrics:
+    """What the log says of a step, float32 [] each."""
+    return {
+        "loss": totals.loss / totals.tokens,
+        "grad_norm": optax.tree.norm(gradients),
+        "tokens": totals.tokens,
+    }
+
+
+def make_train_step(objective: Objective, tx: optax.GradientTransformation, state: TrainState) -> TrainStep:
+    """The jitted step (state, frozen, batch) -> (state, metrics) for states with the shardings of `state`.
+
+    The state is donated; the frozen leaves are an argument that is never donated and never differentiated.
+    """
+
+    @partial(jax.jit, donate_argnums=0, **jit_options(state))
+    def train_step(state: TrainState, frozen: variables.FlatTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, totals = accumulate(objective, state, frozen, batch)
+        return apply(tx, state, gradients), summary(gradients, totals)
+
+    return train_step
+
+
+def jit_options(state: TrainState) -> dict[str, Any]:
+    """Options of `jax.jit` for a step that returns (state, metrics), with the shardings of `state`."""
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable))
+    return {"out_shardings": (shardings(state), None), "compiler_options": sharding.compiler_options(mesh)}
+
+
+def shardings(state: TrainState) -> TrainState:
+    """The sharding of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from peftjax.adapters import merge, use
 from peftjax.core import variables
 from peftjax.losses import next_token_loss
 from peftjax.methods import Ia3, LoHa, Lora, ParallelAdapter, PrefixTuning, PromptTuning
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 
 MIXES = {
     "lora and prompt": (Lora(rank=2), PromptTuning(tokens=3)),
@@ -66,8 +66,8 @@ def test_all_parts_are_trained_in_one_step(mix: str) -> None:
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
     before = {path: np.asarray(leaf) for path, leaf in trainable.items() if not isinstance(leaf, optax.MaskedNode)}
-    state = first_state(trainable, optax.adam(1e-2), seed=0)
-    step = make_train_step(graph, optax.adam(1e-2), (), partial(next_token_loss, chunk=8), state)
+    state = init_state(trainable, optax.adam(1e-2), seed=0)
+    step = make_train_step(Objective(graph, partial(next_token_loss, chunk=8)), optax.adam(1e-2), state)
     batch = {key: np.asarray(value) for key, value in tiny.batch(0).items()}
     with jax.set_mesh(mesh):
         state, _ = step(state, frozen, sharding.shard_batch(batch, mesh))

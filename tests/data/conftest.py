@@ -10,8 +10,8 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from peftjax.core import config as configs
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.training import config as configs
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, this is a date: 17 March 1999", "yes no yes no"]

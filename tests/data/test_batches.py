@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from peftjax.data import batches as of_rows
-from peftjax.data.batches import Batch, Batches, EvalBatches
+from peftjax.data import batches as module
+from peftjax.data.batches import Batch, Batches, Batching, EvalBatches
 from peftjax.data.records import Prompt
-from peftjax.data.rows import make_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.tasks import Task, make_task
+from peftjax.training.config import Config
 
 Make = Callable[..., Any]
 
@@ -33,16 +33,22 @@ def take(batches: Batches, count: int) -> list[Batch]:
     return list(itertools.islice(batches, count))
 
 
-def train_batches(config: ConfigDict, tokenizer: Tokenizer, **processes: int) -> Batches:
-    return of_rows.train_batches(config, make_rows(config, tokenizer), **processes)
+def task_of(config: Config, tokenizer: Tokenizer) -> Task:
+    return make_task(config.task, config.data, tokenizer.directory)
 
 
-def eval_batches(config: ConfigDict, tokenizer: Tokenizer, **processes: int) -> EvalBatches:
-    return of_rows.eval_batches(config, make_rows(config, tokenizer), **processes)
+def train_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> Batches:
+    batching = Batching(config.train.batch_size, config.train.accumulate, **processes)
+    return module.train_batches(config.data, task_of(config, tokenizer), batching, config.seed)
 
 
-def eval_examples(config: ConfigDict, tokenizer: Tokenizer, n: int) -> list[Prompt]:
-    return of_rows.eval_examples(config, make_rows(config, tokenizer), n)
+def eval_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> EvalBatches:
+    batching = Batching(config.train.batch_size, config.train.accumulate, **processes)
+    return module.eval_batches(config.data, task_of(config, tokenizer), batching)
+
+
+def eval_prompts(config: Config, tokenizer: Tokenizer, n: int) -> list[Prompt]:
+    return module.eval_prompts(config.data, task_of(config, tokenizer), n)
 
 
 def assert_same(these: list[Batch], those: list[Batch]) -> None:
@@ -190,7 +196,7 @@ def test_a_state_of_other_data_is_refused(
 ) -> None:
     state = train_batches(make_config(train=(file,)), tokenizer).get_state()
     write_jsonl("a.jsonl", texts(11))
-    with pytest.raises(ValueError, match=r"data has changed .*10 records.* and now there is .*11 records"):
+    with pytest.raises(ValueError, match=r"data has changed .*10 records.* now it is .*11 records"):
         train_batches(make_config(train=(file,)), tokenizer).set_state(state)
 
 
@@ -223,7 +229,7 @@ def test_processes_share_the_batches_that_one_would_have(
 def test_a_batch_that_the_processes_do_not_divide_is_an_error(
     file: str, tokenizer: Tokenizer, make_config: Make
 ) -> None:
-    with pytest.raises(ValueError, match="batch_size = 4 must be a multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
         train_batches(make_config(train=(file,)), tokenizer, process_index=0, process_count=3)
 
 
@@ -272,11 +278,11 @@ def test_prompts_are_spread_over_the_held_out_records(
     records = [{"prompt": f"{i}:", "completion": "yes"} for i in range(10)]
     records[6]["prompt"] = "no" * 30
     config = make_config(eval=(write_jsonl("a.jsonl", records),), format="completion")
-    prompts = eval_examples(config, tokenizer, 5)
+    prompts = eval_prompts(config, tokenizer, 5)
     assert [prompt.record for prompt in prompts] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:5", "a.jsonl:9"]
     assert prompts[1].prompt == "2:"
     assert prompts[1].expected == "yes"
-    assert len(eval_examples(config, tokenizer, 100)) == 9
+    assert len(eval_prompts(config, tokenizer, 100)) == 9
 
 
 # --- what is left out, cut or refused
@@ -300,9 +306,9 @@ def test_a_long_record_is_cut_and_counted(uneven: str, tokenizer: Tokenizer, mak
     assert counts["tokens"] == batch.real_tokens
     assert counts["loss_tokens"] == batch.arrays["loss_weights"].sum()
     assert batches.summary_text() == (
-        f"train: 4 records read into 3 rows, {batch.real_tokens / 48:.0%} full; 1 longer than 16 tokens (cut to their "
-        "first 16); 1 left out, without a token to learn from; "
-        f"{batch.real_tokens} tokens, {int(batch.arrays['loss_weights'].sum())} targets with a loss"
+        f"train: 4 records in 3 rows, {batch.real_tokens / 48:.0%} full; 1 were longer than 16 tokens (cut to 16); "
+        "1 had nothing to learn from and were left out; "
+        f"{batch.real_tokens} tokens, {int(batch.arrays['loss_weights'].sum())} of them targets"
     )
 
 
@@ -310,14 +316,16 @@ def test_a_long_record_can_be_left_out(uneven: str, tokenizer: Tokenizer, make_c
     config = make_config(train=(uneven,), shuffle=False, batch_size=2, too_long="drop")
     batches = train_batches(config, tokenizer)
     assert next(batches).records == ["a.jsonl:1", "a.jsonl:4"]
-    assert "1 longer than 16 tokens (left out); 1 left out, without" in batches.summary_text()
+    assert "1 were longer than 16 tokens (left out); 1 had nothing to learn from" in batches.summary_text()
 
 
 def test_a_long_record_can_be_an_error_that_names_it(uneven: str, tokenizer: Tokenizer, make_config: Make) -> None:
     for workers in (0, 1):
         config = make_config(train=(uneven,), shuffle=False, too_long="error", workers=workers)
         batches = train_batches(config, tokenizer)
-        with pytest.raises(ValueError, match=r"^a\.jsonl:2: \d+ tokens, config\.data\.max_length is 16\. Raise it"):
+        with pytest.raises(
+            ValueError, match=r"^a\.jsonl:2: \d+ tokens exceed config\.data\.max_length=16\. Raise the limit"
+        ):
             next(batches)
         batches.close()
 
@@ -339,19 +347,19 @@ def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
     bad = write_jsonl("bad.jsonl", [{"text": "no" * 30}, {"text": ""}])
     good = write_jsonl("good.jsonl", texts(3))
     alone = make_config(train=(bad,), eval=(bad,), too_long="drop", pack=pack)
-    with pytest.raises(ValueError, match=r"bad\.jsonl: every record is left out"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl: every record was left out"):
         next(train_batches(alone, tokenizer))
-    with pytest.raises(ValueError, match=r"bad\.jsonl: every record is left out"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl: every record was left out"):
         list(eval_batches(alone, tokenizer))
     mixed = make_config(train=(f"{good}@0.5", f"{bad}@0.5"), too_long="drop", pack=pack)
-    with pytest.raises(ValueError, match=r"bad\.jsonl: every record is left out"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl: every record was left out"):
         take(train_batches(mixed, tokenizer), 50)
 
 
 def test_sources_that_cannot_be_meant_are_errors(file: str, tokenizer: Tokenizer, make_config: Make) -> None:
     with pytest.raises(ValueError, match=r"config\.data\.train names no source"):
         train_batches(make_config(), tokenizer)
-    with pytest.raises(ValueError, match=r"every source has a weight; there is none on .*a\.jsonl"):
+    with pytest.raises(ValueError, match=r"every source needs a weight, but .*a\.jsonl has none"):
         train_batches(make_config(train=(file, f"{file}@0.5")), tokenizer)
     with pytest.raises(ValueError, match=r"config\.data\.eval: .* no weight"):
         eval_batches(make_config(eval=(f"{file}@0.5",)), tokenizer)

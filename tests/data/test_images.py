@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from peftjax.core import config as configs
-from peftjax.data.batches import eval_batches, train_batches
-from peftjax.data.images import ImageRows, load_preparation
-from peftjax.data.rows import load_rows
+from peftjax.data.batches import Batching, eval_batches, train_batches
+from peftjax.data.images import load_preparation
 from peftjax.data.sources import open_source
+from peftjax.tasks import Task, make_task
+from peftjax.tasks.image_classification import ImageClassification
+from peftjax.training import config as configs
+from peftjax.training.config import Config
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -48,11 +49,18 @@ def directory(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> ConfigDict:
+def config(tmp_path: Path) -> Config:
     made = configs.defaults()
     made.task.kind, made.task.labels, made.train.batch_size = "image_classification", ("red", "blue"), 2
     made.data.train = made.data.eval = (f"images:{tmp_path}/colors",)
     return configs.validate(made)
+
+
+def task_of(config: Config, directory: Path) -> Task:
+    task = make_task(config.task, config.data, directory)
+    assert isinstance(task, ImageClassification)
+    assert task.preparation  # refused here if it cannot be done
+    return task
 
 
 @pytest.fixture
@@ -89,11 +97,11 @@ def test_a_folder_without_classes_or_images_is_an_error_that_says_what_is_needed
 
 
 def test_batches_hold_pixels_and_classes_and_the_last_one_is_filled_up(
-    colors: Path, directory: Callable[..., Path], config: ConfigDict
+    colors: Path, directory: Callable[..., Path], config: Config
 ) -> None:
-    rows = load_rows(config, directory())
-    assert (type(rows), rows.tokenizer, rows.labels) == (ImageRows, None, ("red", "blue"))
-    held_out = eval_batches(config, rows)
+    task = task_of(config, directory())
+    assert (type(task), task.labels) == (ImageClassification, ("red", "blue"))
+    held_out = eval_batches(config.data, task, Batching(2))
     first, last = held_out
     assert first.arrays["pixels"].shape == (2, 4, 4, 3)
     assert [array.dtype for array in first.arrays.values()] == [np.float32, np.int32, np.float32]
@@ -101,49 +109,49 @@ def test_batches_hold_pixels_and_classes_and_the_last_one_is_filled_up(
     assert last.arrays["loss_weights"].tolist() == [1, 0]
     np.testing.assert_allclose(last.arrays["pixels"][0, 2, 1], [2 * 200 / 255 - 1, -1, -1], rtol=1e-6)  # mean, std: 0.5
     assert held_out.summary_text() == "eval: 3 images read"
-    assert next(train_batches(config, rows)).real_tokens == 2
+    assert next(train_batches(config.data, task, Batching(2), config.seed)).real_tokens == 2
 
 
 def test_an_image_is_bytes_of_a_file_datasets_bytes_or_an_array(
-    directory: Callable[..., Path], config: ConfigDict, colors: Path
+    directory: Callable[..., Path], config: Config, colors: Path
 ) -> None:
-    rows = load_rows(config, directory())
+    task = task_of(config, directory())
     whole = np.broadcast_to(np.uint8(RED), (4, 6, 3))
     pixels = [
-        rows.document({"image": image, "label": 0}, "a").arrays["pixels"]
+        task.document({"image": image, "label": 0}, "a").arrays["pixels"]
         for image in (encoded(), {"bytes": encoded(), "path": "a.png"}, whole, np.ascontiguousarray(whole))
     ]
     assert all(np.array_equal(pixels[0], other) for other in pixels)
     grey = [np.full((4, 6), 200, np.uint8), np.full((4, 6, 1), 200, np.uint8), encoded(200, mode="L")]
-    pixels = [rows.document({"image": image, "label": 0}, "a").arrays["pixels"] for image in grey]
+    pixels = [task.document({"image": image, "label": 0}, "a").arrays["pixels"] for image in grey]
     assert all(np.array_equal(np.full((4, 4, 3), pixels[0][0, 0, 0]), other) for other in pixels)
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"", r"its 0 bytes are of no format that Pillow reads"),
-        (b"<html>", r"its 6 bytes are of no format that Pillow reads"),
+        (b"", r"its 0 bytes have no format that Pillow reads"),
+        (b"<html>", r"its 6 bytes have no format that Pillow reads"),
         (encoded(size=(60, 60), form="JPEG")[:-20], "truncated"),
-        (encoded(7, mode="I;16"), r"it has more than 8 bits a channel, .*; store it with 8 bits"),
-        ("cats/1.png", r"it is the str 'cats/1\.png', and must be the bytes .* images:DIR"),
+        (encoded(7, mode="I;16"), r"it has more than 8 bits per channel, .*; store it with 8 bits"),
+        ("cats/1.png", r"it is the str 'cats/1\.png', but must be the bytes .* images:DIR"),
         ({"bytes": None, "path": "cats/1.png"}, r"it is a NoneType"),
-        (np.zeros((4, 4, 3), np.float32), r"it is a ndarray, and must be the bytes of an image file or a uint8 array"),
+        (np.zeros((4, 4, 3), np.float32), r"it is a ndarray, but must be the bytes of an image file or a uint8 array"),
         (np.zeros((3, 8, 8), np.uint8), r"Cannot handle this data type"),
     ],
 )
 def test_an_image_that_cannot_be_read_is_an_error_with_its_record(
-    image: Any, message: str, directory: Callable[..., Path], config: ConfigDict
+    image: Any, message: str, directory: Callable[..., Path], config: Config
 ) -> None:
-    with pytest.raises(ValueError, match=rf"^cats:7: the image in the field 'image' cannot be read: .*{message}"):
-        load_rows(config, directory()).document({"image": image, "label": 0}, "cats:7")
+    with pytest.raises(ValueError, match=rf"^cats:7: cannot read the image in field 'image': .*{message}"):
+        task_of(config, directory()).document({"image": image, "label": 0}, "cats:7")
 
 
-def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[..., Path], config: ConfigDict) -> None:
+def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[..., Path], config: Config) -> None:
     write(colors / "red" / "3.png", encoded()[:40])
-    rows = load_rows(config, directory())
-    with pytest.raises(ValueError, match=r"^red/3\.png: the image .* cannot be read"):
-        list(eval_batches(config, rows))
+    task = task_of(config, directory())
+    with pytest.raises(ValueError, match=r"^red/3\.png: cannot read the image"):
+        list(eval_batches(config.data, task, Batching(2)))
 
 
 @pytest.mark.parametrize(
@@ -152,21 +160,21 @@ def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[.
         ({"image_processor_type": "CLIPImageProcessor"}, r"only ViTImageProcessor, DeiTImageProcessor"),
         ({"do_resise": True}, r"do_resise=True is not supported.* Did you mean 'do_resize'"),
         ({"do_pad": True}, r"do_pad=True is not supported"),
-        ({"do_resize": 1}, r"do_resize=1 is neither true nor false"),
-        ({"resample": 6}, r"resample=6 is none of PIL's filters, 0 to 5"),
-        ({"size": {"longest_edge": 4}}, r"size=\{'longest_edge': 4\} is not supported: say a number, \{'height'"),
+        ({"do_resize": 1}, r"do_resize=1 must be true or false"),
+        ({"resample": 6}, r"resample=6 must be the number of a PIL filter, 0 to 5"),
+        ({"size": {"longest_edge": 4}}, r"size=\{'longest_edge': 4\} is not supported; use a number, \{'height'"),
         ({"do_center_crop": True}, r"crop_size=None is not supported"),
-        ({"image_mean": [0.5, 0.5]}, r"image_mean=\[0\.5, 0\.5\] is neither a number nor 3 of them"),
-        ({"rescale_factor": "1/255"}, r"rescale_factor='1/255' is no number"),
-        ({"size": 8}, r"images become 8 x 8 pixels, and the model reads 4 x 4 \(image_size"),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean=\[0\.5, 0\.5\] must be a number or a list of 3"),
+        ({"rescale_factor": "1/255"}, r"rescale_factor='1/255' must be a number"),
+        ({"size": 8}, r"images become 8 x 8 pixels, but the model reads 4 x 4 \(image_size"),
         ({"model": {"num_channels": 1}}, r"the model reads 1 channels \(num_channels\)"),
     ],
 )
 def test_a_preparation_that_cannot_be_honoured_is_refused_by_name(
-    fields: dict[str, Any], message: str, directory: Callable[..., Path], config: ConfigDict
+    fields: dict[str, Any], message: str, directory: Callable[..., Path], config: Config
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_rows(config, directory(**fields))
+        task_of(config, directory(**fields))
 
 
 def test_fields_that_say_what_is_not_done_or_change_no_pixel_are_let_be(directory: Callable[..., Path]) -> None:
@@ -181,31 +189,30 @@ def test_fields_that_say_what_is_not_done_or_change_no_pixel_are_let_be(director
 
 
 def test_a_directory_without_a_preparation_and_images_that_keep_their_sizes_are_refused(
-    directory: Callable[..., Path], config: ConfigDict, tmp_path: Path
+    directory: Callable[..., Path], config: Config, tmp_path: Path
 ) -> None:
-    rows = load_rows(config, directory(do_resize=False))
-    assert rows.document({"image": encoded(size=(4, 4)), "label": 1}, "a").arrays["pixels"].shape == (4, 4, 3)
+    task = task_of(config, directory(do_resize=False))
+    assert task.document({"image": encoded(size=(4, 4)), "label": 1}, "a").arrays["pixels"].shape == (4, 4, 3)
     with pytest.raises(ValueError, match=r"^a: the image has 4 x 6 pixels after its preparation, .* reads 4 x 4"):
-        rows.document({"image": encoded(), "label": 1}, "a")
+        task.document({"image": encoded(), "label": 1}, "a")
     (tmp_path / "model" / "preprocessor_config.json").unlink()
     with pytest.raises(
         ValueError, match=r"model \(model_type 'vit'\) has no preprocessor_config\.json, .*docs/images\.md"
     ):
-        load_rows(config, tmp_path / "model")
+        task_of(config, tmp_path / "model")
 
 
 def test_a_new_head_needs_names_and_those_of_the_folders_are_offered(
-    colors: Path, directory: Callable[..., Path], config: ConfigDict
+    colors: Path, directory: Callable[..., Path], config: Config
 ) -> None:
-    with config.unlocked():
-        config.task.labels = ()
-    with pytest.raises(ValueError, match=r"such as config\.task\.labels = \('blue', 'red'\)"):
-        load_rows(config, directory())
+    config = configs.changed(config, task__labels=())
+    with pytest.raises(ValueError, match=r"for example task\.labels=\('blue', 'red'\)"):
+        task_of(config, directory())
     head = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "blue", "1": "red"}}
-    assert load_rows(config, directory(head)).labels == ("blue", "red")
+    assert task_of(config, directory(head)).labels == ("blue", "red")
     head["id2label"] = {"0": "blue", "1": "crimson"}
-    with pytest.raises(ValueError, match=r"^images:.*colors: the field 'label' has the class 'red', which is none of"):
-        load_rows(config, directory(head))
+    with pytest.raises(ValueError, match=r"^images:.*colors: field 'label' has the class 'red', which is not in"):
+        task_of(config, directory(head))
 
 
 @pytest.fixture(scope="session")  # a builder is registered once in a process; a worker may come back to this module
@@ -239,14 +246,12 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_tfds_gives_the_bytes_of_images_and_uint8_arrays_as_they_are(
-    painted: str, directory: Callable[..., Path], config: ConfigDict
+    painted: str, directory: Callable[..., Path], config: Config
 ) -> None:
     source = open_source("tfds:painted/train", tfds_data_dir=painted)
     record = next(source[i] for i in range(4) if source[i]["small"][0, 0, 0] == 3)
     assert record["image"] == encoded(BLUE, (9, 4))
     assert (record["label"], record["small"].dtype, record["small"].shape) == (1, np.uint8, (2, 3, 3))
-    rows = load_rows(config, directory())
     for field in ("image", "small"):
-        with config.unlocked():
-            config.data.image_field = field
-        assert rows.document(record, "a").arrays["pixels"].shape == (4, 4, 3)
+        task = task_of(configs.changed(config, data__image_field=field), directory())
+        assert task.document(record, "a").arrays["pixels"].shape == (4, 4, 3)

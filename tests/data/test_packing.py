@@ -2,10 +2,10 @@ import grain
 import numpy as np
 import pytest
 
-from peftjax.core import config as configs
 from peftjax.data import packing
+from peftjax.data.documents import filled
 from peftjax.data.records import Example
-from peftjax.data.rows import empty_row, next_tokens
+from peftjax.tasks.causal_lm import next_tokens
 
 PAD = 99
 NAMES = ("tokens", "targets", "loss_weights")
@@ -22,9 +22,8 @@ def documents(lengths: list[int], seed: int = 0) -> list[packing.Row]:
 
 
 def empty(pack: bool) -> packing.Row:
-    config = configs.defaults()
-    config.data.max_length, config.data.pack = 16, pack
-    return empty_row(config, PAD)
+    row = filled(16, tokens=PAD, targets=0, loss_weights=0.0)
+    return row | (filled(16, positions=0, segments=0) if pack else {})
 
 
 def rows_of(docs: list[packing.Row], pack: bool) -> list[packing.Row]:

@@ -23,7 +23,7 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.losses import next_token_loss
 from peftjax.training import optim
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 
 # What these libraries warn of among themselves; ours stay errors.
 THEIRS = ("ignore::FutureWarning", "ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
@@ -213,8 +213,8 @@ def train_by_the_step(model: Any) -> list[float]:
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
     (method,) = attached_methods(model).values()
     optimizer = method.optimizer(optimizer_for(model, trainable), variables.flat(model)[1])
-    state, losses = first_state(trainable, optimizer, seed=0), []
-    step = make_train_step(graph, optimizer, (), partial(next_token_loss, chunk=7), state, method.penalty)
+    state, losses = init_state(trainable, optimizer, seed=0), []
+    step = make_train_step(Objective(graph, partial(next_token_loss, chunk=7), method.penalty), optimizer, state)
     with jax.set_mesh(mesh):
         for batch in our_batches():
             state, measured = step(state, frozen, sharding.shard_batch(batch, mesh, 2))

@@ -20,7 +20,7 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.losses import next_token_loss
 from peftjax.training import optim
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 from tests.interop.peers import (
     RATE,
     THEIRS,
@@ -69,8 +69,8 @@ def train_ours(model: Any) -> None:
     config.learning_rate, config.weight_decay, config.clip_norm, config.schedule = RATE, 0.0, 0.0, "constant"
     decay = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     optimizer = OURS.optimizer(optim.make_optimizer(config, 5, decay), leaves)
-    state = first_state(trainable, optimizer, seed=0)
-    step = make_train_step(graph, optimizer, (), partial(next_token_loss, chunk=8), state, OURS.penalty)
+    state = init_state(trainable, optimizer, seed=0)
+    step = make_train_step(Objective(graph, partial(next_token_loss, chunk=8), OURS.penalty), optimizer, state)
     with jax.set_mesh(mesh):
         for batch in our_batches():
             state, _ = step(state, frozen, sharding.shard_batch(batch, mesh, 2))

@@ -20,7 +20,7 @@ from peftjax import losses, sharding
 from peftjax.adapters import count_trainable
 from peftjax.core import variables
 from peftjax.losses import Totals
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 from tests.interop.peers import (
     THEIRS,
     adamw,
@@ -292,8 +292,8 @@ def train(model: Any) -> list[float]:
     sharding.place(model, mesh)
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
     optimizer, losses = optimizer_for(model, trainable), []
-    state = first_state(trainable, optimizer, seed=0)
-    step = make_train_step(graph, optimizer, (), cross_entropy, state)
+    state = init_state(trainable, optimizer, seed=0)
+    step = make_train_step(Objective(graph, cross_entropy), optimizer, state)
     for ids in batches():
         state, measured = step(state, frozen, sharding.shard_batch({"tokens": ids, "labels": ids[:, 0] % 3}, mesh))
         losses.append(float(measured["loss"]))

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peftjax.data.rows import load_rows
 from PIL import Image
 from transformers import DeiTImageProcessorPil, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import peftjax
-from peftjax.core import config as configs
 from peftjax.data.images import load_preparation, open_image
-from peftjax.data.rows import load_rows
+from peftjax.training import config as configs
 from tests.interop.peers import THEIRS
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import optimization
 
-from peftjax.core import config as configuration
+from peftjax.training import config as configuration
 from peftjax.training.optim import decay_mask, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.interop

@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 import transformers
 
-from peftjax.core import config as configs
 from peftjax.data.records import encode_record
 from peftjax.data.tokenizer import load_tokenizer
+from peftjax.training import config as configs
 
 pytestmark = pytest.mark.interop
 

@@ -27,7 +27,7 @@ from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.losses import next_token_loss
 from peftjax.models import decoder
 from peftjax.training import optim
-from peftjax.training.step import TrainState, first_state, flatten, make_train_step
+from peftjax.training.step import Objective, TrainState, flatten, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +269,9 @@ def trainer(model: Any, method: adapters.Method, mesh: Any = None) -> tuple[Call
     mask = variables.trainable_mask(leaves, method.trains)
     _, trainable, frozen = variables.split(model, mask)
     optimizer = method.optimizer(optimizer_for(trainable, leaves), leaves)
-    state = first_state(trainable, optimizer, seed=3)
+    state = init_state(trainable, optimizer, seed=3)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    return make_train_step(graph, optimizer, keys, LOSS, state, method.penalty), state, frozen
+    return make_train_step(Objective(graph, LOSS, method.penalty, keys), optimizer, state), state, frozen
 
 
 def run(

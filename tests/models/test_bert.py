@@ -21,7 +21,7 @@ from peftjax.adapters import count_trainable
 from peftjax.core import variables
 from peftjax.losses import Totals
 from peftjax.models import from_hf_config
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 
 CONFIG: dict[str, Any] = {
@@ -222,8 +222,8 @@ def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folde
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    state = first_state(trainable, optax.adam(2e-2), seed=0)
-    step = make_train_step(graph, optax.adam(2e-2), keys, classification_loss, state)
+    state = init_state(trainable, optax.adam(2e-2), seed=0)
+    step = make_train_step(Objective(graph, classification_loss, dropout_keys=keys), optax.adam(2e-2), state)
     rows = np.array(tiny.tokens(shape=(8, 6)))
     batch = sharding.shard_batch({"tokens": rows, "mask": np.ones((8, 6), bool), "labels": rows[:, 0] % 2}, mesh)
     losses = []

@@ -22,7 +22,7 @@ from peftjax.io.random_model import make_quantized
 from peftjax.losses import Totals
 from peftjax.models import from_hf_config
 from peftjax.quant.int8 import Int8
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 
 CONFIG: dict[str, Any] = tiny.VIT | {
@@ -138,8 +138,8 @@ def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folde
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    state = first_state(trainable, optax.adam(2e-2), seed=0)
-    step = make_train_step(graph, optax.adam(2e-2), keys, classification_loss, state)
+    state = init_state(trainable, optax.adam(2e-2), seed=0)
+    step = make_train_step(Objective(graph, classification_loss, dropout_keys=keys), optax.adam(2e-2), state)
     for _ in range(25):
         state, _ = step(state, frozen, sharding.shard_batch(batch, mesh))
     variables.update(model, state.trainable)

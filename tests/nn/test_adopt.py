@@ -15,7 +15,7 @@ from peftjax.core import variables
 from peftjax.losses import Totals
 from peftjax.methods import Houlsby, Lora, PrefixTuning, PromptTuning
 from peftjax.nn.adopt import adopt
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 
 
 class Classifier(nnx.Module):
@@ -98,8 +98,8 @@ def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
         return Totals(losses.sum(), jnp.float32(len(labels)), jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32))
 
     optimizer = optax.adam(1e-2)
-    state, losses = first_state(trainable, optimizer, seed=0), []
-    step = make_train_step(graph, optimizer, (), loss, state)
+    state, losses = init_state(trainable, optimizer, seed=0), []
+    step = make_train_step(Objective(graph, loss), optimizer, state)
     batch = {"tokens": np.array(TOKENS), "labels": np.array([0, 3])}
     with jax.set_mesh(mesh):
         for _ in range(20):

@@ -16,12 +16,12 @@ from flax import nnx
 from rich.console import Console
 
 from peftjax import adapters, methods
-from peftjax.core import config as configs
 from peftjax.core.errors import UserError
 from peftjax.io.hf_adapter import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
 from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
 from peftjax.plan.devices import Device
+from peftjax.training import config as configs
 from tests import tiny
 
 SMALL = tiny.CONFIG | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
@@ -131,7 +131,7 @@ from pathlib import Path
 import jax, numpy as np
 from peftjax.plan import __main__ as command
 from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
-from peftjax.core import config as configs
+from peftjax.training import config as configs
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()

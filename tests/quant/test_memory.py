@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from peftjax import methods, sharding
-from peftjax.core import config as configs
 from peftjax.plan.abstract import abstract_model, abstract_step
 from peftjax.quant.base import Quantized
+from peftjax.training import config as configs
 
 WIDE = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,
@@ -24,7 +24,7 @@ def steps() -> dict[int, tuple[Any, Any]]:
     config.method = methods.make_config("lora", rank=2)
     config.model.quantize, config.model.remat = "nf4", "block"
     config.train.batch_size, config.data.max_length = 1, LENGTH
-    config = configs.validate(config, method_defaults=methods.method_defaults)
+    config = configs.validate(config)
     mesh, made = sharding.make_mesh(), {}
     for layers in (2, 4):
         model = abstract_model(config, WIDE | {"num_hidden_layers": layers})

@@ -12,10 +12,10 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods, train
-from peftjax.core import config as configs
 from peftjax.io.hf_files import read_json
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
+from peftjax.training import config as configs
 from tests import tiny
 
 BERT = {
@@ -96,7 +96,7 @@ def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(
     kind: str, labels: tuple[str, ...], measured: set[str], models: Callable, tmp_path: Path
 ) -> None:
     made, workdir = config(tmp_path, models(BERT), kind, labels), tmp_path / "run"
-    scores = train.train(made, workdir)
+    scores = train.train(configs.validate(made), workdir)
     before, after = (line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "eval")
     assert scores.keys() == {"eval_loss", "eval_labels"} | measured
     assert after["eval_loss"] < before["eval_loss"]
@@ -124,24 +124,24 @@ def assert_evaluated(made: Any, workdir: Path) -> None:
 def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(models: Callable, tmp_path: Path) -> None:
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), train__steps=2)
     made.method = methods.make_config("full")
-    train.train(made, tmp_path / "run")
+    train.train(configs.validate(made), tmp_path / "run")
     stored = read_json(tmp_path / "run" / "model" / "config.json")
     assert stored["architectures"] == ["BertForSequenceClassification"]
     assert stored["id2label"] == {"0": "without", "1": "with"}
     assert stored["problem_type"] == "single_label_classification"
 
     made.model.path, made.task.labels = str(tmp_path / "run" / "model"), ()  # its own head, and classes
-    train.train(made, tmp_path / "again")
+    train.train(configs.validate(made), tmp_path / "again")
     made.task.labels = ("with", "without")
     with pytest.raises(
         ValueError, match=r"those of the checkpoint's head are \('without', 'with'\); use these, or put a new"
     ):
-        train.train(made, tmp_path / "other")
+        train.train(configs.validate(made), tmp_path / "other")
     made.task.kind, made.task.labels = "regression", ()
     with pytest.raises(ValueError, match="labels=1, but the checkpoint's head has 2"):
-        train.train(made, tmp_path / "other")
+        train.train(configs.validate(made), tmp_path / "other")
     made.task.kind, made.task.labels, made.model.new_head = "classification", ("x", "y", "without", "with"), True
-    train.train(made, tmp_path / "new")
+    train.train(configs.validate(made), tmp_path / "new")
     assert list(read_json(tmp_path / "new" / "model" / "config.json")["id2label"].values()) == [
         "x",
         "y",
@@ -156,7 +156,7 @@ def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: C
         tmp_path, models(T5), "seq2seq", eval__exact_match=6, eval__samples=2, eval__max_new_tokens=8,
         eval__metrics=("exact_match", "bleu", "rouge_l"),
     )  # fmt: skip
-    scores = train.train(made, tmp_path / "run")
+    scores = train.train(configs.validate(made), tmp_path / "run")
     before, after = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval")
     assert after["eval_loss"] < before["eval_loss"]
     answers = {"exact_match", "bleu", "rouge_l", "prompts"}
@@ -169,12 +169,12 @@ def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: C
     [
         (
             {"eval__exact_match": 3},
-            "eval.exact_match=3: task.kind='classification' gives no answers in words; set it to 0",
+            "eval.exact_match=3: task.kind='classification' does not generate text; set it to 0",
         ),
-        ({"eval__samples": 1}, "eval.samples=1: task.kind='classification' gives no answers"),
+        ({"eval__samples": 1}, "eval.samples=1: task.kind='classification' does not generate"),
         (
             {"eval__metrics": ("rouge",)},
-            r"eval.metrics has 'rouge'\. Did you mean 'rouge_l'\? There are exact_match, bleu",
+            r"eval.metrics has 'rouge'\. Did you mean 'rouge_l'\? Metrics of generated answers: exact_match, bleu",
         ),
         ({"model__path": "embedded"}, "a model of type 'llama' has no heads to choose from here; encoders have"),
     ],
@@ -184,4 +184,4 @@ def test_what_does_not_go_with_the_task_is_an_error(
 ) -> None:
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), **fields)
     with pytest.raises(ValueError, match=message):
-        train.train(made, tmp_path / "run")
+        train.train(configs.validate(made), tmp_path / "run")

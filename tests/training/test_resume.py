@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from peftjax import methods, train
-from peftjax.core import config as configs
+from peftjax import train
+from peftjax.training import config as configs
 from tests.runs import (
     EVERY,
     STEPS,
@@ -71,7 +71,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_never_was(w
     kill_when(start(world, workdir), last.exists)  # all is saved, and the adapter not yet written
 
     output = finish(start(world, workdir))
-    assert f"going on after step {STEPS} of {STEPS}" in output
+    assert f"resuming after step {STEPS} of {STEPS}" in output
     assert_same_run(workdir, undisturbed)
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_with_
 def refused(world: Path, workdir: Path, *overrides: str) -> str:
     """What the command, in this process, says when it refuses."""
     before = files(workdir)
-    config = configs.load(world / "config.py", overrides, method_defaults=methods.method_defaults)
+    config = configs.load(world / "config.py", overrides)
     with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
         train.train(config, workdir)
     assert files(workdir) == before
@@ -152,7 +152,7 @@ def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
         f"--config.data.train={data}", "--config.data.eval=", "--config.data.shuffle=false", "--config.eval.exact_match=0",
         "--config.checkpoint.every=1", "--config.train.steps=12",
     )  # fmt: skip
-    config = configs.load(world / "config.py", overrides, method_defaults=methods.method_defaults)
+    config = configs.load(world / "config.py", overrides)
     with pytest.raises(ValueError, match=message):  # with which the command exits with 2
         train.train(config, tmp_path / "run")
     last = max(map(int, checkpoints(tmp_path / "run")))

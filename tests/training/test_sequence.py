@@ -1,6 +1,8 @@
 """The length of sequences split over devices (mesh.sequence). That training is the same: methods/test_contract.py."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +14,11 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.core.config import defaults
+from peftjax.core.errors import UserError
+from peftjax.data.config import DataConfig
 from peftjax.losses import chunked_cross_entropy, next_token_loss
 from peftjax.models import from_hf_config
-from peftjax.tasks import base as tasks
+from peftjax.tasks import TaskConfig, make_task
 from tests.models import test_bert, test_t5
 
 
@@ -91,20 +94,20 @@ def test_each_device_holds_its_part_of_the_activations_and_of_the_weights() -> N
     assert split[1] < 0.5 * one[1]
 
 
-def test_a_length_that_the_mesh_does_not_divide_is_refused_by_name() -> None:
-    config = defaults()
-    config.data.max_length = 20
+def test_a_length_that_the_mesh_does_not_divide_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.VIT))
     model = adapters.attach(tiny.model(), methods.PromptTuning(tokens=3), rngs=nnx.Rngs(0))
     mesh = sharding.make_mesh({"sequence": 2})
+    task = make_task(TaskConfig(), DataConfig(max_length=20), tmp_path)
     with pytest.raises(
-        ValueError, match=r"data\.max_length=20 and 3 virtual tokens: 23 positions, which mesh\.sequence=2 doe"
+        UserError,
+        match=r"data\.max_length=20 and 3 virtual tokens: 23 positions are not a multiple of mesh\.sequence=2",
     ):
-        tasks.check_length(config, model, mesh)
-    tasks.check_length(config, adapters.detach(model), mesh)
-    config.data.max_length = 65
-    with pytest.raises(ValueError, match=r"data\.max_length=65 exceed the model's 64 positions"):
-        tasks.check_length(config, model, mesh)
-    with pytest.raises(
-        ValueError, match=r"an image, its patches and the class token: 5 positions, which mesh\.sequence=2"
-    ):
-        tasks.check_length(config, from_hf_config(tiny.VIT).make(nnx.Rngs(0)), mesh)
+        task.check_lengths(model, mesh)
+    task.check_lengths(adapters.detach(model), mesh)
+    task = make_task(TaskConfig(), DataConfig(max_length=65), tmp_path)
+    with pytest.raises(UserError, match=r"data\.max_length=65 exceed the model's 64 positions"):
+        task.check_lengths(model, mesh)
+    images = make_task(TaskConfig(kind="image_classification", labels=("a", "b")), DataConfig(), tmp_path)
+    with pytest.raises(UserError, match=r"patches and the class token: 5 positions are not a multiple of mesh\.seq"):
+        images.check_lengths(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), mesh)

@@ -14,7 +14,7 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.losses import next_token_loss
 from peftjax.training import optim
-from peftjax.training.step import first_state, make_train_step
+from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 
 
@@ -29,15 +29,15 @@ def trained_once(microbatches: int, *, dropout: float = 0.0, step: int = 0) -> t
     config = defaults().optim
     config.name, config.learning_rate, config.momentum, config.clip_norm = "sgd", 1.0, 0.0, 0.0
     optimizer = optim.make_optimizer(config, 10, dict.fromkeys(trainable, False))
-    state = first_state(trainable, optimizer, seed=0)._replace(step=jax.numpy.array(step, "int32"))
+    state = init_state(trainable, optimizer, seed=0)._replace(step=jax.numpy.array(step, "int32"))
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     batch = {name: np.array(value) for name, value in tiny.batch().items()}
     batch["loss_weights"][0] = 0
     batch["loss_weights"][1, 2:] = 0
     placed = sharding.shard_batch(batch, sharding.make_mesh(), microbatches)
-    state, measured = make_train_step(graph, optimizer, keys, partial(next_token_loss, chunk=4), state)(
-        state, frozen, placed
-    )
+    state, measured = make_train_step(
+        Objective(graph, partial(next_token_loss, chunk=4), dropout_keys=keys), optimizer, state
+    )(state, frozen, placed)
     return state.trainable, {name: float(value) for name, value in measured.items()}
 
 
@@ -62,7 +62,7 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     sharding.place(model, mesh)
     _, leaves = variables.flat(model)
     _, trainable, _ = variables.split(model, variables.trainable_mask(leaves))
-    state = first_state(trainable, optax.adam(1e-3), seed=0)
+    state = init_state(trainable, optax.adam(1e-3), seed=0)
     moments = state.optimizer[0].mu
     split = [
         path for path, leaf in trainable.items() if hasattr(leaf, "sharding") and not leaf.sharding.is_fully_replicated

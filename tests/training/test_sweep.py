@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from peftjax import methods, sharding, sweep, train
-from peftjax.core import config as configs
 from peftjax.core.errors import UserError
 from peftjax.io.checkpoint import Checkpoints
+from peftjax.training import config as configs
 from tests import runs
 from tests.test_train import config
 

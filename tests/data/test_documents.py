@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from tokenizers import processors
 
-from peftjax.core import config as configs
-from peftjax.data.rows import load_rows
+from peftjax.tasks import Task, make_task
+from peftjax.training import config as configs
+from peftjax.training.config import Config
 
 Make = Callable[..., Path]
 SIZES = {"max_length": 16, "max_target_length": 8}
@@ -25,11 +25,15 @@ def as_bert(data: dict[str, Any]) -> None:
     data["post_processor"] = json.loads(around.__getstate__())
 
 
-def make(kind: str, labels: tuple[str, ...] = (), multi_label: bool = False, **data: Any) -> ConfigDict:
+def make(kind: str, labels: tuple[str, ...] = (), multi_label: bool = False, **data: Any) -> Config:
     config = configs.defaults()
     config.task.kind, config.task.labels, config.task.multi_label = kind, labels, multi_label
     config.data.update(SIZES | {"prompt_template": "{text}"} | data)
     return configs.validate(config)
+
+
+def task_of(config: Config, directory: Path) -> Task:
+    return make_task(config.task, config.data, directory)
 
 
 def shapes(row: dict[str, Any]) -> dict[str, tuple]:
@@ -37,133 +41,131 @@ def shapes(row: dict[str, Any]) -> dict[str, tuple]:
 
 
 def test_a_text_with_a_class_is_read_between_its_special_tokens(make_directory: Make) -> None:
-    rows = load_rows(make("classification", ("no", "yes")), make_directory(as_bert))
+    task = task_of(make("classification", ("no", "yes")), make_directory(as_bert))
     for label in (1, "yes", True):
-        arrays = rows.document({"text": "hello", "label": label}, "a:1").arrays
-        assert arrays["tokens"].tolist() == [1, *rows.tokenizer.encode("hello", bos=False, eos=False), 2]
+        arrays = task.document({"text": "hello", "label": label}, "a:1").arrays
+        assert arrays["tokens"].tolist() == [1, *task.tokenizer.encode("hello", bos=False, eos=False), 2]
         assert arrays["mask"].all()
         assert not arrays["token_types"].any()
         assert (arrays["labels"], arrays["loss_weights"]) == (1, 1.0)
-    assert rows.labels == ("no", "yes")
-    assert shapes(rows.empty()) == {
+    assert task.labels == ("no", "yes")
+    assert shapes(task.empty_row()) == {
         "tokens": ((16,), "int32"), "token_types": ((16,), "int32"), "mask": ((16,), "bool"),
         "labels": ((), "int32"), "loss_weights": ((), "float32"),
     }  # fmt: skip
-    empty = rows.empty()
-    assert (empty["tokens"] == rows.tokenizer.pad_id).all()
+    empty = task.empty_row()
+    assert (empty["tokens"] == task.tokenizer.pad_id).all()
     assert not empty["mask"].any()
     assert empty["loss_weights"] == 0
 
 
 def test_a_pair_is_told_apart_by_token_types_and_cut_where_it_is_longer(make_directory: Make) -> None:
-    rows = load_rows(make("classification", ("no", "yes"), pair_template="{other}"), make_directory(as_bert))
+    task = task_of(make("classification", ("no", "yes"), pair_template="{other}"), make_directory(as_bert))
     record = {"text": "yes", "other": "no" * 30, "label": 0}
-    document = rows.document(record, "a:1")
-    first = rows.tokenizer.encode("yes", bos=False, eos=False)
-    assert document.too_long == f"{len(first) + 3 + 30} tokens, config.data.max_length is 16"
+    document = task.document(record, "a:1")
+    first = task.tokenizer.encode("yes", bos=False, eos=False)
+    assert document.too_long == f"{len(first) + 3 + 30} tokens exceed config.data.max_length=16"
     assert document.arrays["tokens"].tolist()[: len(first) + 2] == [1, *first, 2]
     assert document.arrays["tokens"][-1] == 2
     assert document.arrays["token_types"].tolist() == [0] * (len(first) + 2) + [1] * (14 - len(first))
 
 
 def test_a_text_may_have_several_classes(make_directory: Make) -> None:
-    rows = load_rows(make("classification", ("a", "b", "c"), multi_label=True), make_directory(as_bert))
-    assert rows.document({"text": "x", "label": [0, "c"]}, "a:1").arrays["labels"].tolist() == [1, 0, 1]
-    assert rows.document({"text": "x", "label": []}, "a:1").arrays["labels"].tolist() == [0, 0, 0]
-    assert shapes(rows.empty())["labels"] == ((3,), "float32")
-    with pytest.raises(ValueError, match=r"a:1: the field 'label' must hold a list of classes .* holds 'a'"):
-        rows.document({"text": "x", "label": "a"}, "a:1")
+    task = task_of(make("classification", ("a", "b", "c"), multi_label=True), make_directory(as_bert))
+    assert task.document({"text": "x", "label": [0, "c"]}, "a:1").arrays["labels"].tolist() == [1, 0, 1]
+    assert task.document({"text": "x", "label": []}, "a:1").arrays["labels"].tolist() == [0, 0, 0]
+    assert shapes(task.empty_row())["labels"] == ((3,), "float32")
+    with pytest.raises(ValueError, match=r"a:1: field 'label' must hold a list of classes .* not 'a'"):
+        task.document({"text": "x", "label": "a"}, "a:1")
 
 
 def test_a_text_may_have_a_number(make_directory: Make) -> None:
-    rows = load_rows(make("regression", label_field="score"), make_directory(as_bert))
-    label = rows.document({"text": "x", "score": 2.5}, "a:1").arrays["labels"]
-    assert (label, label.dtype, rows.labels) == (2.5, np.float32, ())
+    task = task_of(make("regression", label_field="score"), make_directory(as_bert))
+    label = task.document({"text": "x", "score": 2.5}, "a:1").arrays["labels"]
+    assert (label, label.dtype, task.labels) == (2.5, np.float32, ())
     for wrong in ("2.5", True, float("nan"), None):
-        with pytest.raises(ValueError, match="a:1: the field 'score' must hold a number, and holds "):
-            rows.document({"text": "x", "score": wrong}, "a:1")
+        with pytest.raises(ValueError, match="a:1: field 'score' must hold a finite number, not "):
+            task.document({"text": "x", "score": wrong}, "a:1")
 
 
 def test_the_class_of_a_word_stands_at_its_first_token(make_directory: Make) -> None:
-    rows = load_rows(make("token_classification", ("O", "NAME")), make_directory(as_bert))
+    task = task_of(make("token_classification", ("O", "NAME")), make_directory(as_bert))
     words = ["hello", "zzz", "fox"]
-    arrays = rows.document({"words": words, "label": [0, "NAME", 0]}, "a:1").arrays
+    arrays = task.document({"words": words, "label": [0, "NAME", 0]}, "a:1").arrays
     # each word of a list is one in the middle of a text, after a space
-    lengths = [len(rows.tokenizer.encode(f" {word}", bos=False, eos=False)) for word in words]
+    lengths = [len(task.tokenizer.encode(f" {word}", bos=False, eos=False)) for word in words]
     assert lengths[1] > 1
     first = [1, 1 + lengths[0], 1 + lengths[0] + lengths[1]]
     assert np.flatnonzero(arrays["loss_weights"]).tolist() == first
     assert np.flatnonzero(arrays["labels"]).tolist() == first[1:2]
     with pytest.raises(ValueError, match=r"a:1: 3 words \('words'\) with 2 classes"):
-        rows.document({"words": words, "label": [0, 1]}, "a:1")
-    with pytest.raises(ValueError, match="a:1: the field 'words' must hold a list, one entry a word, and holds 'a b'"):
-        rows.document({"words": "a b", "label": [0, 1]}, "a:1")
+        task.document({"words": words, "label": [0, 1]}, "a:1")
+    with pytest.raises(ValueError, match="a:1: field 'words' must hold a list with one entry per word, not 'a b'"):
+        task.document({"words": "a b", "label": [0, 1]}, "a:1")
 
 
 def test_an_encoder_decoder_reads_the_prompt_and_writes_the_completion_after_its_start_token(
     make_directory: Make,
 ) -> None:
     directory = make_directory(as_bert, config={"decoder_start_token_id": 3})
-    rows = load_rows(make("seq2seq", prompt_template="say {prompt}"), directory)
+    task = task_of(make("seq2seq", prompt_template="say {prompt}"), directory)
     record = {"prompt": "yes", "completion": "no yes"}
-    arrays = rows.document(record, "a:1").arrays
+    arrays = task.document(record, "a:1").arrays
     answer = [
-        *rows.tokenizer.encode("no yes"),
+        *task.tokenizer.encode("no yes"),
     ]
-    assert arrays["tokens"].tolist() == rows.tokenizer.encode("say yes")
+    assert arrays["tokens"].tolist() == task.tokenizer.encode("say yes")
     assert arrays["targets"].tolist() == answer
     assert answer[-1] == 2
     assert arrays["decoder_tokens"].tolist() == [3, *answer[:-1]]
-    assert shapes(rows.empty())["decoder_tokens"] == ((8,), "int32")
-    prompt = rows.prompt(record, "a:1")
+    assert shapes(task.empty_row())["decoder_tokens"] == ((8,), "int32")
+    prompt = task.prompt(record, "a:1")
     assert (prompt.tokens, prompt.prompt, prompt.expected) == (arrays["tokens"].tolist(), "say yes", "no yes")
-    long = rows.document({"prompt": "yes", "completion": "no" * 30}, "a:1")
+    long = task.document({"prompt": "yes", "completion": "no" * 30}, "a:1")
     assert len(long.arrays["targets"]) == 8
-    assert long.too_long.endswith("tokens, config.data.max_target_length is 8")
+    assert long.too_long.endswith("tokens exceed config.data.max_target_length=8")
 
 
 def test_classes_are_those_of_the_checkpoints_own_head_where_the_config_names_none(make_directory: Make) -> None:
     stored = {"architectures": ["BertForSequenceClassification"], "id2label": {"1": "good", "0": "bad"}}
     directory = make_directory(as_bert, config=stored)
-    assert load_rows(make("classification"), directory).labels == ("bad", "good")
-    with pytest.raises(
-        ValueError, match=r"config\.task\.labels names no classes, and the checkpoint in .* has no head"
-    ):
-        load_rows(make("token_classification"), directory)
+    assert task_of(make("classification"), directory).labels == ("bad", "good")
+    with pytest.raises(ValueError, match=r"task\.labels is empty, and the checkpoint in .* has no head"):
+        task_of(make("token_classification"), directory)
 
 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("Yes", r"a:1: the field 'label' has the class 'Yes', .* Did you mean 'yes'\? There are 'no', 'yes'"),
-        (2, "a:1: the field 'label' has the class 2; the 2 .* are given by a number from 0 to 1 or by name"),
-        (-1, "a:1: .* class -1; .* by name; records of GLUE's test splits have none"),
-        (1.0, "a:1: the field 'label' has the class 1.0"),
+        ("Yes", r"a:1: field 'label' has the class 'Yes', .* Did you mean 'yes'\? Classes: 'no', 'yes'"),
+        (2, "a:1: field 'label' has the class 2; it must be a number from 0 to 1 or one of the 2 names"),
+        (-1, "a:1: .* class -1; .* names in task.labels; records of GLUE's test splits have no labels"),
+        (1.0, "a:1: field 'label' has the class 1.0"),
     ],
 )
 def test_a_class_that_there_is_not_is_an_error_that_names_the_record(
     label: Any, message: str, make_directory: Make
 ) -> None:
-    rows = load_rows(make("classification", ("no", "yes")), make_directory(as_bert))
+    task = task_of(make("classification", ("no", "yes")), make_directory(as_bert))
     with pytest.raises(ValueError, match=message):
-        rows.document({"text": "x", "label": label}, "a:1")
+        task.document({"text": "x", "label": label}, "a:1")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kind": "classification", "labels": ("a", "a")}, r"config\.task\.labels has 'a' twice"),
+        ({"kind": "classification", "labels": ("a", "a")}, r"task\.labels has 'a' twice"),
         ({"kind": "regression", "labels": ("a",)}, "a regression has no classes; leave it empty"),
         (
             {"kind": "seq2seq", "pack": True},
-            r"config\.data\.pack: .* for task.kind='causal_lm' only, not for 'seq2seq'",
+            r"data\.pack=True .* for task.kind='causal_lm' only, not for 'seq2seq'",
         ),
         (
             {"kind": "regression", "multi_label": True},
-            "multi_label goes with task.kind='classification', not with 'regr",
+            "multi_label=True requires task.kind='classification', not 'regr",
         ),
     ],
 )
 def test_fields_that_do_not_go_together_are_an_error(config: dict, message: str, make_directory: Make) -> None:
     with pytest.raises(ValueError, match=message):
-        load_rows(make(**config), make_directory(as_bert))
+        task_of(make(**config), make_directory(as_bert))

@@ -1,0 +1,43 @@
+"""The section `data` of the configuration."""
+
+import dataclasses
+
+from peftjax.core.config import field
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which records are read, which of their fields are used, and how they become rows of tokens or pixels."""
+
+    train: tuple[str, ...] = field(
+        (),
+        "Training sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz, FILE.parquet or images:DIR, each optionally "
+        "followed by @WEIGHT",
+    )
+    eval: tuple[str, ...] = field((), "Held-out sources, in the same notation")
+    tfds_data_dir: str = field("", "Directory of prepared TFDS datasets; empty: the default of TFDS")
+    format: str = field(
+        "text",
+        "Record format for causal_lm: a single text, a prompt and its completion, or chat messages",
+        choices=("text", "completion", "chat"),
+    )
+    text_field: str = field("text", "Field with the text, for format text")
+    prompt_field: str = field("prompt", "Field inserted for {prompt} in a template")
+    completion_field: str = field("completion", "Field inserted for {completion} in a template")
+    messages_field: str = field("messages", "Field with the list of messages, for format chat")
+    prompt_template: str = field(
+        "{prompt}", "Format string over the record's fields: the prompt, or the input of seq2seq and classification"
+    )
+    completion_template: str = field(
+        "{completion}", "Format string over the record's fields: the target of format completion and of seq2seq"
+    )
+    pair_template: str = field("", "Format string over the record's fields: the second text of a pair; empty: no pair")
+    label_field: str = field("label", "Field with the label: a class (index or name), a number, or one class per word")
+    words_field: str = field("words", "Field with the list of words, for token_classification")
+    image_field: str = field("image", "Field with the image, for image_classification")
+    max_length: int = field(512, "Maximum sequence length in tokens", low=2)
+    max_target_length: int = field(128, "Maximum target length of seq2seq in tokens", low=2)
+    too_long: str = field("truncate", "What to do with records longer than that", choices=("truncate", "drop", "error"))
+    pack: bool = field(False, "Pack several records into one sequence; they do not attend to each other")
+    shuffle: bool = field(True, "Shuffle the records anew in every epoch")
+    workers: int = field(0, "Threads that read ahead; 0: read in the training loop", low=0)

@@ -1,0 +1,57 @@
+"""What the batches are made of: records as arrays, and what turns the one into the other."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from peftjax.data.packing import Row
+from peftjax.data.records import Prompt
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """A record as arrays.
+
+    Attributes:
+      arrays: The arrays of one example by name.
+      size: Its number of tokens, or 1 for an image.
+      too_long: What exceeds the configured length, for a message; empty if nothing does.
+    """
+
+    arrays: Arrays
+    size: int
+    too_long: str = ""
+
+
+class Encoder(Protocol):
+    """Turns records into documents. A task is one.
+
+    Attributes:
+      unit: What a document consists of, such as "tokens" or "images".
+    """
+
+    unit: str
+
+    def document(self, record: Mapping[str, Any], name: str) -> Document:
+        """The example in a record; messages call the record `name`."""
+
+    def empty_row(self) -> Row:
+        """A row of padding."""
+
+    def prompt(self, record: Mapping[str, Any], name: str) -> Prompt | None:
+        """The prompt of a record and the expected answer; None if they do not fit into the maximum length."""
+
+
+def over(length: int, limit: int, field: str = "max_length") -> str:
+    """`Document.too_long` of a text with that many tokens."""
+    return f"{length} tokens exceed config.data.{field}={limit}" if length > limit else ""
+
+
+def filled(length: int, **values: bool | int | float) -> Arrays:
+    """Arrays [length], each full of one value: of a bool, an int or a float as bool, int32 or float32."""
+    dtypes: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
+    return {name: np.full(length, value, dtypes[type(value)]) for name, value in values.items()}

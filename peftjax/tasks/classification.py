@@ -1,0 +1,53 @@
+"""Classification: one class of a text or a pair of texts, or any number of them."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.core.errors import UserError
+from peftjax.losses import Totals, classification_loss, multi_label_loss
+from peftjax.tasks import metrics
+from peftjax.tasks.base import Batch
+from peftjax.tasks.labelled import TextLabelTask
+from peftjax.tasks.labels import Labels
+
+
+class Classification(TextLabelTask):
+    """An encoder predicts the class of a text; with task.multi_label, which of the classes apply, if any.
+
+    Labels are int32 [], or with multi_label float32 [C], 0 or 1.
+    """
+
+    kind: ClassVar[str] = "classification"
+    multi: ClassVar[bool] = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.problem_type = "multi_label_classification" if self.multi_label else "single_label_classification"
+        self._classes = Labels(self.given_labels, self.directory, "ForSequenceClassification", self.data.label_field)
+        self.labels = self._classes.names
+
+    def label(self, value: Any, name: str) -> np.ndarray:
+        if not self.multi_label:
+            return np.asarray(self._classes.number(value, name), np.int32)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UserError(
+                f"{name}: field {self.data.label_field!r} must hold a list of classes (task.multi_label), not {value!r}"
+            )
+        label = np.zeros(len(self.labels), np.float32)
+        label[[self._classes.number(one, name) for one in value]] = 1
+        return label
+
+    def label_shape(self) -> jax.ShapeDtypeStruct:
+        if self.multi_label:
+            return jax.ShapeDtypeStruct((len(self.labels),), jnp.float32)
+        return jax.ShapeDtypeStruct((), jnp.int32)
+
+    def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
+        return (multi_label_loss if self.multi_label else classification_loss)(logits, batch)
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return (metrics.multi_label if self.multi_label else metrics.classification)(logits, labels)

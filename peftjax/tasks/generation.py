@@ -1,0 +1,27 @@
+"""Tasks whose model writes text: the loss is per token, and so are the metrics."""
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from peftjax.losses import Totals
+from peftjax.tasks.base import Task
+
+
+class GenerationTask(Task):
+    """A task that predicts tokens; its metrics follow from the sums of the loss."""
+
+    loss_unit: ClassVar[str] = "nats per token"
+    generates: ClassVar[bool] = True
+
+    def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
+        """eval_loss in nats per token, perplexity = exp(eval_loss), and the share of tokens with the largest logit."""
+        del logits, labels
+        loss, tokens, correct = map(float, totals)
+        return {
+            "eval_loss": loss / tokens,
+            "perplexity": math.exp(min(loss / tokens, 700.0)),  # no overflow
+            "token_accuracy": correct / tokens,
+            "eval_tokens": tokens,
+        }

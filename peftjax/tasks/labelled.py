@@ -1,0 +1,105 @@
+"""Tasks whose examples have labels: the loss and the metrics are those of the head's logits."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.data.documents import Arrays, Document, over
+from peftjax.data.fields import field_of, fill
+from peftjax.losses import Totals
+from peftjax.models.base import Model
+from peftjax.models.bert import Bert
+from peftjax.tasks.base import Batch, Outputs, Task
+
+
+class LabelledTask(Task):
+    """A task that predicts labels from the logits of a head."""
+
+    def logits(self, model: Model, batch: Batch) -> jax.Array:
+        """The head's logits [B, C], or [B, T, C] for a label per token."""
+        raise NotImplementedError
+
+    def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
+        """The loss of the logits, summed over the labels that count."""
+        raise NotImplementedError
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics of all predictions [N, C] and their labels [N]."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, batch: Batch) -> Totals:
+        return self.loss_of(self.logits(model, batch), batch)
+
+    def evaluate(self, model: Model, batch: Batch) -> Outputs:
+        logits = self.logits(model, batch).astype(jnp.float32)
+        return Outputs(self.loss_of(logits, batch), (logits, batch["labels"], batch["loss_weights"]))
+
+    def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
+        """eval_loss, the scores of the task, and the number of labels."""
+        assert logits is not None
+        assert labels is not None
+        count = float(totals.tokens)
+        return {"eval_loss": float(totals.loss) / count} | self.score(logits, labels) | {"eval_labels": count}
+
+
+class TextLabelTask(LabelledTask):
+    """A text or a pair of texts with a label.
+
+    Rows hold tokens, token_types and mask [T]; labels and loss_weights [].
+    """
+
+    model_class: ClassVar[type[Model]] = Bert
+    head: ClassVar[str | None] = "sequence_classification"
+
+    @functools.cached_property
+    def _cut(self) -> Callable[..., Any]:
+        return self.tokenizer.cut(self.data.max_length)
+
+    def label(self, value: Any, name: str) -> np.ndarray:
+        """The label that a record holds, as an array."""
+        raise NotImplementedError
+
+    def label_shape(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of `label`."""
+        raise NotImplementedError
+
+    def document(self, record: Mapping[str, Any], name: str) -> Document:
+        pair = self.data.pair_template
+        encoding, length = self._cut(
+            fill(self.data.prompt_template, record, self.data, name),
+            fill(pair, record, self.data, name) if pair else None,
+        )
+        label = self.label(field_of(record, self.data.label_field, "label_field", name), name)
+        arrays = text_inputs(encoding) | {"labels": label, "loss_weights": np.ones((), np.float32)}
+        return Document(arrays, len(encoding.ids), over(length, self.data.max_length))
+
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        weights = jax.ShapeDtypeStruct((), jnp.float32)
+        return text_shapes(self.data.max_length) | {"labels": self.label_shape(), "loss_weights": weights}
+
+    def logits(self, model: Model, batch: Batch) -> jax.Array:
+        return text_logits(model, batch)
+
+
+def text_inputs(encoding: Any) -> Arrays:
+    """What an encoder reads of an encoded text: tokens, token_types and mask [n]."""
+    return {
+        "tokens": np.asarray(encoding.ids, np.int32),
+        "token_types": np.asarray(encoding.type_ids, np.int32),
+        "mask": np.ones(len(encoding.ids), bool),
+    }
+
+
+def text_shapes(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `text_inputs` in a row."""
+    dtypes = {"tokens": jnp.int32, "token_types": jnp.int32, "mask": jnp.bool_}
+    return {name: jax.ShapeDtypeStruct((length,), dtype) for name, dtype in dtypes.items()}
+
+
+def text_logits(model: Model, batch: Batch) -> jax.Array:
+    """The logits of an encoder's head on a batch of texts."""
+    return model(batch["tokens"], mask=batch["mask"], token_types=batch["token_types"])

@@ -1,0 +1,71 @@
+"""The classes of a task: their names, and the numbers of those that records name."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+from peftjax.io.hf_files import read_json_if_any
+from peftjax.models.heads import stored_labels
+
+
+class Labels:
+    """The class names of a task, in the order of their numbers.
+
+    Attributes:
+      names: task.labels if there are any, else those of the checkpoint's own head.
+    """
+
+    def __init__(
+        self, given: tuple[str, ...], directory: Path, architecture: str, field: str, example: tuple[str, ...] = ()
+    ) -> None:
+        """
+        Args:
+          given: task.labels.
+          directory: The model directory.
+          architecture: How transformers calls classes with this kind of head, such as "ForSequenceClassification".
+          field: data.label_field, for messages.
+          example: Names to suggest where there are none.
+
+        Raises:
+          UserError: There are no names, or one occurs twice.
+        """
+        self.names = given or _stored(directory, architecture)
+        self._field = field
+        if not self.names:
+            raise UserError(
+                f"task.labels is empty, and the checkpoint in {directory} has no head with classes of its own. Name the "
+                f"classes in the order of their numbers, for example task.labels={example or ('negative', 'positive')}"
+            )
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise UserError(f"task.labels has {twice[0]!r} twice")
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def number(self, label: Any, record: str) -> int:
+        """The number of the class that a record gives by number or by name."""
+        if isinstance(label, str):
+            if label not in self._numbers:
+                raise UserError(
+                    f"{record}: field {self._field!r} has the class {label!r}, which is not in task.labels."
+                    f"{suggest(label, self.names)} Classes: {', '.join(map(repr, self.names[:20]))}"
+                )
+            return self._numbers[label]
+        if not isinstance(label, int) or not 0 <= label < len(self.names):
+            why = "; records of GLUE's test splits have no labels" if label == -1 else ""
+            raise UserError(
+                f"{record}: field {self._field!r} has the class {label!r}; it must be a number from 0 to "
+                f"{len(self.names) - 1} or one of the {len(self.names)} names in task.labels{why}"
+            )
+        return int(label)
+
+
+def _stored(directory: Path, architecture: str) -> tuple[str, ...]:
+    """The classes of a checkpoint's own head; empty if its head is of another kind, or it has none."""
+    config = read_json_if_any(directory / "config.json")
+    if not any(name.endswith(architecture) for name in config.get("architectures") or ()):
+        return ()
+    return stored_labels(config)

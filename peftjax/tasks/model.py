@@ -1,0 +1,70 @@
+"""The section `model` of the configuration, and the base model that it describes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from peftjax.core.config import field
+from peftjax.io.load import load_model
+from peftjax.io.random_model import make_random
+from peftjax.models.base import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which base model is loaded, in which formats, and how it computes."""
+
+    path: str = field("embedded", 'Hugging Face directory or hub id; "embedded" is the small model in the package')
+    revision: str | None = field(None, "Branch, tag or commit of a hub id; none: the default branch")
+    dtype: str = field("float32", "Compute dtype", choices=("float32", "bfloat16"))
+    param_dtype: str = field(
+        "", "Dtype of the base parameters; empty: model.dtype", choices=("", "float32", "bfloat16")
+    )
+    quantize: str = field(
+        "", "Format of the frozen kernels; empty: not quantized", choices=("", "nf4", "nf4_single", "int8")
+    )
+    skip_quantize: tuple[str, ...] = field((), "Names of modules that are not quantized, besides the head")
+    remat: str = field(
+        "none",
+        "What the backward pass recomputes: nothing, all but linear layers (dots), each block, or each block with its "
+        "input in host memory (offload)",
+        choices=("none", "dots", "block", "offload"),
+    )
+    attention: str = field(
+        "xla",
+        "Implementation of causal attention in training; cudnn (NVIDIA GPUs) and splash (TPUs) keep no attention scores "
+        "in memory",
+        choices=("xla", "cudnn", "splash"),
+    )
+    new_head: bool = field(False, "Replace the head of an encoder's checkpoint by a new one")
+    init: str = field(
+        "pretrained",
+        "Weights of the checkpoint, or random ones (only config.json and the tokenizer are read)",
+        choices=("pretrained", "random"),
+    )
+
+
+def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **head: Any) -> Model:
+    """The base model in a directory without adapters, sharded over the mesh.
+
+    Args:
+      config: The section `model`.
+      directory: Where the model is, which need not be config.path.
+      mesh: The devices.
+      seed: For a new head, or random weights.
+      **head: `load_model`'s options for the head.
+    """
+    make = make_random if config.init == "random" else load_model
+    return make(
+        directory,
+        config.dtype,
+        config.quantize or None,
+        param_dtype=config.param_dtype or None,
+        remat=config.remat,
+        skip=config.skip_quantize,
+        mesh=mesh,
+        seed=seed,
+        **head,
+    )

@@ -1,0 +1,83 @@
+"""Token classification: a class for every word, predicted at its first token.
+
+Devlin et al. 2018 (arXiv:1810.04805), section 5.3.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.core.errors import UserError
+from peftjax.data.documents import Document, over
+from peftjax.data.fields import field_of
+from peftjax.losses import Totals, classification_loss
+from peftjax.models.base import Model
+from peftjax.models.bert import Bert
+from peftjax.tasks import metrics
+from peftjax.tasks.base import Batch
+from peftjax.tasks.labelled import LabelledTask, text_inputs, text_logits, text_shapes
+from peftjax.tasks.labels import Labels
+
+
+class TokenClassification(LabelledTask):
+    """An encoder predicts the class of each word of a text.
+
+    Rows hold tokens, token_types, mask, labels and loss_weights [T]; the weights are 1 at the first token of a word.
+    """
+
+    kind: ClassVar[str] = "token_classification"
+    model_class: ClassVar[type[Model]] = Bert
+    head: ClassVar[str | None] = "token_classification"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._classes = Labels(self.given_labels, self.directory, "ForTokenClassification", self.data.label_field)
+        self.labels = self._classes.names
+
+    @functools.cached_property
+    def _cut(self) -> Callable[..., Any]:
+        return self.tokenizer.cut(self.data.max_length, words=True)
+
+    def document(self, record: Mapping[str, Any], name: str) -> Document:
+        words = field_of(record, self.data.words_field, "words_field", name)
+        classes = field_of(record, self.data.label_field, "label_field", name)
+        self._check(words, classes, name)
+        numbers = [self._classes.number(label, name) for label in classes]
+        encoding, length = self._cut(words)
+        owners = encoding.word_ids  # the word of each token; None for special tokens
+        first = [owner is not None and owner != before for owner, before in zip(owners, [None, *owners], strict=False)]
+        labels = [numbers[owner or 0] if begins else 0 for owner, begins in zip(owners, first, strict=True)]
+        arrays = text_inputs(encoding) | {
+            "labels": np.asarray(labels, np.int32),
+            "loss_weights": np.asarray(first, np.float32),
+        }
+        return Document(arrays, len(encoding.ids), over(length, self.data.max_length))
+
+    def _check(self, words: Any, classes: Any, name: str) -> None:
+        for field, value in ((self.data.words_field, words), (self.data.label_field, classes)):
+            if not isinstance(value, list | tuple):
+                raise UserError(f"{name}: field {field!r} must hold a list with one entry per word, not {value!r}")
+        if wrong := [word for word in words if not isinstance(word, str)]:
+            raise UserError(f"{name}: field {self.data.words_field!r} must hold words, but holds {wrong[0]!r}")
+        if len(words) != len(classes):
+            raise UserError(f"{name}: {len(words)} words ({self.data.words_field!r}) with {len(classes)} classes")
+
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        length = (self.data.max_length,)
+        return text_shapes(self.data.max_length) | {
+            "labels": jax.ShapeDtypeStruct(length, jnp.int32),
+            "loss_weights": jax.ShapeDtypeStruct(length, jnp.float32),
+        }
+
+    def logits(self, model: Model, batch: Batch) -> jax.Array:
+        return text_logits(model, batch)
+
+    def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
+        return classification_loss(logits, batch)
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return metrics.classification(logits, labels)

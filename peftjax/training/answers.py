@@ -1,0 +1,59 @@
+"""Generated answers to held-out prompts, and their scores."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from peftjax.data.records import Prompt
+from peftjax.data.tokenizer import Tokenizer
+from peftjax.decoding import generate
+from peftjax.models.base import Model
+from peftjax.tasks import metrics
+
+BATCH = 64  # prompts answered at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+      record: The name of the record.
+      prompt: The text that was continued.
+      expected: The expected answer.
+      answer: The generated answer.
+    """
+
+    record: str
+    prompt: str
+    expected: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer equals the expected one, up to surrounding spaces."""
+        return metrics.same(self.answer, self.expected)
+
+    def line(self, scored: bool) -> str:
+        """The answer as a line to print, with a verdict if `scored`."""
+        verdict = ("right  " if self.correct else "wrong  ") if scored else ""
+        return f"{verdict}{self.prompt!r} -> {self.answer!r}, expected {self.expected!r}"
+
+
+def answer(model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int) -> list[Answer]:
+    """The model's greedy answers to held-out prompts."""
+    answers = []
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        filled = part + [part[-1]] * (min(BATCH, len(prompts)) - len(part))  # one batch shape, one compilation
+        outputs = generate(
+            model, [prompt.tokens for prompt in filled], max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids
+        )
+        for prompt, output in zip(part, outputs, strict=False):
+            answers.append(Answer(prompt.record, prompt.prompt, prompt.expected, tokenizer.decode(output)))
+    return answers
+
+
+def score(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:
+    """The metrics `names` of generated answers, and the number of answers."""
+    found = metrics.of_answers([item.answer for item in answers], [item.expected for item in answers], names)
+    return found | {"prompts": len(answers)}

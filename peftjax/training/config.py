@@ -1,0 +1,218 @@
+"""The whole configuration: its sections, loading it from a file, and comparing it with that of an earlier run.
+
+A config file is Python with `get_config() -> ConfigDict`, usually `peftjax.core.config.defaults()` and a few changes.
+`load` runs it, applies `--config.a.b=value` overrides, and returns a `Config`, whose fields are checked and typed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from peftjax import methods
+from peftjax.adapters.method import Method
+from peftjax.core import config as core_config
+from peftjax.core import config_file, config_values
+from peftjax.core.config import Field, Schema, defaults, field, flat, section
+from peftjax.core.errors import UserError
+from peftjax.data.config import DataConfig
+from peftjax.sharding import MeshConfig
+from peftjax.tasks import TASKS, TaskConfig
+from peftjax.tasks.metrics import check_answer_metrics
+from peftjax.tasks.model import ModelConfig
+from peftjax.training.optim import OptimConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "EvalConfig",
+    "TrainConfig",
+    "changed",
+    "defaults",
+    "describe",
+    "differences",
+    "load",
+    "to_dict",
+    "to_json",
+    "validate",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long the training is, how large its steps are, and when it logs and evaluates."""
+
+    steps: int = field(1000, "Number of optimizer updates", low=1)
+    batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
+    accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
+    loss_chunk: int = field(128, "Positions of a sequence whose logits are in memory at the same time", low=1)
+    log_every: int = field(10, "Steps between two lines of metrics", low=1)
+    eval_every: int = field(0, "Steps between two evaluations; 0: only after the last step", low=0)
+    eval_batches: int = field(0, "Batches per evaluation; 0: all held-out records", low=0)
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation of generated answers."""
+
+    exact_match: int = field(0, "Held-out prompts to answer and score; 0: none", low=0)
+    metrics: tuple[str, ...] = field(("exact_match",), "Metrics of these answers: exact_match, bleu, rouge_l")
+    max_new_tokens: int = field(64, "Maximum length of a generated answer in tokens", low=1)
+    samples: int = field(
+        0, "Generated answers to print and report, the first of the scored ones if there are any", low=0
+    )
+
+    def __post_init__(self) -> None:
+        check_answer_metrics(self.metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: int = field(100, "Steps between two checkpoints", low=1)
+    keep: int = field(2, "Number of most recent checkpoints to keep", low=1)
+    keep_best: bool = field(True, "Also keep the checkpoint with the lowest evaluation loss")
+    adapter: bool = field(False, "Also write adapter/ with every checkpoint, not only at the end")
+
+
+METHOD_NAME = Field("lora", "PEFT method; the other fields of this section are the options of that method")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The configuration of a run."""
+
+    seed: int = field(0, "Random seed of initial values, dropout and data order", low=0)
+    model: ModelConfig = section(ModelConfig)
+    task: TaskConfig = section(TaskConfig)
+    method: Method = dataclasses.field(default_factory=methods.Lora, metadata={"fields": {"name": METHOD_NAME}})
+    data: DataConfig = section(DataConfig)
+    optim: OptimConfig = section(OptimConfig)
+    train: TrainConfig = section(TrainConfig)
+    eval: EvalConfig = section(EvalConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    mesh: MeshConfig = section(MeshConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup_steps > self.train.steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must be at most train.steps={self.train.steps}"
+            )
+        if self.model.attention != "xla" and self.data.pack:
+            raise UserError(
+                f"model.attention={self.model.attention!r} does not support packed sequences; set data.pack=False or "
+                "model.attention='xla'"
+            )
+        for name, value in (("exact_match", self.eval.exact_match), ("samples", self.eval.samples)):
+            if value and not TASKS[self.task.kind].generates:
+                raise UserError(
+                    f"eval.{name}={value}: task.kind={self.task.kind!r} does not generate text; set it to 0"
+                )
+
+
+SCHEMA = Schema(core_config.fields_of(Config), methods.method_defaults)
+core_config.declare(SCHEMA)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a Python file, completed by the defaults and overridden.
+
+    Args:
+      path: A Python file with a function `get_config()`; in "FILE.py:TEXT", the text is its argument.
+      overrides: Strings "--config.optim.learning_rate=1e-3"; see `config_values.override`.
+
+    Raises:
+      UserError: The file fails, or a field is unknown, of the wrong type or out of range.
+    """
+    values = config_values.complete(flat(config_file.run(path)), SCHEMA, str(path))
+    return _make(config_values.override(values, overrides, SCHEMA), str(path))
+
+
+def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> Config:
+    """The config with the given values, which may leave out fields and sections. `source` is named in messages.
+
+    Raises:
+      UserError: A field is unknown, of the wrong type or out of range.
+    """
+    return _make(config_values.complete(flat(config), SCHEMA, source), source)
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    """The config with other values of some fields, named as in model__remat="block", or of a whole section.
+
+    Raises:
+      UserError: As `validate`.
+    """
+    values = to_dict(config)
+    for name, value in fields.items():
+        head, _, leaf = name.partition("__")
+        values[head] = values[head] | {leaf: value} if leaf else value
+    return validate(values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts, which `validate` turns back into an equal one."""
+    own = {each.name: getattr(config.method, each.name) for each in dataclasses.fields(config.method)}
+    sections = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    plain = {name: dataclasses.asdict(value) for name, value in sections.items() if name not in ("seed", "method")}
+    return {"seed": config.seed, "method": {"name": config.method.method} | own} | plain
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON text."""
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
+def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
+    """One line for every field in which a config and the stored values of another differ.
+
+    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be those of another version.
+    """
+    a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
+    return [
+        f"{name}: {repr(a[name]) if name in a else 'absent'} here, {repr(b[name]) if name in b else 'absent'} there"
+        for name in a | b
+        if (name in a, a.get(name)) != (name in b, b.get(name))
+    ]
+
+
+def _normalized(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values, flat; the method's options as its class has them ("q_proj,v_proj" as ("q_proj", "v_proj"))."""
+    try:
+        method = methods.from_config({name: config_values.as_tuples(value) for name, value in stored["method"].items()})
+    except (KeyError, UserError, TypeError):
+        return flat(stored)
+    own = {each.name: getattr(method, each.name) for each in dataclasses.fields(method)}
+    return flat({**stored, "method": {"name": method.method} | own})
+
+
+def _make(values: Mapping[str, Any], source: str) -> Config:
+    """The Config with complete values."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        head, _, leaf = name.rpartition(".")
+        sections.setdefault(head, {})[leaf] = value
+    try:
+        made = {
+            each.name: each.metadata["section"](**sections[each.name])
+            for each in dataclasses.fields(Config)
+            if "section" in each.metadata
+        }
+        return Config(**sections[""], method=methods.from_config(sections["method"]), **made)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def describe() -> str:
+    """All fields with their defaults and meanings, for --help."""
+    return core_config.describe(SCHEMA)

@@ -1,0 +1,240 @@
+"""Runs side by side in one program: gradients under vmap over one frozen base, then each run's own update."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax import sharding
+from peftjax.adapters import active_view
+from peftjax.core import distributed, variables
+from peftjax.core.units import format_clock
+from peftjax.data.batches import Batches
+from peftjax.io.checkpoint import Checkpoints
+from peftjax.log import Log
+from peftjax.models.base import Model
+from peftjax.training.config import Config
+from peftjax.training.run import (
+    Run,
+    attach_method,
+    base_fingerprint,
+    open_checkpoints,
+    open_data,
+    preempted,
+)
+from peftjax.training.split import Parts, split
+from peftjax.training.step import Batch, Metrics, TrainState, accumulate, apply, init_state, shardings, summary
+from peftjax.training.window import NotFiniteError
+
+
+@dataclasses.dataclass
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      values: The swept fields and their values.
+      config: The whole configuration.
+      workdir: The directory of the run.
+      failed: Why the run failed; empty if it did not.
+    """
+
+    values: dict[str, Any]
+    config: Config
+    workdir: Path
+    failed: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return self.workdir.name
+
+
+@dataclasses.dataclass
+class Training:
+    """A member under way. `loss` is that of the last step."""
+
+    member: Member
+    run: Run
+    parts: Parts
+    state: TrainState
+    checkpoints: Checkpoints
+    log: Log = dataclasses.field(init=False)
+    loss: jax.Array = dataclasses.field(init=False)
+
+
+PopulationStep = Callable[..., list[tuple[TrainState, Metrics]]]
+
+
+def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -> PopulationStep:
+    """The jitted step (states, shared, own, batches) -> [(state, metrics), ...] of runs that differ in their leaves alone.
+
+    Args:
+      parts: What each run's step is made of; the objectives are equal.
+      states: States with the shardings of those that the step gets. They are donated.
+
+    The step's argument `shared` has the frozen leaves of all runs, such as the base, which is held, read and decoded once;
+    `own` has the other frozen leaves of each run.
+    """
+    options = {"compiler_options": sharding.compiler_options(_mesh(states[0]))}
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=[(shardings(state), None) for state in states], **options)
+    def population_step(
+        states: Sequence[TrainState],
+        shared: variables.FlatTree,
+        own: Sequence[variables.FlatTree],
+        batches: Sequence[Batch],
+    ) -> list[tuple[TrainState, Metrics]]:
+        def gradients(state: TrainState, own: variables.FlatTree, batch: Batch) -> Any:
+            return accumulate(parts[0].objective, state, {**shared, **own}, batch)
+
+        without_moments = [state._replace(optimizer=()) for state in states]
+        stacked = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) for members in (without_moments, own, batches)
+        ]
+        together = jax.vmap(gradients)(*stacked)
+        results = []
+        for index, (each, state) in enumerate(zip(parts, states, strict=True)):
+            gradient, totals = jax.tree.map(lambda leaf, index=index: leaf[index], together)
+            results.append((apply(each.tx, state, gradient), summary(gradient, totals)))
+        return results
+
+    return population_step
+
+
+def _mesh(state: TrainState) -> Mesh:
+    return next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable))
+
+
+def train_population(population: Sequence[Member], preemption: distributed.Preemption) -> None:
+    """Train the members to their end, each from its newest checkpoint if it has one."""
+    mesh = sharding.make_mesh(population[0].config.mesh.sizes)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
+        for group in set_up(population, mesh, opened):
+            train_side_by_side(group, preemption)
+
+
+def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStack) -> list[list[Training]]:
+    """Load the base once and attach each member's adapters to a model that shares it.
+
+    Returns:
+      The members in groups of one structure and one step: some may have been killed when others had saved already, and
+      a method may have alpha in its structure.
+    """
+    data = [open_data(member.config, mesh) for member in population]
+    (task, _), config = data[0], population[0].config
+    shared = task.load_model(config.model, task.directory, mesh, config.seed)
+    base = base_fingerprint(shared)
+    groups: dict[Any, list[Training]] = {}
+    for member, (task, batches) in zip(population, data, strict=True):
+        checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
+        model: Model = nnx.clone(shared)
+        method = attach_method(member.config, task, model, mesh)
+        parts = split(member.config, task, model, method)
+        run = Run(member.config, member.workdir, mesh, task, batches, method, model, parts, base)
+        state = run.resume(init_state(parts.trainable, parts.tx, member.config.seed), checkpoints)
+        structure = nnx.split(active_view(model))[0]
+        groups.setdefault((int(state.step), structure), []).append(Training(member, run, parts, state, checkpoints))
+    return list(groups.values())
+
+
+def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemption) -> None:
+    """Train models of one structure, which are at the same step, to their end, and write the result of each."""
+    due, total, start = group[0].run.due, group[0].run.config.train.steps, int(group[0].state.step)
+    advance = make_advance(group)
+    with contextlib.ExitStack() as opened:
+        for one in group:
+            first = jax.process_index() == 0
+            log = Log(one.run.workdir, total_steps=total, resume_step=start, enabled=first, quiet=True)
+            one.log = opened.enter_context(log)
+            one.run.introduce(one.state, one.log)
+            if not start:
+                one.run.evaluate(one.state, one.log)
+        for one in group:
+            one.run.window.reopen()
+        began = time.perf_counter()
+        for step in range(start + 1, total + 1):
+            advance(step)
+            stop = preemption.reached()
+            for one in group:
+                log_step(one, step, stop)
+            going = [one for one in group if not one.member.failed]
+            if not going:
+                return
+            if due.save(step) or stop:
+                for one in going:
+                    scores = one.run.evaluate(one.state, one.log) if due.eval(step) else {}
+                    one.run.save(one.state, step, scores, one.log, one.checkpoints)
+                for one in going:
+                    one.run.window.reopen()  # no run's speed counts the time that others took to save
+            if due.log(step):
+                say(_progress(going, step, start, total, time.perf_counter() - began))
+            if stop and step < total:
+                for one in going:
+                    one.checkpoints.wait()
+                raise preempted(step, total)
+        for one in going:
+            one.checkpoints.wait()
+            one.run.finish(one.state, one.log)
+
+
+def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
+    """A function that takes all members to the step with the given number."""
+    first = group[0].run
+    own = [_own_leaves(one.run) for one in group]
+    shared = {path: leaf for path, leaf in first.frozen.items() if path not in own[0]}
+    streams: dict[int, Batches] = {}  # by seed, shared by its members
+    for one, leaves in zip(group, own, strict=True):
+        one.run.frozen, one.run.eval_step = {**shared, **leaves}, first.eval_step
+        one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
+    population_step = make_population_step([one.parts for one in group], [one.state for one in group])
+
+    def advance(step: int) -> None:
+        batches = {seed: next(stream) for seed, stream in streams.items()}
+        placed = {seed: first.shard(batch) for seed, batch in batches.items()}
+        seeds = [one.run.config.seed for one in group]
+        results = population_step([one.state for one in group], shared, own, [placed[seed] for seed in seeds])
+        for one, seed, (state, metrics) in zip(group, seeds, results, strict=True):
+            one.state, one.loss = state, metrics["loss"]
+            if not one.member.failed:
+                one.run.window.add(step, metrics, batches[seed])
+
+    return advance
+
+
+def log_step(one: Training, step: int, stopping: bool) -> None:
+    """`Run.log_step`; a loss that is not finite ends this member alone."""
+    if one.member.failed:
+        return
+    try:
+        one.run.log_step(step, one.log, stopping=stopping)
+    except NotFiniteError as error:
+        one.member.failed = str(error)
+        say(f"{one.member.name} failed: {error}")
+
+
+def say(text: str) -> None:
+    """Print a line, from one process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _own_leaves(run: Run) -> variables.FlatTree:
+    """The frozen leaves that came with the method, such as LoRA's scales."""
+    kinds = variables.flat(run.model)[1]
+    return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+
+
+def _progress(going: Sequence[Training], step: int, start: int, total: int, seconds: float) -> str:
+    """The lowest and the highest loss, and the remaining time."""
+    ranked = sorted((float(one.loss), one.member.name) for one in going)
+    ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
+    clock = f"{format_clock(seconds)}, {format_clock(seconds / (step - start) * (total - step))} left"
+    return "  ".join([f"step {step:>{len(str(total))}}/{total}", f"loss {' to '.join(ends)}", clock])

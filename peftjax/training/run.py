@@ -1,0 +1,337 @@
+"""A run in its workdir: what `train` and `sweep` share, from opening the data to writing the result."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax import adapters, sharding
+from peftjax.adapters.method import Method
+from peftjax.core import distributed, variables
+from peftjax.core.errors import UserError
+from peftjax.core.files import write_atomically
+from peftjax.core.fingerprint import fingerprint
+from peftjax.core.units import format_bytes
+from peftjax.data.batches import Batch, Batches, Batching, eval_batches, eval_prompts, train_batches
+from peftjax.io.checkpoint import Checkpoints
+from peftjax.io.hf_adapter import save_adapter
+from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.load import load_kernels
+from peftjax.io.save import save_model
+from peftjax.log import Log
+from peftjax.methods import make_config
+from peftjax.models.base import Model
+from peftjax.report.data import ReportData, Sample, count_parts, tree_bytes, versions
+from peftjax.report.page import write_report
+from peftjax.tasks import Task, make_task
+from peftjax.training import answers, optim
+from peftjax.training import config as configs
+from peftjax.training.config import Config
+from peftjax.training.due import Due
+from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.split import Parts
+from peftjax.training.step import TrainState, flatten
+from peftjax.training.window import Window
+
+# Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
+FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
+
+
+# --- Before a model is loaded ---
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises a UserError if the workdir cannot be created or written: now, and not after an hour of loading."""
+    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is not writable" if place.is_dir() else "is a file"
+        raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written")
+
+
+def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
+    """The checkpoints of the run in a workdir.
+
+    Raises:
+      UserError: The workdir holds a run with another configuration.
+    """
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+    )
+    try:
+        if (identity := checkpoints.identity()) is not None:
+            differ = configs.differences(config, identity["config"])
+            _refuse(workdir, [line for line in differ if not line.startswith(FREE)])
+    except UserError:
+        checkpoints.close()
+        raise
+    return checkpoints
+
+
+def _refuse(workdir: Path, differ: list[str]) -> None:
+    if differ:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another configuration: {'; '.join(differ)}. Choose another workdir, "
+            "or delete this one to start again"
+        )
+
+
+def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
+    """The task and its training batches.
+
+    The held-out data is opened as well, since all mistakes in the data are to be reported before a model is loaded.
+
+    Raises:
+      UserError: The model directory lacks what the task needs, or the data cannot be read.
+    """
+    directory = resolve(config.model.path, config.model.revision)
+    task = make_task(config.task, config.data, directory, config.train.loss_chunk)
+    if config.data.eval:
+        eval_batches(config.data, task, batching(config, mesh)).close()
+    return task, train_batches(config.data, task, batching(config, mesh), config.seed)
+
+
+def batching(config: Config, mesh: Mesh) -> Batching:
+    """How the processes share out the rows of a batch."""
+    return Batching(config.train.batch_size, config.train.accumulate, **sharding.batch_share(mesh))
+
+
+# --- The method ---
+
+
+def attach_method(config: Config, task: Task, model: Model, mesh: Mesh) -> Method:
+    """Attach the method of a config to a model on a mesh; returns it with its texts tokenized.
+
+    Raises:
+      UserError: The options do not fit the model, or examples with virtual tokens are too long for it.
+    """
+    method = config.method.tokenized(lambda text: task.tokenizer.encode(text))
+    adapters.attach(
+        model,
+        method,
+        rngs=nnx.Rngs(config.seed),
+        batches=_first_batches(config, task, method, mesh) if method.data else None,
+        kernels=load_kernels(task.directory, model) if method.unquantized else None,
+    )
+    task.check_lengths(model, mesh)
+    sharding.place(model, mesh)
+    return method
+
+
+def _first_batches(config: Config, task: Task, method: Method, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """The batches [B, ...] that the method starts from, the first of the training."""
+    batches = train_batches(config.data, task, batching(config, mesh), config.seed)
+    shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
+    return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
+
+
+def base_fingerprint(model: Model) -> str:
+    """The fingerprint of a base model, before adapters are attached."""
+    return fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
+
+
+# --- The run ---
+
+
+class Run:
+    """A run that is set up.
+
+    Attributes:
+      config, workdir, mesh, task, batches, method, model: What it is made of. The model is in evaluation mode; its
+        trainable leaves are those of a state as of the last `sync`, and are invalid after the next step.
+      frozen: The frozen leaves by path.
+      base: The fingerprint of the base.
+      due: What is due after which step.
+      schedule: The learning rate by step.
+      eval_step: The jitted evaluation step.
+      window: The steps since the last line of the log.
+      report: What the report shows beside the config and the metrics.
+      timings: Seconds by what they were spent on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Mesh,
+        task: Task,
+        batches: Batches,
+        method: Method,
+        model: Model,
+        parts: Parts,
+        base: str,
+    ) -> None:
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.task, self.batches, self.method, self.model = task, batches, method, model
+        self.frozen, self.base = parts.frozen, base
+        self.due = Due(config)
+        self.schedule = optim.make_schedule(config.optim, config.train.steps)
+        self.eval_step = make_eval_step(variables.flat(model)[0], task, mesh)
+        self.window = Window(task.unit)
+        self.report = ReportData()
+        self.timings: dict[str, float] = collections.defaultdict(float)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the run that wrote it."""
+        return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
+
+    def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+        """The state of the newest intact checkpoint, with the data at its position; else `state`.
+
+        Raises:
+          UserError: The checkpoint belongs to another base.
+        """
+        if (identity := checkpoints.identity()) is not None and identity["base"] != self.base:
+            prints = f"fingerprint {self.base} here, {identity['base']} there"
+            _refuse(self.workdir, [f"the base model's weights: {prints}"])
+        abstract = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten(state).items()
+        }
+        self.sync(state)  # the state holds copies: release the originals
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            return state
+        self.batches.set_state(restored.data_state)
+        leaves = [restored.state[name] for name in flatten(state)]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        self.sync(state)
+        return state
+
+    def sync(self, state: TrainState) -> None:
+        """Write the trainable leaves of a state into the model."""
+        variables.update(self.model, state.trainable)
+
+    def shard(self, batch: Batch) -> Mapping[str, jax.Array]:
+        """A batch on the mesh, [A, B / A, ...]."""
+        return sharding.shard_batch(batch.arrays, self.mesh, self.config.train.accumulate)
+
+    def introduce(self, state: TrainState, log: Log) -> None:
+        """Print what is trained on what, and write config.json and the start of the report's data."""
+        config = self.config
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
+        leaves = variables.flat(self.model)[1]
+        parts = count_parts(leaves, self.method.trains)
+        trained = sum(part.parameters for part in parts if part.trained)
+        base = sum(part.parameters for part in parts if not part.adapter)
+        default = configs.validate({"method": make_config(config.method.method).to_dict()})
+        self.report = dataclasses.replace(
+            ReportData.load(self.workdir) if state.step > 0 else self.report,
+            parts=parts,
+            optimizer_bytes=tree_bytes(state.optimizer),
+            versions=versions(),
+            default_config=json.loads(configs.to_json(default)),
+        )
+        shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
+        dtype = config.model.param_dtype or config.model.dtype
+        log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}")
+        log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
+        if uneven := sharding.undivided(leaves, self.mesh):
+            more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
+            log.message(
+                f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
+            )
+        if state.step > 0:
+            log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
+
+    def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
+        """Check the steps since the last check, if a line of the log or a checkpoint is due, and write the line.
+
+        Raises:
+          NotFiniteError: The loss or the gradient norm is not finite.
+        """
+        if self.due.log(step) or self.due.save(step) or stopping:
+            numbers = self.window.close()
+            if self.due.log(step):
+                log.step(step, numbers | {"learning_rate": float(self.schedule(step - 1))})
+
+    def save(
+        self, state: TrainState, step: int, scores: Mapping[str, float], log: Log, checkpoints: Checkpoints
+    ) -> None:
+        """Save a checkpoint, and with checkpoint.adapter the adapter."""
+        score = -scores["eval_loss"] if scores else None
+        checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
+        if self.config.checkpoint.adapter and step < self.config.train.steps:
+            self.write_result(state)
+        self.window.reopen()
+
+    def evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
+        """The logged metrics on held-out records, with sample answers for the report; empty without held-out data."""
+        config, step = self.config, int(state.step)
+        if not config.data.eval:
+            return {}
+        started = time.perf_counter()
+        batches = eval_batches(config.data, self.task, batching(config, self.mesh))
+        some = itertools.islice(batches, config.train.eval_batches or None)
+        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        found = self._answers(state)
+        scored = config.eval.exact_match > 0
+        if scored:
+            scores |= answers.score(found, config.eval.metrics)
+        shown = found[: config.eval.samples]
+        samples = tuple(
+            Sample(item.record, item.prompt, item.answer, item.expected, item.correct if scored else None)
+            for item in shown
+        )
+        if step:
+            self.report = dataclasses.replace(self.report, after=samples)
+        else:
+            self.report = dataclasses.replace(self.report, before=samples)
+        self.timings["evaluation"] += time.perf_counter() - started
+        self.save_report()  # a resumed run cannot answer as the untrained model any more
+        log.evaluation(step, scores)
+        for item in shown if step in (0, config.train.steps) else ():
+            log.message(f"  {item.line(scored)}")
+        return scores
+
+    def _answers(self, state: TrainState) -> list[answers.Answer]:
+        config = self.config
+        count = config.eval.exact_match or config.eval.samples
+        if not count:
+            return []
+        self.sync(state)
+        prompts = eval_prompts(config.data, self.task, count)
+        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens)
+
+    def save_report(self) -> None:
+        """Write report.json, from one process."""
+        if jax.process_index() == 0:
+            self.report.save(self.workdir)
+
+    def write_result(self, state: TrainState) -> Path:
+        """Write the adapter, or in full fine-tuning the model; returns its directory."""
+        self.sync(state)
+        if self.method.trains is nnx.Param:
+            save_model(self.model, self.workdir / "model", source=self.task.directory)
+            return self.workdir / "model"
+        return save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
+
+    def finish(self, state: TrainState, log: Log) -> None:
+        """Write the result and the report, and print where they are."""
+        result = self.write_result(state)
+        size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
+        self.report = dataclasses.replace(
+            self.report, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(self.timings)
+        )
+        self.save_report()
+        log.message(self.batches.summary_text())
+        log.message(f"{result}: {format_bytes(size)}")
+        if jax.process_index() == 0:
+            log.message(f"{write_report(self.workdir)}")
+
+
+def preempted(step: int, steps: int) -> distributed.Preempted:
+    """What to raise once everything is saved."""
+    return distributed.Preempted(
+        f"stopped by SIGTERM after step {step} of {steps}; the state is saved, run the same command to resume"
+    )

@@ -1,0 +1,43 @@
+"""From a model with its method attached to what a step is made of: the objective, the optimizer, and split state."""
+
+from typing import NamedTuple
+
+import optax
+
+from peftjax.adapters.method import Method
+from peftjax.core import variables
+from peftjax.models.base import Model
+from peftjax.nn.attention import use_kernel
+from peftjax.tasks import Task
+from peftjax.training import optim
+from peftjax.training.config import Config
+from peftjax.training.step import Objective
+
+
+class Parts(NamedTuple):
+    """What a step is made of.
+
+    Attributes:
+      objective: What it minimizes.
+      tx: The optimizer.
+      trainable: The trainable leaves by path; `optax.MaskedNode()` for the others.
+      frozen: The other leaves by path; `optax.MaskedNode()` for the trainable ones.
+    """
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    trainable: variables.FlatTree
+    frozen: variables.FlatTree
+
+
+def split(config: Config, task: Task, model: Model, method: Method) -> Parts:
+    """Split a model with its method attached; its leaves may be arrays or shapes. Leaves it in evaluation mode."""
+    use_kernel(model, config.model.attention)
+    model.train()
+    _, leaves = variables.flat(model)
+    graph, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    model.eval()
+    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    tx = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
+    keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
+    return Parts(Objective(graph, task.loss, method.penalty, keys), tx, trainable, frozen)

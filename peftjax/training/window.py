@@ -1,0 +1,56 @@
+"""The steps since the last line of the log. Reading their numbers waits for the device, so it is done for several at once."""
+
+import math
+import time
+
+import jax
+
+from peftjax.core.errors import UserError
+from peftjax.data.batches import Batch
+
+
+class NotFiniteError(UserError):
+    """The loss or the gradient norm of a run is not finite."""
+
+
+class Window:
+    """The steps since the last `close`, their numbers and their speed.
+
+    Args:
+      unit: What the speed counts, such as "tokens".
+    """
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._steps: list[tuple[int, dict[str, jax.Array], list[str]]] = []
+        self._count = 0
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Measure the time from now on."""
+        self._opened = time.perf_counter()
+
+    def add(self, step: int, measured: dict[str, jax.Array], batch: Batch) -> None:
+        """Remember a step that has been dispatched."""
+        self._steps.append((step, measured, batch.records))
+        self._count += batch.real_tokens
+
+    def close(self) -> dict[str, float]:
+        """The numbers of the last step, and the speed over all of them.
+
+        Raises:
+          NotFiniteError: A loss or a gradient norm is not finite; the message has the first such step and its records.
+        """
+        numbers: dict[str, float] = {}
+        for step, measured, records in self._steps:
+            numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]:
+                raise NotFiniteError(
+                    f"step {step}: {bad[0]} is {numbers[bad[0]]}. Records of its batch: {', '.join(records)}. "
+                    "No checkpoint has been saved since; lower optim.learning_rate, inspect these records, or set "
+                    "optim.clip_norm"
+                )
+        speed = self._count / (time.perf_counter() - self._opened)
+        self._steps, self._count = [], 0
+        self.reopen()
+        return numbers | {f"{self._unit}_per_second": speed}
