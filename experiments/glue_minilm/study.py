@@ -25,14 +25,19 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from peftjax import adapters, evaluate, methods, sharding, train
-from peftjax.training import config as configs
+from peftjax import adapters, sharding, train
 from peftjax.core import variables
-from peftjax.data.rows import load_rows
 from peftjax.io.hf_files import resolve
 from peftjax.methods import make_config
-from peftjax.tasks import base as tasks
+from peftjax.tasks import make_task
 from peftjax.tasks import metrics as scores
+from peftjax.training import config as configs
+from peftjax.training import trained
+from peftjax.training.config import Config
+from peftjax.training.run import attach_method, open_data
+from peftjax.training.split import split
+from peftjax.training.step import init_state, make_train_step
+from peftjax.training.trained import load_trained
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
@@ -59,37 +64,39 @@ RATES = {"full": (5e-5, 2e-4), "prefix": (5e-3, 2e-2), "prompt": (5e-3, 2e-2), "
 OTHER_RATES = (1e-3, 5e-3)
 
 
-def run_config(options: argparse.Namespace, task: str, method: str, rate: float) -> Any:
+def run_config(options: argparse.Namespace, task: str, method: str, rate: float) -> Config:
     """The config of one run."""
     template, length, steps, _ = TASKS[task]
-    config = configs.load(f"{CONFIG}:{task}").copy_and_resolve_references()
-    with config.unlocked():
-        config.method = make_config(method, **METHODS[method])
-    config.model.path = options.model
-    config.data.train = (f"{options.data}/{task}/train.jsonl.gz",)
-    config.data.eval = (f"{options.data}/{task}/validation.jsonl.gz",)
-    config.data.prompt_template, config.data.max_length = template, length
-    config.train.batch_size, config.train.steps, config.train.eval_every = BATCH, steps, 0
-    config.optim.learning_rate, config.optim.warmup_steps = rate, steps // 16
-    config.checkpoint.every = steps
-    return configs.validate(config)
+    return configs.changed(
+        configs.load(f"{CONFIG}:{task}"),
+        method=make_config(method, **METHODS[method]).to_dict(),
+        model__path=options.model,
+        data__train=(f"{options.data}/{task}/train.jsonl.gz",),
+        data__eval=(f"{options.data}/{task}/validation.jsonl.gz",),
+        data__prompt_template=template,
+        data__max_length=length,
+        train__batch_size=BATCH,
+        train__steps=steps,
+        train__eval_every=0,
+        optim__learning_rate=rate,
+        optim__warmup_steps=steps // 16,
+        checkpoint__every=steps,
+    )
 
 
-def held_out(config: Any, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
-    """What the model that a run left scores on the test file."""
-    config = config.copy_and_resolve_references()
-    config.data.eval = (f"{options.data}/{task}/test.jsonl.gz",)
+def held_out(config: Config, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
+    """The test scores of the model that a run left."""
+    config = configs.changed(config, data__eval=(f"{options.data}/{task}/test.jsonl.gz",))
     mesh = sharding.make_mesh(config.mesh.sizes)
-    model, rows = evaluate.load_trained(config, workdir, mesh)
+    model, trained_task = load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):
-        return evaluate.measure(config, model, rows, mesh)
+        return trained.measure(config, model, trained_task, mesh)
 
 
-def sizes(config: Any) -> dict[str, float]:
-    """How many parameters the method trains, the head aside, and their share of the encoder's."""
-    base = resolve(config.model.path)
-    model = tasks.load_base(config, base, load_rows(config, base).labels, sharding.make_mesh(config.mesh.sizes))
-    method = methods.from_config(config.method)
+def sizes(config: Config) -> dict[str, float]:
+    """The number of trainable parameters without the head, and their fraction of the encoder's."""
+    task, mesh = make_task(config.task, config.data, resolve(config.model.path)), sharding.make_mesh(config.mesh.sizes)
+    model, method = task.load_model(config.model, task.directory, mesh, config.seed), config.method
     encoder = sum(
         leaf.get_value().size
         for path, leaf in variables.flat(model)[1].items()
@@ -98,12 +105,12 @@ def sizes(config: Any) -> dict[str, float]:
     if method.trains is nnx.Param:
         return {"trained": encoder, "share": 1.0}
     adapters.attach(model, method, rngs=nnx.Rngs(0))
-    trained = sum(
+    count = sum(
         leaf.get_value().size
         for path, leaf in variables.flat(model)[1].items()
         if isinstance(leaf, method.trains) and not path.startswith("classifier")
     )
-    return {"trained": trained, "share": trained / encoder}
+    return {"trained": count, "share": count / encoder}
 
 
 def measure(options: argparse.Namespace, task: str, method: str, rate: float) -> dict[str, Any]:
@@ -122,18 +129,22 @@ def step_times(options: argparse.Namespace, task: str = "mrpc", rounds: int = 5,
     with jax.set_mesh(mesh):
         prepared = {}
         for method in METHODS:
-            run, state = train.setup(run_config(options, task, method, 1e-3), Path(tempfile.mkdtemp()), mesh)
-            batch = train.shard(run, next(run.batches))
-            train_step = run.train_step.jitted(state)
-            state, _ = train_step(state, run.frozen, batch)  # compiles
-            prepared[method] = [run, train_step, state, batch]
+            config = run_config(options, task, method, 1e-3)
+            made, batches = open_data(config, mesh)
+            model = made.load_model(config.model, made.directory, mesh, config.seed)
+            objective, tx, trainable, frozen = split(config, made, model, attach_method(config, made, model, mesh))
+            state = init_state(trainable, tx, config.seed)
+            batch = sharding.shard_batch(next(batches).arrays, mesh)
+            train_step = make_train_step(objective, tx, state)
+            state, _ = train_step(state, frozen, batch)  # compiles
+            prepared[method] = [frozen, train_step, state, batch]
         seconds: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
-            for method, (run, train_step, state, batch) in prepared.items():
+            for method, (frozen, train_step, state, batch) in prepared.items():
                 jax.block_until_ready(state)
                 started = time.perf_counter()
                 for _ in range(steps):
-                    state, _ = train_step(state, run.frozen, batch)
+                    state, _ = train_step(state, frozen, batch)
                 jax.block_until_ready(state)
                 seconds[method].append(time.perf_counter() - started)
                 prepared[method][2] = state

@@ -5,6 +5,7 @@ batches, the result is what the other half says. Writes results.json, table.md a
 that results.json has already are not trained again.
 """
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -21,19 +22,19 @@ from flax import nnx
 from experiments.methods_on_dates.config import get_config
 from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.data.batches import eval_batches, train_batches
-from peftjax.data.rows import make_rows
-from peftjax.data.tokenizer import load_tokenizer
+from peftjax.data.batches import Batching, eval_batches, train_batches
 from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.losses import next_token_loss
+from peftjax.tasks import make_task
+from peftjax.training import config as configs
 from peftjax.training import optim
 
 HERE = Path(__file__).parent
 RATES = (3e-3, 2e-2, 1e-1)
 EVAL_BATCHES = 8
-config = get_config()
+config = configs.validate(get_config())
 METHODS: dict[str, adapters.Method] = {
     "full": methods.Full(),
     "lora": methods.Lora(rank=4, alpha=8),
@@ -78,8 +79,8 @@ def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: l
     loss = partial(next_token_loss, chunk=config.train.loss_chunk)
 
     def optimizer(rate: Any) -> optax.GradientTransformation:
-        config.optim.learning_rate = 1.0
-        plain = optim.make_optimizer(config.optim, config.train.steps, decayed)
+        unscaled = dataclasses.replace(config.optim, learning_rate=1.0)
+        plain = optim.make_optimizer(unscaled, config.train.steps, decayed)
         return method.optimizer(optax.chain(plain, optax.scale(rate)), leaves)
 
     def step(trainable: Any, state: Any, rate: Any, frozen: Any, batch: Any) -> Any:
@@ -179,10 +180,10 @@ def picture(results: dict[str, Any]) -> None:
 
 def main() -> None:
     base = resolve(config.model.path)
-    tokenizer = load_tokenizer(base)
-    stream = train_batches(config, make_rows(config, tokenizer))
+    task, batching = make_task(config.task, config.data, base), Batching(config.train.batch_size)
+    stream = train_batches(config.data, task, batching, config.seed)
     batches = [batch.arrays for batch in itertools.islice(stream, config.train.steps)]
-    stream = eval_batches(config, make_rows(config, tokenizer))
+    stream = eval_batches(config.data, task, batching)
     held_out = [batch.arrays for batch in itertools.islice(stream, EVAL_BATCHES)]
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {"methods": {}}

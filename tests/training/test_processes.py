@@ -93,9 +93,9 @@ def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(world: 
     children[1].send_signal(signal.SIGTERM)
     results = ended(*children)
     assert [code for code, _ in results] == [75, 75], results
-    assert "which is saved; the same command goes on" in results[0][1]
+    assert "the state is saved, run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
-    assert "going on after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
+    assert "resuming after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
     assert_same_numbers(metrics(workdir), metrics(alone))
 
 

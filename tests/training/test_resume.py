@@ -83,10 +83,10 @@ def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path,
         child.send_signal(number)
     ((code, output),) = ended(child)
     assert code == 75, output
-    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}, which is saved", output)[1])
+    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}; the state is saved", output)[1])
     assert str(step) in checkpoints(workdir)
     assert metrics(workdir)[-1]["step"] == step
-    assert f"going on after step {step} of {STEPS}" in finish(start(world, workdir))
+    assert f"resuming after step {step} of {STEPS}" in finish(start(world, workdir))
     assert_same_run(workdir, undisturbed)
 
 
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturb
         assert "No space left on device" in output
         assert str(EVERY) in checkpoints(workdir)
         (disk / "filler").unlink()
-        assert f"going on after step {EVERY} of {STEPS}" in finish(start(world, workdir))
+        assert f"resuming after step {EVERY} of {STEPS}" in finish(start(world, workdir))
         assert_same_run(workdir, undisturbed)
     finally:
         child.kill()
@@ -210,7 +210,7 @@ def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_
         child.kill()
         ((code, output),) = ended(child)
         assert code in (0, -signal.SIGKILL), output
-    assert "going on after step" in finish(start(world, workdir, *overrides))
+    assert "resuming after step" in finish(start(world, workdir, *overrides))
     assert_same_run(workdir, tmp_path / "undisturbed")
 
 

@@ -18,6 +18,8 @@ from peftjax import methods, sharding, sweep, train
 from peftjax.core.errors import UserError
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.training import config as configs
+from peftjax.training import population
+from peftjax.training.population import Member
 from tests import runs
 from tests.test_train import config
 
@@ -30,13 +32,15 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
-def member(made: Any, workdir: Path, **values: Any) -> sweep.Member:
+def member(made: Any, workdir: Path, **values: Any) -> Member:
     """A run with other values of some fields, `section__field`."""
     made = made.copy_and_resolve_references()
     for name, value in values.items():
         section, _, field = name.rpartition("__")
         (made[section] if section else made)[field] = value
-    return sweep.Member(values, made, workdir / ",".join(f"{name}={value}" for name, value in values.items()))
+    return Member(
+        values, configs.validate(made), workdir / ",".join(f"{name}={value}" for name, value in values.items())
+    )
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -75,12 +79,12 @@ def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: 
     ("fields", "message"),
     [
         ([], "nothing to sweep"),
-        (["--sweep.seed="], "has values, --sweep.seed=VALUE,VALUE"),
-        (["--sweep.seed"], "has values"),
-        (["--sweep.seed=1", "--sweep.seed=2"], "seed is swept already"),
+        (["--sweep.seed="], "needs values, --sweep.seed=VALUE,VALUE"),
+        (["--sweep.seed"], "needs values"),
+        (["--sweep.seed=1", "--sweep.seed=2"], "seed is swept twice"),
         (["--sweep.optim.learning_rate=1e-3,0.001"], "two runs of the sweep are the same: learning_rate=0.001"),
         (["--sweep.optim.learnin_rate=1"], "Did you mean 'learning_rate'"),
-        (["--sweep.seed=-1"], "seed is -1"),
+        (["--sweep.seed=-1"], "seed=-1 must be at least 0"),
     ],
 )
 def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path, tmp_path: Path) -> None:
@@ -128,14 +132,14 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     assert losses == sorted(losses)
     assert len(set(losses)) == 3
     assert sweep.sweep(several, tmp_path / "sweep") == found
-    assert "3 of 3 runs are finished already" in capsys.readouterr().out
+    assert "3 of 3 runs are already finished" in capsys.readouterr().out
 
 
 def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path: Path) -> None:
     made.model.quantize = "nf4"
     pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
     with contextlib.ExitStack() as opened:
-        (group,) = sweep.set_up(pair, sharding.make_mesh(), opened)
+        (group,) = population.set_up(pair, sharding.make_mesh(), opened)
         kernels = [one.run.frozen["blocks.attention.query.kernel"] for one in group]
         ours, theirs = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kernel)] for kernel in kernels)
     assert ours == theirs
@@ -153,7 +157,7 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert 0 < found[0]["scores"]["loss"] < 10
     assert (rates[1].workdir / "adapter").exists()
     assert not (rates[0].workdir / "adapter").exists()
-    assert "ends here: step" in capsys.readouterr().out
+    assert "failed: step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="every run of the sweep failed; the first: step"):
         sweep.sweep(rates[:1], tmp_path / "sweep")
 
@@ -161,7 +165,7 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
 def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, tmp_path: Path) -> None:
     first = member(made, tmp_path / "sweep", seed=0)
     with Checkpoints(first.workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
-        identity = {"config": json.loads(configs.to_json(made)), "base": ""}
+        identity = {"config": json.loads(configs.to_json(first.config)), "base": ""}
         checkpoints.save(4, {"step": jnp.zeros(())}, {}, identity=identity)
     assert not sweep.finished(first)  # the report is not there
     made.train.batch_size = 4
@@ -221,7 +225,7 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
     assert code == 75, output
-    assert "which is saved; the same command goes on" in output
+    assert "the state is saved, run the same command to resume" in output
     split = (*swept, "--config.mesh.fsdp=2")
     results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
     assert [code for code, _ in results] == [0, 0], results
