@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     from peftjax.io.hf_adapter import load_adapter
     from peftjax.io.hf_files import resolve
     from peftjax.io.load import load_model
+    from peftjax.models.base import LanguageModel
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     directory = resolve(options.model)
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     )
     prompts = [tokenizer.encode(text, bos=not options.chat) for text in texts]
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
-    if not hasattr(model, "make_cache"):
+    if not isinstance(model, LanguageModel):
         raise ValueError(f"--model={options.model} is a {type(model).__name__}, which generates no text")
     if options.adapter:
         load_adapter(model, Path(options.adapter))

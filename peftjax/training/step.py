@@ -14,7 +14,7 @@ from peftjax import sharding
 from peftjax.adapters import Method
 from peftjax.core import variables
 from peftjax.losses import Loss, Totals
-from peftjax.nn.attention import use_kernel
+from peftjax.models.kernels import use_kernel
 from peftjax.training import optim
 
 

@@ -266,7 +266,7 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
 
 def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
-    with pytest.raises(ValueError, match=r"quantize='nf' is no format\. Did you mean 'nf4'"):
+    with pytest.raises(ValueError, match=r"quantize='nf' is not a format\. Did you mean 'nf4'"):
         load_model(directory, quantize="nf")
     with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")
@@ -479,7 +479,9 @@ def test_a_directory_that_save_model_did_not_write_is_refused_and_left_alone(tmp
     source = write(tmp_path / "m", random_tensors())
     model = load_model(source)
     before = (source / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="is no model directory written by save_model: choose another, or delete it"):
+    with pytest.raises(
+        ValueError, match="is not a model directory written by save_model; choose another, or delete it"
+    ):
         save_model(model, source)
     assert (source / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match=r"config\.json is a file; give a directory"):
