@@ -15,6 +15,7 @@ from peftjax.decoding import Sampling, generate
 from peftjax.io.hf_adapter import load_adapter
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
+from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         texts = [tokenizer.chat([{"role": "user", "content": prompt}], True) for prompt in options.prompt]
     prompts = [tokenizer.encode(text, bos=not options.chat) for text in texts]
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
-    if not hasattr(model, "make_cache"):
+    if not isinstance(model, LanguageModel):
         raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")
     if options.adapter:
         load_adapter(model, Path(options.adapter))

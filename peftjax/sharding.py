@@ -1,9 +1,9 @@
-"""Where every array lives: a mesh, and one table from logical axes to mesh axes."""
+"""Sharding: a mesh of devices, and one table from logical axes to mesh axes."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from peftjax.core import distributed
 from peftjax.core.config import field
 from peftjax.core.errors import UserError
 from peftjax.quant.base import Quantized
+
+K = TypeVar("K", bound=jax.Array | Quantized)
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -42,7 +44,7 @@ class MeshConfig:
         return dataclasses.asdict(self)
 
 
-# Logical axis -> the mesh axes that split it. Everything not named here is whole on every device.
+# Logical axis -> the mesh axes that shard it. All other axes are replicated.
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
@@ -56,30 +58,34 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, fsdp, sequence, tensor) of the given sizes; one size may be -1 and takes the devices that are left.
+    """Make a mesh (data, fsdp, sequence, tensor).
 
-    Without sizes: a mesh of one device. A process's devices lie side by side, so that its rows of a batch do.
+    The devices of a process are adjacent, and so are its rows of a batch.
+
+    Args:
+        sizes: Size of each mesh axis, by default 1. One may be -1 and takes the remaining devices. None: one device.
+        devices: The devices to use; default: all.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or leave a process without any.
+        UserError: The sizes need more devices than there are, or leave a process without any.
     """
     if sizes is None:
         devices = list(jax.devices())[:1] if devices is None else devices
         sizes = {}
-    if everyones := devices is None:
+    if use_all := devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = max(len(devices) // known, 1)
-    asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if (needed := int(np.prod(shape))) > len(devices):
-        there = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
-        raise ValueError(f"mesh {asked} needs {needed} devices, {there} {len(devices)}; one axis may be -1")
-    if everyones and needed < len(devices) and jax.process_count() > 1:
-        raise ValueError(
-            f"mesh {asked} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, which all take "
+        owner = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
+        raise UserError(f"mesh {wanted} needs {needed} devices, {owner} {len(devices)}; one axis may be -1")
+    if use_all and needed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh {wanted} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, which all take "
             "part; one axis may be -1"
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
@@ -87,8 +93,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How an array with these logical axes is split. A mesh axis splits one dimension, the first that asks for it, and
-    only one that it divides; other dimensions stay whole."""
+    """Return how an array with these logical axes is sharded.
+
+    A mesh axis shards only the first dimension that the table assigns to it, and only if it divides that dimension. Other
+    dimensions are replicated.
+    """
     free = {name: size for name, size in mesh.shape.items() if size > 1}
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -103,12 +112,12 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array with these logical axes."""
+    """Return the sharding of an array with these logical axes."""
     return NamedSharding(mesh, partition(axes, shape, mesh))
 
 
 def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
-    """The sharding of a parameter with these logical axes: of an array, or of every leaf of a quantized kernel."""
+    """Return the sharding of a parameter with these logical axes: an array, or a quantized kernel and its leaves."""
     leaves, structure = jax.tree.flatten(value)
     of_leaves = value.axes(tuple(axes)) if isinstance(value, Quantized) else [axes]
     placed = [spec(own, leaf.shape, mesh) for own, leaf in zip(of_leaves, leaves, strict=True)]
@@ -116,8 +125,15 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
 
 
 def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, float]:
-    """The parameters with a dimension that the table would split and the mesh does not divide: by how much more of each
-    a device has to hold, as a part of the whole. Of a quantized kernel the codes count."""
+    """Return the parameters that are sharded less than the table says, because the mesh does not divide a dimension.
+
+    Args:
+        variables: The parameters, by path.
+        mesh: The mesh.
+
+    Returns:
+        By path, the additional fraction of the parameter that each device holds. For a quantized kernel, of its codes.
+    """
     found = {}
     for path, variable in variables.items():
         value = variable.get_value()
@@ -133,25 +149,25 @@ def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, fl
 
 
 def _parts(split: PartitionSpec, mesh: Mesh) -> int:
-    """Into how many parts an array is split."""
+    """The number of shards of an array."""
     each = [(names,) if isinstance(names, str) else names or () for names in split]
     return math.prod(mesh.shape[name] for names in each for name in names)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Options to compile a program with that fills a stack of NF4 kernels, or takes it apart layer by layer.
+    """Return compiler options for a program that writes or reads a stack of NF4 kernels layer by layer.
 
-    XLA's CPU backend takes int4 for a type without slices of its own, and makes int8 of the whole stack first: before the
-    loop of a train step, a byte a weight, and once for each layer that is put into its place. Told to leave int4 alone, it
-    slices it as it is, to the same bits. Not where there are several devices: its collectives then mistake int4's size.
+    XLA's CPU backend assumes that int4 cannot be sliced, and converts the whole stack to int8 first: one byte per weight
+    before the loop of a train step, and once for each layer that is written. With this option it slices int4 directly, with
+    the same result. The option is not used with several devices, since collectives then get the size of int4 wrong.
     """
     devices = mesh.devices.flat
-    alone = len(devices) == 1 and devices[0].platform == "cpu"
-    return {"xla_disable_hlo_passes": "float-normalization-s4"} if alone else {}
+    one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "float-normalization-s4"} if one_cpu else {}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, placed by the table on the mesh in force (`jax.set_mesh`); unchanged where there is none."""
+    """Shard x by the table on the current mesh (`jax.set_mesh`); without one x is unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -159,28 +175,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def parts(axis: str, size: int) -> int:
-    """Into how many parts the mesh in force splits a dimension."""
+    """Return the number of parts into which the current mesh shards a dimension."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _parts(partition((axis,), (size,), mesh), mesh)  # type: ignore[arg-type]
 
 
 def _splits_length() -> bool:
-    """Whether the mesh in force does."""
+    """Whether the current mesh shards the length."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape.get("sequence", 1) > 1
 
 
 def whole_length(x: jax.Array) -> jax.Array:
-    """Keys or values, [B, S, K, H], whole in length: whoever has a query of a sequence needs them all. As they are where no
-    length is split."""
+    """Replicate keys or values, [B, S, K, H], over the devices that shard the length: each query needs all of them.
+
+    Unchanged if the current mesh does not shard the length.
+    """
     return constrain(x, "batch", None, "kv_heads", None) if _splits_length() else x
 
 
-def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
-    """A kernel with these logical axes, on the mesh in force, whole on the devices that split the batch or the length, where
-    the compiler left to itself would do worse. It sends a quantized kernel decoded, four times as much, which then lies in
-    memory. And where the length is split, as the kernel's inputs are, it splits the activations by features instead, and each
-    device computes with every position."""
+def gathered(kernel: K, axes: Sequence[str | None]) -> K:
+    """Gather a kernel onto the devices of the current mesh that shard the batch or the length.
+
+    Done where the compiler by itself would do worse. It would decode a quantized kernel before sending it, which is four
+    times as much to send and to hold in memory. If the length is sharded, as the kernel's inputs are, it would shard the
+    activations by features instead, and each device would compute all positions.
+
+    Args:
+        kernel: An array or a quantized kernel.
+        axes: Its logical axes.
+    """
     if not (isinstance(kernel, Quantized) or _splits_length()):
         return kernel
     split = {*TABLE["batch"], *TABLE["length"]}
@@ -188,53 +212,66 @@ def gathered(kernel: Any, axes: Sequence[str | None]) -> Any:
     leaves, structure = jax.tree.flatten(kernel)
     of_leaves = kernel.axes(kept) if isinstance(kernel, Quantized) else [kept]
     placed = [constrain(leaf, *own) for leaf, own in zip(leaves, of_leaves, strict=True)]
-    return jax.tree.unflatten(structure, placed)
+    gathered: K = jax.tree.unflatten(structure, placed)
+    return gathered
 
 
-def place(model: Any, mesh: Mesh) -> None:
-    """Move every variable of a model to where the table puts it."""
+def place(model: nnx.Module, mesh: Mesh) -> None:
+    """Shard every variable of a model by the table."""
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
         variable.set_value(jax.tree.map(_moved, value, placement(value, variable.axes, mesh)))
 
 
 def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
-    if leaf.is_fully_addressable and not where.is_fully_addressable:  # this process's own copy of what all have
+    if leaf.is_fully_addressable and not where.is_fully_addressable:  # this process's copy of what all processes have
         return distributed.placed(np.asarray(leaf), where)
     return jax.device_put(leaf, where)
 
 
 def batch_share(mesh: Mesh) -> dict[str, int]:
-    """Which part of a batch this process's devices hold, of how many equal ones: process_index and process_count of the
-    data's functions. Processes between which only features are split hold the same rows.
+    """Return which part of a batch this process loads.
+
+    Processes between which only features are sharded load the same rows.
+
+    Returns:
+        `process_index` and `process_count`, arguments of the functions in `data`: the part's index and the number of equal
+        parts.
 
     Raises:
-        ValueError: the processes hold parts that overlap.
+        UserError: The parts of the processes overlap.
     """
     parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)  # [rows, features]
     own = [row for row, part in enumerate(parts) if any(device.process_index == jax.process_index() for device in part)]
     count, rest = divmod(len(parts), len(own))
     if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
-        raise ValueError(
-            f"mesh {dict(mesh.shape)}: sequence x tensor must divide the {jax.local_device_count()} devices of a process, or "
-            "be a multiple of them, else its rows of a batch are not its own"
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: sequence x tensor must divide, or be a multiple of, the "
+            f"{jax.local_device_count()} devices of a process, so that processes do not share rows of a batch in part"
         )
     return {"process_index": own[0] // len(own), "process_count": count}
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
-    """This process's rows [b, T] (or [b], or more dimensions) as a part of the global batch, cut into microbatches:
-    [A, B / A, T].
+    """Make the global batch from this process's rows, split into microbatches.
+
+    Args:
+        batch: This process's rows, each array [b, T], [b], or with more dimensions.
+        mesh: The mesh.
+        microbatches: Number of microbatches, A.
+
+    Returns:
+        Sharded arrays [A, B / A, T].
 
     Raises:
-        ValueError: with several processes, rows that the devices cannot share evenly.
+        UserError: With several processes, the devices cannot share the rows evenly.
     """
     placed, count = {}, batch_share(mesh)["process_count"]
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
         if count > 1 and shape[1] % (split := mesh.shape["data"] * mesh.shape["fsdp"]):
-            raise ValueError(
+            raise UserError(
                 f"a batch of {shape[1]} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
                 "train.accumulate must be a multiple of them"
             )
@@ -244,5 +281,5 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
 
 
 def batch_axes(ndim: int) -> tuple[str | None, ...]:
-    """The logical axes [A, B / A, ...] of rows of so many dimensions."""
+    """Return the logical axes of microbatches [A, B / A, ...] whose rows have `ndim` dimensions."""
     return (None, "batch", "length") if ndim == 1 else (None, "batch", *(None,) * ndim)

@@ -1,46 +1,61 @@
-"""Merge adapters into the base's parameters, and take them out again bit for bit."""
+"""Merge adapters into the base's parameters, and restore the base bit-identically."""
 
-from typing import Any
+import dataclasses
+from typing import TypeVar
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from peftjax import sharding
 from peftjax.adapters import provenance
-from peftjax.adapters.registry import Merge, Merges, merged, merges, require, use
+from peftjax.adapters.registry import Before, Merge, merged, registry_of, require, set_registry, use
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core import variables
 from peftjax.core.distributed import OnHost
+from peftjax.core.errors import UserError
+from peftjax.models.base import LanguageModel
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
 
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any:
-    """Change the base's parameters so that, alone, they compute what they do with the adapters called `name`.
 
-    A quantized kernel becomes the array that it decodes to, with what the adapters add: the base that they were trained
-    on, exactly. With `requantize` it is brought into its format again, which moves it. Merging an adapter that was trained
-    on quantized kernels into others is no exact thing either. Both print by how much, measured.
-    A head tied to the embedding gets a kernel of its own if the adapters change either of the two. The parameters that
-    were there are kept on the host for `unmerge`, by each process its devices' parts of them.
+def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> ModelT:
+    """Change the base's parameters so that the base alone computes what it does with an adapter.
+
+    A quantized kernel W becomes the array decode(W) + delta: exactly the base that the adapter was trained on. With
+    `requantize` it is then quantized again, which changes it. Merging an adapter that was trained on quantized kernels
+    into unquantized ones is not exact either. In both cases the measured difference is printed.
+
+    A head tied to the embedding gets its own kernel if the adapter changes either of the two. The previous parameters are
+    kept on the host for `unmerge`; each process keeps its devices' shards.
+
+    Args:
+        model: The model; it is changed in place. No adapter is active afterwards.
+        name: Name of the adapter.
+        requantize: Quantize the merged kernels to their previous format.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the method does more than change weights, or the adapters are merged already. The model is unchanged
-            then.
+        UserError: The adapter is not attached, is merged already, or changes more than weights. The model is unchanged.
     """
     require(model, name)
     if name in merged(model):
-        raise ValueError(f"adapter {name!r} is merged already")
+        raise UserError(f"adapter {name!r} is merged already")
     changed = [site for site, _ in adapters_named(model, name)]
     if others := provenance.moved(model, name):
         print(
-            f"{name!r} was trained on quantized kernels and is merged into those that are not: from what it was trained "
-            f"with, these are away by {provenance.told(others)}"
+            f"{name!r} was trained on quantized kernels, but this model's are not quantized. Relative difference from the "
+            f"kernels it was trained on: {provenance.summary(others)}"
         )
-    untied = any(site.path in ("embed", "head") for site in changed) and getattr(model, "tied", False)
-    if untied:
+    untied = False
+    if isinstance(model, LanguageModel) and model.tied and any(site.path in ("embed", "head") for site in changed):
+        untied = True
         model.untie()
-    before: dict[str, dict[str, Any]] = {}
+    before: Before = {}
     errors: dict[str, float] = {}
     changes: dict[str, float] = {}
     try:
@@ -49,7 +64,7 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
             old = {leaf: site.parameters[leaf].get_value() for leaf in new}
             before[site.path] = jax.tree.map(OnHost, old)
             for leaf, value in new.items():
-                kernel: Any = value
+                kernel: jax.Array | Quantized = value
                 if requantize and isinstance(old[leaf], Quantized):
                     path, where = f"{site.path}.{leaf}", jax.tree.map(lambda part: part.sharding, old[leaf])
                     kernel = jax.jit(quantize, static_argnums=1, out_shardings=where)(value, old[leaf].format)
@@ -61,40 +76,50 @@ def merge(model: Any, name: str = "default", *, requantize: bool = False) -> Any
         raise
     if errors:
         print(
-            f"merged {name!r} and quantized again: this moves its kernels by {provenance.told(errors)}. The adapters had "
-            f"moved them by {provenance.told(changes)}: of a change that is smaller, most is lost"
+            f"merged {name!r} and quantized again. Relative rounding error of the kernels: {provenance.summary(errors)}. "
+            f"Relative size of the adapter's updates: {provenance.summary(changes)}; smaller updates are mostly lost to "
+            "rounding"
         )
-    model.merges = Merges([Merge(name, before, untied), *merges(model)])
+    registry = registry_of(model)
+    set_registry(model, dataclasses.replace(registry, merges=(Merge(name, before, untied), *registry.merges)))
     return use(model, None)
 
 
-def unmerge(model: Any, name: str = "default") -> Any:
-    """Undo `merge`: the base's parameters have the bits they had, and the adapters are the active ones again.
+def unmerge(model: ModelT, name: str = "default") -> ModelT:
+    """Undo `merge`: the base's parameters are restored bit-identically, and the adapter is the active one.
+
+    Args:
+        model: The model; it is changed in place.
+        name: Name of the adapter that was merged last.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the adapters are not merged, or others were merged after them.
+        UserError: The adapter is not merged, or others were merged after it.
     """
     require(model, name)
     if name not in merged(model)[:1]:
-        raise ValueError(f"adapter {name!r} is not the one merged last; merged, newest first: {merged(model)}")
-    last, *others = merges(model)
+        raise UserError(f"adapter {name!r} is not the one merged last; merged, newest first: {merged(model)}")
+    registry = registry_of(model)
+    last, *others = registry.merges
     _restore(model, last.before, last.untied)
-    model.merges = Merges(others)
+    set_registry(model, dataclasses.replace(registry, merges=tuple(others)))
     return use(model, name)
 
 
-def _restore(model: Any, before: dict[str, dict[str, Any]], untied: bool) -> None:
+def _restore(model: nnx.Module, before: Before, untied: bool) -> None:
     by_path = {site.path: site for site in sites(model)}
     for path, leaves in before.items():
         for leaf, value in leaves.items():
             by_path[path].parameters[leaf].set_value(jax.tree.map(OnHost.back, value))
     if untied:
+        assert isinstance(model, LanguageModel)
         model.tie()
 
 
 def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
-    """The parameters of a layer that, alone, compute what it does with its adapter; each split over the devices as the
-    layer's own is."""
+    """The parameters with which a layer alone computes what it does with its adapter, sharded like its own."""
     graph, leaves = variables.flat(site.module.adapters.adapter(name))
     adapter = {path: leaf.get_value() for path, leaf in leaves.items()}
     own = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}

@@ -1,11 +1,11 @@
-"""One batch whose rows use different adapters of one kind: the model under vmap over its rows, each with its own.
+"""A batch whose rows use different adapters: the model under vmap over rows, each with its own adapter.
 
-The base is the same for all rows; of the adapters each row gathers its own from a stack, so which row uses which is an
-array, and changing it compiles nothing.
+All rows share the base. Each row gathers its adapter from a stack, so which adapter a row uses is an array, and changing it
+compiles nothing.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,27 @@ from peftjax.adapters.attach import attach_unchecked, detach
 from peftjax.adapters.registry import active, attached, use
 from peftjax.adapters.view import active_view
 from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.models.decoder import Decoder
+from peftjax.models.encoder import Encoder
+from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.nn.cache import Cache
+
+T = TypeVar("T")
 
 
 class Rows(nnx.Module):
-    """A model in evaluation whose row b uses adapter number index[b] of a stack. Called as the model is; `generate`
-    takes it too. index: int [B], a variable."""
+    """A model in evaluation mode whose row b uses adapter number index[b] of a stack.
 
-    def __init__(self, views: Sequence[Any], index: jax.Array) -> None:
+    Called as the model is; `generate` accepts it too.
+
+    Attributes:
+        config: The model's configuration.
+        virtual: The number of virtual positions before the first token.
+        index: int [B], a variable.
+    """
+
+    def __init__(self, views: Sequence[Decoder | Encoder], index: jax.Array) -> None:
         self.config, self.virtual = views[0].config, views[0].virtual
         self.graph = variables.flat(views[0])[0]
         trees = [variables.flat(view)[1] for view in views]
@@ -33,16 +47,18 @@ class Rows(nnx.Module):
         self.base = nnx.data([variables.PeftConstant(trees[0][path].get_value()) for path in shared])
         self.index = variables.PeftConstant(index)
 
-    def __call__(self, tokens: jax.Array, *, cache: Any = None, **inputs: jax.Array | None) -> Any:
-        """What the model gives, its rows first; with `cache=`: (logits, the cache with T more tokens)."""
+    def __call__(self, tokens: jax.Array, *, cache: Cache | None = None, **inputs: jax.Array | None) -> Any:
+        """Return what the model does; with `cache`, a pair of logits and the cache extended by T tokens."""
         if cache is not None:
             hidden, cache = self.hidden(tokens, cache=cache, **inputs)
             return self.logits(hidden), cache
         given = _by_row(tokens, inputs)
         return self._over_rows(lambda model, tokens, given: model(tokens, **given), tokens[:, None], given)[:, 0]
 
-    def hidden(self, tokens: jax.Array, *, cache: Any = None, **inputs: jax.Array | None) -> tuple[jax.Array, Any]:
-        """As a decoder's, with a cache of `make_cache`."""
+    def hidden(
+        self, tokens: jax.Array, *, cache: Cache | None = None, **inputs: jax.Array | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """As `Decoder.hidden`, with a cache from `make_cache`."""
         hidden, cache = self._over_rows(
             lambda model, tokens, given, cache: model.hidden(tokens, cache=cache, **given),
             tokens[:, None],
@@ -52,49 +68,61 @@ class Rows(nnx.Module):
         return hidden[:, 0], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """The head: [B, T, D] -> [B, T, V]."""
+        """Apply the head: [B, T, D] -> [B, T, V]."""
         return self._over_rows(lambda model, hidden: model.logits(hidden), hidden[:, None])[:, 0]
 
-    def make_cache(self, batch: int, length: int) -> Any:
-        """An empty cache; its arrays have the rows first."""
+    def make_cache(self, batch: int, length: int) -> Cache:
+        """As `Decoder.make_cache`; the arrays of the cache have a leading row axis.
+
+        Raises:
+            UserError: `batch` differs from the number of rows.
+        """
         if batch != self.index.shape[0]:
-            raise ValueError(f"{batch} rows are asked for, and adapters are named for {self.index.shape[0]}")
+            raise UserError(f"the batch has {batch} rows, but rows() was given adapters for {self.index.shape[0]}")
         return self._over_rows(lambda model: model.make_cache(1, length))
 
-    def _over_rows(self, compute: Any, *arguments: Any) -> Any:
-        """compute(the row's model, the row's part of every argument), for all rows at once."""
+    def _over_rows(self, compute: Callable[..., T], *arguments: Any) -> T:
+        """Run compute(the row's model, the row's slice of every argument) for all rows."""
         base = dict(zip(self.paths[1], (leaf.get_value() for leaf in self.base), strict=True))
         own = [jnp.take(leaf.get_value(), self.index.get_value(), axis=0) for leaf in self.stack]  # [B, ...]
 
-        def row(own: list[jax.Array], arguments: Any) -> Any:
+        def row(own: list[jax.Array], arguments: Any) -> T:
             tree = dict(zip(self.paths[0], own, strict=True))
             return compute(variables.join(self.graph, base, tree), *arguments)
 
         return jax.vmap(row)(own, arguments)
 
 
-def rows(model: Any, names: Sequence[str | None]) -> Rows:
-    """The model for a batch whose row b uses the adapters called names[b]; None: the base alone.
+def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
+    """Return the model for a batch whose row b uses adapter names[b].
+
+    Args:
+        model: A decoder or an encoder from `load_model`.
+        names: For each row the name of an adapter, or None for the base alone. The adapters must have the same method
+            and shapes.
 
     Raises:
-        ValueError: a name that is not attached, adapters that differ in their method's shapes, a row without an adapter
-            beside adapters that no values make ineffective (a soft prompt takes positions), or an encoder-decoder.
+        UserError: An adapter is not attached, the adapters differ in their shapes, a row has no adapter although no
+            values make the others ineffective (a soft prompt takes positions), or the model is an encoder-decoder or an
+            adopted network.
     """
-    if not hasattr(model, "hidden"):
-        raise ValueError(f"rows: {type(model).__name__} is no decoder of peftjax; an adopted network cannot be used so")
-    if hasattr(model, "decode"):
-        raise ValueError(
-            "rows: one batch with several adapters is not there for an encoder-decoder; use() one at a time"
+    if isinstance(model, EncoderDecoder):
+        raise UserError(
+            "rows: a batch of several adapters is not supported for an encoder-decoder; use() one at a time"
+        )
+    if not isinstance(model, Decoder | Encoder):
+        raise UserError(
+            f"rows: {type(model).__name__} is not a decoder or encoder of peftjax; adopted networks are not supported"
         )
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:
-        raise ValueError(f"rows: {list(names)} names no adapter; use(model, None) is the base alone")
+        raise UserError(f"rows: {list(names)} names no adapter; use(model, None) is the base alone")
     before, idle = active(model), "rows_without"
     if None in named:
         method = attached(use(model, some))[some]
         if not method.neutral:
-            raise ValueError(f"rows: {method.method} always has an effect, so no row of the batch can be without it")
+            raise UserError(f"rows: {method.method} always has an effect, so every row needs an adapter")
         attach_unchecked(model, method, idle, rngs=nnx.Rngs(0))
     try:
         views = [active_view(use(model, name or idle)) for name in named]
@@ -105,9 +133,9 @@ def rows(model: Any, names: Sequence[str | None]) -> Rows:
     for name, view in zip(named, views, strict=True):
         view.eval()
         if variables.flat(view)[0] != variables.flat(views[0])[0] or _shapes(view) != _shapes(views[0]):
-            raise ValueError(
-                f"rows: the adapters {named[0]!r} and {name!r} differ in their shapes or layers; one batch takes "
-                "adapters of the same method and options"
+            raise UserError(
+                f"rows: the adapters {named[0]!r} and {name!r} differ in their shapes or layers; one batch needs adapters "
+                "of the same method and options"
             )
     return Rows(views, jnp.array([named.index(name) for name in names], jnp.int32))
 
@@ -118,5 +146,5 @@ def _by_row(tokens: jax.Array, inputs: dict[str, jax.Array | None]) -> dict[str,
     return {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
 
 
-def _shapes(view: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(view: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in variables.flat(view)[1].items()}

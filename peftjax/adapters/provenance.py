@@ -1,39 +1,36 @@
-"""On what base an adapter was trained: in which formats its kernels were, and by how much that moved them."""
+"""The base that an adapter was trained on: the formats of its kernels, and how far they are from this model's."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from peftjax.adapters.registry import registry_of, set_registry
 from peftjax.core import variables
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
 
 
-def formats(model: Any) -> dict[str, str]:
-    """The format of every quantized kernel, by path."""
+def formats(model: nnx.Module) -> dict[str, str]:
+    """Return the format of every quantized kernel, by path."""
     leaves = variables.flat(model)[1]
     values = {path: leaf.get_value() for path, leaf in leaves.items()}
     return {path: value.format for path, value in values.items() if isinstance(value, Quantized)}
 
 
-def remember(model: Any, name: str, recorded: Mapping[str, str]) -> None:
-    """Keep with the model in which formats the kernels were that the adapter called `name` was trained on."""
-    others = tuple(item for item in getattr(model, "trained_on", ()) if item[0] != name)
-    model.trained_on = (*others, (name, tuple(sorted(recorded.items()))))
+def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:
+    """Record with the model the formats of the kernels, by path, that adapter `name` was trained on."""
+    set_registry(model, registry_of(model).with_formats(name, recorded))
 
 
-def forget(model: Any, name: str) -> None:
-    """Undo `remember`."""
-    if hasattr(model, "trained_on"):
-        model.trained_on = tuple(item for item in model.trained_on if item[0] != name)
+def moved(model: nnx.Module, name: str) -> dict[str, float]:
+    """Return ||W' - W|| / ||W|| by path, for each kernel W whose quantized version W' the adapter was trained on.
 
-
-def moved(model: Any, name: str) -> dict[str, float]:
-    """||W' - W|| / ||W|| for each kernel W that is not quantized here but was, as W', where the adapter was trained. It is
-    the expected error of x W' for an x of independent parts."""
-    recorded = dict(dict(getattr(model, "trained_on", ())).get(name, ()))
+    Kernels that are quantized in this model are left out. The value is the expected relative error of x W' for an x of
+    independent components.
+    """
+    recorded = dict(dict(registry_of(model).trained_on).get(name, ()))
     found = {}
     for path, leaf in variables.flat(model)[1].items():
         if path in recorded and not isinstance(leaf.get_value(), Quantized):
@@ -43,9 +40,9 @@ def moved(model: Any, name: str) -> dict[str, float]:
 
 
 def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
-    """||one - other|| / ||other|| of two kernels [in, out] or two stacks of them, one layer decoded at a time."""
+    """||one - other|| / ||other|| of two kernels [in, out] or two stacks of them, decoding one layer at a time."""
 
-    def squares(pair: Any) -> tuple[jax.Array, jax.Array]:
+    def squares(pair: tuple[jax.Array | Quantized, jax.Array | Quantized]) -> tuple[jax.Array, jax.Array]:
         a, b = (kernel.astype(jnp.float32) for kernel in pair)
         return jnp.sum(jnp.square(a - b)), jnp.sum(jnp.square(b))
 
@@ -54,7 +51,7 @@ def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
     return float(jnp.sqrt(difference.sum() / norm.sum()))
 
 
-def told(errors: Mapping[str, float]) -> str:
-    """The mean and the largest of some errors, in words."""
+def summary(errors: Mapping[str, float]) -> str:
+    """Describe the mean and the largest of some relative errors, by path."""
     worst = max(errors, key=lambda path: errors[path])
-    return f"{sum(errors.values()) / len(errors):.2%} on average, {worst} most, by {errors[worst]:.2%}"
+    return f"{sum(errors.values()) / len(errors):.2%} on average, at most {errors[worst]:.2%} ({worst})"

@@ -1,36 +1,109 @@
-"""Which adapters a model has, and which of them are active or merged."""
+"""The record that a model keeps of its adapters: which are attached, active and merged, and what they were trained on."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+
+ATTRIBUTE = "peft_registry"  # where a model keeps it
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+Before = dict[str, dict[str, Any]]  # {path: {leaf: a parameter, as a pytree of `OnHost`}}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merge:
+    """One merge of an adapter into the base.
+
+    Attributes:
+        name: The adapter.
+        before: The parameters before the merge.
+        untied: Whether the merge untied the head.
+    """
+
+    name: str
+    before: Before
+    untied: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Registry:
+    """The adapters of a model.
+
+    To NNX this is static: it is part of the model's graph definition, and the arrays of `merges` are not in its state.
+
+    Attributes:
+        methods: (name, method) of each attached adapter.
+        active: Names of the active adapters, innermost first.
+        merges: Merges, newest first.
+        trained_on: (name, ((path, format), ...)): the quantized kernels that an adapter was trained on, and their formats.
+    """
+
+    methods: tuple[tuple[str, Method], ...] = ()
+    active: tuple[str, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    trained_on: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+
+    def with_method(self, name: str, method: Method) -> "Registry":
+        """Add an attached adapter."""
+        return dataclasses.replace(self, methods=(*self.methods, (name, method)))
+
+    def with_formats(self, name: str, formats: Mapping[str, str]) -> "Registry":
+        """Record the formats, by path, of the kernels that an adapter was trained on."""
+        others = tuple(item for item in self.trained_on if item[0] != name)
+        return dataclasses.replace(self, trained_on=(*others, (name, tuple(sorted(formats.items())))))
+
+    def without(self, name: str) -> "Registry":
+        """Remove an adapter that is not merged."""
+        assert name not in [merge.name for merge in self.merges]
+        return dataclasses.replace(
+            self,
+            methods=tuple(item for item in self.methods if item[0] != name),
+            active=tuple(other for other in self.active if other != name),
+            trained_on=tuple(item for item in self.trained_on if item[0] != name),
+        )
+
+
+def registry_of(model: nnx.Module) -> Registry:
+    """Return the registry of a model; empty if no adapter was ever attached."""
+    registry: Registry = vars(model).get(ATTRIBUTE, Registry())
+    return registry
+
+
+def set_registry(model: nnx.Module, registry: Registry) -> None:
+    """Replace the registry of a model. A model without adapters keeps none, as if none was ever attached."""
+    if registry != Registry():
+        setattr(model, ATTRIBUTE, registry)
+    elif ATTRIBUTE in vars(model):
+        delattr(model, ATTRIBUTE)
 
 
 def attached(model: nnx.Module) -> dict[str, Method]:
-    """The methods attached to a model, by adapter name."""
-    return dict(getattr(model, "methods", ()))
+    """Return the methods attached to a model, by adapter name."""
+    return dict(registry_of(model).methods)
 
 
-def active(model: Any) -> tuple[str, ...]:
-    """The names of the adapters that take part in the computation, the innermost first."""
-    return getattr(model, "used", ())
+def active(model: nnx.Module) -> tuple[str, ...]:
+    """Return the names of the active adapters, innermost first."""
+    return registry_of(model).active
 
 
-def merged(model: Any) -> list[str]:
-    """The names of merged adapters, the newest first."""
-    return [merge.name for merge in merges(model)]
+def merged(model: nnx.Module) -> list[str]:
+    """Return the names of the merged adapters, newest first."""
+    return [merge.name for merge in registry_of(model).merges]
 
 
-def parameters_before(model: Any, name: str) -> dict[str, Any]:
-    """By path, those parameters of the base that were others before the adapters called `name` were merged: trees of
-    `OnHost`."""
+def parameters_before(model: nnx.Module, name: str) -> dict[str, Any]:
+    """Return the base parameters that differed before adapter `name` was merged, by path, as pytrees of `OnHost`."""
     newest = merged(model)
-    undone = merges(model)[: newest.index(name) + 1] if name in newest else []
+    undone = registry_of(model).merges[: newest.index(name) + 1] if name in newest else ()
     return {
         f"{path}.{leaf}": value
         for merge in undone
@@ -39,47 +112,39 @@ def parameters_before(model: Any, name: str) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Merge:
-    """One merge: {path: {leaf: the parameter before, a tree of `OnHost`}}, and whether it untied the head."""
+def require(model: nnx.Module, name: str) -> None:
+    """Check that an adapter is attached.
 
-    name: str
-    before: dict[str, dict[str, Any]]
-    untied: bool
-
-
-class Merges:
-    """The merges of a model, newest first. Not a list, so that NNX takes it for structure and keeps its arrays out of
-    the state."""
-
-    def __init__(self, items: list[Merge]) -> None:
-        self.items = items
-
-
-def merges(model: Any) -> list[Merge]:
-    merges = getattr(model, "merges", None)
-    return merges.items if merges else []
-
-
-def require(model: Any, name: str) -> None:
+    Raises:
+        UserError: It is not.
+    """
     if name not in attached(model):
-        raise ValueError(
+        raise UserError(
             f"no adapter {name!r} is attached.{suggest(name, attached(model))} Attached: {list(attached(model))}"
         )
 
 
-def use(model: Any, names: str | Sequence[str] | None) -> Any:
-    """Let the adapters called so, and no others, take part in the computation; None: the base alone.
+def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
+    """Activate some adapters and deactivate all others.
 
-    Where several sit in one slot, a later one wraps those before it.
+    Args:
+        model: The model; it is changed in place.
+        names: One adapter, or several; where several share a slot, a later one wraps the earlier ones. None: the base
+            alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: An adapter is not attached, or named twice.
     """
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:
         require(model, name)
     if len(set(names)) < len(names):
-        raise ValueError(f"use: {names} names an adapter twice")
+        raise UserError(f"use: {names} names an adapter twice")
     for site in sites(model):
         slot = site.module.adapters
         slot.active = tuple(name for name in names if name in slot.names())
-    model.used = names
+    set_registry(model, dataclasses.replace(registry_of(model), active=names))
     return model

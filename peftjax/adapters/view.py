@@ -1,19 +1,22 @@
-"""The model as it computes with its active adapters, without the others and without names."""
+"""A model reduced to its active adapters, without their names."""
 
-from typing import Any
+from typing import TypeVar
 
 from flax import nnx
 
+from peftjax.adapters.registry import Registry, set_registry
 from peftjax.adapters.sites import sites
 
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-def active_view(model: Any) -> Any:
-    """The model without adapters that take no part, and without names: `a0`, `a1`, ... in their order.
 
-    Its structure is the same for any adapter of the same shapes, so a compiled function takes them all. Its
-    variables are the model's own.
+def active_view(model: ModelT) -> ModelT:
+    """Return the model without inactive adapters, its active ones renamed `a0`, `a1`, ... in their order.
+
+    The view has the same structure for all adapters of the same shapes, so one compiled function runs them all. It shares
+    the variables of the model.
     """
-    view = nnx.merge(*nnx.split(model))
+    view: ModelT = nnx.merge(*nnx.split(model))
     for site in sites(view):
         slot = site.module.adapters
         active = [slot.adapter(name) for name in slot.active]
@@ -22,5 +25,5 @@ def active_view(model: Any) -> Any:
         for index, adapter in enumerate(active):
             slot.add(f"a{index}", adapter)
         slot.active = tuple(f"a{index}" for index in range(len(active)))
-    view.methods, view.merges, view.used, view.trained_on = (), None, (), ()
+    set_registry(view, Registry())
     return view

@@ -2,22 +2,28 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core import variables
+from peftjax.models.base import Model
+from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A base parameter and the checkpoint tensors that hold it: one, or one a layer if it is stacked.
+    """A base parameter and the checkpoint tensors that hold it: one, or one per layer if it is stacked.
 
-    shape and axes are the parameter's, with a leading "layers" if stacked; stored_shape is that of each tensor, whose
-    dimensions are the parameter's in `order` (torch keeps [out, in]: (1, 0)), or just those if it is None. hf_modules:
-    what transformers calls the module that owns it, or its layers.
+    Attributes:
+        path: Path of the parameter in the model.
+        hf_modules: Names in transformers of the module that owns it, one per layer if it is stacked.
+        keys: Names of the tensors.
+        shape: Shape of the parameter.
+        axes: Logical axes of the parameter, the first "layers" if it is stacked.
+        stacked: Whether it has a leading layer axis.
+        order: The tensors are transposed by this permutation (torch stores [out, in]: (1, 0)); None: they are not.
     """
 
     path: str
@@ -35,10 +41,11 @@ class Entry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
         return self._stored(self.shape)
 
     def stored_sharding(self, whole: NamedSharding) -> NamedSharding:
-        """Where one stored tensor lies so that every device has just what goes into its part of the parameter."""
+        """The sharding of one tensor with which every device reads only what its shard of the parameter needs."""
         return NamedSharding(whole.mesh, PartitionSpec(*self._stored(tuple(whole.spec))))
 
     def _stored(self, dimensions: tuple) -> tuple:
@@ -46,20 +53,18 @@ class Entry:
         return layer if self.order is None else tuple(layer[axis] for axis in self.order)
 
 
-def entries(model: Any) -> list[Entry]:
-    """Every base parameter of a model with its checkpoint tensors, from `hf_modules` and its modules' `hf_leaves`.
-
-    `hf_renamed`, where a family has it: the modules that checkpoints call otherwise than transformers' class does.
-    """
+def entries(model: Model) -> list[Entry]:
+    """Return every base parameter of a model with its checkpoint tensors."""
     in_class = model.hf_modules
-    in_file = in_class | getattr(model, "hf_renamed", {})
+    in_file = {**in_class, **model.hf_renamed}
     result = []
     for path, variable in variables.flat(model)[1].items():
         if type(variable) is not nnx.Param:
             continue
         module_path, _, leaf = path.rpartition(".")
-        module = functools.reduce(getattr, module_path.split("."), model)
-        suffix, order = type(module).hf_leaves[leaf]
+        module = module_at(model, module_path)
+        assert isinstance(module, Layer), path
+        suffix, order = module.hf_leaves[leaf]
         stacked = variable.axes[0] == "layers"
         layers = range(variable.shape[0] if stacked else 1)
         modules = tuple(in_class[module_path].format(layer) for layer in layers)
@@ -68,7 +73,12 @@ def entries(model: Any) -> list[Entry]:
     return result
 
 
-def is_linear(model: Any, entry: Entry) -> bool:
+def is_linear(model: Model, entry: Entry) -> bool:
     """Whether the parameter is the kernel of a linear layer, which may be quantized."""
-    module = functools.reduce(getattr, entry.module.split("."), model)
-    return isinstance(module, Linear) and entry.path.endswith(".kernel")
+    return isinstance(module_at(model, entry.module), Linear) and entry.path.endswith(".kernel")
+
+
+def module_at(model: Model, path: str) -> nnx.Module:
+    """Return the module at a path."""
+    module: nnx.Module = functools.reduce(getattr, path.split("."), model)
+    return module

@@ -1,25 +1,39 @@
-"""Which kernels of a model are quantized, and what brings each one into its format."""
+"""Which kernels of a model are quantized, and the functions that quantize them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, suggest, unmatched
-from peftjax.io.bitsandbytes import Packed
+from peftjax.io.bitsandbytes import Packed, Unpack
 from peftjax.io.entries import Entry, is_linear
+from peftjax.io.hf_files import StoredTensor
+from peftjax.models.base import Model
 from peftjax.quant import FORMATS
+from peftjax.quant.base import Quantized
 
-Encode = Callable[[Any], Any]  # makes a quantized kernel of an array [in, out]; an `Unpack`, of its stored parts
+Encode = Callable[[Any], Quantized]  # from a kernel [in, out]; an `Unpack`: from the arrays of a stored kernel
 
 
-def encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:
-    """What brings a kernel into its format, by its path, for those that are to be quantized."""
+def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:
+    """Return the function that quantizes each kernel, by path, for the kernels that are to be quantized.
+
+    Args:
+        model: The model.
+        table: Its `entries`.
+        quantize: A key of `quant.FORMATS`; None or empty: no kernel is quantized.
+        skip: Modules to leave unquantized, whole names or name endings.
+
+    Raises:
+        UserError: An unknown format, or names that match no kernel or some layers of a stack only.
+    """
     if not quantize:
         if skip:
-            raise ValueError(f"skip={tuple(skip)!r} (model.skip_quantize) means something only where quantize is given")
+            raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize) needs quantize")
         return {}
     if quantize not in FORMATS:
-        raise ValueError(
-            f"quantize={quantize!r} is no format.{suggest(quantize, FORMATS)} Formats: {', '.join(FORMATS)}"
+        raise UserError(
+            f"quantize={quantize!r} is not a format.{suggest(quantize, FORMATS)} Formats: {', '.join(FORMATS)}"
         )
     chosen: dict[str, Encode] = {}
     names: list[str] = []
@@ -30,35 +44,48 @@ def encoders(model: Any, table: Sequence[Entry], quantize: str | None, skip: Seq
         names += modules
         skipped = [name for name in modules if matches(name, tuple(skip))]
         if skipped and len(skipped) < len(modules):
-            raise ValueError(
-                f"skip (model.skip_quantize): {skipped[0]} is one layer of several, which share one format; name them all"
+            raise UserError(
+                f"skip (model.skip_quantize): {skipped[0]} is one of several layers that share one format; name them all"
             )
         if not skipped:
             chosen[entry.path] = FORMATS[quantize]
     if missing := unmatched(names, tuple(skip)):
         last = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ValueError(
-            f"skip (model.skip_quantize): {missing[0]!r} is no module with a kernel to quantize.{suggest(missing[0], last)} "
-            f"There are: {', '.join(last)}"
+        raise UserError(
+            f"skip (model.skip_quantize): {missing[0]!r} is not a module with a kernel to quantize.{suggest(missing[0], last)} "
+            f"Modules: {', '.join(last)}"
         )
     return chosen
 
 
-def unpackers(model: Any, table: Sequence[Entry], tensors: dict[str, Any]) -> dict[str, Encode]:
-    """`encoders` of a model whose file holds kernels in NF4 already."""
+def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, StoredTensor | Packed]) -> dict[str, Encode]:
+    """Return the function that unpacks each kernel stored in NF4, by path.
+
+    Args:
+        model: The model.
+        table: Its `entries`.
+        tensors: Its stored tensors, by key.
+
+    Raises:
+        UserError: The layers of a stack have different formats, or a parameter that is not a kernel is quantized.
+    """
     chosen: dict[str, Encode] = {}
     for entry in table:
-        kinds = {key: tensors[key].unpack if isinstance(tensors[key], Packed) else None for key in entry.keys}
+        kinds = {key: _unpack(tensors[key]) for key in entry.keys}
         one, *others = kinds
         if differing := [key for key in others if kinds[key] != kinds[one]]:
-            told = [
+            first, second = (
                 f"{key} is {f'{kind.format} of {kind.dtype}' if (kind := kinds[key]) else 'not quantized'}"
                 for key in (one, differing[0])
-            ]
-            raise ValueError(f"{told[0]} and {told[1]}: the layers of a stack share one format")
+            )
+            raise UserError(f"{first} and {second}: the layers of a stack must have one format")
         if (unpack := kinds[one]) is None:
             continue
         if not is_linear(model, entry):
-            raise ValueError(f"{one} is stored in {unpack.format}, which is read as the kernel of a linear layer only")
+            raise UserError(f"{one} is stored in {unpack.format}, which is supported for kernels of linear layers only")
         chosen[entry.path] = unpack
     return chosen
+
+
+def _unpack(tensor: StoredTensor | Packed) -> Unpack | None:
+    return tensor.unpack if isinstance(tensor, Packed) else None

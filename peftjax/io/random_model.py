@@ -1,4 +1,4 @@
-"""Models with random weights, and the parts of a model that its checkpoint lacks."""
+"""Make models with random weights, and the parts of a model that its checkpoint lacks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,13 @@ from jax.sharding import Mesh
 
 from peftjax import quant, sharding
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.io.entries import entries
 from peftjax.io.formats import encoders
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import resolve
+from peftjax.models.base import Model, ModelConfig
+from peftjax.models.heads import HeadOptions
 
 
 def make_random(
@@ -31,14 +34,19 @@ def make_random(
     problem_type: str | None = None,
     new_head: bool = False,
     seed: int = 0,
-) -> Any:
-    """A model with random weights, from the config.json of a directory alone; born sharded over `mesh`. The other
-    arguments are those of `load_model`."""
+) -> Model:
+    """Make a model with random weights from a directory's config.json, sharded over `mesh` from the start.
+
+    The arguments are those of `load_model`.
+
+    Raises:
+        UserError: As `load_model`, except that no weights are read.
+    """
     directory = resolve(path, revision)
-    chosen = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, packed = read_config(directory, dtype, param_dtype, remat, chosen)
+    options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
+    config, packed = read_config(directory, dtype, param_dtype, remat, options)
     if packed and not quantize:
-        raise ValueError(f'{directory} is quantized; for random weights say so by quantize="nf4"')
+        raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     paths = list(variables.flat(model)[1])
     variables.update(model, make(config, paths, mesh or one_device(), seed, quantize, skip))
@@ -46,9 +54,14 @@ def make_random(
 
 
 def make(
-    config: Any, paths: Sequence[str], mesh: Mesh, seed: int, quantize: str | None = None, skip: Sequence[str] = ()
+    config: ModelConfig,
+    paths: Sequence[str],
+    mesh: Mesh,
+    seed: int,
+    quantize: str | None = None,
+    skip: Sequence[str] = (),
 ) -> variables.FlatTree:
-    """Values of some variables, as a model of this config is born with; nothing else is computed."""
+    """Make the initial values of some variables of a model, sharded over `mesh`, without computing the others."""
     if not paths:
         return {}
     axes: dict[str, Any] = {}
@@ -62,8 +75,8 @@ def make(
     return jax.jit(make, out_shardings=shardings)()
 
 
-def make_quantized(config: Any, quantize: str | None, skip: Sequence[str], seed: int) -> Any:
-    """A model of a family's `config` with random weights, its kernels quantized as by `load_model`; to be traced."""
+def make_quantized(config: ModelConfig, quantize: str | None, skip: Sequence[str], seed: int) -> Model:
+    """Make a model with random weights, its kernels quantized as by `load_model`. Meant to be traced."""
     model = config.make(nnx.Rngs(seed))
     leaves = variables.flat(model)[1]
     chosen = encoders(model, entries(model), quantize, skip)
@@ -72,4 +85,5 @@ def make_quantized(config: Any, quantize: str | None, skip: Sequence[str], seed:
 
 
 def one_device() -> Mesh:
+    """Return a mesh of one device of this process."""
     return sharding.make_mesh(devices=jax.local_devices()[:1])  # jax.devices()[0] may be another process's

@@ -1,20 +1,23 @@
-"""Directories of sentence-transformers: how one vector is made of a text's states (modules.json, 1_Pooling, 2_Normalize)."""
+"""The pooling of sentence-transformers directories: modules.json, 1_Pooling and 2_Normalize."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from peftjax.core.errors import UserError
 from peftjax.io.hf_files import read_json
+from peftjax.models.base import ModelConfig
+from peftjax.models.bert import BertConfig
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 def read_pooling(directory: Path) -> dict[str, Any]:
-    """The options `pooling` and `normalize` of a model, from a directory's modules.json; empty where there is none.
+    """Read the options `pooling` and `normalize` of `BertConfig` from modules.json; empty if there is none.
 
     Raises:
-        ValueError: a module or a pooling mode that is not supported.
+        UserError: A module or a pooling mode is not supported.
     """
     file = directory / MODULES
     if not file.is_file():
@@ -27,16 +30,16 @@ def read_pooling(directory: Path) -> dict[str, Any]:
         elif kind == "Normalize":
             options["normalize"] = True
         elif kind != "Transformer" or module["path"]:
-            raise ValueError(
+            raise UserError(
                 f"{file}: module {module['type']!r} at {module['path']!r} is not supported; supported: a Transformer in "
                 "the directory itself, Pooling and Normalize"
             )
     return options
 
 
-def write_pooling(config: Any, directory: Path) -> None:
-    """Write what `read_pooling` reads, for a model without a head that was read with it."""
-    if getattr(config, "pooling", None) is None or config.head != "none":
+def write_pooling(config: ModelConfig, directory: Path) -> None:
+    """Write what `read_pooling` reads, if the model was read with it and has no task head."""
+    if not isinstance(config, BertConfig) or config.pooling is None or config.head != "none":
         return
     paths = {"Transformer": "", "Pooling": POOLING} | ({"Normalize": "2_Normalize"} if config.normalize else {})
     modules = [
@@ -56,22 +59,24 @@ def _modules(file: Path) -> list[dict[str, str]]:
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(modules, list) or not all(
         isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
     ):
-        raise ValueError(f"{file} must hold a list of modules with type and path, as sentence-transformers writes it")
+        raise UserError(f"{file} must hold a list of modules with type and path, as sentence-transformers writes it")
     return modules
 
 
 def _mode(file: Path) -> str:
-    """The pooling mode, in the words that newer versions write; older ones have a flag for each."""
+    """The pooling mode. Newer versions name it; older ones have a flag for each."""
     if not file.is_file():
-        raise ValueError(f"{file} is missing; modules.json names it: download it too")
+        raise UserError(f"{file} is missing, but modules.json names it; download it too")
     config = read_json(file)
     if "pooling_mode" in config:
         return str(config["pooling_mode"])
     modes = [FLAGS.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(modes) != 1:
-        raise ValueError(f"{file}: {len(modes)} pooling modes are on ({', '.join(modes) or 'none'}), one is supported")
+        raise UserError(
+            f"{file}: {len(modes)} pooling modes are enabled ({', '.join(modes) or 'none'}); exactly one is supported"
+        )
     return modes[0]

@@ -1,46 +1,74 @@
-"""Model families, found by the `model_type` of a Hugging Face config.json."""
+"""Model families, selected by the `model_type` in a Hugging Face config.json."""
 
-import importlib
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.models import bert, gemma, gpt2, llama, phi3, t5, vit
+from peftjax.models.base import Model, ModelConfig
 
-# model_type -> the module whose `from_hf` reads such a config
+__all__ = ["FAMILIES", "Family", "Model", "ModelConfig", "family", "from_hf_config"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the module of a model family provides.
+
+    Attributes:
+        from_hf: Reads a config.json. Called with its fields, the `ComputeOptions` as keyword arguments and, for a family
+            with `heads`, the options of `models.heads.read_head`.
+        heads: The task heads to choose from, "none" among them; empty for language models.
+    """
+
+    from_hf: Callable[..., ModelConfig]
+    heads: tuple[str, ...] = ()
+
+
 FAMILIES = {
-    "bert": "peftjax.models.bert",
-    "llama": "peftjax.models.llama",
-    "mistral": "peftjax.models.llama",
-    "qwen2": "peftjax.models.llama",
-    "qwen3": "peftjax.models.llama",
-    "roberta": "peftjax.models.bert",
-    "gpt2": "peftjax.models.gpt2",
-    "phi3": "peftjax.models.phi3",
-    "gemma2": "peftjax.models.gemma",
-    "gemma3_text": "peftjax.models.gemma",
-    "t5": "peftjax.models.t5",
-    "mt5": "peftjax.models.t5",
-    "vit": "peftjax.models.vit",
+    "bert": Family(bert.from_hf, bert.HEADS),
+    "llama": Family(llama.from_hf),
+    "mistral": Family(llama.from_hf),
+    "qwen2": Family(llama.from_hf),
+    "qwen3": Family(llama.from_hf),
+    "roberta": Family(bert.from_hf, bert.HEADS),
+    "gpt2": Family(gpt2.from_hf),
+    "phi3": Family(phi3.from_hf),
+    "gemma2": Family(gemma.from_hf),
+    "gemma3_text": Family(gemma.from_hf),
+    "t5": Family(t5.from_hf),
+    "mt5": Family(t5.from_hf),
+    "vit": Family(vit.from_hf, vit.HEADS),
 }
 
 
-def family(config: dict[str, Any]) -> Any:
-    """The module of a Hugging Face config.json's model family.
+def family(config: dict[str, Any]) -> Family:
+    """Return the family of a Hugging Face config.json.
 
     Raises:
-        ValueError: the architecture is not supported.
+        UserError: The architecture is not supported.
     """
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"config.json: model_type {kind!r} is not supported.{suggest(kind, FAMILIES)} Supported: {', '.join(sorted(FAMILIES))}"
         )
-    return importlib.import_module(FAMILIES[kind])
+    return FAMILIES[kind]
 
 
-def from_hf_config(config: dict[str, Any], **options: Any) -> Any:
-    """The `ModelConfig` of a Hugging Face config.json; `options`: dtype, param_dtype, remat, and those of encoders.
+def from_hf_config(config: dict[str, Any], **options: Any) -> ModelConfig:
+    """Read a Hugging Face config.json.
+
+    Args:
+        config: The fields of config.json.
+        **options: `dtype`, `param_dtype` and `remat` as in `ModelConfig`, and for encoders the head options of
+            `load_model`.
+
+    Returns:
+        The configuration; `config.make(rngs)` builds the model with random weights.
 
     Raises:
-        ValueError: the architecture is not supported, or a field's value is not.
+        UserError: The architecture, or the value of a field, is not supported.
     """
     return family(config).from_hf(config, **options)

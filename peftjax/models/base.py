@@ -1,13 +1,176 @@
-"""STUB, replaced by the typed Model."""
+"""What every model family provides: a configuration, a forward pass, and the names Hugging Face uses for its parts."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypedDict
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from peftjax.nn.embedding import Embedding
+from peftjax.nn.linear import Linear
+
+
+class ComputeOptions(TypedDict, total=False):
+    """The options of a configuration that config.json does not decide; see `ModelConfig`."""
+
+    dtype: str
+    param_dtype: str
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and options shared by all families.
+
+    Attributes:
+        embed: Width of the residual stream, D.
+        mlp: Hidden width of the feed-forward layers, F.
+        layers: Number of blocks, L; of the encoder for an encoder-decoder.
+        heads: Number of query heads, N.
+        kv_heads: Number of key and value heads, K.
+        head_dim: Width of one head, H.
+        max_positions: Longest sequence, virtual tokens included.
+        norm_eps: Epsilon of the normalization layers.
+        activation: Activation of the feed-forward layers, a key of `nn.feedforward.ACTIVATIONS`.
+        hf: The config.json this was read from, as JSON.
+        dtype: Compute dtype.
+        param_dtype: Dtype of the parameters; defaults to `dtype`.
+        remat: Rematerialization in the backward pass, as in `nn.stack.scan_stack`.
+    """
+
+    embed: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    hf: str
+    dtype: str = "float32"
+    param_dtype: str = ""
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "param_dtype", self.param_dtype or self.dtype)
+
+    def make(self, rngs: nnx.Rngs) -> "Model":
+        """Build the model with random weights."""
+        raise NotImplementedError
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the config.json of a directory that transformers can load."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(ModelConfig):
+    """Adds what models with a vocabulary head share.
+
+    Attributes:
+        vocab: Vocabulary size, V.
+        tied: Whether the head shares the embedding table.
+        tied_if_equal: Two checkpoint tensors that decide `tied` in place of config.json: the head is tied unless both
+            are stored and differ. None where config.json decides.
+    """
+
+    vocab: int
+    tied: bool
+    tied_if_equal: ClassVar[tuple[str, str] | None] = None
 
 
 class Model(nnx.Module):
-    config: Any
-    virtual: Any
-    hidden: Any
-    logits: Any
-    __call__: Any
+    """A model that reads and writes Hugging Face checkpoints.
+
+    The `hf_*` attributes translate between our module paths and the names in Hugging Face checkpoints. In a name, `{}`
+    stands for the layer index of a stacked module.
+
+    Attributes:
+        config: Sizes and options.
+        output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
+        task_head: Paths of the task head's layers, which every method trains in full.
+    """
+
+    config: ModelConfig
+    output_layers: ClassVar[tuple[str, ...]] = ()
+    task_head: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def virtual(self) -> int:
+        """The number of positions that active soft prompts and prefixes take before the first token."""
+        return 0
+
+    @property
+    def hf_modules(self) -> Mapping[str, str]:
+        """The names of our modules in the transformers class, by path."""
+        raise NotImplementedError
+
+    @property
+    def hf_renamed(self) -> Mapping[str, str]:
+        """The modules whose names in checkpoint files differ from those in the transformers class, by path."""
+        return MappingProxyType({})
+
+    @property
+    def hf_tied(self) -> Mapping[str, str]:
+        """{tensor: the tensor it shares}. A checkpoint may hold either of the two, or both if they are equal."""
+        return MappingProxyType({})
+
+    @property
+    def hf_ignored(self) -> tuple[str, ...]:
+        """Regular expressions for checkpoint tensors that this model does not use."""
+        return ()
+
+    @property
+    def hf_fresh(self) -> tuple[str, ...]:
+        """Top-level modules that a checkpoint may lack entirely; they are then initialized at random."""
+        return ()
+
+    @property
+    def hf_task(self) -> str | None:
+        """The task_type in Hugging Face PEFT's adapter_config.json; None if PEFT has none for it."""
+        return None
+
+    def hf_stored(self, name: str) -> str:
+        """Return the canonical name of a checkpoint tensor for which checkpoints use several names."""
+        return name
+
+
+class LanguageModel(Model):
+    """A model with a vocabulary head, which may share the embedding table.
+
+    Attributes:
+        embed: Token embedding, table [V, D].
+        head: Linear layer [D, V]. A tied head has no kernel of its own.
+    """
+
+    config: LanguageModelConfig
+    embed: Embedding
+    head: Linear
+    output_layers: ClassVar[tuple[str, ...]] = ("head",)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding table."""
+        return self.head.kernel is None
+
+    def tied_kernel(self) -> jax.Array:
+        """Return the kernel [D, V] of a tied head: the transposed embedding table."""
+        return self.embed.embedding.get_value().T
+
+    def untie(self) -> None:
+        """Give the head its own kernel, a copy of the embedding table."""
+        self.head.kernel = nnx.data(nnx.Param(jnp.array(self.tied_kernel()), axes=self.head.axes))
+        self.config = dataclasses.replace(self.config, tied=False)
+
+    def tie(self) -> None:
+        """Drop the head's own kernel; it shares the embedding table again."""
+        self.head.kernel = nnx.data(None)
+        self.config = dataclasses.replace(self.config, tied=True)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Apply the head: [B, T, D] -> [B, T, V]."""
+        return self.head(hidden, kernel=self.tied_kernel()) if self.tied else self.head(hidden)

@@ -1,12 +1,12 @@
-"""What the decoder families share: the walk from tokens to logits, the cache, the tied head, and their configs' fields.
+"""What the decoder families share: the path from tokens to logits, the key/value cache and common config.json fields.
 
-A family gives the parts (`make_block`, `make_norm`) and overrides the few steps in which it differs: `embedded`, `placed`,
-`rotations`, `layer_rotations`, `logits`.
+A family provides its layers (`make_block`, `make_norm`) and overrides the few steps in which it differs: `embedded`,
+`with_positions`, `rotations`, `logits`.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,56 +14,46 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import sharding
+from peftjax.core.errors import UserError
+from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.models.fields import Fields
-from peftjax.models.tied import TiedHead
-from peftjax.nn.attention import Attention, Cache, attention_mask, extend_valid, key_distances, within_window
+from peftjax.nn.attention import Attention
+from peftjax.nn.attention_mask import attention_mask, key_distances, within_window
+from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import LayerNorm, RMSNorm
-from peftjax.nn.rope import Rope
+from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
 from peftjax.nn.stack import Residual, make_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes and options that every family has. `windows`: per layer, how far back a query sees (0: everything)."""
+class DecoderConfig(LanguageModelConfig):
+    """Adds what all decoders share.
 
-    vocab: int
-    embed: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm_eps: float
-    activation: str
-    tied: bool
+    Attributes:
+        rope: Rotary embedding; None for a family without one.
+        windows: For each layer, how many positions back a query sees; 0: all.
+        init_stddev: Standard deviation of random weights.
+    """
+
+    rope: Rope | None
     windows: tuple[int, ...]
     init_stddev: float
-    hf: str  # the config.json that this was read from
-    dtype: str = "float32"
-    param_dtype: str = ""  # none: dtype
-    remat: str = "none"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "param_dtype", self.param_dtype or self.dtype)
 
     def make(self, rngs: nnx.Rngs) -> "Decoder":
-        """A model with random weights."""
         raise NotImplementedError
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json for a directory that transformers loads."""
         fields = json.loads(self.hf)
         fields.pop("torch_dtype", None)
         return fields | {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)). [B, T, D] -> [B, T, D]."""
+    """x + attention(norm(x)), then x + feedforward(norm(x)): [B, T, D] -> [B, T, D]."""
 
     def __init__(
         self,
@@ -79,50 +69,56 @@ class Block(nnx.Module):
         self.feedforward_residual = Residual()
 
     def __call__(
-        self, x: jax.Array, rope: Any, mask: jax.Array | None, cache: Any, offset: jax.Array | int
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x: jax.Array,
+        rope: RopeTables | None,
+        mask: jax.Array | None,
+        cache: LayerCache | None,
+        offset: jax.Array | int,
+    ) -> tuple[jax.Array, LayerCache | None]:
         new_cache = cache
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal new_cache
             y, new_cache = self.attention(self.attention_norm(x), rope, mask, cache, offset)
-            return self.attended(y)
+            return self.after_attention(y)
 
         x = self.attention_residual(x, attend)
-        x = self.feedforward_residual(x, lambda x: self.transformed(self.feedforward(self.feedforward_norm(x))))
+        x = self.feedforward_residual(x, lambda x: self.after_feedforward(self.feedforward(self.feedforward_norm(x))))
         return sharding.constrain(x, "batch", "length", None), new_cache
 
-    def attended(self, y: jax.Array) -> jax.Array:
-        """What is added to x of attention's output."""
+    def after_attention(self, y: jax.Array) -> jax.Array:
+        """Map the attention output [B, T, D] to what is added to the residual stream."""
         return y
 
-    def transformed(self, y: jax.Array) -> jax.Array:
-        """What is added to x of the feed-forward layer's output."""
+    def after_feedforward(self, y: jax.Array) -> jax.Array:
+        """Map the feed-forward output [B, T, D] to what is added to the residual stream."""
         return y
 
 
-class Decoder(TiedHead):
-    """A decoder. tokens: int [B, T] -> logits [B, T, V] in the computation dtype.
+class Decoder(LanguageModel):
+    """Decoder-only language model: int [B, T] -> logits [B, T, V] in the compute dtype.
 
-    The names that Hugging Face gives to its parts are at the foot of each family's file. `hf_prefix`: what a checkpoint
-    saved without the head leaves out before them; `hf_ignored`: patterns of tensors that say nothing; `hf_tied`: where
-    the head borrows the embedding, a checkpoint may hold the first name in place of the second, or both.
+    Attributes:
+        hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
     """
 
-    hf_modules: ClassVar[dict[str, str]]
+    config: DecoderConfig
+    blocks: Block
     hf_prefix: ClassVar[str] = "model."
+    hf_modules: ClassVar[Mapping[str, str]]
+    hf_tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     hf_ignored: ClassVar[tuple[str, ...]] = ()
-    hf_tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    output_layers: ClassVar = ("head",)  # what "all-linear" leaves out
+    hf_task: ClassVar[str | None] = "CAUSAL_LM"
 
-    def __init__(self, config: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.embed = Embedding(
             config.vocab, config.embed, stddev=config.init_stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.blocks = make_stack(lambda rngs: self.make_block(config, rngs), config.layers, rngs)
-        self.norm = self.make_norm(config)
+        self.blocks = make_stack(self.make_block, config.layers, rngs)
+        self.norm = self.make_norm()
         self.head = Linear(
             config.embed,
             config.vocab,
@@ -133,47 +129,46 @@ class Decoder(TiedHead):
             rngs=rngs,
         )
 
-    # --- What a family gives, and where it may differ ---
+    # --- What a family provides or overrides ---
 
-    @staticmethod
-    def make_block(config: Any, rngs: nnx.Rngs) -> Block:
-        """One layer."""
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        """Build one layer."""
         raise NotImplementedError
 
-    @staticmethod
-    def make_norm(config: Any) -> RMSNorm | LayerNorm:
-        """The norm after the last layer."""
+    def make_norm(self) -> RMSNorm | LayerNorm:
+        """Build the norm after the last layer."""
         raise NotImplementedError
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
-        """The embedded tokens, int [B, T] -> [B, T, D], as a soft prompt is put before them."""
+        """Embed the tokens, int [B, T] -> [B, T, D], before a soft prompt is prepended."""
         return self.embed(tokens)
 
-    def placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """What the first layer reads: x [B, T, D], a soft prompt included, at positions [B or 1, T]."""
+    def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Add learned positions, if the family has them, to x [B, T, D] at positions [B or 1, T]; includes a soft prompt."""
         del positions
         return x
 
-    def rotations(self, positions: jax.Array) -> Any:
-        """cos and sin of the rotary embedding at positions [B or 1, T]; None where there is none."""
-        return self.config.rope.tables(positions)
+    def rotations(self, positions: jax.Array) -> Callable[[jax.Array], RopeTables | None]:
+        """Return a function from a layer's window to its rotary tables for positions [B or 1, T]."""
+        tables = None if self.config.rope is None else self.config.rope.tables(positions)
+        return lambda window: tables
 
-    def layer_rotations(self, rotations: Any, window: jax.Array) -> Any:
-        """Those of one layer, from its window."""
-        del window
-        return rotations
+    # --- The same for all families ---
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """The head: [B, T, D] -> [B, T, V]."""
-        if self.tied:
-            return self.head(hidden, kernel=self.embed.embedding.get_value().T)
-        return self.head(hidden)
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Return logits [B, T, V], or with `cache` a pair of logits and the cache extended by T tokens.
 
-    # --- What is the same in all of them ---
-
-    def __call__(self, tokens: jax.Array, **inputs: Any) -> Any:
-        """Logits [B, T, V]; with `cache=`: (logits, the cache with T more tokens). Inputs as for `hidden`."""
-        hidden, cache = self.hidden(tokens, **inputs)
+        The arguments are those of `hidden`.
+        """
+        hidden, cache = self.hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, cache)
 
@@ -186,11 +181,20 @@ class Decoder(TiedHead):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """The states after the last norm, [B, T, D], and the cache if there is one.
+        """Return the hidden states after the last norm.
 
-        tokens: int [B, T]; mask: bool [B, T], true for real tokens; positions: int [B, T], by default counted from the
-        first token (in the cache); segments: int [B, T], packed documents see only themselves. A soft prompt and a
-        prefix, if active, come before every document; here they are not counted, and of their states none is given.
+        An active soft prompt or prefix comes before every document. Its positions are not counted in the arguments, and
+        its hidden states are not returned.
+
+        Args:
+            tokens: int [B, T].
+            mask: bool [B, T], true for real tokens; default: all.
+            positions: int [B, T]; default: counted from the first token (of the cache, if given).
+            segments: int [B, T], document index; tokens attend only within their own document.
+            cache: From `make_cache` or an earlier call.
+
+        Returns:
+            Hidden states [B, T, D], and the cache extended by T tokens, or None.
         """
         soft, virtual = self.embed.adapters.virtual, self.virtual
         x = self.embedded(tokens)
@@ -200,7 +204,7 @@ class Decoder(TiedHead):
         positions = positions + virtual
         if cache is not None or not soft:
             return self._through_blocks(x, positions, mask, segments, cache)
-        x = jnp.concatenate([self._prompt(len(x)), x], axis=1)
+        x = jnp.concatenate([self.embed.prompt(len(x)), x], axis=1)
         before = jnp.broadcast_to(virtual - soft + jnp.arange(soft)[None], (len(positions), soft))
         positions = jnp.concatenate([before, positions], axis=1)
         mask, segments = (
@@ -218,10 +222,10 @@ class Decoder(TiedHead):
         segments: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
-        """`hidden` from the embedded tokens [B, T, D] on, a soft prompt among them or in the cache."""
+        """`hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length, soft = x.shape[1], self.embed.adapters.virtual
         offset = 0 if cache is None else cache.length
-        rope = self.rotations(positions)
+        rotations = self.rotations(positions)
         valid, allowed, distances = None, None, None  # None: causal
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
@@ -231,12 +235,14 @@ class Decoder(TiedHead):
             counted = positions - self.virtual + soft  # from the soft prompt's first key
             distances = key_distances(counted, allowed.shape[3], offset, soft)
 
-        def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        def layer(
+            block: Block, x: jax.Array, inputs: tuple[LayerCache | None, jax.Array]
+        ) -> tuple[jax.Array, LayerCache | None]:
             layer_cache, window = inputs
             limited = allowed if allowed is None or distances is None else within_window(allowed, window, distances)
-            return block(x, self.layer_rotations(rope, window), limited, layer_cache, offset)
+            return block(x, rotations(window), limited, layer_cache, offset)
 
-        x = sharding.constrain(self.placed(x, positions), "batch", "length", None)
+        x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
         per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
         x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
         if cache is not None and valid is not None:
@@ -245,21 +251,18 @@ class Decoder(TiedHead):
 
     @property
     def virtual(self) -> int:
-        """How many positions a soft prompt and a prefix take before the first token."""
         return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
 
-    def _prompt(self, batch: int) -> jax.Array:
-        """The active soft prompts for each row, [B, P, D]."""
-        prompt = self.embed.prompt()
-        return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
-
     def hf_stored(self, name: str) -> str:
-        """Our key for a tensor of a checkpoint: one that was saved without the head has no prefix."""
-        whole = (self.hf_prefix, f"{self.hf_modules['head']}.")
-        return name if name.startswith(whole) else self.hf_prefix + name
+        """Return our name for a checkpoint tensor; a checkpoint saved without the head lacks `hf_prefix`."""
+        complete = (self.hf_prefix, f"{self.hf_modules['head']}.")
+        return name if name.startswith(complete) else self.hf_prefix + name
 
     def make_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `length` tokens in each of `batch` rows, in the computation dtype; it holds the soft prompt."""
+        """Make a cache in the compute dtype for `length` tokens in each of `batch` rows.
+
+        An active soft prompt is in it already.
+        """
         config, soft = self.config, self.embed.adapters.virtual
         length += soft
         shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
@@ -267,8 +270,8 @@ class Decoder(TiedHead):
         cache = Cache(key=empty, value=empty, valid=jnp.zeros((batch, length), bool), length=jnp.zeros((), jnp.int32))
         if not soft:
             return cache
-        places = self.virtual - soft + jnp.arange(soft)[None]
-        _, filled = self._through_blocks(self._prompt(batch), places, None, None, cache)
+        positions = self.virtual - soft + jnp.arange(soft)[None]
+        _, filled = self._through_blocks(self.embed.prompt(batch), positions, None, None, cache)
         assert filled is not None
         return filled
 
@@ -277,7 +280,7 @@ class Decoder(TiedHead):
 
 
 def rope_fields(fields: Fields) -> dict[str, Any]:
-    """What config.json says of the rotary embedding, in the spelling of transformers 4 or 5."""
+    """Collect the rotary embedding's fields, in the format of transformers 4 or 5."""
     parameters = dict(fields.maybe("rope_scaling") or {}) | dict(fields.maybe("rope_parameters") or {})
     for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"):
         if (value := fields.maybe(name)) is not None:
@@ -286,28 +289,28 @@ def rope_fields(fields: Fields) -> dict[str, Any]:
 
 
 def read_rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
-    """The rotary embedding of a model that has one for all of its layers."""
+    """Read the rotary embedding of a model in which all layers share one."""
     return rope_from_hf(rope_fields(fields), head_dim=head_dim, max_positions=max_positions)
 
 
 def read_heads(fields: Fields) -> tuple[int, int]:
-    """The numbers of query heads and of key/value heads."""
+    """Read the numbers of query heads and of key/value heads."""
     heads = fields.take("num_attention_heads")
     kv_heads = fields.take("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+        raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     return heads, kv_heads
 
 
 def windows_by_type(types: Sequence[str], layers: int, window: int) -> tuple[int, ...]:
-    """`window` in the layers whose type is sliding_attention."""
+    """Return `window` for layers of type sliding_attention and 0 for the others."""
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(
+        raise UserError(
             f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
         )
     if "sliding_attention" in types and not window:
-        raise ValueError(
-            "config.json: layer_types has sliding_attention, but no window is in use: set sliding_window (and "
-            "use_sliding_window, where the family has it)"
+        raise UserError(
+            "config.json: layer_types has sliding_attention, but no window is in use; set sliding_window (and "
+            "use_sliding_window, if the family has it)"
         )
     return tuple(window if name == "sliding_attention" else 0 for name in types)

@@ -1,13 +1,14 @@
-"""The fields of a Hugging Face config.json, each taken by its name; one that nobody takes is refused."""
+"""The fields of a Hugging Face config.json, read by name; a field that is not read is an error."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.nn.feedforward import ACTIVATIONS
 
-# Fields that say nothing about the computation of logits.
+# Fields that do not affect the logits.
 HARMLESS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "_name_or_path", "tokenizer_class",
@@ -19,10 +20,12 @@ HARMLESS = frozenset({
 
 
 class Fields:
-    """What a config.json says. A family takes the fields that it honours; `done` refuses what is left.
+    """The fields of a config.json. A family takes those it supports, and `done` rejects the rest.
 
-    defaults: what transformers fills in for a field that is left out; harmless: the fields that say nothing about the
-    logits here.
+    Args:
+        config: The config.json.
+        defaults: Defaults of transformers for omitted fields.
+        harmless: Fields that do not affect the logits of this family.
     """
 
     def __init__(
@@ -37,44 +40,44 @@ class Fields:
         self._left = dict(defaults) | given
 
     def take(self, name: str, default: Any = None) -> Any:
-        """The value of a field, which must be there where there is no default."""
+        """Return the value of a field; without a default it is required."""
         value = self._left.pop(name, default)
         if value is None:
-            raise ValueError(f"config.json: field {name!r} is missing.{suggest(name, self.config)}")
+            raise UserError(f"config.json: field {name!r} is missing.{suggest(name, self.config)}")
         return value
 
     def maybe(self, name: str) -> Any:
-        """The value of a field, or None where it is null or left out."""
+        """Return the value of a field, or None if it is null or omitted."""
         return self._left.pop(name, None)
 
     def nullable(self, name: str, default: Any) -> Any:
-        """The value of a field in which null is a value of its own: `default` where it is left out."""
+        """Return the value of a field for which null has a meaning; `default` if it is omitted."""
         self._left.pop(name, None)
         return self.config.get(name, default)
 
     def only(self, name: str, supported: Any) -> None:
-        """Refuse any value of a field but one, which is also what a missing field means."""
+        """Reject any value of a field but one, which is also the meaning of an omitted field."""
         if (value := self._left.pop(name, supported)) != supported:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {name}={value!r} is not supported for model_type {self.kind!r}, only {supported!r}"
             )
 
     def no_dropout(self, *names: str) -> None:
-        """Refuse dropout in the base."""
+        """Reject dropout in the base model."""
         for name in names:
             if self._left.pop(name, 0.0) != 0.0:
-                raise ValueError(f"config.json: {name} is not supported; it matters in training only: set it to 0.0")
+                raise UserError(f"config.json: {name} is not supported; it only affects training: set it to 0.0")
 
     def activation(self, name: str, default: str) -> str:
-        """The value of a field that names an activation of `ACTIVATIONS`."""
+        """Return the value of a field that names one of `ACTIVATIONS`."""
         if (value := self.take(name, default)) not in ACTIVATIONS:
-            raise ValueError(f"config.json: {name} {value!r} is not known; supported: {sorted(ACTIVATIONS)}")
+            raise UserError(f"config.json: {name} {value!r} is not known; supported: {sorted(ACTIVATIONS)}")
         return value
 
     def done(self) -> None:
-        """Refuse the fields that were not taken."""
+        """Reject the fields that were not taken."""
         if self._left:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {', '.join(sorted(self._left))}: not known for model_type {self.kind!r}, so the model "
-                "might compute something else; take the field out of config.json if it does not matter"
+                "might compute something else; remove the field from config.json if it does not matter"
             )

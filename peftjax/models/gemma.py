@@ -1,35 +1,42 @@
 """Gemma 2 and the text model of Gemma 3: norms before and after each sublayer, GeGLU, soft caps, sliding windows.
 
-Gemma 2 (arXiv:2408.00118), section 2; Gemma 3 (arXiv:2503.19786), section 2: q and k are normalised instead of capped, and
-layers with a window have a rotary embedding of their own.
+Gemma 2 (arXiv:2408.00118), section 2. Gemma 3 (arXiv:2503.19786), section 2: queries and keys are normalized instead of
+capped, and layers with a window have their own rotary embedding.
 """
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
+from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
 from peftjax.nn.norm import ZeroCenteredRMSNorm
-from peftjax.nn.rope import Rope
+from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaConfig(DecoderConfig):
-    """Sizes and options of one model.
+    """Adds what distinguishes the Gemmas.
 
-    local_rope: of the layers that have a window, where it is another. query_scale: q k^T is multiplied by its inverse
-    square root. attention_cap, logits_cap: c tanh(x / c) of the scores and of the logits; None: as they are.
+    Attributes:
+        local_rope: Rotary embedding of the layers with a window; None: `rope`.
+        qk_norm: Whether queries and keys are normalized.
+        use_bias: Whether the attention layers have biases.
+        query_scale: Scores q k^T are divided by its square root.
+        attention_cap: Soft cap c of the scores, c tanh(x / c); None: no cap.
+        logits_cap: Soft cap of the logits; None: no cap.
     """
 
-    rope: Rope
     local_rope: Rope | None
     qk_norm: bool
     use_bias: bool
@@ -42,33 +49,42 @@ class GemmaConfig(DecoderConfig):
 
 
 class GemmaBlock(Block):
-    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))). [B, T, D] -> [B, T, D]."""
+    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))): [B, T, D] -> [B, T, D]."""
 
     def __init__(
-        self, *, attention_out_norm: ZeroCenteredRMSNorm, feedforward_out_norm: ZeroCenteredRMSNorm, **parts: Any
+        self,
+        *,
+        attention_norm: ZeroCenteredRMSNorm,
+        attention: Attention,
+        attention_out_norm: ZeroCenteredRMSNorm,
+        feedforward_norm: ZeroCenteredRMSNorm,
+        feedforward: GatedFeedForward,
+        feedforward_out_norm: ZeroCenteredRMSNorm,
     ) -> None:
-        super().__init__(**parts)
+        super().__init__(
+            attention_norm=attention_norm,
+            attention=attention,
+            feedforward_norm=feedforward_norm,
+            feedforward=feedforward,
+        )
         self.attention_out_norm, self.feedforward_out_norm = attention_out_norm, feedforward_out_norm
 
-    def attended(self, y: jax.Array) -> jax.Array:
+    def after_attention(self, y: jax.Array) -> jax.Array:
         return self.attention_out_norm(y)
 
-    def transformed(self, y: jax.Array) -> jax.Array:
+    def after_feedforward(self, y: jax.Array) -> jax.Array:
         return self.feedforward_out_norm(y)
 
 
 class Gemma(Decoder):
-    """RMSNorm around the sublayers, rotary attention with grouped queries and windows, GeGLU."""
+    """RMSNorm around the sublayers, rotary grouped-query attention with windows, GeGLU."""
 
-    @staticmethod
-    def make_block(config: GemmaConfig, rngs: nnx.Rngs) -> GemmaBlock:
-        common: dict[str, Any] = {
-            "stddev": config.init_stddev,
-            "dtype": jnp.dtype(config.param_dtype),
-            "rngs": rngs,
-        }
+    config: GemmaConfig
+
+    def make_block(self, rngs: nnx.Rngs) -> GemmaBlock:
+        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return GemmaBlock(
-            attention_norm=Gemma.make_norm(config),
+            attention_norm=self.make_norm(),
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -80,40 +96,49 @@ class Gemma(Decoder):
                 norm=ZeroCenteredRMSNorm,
                 scale=config.query_scale**-0.5,
                 softcap=config.attention_cap,
-                **common,
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
             ),
-            attention_out_norm=Gemma.make_norm(config),
-            feedforward_norm=Gemma.make_norm(config),
+            attention_out_norm=self.make_norm(),
+            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
-                config.embed, config.mlp, activation=ACTIVATIONS[config.activation], use_bias=False, **common
+                config.embed,
+                config.mlp,
+                activation=ACTIVATIONS[config.activation],
+                use_bias=False,
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
             ),
-            feedforward_out_norm=Gemma.make_norm(config),
+            feedforward_out_norm=self.make_norm(),
         )
 
-    @staticmethod
-    def make_norm(config: GemmaConfig) -> ZeroCenteredRMSNorm:
-        return ZeroCenteredRMSNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+    def make_norm(self) -> ZeroCenteredRMSNorm:
+        return ZeroCenteredRMSNorm(
+            self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype)
+        )
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
-        """Times sqrt(D), which is rounded first: in bfloat16 that of 3072 is 55.5."""
+        """Scale the embedded tokens by sqrt(D), rounded to their dtype first: in bfloat16 sqrt(3072) is 55.5."""
         x = super().embedded(tokens)
         return x * jnp.asarray(self.config.embed**0.5, x.dtype)
 
-    def rotations(self, positions: jax.Array) -> Any:
-        tables = super().rotations(positions)
-        return tables if self.config.local_rope is None else (tables, self.config.local_rope.tables(positions))
-
-    def layer_rotations(self, rotations: Any, window: jax.Array) -> Any:
+    def rotations(self, positions: jax.Array) -> Callable[[jax.Array], RopeTables | None]:
+        full = super().rotations(positions)
         if self.config.local_rope is None:
-            return rotations
-        return jax.tree.map(lambda whole, local: jnp.where(window == 0, whole, local), *rotations)
+            return full
+        tables = self.config.local_rope.tables(positions)
+        return lambda window: jax.tree.map(
+            lambda full, local: jnp.where(window == 0, full, local), full(window), tables
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         logits, cap = super().logits(hidden), self.config.logits_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-# --- Hugging Face: what its config.json says, and what it calls our modules ---
+# --- Hugging Face: names of our modules, and config.json ---
 
 Gemma.hf_modules = {
     "embed": "model.embed_tokens",
@@ -136,17 +161,18 @@ Gemma.hf_modules = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+# Defaults of transformers for fields that config.json omits, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 4, "max_position_embeddings": 8192},
     "gemma3_text": {"num_key_value_heads": 4, "max_position_embeddings": 131072},
 }
 
 
-def from_hf(config: dict[str, Any], **options: Any) -> GemmaConfig:
-    """Read a config.json of model_type gemma2 or gemma3_text, in the spelling of transformers 4 or 5.
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaConfig:
+    """Read a config.json of model_type gemma2 or gemma3_text, in the format of transformers 4 or 5.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value that this family cannot honour.
+        UserError: A field is missing or unknown, or its value is not supported.
     """
     kind = config["model_type"]
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=HARMLESS | {"cache_implementation"})
@@ -157,13 +183,13 @@ def from_hf(config: dict[str, Any], **options: Any) -> GemmaConfig:
     fields.no_dropout("attention_dropout")
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
-    fields.only("hidden_act", activation)  # an older name, which transformers does not read
+    fields.only("hidden_act", activation)  # an old name that transformers does not read
     if kind == "gemma2":
         rope, local_rope = read_rope(fields, head_dim, max_positions), None
         attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
     else:
         rope, local_rope = _ropes(fields, head_dim, max_positions)
-        fields.only("attn_logit_softcapping", None)  # transformers has the field for Gemma 3 and does not use it
+        fields.only("attn_logit_softcapping", None)  # a field of Gemma 3 that transformers does not use
         attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
     result = GemmaConfig(
         vocab=fields.take("vocab_size"),
@@ -193,13 +219,13 @@ def from_hf(config: dict[str, Any], **options: Any) -> GemmaConfig:
     return result
 
 
-_CAPS = (("attn", 50.0), ("final", 30.0))  # of a Gemma 2 whose config.json leaves them out; null there means none
+_CAPS = (("attn", 50.0), ("final", 30.0))  # defaults of Gemma 2; null means no cap
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """As layer_types says; without it, every second layer of Gemma 2 and every sixth of Gemma 3 sees everything."""
+    """Read layer_types; by default every second layer of Gemma 2 and every sixth of Gemma 3 has no window."""
     window = fields.nullable("sliding_window", 4096) or 0
-    fields.only("sliding_window_size", window)  # an older name, beside the other
+    fields.only("sliding_window_size", window)  # an old name of the same field
     every = 2
     if fields.kind == "gemma3_text":
         written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))
@@ -211,12 +237,12 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def _ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
-    """Of Gemma 3's layers without and with a window: rope_parameters by layer type, or three fields before that."""
+    """Read the rotary embeddings of layers without and with a window: rope_parameters by type, or three older fields."""
     by_type = dict(fields.maybe("rope_parameters") or {})
     whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})
     local = dict(by_type.pop("sliding_attention", None) or {})
     if by_type:
-        raise ValueError(
+        raise UserError(
             f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type 'gemma3_text' it holds "
             "full_attention and sliding_attention, each with its own parameters"
         )

@@ -1,19 +1,22 @@
-"""GPT-2: learned positions, LayerNorm before each sublayer, one layer for q, k and v, a head tied to the embedding.
+"""GPT-2: learned positions, pre-norm LayerNorm, one fused layer for q, k and v, a head tied to the embedding.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
+from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig
 from peftjax.models.fields import HARMLESS, Fields
-from peftjax.nn.attention import Cache, FusedAttention
+from peftjax.nn.attention import FusedAttention
+from peftjax.nn.cache import Cache
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Conv1D
@@ -22,7 +25,7 @@ from peftjax.nn.norm import LayerNorm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpt2Config(DecoderConfig):
-    """Sizes and options of one model. scaled: scores are divided by sqrt(H)."""
+    """Adds `scaled`: whether scores are divided by sqrt(H)."""
 
     scaled: bool
 
@@ -31,9 +34,10 @@ class Gpt2Config(DecoderConfig):
 
 
 class Gpt2(Decoder):
-    """LayerNorm, attention without rotation, a plain feed-forward layer."""
+    """LayerNorm, attention without rotary embedding, a plain feed-forward layer."""
 
-    hf_prefix: ClassVar = "transformer."
+    config: Gpt2Config
+    hf_prefix: ClassVar[str] = "transformer."
     hf_tied: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: Gpt2Config, rngs: nnx.Rngs) -> None:
@@ -47,48 +51,60 @@ class Gpt2(Decoder):
             rngs=rngs,
         )
 
-    @staticmethod
-    def make_block(config: Gpt2Config, rngs: nnx.Rngs) -> Block:
-        common: dict[str, Any] = {
-            "use_bias": True,
-            "linear": Conv1D,
-            "stddev": config.init_stddev,
-            "dtype": jnp.dtype(config.param_dtype),
-            "rngs": rngs,
-        }
-        scale = None if config.scaled else 1.0
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=Gpt2.make_norm(config),
+            attention_norm=self.make_norm(),
             attention=FusedAttention(
-                config.embed, config.heads, config.kv_heads, config.head_dim, scale=scale, **common
+                config.embed,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                use_bias=True,
+                scale=None if config.scaled else 1.0,
+                linear=Conv1D,
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
             ),
-            feedforward_norm=Gpt2.make_norm(config),
-            feedforward=FeedForward(config.embed, config.mlp, activation=ACTIVATIONS[config.activation], **common),
+            feedforward_norm=self.make_norm(),
+            feedforward=FeedForward(
+                config.embed,
+                config.mlp,
+                activation=ACTIVATIONS[config.activation],
+                use_bias=True,
+                linear=Conv1D,
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
+            ),
         )
 
-    @staticmethod
-    def make_norm(config: Gpt2Config) -> LayerNorm:
-        return LayerNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+    def make_norm(self) -> LayerNorm:
+        return LayerNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
     def hidden(
-        self, tokens: jax.Array, *, positions: jax.Array | None = None, **inputs: Any
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         length, limit = tokens.shape[1], self.config.max_positions - self.virtual
         if positions is None and length > limit:
-            virtual = f" less the {self.virtual} of its virtual tokens" if self.virtual else ""
-            raise ValueError(
-                f"{length} tokens exceed the model's {self.config.max_positions} positions{virtual}; give it fewer"
+            virtual = f" minus its {self.virtual} virtual tokens" if self.virtual else ""
+            raise UserError(
+                f"{length} tokens exceed the model's {self.config.max_positions} positions{virtual}; shorten the text"
             )
-        return super().hidden(tokens, positions=positions, **inputs)
+        return super().hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
 
-    def placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x + jnp.broadcast_to(self.positions(positions), x.shape)
 
-    def rotations(self, positions: jax.Array) -> None:
-        return None
 
-
-# --- Hugging Face: what its config.json says, and what it calls our modules ---
+# --- Hugging Face: names of our modules, and config.json ---
 
 Gpt2.hf_modules = {
     "embed": "transformer.wte",
@@ -107,25 +123,26 @@ Gpt2.hf_modules = {
 }
 Gpt2.hf_ignored = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask
 
-# About other heads, about the precision of half floats alone, and n_ctx, the older name of n_positions.
+# Fields of other heads and of half-precision attention, and n_ctx, the old name of n_positions.
 _HARMLESS = frozenset({
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     "task_specific_params", "reorder_and_upcast_attn", "n_ctx",
 })  # fmt: skip
-# Every GPT-2 has 0.1 here, of its pretraining. It changes no logits, and here it is the method that drops out or not.
+# Every GPT-2 checkpoint has 0.1 here, from pretraining. It changes no logits; when fine-tuning, the method decides on
+# dropout.
 _DROPOUT = frozenset({"resid_pdrop", "embd_pdrop", "attn_pdrop"})
 
 
-def from_hf(config: dict[str, Any], **options: Any) -> Gpt2Config:
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Gpt2Config:
     """Read a config.json of model_type gpt2.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value that this family cannot honour.
+        UserError: A field is missing or unknown, or its value is not supported.
     """
     fields = Fields(config, harmless=HARMLESS | _HARMLESS | _DROPOUT)
     layers, embed, heads = (fields.take(name) for name in ("n_layer", "n_embd", "n_head"))
     if embed % heads:
-        raise ValueError(f"config.json: n_embd={embed} is no multiple of n_head={heads}")
+        raise UserError(f"config.json: n_embd={embed} is not a multiple of n_head={heads}")
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
     result = Gpt2Config(
@@ -140,6 +157,7 @@ def from_hf(config: dict[str, Any], **options: Any) -> Gpt2Config:
         norm_eps=fields.take("layer_norm_epsilon", 1e-5),
         activation=fields.activation("activation_function", "gelu_new"),
         tied=fields.take("tie_word_embeddings", True),
+        rope=None,
         windows=(0,) * layers,
         scaled=fields.take("scale_attn_weights", True),
         init_stddev=fields.take("initializer_range", 0.02),

@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and its variations Mistral (sliding window), Qwen2 (q, k, v bias) and Qwen3 (q and k norm).
+"""Llama 1 to 3 and their variants: Mistral (sliding window), Qwen2 (q, k, v biases) and Qwen3 (q and k norms).
 
 Touvron et al. 2023 (arXiv:2302.13971), section 2.2; Jiang et al. 2023 (arXiv:2310.06825); Qwen2 (arXiv:2407.10671);
 Qwen3 (arXiv:2505.09388).
@@ -6,24 +6,24 @@ Qwen3 (arXiv:2505.09388).
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
+from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
 from peftjax.nn.norm import RMSNorm
-from peftjax.nn.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
-    """Sizes and options of one model."""
+    """Adds which layers have biases, and whether queries and keys are normalized."""
 
-    rope: Rope
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -34,13 +34,14 @@ class LlamaConfig(DecoderConfig):
 
 
 class Llama(Decoder):
-    """RMSNorm, rotary attention with grouped queries, SwiGLU."""
+    """RMSNorm, rotary grouped-query attention, SwiGLU."""
 
-    @staticmethod
-    def make_block(config: LlamaConfig, rngs: nnx.Rngs) -> Block:
-        dtype = jnp.dtype(config.param_dtype)
+    config: LlamaConfig
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=Llama.make_norm(config),
+            attention_norm=self.make_norm(),
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -53,7 +54,7 @@ class Llama(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=Llama.make_norm(config),
+            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
                 config.embed,
                 config.mlp,
@@ -65,12 +66,11 @@ class Llama(Decoder):
             ),
         )
 
-    @staticmethod
-    def make_norm(config: LlamaConfig) -> RMSNorm:
-        return RMSNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
 
-# --- Hugging Face: what its config.json says, and what it calls our modules ---
+# --- Hugging Face: names of our modules, and config.json ---
 
 Llama.hf_modules = {
     "embed": "model.embed_tokens",
@@ -86,14 +86,14 @@ Llama.hf_modules = {
     "blocks.feedforward.gate": "model.layers.{}.mlp.gate_proj",
     "blocks.feedforward.up": "model.layers.{}.mlp.up_proj",
     "blocks.feedforward.down": "model.layers.{}.mlp.down_proj",
-    "blocks.attention_residual": "model.layers.{}.attention_adapters",  # where AdapterHub has its adapters
+    "blocks.attention_residual": "model.layers.{}.attention_adapters",  # where AdapterHub puts its adapters
     "blocks.feedforward_residual": "model.layers.{}.output_adapters",
     "norm": "model.norm",
     "head": "lm_head",
 }
 Llama.hf_ignored = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
-# What transformers fills in for a field that config.json leaves out, by model_type.
+# Defaults of transformers for fields that config.json omits, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
@@ -102,11 +102,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_hf(config: dict[str, Any], **options: Any) -> LlamaConfig:
-    """Read a config.json of model_type llama, mistral, qwen2 or qwen3, in the spelling of transformers 4 or 5.
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaConfig:
+    """Read a config.json of model_type llama, mistral, qwen2 or qwen3, in the format of transformers 4 or 5.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value that this family cannot honour.
+        UserError: A field is missing or unknown, or its value is not supported.
     """
     kind = config["model_type"]
     fields = Fields(config, defaults=_DEFAULTS[kind])
@@ -144,13 +144,13 @@ def from_hf(config: dict[str, Any], **options: Any) -> LlamaConfig:
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """Mistral: every layer; Qwen: the layers from max_window_layers on, if use_sliding_window, or as layer_types says."""
-    if fields.kind == "mistral":  # null is how one without a window is written
+    """Mistral: all layers. Qwen: as layer_types says, else the layers from max_window_layers on if use_sliding_window."""
+    if fields.kind == "mistral":  # null: a Mistral without a window
         return (fields.nullable("sliding_window", 4096) or 0,) * layers
     window = fields.maybe("sliding_window") or 0
     if fields.kind == "llama":
         if window:
-            raise ValueError(
+            raise UserError(
                 f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
             )
         return (0,) * layers

@@ -1,15 +1,17 @@
-"""Phi-3: a Llama with one layer for q, k and v and one for gate and up, part of each head rotated, longrope, a window.
+"""Phi-3: a Llama with q, k, v and gate, up fused into one layer each, partially rotated heads, longrope and a window.
 
-Abdin et al. 2024 (arXiv:2404.14219), section 2. Phi-3.5 mini, Phi-4 and Phi-4 mini are of this kind too.
+Abdin et al. 2024 (arXiv:2404.14219), section 2. Phi-3.5 mini, Phi-4 and Phi-4 mini have the same architecture.
 """
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
+from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, rope_fields
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import FusedAttention
@@ -21,41 +23,47 @@ from peftjax.nn.rope import from_hf as rope_from_hf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phi3Config(DecoderConfig):
-    """Sizes and options of one model."""
-
-    rope: Rope
+    """Sizes and options of a Phi-3 model."""
 
     def make(self, rngs: nnx.Rngs) -> "Phi3":
         return Phi3(self, rngs)
 
 
 class Phi3(Decoder):
-    """RMSNorm, rotary attention with grouped queries, SwiGLU, the layers that read the same input fused."""
+    """RMSNorm, rotary grouped-query attention and SwiGLU; layers that read the same input are fused."""
 
-    @staticmethod
-    def make_block(config: Phi3Config, rngs: nnx.Rngs) -> Block:
-        common: dict[str, Any] = {
-            "stddev": config.init_stddev,
-            "dtype": jnp.dtype(config.param_dtype),
-            "rngs": rngs,
-        }
+    config: Phi3Config
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=Phi3.make_norm(config),
+            attention_norm=self.make_norm(),
             attention=FusedAttention(
-                config.embed, config.heads, config.kv_heads, config.head_dim, use_bias=False, **common
+                config.embed,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                use_bias=False,
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
             ),
-            feedforward_norm=Phi3.make_norm(config),
+            feedforward_norm=self.make_norm(),
             feedforward=FusedGatedFeedForward(
-                config.embed, config.mlp, activation=ACTIVATIONS[config.activation], **common
+                config.embed,
+                config.mlp,
+                activation=ACTIVATIONS[config.activation],
+                stddev=config.init_stddev,
+                dtype=dtype,
+                rngs=rngs,
             ),
         )
 
-    @staticmethod
-    def make_norm(config: Phi3Config) -> RMSNorm:
-        return RMSNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
 
-# --- Hugging Face: what its config.json says, and what it calls our modules ---
+# --- Hugging Face: names of our modules, and config.json ---
 
 Phi3.hf_modules = {
     "embed": "model.embed_tokens",
@@ -71,17 +79,17 @@ Phi3.hf_modules = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-# Fields of Phi-4 mini that its own code reads and transformers does not, with the values that mean nothing.
+# Fields that Phi-4 mini's own code reads and transformers does not, with their neutral values.
 _NEUTRAL = {
     "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
 }  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Any) -> Phi3Config:
-    """Read a config.json of model_type phi3, in the spelling of transformers 4 or 5.
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Config:
+    """Read a config.json of model_type phi3, in the format of transformers 4 or 5.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value that this family cannot honour.
+        UserError: A field is missing or unknown, or its value is not supported.
     """
     fields = Fields(config, harmless=HARMLESS | {"auto_map"})
     layers, embed, max_positions = (
@@ -115,13 +123,13 @@ def from_hf(config: dict[str, Any], **options: Any) -> Phi3Config:
 
 
 def _rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
-    """Of the first partial_rotary_factor of each head; "yarn" and "su" are what longrope was called here at first."""
-    # The length that the model was first trained at stands outside of rope_parameters, and counts before one in there.
+    """Read the rotary embedding of the first partial_rotary_factor of each head; "yarn" and "su" are old names of longrope."""
+    # The original training length is a field outside rope_parameters, and takes precedence over one inside.
     original = fields.take("original_max_position_embeddings", 4096)
     parameters = rope_fields(fields) | {"original_max_position_embeddings": original}
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)
     if kind not in ("default", "longrope"):
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported for model_type 'phi3', only longrope")
+        raise UserError(f"config.json: rope_type {kind!r} is not supported for model_type 'phi3', only longrope")
     rotated = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
     return rope_from_hf(parameters | {"rope_type": kind}, head_dim=rotated, max_positions=max_positions)

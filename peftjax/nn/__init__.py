@@ -1,4 +1,4 @@
-"""Layers with slots, from which every model family is built.
+"""Layers with slots for adapters, from which every model family is built.
 
 Shape letters: B batch, T length, S length of keys (cache included), D embed, F mlp, N heads, K key/value heads,
 H head_dim, V vocab, L layers, R rank, P virtual tokens.

@@ -1,46 +1,58 @@
-"""Slots for the layers of a foreign NNX model.
+"""Add slots to the layers of a user's own NNX model.
 
-A layer stays the object it is, at its path, with its variables; only its class changes, to one that is a layer of ours
-and of flax at once. What it computes by itself is still computed by flax.
+A layer keeps its identity, path and variables. Only its class changes, to a subclass of both our layer and Flax's. The
+layer's own computation is still Flax's.
 """
 
 # mypy: disable-error-code="misc, override"
-# an adopted layer is of two classes at once, whose attributes have different declared types
+# an adopted layer has two base classes, whose attributes have different declared types
 import math
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Slot
 from peftjax.nn.stack import Residual
 
+M = TypeVar("M", bound=nnx.Module)
 
-def adopt(model: Any, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> Any:
-    """Give every nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.Embed of `model` a slot; returns the model.
 
-    Those of an nnx.MultiHeadAttention are among them. The kernel and the bias of a LinearGeneral or an Einsum are kept as
-    a matrix and a vector from then on. A layer that is no product of an input's last axes with a matrix (a LinearGeneral
-    with batch axes, an Einsum with its letters in another order or without a string of its own) is left as it is.
+def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M:
+    """Give every nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.Embed of a model a slot for adapters.
 
-    sublayers: {path: features} of modules x -> f(x), [..., features] both, that stand beside a residual connection,
-    x + f(x): their slot is where bottleneck adapters sit. With a soft prompt in an adopted nnx.Embed, what it returns
-    begins with the prompt's vectors, so the sequence is longer by their number.
+    This includes the layers inside nnx.MultiHeadAttention. The kernel and bias of a LinearGeneral or Einsum are kept as a
+    matrix and a vector from then on. Layers that do not multiply the last axes of their input by a matrix are left as they
+    are: a LinearGeneral with batch axes, and an Einsum with another order of letters or without a string of its own.
+
+    With a soft prompt, the output of an adopted nnx.Embed begins with the prompt's vectors, so the sequence is longer by
+    their number.
+
+    Args:
+        model: The model; it is changed in place.
+        sublayers: {path: features} of modules x -> f(x), [..., features] -> [..., features], in a residual connection
+            x + f(x). They get a slot for bottleneck adapters.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the model is one layer, a path of `sublayers` is not there, or a layer holds a stack of kernels (made by vmap).
+        UserError: The model is a single layer, a path of `sublayers` does not exist, or a layer holds a stack of kernels
+            (made by vmap).
     """
     if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
-        raise ValueError(f"adopt: the model is itself one {type(model).__name__}; put it into a module")
+        raise UserError(f"adopt: the model is itself one {type(model).__name__}; put it into a module")
     modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
-        raise ValueError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
+        raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
     for path, module in modules.items():
         if path in sublayers:
             kind = type(module)
@@ -52,13 +64,14 @@ def adopt(model: Any, *, sublayers: Mapping[str, int] = MappingProxyType({})) ->
         elif type(module) is nnx.Embed:
             _adopt_embed(module)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
-        if getattr(variable, "axes", None) is None and hasattr(variable.get_value(), "ndim"):
-            variable.set_metadata(axes=(None,) * variable.get_value().ndim)
+        value = variable.get_value()
+        if "axes" not in variable.get_metadata() and isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            variable.set_metadata(axes=(None,) * value.ndim)
     return model
 
 
 class AdoptedLinear(Linear):
-    """A layer of flax with a slot, over the last `len(in_shape)` axes of its input: [..., *in_shape] -> [..., *out_shape]."""
+    """A Flax layer with a slot: [..., *in_shape] -> [..., *out_shape]."""
 
     original: type[nnx.Module]
     in_shape: tuple[int, ...]
@@ -73,7 +86,7 @@ class AdoptedLinear(Linear):
     def dense(
         self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None, *, out_sharding: Any = None
     ) -> jax.Array:
-        """The base computation on [..., in], by flax; `kernel` and `bias` stand in for the layer's own."""
+        """The base computation, by Flax: [..., in] -> [..., out]; `kernel` and `bias` replace the layer's own."""
         assert self.kernel is not None
         kernel = self.kernel.get_value() if kernel is None else kernel
         twin = _twin(self, kernel=kernel.reshape(*self.in_shape, *self.out_shape))
@@ -84,7 +97,7 @@ class AdoptedLinear(Linear):
 
 
 class AdoptedEmbed(Embedding, nnx.Embed):
-    """nnx.Embed with a slot: int [...] -> [..., D], and [B, T] -> [B, P + T, D] with a soft prompt."""
+    """nnx.Embed with a slot: int [...] -> [..., D], or [B, T] -> [B, P + T, D] with a soft prompt."""
 
     original = nnx.Embed
 
@@ -96,7 +109,7 @@ class AdoptedEmbed(Embedding, nnx.Embed):
         return jnp.concatenate([jnp.broadcast_to(prompt, (*y.shape[:-2], *prompt.shape)), y], axis=-2)
 
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None, *, out_sharding: Any = None) -> jax.Array:
-        """The base computation, by flax; `embedding` stands in for the layer's own table."""
+        """The base computation, by Flax; `embedding` replaces the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
         return _twin(self, embedding=table)(tokens, out_sharding=out_sharding)
 
@@ -106,7 +119,7 @@ class AdoptedEmbed(Embedding, nnx.Embed):
 
 
 class AdoptedSublayer(Residual):
-    """A module f of the user's, beside a residual connection: adapters wrap it. Only its first input is theirs."""
+    """A user's module f in a residual connection. Adapters wrap it; they see only its first input."""
 
     original: type[nnx.Module]
     width: int
@@ -137,12 +150,12 @@ _ADOPTED: dict[type, type[AdoptedLinear]] = {
 
 def _adopt_linear(path: str, module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
     if module.kernel.shape != (*in_shape, *out_shape):
-        raise ValueError(
+        raise UserError(
             f"adopt: {path}.kernel has shape {module.kernel.shape}, its layer {in_shape} -> {out_shape}: stacks of layers "
             "made by vmap cannot be adopted; make the layers one by one"
         )
     module.__class__ = _ADOPTED[type(module)]
-    module.features = (getattr(module, "in_features", None), getattr(module, "out_features", None))  # as flax has them
+    module.features = (vars(module).get("in_features"), vars(module).get("out_features"))  # as Flax has them
     module.in_shape, module.out_shape = in_shape, out_shape
     module.in_features, module.out_features, module.axes = math.prod(in_shape), math.prod(out_shape), (None, None)
     module.kernel.set_value(module.kernel.get_value().reshape(module.in_features, module.out_features))
@@ -160,7 +173,7 @@ def _adopt_embed(module: Any) -> None:
 
 
 def _twin(module: Any, **parameters: jax.Array) -> Any:
-    """A layer of flax's own class with other parameters, for one call."""
+    """Return a layer of Flax's own class with other parameters, for one call."""
     twin = object.__new__(module.original)
     vars(twin).update(vars(module))
     if "features" in vars(module) and module.original is not nnx.Embed:
@@ -170,7 +183,7 @@ def _twin(module: Any, **parameters: jax.Array) -> Any:
 
 
 def _matrix(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The shapes that a layer contracts and makes, where it is a matrix product over its input's last axes."""
+    """The input and output axes of a layer that is a matrix product over its last input axes; else None."""
     if isinstance(module, nnx.Linear):
         return (module.in_features,), (module.out_features,)
     if isinstance(module, nnx.LinearGeneral):

@@ -1,4 +1,4 @@
-"""Token ids to vectors, with a slot."""
+"""Embedding of token ids."""
 
 from typing import ClassVar
 
@@ -6,13 +6,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.slot import Slot
 
 
-class Embedding(nnx.Module):
-    """Rows of a table: int [B, T] -> [B, T, D] in `dtype`. embedding: [V, D]."""
+class Embedding(SlottedLayer):
+    """Look up rows of a table: int [B, T] -> [B, T, D] in `dtype`.
 
-    hf_leaves: ClassVar = {"embedding": ("weight", None)}
+    Attributes:
+        embedding: The table, [V, D].
+
+    Args:
+        vocab: Number of rows, V.
+        features: Width, D.
+        stddev: Standard deviation of random weights.
+        dtype: Compute dtype.
+        param_dtype: Dtype of the table.
+        rngs: Source of random weights.
+    """
+
+    hf_leaves: ClassVar[HfLeaves] = {"embedding": ("weight", None)}
 
     def __init__(
         self,
@@ -33,12 +46,13 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.adapters(self, self.lookup, tokens)
 
-    def prompt(self) -> jax.Array:
-        """The vectors that active adapters put before every sequence, [P, D] in `dtype`."""
+    def prompt(self, batch: int) -> jax.Array:
+        """Return the active soft prompts for `batch` rows, [B, P, D] in `dtype`."""
         active = [self.adapters.adapter(name) for name in self.adapters.active]
-        return jnp.concatenate([adapter.prompt() for adapter in active if adapter.virtual]).astype(self.dtype)
+        prompt = jnp.concatenate([adapter.prompt() for adapter in active if adapter.virtual]).astype(self.dtype)
+        return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
 
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
-        """The base computation; `embedding` stands in for the layer's own table."""
+        """The base computation; `embedding` replaces the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
         return jnp.take(table, tokens, axis=0).astype(self.dtype)

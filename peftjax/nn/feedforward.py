@@ -1,4 +1,4 @@
-"""Feed-forward layers, plain and gated, and the activations that a config.json can name."""
+"""Feed-forward layers, plain and gated, and their activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from flax import nnx
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
 
+# By their names in config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -22,9 +23,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nnx.Module):
-    """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3). [B, T, D] -> [B, T, D].
+    """act(x W_up + b_up) W_down + b_down (Vaswani et al. 2017, section 3.3): [B, T, D] -> [B, T, D].
 
-    linear: the kind of its layers. dropout: the rate in training, of what `down` reads.
+    Args:
+        features: Width of input and output, D.
+        hidden: Hidden width, F.
+        activation: One of `ACTIVATIONS`.
+        use_bias: Whether the layers have biases.
+        linear: Class of the layers.
+        stddev: Standard deviation of random kernels.
+        dropout: Dropout rate of the hidden activations.
+        dtype: Dtype of the parameters.
+        rngs: Source of random weights.
     """
 
     def __init__(
@@ -50,9 +60,9 @@ class FeedForward(nnx.Module):
 
 
 class GatedFeedForward(nnx.Module):
-    """(act(x W_gate) * x W_up) W_down; with SiLU it is SwiGLU (Shazeer 2020, eq. 6). [B, T, D] -> [B, T, D].
+    """(act(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]. With SiLU it is SwiGLU (Shazeer 2020, eq. 6).
 
-    dropout: the rate in training, of what `down` reads.
+    The arguments are those of `FeedForward`.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class GatedFeedForward(nnx.Module):
 
 
 class FusedGatedFeedForward(nnx.Module):
-    """The same with one layer for both, [g; u] = x W_gate_up: (act(g) * u) W_down. [B, T, D] -> [B, T, D]."""
+    """A gated layer with one kernel for gate and up, [g; u] = x W_gate_up: (act(g) * u) W_down. [B, T, D] -> [B, T, D]."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""y = x W + b, with a slot."""
+"""Linear layers."""
 
 from typing import ClassVar
 
@@ -8,20 +8,32 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax import sharding
+from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.slot import Slot
 from peftjax.quant.matmul import matmul
 
-OUTPUT = "linear_output"  # its name for rematerialisation
+OUTPUT = "linear_output"  # name for rematerialization
 
 
-class Linear(nnx.Module):
+class Linear(SlottedLayer):
     """x W + b over the last axis: [..., in] -> [..., out] in the dtype of x.
 
-    kernel: [in, out], axes `axes`; bias: [out] or None. A layer made with `tied=True` owns no kernel: each call gives
-    it one (`linear(x, kernel=...)`), as the head of a model with tied embeddings does.
+    Attributes:
+        kernel: [in, out]; None if the layer is tied, and each call passes one, `linear(x, kernel=...)`.
+        bias: [out], or None.
+
+    Args:
+        in_features: Input width.
+        out_features: Output width.
+        axes: Logical axes of the kernel.
+        use_bias: Whether the layer has a bias.
+        tied: Whether the layer uses another layer's kernel, as the head of a model with tied embeddings does.
+        stddev: Standard deviation of a random kernel.
+        dtype: Dtype of the parameters.
+        rngs: Source of random weights.
     """
 
-    hf_leaves: ClassVar = {"kernel": ("weight", (1, 0)), "bias": ("bias", None)}
+    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("weight", (1, 0)), "bias": ("bias", None)}
 
     def __init__(
         self,
@@ -45,9 +57,9 @@ class Linear(nnx.Module):
         return checkpoint_name(self.adapters(self, self.dense, x, **parameters), OUTPUT)
 
     def dense(self, x: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
-        """The base computation; `kernel` and `bias` stand in for the layer's own."""
+        """The base computation; `kernel` and `bias` replace the layer's own."""
         if kernel is None:
-            assert self.kernel is not None, "a tied layer is given its kernel"
+            assert self.kernel is not None, "a tied layer needs kernel="
             kernel = self.kernel.get_value()
         y = matmul(x, sharding.gathered(kernel, self.axes))
         if bias is None and self.bias is not None:
@@ -56,6 +68,6 @@ class Linear(nnx.Module):
 
 
 class Conv1D(Linear):
-    """A Linear whose kernel checkpoints keep as it is, [in, out]: what GPT-2 calls its layers. Not a convolution."""
+    """A Linear whose kernel checkpoints store as [in, out]. The name is GPT-2's; it is not a convolution."""
 
-    hf_leaves: ClassVar = {"kernel": ("weight", None), "bias": ("bias", None)}
+    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("weight", None), "bias": ("bias", None)}

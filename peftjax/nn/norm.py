@@ -1,4 +1,4 @@
-"""Normalisation layers, with a slot."""
+"""Normalization layers."""
 
 from typing import ClassVar
 
@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.slot import Slot
 
 
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, the mean in float32 (Zhang and Sennrich 2019, eq. 4).
+class RMSNorm(SlottedLayer):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4).
 
-    scale: [D]. The normalised x is cast back before the scale is applied, as Llama does.
+    Normalized in float32 and cast back to the dtype of x before the scale is applied, as in Llama.
+
+    Attributes:
+        scale: [D].
     """
 
-    hf_leaves: ClassVar = {"scale": ("weight", None)}
+    hf_leaves: ClassVar[HfLeaves] = {"scale": ("weight", None)}
 
     def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
         self.eps = eps
@@ -26,7 +30,7 @@ class RMSNorm(nnx.Module):
         return self.adapters(self, self.normalize, x)
 
     def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        """The base computation; `scale` stands in for the layer's own."""
+        """The base computation; `scale` replaces the layer's own."""
         scale = self.scale.get_value() if scale is None else scale
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
@@ -34,7 +38,7 @@ class RMSNorm(nnx.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * (1 + scale), all of it in float32: RMSNorm as Gemma has it, whose scale is 0 at first."""
+    """x / sqrt(mean(x^2) + eps) * (1 + scale), all in float32: Gemma's RMSNorm, whose scale is initialized to 0."""
 
     def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
         super().__init__(features, eps=eps, axis=axis, dtype=dtype)
@@ -47,11 +51,15 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return (normed * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, mean and variance in float32 (Ba et al. 2016,
-    eq. 4). scale, bias: [D]."""
+class LayerNorm(SlottedLayer):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016, eq. 4).
 
-    hf_leaves: ClassVar = {"scale": ("weight", None), "bias": ("bias", None)}
+    Attributes:
+        scale: [D].
+        bias: [D].
+    """
+
+    hf_leaves: ClassVar[HfLeaves] = {"scale": ("weight", None), "bias": ("bias", None)}
 
     def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
         self.eps = eps
@@ -63,7 +71,7 @@ class LayerNorm(nnx.Module):
         return self.adapters(self, self.normalize, x)
 
     def normalize(self, x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
-        """The base computation; `scale` and `bias` stand in for the layer's own."""
+        """The base computation; `scale` and `bias` replace the layer's own."""
         scale = self.scale.get_value() if scale is None else scale
         bias = self.bias.get_value() if bias is None else bias
         wide = x.astype(jnp.float32)

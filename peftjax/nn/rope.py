@@ -1,12 +1,16 @@
-"""Rotary position embedding, with every scaling that a Llama config.json can carry."""
+"""Rotary position embedding, with the scaling variants of Llama-like config.json files."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax.core.errors import UserError
+
+RopeTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B or 1, T, H/2] each
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -14,7 +18,7 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 class Rope:
     """Rotary frequencies theta^(-2i/H), i < H/2 (Su et al. 2021, eq. 15), scaled by `kind`.
 
-    default    as they are
+    default    unscaled
     linear     divided by `factor` (position interpolation, Chen et al. 2023)
     dynamic    theta grows with the sequence beyond `max_positions` (NTK-aware scaling)
     yarn       interpolated below `beta_slow` turns, kept above `beta_fast`, blended between; cos and sin scaled by
@@ -38,8 +42,8 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
-    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of position times frequency: int [B, T] -> two float32 [B, T, H/2]."""
+    def tables(self, positions: jax.Array) -> RopeTables:
+        """Return cos and sin of position times frequency: int [B, T] -> two float32 [B, T, H/2]."""
         frequencies = self._frequencies(jnp.max(positions) + 1)
         angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
@@ -86,7 +90,7 @@ class Rope:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
 
-    R is H, or less where only the first R numbers of a head are rotated.
+    R is H, or less if only the first R elements of a head are rotated.
     """
     cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, R/2]
     half = cos.shape[-1]
@@ -94,23 +98,26 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
-    """The `Rope` of a Hugging Face config's `rope_parameters` (which holds rope_theta too).
+def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) -> Rope:
+    """Read the `rope_parameters` of a Hugging Face config.json, rope_theta included.
+
+    Args:
+        parameters: The fields; rope_scaling of older files has the same format.
+        head_dim: Width of a head that is rotated.
+        max_positions: max_position_embeddings of the model.
 
     Raises:
-        ValueError: an unknown rope_type, a missing field, or one that its type does not use.
+        UserError: An unknown rope_type, a missing field, or one that its type does not use.
     """
     given = {key: value for key, value in parameters.items() if key not in ("type", "rope_type")}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
     if kind not in KINDS:
-        raise ValueError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
+        raise UserError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
     theta = float(given.pop("rope_theta", 10000.0))
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "config.json: partial_rotary_factor other than 1.0 is not a Llama's; this family rotates all of a head"
-        )
-    needed = {
+        raise UserError("config.json: partial_rotary_factor must be 1.0; this family rotates whole heads")
+    needed: set[str] = {
         "default": set(),
         "linear": {"factor"},
         "dynamic": {"factor"},
@@ -119,32 +126,32 @@ def from_hf(parameters: dict, *, head_dim: int, max_positions: int) -> Rope:
         "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     }[kind]
     if missing := sorted(name for name in needed if given.get(name) is None):
-        raise ValueError(
+        raise UserError(
             f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}"
         )
     original = given.pop("original_max_position_embeddings", None) or max_positions
-    rope = {"head_dim": head_dim, "theta": theta, "kind": kind, "max_positions": max_positions}
+    rope: dict[str, Any] = {"head_dim": head_dim, "theta": theta, "kind": kind, "max_positions": max_positions}
     rope["original_positions"] = original
     if kind in ("yarn", "longrope"):
         rope |= _scaled_attention(kind, given, max_positions, original)
-    optional = {"yarn": {"beta_fast", "beta_slow", "truncate"}}.get(kind, set())
+    optional: set[str] = {"yarn": {"beta_fast", "beta_slow", "truncate"}}.get(kind, set())
     for name in sorted((needed | optional) & set(given)):
         value = given.pop(name)
         if name not in rope and value is not None:
             rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
     if unused := sorted(name for name, value in given.items() if value is not None):
-        raise ValueError(
-            f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; take it out of rope_scaling"
+        raise UserError(
+            f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; remove it from rope_scaling"
         )
     for name in ("short_factor", "long_factor"):
         if kind == "longrope" and len(rope[name]) != head_dim // 2:
-            raise ValueError(
-                f"config.json: {name} has {len(rope[name])} numbers, a head of {head_dim} needs {head_dim // 2}"
+            raise UserError(
+                f"config.json: {name} has {len(rope[name])} numbers, a head of width {head_dim} needs {head_dim // 2}"
             )
     return Rope(**rope)
 
 
-def _scaled_attention(kind: str, given: dict, max_positions: int, original: int) -> dict:
+def _scaled_attention(kind: str, given: dict[str, Any], max_positions: int, original: int) -> dict[str, float]:
     factor = float(given.pop("factor", None) or max_positions / original)
     attention = given.pop("attention_factor", None)
     mscale, mscale_all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)

@@ -1,15 +1,18 @@
-"""Blocks made under vmap and run by one scan, so that compile time and code do not grow with depth."""
+"""Stacked blocks: built under vmap and run by one scan, so that compile time does not grow with depth."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.core import variables
+from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import OUTPUT
 from peftjax.nn.slot import Slot
+
+M = TypeVar("M", bound=nnx.Module)
 
 INPUT = "layer_input"
 _POLICIES = jax.checkpoint_policies
@@ -22,27 +25,40 @@ _KEPT: dict[str, Callable | None] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-}  # what the backward pass finds, for each kind of remat
+}  # what each kind of remat keeps for the backward pass
 
 
-def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
-    """`layers` blocks as one module whose every parameter has a leading "layers" axis, each layer its own random bits."""
+def make_stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
+    """Build blocks as one module whose parameters have a leading "layers" axis.
+
+    Args:
+        make: Builds one block. Each layer gets its own random bits.
+        layers: Number of blocks.
+        rngs: Source of random weights.
+    """
     graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
     keys = jax.random.split(rngs.params(), layers)
-    block = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
+    block: M = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
     for _, variable in nnx.to_flat_state(nnx.state(block)):
         variable.set_metadata(axes=("layers", *variable.axes))
     return block
 
 
 def scan_stack(
-    block: Any, body: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, per_layer: Any, remat: str
+    block: M, body: Callable[[M, jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, per_layer: Any, remat: str
 ) -> tuple[jax.Array, Any]:
-    """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers; returns the last x and all outs stacked.
+    """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers.
 
-    Variables without a "layers" axis, which an adapter may share among its layers, are the same in each of them.
-    remat: what the backward pass computes again. "block": the layer, of which its input alone is kept; "offload": likewise,
-    and the input is kept in the host's memory; "dots": all but the outputs of linear layers.
+    Args:
+        block: From `make_stack`. Variables without a "layers" axis, which adapters may have, are shared by all layers.
+        body: Computes one layer.
+        x: Input of the first layer.
+        per_layer: A pytree of arrays [L, ...], or None; each layer gets its slice.
+        remat: What the backward pass recomputes. "none": nothing. "dots": all but the outputs of linear layers. "block":
+            the layer, from its input. "offload": the same, with the input kept in host memory.
+
+    Returns:
+        The last x, and all outs stacked.
     """
     graph, leaves = variables.flat(block)
     stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
@@ -57,8 +73,8 @@ def scan_stack(
     return jax.lax.scan(step, x, (stacked, per_layer))
 
 
-class Residual(nnx.Module):
-    """x + f(x), with the slot in which bottleneck adapters sit: they wrap f."""
+class Residual(SlottedLayer):
+    """x + f(x), with a slot for bottleneck adapters, which wrap f."""
 
     def __init__(self) -> None:
         self.adapters = Slot()
@@ -67,16 +83,16 @@ class Residual(nnx.Module):
         return self.join(x, self.adapters(self, sublayer, x))
 
     def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """What the block goes on with, from the sublayer's input and output."""
+        """Combine the input and output of the sublayer, [B, T, D] each."""
         return x + y
 
 
 class NormedResidual(Residual):
     """norm(x + f(x)): post-norm (Vaswani et al. 2017, section 3.1)."""
 
-    def __init__(self, norm: nnx.Module) -> None:
+    def __init__(self, norm: Callable[[jax.Array], jax.Array]) -> None:
         super().__init__()
-        self.norm: Any = norm
+        self.norm = norm
 
     def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return self.norm(x + y)

@@ -1,43 +1,48 @@
-"""What every quantized kernel can do; the rest of the code knows no more of it."""
+"""The interface of quantized kernels."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 
 class Quantized:
-    """A frozen kernel [*stack, in, out] in a number format of its own: a pytree whose leaves begin with the stack's axes.
+    """A frozen kernel [*stack, in, out] in a quantization format: a pytree whose leaves begin with the stack's axes.
 
-    shape, ndim, size and dtype are those of the kernel that it stands for; dtype is what it decodes to.
+    Attributes:
+        dtype: The dtype that it decodes to.
     """
 
-    dtype: Any
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded kernel."""
         raise NotImplementedError
 
     @property
     def format(self) -> str:
-        """What `quantize=` calls the format."""
+        """The name of the format, a key of `quant.FORMATS`."""
         raise NotImplementedError
 
     @property
     def ndim(self) -> int:
+        """The number of axes of the decoded kernel."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """The number of weights."""
         return math.prod(self.shape)
 
-    def astype(self, dtype: Any) -> jax.Array:
-        """The kernel decoded, [*stack, in, out], rounded to its own dtype and then given in `dtype`."""
+    def astype(self, dtype: DTypeLike) -> jax.Array:
+        """Decode the kernel, [*stack, in, out], rounded to `self.dtype` and then cast to `dtype`."""
         raise NotImplementedError
 
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
-        """The logical axes of every leaf, in the order of `jax.tree.leaves`, from those of the kernel."""
+        """Return the logical axes of every leaf, in the order of `jax.tree.leaves`, from those of the kernel."""
         raise NotImplementedError
 
     def dot(self, x: jax.Array) -> jax.Array:

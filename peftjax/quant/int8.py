@@ -1,13 +1,15 @@
-"""int8 with one scale for each output: W = codes * scale, scale = max |w| / 127 over a column (Dettmers et al. 2022,
-arXiv:2208.07339, section 2, its vector-wise quantization, of the weights alone)."""
+"""int8 with one scale per output: W = codes * scale, scale = max |w| / 127 over each column.
+
+The vector-wise quantization of Dettmers et al. 2022 (arXiv:2208.07339), section 2, applied to the weights only.
+"""
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peftjax.quant.base import Quantized, product
 
@@ -15,11 +17,17 @@ from peftjax.quant.base import Quantized, product
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
-    """A kernel [*stack, in, out]. codes: int8 [*stack, in, out], from -127 to 127; scale: float32 [*stack, out]."""
+    """A kernel [*stack, in, out] in int8.
+
+    Attributes:
+        codes: int8 [*stack, in, out], from -127 to 127.
+        scale: float32 [*stack, out].
+        dtype: The dtype that it decodes to.
+    """
 
     codes: jax.Array
     scale: jax.Array
-    dtype: Any
+    dtype: np.dtype
 
     @property
     def format(self) -> str:
@@ -29,7 +37,7 @@ class Int8(Quantized):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def astype(self, dtype: DTypeLike) -> jax.Array:
         return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dtype).astype(dtype)
 
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
@@ -47,7 +55,7 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def quantize(kernel: jax.Array) -> Int8:
-    """The kernel [in, out] in int8, each weight rounded to the nearest code."""
+    """Quantize a kernel [in, out] to int8, rounding each weight to the nearest code."""
     values = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(values), axis=0) / 127
     codes = jnp.round(values / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[None]).astype(jnp.int8)

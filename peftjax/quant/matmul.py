@@ -1,4 +1,4 @@
-"""The one place that looks at what a kernel is made of."""
+"""The matrix product of activations and a kernel, quantized or not."""
 
 import jax
 
@@ -8,11 +8,12 @@ from peftjax.quant.base import Quantized, product
 def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     """x @ kernel: [..., in] x [in, out] -> [..., out] in the dtype of x, accumulated in at least float32.
 
-    The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights.
-    A quantized kernel gets no gradient, and the backward pass keeps its codes and decodes them again.
-    Leading axes are flattened: XLA's CPU backend takes the kernel's gradient, a product that contracts over all of
-    them, at less than two thirds of the time that way (benchmarks/matmul.py). Not where a mesh splits the length: positions
-    of several sequences in one axis have no place on it.
+    The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights. A
+    quantized kernel gets no gradient; its codes are kept for the backward pass and decoded again.
+
+    Leading axes are flattened, because XLA's CPU backend then computes the kernel's gradient, which contracts over all of
+    them, in less than two thirds of the time (benchmarks/matmul.py). They are not if a mesh shards the length, since an axis
+    that combines positions of several sequences cannot be sharded by it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = x if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else x.reshape(-1, x.shape[-1])
@@ -22,7 +23,7 @@ def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
 
 @jax.custom_vjp
 def _frozen(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """[..., in] -> [..., out]. Left to itself, differentiation would keep the decoded kernel of every layer of a scan."""
+    """[..., in] -> [..., out]. Automatic differentiation would keep the decoded kernel of every layer of a scan."""
     return kernel.dot(x)
 
 

@@ -1,29 +1,29 @@
-"""NF4 with double quantization: Dettmers et al. 2023 (arXiv:2305.14314), section 3; the numbers are bitsandbytes' own.
+"""NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314, section 3), bit-compatible with bitsandbytes.
 
-A kernel is cut into blocks of 64 along its input dimension. Of a block, absmax = max |w| is kept, and of each weight the
-index of the entry of `CODEBOOK`, 16 quantiles of a normal distribution, that is nearest to w / absmax. The absmax are
-quantized again: their mean is taken off, and what is left is cut into groups of 256 with one float32 scale each, and is
-kept as the index of the nearest entry of `DYNAMIC_MAP` (Dettmers et al. 2022, arXiv:2110.02861, section 2).
+A kernel is divided into blocks of 64 weights along its input dimension. Each block stores absmax = max |w|, and each weight
+stores the index of the entry of `CODEBOOK`, 16 quantiles of a normal distribution, nearest to w / absmax. The absmax are
+quantized again: their mean is subtracted, the rest is divided into groups of 256 with one float32 scale each, and stored as
+indices of the nearest entries of `DYNAMIC_MAP` (Dettmers et al. 2022, arXiv:2110.02861, section 2).
 
     w  =  CODEBOOK[code] * absmax,      absmax  =  DYNAMIC_MAP[index] * scale + offset
 
-A parameter takes 4 bits + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
+A weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
 """
 
 import dataclasses
 import functools
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peftjax.quant.base import Quantized, product
 
 BLOCK, GROUP = 64, 256
 
-# QLoRA, appendix E; as float32 the entries of bitsandbytes.
+# QLoRA, appendix E; in float32 equal to bitsandbytes' values.
 CODEBOOK = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -36,9 +36,9 @@ _MIDPOINTS = (CODEBOOK[1:] + CODEBOOK[:-1]) / np.float32(2)
 
 
 def _dynamic_map() -> np.ndarray:
-    """0, 1, and for every decade 10^-6 ... 10^0 the centres of 2^i equal parts of [0.1, 1] of it, with both signs.
+    """0, 1, and for each decade 10^-6 ... 10^0 the centers of 2^i equal parts of its interval [0.1, 1], with both signs.
 
-    The ends of those parts are rounded as a fused multiply-add rounds them, from both ends of the interval to its middle.
+    The ends of the parts are rounded as by a fused multiply-add, computed from both ends of the interval to its middle.
     """
     values = [np.array([0, 1], np.float32)]
     for i in range(7):
@@ -56,7 +56,7 @@ DYNAMIC_MAP = _dynamic_map()  # float32 [256], sorted
 
 @functools.cache
 def _nearest() -> np.ndarray:
-    """The index of the nearest entry of `DYNAMIC_MAP` for each of 65536 numbers evenly spaced from -1 to 1, uint8."""
+    """The index of the nearest entry of `DYNAMIC_MAP` for 65536 numbers evenly spaced from -1 to 1, uint8."""
     grid = np.arange(65536) / 65535 * 2 - 1
     middle = (DYNAMIC_MAP[1:].astype(np.float64) + DYNAMIC_MAP[:-1]) / 2
     return np.searchsorted(middle, grid).astype(np.uint8)
@@ -69,19 +69,22 @@ def _nearest() -> np.ndarray:
 )
 @dataclasses.dataclass(frozen=True)
 class Nf4(Quantized):
-    """A kernel [*stack, in, out] in NF4; `features` is (in, out).
+    """A kernel [*stack, in, out] in NF4.
 
-    codes   int4 [*stack, in/64, 64, out], the index in the codebook minus 8
-    absmax  uint8 [*stack, in/64, out], an index in the dynamic map; float32, the absmax itself, without double quantization
-    scales  float32 [*stack, ceil(in/64 * out / 256)], of groups of 256 absmax in the order of bitsandbytes, in which
-            the block is counted faster than the output; None without double quantization
-    offset  float32 [*stack], the mean of the absmax; None without double quantization
+    If `in` is not a multiple of 64, blocks continue from one output to the next, as in bitsandbytes, and the last one is
+    padded with zeros: codes [*stack, 64 n], absmax [*stack, n] with n = ceil(in * out / 64).
 
-    Where `in` is no multiple of 64, the blocks run on from one output to the next, as in bitsandbytes, the last one filled
-    up with zeros: codes [*stack, 64 n], absmax [*stack, n] with n = ceil(in * out / 64).
+    Codes are signed because tensorstore does not support uint4. The block axis comes before the outputs because the TPU
+    compiler then fuses decoding into the product; with a reshape in between it writes the decoded kernel to memory.
 
-    Signed codes, since tensorstore refuses uint4. The blocks stand before the outputs, since the TPU's compiler then
-    decodes within the product; with a reshape between the two it writes the decoded kernel to memory.
+    Attributes:
+        codes: int4 [*stack, in/64, 64, out], index in the codebook minus 8.
+        absmax: uint8 [*stack, in/64, out], index in the dynamic map; without double quantization the absmax itself, float32.
+        scales: float32 [*stack, ceil(in/64 * out / 256)], of groups of 256 absmax in bitsandbytes' order, in which the block
+            index varies faster than the output index; None without double quantization.
+        offset: float32 [*stack], the mean of the absmax; None without double quantization.
+        features: (in, out).
+        dtype: The dtype that it decodes to.
     """
 
     codes: jax.Array
@@ -89,7 +92,7 @@ class Nf4(Quantized):
     scales: jax.Array | None
     offset: jax.Array | None
     features: tuple[int, int]
-    dtype: Any
+    dtype: np.dtype
 
     @property
     def format(self) -> str:
@@ -103,7 +106,7 @@ class Nf4(Quantized):
     def _even(self) -> bool:
         return self.features[0] % BLOCK == 0
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def astype(self, dtype: DTypeLike) -> jax.Array:
         inputs, outputs = self.features
         values = self._decoded(dtype)
         if self._even:
@@ -129,12 +132,12 @@ class Nf4(Quantized):
         return kernel._product(y, transposed=True)
 
     def _product(self, x: jax.Array, *, transposed: bool) -> jax.Array:
-        """The product with the values in the layout of the codes, in the dtype of x."""
-        within, apart = partial(_decoded_within, transposed), partial(_decoded_apart, transposed)
-        return jax.lax.platform_dependent(x, self, tpu=within, default=apart)
+        """The product computed in the layout of the codes, in the dtype of x."""
+        fused, unfused = partial(_fused, transposed), partial(_unfused, transposed)
+        return jax.lax.platform_dependent(x, self, tpu=fused, default=unfused)
 
-    def _decoded(self, dtype: Any) -> jax.Array:
-        """The values in the layout of the codes."""
+    def _decoded(self, dtype: DTypeLike) -> jax.Array:
+        """The decoded values in the layout of the codes."""
         values = _looked_up(self.codes, self.absmax if self.offset is None else self.offset)
         absmax = self.block_absmax()
         if self._even:
@@ -144,7 +147,7 @@ class Nf4(Quantized):
         return _rounded(values, self.dtype).astype(dtype)
 
     def block_absmax(self) -> jax.Array:
-        """The absmax of every block, float32, in the layout of `absmax`."""
+        """Return the absmax of every block, float32, in the layout of `absmax`."""
         if self.scales is None or self.offset is None:
             return self.absmax
         blocks = self.absmax.shape[-2] * self.absmax.shape[-1] if self._even else self.absmax.shape[-1]
@@ -153,20 +156,22 @@ class Nf4(Quantized):
             scales = scales.reshape(*scales.shape[:-1], self.absmax.shape[-1], -1).swapaxes(-1, -2)
         table = jnp.asarray(DYNAMIC_MAP)
         centred = table.at[self.absmax.astype(jnp.int32)].get(mode="promise_in_bounds") * scales
-        # It is within these bounds as it is; without them the compiler would make a fused multiply-add of the product and
-        # the sum, which rounds once where bitsandbytes rounds twice.
+        # Always within these bounds. Without them the compiler would fuse the product and the sum into a multiply-add,
+        # which rounds once where bitsandbytes rounds twice.
         centred = jnp.clip(centred, -scales, scales)
         offset = self.offset[..., None, None] if self._even else self.offset[..., None]
         return centred + jnp.broadcast_to(offset, centred.shape)
 
 
-def _decoded_within(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
-    """The product of a TPU, whose compiler decodes within it, without a decoded kernel in memory. It accumulates in float32
-    as it is; asked to return that, it would decode some kernels apart.
+def _fused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
+    """The product on a TPU, whose compiler fuses decoding into it, so that no decoded kernel is in memory.
 
-    On one device a convolution over the blocks whose window is all of them. Of an einsum the compiler makes one itself, but
-    in a layer with adapters over the axis of 64, for which it brings the codes into another layout and decodes them apart.
-    On several devices the einsum: around convolutions the compiler copies whole stacks of codes into another layout.
+    It accumulates in float32 anyway; if asked to return float32, the compiler would decode some kernels separately.
+
+    On one device this is a convolution over the blocks, with a window of all blocks. The compiler would turn an einsum into
+    a convolution itself, but in a layer with adapters over the axis of 64, for which it copies the codes to another layout
+    and decodes them separately. On several devices it is an einsum, because around convolutions the compiler copies whole
+    stacks of codes to another layout.
     """
     values = kernel._decoded(x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
@@ -186,8 +191,8 @@ def _decoded_within(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     return y.reshape(len(x), -1)
 
 
-def _decoded_apart(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
-    """The product of a machine that decodes the kernel first: when x is there, not all kernels of a layer at once."""
+def _unfused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
+    """The product on other devices: decode the kernel once x is available, not all kernels of a layer at once."""
     x, kernel = _after(x, kernel)
     values = kernel._decoded(x.dtype)
     if transposed:
@@ -196,19 +201,27 @@ def _decoded_apart(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
 
 
 def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:
-    """x and the kernel, which cannot be decoded before x is there. To a compiler decoding depends on nothing: without this
-    it may take what it decoded for the recomputed forward pass, and keep it until the backward pass."""
-    part = "absmax" if kernel.offset is None else "offset"
-    x, waited = jax.lax.optimization_barrier((x, getattr(kernel, part)))
-    return x, dataclasses.replace(kernel, **{part: waited})
+    """Make decoding the kernel depend on x.
+
+    Otherwise the compiler may decode at any time, and keep what it decoded in the recomputed forward pass until the backward
+    pass.
+    """
+    if kernel.offset is None:
+        x, absmax = jax.lax.optimization_barrier((x, kernel.absmax))
+        return x, dataclasses.replace(kernel, absmax=absmax)
+    x, offset = jax.lax.optimization_barrier((x, kernel.offset))
+    return x, dataclasses.replace(kernel, offset=offset)
 
 
 def _looked_up(codes: jax.Array, beside: jax.Array) -> jax.Array:
-    """The entries of the codebook for codes from -8 to 7, float32: chosen in four steps, one for each bit.
+    """The codebook entries of codes from -8 to 7, float32, selected in four steps, one for each bit.
 
-    A TPU's compiler makes this a part of the product, where it would write what a gather gives to memory. beside: any
-    array that is not a constant. Behind a barrier with it the codebook is none either: broadcast constants would be taken
-    out of a scan over layers, as arrays of the kernel's size.
+    The TPU compiler fuses this into the product; the result of a gather it would write to memory.
+
+    Args:
+        codes: int4 [...].
+        beside: Any array that is not a constant. The barrier makes the codebook depend on it. As a constant, it would be
+            broadcast and hoisted out of a scan over layers as arrays of the kernel's size.
     """
     table, _ = jax.lax.optimization_barrier((jnp.asarray(CODEBOOK), beside))
     index = codes.astype(jnp.int32) + 8
@@ -220,11 +233,15 @@ def _looked_up(codes: jax.Array, beside: jax.Array) -> jax.Array:
 
 
 def quantize(kernel: jax.Array, *, nested: bool = True) -> Nf4:
-    """The kernel [in, out], float32, bfloat16 or float16, in NF4; nested: with double quantization.
+    """Quantize a kernel to NF4.
 
-    Equal to bitsandbytes bit for bit (its CPU build, which rounds an absmax to a grid of 65536 values before it looks for
-    the nearest of the map), but for the offset's last bits: theirs is a sum whose order depends on the machine, ours is
-    the same on every mesh.
+    Bit-identical to bitsandbytes (its CPU build, which rounds an absmax to a grid of 65536 values before it looks up the
+    nearest entry of the map), except for the last bits of the offset: theirs is a sum whose order depends on the machine,
+    ours is the same on every mesh.
+
+    Args:
+        kernel: [in, out], float32, bfloat16 or float16.
+        nested: Whether to quantize the absmax too (double quantization).
     """
     inputs, outputs = kernel.shape
     size, even = inputs * outputs, inputs % BLOCK == 0
@@ -245,7 +262,7 @@ def quantize(kernel: jax.Array, *, nested: bool = True) -> Nf4:
 
 
 def nest(kernel: Nf4, offset: jax.Array) -> Nf4:
-    """The kernel, which is without double quantization, with it; offset: float32 [], the mean of its absmax."""
+    """Quantize the absmax of a kernel without double quantization; offset: float32 [], their mean."""
     absmax = kernel.absmax.T.reshape(-1)  # in the order of bitsandbytes
     centred = jnp.pad(absmax - offset, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
     scales = jnp.max(jnp.abs(centred), axis=1)
@@ -257,8 +274,10 @@ def nest(kernel: Nf4, offset: jax.Array) -> Nf4:
 
 
 def mean(x: jax.Array) -> jax.Array:
-    """The mean of numbers of at least 0, float32, to about one unit in the last place; the same bits in whatever order
-    they are added up, since their digits are added as integers."""
+    """The mean of nonnegative numbers, float32, to about one unit in the last place.
+
+    Its bits do not depend on the order of the sum, because digits are added as integers.
+    """
     exponent = jnp.frexp(jnp.max(x))[1]
     fixed = jnp.ldexp(x, 24 - exponent)  # < 2^24
     high = jnp.floor(fixed)
@@ -273,8 +292,8 @@ def mean(x: jax.Array) -> jax.Array:
     return jnp.ldexp(total / x.size, exponent - 24 + 16)
 
 
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """float32 values rounded to a dtype; a plain conversion there and back would be taken away by the compiler."""
+def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Round float32 values to a dtype; the compiler would remove a conversion there and back."""
     if dtype == jnp.float32:
         return x
     info = jnp.finfo(dtype)

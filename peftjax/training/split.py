@@ -7,7 +7,7 @@ import optax
 from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.models.base import Model
-from peftjax.nn.attention import use_kernel
+from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task
 from peftjax.training import optim
 from peftjax.training.config import Config

@@ -113,7 +113,7 @@ def test_a_model_whose_kernels_are_all_arrays_again_is_no_quantized_one_any_more
 
 
 def test_int8_kernels_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"kernel is in int8, for which a Hugging Face directory has no format"):
+    with pytest.raises(ValueError, match=r"kernel is in int8, which Hugging Face directories cannot hold"):
         save_model(tiny.quantized(tiny.model(), "int8"), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

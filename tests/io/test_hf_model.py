@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.io import hf_files, load, save
+from peftjax.io import hf_files, place, shards
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
@@ -266,7 +266,7 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
 
 def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
-    with pytest.raises(ValueError, match=r"quantize='nf' is no format\. Did you mean 'nf4'"):
+    with pytest.raises(ValueError, match=r"quantize='nf' is not a format\. Did you mean 'nf4'"):
         load_model(directory, quantize="nf")
     with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")
@@ -479,7 +479,9 @@ def test_a_directory_that_save_model_did_not_write_is_refused_and_left_alone(tmp
     source = write(tmp_path / "m", random_tensors())
     model = load_model(source)
     before = (source / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="is no model directory written by save_model: choose another, or delete it"):
+    with pytest.raises(
+        ValueError, match="is not a model directory written by save_model; choose another, or delete it"
+    ):
         save_model(model, source)
     assert (source / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match=r"config\.json is a file; give a directory"):
@@ -499,7 +501,7 @@ def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> np.ndarray:
         raise OSError("disk full")
 
-    monkeypatch.setattr(save, "_fetch", fail)
+    monkeypatch.setattr(shards, "_fetch", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(model, tmp_path / "saved")
     assert {entry.name for entry in tmp_path.iterdir()} == {"m", "saved"}
@@ -536,7 +538,7 @@ def test_no_device_holds_more_than_its_part_while_a_model_is_loaded_and_saved(
         seen.append(tiny.on_a_device())
         return result
 
-    for module, name in ((load, "_read"), (save, "_fetch")):
+    for module, name in ((place, "_read"), (shards, "_fetch")):
         monkeypatch.setattr(module, name, functools.partial(watched, getattr(module, name)))
     gc.collect()
     before = tiny.on_a_device()
@@ -557,7 +559,7 @@ import sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from flax import nnx
-from peftjax import methods, sharding
+from peftjax import adapters, methods, sharding
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 mesh = sharding.make_mesh({"fsdp": 2, "tensor": 8})

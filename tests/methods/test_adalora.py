@@ -148,7 +148,7 @@ def test_an_adapter_that_was_never_trained_keeps_all_its_ranks(tmp_path: Path) -
         ({"total_steps": 9, "orthogonality": -0.1}, "method.orthogonality must not be below 0"),
         (
             {"total_steps": 9, "init_rank": 17},
-            "method.init_rank=17 is larger than .*k_proj allows: its smaller side is 16",
+            "method.init_rank=17 exceeds the smaller dimension .16. of .*k_proj; use at most 16",
         ),
         ({"total_steps": 9, "interval": 0}, "method.interval must be above 0"),
         ({"total_steps": 9, "rank_pattern": {"x.lora_E": [True]}}, "'x.lora_E' needs 12 entries"),

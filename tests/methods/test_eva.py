@@ -99,8 +99,8 @@ def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_direction
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"init": "eva"}, None, r"attach: lora begins with data: give it batches=\[...\]"),
-        ({}, batches(1), "batches= goes with a method that begins with data, which lora does not with these options"),
+        ({"init": "eva"}, None, r"attach: lora is initialized from data; pass batches=\[...\]"),
+        ({}, batches(1), "attach: lora with these options is not initialized from data; leave out batches="),
         (
             {"init": "eva", "eva_rho": 0.5},
             batches(1),

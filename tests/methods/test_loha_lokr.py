@@ -98,7 +98,9 @@ def test_options_that_mean_nothing_are_refused(kind: Any, options: dict[str, Any
 
 
 def test_a_rank_of_loha_larger_than_the_matrix_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method.rank=17 is larger than .*v_proj allows: its smaller side is 16"):
+    with pytest.raises(
+        ValueError, match=r"method.rank=17 exceeds the smaller dimension .16. of .*v_proj; use at most 16"
+    ):
         attached(LoHa(targets=("v_proj",), rank_pattern={"v_proj": 17}))
 
 

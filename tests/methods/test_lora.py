@@ -318,7 +318,7 @@ def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["active", "adapter", "add", "names", "train", "__call__"])
 def test_a_name_that_the_slot_uses_itself_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"adapter name '{name}' means something else in a layer's slot"):
+    with pytest.raises(ValueError, match=f"adapter name '{name}' is reserved"):
         attached(name)
 
 
@@ -361,11 +361,11 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"targets": r"q_proj|v_proj"}, r"method.targets: 'q_proj\|v_proj' matches no layer of this model"),
         ({"targets": ("self_attn",)}, r"method.targets: 'self_attn' matches no layer of this model"),
         ({"exclude": ("q_pro",)}, r"method.exclude: 'q_pro' matches no layer of this model. Did you mean 'q_proj'"),
-        ({"targets": ("q_proj",), "exclude": r".*q_proj"}, r"targets=\('q_proj',\) with exclude='.*q_proj' .* chooses nothing"),
-        ({"targets": ("embed_tokens",), "layers_to_transform": (0,)}, r"layers \[0\] chooses nothing"),
-        ({"rank": 17}, r"method.rank=17 is larger than model.layers.0.self_attn.k_proj allows: its smaller side is 16"),
-        ({"targets": ("v_proj",), "rank_pattern": {"v_proj": 17}}, r"method.rank=17 is larger than .*v_proj allows"),
-        ({"layers_to_transform": (0, 3)}, r"layers_to_transform: layer 3 is not there; the model has layers 0 to 2"),
+        ({"targets": ("q_proj",), "exclude": r".*q_proj"}, r"targets=\('q_proj',\) with exclude='.*q_proj' .* selects nothing"),
+        ({"targets": ("embed_tokens",), "layers_to_transform": (0,)}, r"layers \[0\] selects nothing"),
+        ({"rank": 17}, r"method.rank=17 exceeds the smaller dimension .16. of model.layers.0.self_attn.k_proj; use at most 16"),
+        ({"targets": ("v_proj",), "rank_pattern": {"v_proj": 17}}, r"method.rank=17 exceeds the smaller dimension .* of .*v_proj;"),
+        ({"layers_to_transform": (0, 3)}, r"layers_to_transform: layer 3 does not exist; the model has layers 0 to 2"),
         ({"layers_to_transform": (-1,)}, r"layers_to_transform: layer -1 is not there"),
         ({"rank_pattern": {"q_porj": 2}}, r"method.rank_pattern: 'q_porj' matches no target. Did you mean 'q_proj'"),
         ({**QV, "alpha_pattern": {"up_proj": 2}}, r"method.alpha_pattern: 'up_proj' matches no target. .*Targets: q_proj, v_proj"),
@@ -373,7 +373,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"bias": "lora_only"}, r"method.bias='lora_only': no layer in question has a bias"),
         ({"modules_to_save": ("lm_hed",)}, r"method.modules_to_save: 'lm_hed' matches no layer of this model. Did you mean 'lm_head'"),
         ({"modules_to_save": ("self_attn",)}, r"modules_to_save: model.layers.0.self_attn has no parameters of its own"),
-        ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is asked for twice"),
+        ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"every one of them is in modules_to_save"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, it is 1.0"),
     ],

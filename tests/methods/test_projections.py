@@ -104,7 +104,7 @@ def test_a_file_with_the_topk_weights_alone_is_refused() -> None:
         (VbLora, {"topk": 0}, "method.topk must be a whole number of at least 1, it is 0"),
         (VbLora, {"topk": 9, "num_vectors": 8}, "method.topk=9 is more than method.num_vectors=8"),
         (VbLora, {"init_logits_std": 0.0}, "method.init_logits_std must be above 0"),
-        (VbLora, {"rank": 17}, "method.rank=17 is larger than .*k_proj allows: its smaller side is 16"),
+        (VbLora, {"rank": 17}, "method.rank=17 exceeds the smaller dimension .16. of .*k_proj; use at most 16"),
         (VbLora, {"vector_length": 16}, "method.vector_length=16 does not divide 40, a side of model.layers.0.mlp"),
     ],
 )

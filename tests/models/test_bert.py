@@ -75,8 +75,8 @@ def tokens() -> jax.Array:
         ({"pruned_heads": {"0": [1]}}, "pruned_heads=.* is not supported"),
         ({"architectures": ["BertForQuestionAnswering"]}, "'BertForQuestionAnswering' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
-        ({"hidden_size": 15}, "hidden_size=15 is no multiple of num_attention_heads=2"),
-        ({"problem_type": "ranking"}, "problem_type='ranking' is none of regression"),
+        ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),
         ({"embedding_size": 8}, "embedding_size: not known for model_type 'bert'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
     ],
@@ -109,8 +109,8 @@ def test_the_labels_are_those_of_the_checkpoint_or_those_asked_for(fields: dict,
     [
         ({"head": "sequence-classification"}, "Did you mean 'sequence_classification'"),
         ({"labels": 3}, "labels=3, but the checkpoint's head has 2"),
-        ({"head": "token_classification"}, "say how many labels the new head has"),
-        ({"head": "none", "labels": 2}, "labels=2 goes with head="),
+        ({"head": "token_classification"}, "give the number of labels of the new head"),
+        ({"head": "none", "labels": 2}, "labels=2 needs head="),
     ],
 )
 def test_a_head_that_cannot_be_is_refused(asked: dict, message: str, folder: Path) -> None:

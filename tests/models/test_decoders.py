@@ -25,12 +25,16 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     [
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "only False"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not supported for model_type 'gpt2'"),
-        (GPT2, {"n_head": 5}, "n_embd=32 is no multiple of n_head=5"),
+        (GPT2, {"n_head": 5}, "n_embd=32 is not a multiple of n_head=5"),
         (GPT2, {"rope_theta": 1e4}, "rope_theta: not known for model_type 'gpt2'"),
         (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop is not supported"),
         (PHI3, {"full_attn_mod": 2}, "full_attn_mod=2 is not supported for model_type 'phi3', only 1"),
         (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for model_type 'phi3'"),
-        (PHI3, {"rope_scaling": FACTORS | {"type": "longrope"}, "partial_rotary_factor": 0.5}, "a head of 4 needs 2"),
+        (
+            PHI3,
+            {"rope_scaling": FACTORS | {"type": "longrope"}, "partial_rotary_factor": 0.5},
+            "a head of width 4 needs 2",
+        ),
         (GEMMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         (GEMMA2, {"sliding_window": None}, "layer_types has sliding_attention, but no window is in use"),

@@ -15,7 +15,7 @@ from tests import tiny
         ({"model_type": "lama"}, "Did you mean 'llama'"),
         ({"model_type": "rwkv"}, "'rwkv' is not supported. Supported: bert, gemma2, gemma3_text, gpt2"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not known for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),

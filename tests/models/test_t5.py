@@ -56,7 +56,7 @@ def inputs() -> dict[str, jax.Array]:
     ("fields", "message"),
     [
         ({"feed_forward_proj": "gated-swiglu"}, "feed_forward_proj 'gated-swiglu' is not known"),
-        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' are not those of feed_forward_proj='relu'"),
+        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' contradict feed_forward_proj='relu'"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder=false"),
         ({"relative_attention_max_distance": 4}, "relative_attention_max_distance=4 more than half of it"),
         ({"sliding_window": 4}, "sliding_window: not known for model_type 't5'"),
@@ -187,5 +187,5 @@ def test_what_two_stacks_make_ambiguous_is_refused(fields: dict, method: adapter
 
 def test_a_batch_of_several_adapters_is_refused() -> None:
     adapted = adapters.attach(model(), methods.Lora(rank=2, targets=("q",)), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="not there for an encoder-decoder"):
+    with pytest.raises(ValueError, match="not supported for an encoder-decoder"):
         adapters.rows(adapted, ["default", None])

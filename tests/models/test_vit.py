@@ -50,9 +50,9 @@ def pixels(rows: int = 2) -> jax.Array:
     [
         ({"architectures": ["ViTForImageClasification"]}, "Did you mean 'ViTForImageClassification'"),
         ({"pooler_act": "gelu"}, "pooler_act='gelu' is not supported for model_type 'vit', only 'tanh'"),
-        ({"image_size": [8, 9]}, r"image_size=\[8, 9\] is no multiple of patch_size=\[4, 4\]"),
+        ({"image_size": [8, 9]}, r"image_size=\[8, 9\] is not a multiple of patch_size=\[4, 4\]"),
         ({"image_size": [8, 8, 3]}, r"image_size=\[8, 8, 3\] is neither a number nor \[height, width\]"),
-        ({"hidden_size": 15}, "hidden_size=15 is no multiple of num_attention_heads=2"),
+        ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
         ({"head_dim": 4}, "head_dim: not known for model_type 'vit'"),
         ({"intermediate_size": None}, "'intermediate_size' is missing"),
@@ -71,9 +71,9 @@ def test_a_head_is_that_of_the_checkpoint_or_the_one_asked_for(folder: Path) -> 
     assert states.shape == (2, 1 + 4, 16)
     np.testing.assert_array_equal(fresh.hidden(pixels()), states)
     for asked, message in (
-        ({"head": "sequence_classification", "labels": 2}, "is none of none, image_classification"),
-        ({"head": "image_classification"}, "say how many labels the new head has"),
-        ({"labels": 2}, "labels=2 goes with head='image_classification'"),
+        ({"head": "sequence_classification", "labels": 2}, "is not one of none, image_classification"),
+        ({"head": "image_classification"}, "give the number of labels of the new head"),
+        ({"labels": 2}, "labels=2 needs head='image_classification'"),
     ):
         with pytest.raises(ValueError, match=message):
             peftjax.load_model(folder / "base", **asked)

@@ -146,7 +146,10 @@ class Stacked(nnx.Module):
             r"attach: the method must be one .* Lora\(rank=8\)",
         ),
         (lambda: adapters.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), it is 0"),
-        (lambda: adapters.rows(adopted(Lora(rank=2)), ["default"]), "rows: Classifier is no decoder of peftjax"),
+        (
+            lambda: adapters.rows(adopted(Lora(rank=2)), ["default"]),
+            "rows: Classifier is not a decoder or encoder of peftjax",
+        ),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
         (

@@ -11,16 +11,10 @@ import pytest
 from flax import nnx
 
 import tests.tiny as tiny
-from peftjax.nn.attention import (
-    Attention,
-    attend,
-    attention_mask,
-    cudnn,
-    key_distances,
-    splash,
-    use_kernel,
-    within_window,
-)
+from peftjax.models.kernels import use_kernel
+from peftjax.nn.attention import Attention
+from peftjax.nn.attention_kernels import attend, cudnn, splash
+from peftjax.nn.attention_mask import attention_mask, key_distances, within_window
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.rope import Rope
 from peftjax.sharding import make_mesh
@@ -235,7 +229,7 @@ def test_splash_attention_is_causal_attention_on_a_mesh_too(sizes: dict[str, int
 
 
 def test_fused_attention_is_refused_where_it_would_not_be_the_same() -> None:
-    with pytest.raises(ValueError, match="Llama as it is here has sliding windows; choose 'xla'"):
+    with pytest.raises(ValueError, match="this Llama has sliding windows; choose 'xla'"):
         use_kernel(tiny.model(model_type="mistral", sliding_window=4), "splash")
     q = jnp.zeros((1, 100, 2, 16))
     with pytest.raises(ValueError, match="multiple of 128, this one has 100"):

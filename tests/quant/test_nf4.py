@@ -254,7 +254,5 @@ def test_the_product_of_a_tpu_is_the_product() -> None:
     kernel = nf4.quantize(jax.random.normal(jax.random.key(0), (192, 24)))
     for transposed, width in ((False, 192), (True, 24)):
         x = jax.random.normal(jax.random.key(1), (5, width))
-        found, expected = (
-            jax.jit(partial(f, transposed))(x, kernel) for f in (nf4._decoded_within, nf4._decoded_apart)
-        )
+        found, expected = (jax.jit(partial(f, transposed))(x, kernel) for f in (nf4._fused, nf4._unfused))
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)

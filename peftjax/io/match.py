@@ -1,0 +1,118 @@
+"""Match the tensors of a checkpoint to the parameters of a model, before any is read."""
+
+import dataclasses
+import re
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+from peftjax.io import hf_files
+from peftjax.io.bitsandbytes import Packed
+from peftjax.io.entries import Entry
+from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
+
+Stored = StoredTensor | Packed
+
+
+def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelConfig:
+    """Return the configuration with `tied` decided by the tensors, for a family that has `tied_if_equal`."""
+    if not isinstance(config, LanguageModelConfig) or config.tied_if_equal is None:
+        return config
+    one, other = (stored.get(name) for name in config.tied_if_equal)
+    return dataclasses.replace(config, tied=one is None or other is None or _equal(one, other))
+
+
+def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
+    """Return the stored tensors by the keys of the table, without reading them.
+
+    Args:
+        model: The model.
+        table: Its `entries`.
+        stored: The tensors of its checkpoint, by their names there.
+        directory: The checkpoint, for messages.
+
+    Raises:
+        UserError: Tensors are missing, unexpected, or of a wrong shape or dtype; one message names them all.
+    """
+    known = {key for entry in table for key in entry.keys} | model.hf_tied.keys()
+    found = {
+        name: tensor for name, tensor in _renamed(model, stored, known, directory).items() if not _ignored(model, name)
+    }
+    fresh = _absent_parts(model, table, found)
+    expected = {key: entry for entry in table if _part(entry) not in fresh for key in entry.keys}
+    tied = {other: key for other, key in model.hf_tied.items() if other not in expected and other in found}
+    twins: dict[str, Stored] = {}
+    for other, key in tied.items():
+        twins[other] = found.pop(other)
+        found.setdefault(key, twins[other])
+    missing = [key for key in expected if key not in found]
+    unexpected = sorted(name for name in found if name not in expected)
+    unexpected[:20] = [
+        f"{name}{suggest(name, missing)}" for name in unexpected[:20]
+    ]  # suggestions for all could take minutes
+    shapes: list[str] = []
+    dtypes: list[str] = []
+    for packed in (tensor for tensor in found.values() if isinstance(tensor, Packed)):
+        for problem, faults in zip((missing, unexpected, shapes), packed.faults(), strict=True):
+            problem += faults
+    for key in (key for key in expected if key in found):
+        shape, needed = found[key].shape, expected[key].stored_shape
+        if shape != needed:
+            shapes.append(f"{key} is stored as {list(shape)}, config.json asks for {list(needed)}")
+        if found[key].dtype not in hf_files.FLOATS:
+            dtypes.append(f"{key} is stored as {found[key].dtype}, a float of 8 to 64 bits is needed")
+    problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
+    if any(problems.values()):
+        lines = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
+        raise UserError(
+            f"{directory}: the stored tensors are not those of its config.json (model_type "
+            f"{hf_files.read_json(directory / 'config.json').get('model_type')!r}):\n" + "\n".join(lines) + "\n"
+            "Check that config.json and the weights belong together, and that the weights are those of the whole model"
+        )
+    for other, key in tied.items():
+        if found[key] is not twins[other] and not _equal(found[key], twins[other]):
+            raise UserError(
+                f"{directory}: config.json ties {other} to {key}, but both are stored and differ; "
+                "to keep both set tie_word_embeddings to false, to keep one remove the other from the file"
+            )
+    return found
+
+
+def _renamed(model: Model, stored: Mapping[str, Stored], known: Container[str], directory: Path) -> dict[str, Stored]:
+    """The tensors by our keys; checkpoints may use several names for one tensor (`Model.hf_stored`)."""
+    renamed: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        ours = model.hf_stored(name)
+        key = (
+            ours if ours in known or _ignored(model, ours) else name
+        )  # messages name an unexpected tensor as the file does
+        if (other := renamed.setdefault(key, tensor)) is not tensor:
+            raise UserError(f"{directory}: {other.name} and {name} are the same tensor; remove one from the file")
+    return renamed
+
+
+def _absent_parts(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored]) -> set[str]:
+    """The modules that the checkpoint lacks entirely, of those that it may lack (`Model.hf_fresh`)."""
+    there = {_part(entry) for entry in table if any(key in stored for key in entry.keys)}
+    return set(model.hf_fresh) - there
+
+
+def _part(entry: Entry) -> str:
+    return entry.path.split(".")[0]
+
+
+def _ignored(model: Model, name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in model.hf_ignored)
+
+
+def _equal(one: Stored, other: Stored, rows: int = 1024) -> bool:
+    """Whether two stored tensors are equal, compared some rows at a time."""
+    if one.shape != other.shape or isinstance(one, Packed) or isinstance(other, Packed):
+        return False
+    chunks = (slice(start, min(start + rows, one.shape[0])) for start in range(0, one.shape[0], rows))
+    first, second = one.open(), other.open()
+    return all(np.array_equal(np.float64(first[chunk]), np.float64(second[chunk])) for chunk in chunks)

@@ -1,0 +1,103 @@
+"""Write the weights of a model to safetensors files, one shard at a time."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from peftjax.core import variables
+from peftjax.io import bitsandbytes, hf_files
+from peftjax.io.entries import Entry, entries
+from peftjax.models.base import Model
+from peftjax.quant.base import Quantized
+from peftjax.quant.nf4 import Nf4
+
+# Required by transformers. Only one entry, because safetensors writes several in arbitrary order.
+_METADATA = {"format": "pt"}
+
+
+def write_weights(model: Model, directory: Path, max_shard_bytes: int, writing: bool) -> None:
+    """Write a model's base parameters as model.safetensors, or as shards and their index.
+
+    Args:
+        model: The model.
+        directory: An existing directory.
+        max_shard_bytes: Maximum size of a shard in bytes; a larger tensor is a shard of its own.
+        writing: Whether this process writes. All processes take part in gathering the parameters.
+    """
+    values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
+    sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
+    sizes = {key: _stored_bytes(values[entry.path], entry) for key, (entry, _) in sources.items()}
+    # Unstacked parameters first, then layer by layer.
+    keys = sorted(sources, key=lambda key: sources[key][1] if sources[key][0].stacked else -1)
+    shards = _split(keys, sizes, max_shard_bytes)
+    names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    where: dict[str, str] = {}
+    total = 0
+    for name, shard in zip(names, shards, strict=True):
+        arrays: dict[str, np.ndarray] = {}
+        for key in shard:
+            entry, layer = sources[key]
+            fetched = _fetch(key, values[entry.path], entry, layer)  # in every process, to gather the shards of others
+            arrays |= fetched if writing else {}
+        where |= dict.fromkeys(arrays, name)
+        total += sum(array.nbytes for array in arrays.values())
+        if writing:
+            save_file(arrays, directory / name, _METADATA)
+    if writing and len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(keys: Sequence[str], sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Consecutive runs of at most `max_bytes`; a larger tensor is alone."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for key in keys:
+        if shards[-1] and total + sizes[key] > max_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(key)
+        total += sizes[key]
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _stored_bytes(value: jax.Array | Quantized, entry: Entry) -> int:
+    """The size of one layer in a file."""
+    taken = jax.eval_shape(functools.partial(_take, stacked=entry.stacked, order=entry.order), value, 0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(taken))
+    return size + (bitsandbytes.OVERHEAD if isinstance(value, Nf4) else 0)
+
+
+def _fetch(key: str, value: jax.Array | Quantized, entry: Entry, layer: int) -> dict[str, np.ndarray]:
+    """One layer on the host of every process, by tensor name; a kernel in NF4 is several tensors."""
+    everywhere = None
+    leaf = jax.tree.leaves(value)[0]
+    if not leaf.is_fully_addressable:  # only then the devices must gather it
+        assert isinstance(leaf.sharding, NamedSharding), leaf.sharding
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
+    taken = take(value, layer, entry.stacked, entry.order)
+    # In C order, as save_file assumes; a TPU may use another.
+    host = jax.tree.map(lambda array: np.asarray(array, order="C"), taken)
+    return bitsandbytes.tensors(key, host, value) if isinstance(value, Nf4) else {key: host}
+
+
+def _take(
+    value: jax.Array | Nf4, layer: jax.Array | int, stacked: bool, order: tuple[int, ...] | None
+) -> jax.Array | dict[str, jax.Array]:
+    """One layer in its stored form."""
+    if stacked:
+        value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
+    if isinstance(value, Nf4):
+        return bitsandbytes.pack(value)
+    return value if order is None else value.transpose(order)

@@ -1,0 +1,161 @@
+"""What the encoder families share: half a block, the linear layers of heads, and common config.json fields."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.core.errors import UserError
+from peftjax.models.base import Model, ModelConfig
+from peftjax.models.fields import Fields
+from peftjax.models.heads import Head
+from peftjax.nn.attention import Attention
+from peftjax.nn.dropout import Dropout
+from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
+from peftjax.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(ModelConfig):
+    """Adds what all encoders share.
+
+    Attributes:
+        kind: The model_type.
+        head: Kind of task head, or "none".
+        stored_head: Kind of task head in the checkpoint, "none", or `heads.OTHER`.
+        labels: Names of the head's outputs.
+        problem_type: As in transformers, one of `heads.PROBLEMS`; None: not specified.
+        dropout: Dropout rate of the embeddings and of each sublayer's output.
+        attention_dropout: Dropout rate of the attention probabilities.
+        init_stddev: Standard deviation of random weights.
+    """
+
+    kind: str
+    head: str
+    stored_head: str
+    labels: tuple[str, ...]
+    problem_type: str | None
+    dropout: float
+    attention_dropout: float
+    init_stddev: float
+
+    @property
+    def architectures(self) -> Mapping[str, str]:
+        """{transformers class: its head}. Of the classes with one head, the first is written to config.json."""
+        raise NotImplementedError
+
+    def to_hf(self) -> dict[str, Any]:
+        fields = json.loads(self.hf)
+        fields.pop("torch_dtype", None)
+        architecture = next(name for name, head in self.architectures.items() if head == self.head)
+        return fields | {"dtype": self.param_dtype, "architectures": [architecture]}
+
+
+class EncoderBlock(nnx.Module):
+    """The sublayers of a block. A family adds its norms and residual connections."""
+
+    def __init__(self, config: EncoderConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(config.param_dtype)
+        self.attention = Attention(
+            config.embed,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qkv_bias=qkv_bias,
+            out_bias=True,
+            qk_norm_eps=None,
+            dropout=config.attention_dropout,
+            stddev=config.init_stddev,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.attention_dropout = Dropout(config.dropout)
+        self.feedforward = FeedForward(
+            config.embed,
+            config.mlp,
+            activation=ACTIVATIONS[config.activation],
+            use_bias=True,
+            stddev=config.init_stddev,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.feedforward_dropout = Dropout(config.dropout)
+
+    def attend(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention, then dropout: [B, T, D] -> [B, T, D]; mask: bool [B or 1, 1, T or 1, T]."""
+        return self.attention_dropout(self.attention(x, None, mask)[0])
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """Feed-forward layer, then dropout: [B, T, D] -> [B, T, D]."""
+        return self.feedforward_dropout(self.feedforward(x))
+
+
+class Encoder(Model):
+    """A bidirectional encoder with a task head or, without one, a pooler."""
+
+    config: EncoderConfig
+    pooler: Linear
+
+    def pooled(self, first: jax.Array) -> jax.Array:
+        """tanh(x W + b) of the first hidden states: [B, D] -> [B, pooler width]. For models that have a pooler."""
+        return jnp.tanh(self.pooler(first))
+
+    @property
+    def hf_prefix(self) -> str:
+        """The prefix of all names but the head's; transformers' classes without a head have none."""
+        return "" if self.config.head == "none" else f"{self.config.kind}."
+
+    def _prefixed(self, names: Mapping[str, str]) -> dict[str, str]:
+        return {path: self.hf_prefix + name for path, name in names.items()}
+
+
+def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs) -> Linear:
+    """Build a linear layer [D, features] with a bias, for a pooler or a task head."""
+    return Linear(
+        config.embed,
+        features,
+        axes=("embed", "label"),
+        use_bias=True,
+        stddev=config.init_stddev,
+        dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def read_shared(fields: Fields, head: Head, *, dropout: float) -> dict[str, Any]:
+    """Read the options of `EncoderConfig` that all families find in the same fields.
+
+    Args:
+        fields: The fields of config.json.
+        head: The task head, from `read_head`.
+        dropout: Default of the two dropout rates.
+
+    Raises:
+        UserError: A field is missing, or its value is not supported.
+    """
+    embed, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+    if embed % heads:
+        raise UserError(f"config.json: hidden_size={embed} is not a multiple of num_attention_heads={heads}")
+    return {
+        "kind": fields.kind,
+        "embed": embed,
+        "mlp": fields.take("intermediate_size"),
+        "layers": fields.take("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": embed // heads,
+        "norm_eps": fields.take("layer_norm_eps", 1e-12),
+        "activation": fields.activation("hidden_act", "gelu"),
+        "dropout": fields.take("hidden_dropout_prob", dropout),
+        "attention_dropout": fields.take("attention_probs_dropout_prob", dropout),
+        "head": head.name,
+        "stored_head": head.stored,
+        "labels": head.labels,
+        "problem_type": head.problem_type,
+        "init_stddev": fields.take("initializer_range", 0.02),
+        "hf": json.dumps(head.config),
+    }

@@ -1,0 +1,83 @@
+"""What generation and the methods need of an encoder-decoder."""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+
+from peftjax.models.base import LanguageModel, LanguageModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(LanguageModelConfig):
+    """Adds what all encoder-decoders share.
+
+    Attributes:
+        decoder_layers: Number of blocks of the decoder.
+        start: Token id that every target begins with.
+    """
+
+    decoder_layers: int
+    start: int
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "length", "memory_key", "memory_value", "memory_mask"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+    """Keys and values of the target tokens so far, and those of the encoder's hidden states for cross-attention.
+
+    Attributes:
+        key: [L, B, S, N, H], of which `length` positions are in use.
+        value: As `key`.
+        length: int32 [].
+        memory_key: [L, B, M, N, H].
+        memory_value: As `memory_key`.
+        memory_mask: bool [B, M], true for real tokens.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+    memory_key: jax.Array
+    memory_value: jax.Array
+    memory_mask: jax.Array
+
+
+class EncoderDecoder(LanguageModel):
+    """A model that encodes one sequence and decodes another.
+
+    Attributes:
+        prefix_layers: Paths of the attention layers in which Hugging Face PEFT puts a prefix.
+    """
+
+    config: EncoderDecoderConfig
+    prefix_layers: ClassVar[tuple[str, ...]]
+    hf_task: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+
+    def __call__(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
+        """Return logits [B, T, V]. The arguments are those of `hidden`."""
+        return self.logits(self.hidden(tokens, mask=mask, decoder_tokens=decoder_tokens))
+
+    def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
+        """Return the decoder's hidden states after the last norm, [B, T, D].
+
+        Args:
+            tokens: int [B, S].
+            mask: bool [B, S], true for real tokens; default: all.
+            decoder_tokens: int [B, T], the target from its start token on. Its padding is on the right, where no real
+                token attends to it.
+        """
+        raise NotImplementedError
+
+    def make_cache(self, tokens: jax.Array, mask: jax.Array, length: int) -> DecoderCache:
+        """Encode tokens, int [B, S], and make a cache for targets of `length` tokens, in the compute dtype."""
+        raise NotImplementedError
+
+    def decode(self, decoder_tokens: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
+        """Return the hidden states of the next T target tokens, [B, T, D], and the cache extended by them."""
+        raise NotImplementedError
