@@ -1,5 +1,6 @@
 """The plan: what it says before a run is what the run takes."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -236,7 +237,12 @@ def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
 @pytest.mark.usefixtures("no_compiler")
 def test_what_does_not_fit_is_told_with_what_to_change() -> None:
     config = make_config(
-        model__quantize="", model__remat="none", train__batch_size=16, data__max_length=64, train__loss_chunk=64
+        method=methods.make_config("lora", rank=4, targets="q_proj").to_dict(),  # few operations to trace
+        model__quantize="",
+        model__remat="none",
+        train__batch_size=16,
+        data__max_length=64,
+        train__loss_chunk=64,
     )
     device = dataclasses.replace(devices.find("a6000"), memory=600_000)
     found = measure.measure(config, SMALL, device)
@@ -366,9 +372,28 @@ def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatc
             command.main([config, f"--device={device}"])
 
 
-def test_an_error_of_the_other_process_is_told(written: Path) -> None:
+def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], input: str, **options: Any) -> Any:  # noqa: A002  subprocess.run's name for it
+        monkeypatch.setattr("sys.stdin", io.StringIO(input))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            worker.answer()
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr("subprocess.run", run)
     with pytest.raises(UserError, match="exceed the model's 64 positions"):
         worker.ask(make_config(data__max_length=100), SMALL, devices.find("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [(1, "Traceback\n  ...\nKeyError: 'x'\n", "code 1: KeyError: 'x'"), (-9, "", "code -9: it printed nothing")],
+)
+def test_a_process_that_ends_without_an_answer_is_told(
+    code: int, said: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda command, **given: subprocess.CompletedProcess(command, code, "", said))
+    with pytest.raises(UserError, match=f"the process that compiles for cpu ended with {told}"):
+        worker.ask(make_config(), SMALL, devices.find("cpu"))
 
 
 # --- The real compilers; the extras tpu and cuda-plan ---
