@@ -95,7 +95,7 @@ def _step_table(plan: Plan, config: Any) -> Table:
     compiled = plan.compiler and not plan.refused
     source = plan.compiler if compiled else "estimate"
     factor = 6 if config.method.name == "full" else 4
-    table.add_row("positions", f"{plan.positions:,}", "shapes")
+    table.add_row("positions in a batch", f"{plan.positions:,}", "shapes")
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
     table.add_row(f"  {factor} x kernels x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
     table.add_row("memory traffic per device", format_bytes(plan.moved), source)
@@ -108,14 +108,14 @@ def _step_table(plan: Plan, config: Any) -> Table:
         table.add_section()
         for name, value in times.items():
             bound = name == longest
-            origin = "data sheet, the bound" if bound else "data sheet"
+            origin = "data sheet (bottleneck)" if bound else "data sheet"
             table.add_row(_TIMES[name], f"{'[bold]' * bound}{_clock(value)}", origin)
         speed = f"{plan.positions / times[longest]:,.0f} tokens/s"
         table.add_row("throughput, at most", speed, "roofline" if compiled else "roofline, estimate")
     table.add_section()
     if plan.adapter_bytes:
         table.add_row("adapter file", f"{plan.adapter_bytes:,} bytes", "shapes")
-    table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate without activations")
+    table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate, no activations")
     return table
 
 
@@ -124,11 +124,11 @@ def _advice_table(plan: Plan) -> Table:
     excess = plan.needed - plan.memory
     for setting, saved in plan.advice:
         flags = " ".join(f"--config.{item}" for item in setting.split())
-        table.add_row(flags, format_bytes(saved), "estimate, enough on its own" if saved >= excess else "estimate")
+        table.add_row(flags, format_bytes(saved), "estimate; enough alone" if saved >= excess else "estimate")
     if (larger := more_devices(plan)) is not None:
         name, each = larger
         flags = f"--device={name} --config.mesh.fsdp=-1"
-        table.add_row(flags, format_bytes(plan.needed - each), "estimate, enough on its own")
+        table.add_row(flags, format_bytes(plan.needed - each), "estimate; enough alone")
     return table
 
 
