@@ -5,13 +5,15 @@ Layers and microbatches are loops in this code base. The body of a loop counts a
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 from jax.extend import core
 
+Atom = core.Var | core.Literal  # an operand
 
-def bits(dtype: Any) -> int:
+
+def bits(dtype: jnp.dtype) -> int:
     """Return the number of bits in which an element is stored: 4 for int4, 8 for bool."""
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).bits)
@@ -41,7 +43,7 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if _is_var(var)}
     last |= dict.fromkeys((var for var in jaxpr.outvars if _is_var(var)), len(jaxpr.eqns))
     materialized = _materialized(jaxpr)
-    held: dict[Any, int] = {}
+    held: dict[core.Var, int] = {}
     peak = 0
     for index, equation in enumerate(jaxpr.eqns):
         inside = max((live_bytes(body) for body, _ in _inner(equation)), default=0)
@@ -56,14 +58,14 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     return peak
 
 
-def _is_loop(equation: Any) -> bool:
+def _is_loop(equation: core.JaxprEqn) -> bool:
     """Whether an operation is a loop of more than one trip."""
     return equation.primitive.name == "while" or equation.params.get("length", 1) > 1
 
 
-def _materialized(jaxpr: core.Jaxpr) -> set[Any]:
+def _materialized(jaxpr: core.Jaxpr) -> set[core.Var]:
     """The variables that a product reads, or both a reduction and another operation, such as a softmax's numerators."""
-    readers: dict[Any, list[str]] = {}
+    readers: dict[core.Var, list[str]] = {}
     for equation in jaxpr.eqns:
         for var in equation.invars:
             if _is_var(var):
@@ -79,25 +81,29 @@ def _materialized(jaxpr: core.Jaxpr) -> set[Any]:
 _WRITTEN = ("dot_general", "conv", "scan", "while", "sort", "scatter", "concatenate", "dynamic_update", "cum")
 
 
-def _is_written(equation: Any) -> bool:
+def _is_written(equation: core.JaxprEqn) -> bool:
     return equation.primitive.name.startswith(_WRITTEN) or any(
         _is_written(own) for body, _ in _inner(equation) for own in body.eqns
     )
 
 
-def _is_var(var: Any) -> bool:
+def _is_var(var: Atom) -> TypeGuard[core.Var]:
     return isinstance(var, core.Var)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
-    return tuple(var.aval.shape)
+def _shape(var: Atom) -> tuple[int, ...]:
+    return tuple(_aval(var).shape)
 
 
-def _bytes(var: Any) -> int:
-    return math.prod(_shape(var)) * bits(var.aval.dtype) // 8
+def _bytes(var: Atom) -> int:
+    return math.prod(_shape(var)) * bits(_aval(var).dtype) // 8
 
 
-def _inner(equation: Any) -> Iterator[tuple[core.Jaxpr, int]]:
+def _aval(var: Atom) -> Any:
+    return var.aval  # of an array, or of a reference to one inside of a kernel
+
+
+def _inner(equation: core.JaxprEqn) -> Iterator[tuple[core.Jaxpr, int]]:
     """The programs inside of an operation, and how often each of them runs."""
     trips = equation.params["length"] if equation.primitive.name == "scan" else 1
     for parameter in equation.params.values():

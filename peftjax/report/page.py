@@ -9,7 +9,7 @@ import importlib.resources
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
@@ -19,6 +19,9 @@ from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
 from peftjax.report.text import format_duration, printable
+
+if TYPE_CHECKING:
+    import jinja2
 
 _CONFIG = "config.json"
 
@@ -59,7 +62,7 @@ def _render(workdir: Path) -> str:
     )
 
 
-def _template() -> Any:
+def _template() -> "jinja2.Template":
     import jinja2
 
     source = importlib.resources.files("peftjax.report").joinpath("template.html.j2").read_text(encoding="utf-8")

@@ -3,7 +3,10 @@
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # The page defines a CSS variable for each of these, with one value for the light and one for the dark theme.
 COLORS = {"first": "#3457d5", "second": "#c8641b", "soft": "#62656e", "grid": "#ecece8"}
@@ -83,7 +86,7 @@ def draw(
     return _element(file.getvalue(), title, width, height)
 
 
-def _set_scales(axes: Any, curves: Sequence[Curve], last_step: int, bounds: Bounds, log: bool) -> None:
+def _set_scales(axes: "Axes", curves: Sequence[Curve], last_step: int, bounds: Bounds, log: bool) -> None:
     from matplotlib.ticker import LogLocator
 
     axes.set_xlim(0, max(last_step, 1))
