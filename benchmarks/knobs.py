@@ -1,9 +1,10 @@
-"""What each knob does to the memory of a train step, by a device's compiler: no such device is needed.
+"""The effect of single config fields on the memory of a train step, according to the device's compiler.
 
     python benchmarks/knobs.py [7b-24gb]
 
-The LoRA step of a case of qlora_memory.py, whose base is in NF4, with 2048 positions, each knob against model.remat=block
-with the defaults. Needs what qlora_memory.py needs. On the GPU case model.attention stays xla: cuDNN has to be there to compile.
+Compiles the LoRA step of a case of qlora_memory.py (NF4 base) for 2048 positions: first with model.remat=block and all
+other fields at their defaults, then with one change at a time. The device need not be attached; the requirements are
+those of qlora_memory.py. model.attention stays "xla", because cuDNN must be installed to compile with it.
 """
 
 import sys
@@ -11,8 +12,9 @@ import sys
 from qlora_memory import CASES, make_config, sizes
 
 from peftjax.plan import devices
-from peftjax.plan import measure as plan
-from peftjax.plan.devices import GIB
+from peftjax.plan.chips import GIB
+from peftjax.plan.measure import compile_step
+from peftjax.plan.traced import trace_step
 
 KNOBS = (
     (),
@@ -29,11 +31,11 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "7b-24gb"
     model, device_name, fields = CASES[name]
     device = devices.find(device_name)
-    print(f"{model} on {device_name}, NF4, rank {fields['method.rank']}, 2048 positions: GiB")
+    print(f"{model} on {device_name}, NF4 base, rank {fields['method.rank']}, 2048 positions; sizes in GiB")
     for knobs in KNOBS:
         config = make_config(fields | {"data.max_length": 2048}, knobs)
         mesh = device.mesh(config.mesh)
-        found = plan.compile_step(plan.sketch(config, sizes(model), mesh), device, mesh).memory_analysis()
+        found = compile_step(trace_step(config, sizes(model), mesh), device, mesh).memory_analysis()
         arguments, temporary = (size / GIB for size in (found.argument_size_in_bytes, found.temp_size_in_bytes))
         described = " ".join(knob.removeprefix("--config.") for knob in knobs) or "remat=block"
         print(f"  {described}: arguments {arguments:.2f}, temporaries {temporary:.2f}", flush=True)

@@ -1,12 +1,12 @@
-"""How much memory loading and saving a model takes, beyond the model itself.
+"""The memory that loading and saving a model takes in addition to the model itself.
 
     python benchmarks/load_memory.py
 
-Writes Llamas of random parameters, about 315 million and, of TinyLlama's shape, 1.1 billion, to a temporary directory, then
-loads them in a fresh process for each line of the table and prints by how much the peak of the process's resident memory
-(VmHWM of /proc, so Linux) grew above what it had once a small model was loaded: in all, as a multiple of the model's bytes,
-and what was beyond them in units of the largest tensor that is read at once, the embedding (in the wider of its two
-dtypes). "saving" is how much further the peak grew while the model was written again: by one shard, of at most 2 GB.
+Writes random Llamas of about 315 million and, in TinyLlama's shape, 1.1 billion parameters to a temporary directory. Each
+line of the table comes from a fresh process that loads one of them. "peak MB" is the growth of the process's peak resident
+memory (VmHWM in /proc, so Linux only) after a small model was loaded; "ratio" is that growth relative to the model's bytes;
+"beyond" is the growth beyond the model's bytes, in units of the largest tensor that is read at once, the embedding (in the
+wider of its two dtypes). "saving MB" is the further growth while the model is saved: one shard of at most 2 GB.
 """
 
 import json
@@ -71,9 +71,9 @@ def main() -> None:
 
 
 def write_model(directory: Path, config: dict, dtype: str) -> None:
-    """Random weights, drawn from 65536 normal numbers, and norms of 1; a file for each layer and one for the rest, and
-    one file is held at a time."""
-    import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name from then on
+    """Write random weights, drawn from 65536 normal numbers, and norms of 1: one file per layer and one for the rest. Only
+    one file is in memory at a time."""
+    import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
     from flax import nnx
     from safetensors.numpy import save_file
 
@@ -108,7 +108,7 @@ def child(directory: str, target: str, dtype: str, quantize: str, mesh_sizes: st
     from peftjax.io.save import save_model
 
     mesh = sharding.make_mesh(json.loads(mesh_sizes))
-    load_model("embedded", dtype, quantize or None, mesh=mesh)  # the compiler's own memory is not the model's
+    load_model("embedded", dtype, quantize or None, mesh=mesh)  # so that the compiler's own memory does not count
     before = resident("VmRSS")
     model = load_model(directory, dtype, quantize or None, mesh=mesh)
     loading = resident("VmHWM") - before
@@ -120,7 +120,7 @@ def child(directory: str, target: str, dtype: str, quantize: str, mesh_sizes: st
 
 
 def resident(field: str) -> int:
-    """Bytes of resident memory: now (VmRSS) or at its peak (VmHWM)."""
+    """Bytes of resident memory: current (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

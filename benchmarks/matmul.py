@@ -1,4 +1,4 @@
-"""The gradient of a feed-forward layer with its leading axes flattened, against the same layer without.
+"""The time of a feed-forward layer's gradient with flattened leading axes, relative to `jnp.matmul` without flattening.
 
 JAX_PLATFORMS=cpu python benchmarks/matmul.py
 """
@@ -15,7 +15,7 @@ BATCH, LENGTH, EMBED, MLP = 16, 128, 128, 352
 
 
 def best_of(function: Callable, *arguments: jax.Array, repeats: int = 10) -> float:
-    """The shortest time of a call in seconds, after one that compiles."""
+    """The shortest time of a compiled call in seconds."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(*arguments))
     times = []

@@ -1,4 +1,4 @@
-"""The tables of docs/qlora.md, by arithmetic: NF4's error by the size of a block, and bytes by the shapes of a model.
+"""The tables of docs/qlora.md: bits and error of NF4 by block size, and the bytes of models by their shapes.
 
 python benchmarks/nf4_arithmetic.py
 """
@@ -20,7 +20,7 @@ MODELS = {  # embed, mlp, layers, kv heads * head dim, vocab
 
 
 def error(block: int) -> float:
-    """The root mean square error of normal weights in blocks of this size, relative to theirs."""
+    """The root mean square error of normal weights in blocks of this size, relative to their root mean square."""
     weights = np.random.default_rng(0).normal(size=(2**20 // block, block)).astype(np.float32)
     absmax = np.abs(weights).max(1, keepdims=True)
     codes = np.searchsorted((nf4.CODEBOOK[1:] + nf4.CODEBOOK[:-1]) / 2, weights / absmax)
@@ -28,8 +28,8 @@ def error(block: int) -> float:
 
 
 def requantized(change: float) -> tuple[float, float]:
-    """A kernel of NF4 and a random change of rank 16 of this relative size, quantized again: the error relative to the
-    kernel, and relative to the change."""
+    """The error of requantizing an NF4 kernel after a random rank-16 update of this relative size, relative to the kernel
+    and relative to the update."""
     rng = np.random.default_rng(0)
     old = np.asarray(nf4.quantize(rng.normal(size=(1024, 1024)).astype(np.float32)).astype(np.float32))
     delta = (rng.normal(size=(1024, 16)) @ rng.normal(size=(16, 1024))).astype(np.float32)
@@ -52,7 +52,7 @@ def main() -> None:
     for block in (16, 32, 64, 128, 256, 1024):
         single, double = 4 + 32 / block, 4 + 8 / block + 32 / (block * nf4.GROUP)
         print(f"| {block} | {single:.3f} | {double:.3f} | {error(block):.2%} |")
-    print("\n| change | error / kernel | error / change |\n|---|---|---|")
+    print("\n| update | error / kernel | error / update |\n|---|---|---|")
     for change in (0.003, 0.01, 0.03, 0.1, 0.3):
         print(f"| {change:.1%} | " + " | ".join(f"{moved:.1%}" for moved in requantized(change)) + " |")
     print(
@@ -63,7 +63,9 @@ def main() -> None:
         count = layers * sum(i * o for i, o in kernels)
         packed = layers * sum(nf4_bytes(i, o) for i, o in kernels)
         others = 2 * (2 * vocab * embed + (2 * layers + 1) * embed)
-        lora = [3 * 4 * layers * rank * sum(i + o for i, o in kernels) for rank in (16, 64)]  # itself, and two moments
+        lora = [
+            3 * 4 * layers * rank * sum(i + o for i, o in kernels) for rank in (16, 64)
+        ]  # the parameters and two moments
         numbers = (2 * count, packed, others, *lora, packed + others + lora[0])
         print(f"| {name} | {count / 1e9:.2f} G | " + " | ".join(f"{number / GIB:.2f}" for number in numbers) + " |")
         assert packed * 8 / count <= 4.13

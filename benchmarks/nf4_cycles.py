@@ -1,13 +1,12 @@
-"""What products with NF4 kernels cost a TPU against bfloat16 ones, in the estimate of its compiler: no TPU is needed.
+"""The cost of matrix products with NF4 kernels relative to bfloat16 kernels on a TPU, as its compiler estimates it.
 
     python benchmarks/nf4_cycles.py
 
-The seven projections of a Llama's layer on 2048 tokens, y = x W and dx = dy W^T, compiled for a v5e (extra `tpu`): each
-product alone; all as one program in which those of one input share it; and as they stand in a train step, the gradient
-of LoRAs of rank 16 on them in four scanned and rematerialised layers. A program takes and returns activations in the
-layout that its compiler chooses, with NF4 and with bfloat16, as it does between the layers of a model. Prints the sums of
-the estimated cycles of all operations (the compiler has none for the lookup of the absmax), NF4 over bfloat16, and the
-temporary memory.
+The seven projections of a Llama layer on 2048 tokens, y = x W and dx = dy W^T, are compiled for a v5e (extra `tpu`; no TPU
+is needed): each product alone; all of them as one program in which projections share their inputs; and as in a train
+step, the gradients of rank-16 LoRAs in four scanned and rematerialized layers. In each program the compiler chooses the
+layouts of the activations, as it does between the layers of a model. Prints the sums of the estimated cycles of all
+operations (the compiler has no estimate for the absmax lookup), the ratio of NF4 to bfloat16, and the temporary memory.
 """
 
 import functools
@@ -32,7 +31,7 @@ Cost = tuple[int, int]
 
 
 def projections(config: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
-    """(in, out) of a layer's linear layers, those of one input together."""
+    """(in, out) of a layer's projections, grouped by their input."""
     embed, mlp = config["hidden_size"], config["intermediate_size"]
     kv = embed // config["num_attention_heads"] * config["num_key_value_heads"]
     return {
@@ -44,7 +43,7 @@ def projections(config: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]
 
 
 def both_passes(activations: tuple[Any, Any], kernels: Any) -> Any:
-    """y = x W of every kernel, and the gradient of every input, dx = sum of dy W^T over the kernels that it goes into.
+    """y = x W for every kernel, and for every input dx = sum of dy W^T over the kernels that read it.
 
     activations: the inputs, and the gradients of the outputs.
     """
@@ -58,8 +57,8 @@ def both_passes(activations: tuple[Any, Any], kernels: Any) -> Any:
 
 
 def gradients(shapes: dict[str, tuple[int, int]], kernels: Any) -> Cost:
-    """What the gradients of LoRAs on the projections of scanned layers cost, with rematerialisation; without attention's
-    core, whose place a product of the same shapes takes. A loop's body counts once."""
+    """The cost of the gradients of LoRAs on the projections of scanned, rematerialized layers. A product of the same shapes
+    stands in for the attention core. The body of a loop counts once."""
 
     def layer(x: jax.Array, slices: Any) -> tuple[jax.Array, None]:
         linear = lambda name, x: matmul(x, slices[name][0]) + x @ slices[name][1] @ slices[name][2]  # noqa: E731
@@ -87,7 +86,7 @@ def normed(x: jax.Array) -> jax.Array:
 
 
 def layer(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Shapes of the activations, which are the inputs and the gradients of the outputs, and of the kernels."""
+    """The shapes of the activations (the inputs, and the gradients of the outputs) and of the kernels."""
     shapes = projections(config)
     inputs = {name: rows(next(iter(group.values()))[0]) for name, group in shapes.items()}
     gradients = {name: {one: rows(out) for one, (_, out) in group.items()} for name, group in shapes.items()}
@@ -113,7 +112,7 @@ def backward(y: jax.Array, kernel: Any) -> jax.Array:
 
 @functools.cache
 def product(inputs: int, outputs: int, quantized: bool) -> Cost:
-    """What y = x W and dx = dy W^T cost, as a program each: cycles in all, and the larger temporary memory."""
+    """The cost of y = x W and dx = dy W^T as two programs: their cycles together, and the larger temporary memory."""
     kernel: Any = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
     kernel = jax.eval_shape(nf4.quantize, kernel) if quantized else kernel
     one, other = cost(forward, rows(inputs), kernel), cost(backward, rows(outputs), kernel)
@@ -134,7 +133,7 @@ def cost(function: Callable, activations: Any, *parameters: Any) -> Cost:
 
 def main() -> None:
     for name in ("llama-3.1-8b", "llama-3.1-70b"):
-        print(f"{name}, {TOKENS} tokens: estimated cycles of NF4 over bfloat16; temporary memory with NF4, MiB")
+        print(f"{name}, {TOKENS} tokens: estimated cycles of NF4 / bfloat16; temporary memory of NF4 in MiB")
         total = {False: 0, True: 0}
         for group in projections(sizes(name)).values():
             for one, (inputs, outputs) in group.items():
@@ -142,10 +141,10 @@ def main() -> None:
                 total[False], total[True] = total[False] + dense, total[True] + nested
                 print(
                     f"  {one:6} {inputs:5} x {outputs:5} {nested:11,} / {dense:11,} = {nested / dense:.3f}; "
-                    f"{temporary / 2**20:.1f}, decoded it would be {2 * inputs * outputs / 2**20:.0f}",
+                    f"{temporary / 2**20:.1f}, a decoded kernel has {2 * inputs * outputs / 2**20:.0f}",
                     flush=True,
                 )
-        print(f"  sum of the products alone: {total[True] / total[False]:.3f} (bound 1.10)")
+        print(f"  sum of the single products: {total[True] / total[False]:.3f} (bound 1.10)")
         activations, kernels = layer(sizes(name))
         quantized = jax.tree.map(lambda kernel: jax.eval_shape(nf4.quantize, kernel), kernels)
         dense, _ = cost(both_passes, activations, kernels)
@@ -157,8 +156,8 @@ def main() -> None:
         dense, dense_temporary = gradients(shapes, stacks)
         nested, temporary = gradients(shapes, nested_stacks)
         print(
-            f"  in layers with LoRA: {nested:,} / {dense:,} = {nested / dense:.3f}; {temporary / 2**20:.0f}, with "
-            f"bfloat16 {dense_temporary / 2**20:.0f}",
+            f"  in layers with LoRA: {nested:,} / {dense:,} = {nested / dense:.3f}; {temporary / 2**20:.0f}, "
+            f"bfloat16 has {dense_temporary / 2**20:.0f}",
             flush=True,
         )
 

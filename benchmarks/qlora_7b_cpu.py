@@ -1,12 +1,12 @@
-"""How much memory QLoRA of a 7B Llama takes on a CPU, from a 16-bit checkpoint to optimizer steps.
+"""The peak memory of QLoRA on a 7B Llama on a CPU, from loading a 16-bit checkpoint to taking optimizer steps.
 
     python benchmarks/qlora_7b_cpu.py DIR [--layers=32] [--dtype=bfloat16] [--steps=3]
 
-DIR: where the checkpoint is, 13.5 GB of bfloat16; random weights of LLaMA 7B's shape are written there if it is not there
-yet, by another process. Loads it with its kernels in NF4 as they arrive, puts a LoRA of rank 16 on all linear layers and
-takes steps of AdamW on one sequence of 32 random tokens, always the same, by the train step of `python -m peftjax.train`.
-Prints the peak of the process's resident memory (VmHWM of /proc, so Linux), Python, the compiler and all else included,
-against 8 GiB and against the checkpoint's bytes.
+DIR holds the checkpoint, 13.5 GB in bfloat16. If there is none, another process writes random weights in LLaMA 7B's shape
+there. The script loads it and quantizes each kernel to NF4 as it is read, attaches a rank-16 LoRA to all linear layers and
+takes AdamW steps on one sequence of 32 random tokens, always the same, with the train step of `python -m peftjax.train`.
+It prints the peak resident memory of the process (VmHWM in /proc, so Linux only), including Python and the compiler,
+relative to 8 GiB and to the checkpoint's bytes.
 """
 
 import argparse
@@ -32,14 +32,13 @@ def write(directory: str, layers: str) -> None:
 
 
 def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
-    """The model loaded and quantized, with its LoRA; the train step, its state and the frozen base."""
+    """Load and quantize the model and attach its LoRA; return the train step, its state and the frozen parameters."""
     from flax import nnx
 
     import peftjax
     from peftjax import methods
     from peftjax.core import variables
     from peftjax.losses import next_token_loss
-    from peftjax.training import config as configs
     from peftjax.training import optim
     from peftjax.training.step import Objective, init_state, make_train_step
 
@@ -50,9 +49,7 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    config = configs.defaults().optim
-    config.learning_rate = 1e-3
-    optimizer = optim.make_optimizer(config, 100, decayed)
+    optimizer = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-3), 100, decayed)
     state = init_state(trainable, optimizer, seed=0)
     variables.update(model, state.trainable)  # the state holds copies: let go of the originals, as train.py does
     return make_train_step(Objective(graph, partial(next_token_loss, chunk=LENGTH)), optimizer, state), state, frozen
@@ -60,11 +57,11 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
 
 def report(when: str) -> None:
     peak = resident("VmHWM")
-    print(f"peak {when:14} {peak / GIB:5.2f} GiB, {peak / BOUND:4.2f} of 8 GiB; now {told('VmRSS')}, of which "
-          f"{told('RssAnon')} its own and {told('RssFile')} of files", flush=True)  # fmt: skip
+    print(f"peak {when:14} {peak / GIB:5.2f} GiB, {peak / BOUND:4.2f} of 8 GiB; now {current('VmRSS')}, "
+          f"{current('RssAnon')} of it anonymous and {current('RssFile')} of mapped files", flush=True)  # fmt: skip
 
 
-def told(field: str) -> str:
+def current(field: str) -> str:
     return f"{resident(field) / GIB:.2f}"
 
 
@@ -78,7 +75,7 @@ def main() -> None:
     if not (options.directory / "config.json").exists():
         subprocess.run([sys.executable, __file__, "write", str(options.directory), str(options.layers)], check=True)
     stored = sum(file.stat().st_size for file in options.directory.glob("*.safetensors"))
-    print(f"{options.layers} layers, {stored / GIB:.2f} GiB in bfloat16; computed in {options.dtype}")
+    print(f"{options.layers} layers, {stored / GIB:.2f} GiB in bfloat16; compute dtype {options.dtype}")
 
     import jax
     import numpy as np
@@ -104,7 +101,7 @@ def main() -> None:
             loss = float(measured["loss"])
             print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
     report("after the steps")
-    print(f"ratio to the checkpoint's bytes {resident('VmHWM') / stored:.2f}")
+    print(f"peak / checkpoint bytes: {resident('VmHWM') / stored:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a QLoRA train step needs of a device's memory, by the compiler of that device: no such device is needed.
+"""The device memory that a QLoRA train step needs, according to the device's compiler.
 
     python benchmarks/qlora_memory.py 65b-a6000 [--base=bfloat16] [--text=FILE] [--config.train.loss_chunk=64 ...]
 
-Prints arguments, temporaries and the sum for each device, and what it leaves free; --base=bfloat16 is the same step
-over a base that is not quantized, --text writes down the compiled program. The train step is that of `python -m
-peftjax.train`, from shapes alone. TPU cases need the extra `tpu`, GPU cases the extra `cuda-plan`. `python -m
-peftjax.plan` says more, of any config.
+Prints the bytes of arguments, temporaries and outputs on each device, their total and the memory left. --base=bfloat16
+compiles the same step over a base that is not quantized; --text writes the compiled program to a file. The step is the one
+that `python -m peftjax.train` runs, built from shapes alone. The device need not be attached: TPU cases need the extra
+`tpu`, GPU cases the extra `cuda-plan`. `python -m peftjax.plan` prints more, for any config.
 """
 
 import json
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# before jax: it shall not look for hardware
+# before jax is imported, so that it does not look for hardware
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 from peftjax.plan import devices
-from peftjax.plan import measure as plan
-from peftjax.plan.devices import GIB
+from peftjax.plan.chips import GIB
+from peftjax.plan.measure import compile_step
+from peftjax.plan.traced import trace_step
 from peftjax.training import config as configs
 
 HERE = Path(__file__).parent
@@ -41,12 +42,12 @@ CASES = {
 
 
 def sizes(model: str) -> dict[str, Any]:
-    """A model's config.json."""
+    """The fields of a model's config.json."""
     return json.loads((HERE / "models" / model / "config.json").read_text())
 
 
 def make_config(fields: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """The config that `python -m peftjax.train --config=configs/base.py` would make of these."""
+    """The config of `python -m peftjax.train --config=configs/base.py` with these fields and overrides."""
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     base = HERE.parent / "configs" / "base.py"
     return configs.load(base, [*given, *overrides])
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     started = time.perf_counter()
     mesh = device.mesh(config.mesh)
-    compiled = plan.compile_step(plan.sketch(config, sizes(model), mesh), device, mesh)
+    compiled = compile_step(trace_step(config, sizes(model), mesh), device, mesh)
     found = compiled.memory_analysis()
     if dumped:
         Path(dumped[0]).write_text(compiled.as_text())
@@ -77,9 +78,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     print(
         f"arguments {found.argument_size_in_bytes / GIB:.2f} GiB, temporaries {found.temp_size_in_bytes / GIB:.2f}, outputs "
-        f"{found.output_size_in_bytes / GIB:.2f} (of which in place of arguments {found.alias_size_in_bytes / GIB:.2f}); "
+        f"{found.output_size_in_bytes / GIB:.2f} ({found.alias_size_in_bytes / GIB:.2f} of them in the arguments' memory); "
         f"total {total / GIB:.2f} of {device.memory / GIB:.2f}, {(device.memory - total) / GIB:.2f} left"
-        f"  [{time.perf_counter() - started:.0f} s to compile]"
+        f"  [compiled in {time.perf_counter() - started:.0f} s]"
     )
 
 

@@ -1,9 +1,9 @@
-"""How long it takes to switch from one adapter to another, against loading the other one from its file.
+"""The time to switch from one attached adapter to another, relative to loading the other one from its file.
 
-JAX_PLATFORMS=cpu python benchmarks/swap.py
+    JAX_PLATFORMS=cpu python benchmarks/swap.py
 
-A random Llama of 24 layers and width 512 (about 79 million parameters) with two rank-16 LoRAs on all linear layers. Times are medians;
-a switch is `use` and the new arguments of a compiled forward pass, which must not compile again.
+A random Llama of 24 layers and width 512 (about 79 million parameters) has two rank-16 LoRAs on all linear layers. A switch
+is `use` and the new arguments of a compiled forward pass, which must not compile again. Times are medians.
 """
 
 import statistics
@@ -57,9 +57,9 @@ def main() -> None:
             peftjax.detach(peftjax.load_adapter(model, path, name="three"), "three")
 
         loaded = median(load, repeats=5)
-    assert compiled._cache_size() == 1, "a switch compiled again"
-    print(f"{parameters / 1e6:.0f} million parameters; a switch takes {1e3 * swapped:.1f} ms, loading from the file "
-          f"{1e3 * loaded:.0f} ms: ratio {swapped / loaded:.3f}; compiled once")  # fmt: skip
+    assert compiled._cache_size() == 1, "a switch caused a compilation"
+    print(f"{parameters / 1e6:.0f} million parameters; switching takes {1e3 * swapped:.1f} ms, loading from a file "
+          f"{1e3 * loaded:.0f} ms, ratio {swapped / loaded:.3f}; compiled once")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A step of several LoRAs side by side, as `python -m peftjax.sweep` takes it, against as many steps of one alone.
+"""The time of one step of several LoRAs trained together by `python -m peftjax.sweep`, relative to separate steps.
 
     PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4]
 
-A random Llama of 4 layers in NF4, LoRA of rank 4 on all linear layers, packed sequences of 64 tokens. Times are medians over
-rounds in which all take turns; one alone is a population of one.
+A random Llama of 4 layers with NF4 kernels, rank-4 LoRAs on all linear layers, packed sequences of 64 tokens. A separate
+step is a population of one. Times are medians over rounds in which all populations take turns.
 """
 
 import argparse
@@ -24,7 +24,7 @@ COUNTS, ROUNDS = (1, 2, 4, 8), 7
 
 
 def model_directory(root: Path, width: int) -> Path:
-    """The embedded base's tokenizer and config.json with other sizes, without weights."""
+    """The bundled model's tokenizer and its config.json with other sizes, without weights."""
     made = root / "model"
     shutil.copytree(resolve("embedded"), made, ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
@@ -63,10 +63,10 @@ def main() -> None:
                 advance(number)
                 jax.block_until_ready([one.state for one in group])
                 seconds[count].append(time.perf_counter() - started)
-    print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens for each")
+    print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens per LoRA")
     for count in COUNTS[1:]:
         ratio = statistics.median(many / one for many, one in zip(seconds[count], seconds[1], strict=True)) / count
-        print(f"a step of {count} side by side takes {ratio:.2f} of the time of {count} steps of one alone")
+        print(f"one step of {count} LoRAs together takes {ratio:.2f} of the time of {count} separate steps")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Every method beside the others, for one model: what it trains, its share of the base, the size of its adapter file.
+"""The command that lists all methods for one model: trainable parameters, their share of the base, adapter file size.
 
     python -m peftjax.list_methods [--model=DIR] [--method=lora]
 
-Counted from the shapes alone: of a model directory only config.json is read. `--method` shows the options of one.
+All figures are counted from shapes: of a model directory only config.json is read. `--method` explains one method and its
+options.
 """
 
 import argparse
 import dataclasses
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +27,21 @@ from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.models import from_hf_config
 
-# What a method cannot do without, for the table: AdaLoRA's size does not depend on it, that of tokens is of one token.
-NEEDED: dict[str, dict[str, Any]] = {"adalora": {"total_steps": 1000}, "trainable_tokens": {"token_indices": (0,)}}
+# Options without which a method cannot be made, for the table. AdaLoRA's size does not depend on its total_steps;
+# trainable_tokens is counted for one token.
+_REQUIRED: dict[str, dict[str, Any]] = {"adalora": {"total_steps": 1000}, "trainable_tokens": {"token_indices": (0,)}}
 
 
 class Row(NamedTuple):
-    """A method with its default options on a model; refused: why it does not fit this one, empty if it does."""
+    """A method with its default options on one model.
+
+    Attributes:
+        name: Name of the method.
+        trained: Number of trainable parameters.
+        share: Their share of the base's parameters.
+        file_bytes: Size of the tensors in the adapter file; 0 if the method has no adapter file.
+        refused: Why the method does not fit the model; empty if it does.
+    """
 
     name: str
     trained: int
@@ -40,11 +51,16 @@ class Row(NamedTuple):
 
 
 def row(config: Any, name: str) -> Row:
-    """What the method called `name` would train on a model, without making either."""
+    """Count what a method would train on a model, without making either.
+
+    Args:
+        config: The model's config, from `models.from_hf_config`.
+        name: Name of the method.
+    """
     counted = {"base": 0, "trained": 0}
 
     def attached() -> dict[str, jax.Array]:
-        method = methods.METHODS[name](**NEEDED.get(name, {}))
+        method = methods.METHODS[name](**_REQUIRED.get(name, {}))
         model = config.make(nnx.Rngs(0))
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         if method.trains is nnx.Param:
@@ -61,56 +77,84 @@ def row(config: Any, name: str) -> Row:
     return Row(name, counted["trained"], counted["trained"] / counted["base"], size, "")
 
 
-def table(config: Any) -> Table:
-    """All methods with their default options; for one that does not fit so, why."""
+def table(rows: Sequence[Row]) -> Table:
+    """Return the table of some methods, each with its equation."""
     shown = Table(box=box.SIMPLE, expand=True, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
-    for heading in ("trains", "of base", "file"):
+    for heading in ("trainable", "of base", "file size"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("", ratio=1)
-    for name in sorted(methods.METHODS):
-        found = row(config, name)
+    for found in rows:
         if found.refused:
-            shown.add_row(name, "-", "-", "-", Text(found.refused))
+            shown.add_row(found.name, "-", "-", "-", "does not fit, see below")
         else:
-            size = format_bytes(found.file_bytes) if found.file_bytes else "the model"
-            told = ", ".join(f"{option}={value!r}" for option, value in NEEDED.get(name, {}).items())
-            told = f"with {told}" if told else first_line(methods.METHODS[name])
-            said = Text(told, no_wrap=True, overflow="ellipsis")
-            shown.add_row(name, f"{found.trained:,}", f"{found.share:.2%}", size, said)
+            size = format_bytes(found.file_bytes) if found.file_bytes else "full model"
+            equation = Text(_equation(methods.METHODS[found.name]))
+            shown.add_row(found.name, f"{found.trained:,}", f"{found.share:.2%}", size, equation)
     return shown
 
 
-def first_line(cls: type) -> str:
-    """The equation at the head of a method's file."""
-    module = inspect.getmodule(cls)
-    assert module is not None
-    return (module.__doc__ or "").strip().partition("\n")[0]
+def _equation(cls: type) -> str:
+    """The equation in the first line of a method's file: of "LoRA: y = x W + s (x A) B, with W frozen", the middle."""
+    name, _, rest = _documentation(inspect.getmodule(cls)).partition("\n")[0].partition(": ")
+    return (rest or name).partition(", ")[0].rstrip(".")
 
 
-def options(name: str) -> Table:
-    """The options of a method with their defaults."""
-    shown = Table("option", "default", box=box.SIMPLE)
-    for field in dataclasses.fields(methods.METHODS[name]):
-        shown.add_row(field.name, repr(field.default))
-    return shown
+def print_methods(config: Any, console: Console) -> None:
+    """Print the table of all methods with their default options, and why some of them do not fit the model."""
+    rows = [row(config, name) for name in sorted(methods.METHODS)]
+    console.print(table(rows))
+    for name, options in _REQUIRED.items():
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        console.print(f"{name} is counted with {given}.", highlight=False, markup=False, soft_wrap=True)
+    for found in rows:
+        if found.refused:
+            reason = f"{found.name} does not fit with its default options: {found.refused}"
+            console.print(reason, highlight=False, markup=False, soft_wrap=True)
+
+
+def explain(name: str, console: Console) -> None:
+    """Print a method's equation and source, its options, and their defaults."""
+    cls = methods.method_class(name)
+    declaring = cls.__mro__[: cls.__mro__.index(adapters.Method)]  # options are explained where they are declared
+    texts = [_documentation(part) for part in (inspect.getmodule(cls), *declaring)]
+    console.print("\n\n".join(texts), highlight=False, markup=False, soft_wrap=True)
+    defaults = Table("option", "default", box=box.SIMPLE)
+    for field in dataclasses.fields(cls):
+        defaults.add_row(field.name, _default(field))
+    console.print(defaults)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def _documentation(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").strip()
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m peftjax.list_methods", description="Methods beside each other.")
-    parser.add_argument("--model", default="embedded", help='a model directory, a hub id, or "embedded" (default)')
-    parser.add_argument("--method", help="show the options of this one")
+    """Run the command: print the table of all methods, or explain one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peftjax.list_methods",
+        description="List all methods with the parameters they would train on a model, or explain one method.",
+    )
+    parser.add_argument(
+        "--model",
+        default="embedded",
+        metavar="DIR",
+        help='model directory, Hugging Face Hub id, or "embedded" for the bundled demo model (default)',
+    )
+    parser.add_argument("--method", metavar="NAME", help="explain this method and its options instead")
     given = parser.parse_args(argv)
     console = Console()
     if given.method:
-        cls = methods.method_class(given.method)
-        console.print(inspect.getdoc(inspect.getmodule(cls)), highlight=False, markup=False, soft_wrap=True)
-        for part in cls.__mro__[: cls.__mro__.index(adapters.Method)]:  # options are explained where they are declared
-            console.print("\n" + (inspect.getdoc(part) or ""), highlight=False, markup=False, soft_wrap=True)
-        console.print(options(given.method))
+        explain(given.method, console)
         return
     directory = resolve(given.model)
-    console.print(table(from_hf_config(read_json(directory / "config.json"))))
+    print_methods(from_hf_config(read_json(directory / "config.json")), console)
 
 
 if __name__ == "__main__":

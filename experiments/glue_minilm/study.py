@@ -69,24 +69,26 @@ def run_config(options: argparse.Namespace, task: str, method: str, rate: float)
     template, length, steps, _ = TASKS[task]
     return configs.changed(
         configs.load(f"{CONFIG}:{task}"),
-        method=make_config(method, **METHODS[method]).to_dict(),
-        model__path=options.model,
-        data__train=(f"{options.data}/{task}/train.jsonl.gz",),
-        data__eval=(f"{options.data}/{task}/validation.jsonl.gz",),
-        data__prompt_template=template,
-        data__max_length=length,
-        train__batch_size=BATCH,
-        train__steps=steps,
-        train__eval_every=0,
-        optim__learning_rate=rate,
-        optim__warmup_steps=steps // 16,
-        checkpoint__every=steps,
+        {
+            "method": make_config(method, **METHODS[method]).to_dict(),
+            "model.path": options.model,
+            "data.train": (f"{options.data}/{task}/train.jsonl.gz",),
+            "data.eval": (f"{options.data}/{task}/validation.jsonl.gz",),
+            "data.prompt_template": template,
+            "data.max_length": length,
+            "train.batch_size": BATCH,
+            "train.steps": steps,
+            "train.eval_every": 0,
+            "optim.learning_rate": rate,
+            "optim.warmup_steps": steps // 16,
+            "checkpoint.every": steps,
+        },
     )
 
 
 def held_out(config: Config, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
     """The test scores of the model that a run left."""
-    config = configs.changed(config, data__eval=(f"{options.data}/{task}/test.jsonl.gz",))
+    config = configs.changed(config, {"data.eval": (f"{options.data}/{task}/test.jsonl.gz",)})
     mesh = sharding.make_mesh(config.mesh.sizes)
     model, trained_task = load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):

@@ -212,11 +212,10 @@ def open_image(value: Any) -> "Image":
     return image.convert("RGB")
 
 
-def model_sides(directory: Path) -> tuple[int, int]:
-    """Height and width of the images that the model in a directory reads."""
-    config = read_json_if_any(directory / "config.json")
+def model_sides(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the images that the model with this config.json reads."""
     if (channels := config.get("num_channels", CHANNELS)) != CHANNELS:
-        raise UserError(f"{directory}: the model reads {channels} channels (num_channels), but images are RGB")
+        raise UserError(f"config.json: the model reads {channels} channels (num_channels), but images are RGB")
     size = config.get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

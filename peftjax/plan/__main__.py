@@ -1,10 +1,10 @@
-"""Will it fit, and how fast could it be: the train step of a config, compiled for devices that need not be there.
+"""The command that plans a training run: does its train step fit a device, and how fast can it be?
 
     python -m peftjax.plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--search=batch|length|rank] [--compare]
 
-Of the model only config.json is read. The compiler is the device's own, the TPU's (extra `tpu`) or XLA:GPU (extra
-`cuda-plan`); where it is not installed, what it would say is estimated, and every line that rests on that says so.
-docs/plan.md explains what is printed.
+The devices need not be attached, and only config.json of the model is read. The step is compiled by the device's own
+compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
+every line that depends on them says so. docs/plan.md explains the output.
 """
 
 import argparse
@@ -15,68 +15,90 @@ from typing import Any
 
 from rich.console import Console
 
-from peftjax import methods
 from peftjax.core import cli
-from peftjax.core import config as configs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.plan import devices
 from peftjax.plan.plan import Plan
-from peftjax.plan.search import Probe, compared, search
+from peftjax.plan.search import Probe, search
 from peftjax.plan.tables import compare_table, search_table, show
+from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
+from peftjax.training import config as configs
+from peftjax.training.config import Config
+
+_SUMMARY = """\
+Plan a training run: whether its train step fits a device, and how fast it can be at best.
+
+The devices need not be attached, and no weights are read. Exits with 0 if the step fits and with 1 if it does not."""
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", required=True, help="v5e:4x4, a6000, h100:8, cpu and so on")
-    several = parser.add_mutually_exclusive_group()
-    several.add_argument("--search", choices=("batch", "length", "rank"), help="the largest that fits")
-    several.add_argument("--compare", action="store_true", help="full fine-tuning, LoRA, QLoRA and the config's method")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", required=True, metavar="NAME", help="target device: v5e:4x4, a6000, h100:8, cpu, ..."
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--search",
+        choices=("batch", "length", "rank"),
+        help="find the largest batch size, sequence length or rank that fits",
+    )
+    modes.add_argument(
+        "--compare", action="store_true", help="compare full fine-tuning, LoRA, QLoRA and the config's method"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
 
 
 def main(argv: list[str]) -> int:
-    summary = "What a config's train step needs of a device that need not be there. Exits with 1 if it does not fit."
-    given = cli.parse(argv, "plan", summary, workdir=False, options=_options)
+    """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
+    given = cli.parse(argv, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
     device = devices.find(given.device)
-    config = configs.load(given.config, given.overrides, method_defaults=methods.method_defaults)
-    shape = device.mesh_shape(config.mesh)
+    config = configs.load(given.config, given.overrides)
+    shape = device.mesh_shape(config.mesh.sizes)
     directory = resolve(config.model.path, config.model.revision, files=("config.json",))
     hf_config = read_json(directory / "config.json")
     console = Console(highlight=False, soft_wrap=True)
-    several = bool(given.search or given.compare)
+    one = not (given.search or given.compare)
 
-    def probe(other: Any) -> Plan:
+    def probe(other: Config) -> Plan:
         with Console(stderr=True).status(f"compiling for {device.name}"):
-            return ask(other, hf_config, device, advise=not several)
+            return ask(other, hf_config, device, advise=one)
 
-    if missing := device.missing():
-        console.print(f"[yellow]{missing}[/]\n") if several else None
+    result: Any
+    missing = device.missing()
+    if missing and not one:
+        console.print(f"[yellow]{missing}[/]\n")
     if given.search:
-        parts = shape["data"] * shape["fsdp"]
-        probes = []
-        for value, found in search(given.search, config, parts, probe):
-            probes.append((value, found))
-        console.print(search_table(given.search, probes))
-        best = max((value for value, found in probes if isinstance(found, Plan) and found.fits), default=None)
-        console.print(f"largest {given.search} that fits: {best or 'none'}")
-        result: Any = [{given.search: value} | _record(found) for value, found in probes]
-        code = best is None
+        fits, result = _search(console, config, given.search, shape["data"] * shape["fsdp"], probe)
     elif given.compare:
-        plans = {name: _asked(probe, other) for name, other in compared(config).items()}
-        console.print(compare_table(plans))
-        result, code = {name: _record(plan) for name, plan in plans.items()}, False
+        fits, result = _compare(console, config, probe)
     else:
         plan = probe(config)
         show(console, config, plan, missing)
-        result, code = _record(plan), not plan.fits
+        fits, result = plan.fits, _record(plan)
     if given.json:
         write_atomically(given.json, json.dumps(result, indent=1) + "\n")
-    return int(code)
+    return 0 if fits else 1
 
 
-def _asked(probe: Probe, config: Any) -> Plan | UserError:
+def _search(console: Console, config: Config, kind: str, parts: int, probe: Probe) -> tuple[bool, list[dict[str, Any]]]:
+    """Print a search; return whether any value fits, and the record of all plans."""
+    probes = list(search(kind, config, parts, probe))
+    best = max((value for value, found in probes if isinstance(found, Plan) and found.fits), default=None)
+    console.print(search_table(kind, probes))
+    console.print(f"largest {kind} that fits: {best or 'none'}")
+    return best is not None, [{kind: value} | _record(found) for value, found in probes]
+
+
+def _compare(console: Console, config: Config, probe: Probe) -> tuple[bool, dict[str, Any]]:
+    """Print a comparison; return True, and the record of all plans."""
+    plans = {name: _plan_or_error(probe, other) for name, other in comparison(config).items()}
+    console.print(compare_table(plans))
+    return True, {name: _record(plan) for name, plan in plans.items()}
+
+
+def _plan_or_error(probe: Probe, config: Config) -> Plan | UserError:
     try:
         return probe(config)
     except UserError as error:
@@ -84,10 +106,10 @@ def _asked(probe: Probe, config: Any) -> Plan | UserError:
 
 
 def _record(plan: Plan | UserError) -> dict[str, Any]:
+    """A plan for the JSON file, with its derived figures."""
     if isinstance(plan, UserError):
         return {"error": str(plan)}
-    bound = plan.seconds()
-    return dataclasses.asdict(plan) | {"needed": plan.needed, "fits": plan.fits, "seconds": bound}
+    return dataclasses.asdict(plan) | {"needed": plan.needed, "fits": plan.fits, "seconds": plan.seconds()}
 
 
 if __name__ == "__main__":

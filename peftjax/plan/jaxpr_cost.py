@@ -1,25 +1,27 @@
-"""What a program costs before a compiler has seen it, counted in its jaxpr.
+"""The cost of a program before it is compiled, counted in its jaxpr.
 
-Layers and microbatches are loops here, and what is in a loop counts as often as it runs.
+Layers and microbatches are loops in this code base. The body of a loop counts as often as it runs.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 from jax.extend import core
 
+Atom = core.Var | core.Literal  # an operand
 
-def bits(dtype: Any) -> int:
-    """Of an element as it is stored: 4 of int4."""
+
+def bits(dtype: jnp.dtype) -> int:
+    """Return the number of bits in which an element is stored: 4 for int4, 8 for bool."""
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).bits)
     return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * int(dtype.itemsize)
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
-    """2 M N K of every product of the program, summed, those in loops as often as they run: of all devices together."""
+    """Return the sum of 2 M N K over all matrix products that the program runs, on all devices together."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -32,24 +34,23 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def live_bytes(jaxpr: core.Jaxpr) -> int:
-    """The most bytes of arrays beside its arguments that the program holds at one time, if it ran one operation after the
-    other, kept an array until its last use, and wrote down what is computed element by element only where it is read as
-    `_read_whole` says (elsewhere a compiler computes it where it is used). A loop holds its results, such as what the backward
-    pass reads of each layer, and what one pass through its body holds."""
+    """Return an estimate of the peak memory of the program's intermediate values, its arguments excluded.
+
+    The model: one operation runs after the other. An array is kept until its last use. An element-wise result is written
+    to memory only where `_materialized` says so; elsewhere a compiler fuses it into its consumer. A loop holds its
+    results, such as the values of every layer that the backward pass reads, and the peak of one pass through its body.
+    """
     last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if _is_var(var)}
     last |= dict.fromkeys((var for var in jaxpr.outvars if _is_var(var)), len(jaxpr.eqns))
-    factors = _read_whole(jaxpr)
-    held: dict[Any, int] = {}
+    materialized = _materialized(jaxpr)
+    held: dict[core.Var, int] = {}
     peak = 0
     for index, equation in enumerate(jaxpr.eqns):
-        loop = (
-            equation.primitive.name == "while" or equation.params.get("length", 1) > 1
-        )  # one of a single trip is none
         inside = max((live_bytes(body) for body, _ in _inner(equation)), default=0)
         written = _is_written(equation)
-        made = {var: _bytes(var) if written or var in factors else 0 for var in equation.outvars}
+        made = {var: _bytes(var) if written or var in materialized else 0 for var in equation.outvars}
         own = sum(made.values())
-        peak = max(peak, sum(held.values()) + (own + inside if loop else max(own, inside)))
+        peak = max(peak, sum(held.values()) + (own + inside if _is_loop(equation) else max(own, inside)))
         held |= {var: size for var, size in made.items() if last.get(var, -1) > index}
         for var in equation.invars:
             if _is_var(var) and last[var] == index:
@@ -57,9 +58,14 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     return peak
 
 
-def _read_whole(jaxpr: core.Jaxpr) -> set[Any]:
-    """What a product reads, or a reduction and another operation, such as the numerators of a softmax."""
-    readers: dict[Any, list[str]] = {}
+def _is_loop(equation: core.JaxprEqn) -> bool:
+    """Whether an operation is a loop of more than one trip."""
+    return equation.primitive.name == "while" or equation.params.get("length", 1) > 1
+
+
+def _materialized(jaxpr: core.Jaxpr) -> set[core.Var]:
+    """The variables that a product reads, or both a reduction and another operation, such as a softmax's numerators."""
+    readers: dict[core.Var, list[str]] = {}
     for equation in jaxpr.eqns:
         for var in equation.invars:
             if _is_var(var):
@@ -71,30 +77,34 @@ def _read_whole(jaxpr: core.Jaxpr) -> set[Any]:
     }
 
 
-# An array that these make is written to memory; what others make, element by element, is computed where it is read.
+# These write their results to memory. All other operations are taken to be fused into their consumers.
 _WRITTEN = ("dot_general", "conv", "scan", "while", "sort", "scatter", "concatenate", "dynamic_update", "cum")
 
 
-def _is_written(equation: Any) -> bool:
+def _is_written(equation: core.JaxprEqn) -> bool:
     return equation.primitive.name.startswith(_WRITTEN) or any(
         _is_written(own) for body, _ in _inner(equation) for own in body.eqns
     )
 
 
-def _is_var(var: Any) -> bool:
+def _is_var(var: Atom) -> TypeGuard[core.Var]:
     return isinstance(var, core.Var)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
-    return tuple(var.aval.shape)
+def _shape(var: Atom) -> tuple[int, ...]:
+    return tuple(_aval(var).shape)
 
 
-def _bytes(var: Any) -> int:
-    return math.prod(_shape(var)) * bits(var.aval.dtype) // 8
+def _bytes(var: Atom) -> int:
+    return math.prod(_shape(var)) * bits(_aval(var).dtype) // 8
 
 
-def _inner(equation: Any) -> Iterator[tuple[core.Jaxpr, int]]:
-    """The programs inside of an operation, and how often each runs."""
+def _aval(var: Atom) -> Any:
+    return var.aval  # of an array, or of a reference to one inside of a kernel
+
+
+def _inner(equation: core.JaxprEqn) -> Iterator[tuple[core.Jaxpr, int]]:
+    """The programs inside of an operation, and how often each of them runs."""
     trips = equation.params["length"] if equation.primitive.name == "scan" else 1
     for parameter in equation.params.values():
         for value in parameter if isinstance(parameter, tuple | list) else (parameter,):

@@ -1,4 +1,4 @@
-"""What a train step takes of its devices: the plan, and the time it takes at least."""
+"""The plan of a train step: the memory it needs, the work it does, and the least time it takes."""
 
 import dataclasses
 
@@ -7,44 +7,69 @@ from peftjax.plan import devices
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step takes. Bytes are those of one device, operations those of all devices together.
+    """What a train step needs. Bytes are per device; FLOP are those of all devices together.
 
-    Without a compiler, temporaries and moved are estimates, and collectives are not known.
+    `--json` writes these fields. Without a compiler, `temporaries` and `moved` are estimates and `collectives` is empty.
+
+    Attributes:
+        device: Full name of the devices.
+        devices: Number of devices.
+        memory: Bytes that a program can allocate.
+        mesh: Sizes of the mesh axes that split something.
+        compiler: Name of the compiler; empty if it is not installed.
+        arguments: Bytes of the step's arguments by group.
+        padding: Bytes that the compiler's layouts add to the arguments.
+        temporaries: Bytes of activations and other intermediate values.
+        others: Bytes of the program itself and of outputs that do not reuse an argument's memory.
+        gradients: Bytes of the gradients, which are part of `temporaries`. An estimate, since no compiler reports them.
+        positions: Number of positions in a batch, padding included; for images, patches and class tokens.
+        base_parameters: Number of parameters in the base.
+        trained_parameters: Number of trainable parameters.
+        adapter_bytes: Size of the adapter file; 0 for full fine-tuning.
+        full_bytes: Bytes of parameters, gradients and optimizer state of full fine-tuning, without activations.
+        flops: FLOP of the matrix products.
+        closed_flops: 4 FLOP (6 for full fine-tuning) for each kernel parameter at each position.
+        moved: Bytes read from and written to the device's memory.
+        collectives: For each kind, how many run and the bytes sent.
+        refused: The message of the TPU compiler if it rejects the program because it does not fit.
+        advice: Changes to the config and the bytes that each of them saves, the largest first.
     """
 
     device: str
     devices: int
-    memory: int  # that a program can have
-    mesh: dict[str, int]  # the axes that split something
-    compiler: str  # empty: it is not installed
-    arguments: dict[str, int]  # by what they are
-    padding: int  # what the compiler's layouts add to them
+    memory: int
+    mesh: dict[str, int]
+    compiler: str
+    arguments: dict[str, int]
+    padding: int
     temporaries: int
-    others: int  # the program itself, and results that do not take an argument's place
-    gradients: int  # a part of temporaries; an estimate, since no compiler tells
-    positions: int  # of a batch's sequences, padding included; of images, their patches and class tokens
+    others: int
+    gradients: int
+    positions: int
     base_parameters: int
     trained_parameters: int
-    adapter_bytes: int  # of the file; 0 in full fine-tuning
-    full_bytes: int  # parameters, gradients and optimizer state of full fine-tuning, without activations
-    flops: int  # of the matrix products
-    closed_flops: int  # 4 (6 in full fine-tuning) for each parameter of a kernel at each position
-    moved: int  # read from and written to the device's memory
-    collectives: dict[str, tuple[int, int]]  # by kind, how many and the bytes sent
-    refused: str = ""  # what the TPU compiler said, which makes no program that does not fit
-    advice: tuple[tuple[str, int], ...] = ()  # what to change, and what it saves
+    adapter_bytes: int
+    full_bytes: int
+    flops: int
+    closed_flops: int
+    moved: int
+    collectives: dict[str, tuple[int, int]]
+    refused: str = ""
+    advice: tuple[tuple[str, int], ...] = ()
 
     @property
     def needed(self) -> int:
-        """Bytes of a device's memory."""
+        """Bytes of memory that the step needs on each device."""
         return sum(self.arguments.values()) + self.padding + self.temporaries + self.others
 
     @property
     def fits(self) -> bool:
+        """Whether the step fits into the memory of each device."""
         return self.needed <= self.memory
 
     def seconds(self) -> dict[str, float]:
-        """The least that a step can take, by what bounds it; empty for a device without a data sheet."""
+        """Return the least time of a step for each resource ("products", "memory", "links"), in seconds: the work divided
+        by the data sheet's peak. The largest of them is the roofline bound. Empty for a device without a data sheet."""
         chip = devices.find(self.device).chip
         if chip is None:
             return {}

@@ -1,8 +1,7 @@
-"""Plans as text and tables."""
+"""Plans as printed text and tables."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from rich import box
@@ -15,105 +14,126 @@ from peftjax.core.units import format_bytes
 from peftjax.plan import devices
 from peftjax.plan.advice import more_devices
 from peftjax.plan.plan import Plan
+from peftjax.training.config import Config
+
+# `Plan` has names that its JSON keeps; these rows read better
+_ARGUMENTS = {"adapters' frozen parts": "frozen adapter constants", "parameters, all trained": "trainable parameters"}
+_TIMES = {"products": "compute time", "memory": "memory access time", "links": "communication time"}
 
 
-def show(console: Console, config: Any, plan: Plan, missing: str) -> None:
-    """All of a plan."""
-    device = devices.find(plan.device)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    console.print(f"[bold]{config.model.path}[/]: {_count(plan.base_parameters)} parameters, {_format(config)}")
-    trains = f"{_count(plan.trained_parameters)}, {plan.trained_parameters / plan.base_parameters:.2%} of their number"
-    console.print(f"{config.method.name}: trains {trains}")
-    console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
-    if plan.compiler:
-        console.print(f"compiled by {plan.compiler}, jax {jax.__version__}")
-    else:
-        console.print(f"[yellow]not compiled: {missing}. Lines marked estimate rest on no compiler.[/]")
+def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
+    """Print a plan. missing: how to install the compiler, if it is not installed."""
+    _print_setup(console, config, plan, missing)
     console.print()
     console.print(verdict(plan))
-    if plan.refused:
-        console.print(f"The compiler made no program: {plan.refused}")
-    elif plan.fits and device.platform == "cuda" and plan.needed > 0.74 * plan.memory:
-        console.print("jax takes 75 % of a GPU's memory unless told: run with XLA_PYTHON_CLIENT_MEM_FRACTION=.98")
-    parts = math.prod(plan.mesh.get(axis, 1) for axis in ("data", "fsdp"))
-    if (rows := config.train.batch_size // config.train.accumulate) % parts:
-        console.print(
-            f"[yellow]Each device computes all {rows} sequences: they cannot be split over {parts} devices; let "
-            f"train.batch_size / train.accumulate be a multiple of {parts}.[/]"
-        )
+    for note in _notes(config, plan):
+        console.print(note)
     console.print(_memory_table(plan))
     console.print(_step_table(plan, config))
     if not plan.fits:
         console.print(_advice_table(plan))
 
 
+def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> None:
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
+    console.print(f"[bold]{config.model.path}[/]: {_count(plan.base_parameters)} parameters, {_format(config)}")
+    console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
+    console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
+    if plan.compiler:
+        console.print(f"compiled by {plan.compiler}, jax {jax.__version__}")
+    else:
+        console.print(f"[yellow]not compiled: {missing}. Lines marked as estimates do not come from a compiler.[/]")
+
+
 def verdict(plan: Plan) -> str:
-    sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} on each device"
-    sure = "" if plan.compiler else "estimate: "
+    """Return the line that says whether the step fits."""
+    certainty = "" if plan.compiler else "estimate: "
+    sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device"
     if plan.fits:
-        return f"{sure}[bold green]fits[/]: {sizes}, {format_bytes(plan.memory - plan.needed)} left"
-    return f"{sure}[bold red]does not fit[/]: {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+        return f"{certainty}[bold green]fits[/]: uses {sizes}, {format_bytes(plan.memory - plan.needed)} free"
+    return f"{certainty}[bold red]does not fit[/]: needs {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+
+
+def _notes(config: Config, plan: Plan) -> list[str]:
+    notes = []
+    if plan.refused:
+        notes.append(f"The compiler rejected the program: {plan.refused}")
+    elif plan.fits and devices.find(plan.device).platform == "cuda" and plan.needed > 0.74 * plan.memory:
+        notes.append(
+            "By default, jax uses only 75% of a GPU's memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=.98 for the run."
+        )
+    parts = math.prod(plan.mesh.get(axis, 1) for axis in ("data", "fsdp"))
+    if (rows := config.train.batch_size // config.train.accumulate) % parts:
+        notes.append(
+            f"[yellow]{rows} sequences cannot be split over {parts} devices, so each device computes all of them; make "
+            f"train.batch_size / train.accumulate a multiple of {parts}.[/]"
+        )
+    return notes
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = _table("memory of each device", "", "", "known by")
-    said = plan.compiler or "estimate"
-    rows = [(name, size, "shapes") for name, size in plan.arguments.items()]
-    rows += [("padding of their layouts", plan.padding, said)] if plan.padding > 0 else []
-    rows += [("activations and temporaries", plan.temporaries, said)]
-    for name, size, how in rows:
-        table.add_row(name, format_bytes(size), f"{size / plan.needed:.1%}", how)
-    table.add_row("  of them gradients", format_bytes(plan.gradients), "", "estimate")
+    table = _table("memory per device", "", "", "source")
+    source = plan.compiler or "estimate"
+    rows = [(_ARGUMENTS.get(name, name), size, "shapes") for name, size in plan.arguments.items()]
+    if plan.padding > 0:
+        rows.append(("padding of the arguments", plan.padding, source))
+    rows.append(("activations and temporaries", plan.temporaries, source))
+    for name, size, origin in rows:
+        table.add_row(name, format_bytes(size), f"{size / plan.needed:.1%}", origin)
+    table.add_row("  including gradients", format_bytes(plan.gradients), "", "estimate")
     if plan.others > 0:
-        table.add_row("program and other results", format_bytes(plan.others), f"{plan.others / plan.needed:.1%}", said)
+        share = f"{plan.others / plan.needed:.1%}"
+        table.add_row("program and other outputs", format_bytes(plan.others), share, source)
     table.add_section()
-    table.add_row("in all", format_bytes(plan.needed), "", f"of {format_bytes(plan.memory)}")
+    table.add_row("total", format_bytes(plan.needed), "", f"of {format_bytes(plan.memory)}")
     return table
 
 
-def _step_table(plan: Plan, config: Any) -> Table:
-    table = _table("a step", "", "known by")
-    said = plan.compiler if plan.compiler and not plan.refused else "estimate"
-    factor = 6 if config.method.name == "full" else 4
-    table.add_row("positions", f"{plan.positions:,}", "shapes")
-    table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "the traced program")
+def _step_table(plan: Plan, config: Config) -> Table:
+    table = _table("one step", "", "source")
+    compiled = plan.compiler and not plan.refused
+    source = plan.compiler if compiled else "estimate"
+    factor = 6 if config.method.method == "full" else 4
+    table.add_row("positions in a batch", f"{plan.positions:,}", "shapes")
+    table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
     table.add_row(f"  {factor} x kernels x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
-    table.add_row("memory traffic, a device", format_bytes(plan.moved), said)
+    table.add_row("memory traffic per device", format_bytes(plan.moved), source)
     for kind, (count, size) in sorted(plan.collectives.items(), key=lambda item: -item[1][1]):
-        table.add_row(f"{kind} x {count:,}", f"{format_bytes(size)} sent", said)
+        table.add_row(f"{kind} x {count:,}", f"{format_bytes(size)} sent", source)
     if plan.devices > 1 and not plan.compiler:
-        table.add_row("collectives", "not known", "needs the compiler")
+        table.add_row("collectives", "unknown", "needs the compiler")
     if times := plan.seconds():
+        longest = max(times, key=times.__getitem__)
         table.add_section()
         for name, value in times.items():
-            bound = name == max(times, key=times.__getitem__)
-            table.add_row(
-                f"time, by {name}", f"{'[bold]' * bound}{_clock(value)}", "data sheet" + ", the bound" * bound
-            )
-        sure = "roofline" if plan.compiler and not plan.refused else "roofline, estimate"
-        table.add_row("speed, at that bound", f"{plan.positions / max(times.values()):,.0f} tokens/s", sure)
+            bound = name == longest
+            origin = "data sheet (bottleneck)" if bound else "data sheet"
+            table.add_row(_TIMES[name], f"{'[bold]' * bound}{_clock(value)}", origin)
+        speed = f"{plan.positions / times[longest]:,.0f} tokens/s"
+        table.add_row("throughput, at most", speed, "roofline" if compiled else "roofline, estimate")
     table.add_section()
     if plan.adapter_bytes:
         table.add_row("adapter file", f"{plan.adapter_bytes:,} bytes", "shapes")
-    table.add_row("full fine-tuning, a device", format_bytes(plan.full_bytes), "estimate, no activations")
+    table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate, no activations")
     return table
 
 
 def _advice_table(plan: Plan) -> Table:
     table = _table("to make it fit", "saves", "")
-    over = plan.needed - plan.memory
+    excess = plan.needed - plan.memory
     for setting, saved in plan.advice:
         flags = " ".join(f"--config.{item}" for item in setting.split())
-        table.add_row(flags, format_bytes(saved), "estimate" + ("; enough alone" if saved >= over else ""))
+        table.add_row(flags, format_bytes(saved), "estimate; enough alone" if saved >= excess else "estimate")
     if (larger := more_devices(plan)) is not None:
         name, each = larger
-        table.add_row(
-            f"--device={name} --config.mesh.fsdp=-1", format_bytes(plan.needed - each), "estimate; enough alone"
-        )
+        flags = f"--device={name} --config.mesh.fsdp=-1"
+        table.add_row(flags, format_bytes(plan.needed - each), "estimate; enough alone")
     return table
 
 
 def search_table(kind: str, probes: Sequence[tuple[int, Plan | UserError]]) -> Table:
+    """Return the table of a search: each value with the memory it needs, or why it is not possible."""
     table = _table(kind, "needs", "of", "")
     for value, plan in sorted(probes, key=lambda item: item[0]):
         if isinstance(plan, UserError):
@@ -124,14 +144,15 @@ def search_table(kind: str, probes: Sequence[tuple[int, Plan | UserError]]) -> T
 
 
 def compare_table(plans: Mapping[str, Plan | UserError]) -> Table:
-    table = _table("", "trains", "adapter file", "memory", "products", "")
+    """Return the table of a comparison: one row per method, or why it is not possible."""
+    table = _table("method", "trainable", "adapter file", "memory", "products", "")
     for name, plan in plans.items():
         if isinstance(plan, UserError):
             table.add_row(name, "-", "-", "-", "-", Text(str(plan)))
             continue
-        file = format_bytes(plan.adapter_bytes) if plan.adapter_bytes else "the model"
-        trains, flops = _count(plan.trained_parameters), f"{_count(plan.flops)}FLOP"
-        table.add_row(name, trains, file, format_bytes(plan.needed), flops, _fits(plan))
+        file = format_bytes(plan.adapter_bytes) if plan.adapter_bytes else "full model"
+        trainable, flops = _count(plan.trained_parameters), f"{_count(plan.flops)}FLOP"
+        table.add_row(name, trainable, file, format_bytes(plan.needed), flops, _fits(plan))
     return table
 
 
@@ -147,16 +168,14 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _format(config: Any) -> str:
-    return (
-        f"kernels in {config.model.quantize}"
-        if config.model.quantize
-        else config.model.param_dtype or config.model.dtype
-    )
+def _format(config: Config) -> str:
+    if config.model.quantize:
+        return f"{config.model.quantize} kernels"
+    return str(config.model.param_dtype or config.model.dtype)
 
 
 def _count(value: float) -> str:
-    """1234567 as 1.23 M."""
+    """Format 1234567 as "1.23 M", with a space after numbers below 1000 as well."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {unit}"

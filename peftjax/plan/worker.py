@@ -1,4 +1,7 @@
-"""Plans made in a process of their own."""
+"""The process that compiles: plans are made in a process of their own.
+
+A compiler must find its environment before jax is imported, and a compiler that fails may take its process with it.
+"""
 
 import dataclasses
 import json
@@ -8,29 +11,32 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.core import config as configs
 from peftjax.core.errors import UserError
 from peftjax.plan import devices
 from peftjax.plan.devices import Device
 from peftjax.plan.measure import measure
 from peftjax.plan.plan import Plan
+from peftjax.training import config as configs
+from peftjax.training.config import Config
 
 
-def ask(config: Any, hf_config: Mapping[str, Any], device: Device, *, advise: bool = True) -> Plan:
-    """`measure` in another process, since compilers must find their environment before jax is imported, and may take
-    it with them when they fail.
+def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, advise: bool = True) -> Plan:
+    """Call `measure` in another process.
 
     Raises:
-        UserError: what was wrong with the request; or the process ended without an answer.
+        UserError: `measure` raises it, or the process ends without an answer.
     """
-    request = {"config": config.to_dict(), "hf_config": hf_config, "device": device.name, "advise": advise}
-    command = [sys.executable, "-c", "from peftjax.plan import answer; answer()"]
-    environment = os.environ | device.environment()
+    request = {"config": configs.to_dict(config), "hf_config": hf_config, "device": device.name, "advise": advise}
     ended = subprocess.run(
-        command, input=json.dumps(request), env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "peftjax.plan.worker"],
+        input=json.dumps(request),
+        env=os.environ | device.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ended.returncode:
-        last = ended.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = ended.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         raise UserError(f"the process that compiles for {device.name} ended with code {ended.returncode}: {last[0]}")
     reply = json.loads(ended.stdout.splitlines()[-1])
     if "error" in reply:
@@ -39,11 +45,15 @@ def ask(config: Any, hf_config: Mapping[str, Any], device: Device, *, advise: bo
 
 
 def answer() -> None:
-    """The other end of `ask`."""
+    """Read a request from stdin and print the plan, or the user's mistake, as one line of JSON: the other end of `ask`."""
     request = json.load(sys.stdin)
-    config = configs.from_json(json.dumps(request["config"]))
+    config = configs.validate(request["config"])
     try:
         plan = measure(config, request["hf_config"], devices.find(request["device"]), advise=request["advise"])
         print(json.dumps(dataclasses.asdict(plan)))
-    except ValueError as error:
+    except UserError as error:
         print(json.dumps({"error": str(error)}))
+
+
+if __name__ == "__main__":
+    answer()

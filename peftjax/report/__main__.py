@@ -1,4 +1,4 @@
-"""Write a run's report.html again.
+"""The command that rewrites a run's report.html.
 
 python -m peftjax.report --workdir=runs/quickstart
 """
@@ -11,10 +11,13 @@ from peftjax.report.page import write_report
 
 
 def main(argv: list[str]) -> None:
+    """Run the command: write the report and print its path."""
     parser = argparse.ArgumentParser(
-        prog="python -m peftjax.report", description="Write report.html again.", allow_abbrev=False
+        prog="python -m peftjax.report",
+        description="Write a run's report.html again, for example after an upgrade or while the run goes on.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where a training run wrote")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="directory of the training run")
     print(write_report(parser.parse_args(argv).workdir))
 
 

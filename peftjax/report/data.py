@@ -1,4 +1,4 @@
-"""report.json: what a run records for its report beside its config and its log."""
+"""report.json: what a run records for its report in addition to its config and its log."""
 
 import dataclasses
 import json
@@ -21,7 +21,15 @@ DATA, PAGE = "report.json", "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The parameters of a group of modules, over all layers. adapter: a method added them; trained: it trains them."""
+    """The parameters of a group of modules, summed over all layers.
+
+    Attributes:
+        name: Path of the module, or of the group of modules.
+        parameters: Number of parameters.
+        bytes: Their size.
+        adapter: Whether a method added them.
+        trained: Whether they are trained.
+    """
 
     name: str
     parameters: int
@@ -32,7 +40,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer of the model. expected, correct: None where there is no one right answer."""
+    """One answer of the model.
+
+    Attributes:
+        record: Name of the record.
+        prompt: The prompt.
+        answer: The model's answer.
+        expected: The expected answer; None if there is no single correct one.
+        correct: Whether the answer is the expected one; None if there is no single correct one.
+    """
 
     record: str
     prompt: str
@@ -43,33 +59,44 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """What the report shows that is neither in config.json nor in metrics.jsonl; report.json has these very fields.
+    """What the report shows and neither config.json nor metrics.jsonl has. report.json has exactly these fields.
 
-    Each may be left empty, and its section is then left out. The train command saves `before` when it starts, since a
-    resumed run cannot answer as the untrained model any more, and the rest when it ends.
+    Each field may be empty; its section is then left out of the page. The train command saves `before` when it starts,
+    because a resumed run no longer has the untrained model, and the other fields when it ends.
+
+    Attributes:
+        title: Title of the page; empty for the name of the workdir.
+        parts: The model's parameters by part.
+        optimizer_bytes: Size of the optimizer state.
+        adapter_file_bytes: Size of the adapter file.
+        before: Answers before the first step.
+        after: Answers to the same prompts after the last step, paired with `before` by record and prompt.
+        timings: Seconds by activity.
+        versions: Versions of the software, and the device.
+        default_config: The defaults of the fields in config.json.
     """
 
-    title: str = ""  # of the page; empty: the name of the workdir
+    title: str = ""
     parts: tuple[Part, ...] = ()
     optimizer_bytes: int = 0
     adapter_file_bytes: int = 0
-    before: tuple[Sample, ...] = ()  # answers before the first step
-    after: tuple[Sample, ...] = ()  # answers to the same prompts after the last one; paired by record and prompt
-    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds by what took them
+    before: tuple[Sample, ...] = ()
+    after: tuple[Sample, ...] = ()
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    default_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as config.json, with no field changed
+    default_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, workdir: Path) -> None:
-        """Write report.json."""
+        """Write report.json into the workdir."""
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / DATA, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "ReportData":
-        """Read report.json; all fields are empty where there is none.
+        """Read report.json from the workdir. All fields are empty if there is no such file.
 
         Raises:
-            UserError: it is not what `save` writes.
+            UserError: The file is not what `save` writes.
         """
         path = workdir / DATA
         values = read_object(path) if path.exists() else {}
@@ -78,13 +105,17 @@ class ReportData:
                 values[name] = tuple(kind(**fields) for fields in values.get(name, ()))
             return cls(**values)
         except TypeError as error:
-            raise UserError(f"{path}: {error}. Remove the file, and run the training command again") from None
+            raise UserError(f"{path}: {error}; remove the file and run the training command again") from None
 
 
 def count_parts(leaves: Mapping[str, nnx.Variable], trains: type[nnx.Variable]) -> tuple[Part, ...]:
-    """The model's parameters by part: the base's by the first two names of their path, an adapter's by its module.
+    """Count a model's parameters by part: the first two names of the path for the base, the module for an adapter.
 
-    leaves: from `variables.flat`; trains: the type that the method trains. Constants and keys are no parameters.
+    Constants and random keys are not counted.
+
+    Args:
+        leaves: The model's variables by path, from `variables.flat`.
+        trains: The variable type that the method trains.
     """
     sums: dict[tuple[str, bool, bool], list[int]] = {}
     for path, leaf in leaves.items():
@@ -101,7 +132,7 @@ def count_parts(leaves: Mapping[str, nnx.Variable], trains: type[nnx.Variable]) 
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree, counted once however many devices hold a copy; two int4 take one byte."""
+    """Return the bytes of all arrays in a tree. An array on several devices counts once; two int4 take one byte."""
     return sum(math.ceil(leaf.size * _bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(tree))
 
 
@@ -112,7 +143,7 @@ def _bits(dtype: Any) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run is made of, and the devices it runs on."""
+    """Return the versions of Python, jax and flax, and the devices of this process."""
     import flax
 
     count, kind = jax.device_count(), jax.devices()[0].device_kind
@@ -121,6 +152,11 @@ def versions() -> dict[str, str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: The file does not hold one.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

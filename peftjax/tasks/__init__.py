@@ -5,7 +5,9 @@ A task owns its records, rows of padding, loss, metrics, unit and lengths. Addin
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peftjax.core.config import field
 from peftjax.data.config import DataConfig
@@ -39,8 +41,14 @@ class TaskConfig:
     multi_label: bool = field(False, "Whether a text may have several classes at once, or none; for classification")
 
 
-def make_task(config: TaskConfig, data: DataConfig, directory: Path, loss_chunk: int = 128) -> Task:
+def make_task(
+    config: TaskConfig,
+    data: DataConfig,
+    directory: Path,
+    loss_chunk: int = 128,
+    hf_config: Mapping[str, Any] | None = None,
+) -> Task:
     """The task of a configuration, for the model in a directory; see `Task` for the arguments."""
-    return TASKS[config.kind](
-        data, directory, labels=config.labels, multi_label=config.multi_label, loss_chunk=loss_chunk
-    )
+    labels, multi_label = config.labels, config.multi_label
+    make = TASKS[config.kind]
+    return make(data, directory, labels=labels, multi_label=multi_label, loss_chunk=loss_chunk, hf_config=hf_config)

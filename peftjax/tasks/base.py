@@ -15,6 +15,7 @@ from peftjax.data.documents import Document
 from peftjax.data.packing import Row
 from peftjax.data.records import Prompt
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.io.hf_files import read_json_if_any
 from peftjax.losses import Totals
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelConfig, load_base
@@ -75,6 +76,7 @@ class Task:
         labels: tuple[str, ...] = (),
         multi_label: bool = False,
         loss_chunk: int = 128,
+        hf_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Reads no tokenizer and no weights.
 
@@ -84,6 +86,7 @@ class Task:
           labels: Class names in their order; empty for those of the checkpoint.
           multi_label: Whether an example may have several classes.
           loss_chunk: Positions whose logits are computed at a time.
+          hf_config: The fields of config.json; None: read from the directory.
 
         Raises:
           UserError: The options do not fit the kind of task or the model.
@@ -96,6 +99,7 @@ class Task:
             raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
         self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
         self.given_labels, self.multi_label = labels, multi_label
+        self.hf_config = read_json_if_any(directory / "config.json") if hf_config is None else hf_config
 
     # --- Data ---
 

@@ -27,7 +27,7 @@ class Classification(TextLabelTask):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.problem_type = "multi_label_classification" if self.multi_label else "single_label_classification"
-        self._classes = Labels(self.given_labels, self.directory, "ForSequenceClassification", self.data.label_field)
+        self._classes = Labels(self, "ForSequenceClassification")
         self.labels = self._classes.names
 
     def label(self, value: Any, name: str) -> np.ndarray:

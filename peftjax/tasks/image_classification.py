@@ -37,14 +37,8 @@ class ImageClassification(LabelledTask):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._sides = images.model_sides(self.directory)
-        self._classes = Labels(
-            self.given_labels,
-            self.directory,
-            "ForImageClassification",
-            self.data.label_field,
-            example=class_folders(self.data.train),
-        )
+        self._sides = images.model_sides(self.hf_config)
+        self._classes = Labels(self, "ForImageClassification", class_folders(self.data.train))
         self.labels = self._classes.names
         for spec in (*self.data.train, *self.data.eval):  # now, and not when the first such image comes
             for label in class_folders([spec]):
@@ -88,6 +82,7 @@ class ImageClassification(LabelledTask):
 
     def positions(self, model: Model) -> int:
         """The patches and the class token."""
+        assert isinstance(model, Vit)
         return 1 + model.config.patches
 
     def lengths(self, model: Model) -> dict[str, int]:

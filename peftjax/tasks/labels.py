@@ -1,13 +1,13 @@
 """The classes of a task: their names, and the numbers of those that records name."""
 
 import functools
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.io.hf_files import read_json_if_any
 from peftjax.models.heads import stored_labels
+from peftjax.tasks.base import Task
 
 
 class Labels:
@@ -17,25 +17,21 @@ class Labels:
       names: task.labels if there are any, else those of the checkpoint's own head.
     """
 
-    def __init__(
-        self, given: tuple[str, ...], directory: Path, architecture: str, field: str, example: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, task: Task, architecture: str, example: tuple[str, ...] = ()) -> None:
         """
         Args:
-          given: task.labels.
-          directory: The model directory.
+          task: The task, with the labels it was given.
           architecture: How transformers calls classes with this kind of head, such as "ForSequenceClassification".
-          field: data.label_field, for messages.
           example: Names to suggest where there are none.
 
         Raises:
           UserError: There are no names, or one occurs twice.
         """
-        self.names = given or _stored(directory, architecture)
-        self._field = field
+        self.names = task.given_labels or _stored(task.hf_config, architecture)
+        self._field = task.data.label_field
         if not self.names:
             raise UserError(
-                f"task.labels is empty, and the checkpoint in {directory} has no head with classes of its own. Name the "
+                f"task.labels is empty, and the checkpoint in {task.directory} has no head with classes of its own. Name the "
                 f"classes in the order of their numbers, for example task.labels={example or ('negative', 'positive')}"
             )
         if twice := [name for name in self.names if self.names.count(name) > 1]:
@@ -63,9 +59,8 @@ class Labels:
         return int(label)
 
 
-def _stored(directory: Path, architecture: str) -> tuple[str, ...]:
+def _stored(config: Mapping[str, Any], architecture: str) -> tuple[str, ...]:
     """The classes of a checkpoint's own head; empty if its head is of another kind, or it has none."""
-    config = read_json_if_any(directory / "config.json")
     if not any(name.endswith(architecture) for name in config.get("architectures") or ()):
         return ()
-    return stored_labels(config)
+    return stored_labels(dict(config))

@@ -11,10 +11,9 @@ import numpy as np
 from peftjax.data.documents import Document, over
 from peftjax.data.fields import fill
 from peftjax.data.records import Prompt
-from peftjax.io.hf_files import read_json_if_any
 from peftjax.losses import Totals, seq2seq_loss
 from peftjax.models.base import Model
-from peftjax.models.t5 import T5
+from peftjax.models.encoder_decoder import EncoderDecoder
 from peftjax.tasks.base import Batch
 from peftjax.tasks.generation import GenerationTask
 
@@ -26,7 +25,7 @@ class Seq2Seq(GenerationTask):
     """
 
     kind: ClassVar[str] = "seq2seq"
-    model_class: ClassVar[type[Model]] = T5
+    model_class: ClassVar[type[Model]] = EncoderDecoder
 
     @functools.cached_property
     def _cut(self) -> Callable[..., Any]:
@@ -35,7 +34,7 @@ class Seq2Seq(GenerationTask):
     @functools.cached_property
     def _start(self) -> int:
         """The token that every target begins with in the decoder."""
-        start = read_json_if_any(self.directory / "config.json").get("decoder_start_token_id")
+        start = self.hf_config.get("decoder_start_token_id")
         return int(self.tokenizer.pad_id if start is None else start)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:

@@ -35,7 +35,7 @@ class TokenClassification(LabelledTask):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._classes = Labels(self.given_labels, self.directory, "ForTokenClassification", self.data.label_field)
+        self._classes = Labels(self, "ForTokenClassification")
         self.labels = self._classes.names
 
     @functools.cached_property

@@ -147,16 +147,24 @@ def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> 
     return _make(config_values.complete(flat(config), SCHEMA, source), source)
 
 
-def changed(config: Config, **fields: Any) -> Config:
-    """The config with other values of some fields, named as in model__remat="block", or of a whole section.
+def changed(config: Config, fields: Mapping[str, Any]) -> Config:
+    """The config with other values of some fields.
+
+    Args:
+      config: The config; it is not modified.
+      fields: New values by dotted name, such as {"model.remat": "block"}. "method.name" replaces the whole section by the
+        defaults of that method, as on the command line; "method" and "mesh" replace a section by a mapping.
 
     Raises:
       UserError: As `validate`.
     """
     values = to_dict(config)
     for name, value in fields.items():
-        head, _, leaf = name.partition("__")
-        values[head] = values[head] | {leaf: value} if leaf else value
+        head, _, leaf = name.partition(".")
+        if name == "method.name":
+            values["method"] = methods.method_defaults(value)
+        else:
+            values[head] = values[head] | {leaf: value} if leaf else value
     return validate(values)
 
 

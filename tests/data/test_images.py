@@ -205,7 +205,7 @@ def test_a_directory_without_a_preparation_and_images_that_keep_their_sizes_are_
 def test_a_new_head_needs_names_and_those_of_the_folders_are_offered(
     colors: Path, directory: Callable[..., Path], config: Config
 ) -> None:
-    config = configs.changed(config, task__labels=())
+    config = configs.changed(config, {"task.labels": ()})
     with pytest.raises(ValueError, match=r"for example task\.labels=\('blue', 'red'\)"):
         task_of(config, directory())
     head = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "blue", "1": "red"}}
@@ -253,5 +253,5 @@ def test_tfds_gives_the_bytes_of_images_and_uint8_arrays_as_they_are(
     assert record["image"] == encoded(BLUE, (9, 4))
     assert (record["label"], record["small"].dtype, record["small"].shape) == (1, np.uint8, (2, 3, 3))
     for field in ("image", "small"):
-        task = task_of(configs.changed(config, data__image_field=field), directory())
+        task = task_of(configs.changed(config, {"data.image_field": field}), directory())
         assert task.document(record, "a").arrays["pixels"].shape == (4, 4, 3)

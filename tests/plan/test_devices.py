@@ -3,7 +3,7 @@
 import pytest
 
 from peftjax.core.errors import UserError
-from peftjax.plan import devices
+from peftjax.plan import chips, devices
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_mesh_takes_all_devices_or_is_refused() -> None:
 
 
 def test_every_chip_says_what_a_roofline_needs() -> None:
-    for name, chip in devices.CHIPS.items():
-        assert 15 * devices.GIB < chip.memory < 141 * devices.GIB, name
+    for name, chip in chips.CHIPS.items():
+        assert 15 * chips.GIB < chip.memory < 141 * chips.GIB, name
         assert chip.links < chip.bandwidth < chip.flops, name
         assert (chip.gpu is None) == bool(chip.shapes), name

@@ -1,5 +1,6 @@
 """The plan: what it says before a run is what the run takes."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -19,7 +20,7 @@ from peftjax import adapters, methods
 from peftjax.core.errors import UserError
 from peftjax.io.hf_adapter import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
-from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
+from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device
 from peftjax.training import config as configs
 from tests import tiny
@@ -32,12 +33,27 @@ def make_config(**fields: Any) -> Any:
     config = configs.defaults()
     config.method = methods.make_config("lora", rank=4, targets="all-linear")
     config.model.quantize, config.model.remat, config.data.max_length = "nf4", "block", 16
-    return abstract.changed(config, **fields)
+    return variants.changed(config, {name.replace("__", "."): value for name, value in fields.items()})
 
 
 @pytest.fixture(scope="module")
-def alone() -> plan.Plan:
-    return measure.measure(make_config(), SMALL, devices.find("cpu"))
+def planned() -> tuple[plan.Plan, traced.TracedStep]:
+    """A plan on one CPU device, and the traced step that it was made from."""
+    steps = []
+
+    def trace(*given: Any) -> traced.TracedStep:
+        steps.append(traced.trace_step(*given))
+        return steps[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "trace_step", trace)
+        found = measure.measure(make_config(), SMALL, devices.find("cpu"))
+    return found, steps[0]
+
+
+@pytest.fixture(scope="module")
+def alone(planned: tuple[plan.Plan, traced.TracedStep]) -> plan.Plan:
+    return planned[0]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,7 @@ def test_the_adapter_file_of_shapes_alone_has_the_bytes_of_a_real_one(alone: pla
 
 def test_full_fine_tuning_is_counted_with_gradients_and_moments(alone: plan.Plan) -> None:
     assert alone.full_bytes == pytest.approx(16 * alone.base_parameters, abs=64)  # float32: 4 of each
-    full = abstract.full_fine_tuning(make_config())
+    full = variants.full_fine_tuning(make_config())
     assert (full.method.name, full.model.quantize) == ("full", "")
 
 
@@ -129,26 +145,33 @@ RUN = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import jax, numpy as np
-from peftjax.plan import __main__ as command
-from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, worker
+from peftjax.plan import devices, measure
 from peftjax.training import config as configs
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
+def keep(name):
+    make = getattr(measure, name)
+    def call(*given):
+        kept[name] = make(*given)
+        return kept[name]
+    setattr(measure, name, call)
+
 request = json.load(sys.stdin)
-config, cpu = configs.from_json(json.dumps(request["config"])), devices.find("cpu")
+config, cpu, kept = configs.from_json(json.dumps(request["config"])), devices.find("cpu"), {}
+keep("trace_step")
+keep("compile_step")
 found = measure.measure(config, request["hf_config"], cpu)
-drawn = abstract.sketch(config, request["hf_config"], cpu.mesh(config.mesh))
-step = drawn.traced.lower().compile()
+traced, step = kept["trace_step"], kept["compile_step"]
 rng = np.random.default_rng(0)
 
 def fill(leaf):
     return jax.device_put(rng.integers(0, 2, leaf.shape, np.int8).astype(leaf.dtype), leaf.sharding)
 
 def train():
-    state, frozen, batch = jax.tree.map(fill, drawn.arguments)
+    state, frozen, batch = jax.tree.map(fill, traced.arguments)
     jax.block_until_ready(step(state, frozen, batch))
 
 train()
@@ -204,15 +227,22 @@ def test_without_a_compiler_every_line_that_needs_one_says_estimate() -> None:
     assert found.seconds().keys() == {"products", "memory"}
 
 
-def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(alone: plan.Plan) -> None:
-    drawn = abstract.sketch(make_config(), SMALL, devices.find("cpu").mesh(make_config().mesh))
-    assert alone.temporaries / 4 < drawn.live < 2 * alone.temporaries
+def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
+    planned: tuple[plan.Plan, traced.TracedStep],
+) -> None:
+    found, step = planned
+    assert found.temporaries / 4 < step.temporary_bytes < 2 * found.temporaries
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_what_does_not_fit_is_told_with_what_to_change() -> None:
     config = make_config(
-        model__quantize="", model__remat="none", train__batch_size=16, data__max_length=64, train__loss_chunk=64
+        method=methods.make_config("lora", rank=4, targets="q_proj").to_dict(),  # few operations to trace
+        model__quantize="",
+        model__remat="none",
+        train__batch_size=16,
+        data__max_length=64,
+        train__loss_chunk=64,
     )
     device = dataclasses.replace(devices.find("a6000"), memory=600_000)
     found = measure.measure(config, SMALL, device)
@@ -275,8 +305,8 @@ def test_a_search_stops_at_what_the_model_refuses() -> None:
 
 
 def test_methods_are_compared_with_the_configs_own() -> None:
-    assert list(search.compared(make_config())) == ["full", "lora", "lora, nf4"]
-    own = search.compared(make_config(method=methods.make_config("ia3").to_dict()))
+    assert list(variants.comparison(make_config())) == ["full", "lora", "lora, nf4"]
+    own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict()))
     assert list(own) == ["full", "lora", "lora, nf4", "ia3, nf4 (the config)"]
     assert [config.method.name for config in own.values()] == ["full", "lora", "lora", "ia3"]
 
@@ -342,9 +372,28 @@ def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatc
             command.main([config, f"--device={device}"])
 
 
-def test_an_error_of_the_other_process_is_told(written: Path) -> None:
+def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], input: str, **options: Any) -> Any:  # noqa: A002  subprocess.run's name for it
+        monkeypatch.setattr("sys.stdin", io.StringIO(input))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            worker.answer()
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr("subprocess.run", run)
     with pytest.raises(UserError, match="exceed the model's 64 positions"):
         worker.ask(make_config(data__max_length=100), SMALL, devices.find("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [(1, "Traceback\n  ...\nKeyError: 'x'\n", "code 1: KeyError: 'x'"), (-9, "", "code -9: it printed nothing")],
+)
+def test_a_process_that_ends_without_an_answer_is_told(
+    code: int, said: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda command, **given: subprocess.CompletedProcess(command, code, "", said))
+    with pytest.raises(UserError, match=f"the process that compiles for cpu ended with {told}"):
+        worker.ask(make_config(), SMALL, devices.find("cpu"))
 
 
 # --- The real compilers; the extras tpu and cuda-plan ---

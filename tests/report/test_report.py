@@ -21,9 +21,11 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.report import page as report
+from peftjax.report import __main__ as command
+from peftjax.report import svg
 from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
 from peftjax.report.page import write_report
+from peftjax.report.text import format_duration, format_number
 
 NASTY = '<script>alert(1)</script> & "quoted" </div>{{ 7*7 }} \x1b[31m \ud800'
 CONFIG = {
@@ -113,9 +115,9 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> str:
-    return page(write_workdir(tmp_path / "run", CONFIG, LINES, DATA))
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page(write_workdir(tmp_path_factory.mktemp("full") / "run", CONFIG, LINES, DATA))
 
 
 def test_headline_numbers_go_from_before_to_after(full: str) -> None:
@@ -123,7 +125,7 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
     assert "Exact match 0% → 93.8% +93.8 points · 256 held-out prompts" in seen
     assert "Held-out loss 3 → 0.1 perplexity 20.09 → 1.105" in seen
     assert "Trained parameters 80 2.00% of the 4,000 in the base" in seen
-    assert "Adapter file 2.0 KiB beside a base of 15.6 KiB" in seen
+    assert "Adapter file 2.0 KiB for a base of 15.6 KiB" in seen
     assert "Wall time 30 s 30 steps" in seen
     assert "Tokens per second 500" in seen
 
@@ -131,8 +133,8 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
 def test_every_section_is_there(full: str) -> None:
     seen = words(full)
     for expected in (
-        "Loss nats per token", "Answers", "Learning rate", "Gradient norm", "Answers before and after",
-        "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak in use 1.0 MiB", "compile 12 s",
+        "Loss nats per token", "Scores", "Learning rate", "Gradient norm", "Answers before and after",
+        "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak usage 1.0 MiB", "compile 12 s",
         "Changed from the defaults 1 of 5 fields", "jax 0.0.1", "method lora, rank 16",
     ):  # fmt: skip
         assert expected in seen
@@ -145,8 +147,8 @@ def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
 
 
 def test_answers_are_marked_and_paired_by_prompt(full: str) -> None:
-    assert "Expected 2001-01-01 ✗ wrong Before old ✓ right After 2001-01-01" in words(full)
-    assert full.count("✓ right") == 2
+    assert "Expected 2001-01-01 ✗ incorrect Before old ✓ correct After 2001-01-01" in words(full)
+    assert full.count("✓ correct") == 2
     assert "empty" in words(full)
 
 
@@ -221,19 +223,19 @@ def labels(chart: ElementTree.Element) -> list[str]:
 
 def test_each_chart_holds_its_curves(full: str) -> None:
     drawn = charts(full)
-    assert list(drawn) == ["Loss", "Answers", "Learning rate", "Gradient norm", "Tokens per second"]
+    assert list(drawn) == ["Loss", "Scores", "Learning rate", "Gradient norm", "Tokens per second"]
     assert [len(line) for line in curves(drawn["Loss"])] == [30]
     assert [len(line) for line in curves(drawn["Loss"], "second")] == [2]
     assert dots(drawn["Loss"]) == 32
-    ((start, zero), (end, match)) = curves(drawn["Answers"])[0]
+    ((start, zero), (end, match)) = curves(drawn["Scores"])[0]
     assert start < end
     assert zero > match  # y points down
-    assert labels(drawn["Answers"])[-6:] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+    assert labels(drawn["Scores"])[-6:] == ["0%", "20%", "40%", "60%", "80%", "100%"]
     assert labels(drawn["Loss"])[:4] == ["0", "10", "20", "30"]
 
 
 def test_charts_have_the_colors_of_the_page_and_ids_of_their_own(full: str) -> None:
-    for name, color in report.COLORS.items():
+    for name, color in svg.COLORS.items():
         assert f"--{name}: {color};" in full  # in the light; the charts name the variables
         assert f": var(--{name})" in full
     assert not re.search(r"(fill|stroke): #", full)
@@ -253,7 +255,7 @@ def test_matplotlib_is_imported_only_to_draw_and_without_pyplot(tmp_path: Path) 
         f"report.write_report(pathlib.Path({str(tmp_path)!r}));"
         "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
-    root = Path(report.__file__).parents[2]
+    root = Path(svg.__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "True", "False"]
 
@@ -317,10 +319,10 @@ def test_a_long_noisy_run_makes_a_small_page_with_its_extremes_and_a_running_mea
 
 def test_numbers_are_short() -> None:
     values = (0, 0.25, 1000, 12_000, 1_500_000, 2e-5, 2.5e-17, 1e30, -0.5)
-    assert [report._number(value) for value in values] == [
+    assert [format_number(value) for value in values] == [
         "0", "0.25", "1,000", "12,000", "1.5e6", "2e-5", "2.5e-17", "1e30", "-0.5",
     ]  # fmt: skip
-    assert [report.format_duration(seconds) for seconds in (0.84, 59.9, 60, 151, 11_520)] == [
+    assert [format_duration(seconds) for seconds in (0.84, 59.9, 60, 151, 11_520)] == [
         "0.8 s", "1 min 0 s", "1 min 0 s", "2 min 31 s", "3 h 12 min",
     ]  # fmt: skip
 
@@ -355,7 +357,7 @@ def test_an_empty_workdir_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_workdir(tmp_path, CONFIG, LINES)
-    report.main(["--workdir", str(tmp_path)])
+    command.main(["--workdir", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").exists()
 

@@ -1,0 +1,115 @@
+"""A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax.core import variables
+from peftjax.models.base import Model
+from peftjax.plan import jaxpr_cost
+from peftjax.plan.abstract import StepArguments, abstract_model, abstract_step
+from peftjax.tasks import Task, make_task
+from peftjax.training.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """A traced train step. All sizes are bytes per device.
+
+    Attributes:
+        task: The task of the config.
+        model: The model as shapes.
+        arguments: The step's arguments as shapes with shardings.
+        traced: The traced program.
+        argument_bytes: Size of the arguments by group, as in `Plan.arguments`.
+        gradient_bytes: Size of the gradients.
+        temporary_bytes: Estimate of the temporaries: `jaxpr_cost.live_bytes` divided by the number of devices.
+    """
+
+    task: Task
+    model: Model
+    arguments: StepArguments
+    traced: jax.stages.Traced
+    argument_bytes: dict[str, int]
+    gradient_bytes: int
+    temporary_bytes: int
+
+    @property
+    def needed(self) -> int:
+        """Estimate of the memory that the step needs, in bytes per device."""
+        return sum(self.argument_bytes.values()) + self.temporary_bytes
+
+
+def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> TracedStep:
+    """Trace the train step of `config` on a mesh.
+
+    Args:
+        config: The training config.
+        hf_config: The fields of the model's config.json.
+        mesh: The devices, simulated or not.
+
+    Raises:
+        UserError: The model or the method does not go with the config, or the sequences do not fit the model.
+    """
+    task = _task(config, hf_config)
+    model = abstract_model(config, task, hf_config)
+    task.check_lengths(model, mesh)
+    with jax.set_mesh(mesh):
+        step, arguments = abstract_step(config, task, model, mesh)
+        traced = step.trace(*arguments)
+    return TracedStep(
+        task=task,
+        model=model,
+        arguments=arguments,
+        traced=traced,
+        argument_bytes=_argument_bytes(config, model, arguments),
+        gradient_bytes=_gradient_bytes(config, arguments),
+        temporary_bytes=jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
+    )
+
+
+def state_bytes(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> int:
+    """Return the bytes per device of parameters, gradients and optimizer state, without tracing the step."""
+    task = _task(config, hf_config)
+    model = abstract_model(config, task, hf_config)
+    with jax.set_mesh(mesh):
+        _, arguments = abstract_step(config, task, model, mesh)
+    sizes = _argument_bytes(config, model, arguments)
+    return sum(sizes.values()) - sizes["batch"] + _gradient_bytes(config, arguments)
+
+
+def _task(config: Config, hf_config: Mapping[str, Any]) -> Task:
+    return make_task(config.task, config.data, Path(config.model.path), config.train.loss_chunk, hf_config)
+
+
+def _argument_bytes(config: Config, model: Model, arguments: StepArguments) -> dict[str, int]:
+    state, frozen, batch = arguments
+    base = {path for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
+    full = config.method.trains is nnx.Param
+    sizes = {
+        "frozen base": _bytes_per_device([leaf for path, leaf in frozen.items() if path in base]),
+        "adapters' frozen parts": _bytes_per_device([leaf for path, leaf in frozen.items() if path not in base]),
+        "parameters, all trained" if full else "adapters": _bytes_per_device(state.trainable),
+        "optimizer state": _bytes_per_device((state.step, state.optimizer, state.key)),
+        "batch": _bytes_per_device(batch),
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _gradient_bytes(config: Config, arguments: StepArguments) -> int:
+    """Gradients have the parameters' dtype; accumulated ones are float32."""
+    return _bytes_per_device(arguments.state.trainable, bits=32 if config.train.accumulate > 1 else None)
+
+
+def _bytes_per_device(tree: Any, bits: int | None = None) -> int:
+    """Bytes of the leaves' shards on one device. bits: per element; None for those of each leaf's dtype (4 for int4)."""
+    return sum(
+        -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * (bits or jaxpr_cost.bits(leaf.dtype)) // 8)
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,73 @@
+"""The headline numbers at the top of the page."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from peftjax.core.units import format_bytes
+from peftjax.log import SPEEDS
+from peftjax.report.charts import Lines, main_scores
+from peftjax.report.data import ReportData
+from peftjax.report.text import field_title, format_duration, format_number, format_percent
+
+
+class Card(NamedTuple):
+    """One headline number.
+
+    Attributes:
+        label: What it is.
+        value: Its value after training, or so far.
+        note: A line of explanation; may be empty.
+        before: Its value before training; may be empty.
+    """
+
+    label: str
+    value: str
+    note: str = ""
+    before: str = ""
+
+
+def make_cards(train: Lines, evaluations: Lines, data: ReportData) -> list[Card]:
+    """Return the headline numbers for which there is data.
+
+    Args:
+        train: The training lines of metrics.jsonl.
+        evaluations: Its evaluation lines.
+        data: The run's report.json.
+    """
+    return [*_evaluation_cards(evaluations), *_size_cards(data), *_speed_cards(train, evaluations)]
+
+
+def _evaluation_cards(evaluations: Lines) -> Iterator[Card]:
+    last: Mapping[str, Any] = evaluations[-1] if evaluations else {}
+    first: Mapping[str, Any] = evaluations[0] if len(evaluations) > 1 and evaluations[0]["step"] == 0 else {}
+    for score in main_scores(evaluations)[:1]:
+        notes = [f"{100 * (last[score] - first[score]):+.1f} points"] if score in first else []
+        notes += [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
+        before = format_percent(first[score]) if score in first else ""
+        yield Card(field_title(score), format_percent(last[score]), " · ".join(notes), before)
+    if "eval_loss" in last:
+        both = " → ".join(format_number(line["perplexity"]) for line in (first, last) if "perplexity" in line)
+        before = format_number(first["eval_loss"]) if "eval_loss" in first else ""
+        yield Card("Held-out loss", format_number(last["eval_loss"]), f"perplexity {both}" if both else "", before)
+
+
+def _size_cards(data: ReportData) -> Iterator[Card]:
+    base = [part for part in data.parts if not part.adapter]
+    parameters = sum(part.parameters for part in base)
+    if data.parts:
+        trained = sum(part.parameters for part in data.parts if part.trained)
+        note = f"{trained / parameters:.2%} of the {parameters:,} in the base" if parameters else ""
+        yield Card("Trained parameters", f"{trained:,}", note)
+    if data.adapter_file_bytes:
+        note = f"for a base of {format_bytes(sum(part.bytes for part in base))}" if parameters else ""
+        yield Card("Adapter file", format_bytes(data.adapter_file_bytes), note)
+
+
+def _speed_cards(train: Lines, evaluations: Lines) -> Iterator[Card]:
+    if train:
+        time = format_duration(max(line["seconds"] for line in [*train, *evaluations]))
+        yield Card("Wall time", time, f"{train[-1]['step']:,} steps, including evaluation")
+    for name in SPEEDS:
+        if speeds := [line[name] for line in train if name in line]:
+            yield Card(field_title(name), f"{statistics.median(speeds):,.0f}", "median over the run")

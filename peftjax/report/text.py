@@ -1,0 +1,33 @@
+"""Values as text on the page: numbers, percentages, durations, and strings from outside."""
+
+import re
+
+
+def format_number(value: float) -> str:
+    """Format a number with four significant digits: 0.25, 1,000, 7.33e-8."""
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    return re.sub(r"e(-?)\+?0*", r"e\1", text)
+
+
+def format_percent(fraction: float) -> str:
+    """Format a fraction as a percentage with three significant digits: 93.8%."""
+    return f"{100 * fraction:.3g}%"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration: 0.8 s, 42 s, 2 min 31 s, 3 h 12 min."""
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} min {round(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def field_title(name: str) -> str:
+    """Return a field of metrics.jsonl as a title: tokens_per_second becomes "Tokens per second"."""
+    return name.replace("_", " ").capitalize()
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters escaped, such as \\x1b, and lone surrogates replaced by question marks."""
+    escapes = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+    return text.translate(escapes).encode("utf-8", "replace").decode("utf-8")
