@@ -1,7 +1,7 @@
-"""What sits in a layer's slot: adapters that are counted, written to files and merged, and the parts they are made of."""
+"""What sits in a layer's slot: adapters that can be counted, written to a file and merged."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.slot import Adapter
+from peftjax.nn.slot import Adapter, Base
 from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True)
 class HfLeaf:
-    """Where one tensor of an adapter file lives: `leaf[layer][window]` of an adapter, then transposed by `axes` and
-    reshaped to `shape`."""
+    """How one tensor of an adapter file is stored: `leaf[layer][window]`, transposed by `axes`, reshaped to `shape`."""
 
     leaf: str
     window: tuple[slice, ...] = ()
@@ -26,24 +26,28 @@ class HfLeaf:
     shape: tuple[int, ...] | None = None
 
     def write(self, array: Any) -> Any:
-        """What the file holds, from the leaf's array of one layer."""
+        """The file's tensor, from one layer's array of the leaf."""
         part = array[self.window]
         part = part if self.axes is None else part.transpose(self.axes)
         return part if self.shape is None else part.reshape(self.shape)
 
     def read(self, tensor: Any, into: Any) -> None:
-        """Write a tensor of the file into a layer's array; a ValueError where it has another shape."""
+        """Copy the file's tensor into one layer's array of the leaf.
+
+        Raises:
+            UserError: The tensor has another shape.
+        """
         window = into[self.window]
         expected = self.write(into).shape
         if tensor.shape != expected:
-            raise ValueError(f"has shape {tensor.shape}, this model needs {expected}")
+            raise UserError(f"has shape {tensor.shape}, this model needs {expected}")
         axes = tuple(range(window.ndim)) if self.axes is None else self.axes
         turned = tensor.reshape([window.shape[axis] for axis in axes])
         window[...] = turned.transpose([axes.index(axis) for axis in range(window.ndim)]).astype(window.dtype)
 
 
 def transposed(leaf: str) -> HfLeaf:
-    """A matrix that the file holds the other way round."""
+    """A matrix that the file stores transposed, as torch does."""
     return HfLeaf(leaf, axes=(1, 0))
 
 
@@ -51,46 +55,60 @@ class MethodAdapter(Adapter):
     """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged."""
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        """The tensors that an adapter file holds for one layer (None: the module is not stacked), by their suffix;
-        empty for a layer that the method leaves alone."""
-        raise NotImplementedError
+        """The tensors that an adapter file holds for one layer (None: the module is not stacked), by key suffix; empty
+        for a layer without the adapter."""
+        del layer
+        return {}
 
     def hf_shared(self) -> dict[str, HfLeaf]:
-        """The tensors that an adapter file holds once for all layers, by their whole key, of whole leaves."""
+        """The tensors that an adapter file holds once for all layers, by full key; each is a whole leaf."""
         return {}
 
     def exported(self) -> "MethodAdapter":
-        """The adapter whose leaves the file holds: itself, or the result of what only training needs."""
+        """The adapter that the file describes: this one, or a simpler one that computes the same."""
         return self
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        """The owner's parameters that give, without the adapter, what they give with it.
+        """The layer's parameters that, without the adapter, compute what `parameters` compute with it.
 
         Raises:
-            ValueError: the method changes more than weights.
+            UserError: The method changes more than weights.
         """
-        raise ValueError(f"{type(self).__name__} cannot be merged: it does more than change weights")
+        raise UserError(f"{type(self).__name__} cannot be merged: it does more than change weights")
 
 
 class LayerMask(nnx.Module):
-    """Puts trained values in the place of a base's own, in the layers of a stack that are `chosen`."""
+    """The layers of a stack that an adapter is in: one bool per layer, or a single one for an unstacked module."""
 
-    def __init__(self, chosen: tuple[bool, ...]) -> None:
-        self.chosen = chosen  # one for each layer; one where there is no stack
-        self.mask = nnx.data(None if all(chosen) else PeftConstant(jnp.array(chosen), axes=("layers",)))
+    def __init__(self, chosen: Iterable[bool]) -> None:
+        self.chosen = tuple(bool(layer) for layer in chosen)
+        masked = not all(self.chosen)
+        self.mask = nnx.data(PeftConstant(jnp.array(self.chosen), axes=("layers",)) if masked else None)
 
-    def __call__(self, trained: jax.Array, own: jax.Array) -> jax.Array:
-        """`trained` in the chosen layers, `own` in the others: of one layer within the scan, or [L, ...] outside."""
+    def __contains__(self, layer: int | None) -> bool:
+        return self.chosen[layer or 0]
+
+    def __call__(self, inside: jax.Array, outside: jax.Array) -> jax.Array:
+        """`inside` in the layers with the adapter, `outside` in the others: of one layer under scan, or [L, ...]."""
         if self.mask is None:
-            return trained
+            return inside
         mask = self.mask.get_value()
-        return jnp.where(mask.reshape(mask.shape + (1,) * (own.ndim - mask.ndim)), trained, own)
+        return jnp.where(mask.reshape(mask.shape + (1,) * (outside.ndim - mask.ndim)), inside, outside)
+
+    def or_zero(self, value: jax.Array) -> jax.Array:
+        """`value`, or zeros in a layer without the adapter."""
+        return self(value, jnp.zeros_like(value))
+
+    def or_one(self, value: jax.Array) -> jax.Array:
+        """`value`, or ones in a layer without the adapter."""
+        return self(value, jnp.ones_like(value))
 
 
 class Override(MethodAdapter):
-    """A trained copy of its owner's parameters, in their place: modules_to_save, and biases or norms that are trained.
+    """Trained copies of a layer's parameters, used in their place: modules_to_save, and trained biases and norms.
 
-    hf: {suffix in the adapter file: leaf}.
+    Attributes:
+        hf: Pairs of a suffix in the adapter file and the leaf it holds.
     """
 
     def __init__(
@@ -98,7 +116,7 @@ class Override(MethodAdapter):
         values: Mapping[str, jax.Array],
         axes: Mapping[str, tuple],
         hf: Mapping[str, HfLeaf],
-        chosen: tuple[bool, ...],
+        chosen: Iterable[bool],
     ) -> None:
         self.leaves = tuple(values)
         self.hf = tuple(hf.items())
@@ -106,14 +124,11 @@ class Override(MethodAdapter):
         for leaf, value in values.items():
             setattr(self, leaf, PeftParam(value, axes=axes[leaf]))
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        own = {leaf: parameter(owner, leaf, parameters) for leaf in self.leaves}
-        return compute(*inputs, **(parameters | self._replaced(own)))
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return base(x, **self._replaced({leaf: base.parameter(leaf) for leaf in self.leaves}))
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        return dict(self.hf) if self.layers.chosen[layer or 0] else {}
+        return dict(self.hf) if layer in self.layers else {}
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         own = {leaf: parameters[leaf] for leaf in self.leaves}
@@ -124,63 +139,65 @@ class Override(MethodAdapter):
 
 
 class WeightAdapter(MethodAdapter):
-    """An adapter defined by what it makes of its owner's kernel: y = x changed(W) + b.
+    """An adapter that maps the layer's kernel to another one: y = x changed(W) + b.
 
-    A subclass says `changed`, and computes in a cheaper way where there is one. `layers` are those it is in; in the
-    others of the stack `changed` must give back W itself. names: the tensors of its file for one layer.
+    A subclass implements `changed`, and overrides `apply` where there is a cheaper way to compute the same.
+
+    Attributes:
+        names: The tensors of the adapter file for one layer, by key suffix.
+        kernel: The layer's parameter that is changed.
+        layers: The layers with the adapter. In the others `changed` must return W itself.
     """
 
     names: ClassVar[Mapping[str, HfLeaf]]
-    kernel: ClassVar[str] = "kernel"  # the owner's parameter that it changes
+    kernel: ClassVar[str] = "kernel"
     layers: LayerMask
 
     def changed(self, kernel: jax.Array) -> jax.Array:
-        """The kernel of one layer, float32 [in, out], as the adapter changes it."""
+        """The changed kernel of one layer, from its kernel; both float32 [in, out]."""
         raise NotImplementedError
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        kernel = parameter(owner, self.kernel, parameters)
-        return compute(*inputs, **(parameters | {self.kernel: self._rounded(kernel)}))
-
-    def _rounded(self, kernel: jax.Array) -> jax.Array:
-        return self.changed(kernel.astype(jnp.float32)).astype(kernel.dtype)
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return base(x, **{self.kernel: self._rounded(base.parameter(self.kernel))})
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         return {self.kernel: over_layers(self, lambda one, kernel: one._rounded(kernel), parameters[self.kernel])}
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        return dict(self.names) if self.layers.chosen[layer or 0] else {}
+        return dict(self.names) if layer in self.layers else {}
+
+    def _rounded(self, kernel: jax.Array) -> jax.Array:
+        return self.changed(kernel.astype(jnp.float32)).astype(kernel.dtype)
 
 
 class DeltaAdapter(WeightAdapter):
-    """A weight adapter that adds: y = x W + dropout(x) delta + b."""
+    """A weight adapter that adds to the kernel: y = x W + dropout(x) delta + b.
+
+    A subclass implements `delta`, and `update` where there is a cheaper way to compute x delta.
+    """
 
     dropout: Dropout
 
     def delta(self) -> jax.Array:
-        """What is added to the kernel of one layer, float32 [in, out]; zero in a layer that it is not in."""
+        """The update of one layer's kernel, float32 [in, out]; zero in a layer without the adapter."""
         raise NotImplementedError
+
+    def update(self, x: jax.Array) -> jax.Array:
+        """dropout(x) delta: [..., in] -> [..., out]."""
+        return matmul(self.dropout(x), self.delta().astype(x.dtype))
+
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return base(x) + self.update(x)
 
     def changed(self, kernel: jax.Array) -> jax.Array:
         return kernel + self.delta()
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        return compute(x, **parameters) + matmul(self.dropout(x), self.delta().astype(x.dtype))
-
-
-def parameter(owner: Any, leaf: str, given: Mapping[str, jax.Array]) -> jax.Array:
-    """The parameter that `owner` computes with: the one it is given for this call, else its own."""
-    return given[leaf] if leaf in given else getattr(owner, leaf).get_value()
-
 
 def over_layers(adapter: nnx.Module, compute: Callable[..., Any], *arrays: Any) -> Any:
-    """`compute(adapter, *arrays)`, for a stacked adapter of each layer of it and of the arrays, [L, ...], in turn: so that
-    what it needs in between is there for one layer only."""
+    """`compute(adapter, *arrays)`; for a stacked adapter, one layer of it and of `arrays` [L, ...] at a time.
+
+    The intermediate results of only one layer are in memory at once.
+    """
     graph, leaves = variables.flat(adapter)
     values = {path: leaf.get_value() for path, leaf in leaves.items()}
     stacked = {path: value for path, value in values.items() if variables.is_stacked(leaves[path])}

@@ -1,12 +1,10 @@
-"""What a method is: options that say where adapters go, and adapters that sit in slots.
+"""What a method is: a frozen dataclass of options, and the adapters that it puts into slots.
 
-A method is a frozen dataclass of its options with `attach(model, name, rngs)`, which puts an `Adapter` into each slot
-it wants, and a table that translates its options to and from a Hugging Face adapter_config.json. What is trained
-follows from `trains`: variables of exactly that type.
+`attach(model, name, rngs)` puts an `Adapter` into each slot that the options choose. A table translates the options to
+and from Hugging Face's adapter_config.json. `trains` is the type of the trainable variables.
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -15,6 +13,7 @@ import jax
 import optax
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
 
@@ -23,15 +22,20 @@ from peftjax.core.variables import PeftParam
 class Method:
     """The options of one PEFT method.
 
-    The translation to Hugging Face: `hf_fields`, {option: (its field in adapter_config.json, the value that peft takes
-    where the field is missing)}; `hf_constants`, fields that are written with this value and read with no other that
-    says something (but None or False); `hf_ignored`, fields that say where peft's own model keeps things, or repeat what
-    others say; `hf_training`, {field that says how the adapter was trained: the value that peft takes where it is
-    missing}: it changes nothing that is computed from the file, and another value is accepted with a warning.
+    Attributes:
+        method: The method's name in configs.
+        peft_type: The method's name in Hugging Face's adapter_config.json.
+        trains: The type of the trainable variables.
+        hf_fields: {option: (field of adapter_config.json, the value that peft assumes where the field is missing)}.
+        hf_constants: Fields that are written with this value. When reading, only this value, None and False are
+            accepted.
+        hf_ignored: Fields that are not read: they describe peft's own model or repeat other fields.
+        hf_training: Fields that describe how the adapter was trained, with the values that peft assumes where they are
+            missing. They do not affect what is computed from the file; other values are accepted with a warning.
     """
 
-    method: ClassVar[str]  # its name in configs
-    peft_type: ClassVar[str | None] = None  # its name in Hugging Face's adapter_config.json
+    method: ClassVar[str]
+    peft_type: ClassVar[str | None] = None
     trains: ClassVar[type[nnx.Variable]] = PeftParam
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {}
     hf_constants: ClassVar[dict[str, Any]] = {}
@@ -42,59 +46,76 @@ class Method:
         known = [field.name for field in dataclasses.fields(cls)]
         for option in options:
             if option not in known:
-                raise ValueError(no_such_option(cls, option))
+                raise UserError(no_such_option(cls, option))
         return super().__new__(cls)
+
+    def _replace(self, **options: Any) -> None:
+        """Store converted options, from `__post_init__` of the frozen dataclass."""
+        for option, value in options.items():
+            object.__setattr__(self, option, value)
 
     @property
     def neutral(self) -> bool:
-        """Whether the method, attached and not yet trained, changes nothing that the model computes."""
+        """Whether the method leaves the model's outputs unchanged before it is trained."""
         return True
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:
-        """The method with its texts, if it has any, as tokens."""
+        """The method with its text options, if it has any, tokenized."""
         del encode
         return self
 
     @property
     def data(self) -> int:
-        """How many batches of data a training shows it before it is attached."""
+        """How many batches of training data initialize the adapters; 0 for most methods."""
         return 0
 
     @property
     def unquantized(self) -> bool:
-        """Whether it begins with the kernels as they were before they were quantized."""
+        """Whether the adapters are initialized from the base's kernels before quantization."""
         return False
 
-    def begin(self, model: Any, name: str, kernels: Callable[[str, int | None], Any], rngs: nnx.Rngs) -> None:
-        """Start the adapters called `name` from `kernels`: of a module's path and a layer, [in, out]."""
+    def begin(self, model: nnx.Module, name: str, kernels: Callable[[str, int | None], Any], rngs: nnx.Rngs) -> None:
+        """Initialize the adapters called `name` from `kernels(path, layer)`, the unquantized kernels [in, out]."""
         raise NotImplementedError
 
-    def fit(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> tuple[Self, dict[str, dict[str, Any]]]:
-        """For a method that begins with data: the method that is attached in its place, and what its adapters then
-        start from, {path of a site: {leaf: array}}."""
+    def fit(self, model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Self, dict[str, dict[str, Any]]]:
+        """Initialize from batches of data.
+
+        Returns:
+            The method to attach instead, and the initial arrays of its adapters, {path of a site: {leaf: array}}.
+        """
         raise NotImplementedError
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         """Put adapters called `name` into the model's slots.
 
         Raises:
-            ValueError: the options do not fit the model.
+            UserError: The options do not fit the model.
         """
         raise NotImplementedError
 
     def check(self, model: nnx.Module) -> None:
-        """Refuse, with a ValueError, what an adapter file may ask for and a new adapter should not."""
+        """Reject options that are acceptable in an adapter file but not for a new adapter.
+
+        Raises:
+            UserError: The options do not suit a new adapter of this model.
+        """
         del model
 
     def optimizer(
         self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]
     ) -> optax.GradientTransformation:
-        """`inner`, or what the method makes of it; leaves: the model's variables by path."""
+        """The optimizer to train with: `inner`, wrapped where the method needs it.
+
+        Args:
+            inner: The optimizer of the config.
+            leaves: The model's variables by path.
+        """
         del leaves
         return inner
 
-    def penalty(self, model: Any) -> jax.Array | None:
-        """What the method adds to the mean loss of a token, float32 []; None: nothing."""
+    def penalty(self, model: nnx.Module) -> jax.Array | None:
+        """The term that the method adds to the mean loss per token, float32 []; None if there is none."""
         del model
         return None
 
@@ -105,24 +126,31 @@ class Method:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        """The method of an adapter_config.json; a field it cannot honour is a ValueError that names it."""
+        """The method that an adapter_config.json describes.
+
+        Raises:
+            UserError: A field asks for something that is not supported.
+        """
         known = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_ignored | cls.hf_training.keys()
         for key, value in config.items():
             if key not in known and value not in (None, False, "", [], {}, cls.hf_constants.get(key)):
-                raise ValueError(
+                raise UserError(
                     f"adapter_config.json: {key}={value!r} is not supported for {cls.peft_type or cls.method}"
                 )
-        told = {key: config[key] for key, usual in cls.hf_training.items() if config.get(key) not in (None, usual)}
-        if told:
-            said = ", ".join(f"{key}={value!r}" for key, value in told.items())
-            warnings.warn(f"adapter_config.json: {said} says how it was trained and is not kept", stacklevel=2)
+        dropped = [
+            f"{key}={config[key]!r}" for key, usual in cls.hf_training.items() if config.get(key) not in (None, usual)
+        ]
+        if dropped:
+            warnings.warn(
+                f"adapter_config.json: {', '.join(dropped)} says how it was trained and is not kept", stacklevel=2
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
         return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})
 
 
 def no_such_option(cls: type[Method], option: str) -> str:
-    """What to say of an option that a method does not have: the near ones, or our word for Hugging Face's."""
+    """The error message for an unknown option, with suggestions or our name for Hugging Face's field."""
     known = [field.name for field in dataclasses.fields(cls)]
     ours = {hf: own for own, (hf, _) in cls.hf_fields.items()}
     meant = f" Hugging Face's {option} is called {ours[option]!r} here." if option in ours else suggest(option, known)
@@ -130,7 +158,7 @@ def no_such_option(cls: type[Method], option: str) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    """Tuples of pairs as objects, other tuples as lists, an empty one as null."""
+    """Tuples of pairs as objects, other tuples as lists, an empty tuple as null."""
     if not isinstance(value, tuple):
         return value
     pairs = value and all(isinstance(item, tuple) and len(item) == 2 for item in value)
@@ -141,10 +169,3 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple(value.items())
     return tuple(value) if isinstance(value, list) else value
-
-
-def positive(**options: float) -> None:
-    """A ValueError for the first option that is not a number above 0 (for a whole number: at least 1)."""
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"method.{option} must be above 0, it is {value!r}")

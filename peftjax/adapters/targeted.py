@@ -1,7 +1,8 @@
-"""Methods that sit in layers chosen by name: the options that choose them, and layers that are trained whole."""
+"""Methods that sit in layers chosen by name, and layers that are trained whole."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +10,24 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
+from peftjax.adapters.options import names_or_pattern, split_names
 from peftjax.adapters.sites import Chosen, Site, choose, head_sites, place, sites, tied_kernel
+from peftjax.core.errors import UserError
 from peftjax.nn.linear import Conv1D, Linear
-
-REGEX = set("*+?()[]{}|^$\\")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targeted(Method):
-    """Options that say where the adapters go; module names are Hugging Face's (`q_proj`, `model.layers.0.mlp.up_proj`).
+    """Options that choose layers. Module names are Hugging Face's (`q_proj`, `model.layers.0.mlp.up_proj`).
 
-    targets: "all-linear" (every Linear but the head), a tuple of names or name endings, or a string: a regular
-    expression for the whole name, or names separated by commas.
-    exclude: names or a regular expression to leave out. layers_to_transform: only these layers.
-    modules_to_save: layers to train whole and not by the method, such as lm_head: those whose name ends so, as peft has
-    it, be it within a word ("norm" means input_layernorm too). A classification head is always one of them.
+    Attributes:
+        targets (str or tuple, default "all-linear"): The layers that get an adapter: "all-linear" (every Linear but
+            the head), a tuple of names or name endings, comma-separated names, or a regular expression for full names.
+        exclude (str or tuple, default none): Names or a regular expression to leave out.
+        layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
+        modules_to_save (tuple, default none): Layers to train whole, such as lm_head, instead of adapting them. As in
+            peft, an entry matches every name that ends in it, even within a word ("norm" also matches
+            input_layernorm). A classification head is always trained whole.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -42,23 +46,31 @@ class Targeted(Method):
     hf_ignored: ClassVar[frozenset[str]] = frozenset({"layers_pattern", "fan_in_fan_out"})
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude"):
-            object.__setattr__(self, field, names_or_pattern(getattr(self, field)))
-        layers, saved = self.layers_to_transform, self.modules_to_save
-        object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
-        object.__setattr__(self, "modules_to_save", split_names(saved) if isinstance(saved, str) else tuple(saved))
+        layers = self.layers_to_transform
+        self._replace(
+            targets=names_or_pattern(self.targets),
+            exclude=names_or_pattern(self.exclude),
+            layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers),
+            modules_to_save=split_names(self.modules_to_save),
+        )
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
-            raise ValueError(
-                "method.layers_to_transform goes with names, not with a regular expression for whole names"
+            raise UserError(
+                f"method.layers_to_transform={self.layers_to_transform} needs targets that are names; "
+                f"targets={self.targets!r} is a regular expression, which can name the layers itself"
             )
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> MethodAdapter:
-        """A new adapter for a site; mask: the layers of its stack that it is in."""
+        """A new adapter for a site; mask: bool [layers], the layers of its stack that get it."""
         raise NotImplementedError
 
+    def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, MethodAdapter]]:
+        """The new adapters of all sites; overridden where they share arrays."""
+        for site, mask in chosen:
+            yield site, self.adapter(site, mask, rngs)
+
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
-        for site, mask in self.chosen(model):
-            place(site, name, self.adapter(site, mask, rngs))
+        for site, adapter in self.adapters(self.chosen(model), rngs):
+            place(site, name, adapter)
         train_whole(model, self.saved(model), name)
 
     def chosen(self, model: nnx.Module) -> Chosen:
@@ -72,17 +84,18 @@ class Targeted(Method):
         chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
         chosen = [(site, mask) for site, mask in chosen if mask.any()]
         if not chosen:
-            raise ValueError(
-                f"method.targets={self.targets!r}: every one of them is in modules_to_save or a classification head"
+            raise UserError(
+                f"method.targets={self.targets!r} leaves no layer to adapt: all of them are in modules_to_save or belong "
+                "to a classification head"
             )
         return chosen
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
-        """Whether the word `every` means a site."""
+        """Whether the word `every` includes a site."""
         return isinstance(site.module, Linear) and site.path not in getattr(type(model), "output_layers", ())
 
     def saved(self, model: nnx.Module) -> Chosen:
-        """The sites of modules_to_save, and those of a classification head."""
+        """The sites that are trained whole: those of modules_to_save and of a classification head."""
         names = [name for site in sites(model) for name in site.names]
         ending = {entry: [name for name in names if name.endswith(entry)] for entry in self.modules_to_save}
         meant = tuple(name for entry, found in ending.items() for name in found or [entry])
@@ -93,29 +106,29 @@ class Targeted(Method):
         config = super().to_hf(model, name)
         options = ("exclude", "layers_to_transform")
         if any(getattr(self, option) and option not in self.hf_fields for option in options):
-            config["target_modules"] = chosen_names(self.chosen(model))  # for peft has no field that leaves one out
+            config["target_modules"] = chosen_names(self.chosen(model))  # peft has no field that leaves a layer out
         elif self.targets == self.every:
             config["target_modules"] = sorted(
                 {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
             )
-        if "fan_in_fan_out" in config:  # peft's word for kernels that are stored as [in, out]
+        if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
             config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in self.chosen(model))
         return config
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Any:
+    def from_hf(cls, config: dict[str, Any]) -> Self:
         if config.get("target_modules") is None:
-            raise ValueError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
+            raise UserError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
         return super().from_hf(config)
 
 
 def chosen_names(chosen: Chosen) -> list[str]:
-    """The whole names of all layers chosen."""
+    """The full Hugging Face names of all chosen layers."""
     return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
 
 
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
-    """Put a trained copy of all parameters of each site into its slot (modules_to_save)."""
+    """Put trained copies of all parameters of each site into its slot (modules_to_save)."""
     for site, mask in chosen:
         stored = getattr(type(site.module), "hf_leaves", {})
         values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
@@ -123,25 +136,7 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
         if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
             values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
         if not values:
-            raise ValueError(f"method.modules_to_save: {site.names[0]} has no parameters of its own")
+            raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
         hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
         widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
-        place(site, name, Override(widened, axes, hf, tuple(bool(x) for x in mask)))
-
-
-def names_or_pattern(value: Any) -> str | tuple[str, ...]:
-    """A regular expression or a word like "all-linear" as it is; names, also between commas, as a tuple."""
-    if value is None:
-        raise ValueError(
-            "method.targets and method.exclude are names, a tuple of names or a regular expression, not None"
-        )
-    if not isinstance(value, str):
-        return tuple(value)
-    if value.startswith("all-") or REGEX & set(value):
-        return value
-    return split_names(value)
-
-
-def split_names(names: str) -> tuple[str, ...]:
-    """The names of a string that has them between commas."""
-    return tuple(name.strip() for name in names.split(",") if name.strip())
+        place(site, name, Override(widened, axes, hf, mask))

@@ -21,6 +21,7 @@ from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
 from peftjax.adapters.registry import active, parameters_before
 from peftjax.adapters.sites import Site, adapters_named, head_sites, sites, tied_kernel
+from peftjax.adapters.soft_prompt import SoftPrompt
 from peftjax.core import distributed, variables
 from peftjax.core.distributed import OnHost
 from peftjax.core.fingerprint import marks
@@ -30,7 +31,6 @@ from peftjax.io.adapter_hub import Files
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import Bottleneck
-from peftjax.methods.prompt import SoftPrompt
 from peftjax.quant.base import Quantized
 
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft puts a prompt beside a model, other methods into it

@@ -1,6 +1,7 @@
-"""PEFT methods, one per file, and the registry that finds them by name.
+"""PEFT methods, one per file, and the registry of their names.
 
-A file holds a method's options, its adapter and its equation. Nothing else belongs here.
+A file holds a method's equation, its options and its adapter. A package holds a method of several files. What methods
+share is in `peftjax.adapters`.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peftjax.adapters.method import Method, no_such_option
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.bitfit import BitFit
@@ -24,8 +26,9 @@ from peftjax.methods.lokr import LoKr
 from peftjax.methods.lora.lora import Lora
 from peftjax.methods.miss import Miss
 from peftjax.methods.oft import Oft
+from peftjax.methods.p_tuning import PTuning
 from peftjax.methods.prefix import PrefixTuning
-from peftjax.methods.prompt import PromptTuning, PTuning
+from peftjax.methods.prompt import PromptTuning
 from peftjax.methods.randlora import RandLora
 from peftjax.methods.trainable_tokens import TrainableTokens
 from peftjax.methods.vblora import VbLora
@@ -93,26 +96,26 @@ __all__ = [
 
 
 def method_class(name: str) -> type[Method]:
-    """The method called `name`; a ValueError with the near names where there is none."""
+    """The method called `name`; a `UserError` with suggestions if there is none."""
     if name not in METHODS:
-        raise ValueError(
+        raise UserError(
             f"method.name: {name!r} is not a method.{suggest(name, METHODS)} Methods: {', '.join(sorted(METHODS))}"
         )
     return METHODS[name]
 
 
 def method_defaults(name: str) -> dict[str, Any]:
-    """The fields of a config's `method` section for this method, with their defaults."""
+    """The fields of a config's `method` section for a method, with their defaults."""
     cls = method_class(name)
     return {"name": name} | {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def make_config(name: str, **fields: Any) -> ConfigDict:
-    """The `method` section of a config: every field of the method, those given here and the defaults of the others."""
+    """The `method` section of a config: the given fields of a method and the defaults of the others."""
     defaults = method_defaults(name)
     for field in fields:
         if field not in defaults:
-            raise ValueError(no_such_option(method_class(name), field))
+            raise UserError(no_such_option(method_class(name), field))
     return ConfigDict(defaults | fields)
 
 

@@ -1,34 +1,39 @@
 """BOFT: y = (x R_m ... R_1 W) s + b, where each R_i = P_i D_i P_i^T rotates blocks and s scales the output.
 
 Liu et al. 2024 (arXiv:2311.06243), section 4: D_i is block diagonal, its blocks are Cayley transforms as in OFT, and P_i a
-butterfly permutation, so that m factors of blocks of b features mix 2^(m-1) b of them. s is peft's addition. At the start
-every R_i is the identity and s is 1. Without its CUDA extension peft computes with m = 1, whatever its config says.
+butterfly permutation, so that m factors with blocks of b features mix 2^(m-1) b features. The scale s is peft's addition.
+At initialization every R_i is the identity and s is 1. Without its CUDA extension, peft always computes with m = 1.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter, parameter
-from peftjax.adapters.method import positive
+from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.options import either_size, positive_integer
 from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.methods.oft import cayley_less_one, times_blocks
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boft(Targeted):
-    """Options of BOFT, beside those of `Targeted`.
+    """Options of BOFT.
 
-    block_size: of the blocks, or `blocks`: how many there are; the other one is 0. factors: m. dropout: in training,
-    this share of the blocks of one random factor are the identity.
+    Attributes:
+        block_size (int, default 4): Size b of the blocks, or 0 to set `blocks`.
+        blocks (int, default 0): Number of blocks, or 0 to set `block_size`.
+        factors (int, default 1): Number m of factors.
+        dropout (float, default 0.0): Share of the blocks of one random factor that are replaced by the identity in
+            training.
     """
 
     block_size: int = 4
@@ -49,71 +54,67 @@ class Boft(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.block_size == 0) == (self.blocks == 0):
-            raise ValueError(
-                f"method.block_size={self.block_size} and method.blocks={self.blocks}: set one of them, the other to 0"
-            )
-        positive(
-            factors=self.factors, **({"block_size": self.block_size} if self.block_size else {"blocks": self.blocks})
-        )
+        either_size(self.block_size, self.blocks)
+        positive_integer(factors=self.factors)
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "BoftLinear":
         del rngs
         inputs, name = site.module.in_features, site.names[0]
         option, value = ("block_size", self.block_size) if self.block_size else ("blocks", self.blocks)
         if inputs % value:
-            raise ValueError(f"method.{option}={value} must divide the {inputs} input features of {name}")
+            raise UserError(f"method.{option}={value} must divide the {inputs} input features of {name}")
         size = self.block_size or inputs // self.blocks
         if self.factors > 1 and (size % 2 or (inputs // size) % 2 ** (self.factors - 1)):
-            raise ValueError(
-                f"method.factors={self.factors} needs blocks of an even size, their number a multiple of "
-                f"{2 ** (self.factors - 1)}; {name} has {inputs // size} blocks of {size}"
+            raise UserError(
+                f"method.factors={self.factors} needs blocks of an even size and a number of blocks that is a multiple "
+                f"of {2 ** (self.factors - 1)}; {name} has {inputs // size} blocks of {size}"
             )
-        layers = LayerMask(tuple(bool(layer) for layer in mask))
-        return BoftLinear(site, self.factors, size, self.dropout, layers)
+        return BoftLinear(site, mask, self.factors, size, self.dropout)
 
 
 class BoftLinear(WeightAdapter):
-    """rotations: whose skew-symmetric part is Q, [*stack, m, in / b, b, b]; scale: s, [*stack, out]."""
+    """(x R_m ... R_1 W) s + b.
+
+    Attributes:
+        rotations: Matrices whose skew-symmetric part is Q, [*stack, m, in / b, b, b].
+        scale: s, [*stack, out].
+    """
 
     names: ClassVar = {"boft_R": HfLeaf("rotations"), "boft_s": HfLeaf("scale", shape=(-1, 1))}
 
-    def __init__(self, site: Site, factors: int, size: int, dropout: float, layers: LayerMask) -> None:
+    def __init__(self, site: Site, mask: np.ndarray, factors: int, size: int, dropout: float) -> None:
         owner, stack = site.module, site.stack
         shape = (*stack, factors, owner.in_features // size, size, size)
         self.rotations = PeftParam(jnp.zeros(shape, jnp.float32), axes=site.lead(None, "block", None, None))
         self.scale = PeftParam(jnp.ones((*stack, owner.out_features), jnp.float32), axes=site.lead(owner.axes[1]))
-        self.dropout, self.layers = Dropout(dropout, stack), layers
+        self.dropout, self.layers = Dropout(dropout, stack), LayerMask(mask)
 
-    def __call__(self, owner: Any, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
-        (x,) = inputs
-        blocks = self._dropped(self._less_one())
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        blocks = self._dropped(self.less_one())
         for factor in reversed(range(len(blocks))):
             x = x + butterfly(x, blocks[factor], factor)
-        has_bias = "bias" in parameters or owner.bias is not None
-        bias = parameter(owner, "bias", parameters) if has_bias else None
-        y = compute(x, **(parameters if bias is None else parameters | {"bias": jnp.zeros_like(bias)}))
-        y = (y * jnp.broadcast_to(self._scale(), y.shape)).astype(y.dtype)
-        return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        if not base.has("bias"):
+            return self._scaled(base(x))
+        bias = base.parameter("bias")
+        y = self._scaled(base(x, bias=jnp.zeros_like(bias)))
+        return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
     def changed(self, kernel: jax.Array) -> jax.Array:
         turned = kernel.T
-        for factor, blocks in enumerate(jnp.swapaxes(self._less_one(), -1, -2)):
+        for factor, blocks in enumerate(jnp.swapaxes(self.less_one(), -1, -2)):
             turned = turned + butterfly(turned, blocks, factor)
-        return turned.T * self._scale()[None]
+        return turned.T * self.layers.or_one(self.scale.get_value())[None]
 
-    def _less_one(self) -> jax.Array:
+    def less_one(self) -> jax.Array:
         """D_i - I, [m, in / b, b, b] float32."""
-        free = self.rotations.get_value()
-        free = self.layers(free, jnp.zeros_like(free))
+        free = self.layers.or_zero(self.rotations.get_value())
         return cayley_less_one(0.5 * (free - jnp.swapaxes(free, -1, -2)))
 
-    def _scale(self) -> jax.Array:
-        scale = self.scale.get_value()
-        return self.layers(scale, jnp.ones_like(scale))
+    def _scaled(self, y: jax.Array) -> jax.Array:
+        return (y * jnp.broadcast_to(self.layers.or_one(self.scale.get_value()), y.shape)).astype(y.dtype)
 
     def _dropped(self, blocks: jax.Array) -> jax.Array:
-        """In training, `blocks` with a share of those of one factor, drawn at random, 0."""
+        """`blocks`; in training a random share of those of one random factor is 0."""
         factors, count = blocks.shape[:2]
         if self.dropout.deterministic or self.dropout.key is None:
             return blocks
@@ -124,7 +125,7 @@ class BoftLinear(WeightAdapter):
 
 
 def butterfly(x: jax.Array, blocks: jax.Array, factor: int) -> jax.Array:
-    """x P D P^T for x [..., in], D of blocks [in / b, b, b], and P that of factor 0, 1, ...
+    """x P D P^T for x [..., in], D with blocks [in / b, b, b], and the permutation P of factor 0, 1, ...
 
     P^T brings together the even half blocks of every 2^factor b features, and the odd ones.
     """

@@ -1,14 +1,13 @@
-"""FourierFT: y = x (W + s Re(F^-1 S)) + b, with a spectrum S [in, out] that is zero but at n places, which are trained.
+"""FourierFT: y = x (W + s Re(F^-1 S)) + b, with a spectrum S [in, out] that is zero except for n trained coefficients.
 
-Gao et al. 2024 (arXiv:2405.03003), section 3.1. F^-1 is the inverse discrete Fourier transform in two dimensions; it
-divides by in * out, as peft's does and the paper's equation does not say. The places are the same in all layers of one
-shape and random. The file holds the n coefficients alone: their places are the first n of the permutation that torch
-draws from `random_loc_seed`, and `places` draws the same.
+Gao et al. 2024 (arXiv:2405.03003), section 3.1. F^-1 is the two-dimensional inverse discrete Fourier transform. As in
+peft it divides by in * out, which the paper's equation does not say. The coefficients have random places, the same in all
+layers of one shape. The file holds only the coefficients: their places are the first n entries of the permutation that
+torch draws from `random_loc_seed`, which `places` reproduces.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,22 +16,28 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
-from peftjax.adapters.method import positive
+from peftjax.adapters.options import pattern, positive, positive_integer, seed
+from peftjax.adapters.ranks import within
 from peftjax.adapters.sites import Chosen, Site, check_table
 from peftjax.adapters.targeted import Targeted
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 
-LARGEST = (2**32 - 1) // 20  # torch permutes as many numbers as this in another way
+LARGEST = (2**32 - 1) // 20  # from this size on, torch uses another algorithm for permutations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFT(Targeted):
-    """Options of FourierFT, beside those of `Targeted`.
+    """Options of FourierFT.
 
-    n_frequency: how many coefficients are trained; n_frequency_pattern: exceptions by module name. scaling: s above.
-    random_loc_seed: of the places. init_weights: coefficients that are 0 at the start; else they are normal with
-    standard deviation 1, as in the paper, and the adapter changes the model at once.
+    Attributes:
+        n_frequency (int, default 1000): Number n of coefficients per layer.
+        scaling (float, default 150.0): Scale s of the update.
+        random_loc_seed (int, default 777): Seed of the places of the coefficients.
+        n_frequency_pattern (mapping, default none): Numbers of coefficients of some modules, by name.
+        init_weights (bool, default False): Initialize the coefficients to 0. Otherwise they are normal with standard
+            deviation 1, as in the paper, and a new adapter changes the model.
     """
 
     n_frequency: int = 1000
@@ -52,23 +57,17 @@ class FourierFT(Targeted):
     }
     hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._replace(n_frequency_pattern=pattern(self.n_frequency_pattern))
+        for number in (self.n_frequency, *dict(self.n_frequency_pattern).values()):
+            positive_integer(n_frequency=number)
+        positive(scaling=self.scaling)
+        seed(64, random_loc_seed=self.random_loc_seed)
+
     @property
     def neutral(self) -> bool:
         return False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pattern = self.n_frequency_pattern
-        items = pattern.items() if isinstance(pattern, Mapping) else pattern
-        object.__setattr__(self, "n_frequency_pattern", tuple((str(key), number) for key, number in items))
-        for number in (self.n_frequency, *dict(self.n_frequency_pattern).values()):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"method.n_frequency must be a whole number of at least 1, it is {number!r}")
-        positive(scaling=self.scaling)
-        if not isinstance(self.random_loc_seed, int) or not 0 <= self.random_loc_seed < 2**64:
-            raise ValueError(
-                f"method.random_loc_seed must be a whole number of at least 0, it is {self.random_loc_seed!r}"
-            )
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
@@ -79,11 +78,11 @@ class FourierFT(Targeted):
         counts = np.where(mask, [self._frequencies(name) for name in site.names], 0)
         size = site.module.in_features * site.module.out_features
         if counts.max() > size:
-            raise ValueError(f"method.n_frequency={counts.max()} is more than {site.names[0]} has, which is {size}")
+            raise UserError(f"method.n_frequency={counts.max()} is more than the {size} weights of {site.names[0]}")
         if size >= LARGEST:
-            raise ValueError(
-                f"method.targets: {site.names[0]} has {size} weights; from {LARGEST} on torch draws the places of "
-                "FourierFT in a way that is not repeated here, so an adapter of it could not be exchanged. Leave it out"
+            raise UserError(
+                f"method.targets: {site.names[0]} has {size} weights; from {LARGEST} weights on torch draws the places of "
+                "FourierFT by an algorithm that is not reproduced here, so peft could not read the adapter. Leave it out"
             )
         return FourierLinear(site, counts, self, rngs)
 
@@ -91,7 +90,7 @@ class FourierFT(Targeted):
         return super().to_hf(model, name) | {"n_frequency_pattern": dict(self.n_frequency_pattern)}
 
     def _frequencies(self, name: str) -> int:
-        """By peft's rule, which here is another than for rank_pattern: an ending goes before the exact name."""
+        """By peft's rule, which differs from that of rank_pattern: an ending takes precedence over the exact name."""
         table = dict(self.n_frequency_pattern)
         ending = next((key for key in table if re.match(rf".*\.{key}$", name)), name)
         return table.get(ending, self.n_frequency)
@@ -103,7 +102,7 @@ def places(size: int, count: int, seed: int) -> np.ndarray:
     A Fisher-Yates shuffle from the front, which swaps place i with place i + (32 bits of MT19937 modulo size - i).
     """
     bits = np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32)
-    moved: dict[int, int] = {}  # what is no longer at its own place
+    moved: dict[int, int] = {}  # the numbers that are no longer at their own place
     found = []
     for index in range(count):
         other = index + int(bits[index]) % (size - index)
@@ -113,31 +112,29 @@ def places(size: int, count: int, seed: int) -> np.ndarray:
 
 
 class FourierLinear(DeltaAdapter):
-    """x Re(F^-1 S) * scale. spectrum: [*stack, N], scale: [*stack, N], place: int32 [2, N], rows and columns of S.
+    """x W + x Re(F^-1 S) scale.
 
-    N is the largest number of coefficients in the stack; scale is 0 beyond a layer's own, and in a layer that is left
-    out everywhere.
+    N is the largest number of coefficients in the stack.
+
+    Attributes:
+        counts: The number of coefficients of each layer, 0 in a layer without the adapter.
+        spectrum: The coefficients, [*stack, N].
+        scale: s, [*stack, N]; 0 beyond a layer's own number of coefficients.
+        place: Their rows and columns in S, int32 [2, N].
     """
 
-    names: ClassVar = {"fourierft_spectrum": HfLeaf("spectrum")}
-
     def __init__(self, site: Site, counts: np.ndarray, method: FourierFT, rngs: nnx.Rngs) -> None:
-        self.counts = tuple(int(count) for count in counts)  # one for each layer, 0 where there is none
-        self.layers = LayerMask(tuple(count > 0 for count in self.counts))
-        stack, most = site.stack, max(self.counts)
+        self.counts = tuple(int(count) for count in counts)
+        self.layers = LayerMask(counts > 0)
         self.shape = (site.module.in_features, site.module.out_features)
-        found = places(self.shape[0] * self.shape[1], most, method.random_loc_seed)
+        found = places(self.shape[0] * self.shape[1], max(self.counts), method.random_loc_seed)
         columns, rows = np.divmod(found, self.shape[0])  # torch's weight is [out, in]
         self.place = PeftConstant(jnp.asarray(np.stack([rows, columns]), jnp.int32), axes=(None, None))
-        active = jnp.asarray(np.arange(most) < counts[:, None], jnp.float32).reshape(*stack, most)
+        active = within(counts, site.stack)
         self.scale = PeftConstant(active * method.scaling, axes=site.lead(None))
         drawn = jax.random.normal(rngs.params(), active.shape, jnp.float32) * active
         self.spectrum = PeftParam(jnp.zeros_like(drawn) if method.init_weights else drawn, axes=site.lead(None))
-        self.dropout = Dropout(0.0, stack)
-
-    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        own = (slice(self.counts[layer or 0]),)
-        return {key: dataclasses.replace(leaf, window=own) for key, leaf in super().hf_leaves(layer).items()}
+        self.dropout = Dropout(0.0, site.stack)
 
     def delta(self) -> jax.Array:
         """s Re(F^-1 S)."""
@@ -145,3 +142,7 @@ class FourierLinear(DeltaAdapter):
         coefficients = self.spectrum.get_value() * self.scale.get_value()
         dense = jnp.zeros(self.shape, jnp.float32).at[rows, columns].set(coefficients, unique_indices=True)
         return jnp.fft.ifft2(dense).real
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        count = self.counts[layer or 0]
+        return {"fourierft_spectrum": HfLeaf("spectrum", window=(slice(count),))} if count else {}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: nothing is added, and the base itself is what the mask says yes to."""
+"""Full fine-tuning: y = x W + b, where W and b themselves are trained."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,19 +7,20 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.quant.base import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Trains every parameter of the base. It has no options and no adapter file: the result is the model."""
+    """Train every parameter of the base. There are no options and no adapter file: the result is the model."""
 
     method: ClassVar[str] = "full"
     trains: ClassVar[type[nnx.Variable]] = nnx.Param
 
     def check(self, model: nnx.Module) -> None:
         if any(isinstance(leaf.get_value(), Quantized) for leaf in variables.flat(model)[1].values()):
-            raise ValueError(
+            raise UserError(
                 "method.name='full' trains the base itself, which cannot be quantized: set model.quantize=''"
             )
 

@@ -1,14 +1,14 @@
 """HRA: y = x H^T W + b, with H = H_1 ... H_r a product of reflections H_i = I - 2 u_i u_i^T, u_i trained, of length 1.
 
-Yuan et al. 2024 (arXiv:2405.17484), section 3.1. H = I - U T U^T with T^-1 = I / 2 + the part of U^T U above its diagonal,
-so it costs x two products of rank r. At the start u_1 = u_2, u_3 = u_4, ...: then H is the identity but for rounding. With
-Gram-Schmidt the u_i are made orthogonal first, and H = I - 2 times the projection on what they span; equal u_i have no
-orthogonal ones, so there the start is random (peft starts with pairs there too, made orthogonal from rounding errors).
+Yuan et al. 2024 (arXiv:2405.17484), section 3.1. H = I - U T U^T, where T^-1 = I / 2 + the strict upper triangle of U^T U,
+so applying it to x takes two products of rank r. At initialization u_1 = u_2, u_3 = u_4, ..., so that H is the identity
+up to rounding. With Gram-Schmidt the u_i are first made orthogonal, and H = I - 2 times the projection on their span.
+Equal u_i cannot be made orthogonal, so the initial u_i are then random (peft starts with pairs there too, which it
+orthogonalizes from rounding errors).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,22 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
-from peftjax.adapters.method import positive
+from peftjax.adapters.options import positive_integer
 from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
+from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hra(Targeted):
-    """Options of HRA, beside those of `Targeted`.
+    """Options of HRA.
 
-    rank: number of reflections; an odd one has a random start. gram_schmidt: orthogonal reflections.
+    Attributes:
+        rank (int, default 8): Number of reflections. With an odd number the initial H is not the identity.
+        gram_schmidt (bool, default False): Make the reflections orthogonal.
     """
 
     rank: int = 8
@@ -39,52 +43,53 @@ class Hra(Targeted):
     hf_constants: ClassVar = {"bias": "none"}
     hf_training: ClassVar = {"init_weights": True}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_integer(rank=self.rank)
+
     @property
     def neutral(self) -> bool:
         return not self.gram_schmidt
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(rank=self.rank)
-
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "HraLinear":
         inputs = site.module.in_features
         if self.gram_schmidt and self.rank > inputs:
-            raise ValueError(
-                f"method.rank={self.rank}: {site.names[0]} has room for {inputs} orthogonal reflections; take fewer"
+            raise UserError(
+                f"method.rank={self.rank}: {site.names[0]} has room for {inputs} orthogonal reflections; use fewer"
             )
-        return HraLinear(site, self.rank, self.gram_schmidt, LayerMask(tuple(bool(layer) for layer in mask)), rngs)
+        return HraLinear(site, mask, self.rank, self.gram_schmidt, rngs)
 
 
 class HraLinear(WeightAdapter):
-    """(x - x U T^T U^T) W + b. u: [*stack, in, R], of any length."""
+    """(x - x U T^T U^T) W + b.
+
+    Attributes:
+        u: Vectors of any length along the reflections, [*stack, in, R].
+    """
 
     names: ClassVar = {"hra_u": HfLeaf("u")}
 
-    def __init__(self, site: Site, rank: int, gram_schmidt: bool, layers: LayerMask, rngs: nnx.Rngs) -> None:
+    def __init__(self, site: Site, mask: np.ndarray, rank: int, gram_schmidt: bool, rngs: nnx.Rngs) -> None:
         pairs = rank % 2 == 0 and not gram_schmidt
         shape = (*site.stack, site.module.in_features, rank // 2 if pairs else rank)
-        bound = shape[-1] ** -0.5  # peft's Kaiming uniform with a = sqrt(5): it counts the columns as inputs
+        bound = shape[-1] ** -0.5  # peft's Kaiming uniform with a = sqrt(5), which takes the columns for inputs
         u = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
         self.u = PeftParam(jnp.repeat(u, 2, axis=-1) if pairs else u, axes=site.lead(site.module.axes[0], "rank"))
-        self.gram_schmidt, self.layers = gram_schmidt, layers
+        self.gram_schmidt, self.layers = gram_schmidt, LayerMask(mask)
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        u, t = self._factors()
-        return compute(x - matmul(matmul(x, u @ t.T), u.T), **parameters)
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        u, t = self.reflections()
+        return base(x - matmul(matmul(x, u @ t.T), u.T))
 
     def changed(self, kernel: jax.Array) -> jax.Array:
-        u, t = self._factors()
+        u, t = self.reflections()
         return kernel - u @ (t.T @ (u.T @ kernel))
 
-    def _factors(self) -> tuple[jax.Array, jax.Array]:
-        """U [in, R] with columns of length 1, and T [R, R], 0 in a layer that has none; float32."""
+    def reflections(self) -> tuple[jax.Array, jax.Array]:
+        """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter."""
         u = self.u.get_value()
         u = u / jnp.sqrt(jnp.square(u).sum(axis=0, keepdims=True))
         gram = u.T @ u
         one = jnp.eye(len(gram))
         t = 2 * jnp.linalg.inv(gram) if self.gram_schmidt else jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
-        return u, self.layers(t, jnp.zeros_like(t))
+        return u, self.layers.or_zero(t)

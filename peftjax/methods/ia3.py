@@ -1,15 +1,13 @@
-"""(IA)3: y = (x W + b) * l, or y = (x * l) W + b for the targets in `feedforward`; l is trained and 1 at the start.
+"""(IA)3: y = (x W + b) * l, or y = (x * l) W + b for the targets in `feedforward`; l is trained and initialized to 1.
 
-Liu et al. 2022 (arXiv:2205.05638), section 3.3: l_k and l_v scale the keys and the values, l_ff the activations in the
-middle of the feed-forward block, which are the input of its last projection. In Llama's names this is
-targets=("k_proj", "v_proj", "down_proj") with feedforward=("down_proj",). The bias is scaled with the output, as in
-peft.
+Liu et al. 2022 (arXiv:2205.05638), section 3.3: l_k and l_v scale the keys and the values, and l_ff scales the hidden
+activations of the feed-forward block, the input of its last projection. In Llama's names this is
+targets=("k_proj", "v_proj", "down_proj") with feedforward=("down_proj",). The bias is scaled with the output, as in peft.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +15,22 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, over_layers
+from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.sites import Chosen, Site
-from peftjax.adapters.targeted import Targeted, chosen_names, names_or_pattern
+from peftjax.adapters.targeted import Targeted, chosen_names
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
+from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ia3(Targeted):
-    """Options of (IA)3, beside those of `Targeted`.
+    """Options of (IA)3.
 
-    feedforward: the targets whose input is scaled and not their output: a regular expression for the whole name, or
-    names; as peft has it, those of the targets whose name ends so.
+    Attributes:
+        feedforward (str or tuple, default none): The targets whose input is scaled instead of their output: a regular
+            expression for full names, or names. As in peft, a name matches every target that ends in it.
     """
 
     feedforward: str | tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class Ia3(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "feedforward", names_or_pattern(self.feedforward))
+        self._replace(feedforward=names_or_pattern(self.feedforward))
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
@@ -52,7 +54,7 @@ class Ia3(Targeted):
         for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
             if not any(_means(self.feedforward if entry == self.feedforward else (entry,), name) for name in names):
                 last = sorted({name.rsplit(".", 1)[-1] for name in names})
-                raise ValueError(
+                raise UserError(
                     f"method.feedforward: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}"
                 )
         return chosen
@@ -67,17 +69,17 @@ class Ia3(Targeted):
         if isinstance(self.feedforward, str):
             return config
         targets, feedforward = config["target_modules"], list(self.feedforward)
-        if not isinstance(targets, str) and not set(feedforward) <= set(targets):  # peft asks for a subset of the names
+        if not isinstance(targets, str) and not set(feedforward) <= set(targets):  # peft requires a subset of the names
             targets = chosen_names(self.chosen(model))
             feedforward = [target for target in targets if _means(self.feedforward, target)]
         return config | {"target_modules": targets, "feedforward_modules": feedforward}
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "Ia3":
+    def from_hf(cls, config: dict[str, Any]) -> Self:
         if config.get("feedforward_modules") is None:
-            raise ValueError(
-                "adapter_config.json: feedforward_modules is missing; peft then guesses it from the kind of model. Add "
-                "the names of the targets whose input is scaled ([] where there is none)"
+            raise UserError(
+                "adapter_config.json: feedforward_modules is missing; peft then guesses it from the model type. Add the "
+                "names of the targets whose input is scaled ([] if there are none)"
             )
         return super().from_hf(config)
 
@@ -87,9 +89,12 @@ def _means(feedforward: str | tuple[str, ...], name: str) -> bool:
 
 
 class Ia3Linear(MethodAdapter):
-    """((x * into) W + b) * out_of. into: [*stack, in] or None; out_of: [*stack, out] or None.
+    """((x * into) W + b) * out_of.
 
-    In layers of the stack where one of them is not in force it stands for 1.
+    Attributes:
+        into: [*stack, in], or None if no layer of the stack scales its input.
+        out_of: [*stack, out], or None if no layer of the stack scales its output.
+        into_layers, out_of_layers: The layers that they apply to; in the others they stand for 1.
     """
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
@@ -97,43 +102,40 @@ class Ia3Linear(MethodAdapter):
         self.into, self.into_layers = _ones(site, into, owner.in_features, owner.axes[0])
         self.out_of, self.out_of_layers = _ones(site, out_of, owner.out_features, owner.axes[1])
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        return self._after(compute(self._before(x), **parameters))
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return self.scale_output(base(self.scale_input(x)))
 
-    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        if self.into is not None and self.into_layers.chosen[layer or 0]:
-            return {"ia3_l": HfLeaf("into", shape=(1, self.into.shape[-1]))}
-        if self.out_of is not None and self.out_of_layers.chosen[layer or 0]:
-            return {"ia3_l": HfLeaf("out_of", shape=(self.out_of.shape[-1], 1))}
-        return {}
+    def scale_input(self, x: jax.Array) -> jax.Array:
+        return x if self.into is None else _scaled(x, self.into_layers.or_one(self.into.get_value()))
+
+    def scale_output(self, y: jax.Array) -> jax.Array:
+        return y if self.out_of is None else _scaled(y, self.out_of_layers.or_one(self.out_of.get_value()))
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         def kernel(one: "Ia3Linear", kernel: jax.Array) -> jax.Array:
-            return one._after(one._before(kernel.astype(kernel.dtype).T).T)
+            return one.scale_output(one.scale_input(kernel.astype(kernel.dtype).T).T)
 
         merged = {"kernel": over_layers(self, kernel, parameters["kernel"])}
         if "bias" in parameters:
-            merged["bias"] = over_layers(self, lambda one, bias: one._after(bias), parameters["bias"])
+            merged["bias"] = over_layers(self, lambda one, bias: one.scale_output(bias), parameters["bias"])
         return merged
 
-    def _before(self, x: jax.Array) -> jax.Array:
-        return x if self.into is None else _scaled(x, self.into.get_value(), self.into_layers)
-
-    def _after(self, y: jax.Array) -> jax.Array:
-        return y if self.out_of is None else _scaled(y, self.out_of.get_value(), self.out_of_layers)
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        if self.into is not None and layer in self.into_layers:
+            return {"ia3_l": HfLeaf("into", shape=(1, self.into.shape[-1]))}
+        if self.out_of is not None and layer in self.out_of_layers:
+            return {"ia3_l": HfLeaf("out_of", shape=(self.out_of.shape[-1], 1))}
+        return {}
 
 
 def _ones(site: Site, layers: np.ndarray, size: int, axis: str) -> tuple[Any, Any]:
+    """A trained scale of ones and the layers that it applies to; None for both if there are none."""
     if not layers.any():
         return nnx.data(None), nnx.data(None)
     value = PeftParam(jnp.ones((*site.stack, size), jnp.float32), axes=site.lead(axis))
-    return nnx.data(value), nnx.data(LayerMask(tuple(bool(layer) for layer in layers)))
+    return nnx.data(value), nnx.data(LayerMask(layers))
 
 
-def _scaled(x: jax.Array, scale: jax.Array, layers: LayerMask) -> jax.Array:
-    """x * scale over the last axis, in float32 and rounded to the dtype of x: near 1 bfloat16 has steps of 0.8 %."""
-    scale = layers(scale, jnp.ones_like(scale))
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x * scale over the last axis, computed in float32 since near 1 bfloat16 has steps of 0.8 %; in the dtype of x."""
     return (x * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)

@@ -1,6 +1,6 @@
-"""LN tuning: the scales (and shifts) of the norms are trained, and nothing else.
+"""LN tuning: y = normalize(x) * s, where the scales s (and shifts) of the norms are all that is trained.
 
-Zhao et al. 2023 (arXiv:2312.11420), section 3: y = normalize(x) * s with s trained, from the base's s.
+Zhao et al. 2023 (arXiv:2312.11420), section 3. s starts at the base's scale.
 """
 
 import dataclasses
@@ -18,7 +18,11 @@ from peftjax.nn.norm import LayerNorm, RMSNorm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LnTuning(Targeted):
-    """Options of LN tuning: those of `Targeted`, where the targets are norms, "all-norms" by default."""
+    """Options of LN tuning.
+
+    Attributes:
+        targets (str or tuple, default "all-norms"): The norms to train.
+    """
 
     targets: str | tuple[str, ...] = "all-norms"
 
@@ -30,6 +34,7 @@ class LnTuning(Targeted):
     hf_ignored: ClassVar = frozenset()
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
+        del site, model
         return True
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> Override:
@@ -37,5 +42,4 @@ class LnTuning(Targeted):
         values = {leaf: jnp.array(variable.get_value(), jnp.float32) for leaf, variable in site.parameters.items()}
         axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
         names = type(site.module).hf_leaves
-        hf = {f"ln_tuning_layers.{names[leaf][0]}": HfLeaf(leaf) for leaf in values}
-        return Override(values, axes, hf, tuple(bool(layer) for layer in mask))
+        return Override(values, axes, {f"ln_tuning_layers.{names[leaf][0]}": HfLeaf(leaf) for leaf in values}, mask)

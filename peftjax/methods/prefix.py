@@ -1,14 +1,13 @@
 """Prefix tuning: softmax(q [P_k; k]^T) [P_v; v], with P trained keys and values before those of the text in every layer.
 
-Li and Liang 2021 (arXiv:2101.00190), section 4. As peft has it, the prefix's keys take no rotary embedding and the text
-starts at position P. A query sees the whole prefix even where a sliding window hides the text as far back.
+Li and Liang 2021 (arXiv:2101.00190), section 4. As in peft, the prefix's keys are not rotated and the text starts at
+position P. A query attends to the whole prefix even where a sliding window hides text at that distance.
 
-In an encoder-decoder, as peft has it, only the decoder's attention to itself has a prefix, and layer i of L reads keys
-and values number 2i mod L: with an even L two layers share each that is read, and the others are of no use.
+In an encoder-decoder, as in peft, only the decoder's self-attention has a prefix, and layer i of L reads keys and values
+number 2i mod L: with an even L, two layers share each one that is read, and the others are unused.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -17,19 +16,25 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.options import one_of
 from peftjax.adapters.sites import place, sites
+from peftjax.adapters.soft_prompt import Dense, SoftPrompt, uniform
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.prompt import Dense, SoftPrompt, uniform
 from peftjax.nn.attention import Attention
+from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuning(SoftPrompt):
     """Options of prefix tuning.
 
-    init: "random" (normal, standard deviation 1) or "zero". projection: make the prefix of smaller pieces by two Linear
-    layers with tanh between (section 4.3 of the paper; steadier training); the adapter file holds their result alone, so
-    a file that is read has none. hidden: the width between the two; 0: that of a layer's keys.
+    Attributes:
+        init (str, default "random"): "random" (normal, standard deviation 1) or "zero".
+        projection (bool, default False): Compute the prefix from smaller vectors by two Linear layers with tanh in
+            between (section 4.3 of the paper), which makes training steadier. The adapter file holds only the result, so
+            an adapter from a file has no projection.
+        hidden (int, default 0): Width between the two layers; 0 is the width of a layer's keys.
     """
 
     init: str = "random"
@@ -43,10 +48,9 @@ class PrefixTuning(SoftPrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in ("random", "zero"):
-            raise ValueError(f"method.init must be 'random' or 'zero', it is {self.init!r}")
+        one_of(("random", "zero"), init=self.init)
         if self.hidden and not self.projection:
-            raise ValueError(f"method.hidden={self.hidden} goes with method.projection=True")
+            raise UserError(f"method.hidden={self.hidden} needs method.projection=True")
 
     def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
         self.site(model)  # checks the number of tokens
@@ -57,7 +61,7 @@ class PrefixTuning(SoftPrompt):
             if (site.path in type(model).prefix_layers if paired else isinstance(site.module, Attention))
         ]
         if not found:
-            raise ValueError("prefix tuning needs attention layers with a slot, which this model does not have")
+            raise UserError("method.name='prefix' needs attention layers with a slot, and this model has none")
         for site in found:
             attention = site.module
             shape = (*site.stack, 2, self.tokens, attention.kv_heads, attention.head_dim)
@@ -77,30 +81,36 @@ class PrefixTuning(SoftPrompt):
         return super().to_hf(model, name) | {
             "prefix_projection": self.projection,
             "encoder_hidden_size": hidden if self.projection else None,
-            "token_dim": base.kv_heads * base.head_dim,  # one layer's keys, as peft counts with grouped queries
+            "token_dim": base.kv_heads * base.head_dim,  # peft's count for grouped queries: the keys of one layer
             "num_attention_heads": base.kv_heads,
             "num_transformer_submodules": 2 if _paired(model) else 1,
         }
 
 
 def _paired(model: Any) -> bool:
-    """Whether the model is an encoder-decoder, where the layers read their prefixes in an order of peft's."""
+    """Whether the model is an encoder-decoder, whose layers read their prefixes in peft's order.
+
+    Raises:
+        UserError: The encoder and the decoder have different numbers of layers.
+    """
     if not hasattr(type(model), "prefix_layers"):
         return False
     config = model.config
     if config.layers != config.decoder_layers:
-        raise ValueError(
-            f"prefix tuning of an encoder-decoder needs as many layers in both, as in peft; this model has "
+        raise UserError(
+            f"method.name='prefix' needs an encoder-decoder with as many layers in both, as in peft; this model has "
             f"{config.layers} and {config.decoder_layers}"
         )
     return True
 
 
 class Prefix(MethodAdapter):
-    """Keys and values before those of the text. states: [*stack, 2, P, K, H], keys and values.
+    """softmax(q [P_k; k]^T) [P_v; v]: keys and values before those of the text.
 
-    order: which of the states each layer reads, [L], if it is not its own; they are then not stacked, but whole in
-    every layer.
+    Attributes:
+        states: Keys and values, [*stack, 2, P, K, H].
+        order: Which of the states each layer reads, [L], if it is not its own; the states are then not stacked but
+            whole in every layer.
     """
 
     def __init__(self, states: jax.Array, axes: tuple, order: np.ndarray | None = None) -> None:
@@ -111,28 +121,24 @@ class Prefix(MethodAdapter):
     def virtual(self) -> int:  # type: ignore[override]
         return self.states.shape[-3]
 
-    def made(self) -> jax.Array:
+    def apply(
+        self, base: Base, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, *bias: jax.Array
+    ) -> jax.Array:
+        states = self.layer_states().astype(key.dtype)  # [2, P, K, H]
+        p_k, p_v = jnp.broadcast_to(states[:, None], (2, len(key), *states.shape[1:]))  # each [B, P, K, H]
+        if mask is None:  # causal
+            mask = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool))
+        mask = jnp.pad(mask, ((0, 0),) * 3 + ((self.virtual, 0),), constant_values=True)
+        key, value = jnp.concatenate([p_k, key], axis=1), jnp.concatenate([p_v, value], axis=1)
+        return base(query, key, value, mask, *bias)
+
+    def layer_states(self) -> jax.Array:
         """The states of one layer, [2, P, K, H]."""
         return self._own(self.states)
 
     def _own(self, variable: nnx.Variable) -> jax.Array:
         value = variable.get_value()
         return value if self.order is None else value[self.order.get_value()]
-
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        q, k, v, mask, *bias = inputs
-        states = self.made().astype(k.dtype)  # [2, P, K, H]
-        key, value = jnp.broadcast_to(states[:, None], (2, len(k), *states.shape[1:]))  # each [B, P, K, H]
-        if mask is None:  # causal
-            mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
-        mask = jnp.pad(mask, ((0, 0),) * 3 + ((self.virtual, 0),), constant_values=True)
-        keys, values = jnp.concatenate([key, k], axis=1), jnp.concatenate([value, v], axis=1)
-        return compute(q, keys, values, mask, *bias, **parameters)
-
-    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        return {}
 
     def hf_shared(self) -> dict[str, HfLeaf]:
         _, _, tokens, _, _ = self.states.shape
@@ -144,8 +150,14 @@ def _constant(order: np.ndarray | None) -> Any:
 
 
 class ProjectedPrefix(Prefix):
-    """A prefix that is made: tanh(e W + b) kernel + bias, with e [P, K*H] and W [K*H, M] the same in all layers, and
-    kernel [*stack, M, 2*K*H] and bias [*stack, 2*K*H] each layer's own."""
+    """A prefix computed as tanh(e W + b) kernel + bias.
+
+    Attributes:
+        pieces: e, [P, K*H], the same for all layers.
+        dense: W [K*H, M] and b, the same for all layers.
+        kernel: [*stack, M, 2*K*H].
+        bias: [*stack, 2*K*H].
+    """
 
     def __init__(
         self, shape: tuple[int, ...], axes: tuple, order: np.ndarray | None, hidden: int, init: str, rngs: nnx.Rngs
@@ -166,7 +178,7 @@ class ProjectedPrefix(Prefix):
     def virtual(self) -> int:  # type: ignore[override]
         return self.pieces.shape[0]
 
-    def made(self) -> jax.Array:
+    def layer_states(self) -> jax.Array:
         return self._project(self._own(self.kernel), self._own(self.bias))
 
     def _project(self, kernel: jax.Array, bias: jax.Array) -> jax.Array:

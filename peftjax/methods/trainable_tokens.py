@@ -1,11 +1,10 @@
-"""Trainable tokens: rows t_1 ... t_n of the embedding are trained copies, e(t_i) = d_i, and nothing else.
+"""Trainable tokens: e(t_i) = d_i for the tokens t_1 ... t_n, where the d_i, copies of their embeddings, are trained.
 
-No paper; as peft has it. Where a head is tied to a targeted embedding, its columns t_i are the same copies, which the
-file then holds under both names.
+There is no paper; the method is peft's. If a head is tied to a targeted embedding, its columns t_i are the same copies,
+and the file stores them under both names.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -14,19 +13,22 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
+from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.sites import Site, choose, place, sites, tied_kernel, token_tables
-from peftjax.adapters.targeted import names_or_pattern
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
+from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainableTokens(Method):
     """Options of trainable tokens.
 
-    token_indices: the tokens whose vectors are trained. targets: names of embeddings, or of a head that is not tied;
-    none: the token embedding.
+    Attributes:
+        token_indices (tuple of int, required): The ids of the tokens whose embeddings are trained.
+        targets (str or tuple, default the token embedding): Names of embeddings, or of a head that is not tied.
     """
 
     token_indices: tuple[int, ...] = ()
@@ -38,13 +40,12 @@ class TrainableTokens(Method):
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_indices", tuple(self.token_indices))
-        object.__setattr__(self, "targets", names_or_pattern(self.targets))
+        self._replace(token_indices=tuple(self.token_indices), targets=names_or_pattern(self.targets))
         if not self.token_indices:
-            raise ValueError("method.token_indices is empty: give the ids of the tokens to train")
+            raise UserError("method.token_indices is empty: give the ids of the tokens to train")
         check_tokens(self.token_indices)
 
-    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         del rngs
         layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
         chosen = [site for site, _ in choose(layers, self.targets)] if self.targets else [token_embedding(model)]
@@ -52,25 +53,31 @@ class TrainableTokens(Method):
 
 
 def check_tokens(indices: tuple[int, ...]) -> None:
-    """A ValueError for a token that is named twice."""
+    """Raise a `UserError` if a token is given twice."""
     if twice := [token for token in indices if indices.count(token) > 1]:
-        raise ValueError(f"method.token_indices has {twice[0]} more than once")
+        raise UserError(f"method.token_indices has {twice[0]} more than once")
 
 
-def token_embedding(model: Any) -> Site:
-    """The embedding of a model's tokens."""
+def token_embedding(model: nnx.Module) -> Site:
+    """The site of the token embedding; a `UserError` if there is not exactly one."""
     found = token_tables(model)
     if len(found) != 1:
-        raise ValueError(f"method.token_indices: this model has {len(found)} embeddings; name one in method.targets")
+        raise UserError(f"method.token_indices: this model has {len(found)} embeddings; name one in method.targets")
     return found[0]
 
 
 def train_tokens(
     model: Any, indices: tuple[int, ...], chosen: list[Site], name: str, key: str = "", both: bool = True
 ) -> None:
-    """Put trained copies of rows into embeddings and heads, and into a head tied to one of the embeddings.
+    """Put trained copies of rows into embeddings and heads, and into the head tied to a chosen embedding.
 
-    key: what stands before the tensor's own name in the file; both: the file has them under the tied head's name too.
+    Args:
+        model: The model.
+        indices: The tokens.
+        chosen: The sites of the embeddings and heads.
+        name: The adapter's name.
+        key: What the file puts before the tensor's own name.
+        both: Whether the file also stores the copies under the name of the tied head.
     """
     embed = next((site for site in chosen if site.module is getattr(model, "embed", None)), None)
     borrows = model.head if embed is not None and getattr(model, "tied", False) else None
@@ -83,12 +90,14 @@ def train_tokens(
         place(site, name, TokenColumns(_key(site, key) if both else "", rows.indices, rows.delta))
 
 
-def _adapter(site: Site, model: Any, indices: tuple[int, ...], key: str) -> "TokenRows":
+def _adapter(site: Site, model: nnx.Module, indices: tuple[int, ...], key: str) -> "TokenRows":
     layer = site.module
     embeds = isinstance(layer, Embedding)
     vocab = layer.in_features if embeds else layer.out_features
     if beyond := [token for token in indices if not 0 <= token < vocab]:
-        raise ValueError(f"method.token_indices: {beyond[0]} is no token of {site.names[0]}, which has {vocab}")
+        raise UserError(
+            f"method.token_indices: {beyond[0]} is not a token of {site.names[0]}; its ids are 0 to {vocab - 1}"
+        )
     places = jnp.array(indices, jnp.int32)
     if embeds:
         rows = layer.embedding.get_value()[places]
@@ -104,7 +113,13 @@ def _key(site: Site, key: str) -> str:
 
 
 class TokenRows(WeightAdapter):
-    """A table [V, D] whose rows `indices` [n] are `delta` [n, D]. key: of the tensor in the adapter file, "" for none."""
+    """A table [V, D] whose rows `indices` are replaced.
+
+    Attributes:
+        key: The tensor's key in the adapter file, "" if it is not stored.
+        indices: The tokens, [n].
+        delta: Their embeddings, [n, D].
+    """
 
     kernel: ClassVar = "embedding"
 
@@ -114,14 +129,14 @@ class TokenRows(WeightAdapter):
     def changed(self, kernel: jax.Array) -> jax.Array:
         return kernel.at[self.indices.get_value()].set(self.delta.get_value())
 
-    def __call__(self, owner: Any, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any) -> jax.Array:
-        (tokens,) = inputs
-        indices = self.indices.get_value().reshape((1,) * tokens.ndim + (-1,))
-        is_row = tokens[..., None] == indices  # [B, T, n]
-        own = owner.lookup(jnp.argmax(is_row, axis=-1), embedding=self.delta.get_value())
-        return jnp.where(is_row.any(axis=-1, keepdims=True), own, compute(tokens, **parameters))
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        indices = self.indices.get_value().reshape((1,) * x.ndim + (-1,))
+        is_row = x[..., None] == indices  # [B, T, n]
+        own = base.layer.lookup(jnp.argmax(is_row, axis=-1), embedding=self.delta.get_value())
+        return jnp.where(is_row.any(axis=-1, keepdims=True), own, base(x))
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        del layer
         return {}
 
     def hf_shared(self) -> dict[str, HfLeaf]:
@@ -129,10 +144,10 @@ class TokenRows(WeightAdapter):
 
 
 class TokenColumns(TokenRows):
-    """The same of a head's kernel [D, V]: columns."""
+    """A head's kernel [D, V] whose columns `indices` are replaced."""
 
     kernel: ClassVar = "kernel"
-    __call__ = WeightAdapter.__call__
+    apply = WeightAdapter.apply
 
     def changed(self, kernel: jax.Array) -> jax.Array:
         return kernel.at[:, self.indices.get_value()].set(self.delta.get_value().T)

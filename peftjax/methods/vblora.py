@@ -1,13 +1,13 @@
-"""VB-LoRA: y = x (W + A B) + b, with A and B put together from the vectors of one bank, which all layers share.
+"""VB-LoRA: y = x (W + A B) + b, with A and B composed of the vectors of one bank, which all layers share.
 
 Li et al. 2024 (arXiv:2405.15179): each piece of `vector_length` of a column of A or a row of B is a mixture of the k
 vectors of the bank with the largest logits, weighted by the softmax over these k logits. Bank and logits are trained.
-There is no scale, and no matrix is zero at the start: the adapter changes the model at once.
+There is no scale, and no factor is zero at initialization: a new adapter changes the model.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
-from peftjax.adapters.method import positive
-from peftjax.adapters.sites import Site, check_rank, place
-from peftjax.adapters.targeted import Targeted, train_whole
+from peftjax.adapters.options import positive, positive_integer
+from peftjax.adapters.sites import Chosen, Site, check_rank
+from peftjax.adapters.targeted import Targeted
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
@@ -25,11 +26,16 @@ from peftjax.quant.matmul import matmul
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VbLora(Targeted):
-    """Options of VB-LoRA, beside those of `Targeted`.
+    """Options of VB-LoRA.
 
-    rank: of A B. num_vectors, vector_length: of the bank; vector_length divides both sides of each target. topk: how
-    many vectors are mixed. dropout: on the adapter's input, in training.
-    init_vector_bank_bound: the bank is uniform within it, at the start. init_logits_std: the logits' standard deviation.
+    Attributes:
+        rank (int, default 4): Rank of A B.
+        num_vectors (int, default 256): Number of vectors in the bank.
+        vector_length (int, default 256): Their length; it must divide both sides of every target.
+        topk (int, default 2): Number k of vectors in a mixture.
+        dropout (float, default 0.0): Dropout rate of the adapter's input.
+        init_vector_bank_bound (float, default 0.02): The bank is initialized uniformly within +- this bound.
+        init_logits_std (float, default 0.1): Standard deviation of the initial logits.
     """
 
     rank: int = 4
@@ -53,43 +59,38 @@ class VbLora(Targeted):
     }
     hf_constants: ClassVar = {"save_only_topk_weights": False, "bias": "none", "fan_in_fan_out": False}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_integer(rank=self.rank, num_vectors=self.num_vectors, vector_length=self.vector_length, topk=self.topk)
+        positive(init_vector_bank_bound=self.init_vector_bank_bound, init_logits_std=self.init_logits_std)
+        if self.topk > self.num_vectors:
+            raise UserError(f"method.topk={self.topk} is more than method.num_vectors={self.num_vectors}")
+
     @property
     def neutral(self) -> bool:
         return False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("rank", "num_vectors", "vector_length", "topk"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"method.{option} must be a whole number of at least 1, it is {value!r}")
-        if self.topk > self.num_vectors:
-            raise ValueError(f"method.topk={self.topk} is more than method.num_vectors={self.num_vectors}")
-        positive(init_vector_bank_bound=self.init_vector_bank_bound, init_logits_std=self.init_logits_std)
 
     def check(self, model: nnx.Module) -> None:
         for site, _ in self.chosen(model):
             check_rank(self.rank, site)
 
-    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
-        chosen, bound = self.chosen(model), self.init_vector_bank_bound
+    def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "VbLoraLinear"]]:
         for site, _ in chosen:
             for side in (site.module.in_features, site.module.out_features):
                 if side % self.vector_length:
-                    raise ValueError(
+                    raise UserError(
                         f"method.vector_length={self.vector_length} does not divide {side}, a side of {site.names[0]}; "
                         "choose a divisor of both sides of every target"
                     )
-        shape = (self.num_vectors, self.vector_length)
+        shape, bound = (self.num_vectors, self.vector_length), self.init_vector_bank_bound
         bank = PeftParam(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound), axes=(None, None))
         for site, mask in chosen:
-            place(site, name, VbLoraLinear(site, mask, bank, self, rngs))
-        train_whole(model, self.saved(model), name)
+            yield site, VbLoraLinear(site, mask, bank, self, rngs)
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "VbLora":
+    def from_hf(cls, config: dict[str, Any]) -> Self:
         if config.get("save_only_topk_weights"):
-            raise ValueError(
+            raise UserError(
                 "adapter_config.json: save_only_topk_weights=True: the file has the largest weights in place of the "
                 "logits and cannot be trained further. Save it from peft with save_only_topk_weights=False"
             )
@@ -97,15 +98,18 @@ class VbLora(Targeted):
 
 
 class VbLoraLinear(DeltaAdapter):
-    """x A B. bank: [H, P], logits_a: [*stack, R, in / P, H], logits_b: [*stack, out / P, R, H].
+    """x W + dropout(x) A B.
 
-    In a layer that is left out A stands for 0.
+    Attributes:
+        bank: [H, P].
+        logits_a: Logits of A, [*stack, R, in / P, H]. In a layer without the adapter A stands for 0.
+        logits_b: Logits of B, [*stack, out / P, R, H].
     """
 
     names: ClassVar = {"vblora_logits_A": HfLeaf("logits_a"), "vblora_logits_B": HfLeaf("logits_b")}
 
     def __init__(self, site: Site, mask: np.ndarray, bank: PeftParam, method: VbLora, rngs: nnx.Rngs) -> None:
-        self.layers = LayerMask(tuple(bool(x) for x in mask))
+        self.layers = LayerMask(mask)
         self.bank, self.topk = bank, method.topk
         vectors, length = bank.shape
         a = (method.rank, site.module.in_features // length, vectors)
@@ -119,30 +123,27 @@ class VbLoraLinear(DeltaAdapter):
         self.logits_b = logits(b, None, "rank", None)
         self.dropout = Dropout(method.dropout, site.stack)
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        a, b = self._factors()
-        return compute(x, **parameters) + matmul(matmul(self.dropout(x), a), b)
-
-    def hf_shared(self) -> dict[str, HfLeaf]:
-        return {"base_model.vblora_vector_bank": HfLeaf("bank")}
-
     def delta(self) -> jax.Array:
         """A B."""
-        a, b = self._factors()
+        a, b = self.factors()
         return a @ b
 
-    def _factors(self) -> tuple[jax.Array, jax.Array]:
-        """A, [in, R], and B, [R, out]."""
+    def update(self, x: jax.Array) -> jax.Array:
+        a, b = self.factors()
+        return matmul(matmul(self.dropout(x), a), b)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """A [in, R] and B [R, out] of one layer."""
         rank = self.logits_a.shape[0]
         a = self._mixed(self.logits_a.get_value()).reshape(rank, -1).T
         b = self._mixed(self.logits_b.get_value()).swapaxes(0, 1).reshape(rank, -1)
-        return self.layers(a, jnp.zeros_like(a)), b
+        return self.layers.or_zero(a), b
 
     def _mixed(self, logits: jax.Array) -> jax.Array:
-        """Pieces of the factors, float32 [..., P], from their logits [..., H]."""
+        """Mixtures of vectors of the bank, float32 [..., P], from logits [..., H]."""
         largest, chosen = jax.lax.top_k(logits, self.topk)  # [..., K]
         weights = jax.nn.softmax(largest, axis=-1)
         return jnp.einsum("...k,...kp->...p", weights, self.bank.get_value()[chosen])
+
+    def hf_shared(self) -> dict[str, HfLeaf]:
+        return {"base_model.vblora_vector_bank": HfLeaf("bank")}

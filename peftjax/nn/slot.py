@@ -1,6 +1,7 @@
-"""The place in a layer where adapters sit."""
+"""Slots: where adapters attach to a layer, and how they wrap its computation."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,42 +9,70 @@ import jax
 from flax import nnx
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The computation that an adapter wraps: the layer's own, or that of the adapter inside this one.
+
+    Attributes:
+        layer: The module that owns the slot.
+        compute: The wrapped computation. Keyword arguments replace parameters of the layer.
+        replaced: The parameters that an outer adapter has replaced for this call.
+    """
+
+    layer: Any
+    compute: Callable[..., jax.Array]
+    replaced: Mapping[str, jax.Array]
+
+    def __call__(self, *inputs: Any, **parameters: jax.Array) -> jax.Array:
+        """Run the computation, with some of the layer's parameters replaced: `base(x, kernel=...)`."""
+        return self.compute(*inputs, **{**self.replaced, **parameters})
+
+    def has(self, leaf: str) -> bool:
+        """Whether the layer computes with a parameter of this name, such as `"bias"`."""
+        return leaf in self.replaced or vars(self.layer).get(leaf) is not None
+
+    def parameter(self, leaf: str) -> jax.Array:
+        """The parameter in effect: its replacement for this call, or else the layer's own."""
+        return self.replaced[leaf] if leaf in self.replaced else getattr(self.layer, leaf).get_value()
+
+
 class Adapter(nnx.Module):
-    """What a method puts into a slot: wraps the computation of the slot's owner.
+    """What a method puts into a slot. A subclass implements `apply`.
 
-    `adapter(owner, compute, *inputs, **parameters)` returns what the owner shall return. `compute` is what it wraps:
-    the owner's own computation or the adapter attached before. Keyword arguments of `compute` replace the owner's own
-    parameters (`kernel=`, `bias=`, ...), so an adapter that wraps must pass on those that it was given.
-
-    virtual: how many positions it puts before the first token of every sequence, so that this one is at position
-    `virtual`. In an embedding's slot it then says them by `prompt()`, [virtual, D]; in an attention core's slot they
-    are keys and values of its own.
+    Attributes:
+        virtual: How many virtual positions the adapter puts before the first token of every sequence, which is then at
+            position `virtual`. In the slot of an embedding, `prompt()` returns their vectors, [virtual, D]; in the
+            slot of an attention core they are additional keys and values.
     """
 
     virtual: int = 0
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
+    def apply(self, base: Base, *inputs: Any, **options: Any) -> jax.Array:
+        """What the layer returns with this adapter; `base(*inputs)` is what it returns without."""
         raise NotImplementedError
+
+    def __call__(
+        self, layer: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: jax.Array
+    ) -> jax.Array:
+        return self.apply(Base(layer, compute, parameters), *inputs)
 
 
 class Slot(nnx.Module):
-    """Named adapters of one layer, as attributes; the active ones wrap the layer's computation in their order."""
+    """The adapters of one layer, by name. The active ones wrap its computation, the first innermost."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
 
     def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
+        self, layer: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: jax.Array
     ) -> jax.Array:
         for name in self.active:
-            compute = partial(self.adapter(name), owner, compute)
+            compute = partial(self.adapter(name), layer, compute)
         return compute(*inputs, **parameters)
 
     @property
     def virtual(self) -> int:
-        """How many positions the active adapters put before the first token."""
+        """The number of virtual positions that the active adapters put before the first token."""
         return sum(self.adapter(name).virtual for name in self.active)
 
     def adapter(self, name: str) -> Any:
@@ -51,14 +80,14 @@ class Slot(nnx.Module):
         return getattr(self, name)
 
     def names(self) -> list[str]:
-        """The names of all adapters here, active or not."""
+        """The names of all adapters in this slot, active or not."""
         return [name for name, value in vars(self).items() if isinstance(value, Adapter)]
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Put an adapter in, not yet active."""
+        """Add an adapter, inactive at first."""
         setattr(self, name, adapter)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out."""
+        """Remove an adapter."""
         delattr(self, name)
         self.active = tuple(other for other in self.active if other != name)

@@ -18,7 +18,8 @@ from peftjax.adapters.sites import adapters_named
 from peftjax.core import variables
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.methods import Lora
-from peftjax.methods.lora.combine import SPARSE, WAYS, combine
+from peftjax.methods.lora.combine import combine
+from peftjax.methods.lora.mix import SPARSE, WAYS
 
 pytestmark = pytest.mark.slow
 

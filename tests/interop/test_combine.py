@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax.methods.lora.combine import APART, SPARSE, WAYS
+from peftjax.methods.lora.mix import APART, SPARSE, WAYS
 from tests.interop.peers import THEIRS, assert_close, assert_far, load_into_theirs, load_theirs, logits, shake
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]

@@ -1,4 +1,4 @@
-"""LoRA and its variants: the method, its adapters, where they start, and combining several into one."""
+"""LoRA and its variants: the method, its adapters, their initialization, and combining several into one."""
 
 from peftjax.methods.lora.lora import Lora
 

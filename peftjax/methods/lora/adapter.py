@@ -1,28 +1,38 @@
-"""What LoRA puts into a layer: the low-rank update of a Linear's kernel and of an Embedding's table."""
+"""The low-rank update of a Linear's kernel, x W + (x A * s) B, and of an Embedding's table."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, parameter, transposed
+from peftjax.adapters.adapter import HfLeaf, LayerMask, transposed
+from peftjax.adapters.ranks import RankedAdapter
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
 
 
-class LoraLinear(DeltaAdapter):
-    """x W + (x A * scale) B. a: [*stack, in, R], b: [*stack, R, out], scale: [*stack, R].
+class LoraLinear(RankedAdapter):
+    """x W + (dropout(x) A * scale) B, optionally with trained biases.
 
-    ranks: of each layer, 0 where there is none. R is the largest of them; a layer of smaller rank has scale 0 beyond
-    its own, a layer left out everywhere: there A and B get no gradient. Two things may be added to it: `bias`, a
-    trained copy of the owner's, and `shift`, [*stack, out], a bias of B's own that is scaled with it.
+    R is the largest rank of the stack. A layer of smaller rank has scale 0 beyond its own rank, and a layer without the
+    adapter has scale 0 everywhere, so that the padding of A and B gets no gradient.
+
+    Attributes:
+        ranks: The rank of each layer, 0 in a layer without the adapter.
+        scale: s, [*stack, R].
+        a: [*stack, in, R].
+        b: [*stack, R, out].
+        bias: Trained copy of the layer's bias, [*stack, out], or None.
+        bias_layers: The layers whose bias is trained.
+        shift: Trained bias of B, [*stack, out], which is scaled as B is, or None.
     """
 
     names: ClassVar = {"lora_A.weight": transposed("a"), "lora_B.weight": transposed("b")}
+    ranks: tuple[int, ...]
 
     def __init__(
         self, ranks: tuple[int, ...], scale: PeftConstant, a: nnx.Variable, b: nnx.Variable, dropout: float = 0.0
@@ -34,18 +44,17 @@ class LoraLinear(DeltaAdapter):
         self.shift: Any = nnx.data(None)
         self.dropout = Dropout(dropout, a.shape[:-2])
 
-    def __call__(
-        self, owner: nnx.Module, compute: Callable[..., jax.Array], *inputs: Any, **parameters: Any
-    ) -> jax.Array:
-        (x,) = inputs
-        y = compute(x, **self.with_bias(owner, parameters))
+    def train_bias(self, bias: nnx.Variable, layers: LayerMask) -> None:
+        """Use a trained bias in place of the layer's own."""
+        self.bias, self.bias_layers = nnx.data(bias), nnx.data(layers)
+
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        y = base(x, **self.biases(base))
         return y + self.update(x).astype(y.dtype)
 
-    def with_bias(self, owner: nnx.Module, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The owner's parameters for one call, with the bias that is trained."""
-        if self.bias is None:
-            return parameters
-        return parameters | {"bias": self.bias_layers(self.bias.get_value(), parameter(owner, "bias", parameters))}
+    def biases(self, base: Base) -> dict[str, jax.Array]:
+        """The parameters to replace in the base: the trained bias, if there is one."""
+        return {} if self.bias is None else {"bias": self.bias_layers(self.bias.get_value(), base.parameter("bias"))}
 
     def update(self, x: jax.Array) -> jax.Array:
         """s (dropout(x) A) B + s shift: [..., in] -> [..., out]."""
@@ -61,26 +70,21 @@ class LoraLinear(DeltaAdapter):
         return matmul(self.scaled(low), b.get_value())
 
     def scaled(self, low: jax.Array) -> jax.Array:
+        """s low over the last axis, in the dtype of `low` [..., R]."""
         return low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """[in, R] and [R, out] in float32, whose product is what is added to the kernel of one layer."""
+        """s A [in, R] and B [R, out] of one layer in float32; their product is the update of the kernel."""
         return self.scaled(self.a.get_value().astype(jnp.float32)), self.b.get_value().astype(jnp.float32)
 
     def delta(self) -> jax.Array:
         return jnp.matmul(*self.factors())
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        rank = self.ranks[layer or 0]
-        windows = {"a": (slice(None), slice(rank)), "b": (slice(rank), slice(None))}
-        leaves = {}
-        if rank:
-            leaves = {
-                key: dataclasses.replace(leaf, window=windows.get(leaf.leaf, ())) for key, leaf in self.names.items()
-            }
+        leaves, rank = super().hf_leaves(layer), self.ranks[layer or 0]
         if rank and self.shift is not None:
             leaves["lora_B.bias"] = HfLeaf("shift")
-        if self.bias is not None and self.bias_layers.chosen[layer or 0]:
+        if self.bias is not None and layer in self.bias_layers:
             leaves["base_layer.bias" if rank else "bias"] = HfLeaf("bias")  # peft wraps the layers that have a LoRA
         return leaves
 
@@ -89,7 +93,7 @@ class LoraLinear(DeltaAdapter):
         if self.bias is None and self.shift is None:
             return merged
         if "bias" not in parameters:
-            raise ValueError(
+            raise UserError(
                 "method.lora_bias=True cannot be merged into a layer without a bias; leave the adapter attached, or "
                 "train it with lora_bias=False"
             )
@@ -102,7 +106,7 @@ class LoraLinear(DeltaAdapter):
 
 
 class LoraEmbedding(LoraLinear):
-    """E[token] + (A[token] * scale) B: the same update of a table, [V, D], where x would be one-hot."""
+    """E[token] + (A[token] * s) B: the update of a table [V, D], as if x were one-hot."""
 
     names: ClassVar = {"lora_embedding_A": transposed("a"), "lora_embedding_B": transposed("b")}
     kernel: ClassVar = "embedding"

@@ -1,14 +1,14 @@
-"""EVA: LoRA's A starts as the directions in which the inputs of its layer vary most.
+"""EVA: LoRA's A is initialized with the directions in which the inputs of its layer vary most.
 
-Paischer et al. 2024 (arXiv:2410.07170), section 3 and algorithm 1. With the inputs X [N, in] of a layer, less their mean,
-and X = U S V^T, A is V_r, and B is zero. A direction explains s_i^2 / sum_j s_j^2 of its layer's variance; with rho > 1 the
-ranks go where the most is explained: of all directions, at most rho r of a layer, the best are kept, as many as there
-were ranks, and alpha follows a layer's rank, so that the update keeps its scale. S and V come from an incremental
-decomposition, batch by batch (Ross et al. 2008, section 2.1), as in Hugging Face PEFT, which goes on until the directions
-stand still; here the batches that are given are all.
+Paischer et al. 2024 (arXiv:2410.07170), section 3 and algorithm 1. With the centered inputs X [N, in] of a layer and
+X = U S V^T, A is V_r, and B is zero. Direction i explains the share s_i^2 / sum_j s_j^2 of its layer's variance. With
+rho > 1, ranks are redistributed: each layer contributes up to rho r directions, and of all directions the best explained
+are kept, as many as the original ranks sum to. A layer's alpha follows its rank, so that the update keeps its scale. S
+and V come from an incremental SVD over batches (Ross et al. 2008, section 2.1), as in Hugging Face PEFT, which continues
+until the directions converge; here it uses exactly the batches given.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +18,36 @@ from flax import nnx
 
 from peftjax.adapters.sites import Site, sites
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant
-from peftjax.methods.lora.init import randomised_svd
-from peftjax.nn.slot import Adapter
+from peftjax.methods.lora.init import randomized_svd
+from peftjax.nn.slot import Adapter, Base
 
 NAME = "eva_watches"
 NO_INPUTS = ("targets", "loss_weights", "labels")
 
 
 class Directions(NamedTuple):
-    """Of one site, by layer: vectors [L, M, in] of length 1, the best first; explained: their shares of the variance,
-    [L, M]."""
+    """The principal directions of the inputs of one site.
+
+    Attributes:
+        vectors: [L, M, in], of length 1, sorted by explained variance.
+        explained: Their shares of the variance, [L, M].
+    """
 
     vectors: np.ndarray
     explained: np.ndarray
 
 
 class Memory(NamedTuple):
-    """The inputs seen so far. basis: S V^T, [*stack, M, in]; mean: [*stack, in]; spread: the sum of squared distances from
-    the mean, seen: the number of inputs, both [*stack]. All float32."""
+    """Running statistics of the inputs seen so far, all float32.
+
+    Attributes:
+        basis: S V^T, [*stack, M, in].
+        mean: [*stack, in].
+        spread: Sum of squared distances from the mean, [*stack].
+        seen: Number of inputs, [*stack].
+    """
 
     basis: jax.Array
     mean: jax.Array
@@ -45,7 +56,7 @@ class Memory(NamedTuple):
 
 
 def redistribute(explained: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> dict[str, int]:
-    """New ranks with the same sum: how many of the best explained directions of all layers are a layer's own."""
+    """New ranks with the same sum: how many of the overall best explained directions belong to each layer."""
     names = [name for name, shares in explained.items() for _ in shares]
     best = np.argsort(-np.concatenate(list(explained.values())), kind="stable")[: sum(ranks.values())]
     counts = dict.fromkeys(ranks, 0)
@@ -54,13 +65,48 @@ def redistribute(explained: Mapping[str, np.ndarray], ranks: Mapping[str, int]) 
     return counts
 
 
-def find_directions(
-    model: Any, sizes: Mapping[str, int], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, Directions]:
-    """The directions of the inputs of some sites, {path: how many}, when the base alone computes the batches.
+def initialize(
+    model: nnx.Module, ranks: Sequence[tuple[Site, np.ndarray]], rho: float, batches: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, int], dict[str, dict[str, np.ndarray]]]:
+    """Redistribute ranks and initialize A by the inputs of each layer.
 
-    batches: each {"tokens": [B, T], and what else the model takes by name}. Positions do not count that "mask" [B, T]
-    leaves out, nor those without loss by "loss_weights" [B, T].
+    Args:
+        model: The model.
+        ranks: Sites with the rank of each of their layers, int [layers].
+        rho: The factor by which a layer's rank may grow.
+        batches: As in `find_directions`.
+
+    Returns:
+        The new rank of each layer that had one, by Hugging Face name, and {path of a site: {"a": [*stack, in, R]}}.
+    """
+    limits = {site.path: np.minimum(np.rint(own * rho).astype(int), site.module.in_features) for site, own in ranks}
+    found = find_directions(model, {path: int(limit.max()) for path, limit in limits.items()}, batches)
+    old, explained = {}, {}
+    for site, own in ranks:
+        for hf, rank, limit, shares in zip(site.names, own, limits[site.path], found[site.path].explained, strict=True):
+            if rank:
+                old[hf], explained[hf] = int(rank), shares[:limit]
+    new = redistribute(explained, old)
+    start = {}
+    for site, _ in ranks:
+        kept = [new.get(hf, 0) for hf in site.names]
+        a = np.zeros((len(kept), site.module.in_features, max(kept)), np.float32)
+        for layer, rank in enumerate(kept):
+            a[layer, :, :rank] = found[site.path].vectors[layer, :rank].T
+        start[site.path] = {"a": a.reshape(*site.stack, *a.shape[1:])}
+    return new, start
+
+
+def find_directions(
+    model: nnx.Module, sizes: Mapping[str, int], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Directions]:
+    """The principal directions of the inputs of some sites while the base, without adapters, runs over the batches.
+
+    Args:
+        model: The model.
+        sizes: The number of directions by path of the site.
+        batches: Dicts with "tokens" [B, T] and other inputs of the model by name. Positions that "mask" [B, T] excludes
+            and those of weight 0 in "loss_weights" [B, T] are not counted.
     """
     every = sites(model)
     watched = [site for site in every if site.path in sizes]
@@ -81,12 +127,12 @@ def find_directions(
     return {site.path: _directions(site, memories[site.path]) for site in watched}
 
 
-def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory]:
+def _watch(model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory]:
     """The memories of all watched sites after the batches, by path.
 
-    They come out of the model as gradients do: a layer's memory is an input of `_seen`, whose backward pass says that
-    the memory's gradient is the memory with the new inputs in it. So they pass through a scan over layers, jit and
-    sharding, and no more than one layer's inputs are held at a time.
+    Memories leave the model the way gradients do: a layer's memory is an input of `_seen`, whose backward pass returns
+    the updated memory as the gradient. This works under a scan over layers, jit and sharding, and keeps the inputs of
+    only one layer at a time.
     """
     graph, leaves = variables.flat(model)
     values = {path: leaf.get_value() for path, leaf in leaves.items()}
@@ -112,13 +158,11 @@ def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory
 
     for batch in batches:
         if isinstance(batch, Mapping) and "pixels" in batch:
-            raise ValueError(
-                "method.init='eva' looks at the inputs of tokens, and these batches are of images: choose another init"
+            raise UserError(
+                "method.init='eva' needs batches of tokens, and these batches are of images: choose another init"
             )
         if not isinstance(batch, Mapping) or "tokens" not in batch:
-            raise ValueError(
-                f'attach: each of batches must be {{"tokens": [B, T], ...}}, one is {type(batch).__name__}'
-            )
+            raise UserError(f'attach: each of batches must be {{"tokens": [B, T], ...}}, got {type(batch).__name__}')
         memory = look(memory, base, dict(batch))
     found: dict[str, dict[str, jax.Array]] = {}
     for path, value in memory.items():
@@ -128,7 +172,11 @@ def _watch(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Memory
 
 
 class Watch(Adapter):
-    """Changes nothing, and remembers the inputs of its owner. weights: [B, T], 1 for the positions that count."""
+    """Passes its input through and updates the statistics of the layer's inputs.
+
+    Attributes:
+        weights: 1 for the positions that count, [B, T].
+    """
 
     def __init__(self, site: Site, size: int) -> None:
         shapes = {
@@ -142,17 +190,16 @@ class Watch(Adapter):
             setattr(self, leaf, PeftConstant(value, axes=site.lead(*[None] * len(shape))))
         self.weights = PeftConstant(jnp.ones((1, 1)), axes=(None, None))
 
-    def __call__(self, owner: nnx.Module, compute: Any, *inputs: Any, **parameters: Any) -> jax.Array:
-        (x,) = inputs
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
         memory = Memory(*(getattr(self, leaf).get_value() for leaf in Memory._fields))
         weights = self.weights.get_value()
-        weights = weights if weights.shape == x.shape[:-1] else jnp.ones(x.shape[:-1])  # not one input for a token
-        return compute(_seen(x, memory, weights), **parameters)
+        weights = weights if weights.shape == x.shape[:-1] else jnp.ones(x.shape[:-1])  # inputs are not one per token
+        return base(_seen(x, memory, weights))
 
 
 @jax.custom_vjp
 def _seen(x: jax.Array, memory: Memory, weights: jax.Array) -> jax.Array:
-    """x; its gradient for `memory` is `remember(memory, x, weights)`."""
+    """x; its gradient with respect to `memory` is `remember(memory, x, weights)`."""
     del memory, weights
     return x
 
@@ -170,7 +217,7 @@ _seen.defvjp(_forward, _backward)
 
 
 def remember(memory: Memory, x: jax.Array, weights: jax.Array) -> Memory:
-    """The memory of one layer with the inputs x [..., in] whose weight, [...], is 1 and not 0."""
+    """The memory of one layer, updated with those inputs x [..., in] whose weight [...] is 1; the others have 0."""
     size, features = memory.basis.shape
     x, weights = x.reshape(-1, features).astype(jnp.float32), weights.reshape(-1)
     number = weights.sum()
@@ -180,8 +227,8 @@ def remember(memory: Memory, x: jax.Array, weights: jax.Array) -> Memory:
         centred = (x - mean[None]) * weights[:, None]
         moved = jnp.sqrt(memory.seen * number / jnp.maximum(seen, 1)) * (memory.mean - mean)
         rows = jnp.concatenate([memory.basis, centred, moved[None]])
-        columns = min(2 * size, *rows.shape)  # and 4 iterations: what peft takes
-        _, values, vectors = randomised_svd(rows, columns, 4, jax.random.key(0))
+        columns = min(2 * size, *rows.shape)  # and 4 iterations, as in peft
+        _, values, vectors = randomized_svd(rows, columns, 4, jax.random.key(0))
     return Memory(
         values[:size, None] * vectors[:size],
         (memory.seen * memory.mean + number * mean) / jnp.maximum(seen, 1),
@@ -195,9 +242,9 @@ def _directions(site: Site, memory: Memory) -> Directions:
     basis = basis.reshape(len(site.names), *basis.shape[-2:])
     spread, seen = spread.reshape(-1, 1), seen.reshape(-1)
     if seen.min() < basis.shape[1]:
-        raise ValueError(
-            f"method.init='eva': {int(seen.min())} tokens with a loss reached {site.names[int(seen.argmin())]}, and "
-            f"{basis.shape[1]} directions are asked of them (rank * eva_rho); give more or longer batches"
+        raise UserError(
+            f"method.init='eva': only {int(seen.min())} tokens with a loss reached {site.names[int(seen.argmin())]}, "
+            f"fewer than the {basis.shape[1]} directions it needs (rank * eva_rho); give more or longer batches"
         )
     lengths = np.linalg.norm(basis, axis=-1)  # [L, M]
     vectors = basis / np.maximum(lengths, np.finfo(np.float32).tiny)[..., None]

@@ -1,32 +1,30 @@
-"""Where LoRA's A [in, R] and B [R, out] start; W is the kernel [in, out], s the scale, r a layer's rank.
+"""Initial values of LoRA's A [in, R] and B [R, out]; W is the kernel [in, out], s the scale, r a layer's rank.
 
-kaiming        A uniform in +-1/sqrt(in), B = 0: Hu et al. 2021 (arXiv:2106.09685), as Hugging Face PEFT has it
+kaiming        A uniform within +-1/sqrt(in), B = 0: Hu et al. 2021 (arXiv:2106.09685), as in Hugging Face PEFT
 gaussian       A normal with standard deviation 1/r, B = 0
-orthogonal     A = N1 Q1 / 10, B = Q2^T N2 / 10, with normal N1 [in, r/2], N2 [r/2, out] and Q1, Q2 the even and the odd
-               rows of an orthogonal [r, r]: Q1 Q2^T = 0, so that A B = 0 to rounding while neither is zero (peft's
-               init_lora_weights="orthogonal", after https://datta0.github.io/posts/rethink-lora-init)
+orthogonal     A = N1 Q1 / 10, B = Q2^T N2 / 10, with normal N1 [in, r/2] and N2 [r/2, out], and Q1, Q2 the even and the
+               odd rows of an orthogonal [r, r]. Q1 Q2^T = 0, so A B = 0 up to rounding while neither factor is zero
+               (peft's init_lora_weights="orthogonal", after https://datta0.github.io/posts/rethink-lora-init)
 pissa          W = U S V^T; A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T, so that s A B is the best approximation of W
                of rank r: Meng et al. 2024 (arXiv:2404.02948), eq. 2 and 3, where s is 1
-pissa_niter_N  the same from a randomised SVD with N subspace iterations (Halko et al. 2011, arXiv:0909.4061,
-               algorithms 4.4 and 5.1): seconds where the SVD of a large kernel takes minutes
+pissa_niter_N  the same from a randomized SVD with N subspace iterations (Halko et al. 2011, arXiv:0909.4061, algorithms
+               4.4 and 5.1), which takes seconds where the SVD of a large kernel takes minutes
 olora          W^T = Q R; A = R_r^T, B = Q_r^T, the first r rows of R and columns of Q: Buyukakyuz 2024 (arXiv:2406.01775)
-eva            A the principal directions of the layer's inputs, B = 0: eva.py, which puts them in kaiming's place
-loftq          s A B near what quantizing took from W, loftq_niter_N by a randomised SVD: loftq.py, likewise
+eva            A the principal directions of the layer's inputs, B = 0 (eva.py; starts as kaiming)
+loftq          s A B close to the quantization error of W, loftq_niter_N by a randomized SVD (loftq.py; starts as kaiming)
 
-PiSSA and OLoRA begin with an update that is not zero: `ResidualLora` takes it away again.
+PiSSA and OLoRA have a nonzero initial update, which `ResidualLora` subtracts.
 """
 
 import re
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.ranks import within
 from peftjax.adapters.sites import Site
-from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.nn.embedding import Embedding
 
 INITS = re.compile(r"kaiming|gaussian|orthogonal|eva|olora|(pissa|loftq)(_niter_\d+)?")
@@ -36,9 +34,16 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: nnx.Rngs) -> Pair:
-    """A [*stack, in, R] and B [*stack, R, out] of a site, float32, zero beyond each layer's rank.
+    """Initial A [*stack, in, R] and B [*stack, R, out] of a site, float32, zero beyond each layer's rank.
 
-    ranks, scales: of each layer. An embedding has A zero and B normal, whatever `init` is, as in peft.
+    For an embedding A is zero and B normal with any `init`, as in peft.
+
+    Args:
+        init: One of the words above.
+        site: The layers.
+        ranks: The rank of each layer, int [layers].
+        scales: The scale s of each layer, [layers].
+        rngs: Random keys.
     """
     key, owner, rank = rngs.params(), site.module, int(ranks.max())
     a_shape, b_shape = (*site.stack, owner.in_features, rank), (*site.stack, rank, owner.out_features)
@@ -56,13 +61,13 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
         pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]
         a = jnp.stack([pair[0] for pair in pairs]).reshape(a_shape)
         b = jnp.stack([pair[1] for pair in pairs]).reshape(b_shape)
-    active = (np.arange(rank) < ranks[:, None]).astype(np.float32).reshape(*site.stack, rank)
+    active = within(ranks, site.stack)
     return a * active[..., None, :], b * active[..., None]
 
 
 def _of_layer(init: str, site: Site, layer: int, ranks: np.ndarray, scales: np.ndarray, key: jax.Array) -> Pair:
-    """A and B of one layer, filled up with zeros to the largest rank. Layer by layer there is one float32 kernel at a
-    time in memory."""
+    """A and B of one layer, padded with zeros to the largest rank. Layer by layer, so that only one float32 kernel is in
+    memory at a time."""
     owner, rank = site.module, int(ranks[layer])
     if not rank:
         return jnp.zeros((owner.in_features, ranks.max())), jnp.zeros((ranks.max(), owner.out_features))
@@ -85,76 +90,27 @@ def _orthogonal(inputs: int, outputs: int, rank: int, key: jax.Array) -> Pair:
 
 
 def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.Array) -> Pair:
-    """A [in, r] and B [r, out] from a kernel, for the last three of the table above."""
+    """A [in, r] and B [r, out] from a kernel [in, out], for "olora", "pissa" and "pissa_niter_N"."""
     if init == "olora":
         q, r = jnp.linalg.qr(kernel.T)
         return r[:rank].T, q[:, :rank].T
     if init == "pissa":
         u, values, vt = jnp.linalg.svd(kernel, full_matrices=False)
     else:
-        u, values, vt = randomised_svd(kernel, rank, int(init.rsplit("_", 1)[1]), key)
+        u, values, vt = randomized_svd(kernel, rank, int(init.rsplit("_", 1)[1]), key)
     root = jnp.sqrt(values[:rank] / scale)
     return u[:, :rank] * root[None], root[:, None] * vt[:rank]
 
 
-def randomised_svd(
+def randomized_svd(
     kernel: jax.Array, rank: int, iterations: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """About the first `rank` singular triples, U [in, r], S [r] and V^T [r, out]; the range is of `rank` columns, as in
-    peft."""
+    """Approximate the first `rank` singular triples: U [in, r], S [r] and V^T [r, out].
+
+    The random range has `rank` columns, without oversampling, as in peft.
+    """
     q = jnp.linalg.qr(kernel @ jax.random.normal(key, (kernel.shape[1], rank)))[0]
     power = lambda _, q: jnp.linalg.qr(kernel @ jnp.linalg.qr(kernel.T @ q)[0])[0]  # noqa: E731
     q = jax.lax.fori_loop(0, iterations, power, q)
     u, values, vt = jnp.linalg.svd(q.T @ kernel, full_matrices=False)
     return q @ u, values, vt
-
-
-class ResidualLora(LoraLinear):
-    """x W + s (x A B - x A0 B0), where A0 and B0 are what A and B were at the start.
-
-    That is peft's x (W - s A0 B0) + s x A B without touching W: the base stays as it was, other adapters may share it,
-    and a quantized one is not quantized again. The two products are of the same shape and subtracted from each other
-    before W's is added: at the start the difference is zero, exactly where the device computes equal products to equal
-    bits. Dropout is on A's input alone, as in peft. The adapter file holds the LoRA of rank 2r that computes the same,
-    with [A, A0] and [B; -B0].
-    """
-
-    plain: ClassVar[type[LoraLinear]] = LoraLinear  # what the file holds
-
-    def __init__(
-        self, ranks: tuple[int, ...], scale: PeftConstant, a: nnx.Variable, b: nnx.Variable, dropout: float = 0.0
-    ) -> None:
-        super().__init__(ranks, scale, a, b, dropout)
-        self.a0, self.b0 = (PeftConstant(jnp.copy(leaf.get_value()), axes=leaf.axes) for leaf in (a, b))
-
-    def update(self, x: jax.Array) -> jax.Array:
-        return super().update(x) - self.product(x, self.a0, self.b0)
-
-    def factors(self) -> Pair:
-        """[in, 2R] and [2R, out]: columns and rows of A and A0, and of B and -B0, alternate, so that those of a layer
-        whose rank is smaller than R come first."""
-        a, a0 = (self.scaled(leaf.get_value().astype(jnp.float32)) for leaf in (self.a, self.a0))
-        b, b0 = (leaf.get_value().astype(jnp.float32) for leaf in (self.b, self.b0))
-        return _alternate(a, a0, -1), _alternate(b, -b0, -2)
-
-    def exported(self) -> LoraLinear:
-        a = _alternate(self.a.get_value(), self.a0.get_value(), -1)
-        b = _alternate(self.b.get_value(), -self.b0.get_value(), -2)
-        scale = PeftConstant(jnp.repeat(self.scale.get_value(), 2, axis=-1), axes=self.scale.axes)
-        plain = self.plain(
-            tuple(2 * rank for rank in self.ranks),
-            scale,
-            PeftParam(a, axes=self.a.axes),
-            PeftParam(b, axes=self.b.axes),
-        )
-        for extra in ("bias", "bias_layers", "shift", "magnitude"):
-            if hasattr(self, extra):
-                setattr(plain, extra, nnx.data(getattr(self, extra)))
-        return plain
-
-
-def _alternate(one: Any, other: Any, axis: int) -> Any:
-    """Slices of two arrays in turn along `axis` (-1 or -2), which becomes twice as long."""
-    shape = list(one.shape)
-    shape[axis] *= 2
-    return jnp.stack([one, other], axis=axis).reshape(shape)

@@ -1,8 +1,8 @@
-"""LoftQ: LoRA over a quantized base Q(W) begins with s A B near W - Q(W), which is what quantizing took away.
+"""LoftQ: LoRA over a quantized base Q(W), initialized so that s A B is close to the quantization error W - Q(W).
 
-Li et al. 2023 (arXiv:2310.08659), algorithm 1 with T = 1: s A B is the best approximation of rank r. The base stays as it
-is, so any base quantized in the same way can take the adapter; with more rounds it would be quantized anew between them.
-That is what Hugging Face PEFT's replace_lora_weights_loftq does to a loaded base, but for s, which it takes for 1.
+Li et al. 2023 (arXiv:2310.08659), algorithm 1 with T = 1: s A B is the best approximation of rank r. The base does not
+change, so the adapter fits any base that is quantized in the same way; more iterations would quantize the base again.
+Hugging Face PEFT's replace_lora_weights_loftq does the same to a loaded base, except that it assumes s = 1.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,19 @@ from peftjax.methods.lora.dora import DoraLinear
 from peftjax.methods.lora.init import of_kernel
 from peftjax.quant.base import Quantized
 
-# Of a module's path and a layer (None: it is not stacked), its kernel [in, out] as it was before it was quantized.
+# (path of a module, layer or None if it is not stacked) -> its kernel [in, out] before quantization
 Kernels = Callable[[str, int | None], np.ndarray]
 
 
 def begin(init: str, site: Site, adapter: LoraLinear, kernels: Kernels, key: jax.Array) -> None:
-    """Set A and B of a site; one whose kernel is not quantized keeps those that it has. A layer at a time, on the host.
+    """Initialize A and B of a site with a quantized kernel, one layer at a time on the host.
 
-    init: "loftq", or "loftq_niter_N" with a randomised SVD of N iterations, as for PiSSA.
+    Args:
+        init: "loftq", or "loftq_niter_N" for a randomized SVD with N iterations, as for PiSSA.
+        site: The layers. If their kernel is not quantized, A and B stay as they are.
+        adapter: The adapter of the site.
+        kernels: The kernels before quantization.
+        key: A random key.
     """
     if not isinstance(site.kernel, Quantized):
         return

@@ -1,0 +1,75 @@
+"""Checks and conversions that the options of many methods share; every check raises a `UserError`."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from peftjax.core.errors import UserError
+
+REGEX = set("*+?()[]{}|^$\\")
+
+
+def positive(**options: float) -> None:
+    """Require finite numbers above 0."""
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"method.{option} must be a number above 0, got {value!r}")
+
+
+def positive_integer(**options: int) -> None:
+    """Require whole numbers of at least 1."""
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"method.{option} must be a positive integer, got {value!r}")
+
+
+def probability(**options: float) -> None:
+    """Require dropout rates: at least 0 and below 1."""
+    for option, value in options.items():
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"method.{option} must be at least 0 and below 1, got {value!r}")
+
+
+def seed(bits: int, **options: int) -> None:
+    """Require integers that a random generator takes as a seed of so many bits."""
+    for option, value in options.items():
+        if not isinstance(value, int) or not 0 <= value < 2**bits:
+            raise UserError(f"method.{option} must be an integer from 0 to 2**{bits} - 1, got {value!r}")
+
+
+def one_of(known: Iterable[str], **options: str) -> None:
+    """Require one of the known words."""
+    for option, value in options.items():
+        if value not in (words := tuple(known)):
+            raise UserError(f"method.{option} must be one of {', '.join(words)}, got {value!r}")
+
+
+def either_size(block_size: int, blocks: int) -> None:
+    """Require one of two ways to give the size of blocks, the other one being 0."""
+    if (block_size == 0) == (blocks == 0):
+        raise UserError(f"method.block_size={block_size} and method.blocks={blocks}: set one of them, the other to 0")
+    positive_integer(**({"block_size": block_size} if block_size else {"blocks": blocks}))
+
+
+def pattern(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> tuple[tuple[str, Any], ...]:
+    """Exceptions by module name, {name: value}, as a hashable tuple of pairs."""
+    items = value.items() if isinstance(value, Mapping) else value
+    return tuple((str(name), convert(item)) for name, item in items)
+
+
+def names_or_pattern(value: Any) -> str | tuple[str, ...]:
+    """A regular expression or a word such as "all-linear" unchanged; names, also comma-separated ones, as a tuple."""
+    if value is None:
+        raise UserError(
+            "method.targets and method.exclude are names, a tuple of names or a regular expression, not None"
+        )
+    if not isinstance(value, str):
+        return tuple(value)
+    return value if value.startswith("all-") or REGEX & set(value) else split_names(value)
+
+
+def split_names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """The names in a comma-separated string, or those of a sequence."""
+    if not isinstance(value, str):
+        return tuple(value)
+    return tuple(name.strip() for name in value.split(",") if name.strip())

@@ -1,0 +1,205 @@
+"""Bottleneck adapters: x + f(x) + B(u) for a sublayer f, B(u) = s (act(u W_down + b_down) W_up + b_up).
+
+Houlsby et al. 2019 (arXiv:1902.00751), section 2.1: u = f(x), after attention and after feed-forward. Pfeiffer et al.
+2020 (arXiv:2005.00247): u = x + f(x), only after feed-forward. He et al. 2021 (arXiv:2110.04366), table 1, scaled
+parallel adapter: u = x, beside feed-forward. These are the definitions of AdapterHub's library `adapters` for pre-norm
+models, where the norm is part of f. In post-norm models, as in the papers, x is the input of f itself, Pfeiffer's
+adapter reads u = norm(x + f(x)), and the block continues with norm(x + f(x) + B(u)).
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+from flax import nnx
+
+from peftjax.adapters.method import Method
+from peftjax.adapters.options import one_of, positive
+from peftjax.adapters.sites import place, sites
+from peftjax.core.errors import UserError
+from peftjax.methods.bottleneck.adapter import INITS, NON_LINEARITIES, BottleneckAdapter
+from peftjax.nn.adopt import AdoptedSublayer
+from peftjax.nn.stack import Residual
+
+LEARNED_SCALES = {"none": "", "scalar": "learned", "channel": "channel"}  # AdapterHub's words
+# The fields of AdapterHub that define u and what follows the adapter, with the values that a missing one has.
+FLOWS = {
+    "is_parallel": False,
+    "original_ln_before": False,
+    "original_ln_after": True,
+    "residual_before_ln": True,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck(Method):
+    """Options of bottleneck adapters. `Houlsby`, `Pfeiffer` and `ParallelAdapter` differ in u and in defaults.
+
+    Attributes:
+        attention (bool): Adapt the attention sublayers. In an adopted network all named sublayers have an adapter.
+        feedforward (bool): Adapt the feed-forward sublayers.
+        reduction_factor (float): Width of the model over that of the bottleneck.
+        non_linearity (str): relu, leakyrelu, gelu, gelu_new, quick_gelu, silu, swish, tanh or sigmoid.
+        scale (float): s, or its initial value if it is trained.
+        learned_scale (str): Train s: "none", "scalar", or "channel" for one scale per feature.
+        dropout (float): Dropout rate of B(u).
+        norm_before (bool): Apply a LayerNorm before W_down.
+        norm_after (bool): Apply a LayerNorm to B(u).
+        residual_before_norm (bool): With norm_after, apply it to f(x) + B(u) instead.
+        leave_out (tuple of int): Layers without adapters.
+        init (str): Initial kernels: "bert" (normal, standard deviation 0.02), "houlsby" (0.01, truncated at two
+            standard deviations) or "mam_adapter" (W_down uniform, W_up zero, so that a new adapter changes nothing).
+    """
+
+    attention: bool = False
+    feedforward: bool = True
+    reduction_factor: float = 16.0
+    non_linearity: str = "relu"
+    scale: float = 1.0
+    learned_scale: str = "none"
+    dropout: float = 0.0
+    norm_before: bool = False
+    norm_after: bool = False
+    residual_before_norm: bool = False
+    leave_out: tuple[int, ...] = ()
+    init: str = "bert"
+
+    reads: ClassVar[str]  # u: the sublayer's "input" or "output", or their "sum"
+    hf_fields: ClassVar = {
+        "attention": ("mh_adapter", None),
+        "feedforward": ("output_adapter", None),
+        "reduction_factor": ("reduction_factor", None),
+        "non_linearity": ("non_linearity", None),
+        "dropout": ("dropout", 0.0),
+        "norm_before": ("ln_before", False),
+        "norm_after": ("ln_after", False),
+        "residual_before_norm": ("adapter_residual_before_ln", False),
+        "leave_out": ("leave_out", ()),
+        "init": ("init_weights", "bert"),
+    }
+    hf_ignored: ClassVar = frozenset({
+        "init_weights_seed", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "shared_W_phm",
+        "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm",
+        "hypercomplex_nonlinearity", "phm_rank", "phm_bias",
+    })  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self._replace(leave_out=tuple(self.leave_out))
+        positive(reduction_factor=self.reduction_factor)
+        one_of(NON_LINEARITIES, non_linearity=self.non_linearity)
+        one_of(LEARNED_SCALES, learned_scale=self.learned_scale)
+        one_of(INITS, init=self.init)
+        if not self.attention and not self.feedforward:
+            raise UserError(
+                "method.attention=False and method.feedforward=False leave no sublayer to adapt; set one to True"
+            )
+        if self.residual_before_norm and (not self.norm_after or self.reads == "input"):
+            raise UserError(
+                "method.residual_before_norm=True needs method.norm_after=True and is not possible for parallel adapters; "
+                "set it to False"
+            )
+
+    @property
+    def neutral(self) -> bool:
+        return self.init == "mam_adapter" and not self.residual_before_norm
+
+    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+        wanted = {"attention_residual": self.attention, "feedforward_residual": self.feedforward}
+        residuals = [site for site in sites(model) if isinstance(site.module, Residual)]
+        if not residuals:
+            raise UserError(
+                f"method.name={self.method!r} needs residual sublayers with a slot, and this model has none; in a network "
+                "of your own, name them: adopt(model, sublayers={path: width})"
+            )
+        if self.leave_out and len({site.path.split(".")[0] for site in residuals if site.stack}) > 1:
+            raise UserError(
+                f"method.leave_out={self.leave_out} counts the layers of one stack, and this model has several; leave it empty"
+            )
+        for site in residuals:
+            adopted = isinstance(site.module, AdoptedSublayer)
+            if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
+                width = site.module.width if adopted else model.config.embed
+                place(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
+
+    def _chosen(self, layers: int) -> tuple[bool, ...]:
+        if beyond := [layer for layer in self.leave_out if not 0 <= layer < layers]:
+            raise UserError(
+                f"method.leave_out: layer {beyond[0]} does not exist; the model has layers 0 to {layers - 1}"
+            )
+        chosen = tuple(layer not in self.leave_out for layer in range(layers))
+        if not any(chosen):
+            raise UserError(f"method.leave_out={self.leave_out} leaves no layer with an adapter; leave fewer out")
+        return chosen
+
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
+        """The `config` of AdapterHub's adapter_config.json."""
+        return super().to_hf(model, name) | {
+            "is_parallel": self.reads == "input",
+            "original_ln_before": self.reads == "sum",
+            "original_ln_after": True,
+            "residual_before_ln": True,
+            "leave_out": list(self.leave_out),
+            "scaling": LEARNED_SCALES[self.learned_scale] or float(self.scale),
+        }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """The method of a `config` of AdapterHub's adapter_config.json, which describes an adapter of this class."""
+        rest = {key: value for key, value in config.items() if key not in ("scaling", *FLOWS)}
+        if isinstance(factor := rest.get("reduction_factor"), dict):
+            raise UserError(f"adapter_config.json: reduction_factor={factor!r}, one for each layer, is not supported")
+        for field in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"):
+            if rest.get(field) is None:
+                raise UserError(f"adapter_config.json: {field} is missing in config; bottleneck adapters need it")
+        rest["non_linearity"] = rest["non_linearity"].lower()
+        if not rest.get("ln_after") or cls.reads == "input":
+            rest["adapter_residual_before_ln"] = False  # it has no effect then
+        method = super().from_hf(rest)
+        scaling = config.get("scaling", 1.0)
+        if isinstance(scaling, int | float):
+            return dataclasses.replace(method, scale=float(scaling))
+        words = {word: option for option, word in LEARNED_SCALES.items() if word}
+        if scaling not in words:
+            raise UserError(f"adapter_config.json: scaling={scaling!r} is not a number, 'learned' or 'channel'")
+        return dataclasses.replace(method, scale=1.0, learned_scale=words[scaling])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Houlsby(Bottleneck):
+    """Adapters that read f(x), in both sublayers of a block; AdapterHub's `DoubleSeqBnConfig`.
+
+    Attributes:
+        attention (bool, default True): Adapt the attention sublayers.
+        non_linearity (str, default "swish"): Activation of the bottleneck.
+    """
+
+    attention: bool = True
+    non_linearity: str = "swish"
+
+    method: ClassVar[str] = "houlsby"
+    reads: ClassVar[str] = "output"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pfeiffer(Bottleneck):
+    """Adapters that read x + f(x), after feed-forward; AdapterHub's `SeqBnConfig`."""
+
+    method: ClassVar[str] = "pfeiffer"
+    reads: ClassVar[str] = "sum"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelAdapter(Bottleneck):
+    """Adapters that read x, beside feed-forward; AdapterHub's `ParBnConfig`.
+
+    Attributes:
+        reduction_factor (float, default 2.0): Width of the model over that of the bottleneck.
+        scale (float, default 4.0): s, or its initial value if it is trained.
+        init (str, default "mam_adapter"): Initial kernels.
+    """
+
+    reduction_factor: float = 2.0
+    scale: float = 4.0
+    init: str = "mam_adapter"
+
+    method: ClassVar[str] = "parallel"
+    reads: ClassVar[str] = "input"
