@@ -1,6 +1,10 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
-from peftjax.adapters import attach, detach, merge, rows, unmerge, use
+from peftjax import losses
+from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
+from peftjax.core.variables import PeftParam, trainable_mask
+from peftjax.data.tokenizer import load_tokenizer
+from peftjax.decoding import Sampling, generate
 from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.io.load import load_kernels, load_model
 from peftjax.io.save import save_model
@@ -45,14 +49,17 @@ __all__ = [
     "LoHa",
     "LoKr",
     "Lora",
+    "Method",
     "Miss",
     "Oft",
     "PTuning",
     "ParallelAdapter",
+    "PeftParam",
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
     "RandLora",
+    "Sampling",
     "TrainableTokens",
     "VbLora",
     "Vera",
@@ -60,13 +67,17 @@ __all__ = [
     "attach",
     "combine",
     "detach",
+    "generate",
     "load_adapter",
     "load_kernels",
     "load_model",
+    "load_tokenizer",
+    "losses",
     "merge",
     "rows",
     "save_adapter",
     "save_model",
+    "trainable_mask",
     "unmerge",
     "use",
 ]

@@ -1,56 +1,95 @@
-"""What is trained and what is frozen, decided by the type of a variable.
+"""Trainable and frozen variables, told apart by their type.
 
 `nnx.Param` holds the base checkpoint, `PeftParam` what a method adds and trains, `PeftConstant` what a method adds and
 never trains. `trainable_mask` turns types into booleans, and that one mask decides what gets a gradient, what the
-optimizer sees, what a checkpoint stores and what an adapter file holds.
+optimizer sees, what a checkpoint stores and what an adapter file contains.
 
-A model's state is handled as a *flat tree*: a dict from dotted path (`blocks.attention.query.kernel`) to array. Leaves
-that are not there in a tree stand as `optax.MaskedNode()`, a pytree node without leaves: it owns no gradient, no
+Internally, a model's state is a *flat tree*: a dict from dotted path (`blocks.attention.query.kernel`) to array. A leaf
+that belongs to another tree is replaced by `optax.MaskedNode()`, a pytree node without leaves: it has no gradient, no
 optimizer moment and no update.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from peftjax.core.errors import UserError
+
 FlatTree = dict[str, Any]
 
 
 class PeftParam(nnx.Variable):
-    """A parameter that a PEFT method adds and trains."""
+    """A trainable parameter that a PEFT method adds to a model.
+
+    Use it as a filter in NNX: `nnx.split(model, peftjax.PeftParam, ...)` separates the trainable parameters from the
+    frozen base, and `nnx.Optimizer(model, tx, wrt=peftjax.PeftParam)` updates only them.
+    """
 
 
 class PeftConstant(nnx.Variable):
-    """An array that a PEFT method adds and never trains, such as the scale of LoRA's update."""
+    """A constant array that a PEFT method adds, such as the scale of LoRA's update. It is never trained."""
 
 
 class DropoutKey(PeftConstant):
-    """The key data of one dropout, uint32 [*stack, 2]; `with_dropout_keys` gives it fresh bits at every step."""
+    """The key data of a dropout module, uint32 [*stack, 2]. `with_dropout_keys` replaces it before every step."""
 
 
 def flat(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
-    """The model's structure, and its variables by dotted path in a fixed order."""
+    """Split a model into its structure and its variables by dotted path, sorted by path."""
     graph, state = nnx.split(model)
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     return graph, dict(sorted(variables.items()))
 
 
 def is_stacked(variable: nnx.Variable) -> bool:
-    """Whether a variable holds an array for each layer of a stack."""
+    """True if the variable's leading axis is the layers of a stack."""
     return variable.axes[:1] == ("layers",)
 
 
-def trainable_mask(variables: Mapping[str, nnx.Variable], kind: type[nnx.Variable] = PeftParam) -> dict[str, bool]:
-    """True for each variable of exactly the type `kind`: `PeftParam` for PEFT, `nnx.Param` for full fine-tuning."""
-    return {path: type(variable) is kind for path, variable in variables.items()}
+@overload
+def trainable_mask(tree: nnx.Module | nnx.State, kind: type[nnx.Variable] = ...) -> nnx.State: ...
+@overload
+def trainable_mask(tree: Mapping[str, nnx.Variable], kind: type[nnx.Variable] = ...) -> dict[str, bool]: ...
+def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
+    """Booleans in place of variables: True for each variable whose type is exactly `kind`.
+
+    The result serves as a mask or as labels in optax, for a state that is updated as a whole:
+
+        graph, params, rest = nnx.split(model, (nnx.Param, peftjax.PeftParam), ...)
+        mask = peftjax.trainable_mask(params)
+        tx = optax.partition({True: optax.adamw(1e-4), False: optax.set_to_zero()}, mask)
+
+    Args:
+        tree: An `nnx.State`, such as `nnx.split` returns; a module, which stands for its whole state; or a dict from
+            path to variable.
+        kind: `PeftParam` for parameter-efficient fine-tuning, `nnx.Param` for full fine-tuning.
+
+    Returns:
+        A tree of the same structure with a boolean for every variable.
+
+    Raises:
+        UserError: A leaf is not an `nnx.Variable`, so it has no type to decide by.
+    """
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree)
+
+    def decide(leaf: Any) -> bool:
+        if not isinstance(leaf, nnx.Variable):
+            raise UserError(
+                f"trainable_mask: a leaf is a {type(leaf).__name__}, not an nnx.Variable; pass the model or the state "
+                "that nnx.split or nnx.state returns"
+            )
+        return type(leaf) is kind
+
+    return jax.tree.map(decide, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def split(model: nnx.Module, mask: Mapping[str, bool]) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
-    """Part a model into (structure, trainable, frozen): two trees over the same paths, complementary in their leaves."""
+    """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves."""
     graph, variables = flat(model)
     values = {path: variable.get_value() for path, variable in variables.items()}
     trainable = {path: value if mask[path] else optax.MaskedNode() for path, value in values.items()}
@@ -59,7 +98,10 @@ def split(model: nnx.Module, mask: Mapping[str, bool]) -> tuple[nnx.GraphDef, Fl
 
 
 def join(graph: nnx.GraphDef, *trees: FlatTree) -> Any:
-    """The model again, from its structure and trees that together hold every leaf once."""
+    """Rebuild a model from its structure and flat trees that together hold every leaf exactly once.
+
+    A leaf is an array, or an `nnx.Variable`, which the model then shares.
+    """
     return nnx.merge(graph, nnx.from_flat_state([(_key(path), value) for path, value in _present(*trees).items()]))
 
 
@@ -72,7 +114,7 @@ def update(model: nnx.Module, *trees: FlatTree) -> None:
 
 
 def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:
-    """A tree whose dropout keys (`paths`, each uint32 [*stack, 2]) are drawn from `key`, each layer its own."""
+    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], drawn anew from `key`, one per layer."""
     fresh = {}
     for index, path in enumerate(paths):
         stack = tree[path].shape[:-1]
@@ -87,4 +129,4 @@ def _present(*trees: FlatTree) -> FlatTree:
 
 
 def _key(path: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in path.split("."))  # 3: a member of a list
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))  # an index into a list

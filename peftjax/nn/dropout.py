@@ -1,22 +1,38 @@
-"""Dropout whose random bits come from a key in the model's state."""
+"""Dropout whose random key is part of the model's state."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.core.variables import DropoutKey
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.core.variables import DropoutKey, PeftParam
+
+Model = TypeVar("Model")  # an nnx.Module; not bound, so that protocols fit too
 
 
 class Dropout(nnx.Module):
-    """x with each element zeroed with probability `rate` and the rest divided by 1 - rate; x itself in evaluation.
+    """Zero each element of x with probability `rate` and divide the rest by 1 - rate; in evaluation mode return x.
 
-    The key sits in the state, one for each layer of a stack, so a scan slices it and rematerialisation draws the same
-    bits again; a training step replaces it (`variables.with_dropout_keys`). `model.train()` and `model.eval()` switch.
+    The key is part of the state, one per layer of a stack. A scan slices it, and rematerialization draws the same mask
+    again. `variables.with_dropout_keys` replaces the keys before each training step; `training_view` does so for a
+    single evaluation of a loss. A new module is in evaluation mode; `model.train()` and `model.eval()` switch it.
+
+    Attributes:
+        rate: The probability that an element is dropped, in [0, 1).
+        deterministic: True in evaluation mode.
+        key: Key data, uint32 [*stack, 2]; None if the rate is 0.
+
+    Raises:
+        UserError: The rate is outside [0, 1).
     """
 
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, it is {rate}")
+            raise UserError(f"dropout={rate} is out of range; use at least 0 and less than 1")
         self.rate = rate
         self.deterministic = True
         axes = ("layers", None) if stack else (None,)
@@ -24,7 +40,7 @@ class Dropout(nnx.Module):
 
     @property
     def idle(self) -> bool:
-        """Whether it changes nothing."""
+        """True if the output equals the input: in evaluation mode, or with rate 0."""
         return self.deterministic or self.key is None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,3 +48,78 @@ class Dropout(nnx.Module):
             return x
         keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:
+    """The model with dropout active and fresh keys, one for each dropout module of each layer.
+
+    The view shares every other variable with `model`, so gradients with respect to the model pass through it. `model`
+    itself keeps its mode and its keys. Call this inside the function that is differentiated:
+
+        def loss(model, batch):
+            logits = peftjax.losses.training_view(model, batch)(batch["tokens"])
+            ...
+
+    Args:
+        model: Any NNX module with peftjax adapters or dropout.
+        batch: The arrays of this step.
+        key: A JAX random key. By default it is derived from the keys stored in the model, the batch and the current
+            values of the trainable parameters (`PeftParam`, or `nnx.Param` if there are none), bit by bit. It changes
+            from step to step, the same values give the same masks, and nothing has to be counted or stored. Because
+            the last bit of a parameter changes the masks, pass a key where they must agree between programs or devices
+            that round differently, or where the loss has to be a continuous function of the parameters.
+
+    Returns:
+        The view, of the same class as `model`.
+    """
+    assert isinstance(model, nnx.Module)
+    graph, leaves = variables.flat(model)
+    keys = {path: leaf.get_value() for path, leaf in leaves.items() if isinstance(leaf, DropoutKey)}
+    if keys:
+        fresh = variables.with_dropout_keys(keys, tuple(keys), _key_of(leaves, batch) if key is None else key)
+        leaves = leaves | {path: leaves[path].replace(value) for path, value in fresh.items()}
+    return _with_mode(variables.join(graph, leaves), deterministic=False)
+
+
+def evaluation_view(model: Model) -> Model:
+    """The model with dropout inactive. The view shares all variables with `model`, which keeps its mode."""
+    return _with_mode(nnx.merge(*nnx.split(model)), deterministic=True)
+
+
+def _with_mode(view: Model, deterministic: bool) -> Model:
+    assert isinstance(view, nnx.Module)
+    view.set_attributes(deterministic=deterministic, raise_if_not_found=False)
+    return view
+
+
+def _key_of(leaves: Mapping[str, nnx.Variable], batch: Mapping[str, jax.Array]) -> jax.Array:
+    """A random key that depends on the stored keys, the trainable parameters and the batch."""
+    trainable = {type(leaf) for leaf in leaves.values()} & {PeftParam} or {nnx.Param}
+    hashed = [leaf.get_value() for leaf in leaves.values() if isinstance(leaf, DropoutKey) or type(leaf) in trainable]
+    return jax.random.fold_in(jax.random.key(0), _hash(jax.tree.leaves((hashed, dict(batch)))))
+
+
+def _hash(arrays: Iterable[jax.Array]) -> jax.Array:
+    """A hash of all bits of some arrays, uint32 []. A sum over elements, so that sharded arrays stay where they are."""
+    total = jnp.zeros((), jnp.uint32)
+    for array in arrays:
+        bits = _bits(jax.lax.stop_gradient(jnp.asarray(array)))
+        place = jnp.zeros(bits.shape, jnp.uint32)  # differs between the elements of an array
+        for axis in range(bits.ndim):
+            place = _mix(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+        total = _mix(total + jnp.sum(_mix(bits ^ place), dtype=jnp.uint32))
+    return total
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """The bits of each element as uint32 (of 64, the lower ones)."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return array.astype(jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every input bit affects every output bit (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
