@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -84,6 +86,18 @@ def start_together(
     return [
         start(world, workdir, *overrides, *flags, f"--process_id={index}", command=command) for index in range(count)
     ]
+
+
+def in_process(command: str, *arguments: str) -> int:
+    """Run a command in this process, as `python -m peftjax.COMMAND` does; returns its exit code."""
+    given = sys.argv
+    sys.argv = [command, *arguments]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(f"peftjax.{command}", run_name="__main__")
+    finally:
+        sys.argv = given
+    return int(stop.value.code or 0)
 
 
 def arguments(world: Path, workdir: Path) -> list[str]:

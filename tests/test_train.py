@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, generate, methods, train
+from peftjax import evaluate, methods, train
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
-from peftjax.tasks import base as tasks
+from peftjax.tasks import model as model_section
 from peftjax.training import config as configs
+from peftjax.training import run as run_module
 from tests import tiny
+from tests.runs import in_process
 
 
 def config(root: Path, method: str = "lora", **fields: Any) -> Any:
@@ -56,7 +58,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
-def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = config(tmp_path, model__path=str(tmp_path / "bert"))
     fields = {
         "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -69,17 +71,17 @@ def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path) -> None
         ValueError, match=r"bert' is a Bert, which does not learn task.kind='causal_lm'; it learns classif"
     ):
         train.train(configs.validate(made), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"bert is a Bert, which generates no text"):
-        generate.main([f"--model={tmp_path / 'bert'}", "--prompt=one"])
+    assert in_process("generate", f"--model={tmp_path / 'bert'}", "--prompt=one") == 2
+    assert "bert is a Bert, which does not generate text" in capsys.readouterr().err
 
 
 def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    save = train.save_adapter
+    save = run_module.save_adapter
     monkeypatch.setattr(
-        train, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
+        run_module, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
     )
     made = config(tmp_path, checkpoint__adapter=True, data__eval=())
     train.train(configs.validate(made), tmp_path / "run")
@@ -122,7 +124,7 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     scores = train.train(configs.validate(made), workdir)
     (tmp_path / "config.py").write_text(
         "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(json.loads({configs.to_json(made)!r}))\n"
+        f"def get_config():\n    return ConfigDict(json.loads({configs.to_json(configs.validate(made))!r}))\n"
     )
     evaluate.main([f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"])
     written = json.loads((workdir / "evaluation.json").read_text())
@@ -131,7 +133,7 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
 
     capsys.readouterr()
     arguments = ["--prompt=1+1=", "--prompt=20+1=", "--max-new-tokens=3"]
-    generate.main([f"--model={made.model.path}", f"--adapter={workdir / 'adapter'}", *arguments])
+    assert not in_process("generate", f"--model={made.model.path}", f"--adapter={workdir / 'adapter'}", *arguments)
     printed = capsys.readouterr().out
     assert "> 1+1=\n" in printed
     assert "> 20+1=\n" in printed
@@ -179,9 +181,9 @@ def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> No
 
 def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(tmp_path)
-    monkeypatch.setattr(tasks, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(model_section, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; name a directory that can be made"):
+    with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; choose a directory that can be created"):
         train.train(configs.validate(made), tmp_path / "file" / "run")
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
     with pytest.raises(ValueError, match=r"names no file\. Did you mean 'eval\.jsonl'"):

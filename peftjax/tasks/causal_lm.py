@@ -40,6 +40,7 @@ class CausalLM(GenerationTask):
         return prompt if len(prompt.tokens) < self.data.max_length else None
 
     def loss(self, model: Model, batch: Batch) -> Totals:
+        assert isinstance(model, Decoder)
         return next_token_loss(model, batch, self.loss_chunk)
 
 

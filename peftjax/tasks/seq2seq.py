@@ -72,4 +72,5 @@ class Seq2Seq(GenerationTask):
         return super().lengths(model) | {f"data.max_target_length={target}": target}
 
     def loss(self, model: Model, batch: Batch) -> Totals:
+        assert isinstance(model, EncoderDecoder)
         return seq2seq_loss(model, batch, self.loss_chunk)

@@ -22,6 +22,7 @@ from peftjax.io.hf_adapter import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
 from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device
+from peftjax.tasks import make_task
 from peftjax.training import config as configs
 from tests import tiny
 
@@ -33,7 +34,7 @@ def make_config(**fields: Any) -> Any:
     config = configs.defaults()
     config.method = methods.make_config("lora", rank=4, targets="all-linear")
     config.model.quantize, config.model.remat, config.data.max_length = "nf4", "block", 16
-    return variants.changed(config, {name.replace("__", "."): value for name, value in fields.items()})
+    return configs.changed(configs.validate(config), {name.replace("__", "."): value for name, value in fields.items()})
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,11 @@ def planned() -> tuple[plan.Plan, traced.TracedStep]:
         patch.setattr(measure, "trace_step", trace)
         found = measure.measure(make_config(), SMALL, devices.find("cpu"))
     return found, steps[0]
+
+
+def abstract_model(config: Any, hf_config: dict[str, Any]) -> Any:
+    task = make_task(config.task, config.data, Path(config.model.path), hf_config=hf_config)
+    return abstract.abstract_model(config, task, hf_config)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +123,9 @@ def test_full_fine_tuning_is_counted_with_gradients_and_moments(alone: plan.Plan
 def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     dense = make_config(model__quantize="")
-    single = abstract.abstract_model(dense, SMALL | {"quantization_config": stored})
+    single = abstract_model(dense, SMALL | {"quantization_config": stored})
     assert single.blocks.attention.query.kernel.get_value().format == "nf4_single"
-    nested = abstract.abstract_model(
-        dense, SMALL | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}}
-    )
+    nested = abstract_model(dense, SMALL | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}})
     assert nested.blocks.attention.query.kernel.get_value().format == "nf4"
 
 
@@ -129,7 +133,7 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
 def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: dict[str, Any]) -> None:
     method = methods.make_config("lora", rank=4, **fields).to_dict()
     config = make_config(method=method, model__quantize="nf4" if "loftq" in fields["init"] else "")
-    assert adapters.attached(abstract.abstract_model(config, SMALL))["default"].rank == 4
+    assert adapters.attached(abstract_model(config, SMALL))["default"].rank == 4
 
 
 def test_more_positions_than_the_model_has_are_refused() -> None:
@@ -160,7 +164,7 @@ def keep(name):
     setattr(measure, name, call)
 
 request = json.load(sys.stdin)
-config, cpu, kept = configs.from_json(json.dumps(request["config"])), devices.find("cpu"), {}
+config, cpu, kept = configs.validate(request["config"]), devices.find("cpu"), {}
 keep("trace_step")
 keep("compile_step")
 found = measure.measure(config, request["hf_config"], cpu)
@@ -188,7 +192,7 @@ print(json.dumps({"planned": found.needed, "grown": resident("VmHWM") - before})
 def test_the_cpus_figure_is_the_growth_of_a_run() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "max_position_embeddings": 512}
     config = make_config(train__batch_size=16, data__max_length=512, model__quantize="")
-    request = {"config": config.to_dict(), "hf_config": tiny.CONFIG | sizes}
+    request = {"config": configs.to_dict(config), "hf_config": tiny.CONFIG | sizes}
     # one device, and a program that is compiled with care; what is freed is given back to the system
     own = {"XLA_FLAGS": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
     ended = subprocess.run(
