@@ -94,9 +94,10 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     """
     directory = resolve(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
+    batches = train_batches(config.data, task, batching(config, mesh), config.seed)
     if config.data.eval:
         eval_batches(config.data, task, batching(config, mesh)).close()
-    return task, train_batches(config.data, task, batching(config, mesh), config.seed)
+    return task, batches
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:
