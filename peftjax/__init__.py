@@ -35,6 +35,7 @@ from peftjax.methods import (
 )
 from peftjax.methods.lora.combine import combine
 from peftjax.nn.adopt import adopt
+from peftjax.training import config as _config  # noqa: F401  # declares the fields for `peftjax.core.config.defaults`
 
 __all__ = [
     "AdaLora",

@@ -17,7 +17,7 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Encoder
+from peftjax.data.documents import Encoder, Row
 from peftjax.data.records import Prompt
 from peftjax.data.sources import Concatenated, Source, open_source, split_weight
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
@@ -243,7 +243,7 @@ def _batched(documents: grain.IterDataset, data: DataConfig, encoder: Encoder, b
     """Pairs of this process's part of each batch and the counts of the whole batch."""
     own, empty = batching.own_rows(), encoder.empty_row()
 
-    def to_batch(rows: list[packing.Row]) -> tuple[Batch, dict[str, int]]:
+    def to_batch(rows: list[Row]) -> tuple[Batch, dict[str, int]]:
         notes = [note for row in rows for note in row["notes"]]
         counts: collections.Counter[str] = collections.Counter(rows=len(rows))
         for note in notes:

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from peftjax.data.packing import Row
 from peftjax.data.records import Prompt
 
 Arrays = dict[str, np.ndarray]
+Row = dict[str, Any]  # arrays of one length by name; "notes" has what is known of its documents
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

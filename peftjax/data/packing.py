@@ -9,14 +9,12 @@ said of padding stands in the row without a document. Packed rows of a causal la
 "notes" is what the caller knows of a document, and of a row a list with one object a document.
 """
 
-from typing import Any
-
 import grain
+
+from peftjax.data.documents import Row
 
 # Rows that are filled at a time. More of them waste less, and make a restored stream tokenize more of them again.
 OPEN_ROWS = 32
-
-Row = dict[str, Any]
 
 
 def pad(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:

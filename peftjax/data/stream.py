@@ -13,8 +13,7 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Encoder
-from peftjax.data.packing import Row
+from peftjax.data.documents import Encoder, Row
 from peftjax.data.sources import Source
 
 FEW = 1000  # records; fewer are shuffled by our own code

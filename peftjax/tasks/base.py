@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Document
-from peftjax.data.packing import Row
+from peftjax.data.documents import Document, Row
 from peftjax.data.records import Prompt
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import read_json_if_any

@@ -10,9 +10,8 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.data import images
-from peftjax.data.documents import Document
+from peftjax.data.documents import Document, Row
 from peftjax.data.fields import field_of
-from peftjax.data.packing import Row
 from peftjax.data.sources import class_folders
 from peftjax.losses import Totals, classification_loss
 from peftjax.models.base import Model
