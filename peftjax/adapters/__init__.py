@@ -1,6 +1,6 @@
-"""What all methods share: adapters in slots, the layers they sit in, attaching, merging and mixing them.
+"""What all methods share: the layers they attach to, attaching, merging, and batches of several adapters.
 
-Nothing here knows a particular method.
+Nothing here depends on a particular method.
 """
 
 from peftjax.adapters.attach import attach, count_trainable, detach

@@ -1,7 +1,6 @@
 """Merge adapters into the base's parameters, and restore the base bit-identically."""
 
 import dataclasses
-from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -9,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from peftjax import sharding
 from peftjax.adapters import provenance
-from peftjax.adapters.registry import Before, Merge, merged, registry_of, require, set_registry, use
+from peftjax.adapters.registry import Before, Merge, ModelT, merged, registry_of, require, set_registry, use
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core import variables
 from peftjax.core.distributed import OnHost
@@ -18,15 +17,13 @@ from peftjax.models.base import LanguageModel
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
 
-ModelT = TypeVar("ModelT", bound=nnx.Module)
-
 
 def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> ModelT:
     """Change the base's parameters so that the base alone computes what it does with an adapter.
 
-    A quantized kernel W becomes the array decode(W) + delta: exactly the base that the adapter was trained on. With
-    `requantize` it is then quantized again, which changes it. Merging an adapter that was trained on quantized kernels
-    into unquantized ones is not exact either. In both cases the measured difference is printed.
+    A quantized kernel becomes the array decode(kernel) + delta, which is exactly what the adapter was trained with. With
+    `requantize` the sum is quantized again, which changes it. Merging an adapter that was trained on quantized kernels into
+    unquantized ones is not exact either. In both cases the measured difference is printed.
 
     A head tied to the embedding gets its own kernel if the adapter changes either of the two. The previous parameters are
     kept on the host for `unmerge`; each process keeps its devices' shards.

@@ -1,13 +1,9 @@
 """A model reduced to its active adapters, without their names."""
 
-from typing import TypeVar
-
 from flax import nnx
 
-from peftjax.adapters.registry import Registry, set_registry
+from peftjax.adapters.registry import ModelT, Registry, set_registry
 from peftjax.adapters.sites import sites
-
-ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 def active_view(model: ModelT) -> ModelT:

@@ -1,7 +1,7 @@
 """What every model family provides: a configuration, a forward pass, and the names Hugging Face uses for its parts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
@@ -96,6 +96,7 @@ class Model(nnx.Module):
     """
 
     config: ModelConfig
+    __call__: Callable[..., Any]  # each kind of model has its own inputs
     output_layers: ClassVar[tuple[str, ...]] = ()
     task_head: ClassVar[tuple[str, ...]] = ()
 

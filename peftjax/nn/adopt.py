@@ -25,6 +25,12 @@ from peftjax.nn.stack import Residual
 
 M = TypeVar("M", bound=nnx.Module)
 
+ARRAYS = (
+    jax.Array,
+    np.ndarray,
+    jax.ShapeDtypeStruct,
+)  # what a variable of the model may hold; other values have no axes
+
 
 def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M:
     """Give every nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.Embed of a model a slot for adapters.
@@ -65,7 +71,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
             _adopt_embed(module)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
-        if "axes" not in variable.get_metadata() and isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        if variable.get_metadata().get("axes") is None and isinstance(value, ARRAYS):
             variable.set_metadata(axes=(None,) * value.ndim)
     return model
 

@@ -145,7 +145,7 @@ def test_other_formats_are_refused_by_name(config: Any, message: str, rewritten:
         ({"dtype": "float64"}, r"q_proj\.weight is stored to be decoded to float64; only float32, bfloat16, float16"),
         (
             {"dtype": "bfloat16"},
-            r"layers\.1\.self_attn\.q_proj\.weight is nf4 of bfloat16: the layers of a stack share one",
+            r"layers\.1\.self_attn\.q_proj\.weight is nf4 of bfloat16: the layers of a stack must have one",
         ),
         ({"shape": [32, 64]}, r"q_proj\.weight is stored as \[32, 64\], config.json asks for \[32, 32\]"),
     ],

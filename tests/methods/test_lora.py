@@ -366,7 +366,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"rank": 17}, r"method.rank=17 exceeds the smaller dimension .16. of model.layers.0.self_attn.k_proj; use at most 16"),
         ({"targets": ("v_proj",), "rank_pattern": {"v_proj": 17}}, r"method.rank=17 exceeds the smaller dimension .* of .*v_proj;"),
         ({"layers_to_transform": (0, 3)}, r"layers_to_transform: layer 3 does not exist; the model has layers 0 to 2"),
-        ({"layers_to_transform": (-1,)}, r"layers_to_transform: layer -1 is not there"),
+        ({"layers_to_transform": (-1,)}, r"layers_to_transform: layer -1 does not exist"),
         ({"rank_pattern": {"q_porj": 2}}, r"method.rank_pattern: 'q_porj' matches no target. Did you mean 'q_proj'"),
         ({**QV, "alpha_pattern": {"up_proj": 2}}, r"method.alpha_pattern: 'up_proj' matches no target. .*Targets: q_proj, v_proj"),
         ({"bias": "all"}, r"method.bias='all': no layer in question has a bias; set it to 'none'"),

@@ -133,9 +133,7 @@ def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(mode
     made.model.path, made.task.labels = str(tmp_path / "run" / "model"), ()  # its own head, and classes
     train.train(configs.validate(made), tmp_path / "again")
     made.task.labels = ("with", "without")
-    with pytest.raises(
-        ValueError, match=r"those of the checkpoint's head are \('without', 'with'\); use these, or put a new"
-    ):
+    with pytest.raises(ValueError, match=r"the checkpoint's head has \('without', 'with'\); use those, or replace it"):
         train.train(configs.validate(made), tmp_path / "other")
     made.task.kind, made.task.labels = "regression", ()
     with pytest.raises(ValueError, match="labels=1, but the checkpoint's head has 2"):

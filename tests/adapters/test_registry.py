@@ -1,0 +1,39 @@
+"""The record of a model's adapters is part of its structure, and leaves no trace once they are detached."""
+
+from flax import nnx
+
+from peftjax import adapters
+from peftjax.adapters.registry import Registry, registry_of
+from peftjax.methods import Lora
+from tests import tiny
+
+LORA = Lora(rank=2, targets=("q_proj",))
+
+
+def test_the_registry_survives_a_split_and_a_merge_of_the_model_and_is_not_in_its_state() -> None:
+    model = adapters.attach(tiny.model(), LORA, "one", rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    again = nnx.merge(graph, state)
+    assert registry_of(again) == registry_of(model) == Registry(methods=(("one", LORA),), active=("one",))
+    assert nnx.split(again)[0] == graph
+    adapters.merge(model, "one")
+    merged, after = nnx.split(model)
+    assert adapters.active(nnx.merge(merged, after)) == ()
+    assert [merge.name for merge in registry_of(nnx.merge(merged, after)).merges] == ["one"]
+    assert [path for path, _ in nnx.to_flat_state(after)] == [path for path, _ in nnx.to_flat_state(state)]
+
+
+def test_a_model_whose_adapters_are_detached_has_the_structure_it_had() -> None:
+    model = tiny.model()
+    before = nnx.split(model)[0]
+    adapters.attach(model, LORA, "one", rngs=nnx.Rngs(0))
+    adapters.attach(model, LORA, "two", rngs=nnx.Rngs(1))
+    assert nnx.split(adapters.use(model, "one"))[0] != nnx.split(adapters.use(model, "two"))[0]
+    assert (
+        nnx.split(adapters.active_view(adapters.use(model, "one")))[0]
+        == (nnx.split(adapters.active_view(adapters.use(model, "two")))[0])
+    )
+    adapters.merge(model, "two")
+    adapters.detach(model, "two")
+    adapters.detach(model, "one")
+    assert nnx.split(model)[0] == before
