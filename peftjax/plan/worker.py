@@ -29,7 +29,9 @@ def ask(config: Any, hf_config: Mapping[str, Any], device: Device, *, advise: bo
     ended = subprocess.run(
         [sys.executable, "-m", "peftjax.plan.worker"],
         input=json.dumps(request),
-        env=os.environ | device.environment(),
+        env=os.environ
+        | device.environment()
+        | {"JAX_TRACEBACK_FILTERING": "off"},  # else jax adds lines after the error
         capture_output=True,
         text=True,
         check=False,
