@@ -22,6 +22,7 @@ from rich.text import Text
 
 from peftjax import adapters, methods
 from peftjax.core import cli
+from peftjax.core.errors import UserError
 from peftjax.core.units import format_bytes
 from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
@@ -71,7 +72,7 @@ def row(config: Any, name: str) -> Row:
 
     try:
         tensors = jax.eval_shape(attached)
-    except ValueError as error:
+    except UserError as error:
         return Row(name, 0, 0.0, 0, str(error))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tensors.values())
     return Row(name, counted["trained"], counted["trained"] / counted["base"], size, "")

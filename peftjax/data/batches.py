@@ -126,12 +126,12 @@ class Batches(Iterator[Batch]):
             return f"{self._title}: {c['records']:,} {self._unit} read"
         fate = {"truncate": f"cut to {data.max_length:,}", "drop": "left out", "error": "refused"}[data.too_long]
         filled = c["tokens"] / (c["rows"] * data.max_length) if c["rows"] else 0.0
-        return (
-            f"{self._title}: {c['records']:,} records in {c['rows']:,} rows, {filled:.0%} full; "
-            f"{c['too_long']:,} were longer than {data.max_length:,} tokens ({fate}); "
-            f"{c['empty']:,} had nothing to learn from and were left out; "
-            f"{c['tokens']:,} tokens, {c['loss_tokens']:,} of them targets"
-        )
+        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows, {filled:.0%} full"]
+        if c["too_long"]:
+            parts.append(f"{c['too_long']:,} were longer than {data.max_length:,} tokens ({fate})")
+        if c["empty"]:
+            parts.append(f"{c['empty']:,} had nothing to learn from and were left out")
+        return "; ".join([*parts, f"{c['tokens']:,} tokens, {c['loss_tokens']:,} of them targets"])
 
     def close(self) -> None:
         """End the threads that read ahead."""

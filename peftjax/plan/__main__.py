@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     result: Any
     missing = device.missing()
     if missing and not one:
-        console.print(f"[yellow]{missing}[/]\n")
+        console.print(f"{missing}\n", style="yellow", markup=False)
     if given.search:
         fits, result = _search(console, config, given.search, shape["data"] * shape["fsdp"], probe)
     elif given.compare:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -37,13 +38,15 @@ def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
 def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> None:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
-    console.print(f"[bold]{config.model.path}[/]: {_count(plan.base_parameters)} parameters, {_format(config)}")
+    console.print(f"[bold]{escape(config.model.path)}[/]: {_count(plan.base_parameters)} parameters, {_format(config)}")
     console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
         console.print(f"compiled by {plan.compiler}, jax {jax.__version__}")
     else:
-        console.print(f"[yellow]not compiled: {missing}. Lines marked as estimates do not come from a compiler.[/]")
+        console.print(
+            f"[yellow]not compiled: {escape(missing)}. Lines marked as estimates do not come from a compiler.[/]"
+        )
 
 
 def verdict(plan: Plan) -> str:
@@ -51,14 +54,14 @@ def verdict(plan: Plan) -> str:
     certainty = "" if plan.compiler else "estimate: "
     sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device"
     if plan.fits:
-        return f"{certainty}[bold green]fits[/]: uses {sizes}, {format_bytes(plan.memory - plan.needed)} free"
-    return f"{certainty}[bold red]does not fit[/]: needs {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+        return f"{certainty}[bold green]fits[/]: {sizes}, {format_bytes(plan.memory - plan.needed)} free"
+    return f"{certainty}[bold red]does not fit[/]: {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
 
 
 def _notes(config: Config, plan: Plan) -> list[str]:
     notes = []
     if plan.refused:
-        notes.append(f"The compiler rejected the program: {plan.refused}")
+        notes.append(f"The compiler rejected the program: {escape(plan.refused)}")
     elif plan.fits and devices.find(plan.device).platform == "cuda" and plan.needed > 0.74 * plan.memory:
         notes.append(
             "By default, jax uses only 75% of a GPU's memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=.98 for the run."

@@ -30,7 +30,9 @@ def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, advise:
     ended = subprocess.run(
         [sys.executable, "-m", "peftjax.plan.worker"],
         input=json.dumps(request),
-        env=os.environ | device.environment(),
+        env=os.environ
+        | device.environment()
+        | {"JAX_TRACEBACK_FILTERING": "off"},  # else jax adds lines after the error
         capture_output=True,
         text=True,
         check=False,

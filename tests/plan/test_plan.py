@@ -222,7 +222,7 @@ def test_without_a_compiler_every_line_that_needs_one_says_estimate() -> None:
     config = make_config(mesh__fsdp=8)
     found = measure.measure(config, SMALL, devices.find("h100:8"))
     text = printed(config, found, devices.find("h100:8").missing())
-    assert "not compiled: pip install" in text
+    assert 'not compiled: pip install "peftjax[cuda-plan]"' in text
     assert "estimate: fits" in text
     for line in text.splitlines():
         if any(name in line for name in ("temporaries", "gradients", "traffic", "at most", "full fine-tuning")):
