@@ -33,7 +33,7 @@ from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
-from peftjax.training.run import check_workdir, open_checkpoints
+from peftjax.training.setup import check_workdir, open_checkpoints
 
 RESULTS = "sweep.json"
 _PLACE = ("step", "kind", "seconds")  # the fields of a line of metrics.jsonl that are no metrics

@@ -16,15 +16,8 @@ from peftjax.core import cli, distributed, variables
 from peftjax.log import Log
 from peftjax.training import config as configs
 from peftjax.training.config import Config
-from peftjax.training.run import (
-    Run,
-    attach_method,
-    base_fingerprint,
-    check_workdir,
-    open_checkpoints,
-    open_data,
-    preempted,
-)
+from peftjax.training.run import Run, preempted
+from peftjax.training.setup import attach_method, base_fingerprint, check_workdir, open_checkpoints, open_data
 from peftjax.training.split import split
 from peftjax.training.step import Batch, Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 

@@ -34,7 +34,7 @@ from peftjax.tasks import metrics as scores
 from peftjax.training import config as configs
 from peftjax.training import trained
 from peftjax.training.config import Config
-from peftjax.training.run import attach_method, open_data
+from peftjax.training.setup import attach_method, open_data
 from peftjax.training.split import split
 from peftjax.training.step import init_state, make_train_step
 from peftjax.training.trained import load_trained

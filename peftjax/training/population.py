@@ -22,14 +22,8 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.models.base import Model
 from peftjax.training.config import Config
-from peftjax.training.run import (
-    Run,
-    attach_method,
-    base_fingerprint,
-    open_checkpoints,
-    open_data,
-    preempted,
-)
+from peftjax.training.run import Run, preempted
+from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
 from peftjax.training.step import Batch, Metrics, TrainState, accumulate, apply, init_state, shardings, summary
 from peftjax.training.window import NotFiniteError

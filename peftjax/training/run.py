@@ -1,12 +1,11 @@
-"""A run in its workdir: what `train` and `sweep` share, from opening the data to writing the result."""
+"""A run that is set up: resuming, logging, evaluating, saving, and writing the result."""
 
 import collections
 import dataclasses
 import itertools
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,132 +13,31 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from peftjax import adapters, sharding
+from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import distributed, variables
-from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.core.fingerprint import fingerprint
 from peftjax.core.units import format_bytes
-from peftjax.data.batches import Batch, Batches, Batching, eval_batches, eval_prompts, train_batches
+from peftjax.data.batches import Batch, Batches, eval_batches, eval_prompts
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
-from peftjax.io.hf_files import enumerate_some, resolve
-from peftjax.io.load import load_kernels
+from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import Log
 from peftjax.methods import make_config
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData, Sample, count_parts, tree_bytes, versions
 from peftjax.report.page import write_report
-from peftjax.tasks import Task, make_task
+from peftjax.tasks import Task
 from peftjax.training import answers, optim
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
 from peftjax.training.window import Window
-
-# Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
-FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
-
-
-# --- Before a model is loaded ---
-
-
-def check_workdir(workdir: Path) -> None:
-    """Raises a UserError if the workdir cannot be created or written: now, and not after an hour of loading."""
-    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is not writable" if place.is_dir() else "is a file"
-        raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written")
-
-
-def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-    """The checkpoints of the run in a workdir.
-
-    Raises:
-      UserError: The workdir holds a run with another configuration.
-    """
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-    )
-    try:
-        if (identity := checkpoints.identity()) is not None:
-            differ = configs.differences(config, identity["config"])
-            _refuse(workdir, [line for line in differ if not line.startswith(FREE)])
-    except UserError:
-        checkpoints.close()
-        raise
-    return checkpoints
-
-
-def _refuse(workdir: Path, differ: list[str]) -> None:
-    if differ:
-        raise UserError(
-            f"--workdir={workdir} holds a run with another configuration: {'; '.join(differ)}. Choose another workdir, "
-            "or delete this one to start again"
-        )
-
-
-def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
-    """The task and its training batches.
-
-    The held-out data is opened as well, since all mistakes in the data are to be reported before a model is loaded.
-
-    Raises:
-      UserError: The model directory lacks what the task needs, or the data cannot be read.
-    """
-    directory = resolve(config.model.path, config.model.revision)
-    task = make_task(config.task, config.data, directory, config.train.loss_chunk)
-    batches = train_batches(config.data, task, batching(config, mesh), config.seed)
-    if config.data.eval:
-        eval_batches(config.data, task, batching(config, mesh)).close()
-    return task, batches
-
-
-def batching(config: Config, mesh: Mesh) -> Batching:
-    """How the processes share out the rows of a batch."""
-    return Batching(config.train.batch_size, config.train.accumulate, **sharding.batch_share(mesh))
-
-
-# --- The method ---
-
-
-def attach_method(config: Config, task: Task, model: Model, mesh: Mesh) -> Method:
-    """Attach the method of a config to a model on a mesh; returns it with its texts tokenized.
-
-    Raises:
-      UserError: The options do not fit the model, or examples with virtual tokens are too long for it.
-    """
-    method = config.method.tokenized(lambda text: task.tokenizer.encode(text))
-    adapters.attach(
-        model,
-        method,
-        rngs=nnx.Rngs(config.seed),
-        batches=_first_batches(config, task, method, mesh) if method.data else None,
-        kernels=load_kernels(task.directory, model) if method.unquantized else None,
-    )
-    task.check_lengths(model, mesh)
-    sharding.place(model, mesh)
-    return method
-
-
-def _first_batches(config: Config, task: Task, method: Method, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """The batches [B, ...] that the method starts from, the first of the training."""
-    batches = train_batches(config.data, task, batching(config, mesh), config.seed)
-    shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
-    return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))
-
-
-def base_fingerprint(model: Model) -> str:
-    """The fingerprint of a base model, before adapters are attached."""
-    return fingerprint({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
-
-
-# --- The run ---
 
 
 class Run:
@@ -193,7 +91,7 @@ class Run:
         """
         if (identity := checkpoints.identity()) is not None and identity["base"] != self.base:
             prints = f"fingerprint {self.base} here, {identity['base']} there"
-            _refuse(self.workdir, [f"the base model's weights: {prints}"])
+            raise_if_different(self.workdir, [f"the base model's weights: {prints}"])
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten(state).items()
         }

@@ -16,7 +16,7 @@ from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
 from peftjax.training.evaluation import evaluate, make_eval_step
-from peftjax.training.run import batching
+from peftjax.training.setup import batching
 
 
 def load_trained(config: Config, workdir: Path, mesh: Mesh) -> tuple[Model, Task]:
