@@ -2,16 +2,16 @@
 
 Every optimizer is the same chain; only the direction d_t differs:
 
-    g_t <- g_t * min(1, clip_norm / ||g_t||)          one norm over all trained parameters; off at clip_norm = 0
+    g_t <- g_t * min(1, clip_norm / ||g_t||)          one norm over all trainable parameters; off at clip_norm = 0
     d_t  = direction of descent from g_t and the moments
-    p_t  = p_{t-1} - lr_t * (d_t + weight_decay * p_{t-1})       decay only where `decay_mask` says so
+    p_t  = p_{t-1} - lr_t * (d_t + weight_decay * p_{t-1})       decay where `decay_mask` is true
 
-The decay is decoupled from the gradient's moments (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 line 12)
-and multiplied with the whole learning rate, as PyTorch and Hugging Face do. Clipping by the global norm: Pascanu et al.
-2013 (arXiv:1211.5063), algorithm 1.
+The decay is decoupled from the moments (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 line 12) and multiplied
+by the learning rate, as in PyTorch and Hugging Face. Clipping by the global norm: Pascanu et al. 2013
+(arXiv:1211.5063), algorithm 1.
 
-Trees are flat ({path: array}); frozen leaves stand as `optax.MaskedNode()` and have no gradient, no share in the norm,
-no moment and no update.
+Trees are flat ({path: array}). Frozen leaves are `optax.MaskedNode()`: they have no gradient, no share in the norm, no
+moment and no update.
 """
 
 import dataclasses
@@ -58,19 +58,21 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """lr(s), the learning rate of update number s = 0, 1, ..., steps - 1; with w = warmup_steps, f = final_fraction:
+    """The learning rate lr(s) of update s = 0, 1, ..., steps - 1.
+
+    With w = warmup_steps and f = final_fraction:
 
         s <  w:   learning_rate * s / w
         s >= w:   learning_rate * (f + (1 - f) * shape(x)),   x = (s - w) / (steps - w)
-        shape(x): constant 1 (whatever f is); linear 1 - x; cosine (1 + cos(pi x)) / 2
+        shape(x): constant 1 (f has no effect); linear 1 - x; cosine (1 + cos(pi x)) / 2
 
-    So the first update of a warmup has rate 0, update w the full one, and number `steps`, which no longer happens,
-    would have learning_rate * f, as any after it. This is the rate that Hugging Face transformers gives to the update
-    of the same number (get_constant_, get_linear_ and get_cosine_schedule_with_warmup). Cosine: Loshchilov & Hutter
-    2017 (arXiv:1608.03983), equation 5, without restarts.
+    The first update of a warmup has rate 0, update w the peak rate; update `steps`, which does not happen, would have
+    learning_rate * f. These are the rates of get_constant_, get_linear_ and get_cosine_schedule_with_warmup in Hugging
+    Face transformers. Cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983), equation 5, without restarts. optax's
+    schedules are the same functions with another rounding, which would change the bits of a resumed run.
 
-    Takes an int or an int32 array, traced or not; returns a float32 scalar. Raises ValueError for an unknown name, and
-    for a warmup longer than the run.
+    Returns:
+      A function from a step, an int or an int32 array, to a float32 scalar.
     """
     peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
 
@@ -92,25 +94,27 @@ def make_optimizer(config: OptimConfig, steps: int, decay_mask: Mapping[str, Any
 
     adamw      m_t = b1 m_{t-1} + (1 - b1) g_t,  v_t = b2 v_{t-1} + (1 - b2) g_t^2,
                d_t = (m_t / (1 - b1^t)) / (sqrt(v_t / (1 - b2^t)) + eps)
-               Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2. Equal to torch.optim.AdamW
-               (but for 6e-6 of an update at b2 = 0.999, where optax computes 1 - b2^t in float32).
+               Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2. Equal to torch.optim.AdamW up to 6e-6 of an
+               update at b2 = 0.999, where optax computes 1 - b2^t in float32.
     adafactor  d_t = u_t / max(1, RMS(u_t)),  u_t = g_t / sqrt(v_t),  v_t = c_t v_{t-1} + (1 - c_t)(g_t^2 + 1e-30),
-               c_t = 1 - t^-0.8; where two dimensions have at least 128, v_t is the outer product of its row and column
-               means over the two largest. Shazeer & Stern 2018 (arXiv:1804.04235), algorithms 4 and 5, with our own
-               learning rate: no scaling by the parameter's RMS, no relative step, no momentum. A leaf with stacked
-               layers is one parameter: its RMS is over all of them.
+               c_t = 1 - t^-0.8; if two dimensions have at least 128 elements, v_t is the outer product of its row and
+               column means over the two largest. Shazeer & Stern 2018 (arXiv:1804.04235), algorithms 4 and 5, with a
+               learning rate of its own: no scaling by the parameter's RMS, no relative step, no momentum. A leaf with
+               stacked layers is one parameter: its RMS is over all of them.
     lion       d_t = sign(b1 m_{t-1} + (1 - b1) g_t),  m_t = b2 m_{t-1} + (1 - b2) g_t
                Chen et al. 2023 (arXiv:2302.06675), algorithm 2; they use b2 = 0.99 and a learning rate 3 to 10 times
                smaller than AdamW's.
     sgd        d_t = m_t = momentum * m_{t-1} + g_t
                Loshchilov & Hutter 2019, algorithm 1, with the rate outside of the momentum as in torch.optim.SGD.
 
-    Gradients and parameters may have any float dtype; all of it is computed in float32 and stored so, because a bfloat16
-    v_t stands still: it cannot take in a thousandth of a new value. m_t alone, of which a tenth is new every time, may be
-    stored in bfloat16 (momentum_dtype; its rounding is unseen by v_t).
+    Gradients and parameters may have any float dtype; everything is computed and stored in float32, because a bfloat16
+    v_t would not change: its new value is below its rounding. m_t, of which a tenth is new in every step, may be stored
+    in bfloat16 (momentum_dtype).
 
-    `decay_mask` is a tree of booleans such as `decay_mask()` makes. For the log, `make_schedule(config, steps)(s)` is
-    the rate of update s. Raises ValueError for an unknown name, b1, b2 or momentum of 1, eps of 0.
+    Args:
+      config: The section `optim`.
+      steps: The number of updates.
+      decay_mask: A tree of booleans as `decay_mask` returns it.
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return _in_float32(
@@ -124,10 +128,11 @@ def make_optimizer(config: OptimConfig, steps: int, decay_mask: Mapping[str, Any
 
 
 def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """{path: whether weight decay applies}: to matrices, not to norms' scales, biases and other vectors.
+    """Whether weight decay applies, by path: to matrices, not to the scales of norms, biases and other vectors.
 
-    `axes` names each parameter's dimensions; a leading "layers" stacks the layers' parameters and is no dimension of
-    theirs. Frozen leaves (`optax.MaskedNode`) stay what they are.
+    Args:
+      trainable: The trainable leaves; frozen ones are `optax.MaskedNode()` and stay so.
+      axes: The logical axes of each parameter. A leading "layers" stacks the parameters of the layers and does not count.
     """
     return {
         path: value if isinstance(value, optax.MaskedNode) else value.ndim - (axes[path][:1] == ("layers",)) >= 2
@@ -136,7 +141,7 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
 
 
 def _direction(config: OptimConfig) -> optax.GradientTransformation:
-    """d_t of `make_optimizer`."""
+    """The direction d_t of `make_optimizer`."""
     stored = config.momentum_dtype
     if config.name == "adamw":
         return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=stored)
@@ -148,7 +153,7 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on float32 copies of gradients and parameters, so that its state and its updates are float32."""
+    """`inner` applied to float32 copies of gradients and parameters; its state and its updates are float32."""
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(optax.tree.cast(params, jnp.float32))
