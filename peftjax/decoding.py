@@ -84,6 +84,13 @@ def generate(
 
     Raises:
         UserError: A prompt is empty, the model generates no text, or a prompt and the new tokens exceed its positions.
+
+    Example:
+        >>> import peftjax
+        >>> model = peftjax.load_model("embedded")
+        >>> answers = peftjax.generate(model, [[5, 6, 7], [8]], max_new_tokens=4)
+        >>> [len(answer) for answer in answers]
+        [4, 4]
     """
     if not hasattr(model, "make_cache"):
         raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")

@@ -71,6 +71,15 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
 
     Returns:
         The view, of the same class as `model`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0)))
+        >>> view = losses.training_view(model, {"x": jnp.ones((1, 2))})
+        >>> model.layers[1].deterministic, view.layers[1].deterministic
+        (True, False)
     """
     assert isinstance(model, nnx.Module)
     graph, leaves = variables.flat(model)
