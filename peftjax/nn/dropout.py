@@ -32,7 +32,7 @@ class Dropout(nnx.Module):
 
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
         if not 0.0 <= rate < 1.0:
-            raise UserError(f"dropout={rate} is out of range; use at least 0 and less than 1")
+            raise UserError(f"dropout must be at least 0 and below 1, got {rate}")
         self.rate = rate
         self.deterministic = True
         axes = ("layers", None) if stack else (None,)
