@@ -1,4 +1,4 @@
-"""Text from a model: batched generation under one jit with a key/value cache."""
+"""Batched text generation in one compiled function, with a key/value cache."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,14 +12,21 @@ from flax import nnx
 
 from peftjax.adapters import active_view
 from peftjax.core import distributed
+from peftjax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0: the most likely one. top_k: among the k most likely (0: all).
+    """How the next token is chosen: temperature, then top_k, then top_p, in the order of transformers.
 
-    top_p: among the fewest most likely tokens whose probabilities add up to at least p (Holtzman et al. 2019,
-    arXiv:1904.09751, section 3.1). Order: temperature, top_k, top_p, as transformers has it.
+    Attributes:
+        temperature: Logits are divided by it before the softmax; 0 takes the most likely token (greedy decoding).
+        top_k: Sample from the k most likely tokens; 0 means all tokens.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities add up to at least p (nucleus
+            sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1); 1 means all tokens.
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     temperature: float = 0.0
@@ -28,14 +35,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, it is {self.temperature}")
+            raise UserError(f"temperature={self.temperature} is negative; use 0 (greedy) or more")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or more, it is {self.top_k}")
+            raise UserError(f"top_k={self.top_k} is negative; use 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, it is {self.top_p}")
+            raise UserError(f"top_p={self.top_p} is out of range; use more than 0 and at most 1")
 
     def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-        """logits [B, V] -> token ids [B]."""
+        """Sample token ids [B] from logits [B, V]."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1)
         logits = logits.astype(jnp.float32) / self.temperature
@@ -59,25 +66,44 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens, up to and without a stop token; an encoder-decoder
-    answers it.
+    """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
 
-    prompts: token ids, each at least one. All rows run in one batch, padded on the left to a length that is a multiple
-    of 32 (so few lengths are compiled). Active adapters take part.
+    A decoder continues the prompt; an encoder-decoder reads the prompt and generates a target. All prompts run in one
+    batch, padded on the left to a multiple of 32 tokens, so that few lengths are compiled.
+
+    Args:
+        model: A decoder or an encoder-decoder, such as `peftjax.load_model` returns.
+        prompts: Token ids, at least one per prompt.
+        max_new_tokens: The largest number of new tokens per prompt.
+        stop: Token ids that end a text, such as `tokenizer.eos_ids`.
+        sampling: How the next token is chosen; by default the most likely one.
+        seed: Random seed for sampling.
+
+    Returns:
+        The new token ids of each prompt, without the stop token.
 
     Raises:
-        ValueError: an empty prompt, or one that does not fit the model's positions with what is to come.
+        UserError: A prompt is empty, the model generates no text, or a prompt and the new tokens exceed its positions.
+
+    Example:
+        >>> import peftjax
+        >>> model = peftjax.load_model("embedded")
+        >>> answers = peftjax.generate(model, [[5, 6, 7], [8]], max_new_tokens=4)
+        >>> [len(answer) for answer in answers]
+        [4, 4]
     """
+    if not hasattr(model, "make_cache"):
+        raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")
     if not prompts or not all(prompts):
-        raise ValueError(
-            "generate: every prompt needs at least one token; give the tokenizer's bos token for an empty one"
+        raise UserError(
+            "generate: every prompt needs at least one token; use the tokenizer's bos token for an empty prompt"
         )
     longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
     if longest + max_new_tokens > limit:
         virtual = f" less the {model.virtual} of its virtual tokens" if model.virtual else ""
-        raise ValueError(
+        raise UserError(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{model.config.max_positions} positions{virtual}"
+            f"{model.config.max_positions} positions{virtual}; shorten the prompt or lower max_new_tokens"
         )
     width = min(-(-longest // 32) * 32, limit - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -107,11 +133,18 @@ def _decode(
     sampling: Sampling,
     max_new: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """tokens, mask: [B, W], padded on the left; ends: bool [V], true for tokens to stop at -> (new tokens
-    [B, max_new], how many of them count [B])."""
+    """Generate from tokens and mask [B, W], padded on the left.
+
+    Args:
+        ends: bool [V], true for stop tokens.
+
+    Returns:
+        New tokens [B, max_new], and how many of them precede a stop token, [B].
+    """
     model = nnx.merge(graph, state)
     batch = len(tokens)
-    hidden, cache, read = (_begin_target if hasattr(model, "decode") else _read_prompts)(model, tokens, mask, max_new)
+    begin = _begin_target if hasattr(model, "decode") else _read_prompts
+    hidden, cache, read = begin(model, tokens, mask, max_new)
 
     def unfinished(carry: tuple) -> jax.Array:
         index, _, _, done, _, _ = carry
@@ -133,13 +166,13 @@ def _decode(
     return out, lengths
 
 
-# (the states [B, 1 or W, D] of which the last tells the first new token, a cache, and what reads new token number i,
-# [B, 1], into the cache)
+# (hidden states [B, 1 or W, D], the last of which predicts the first new token; the cache; and a function that feeds new
+# token number i, [B, 1], to the model and the cache)
 Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
 
 
 def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """A decoder: new tokens go on from the prompts."""
+    """Feed the prompts to a decoder."""
     batch, width = tokens.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=model.make_cache(batch, width + max_new))
@@ -151,8 +184,8 @@ def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) 
 
 
 def _begin_target(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """An encoder-decoder: it encodes the prompts, and new tokens go on from the target's start token."""
-    order = jnp.argsort(~mask, axis=1, stable=True)  # padding on the right, so that a soft prompt is beside its text
+    """Encode the prompts and begin each target with the start token of an encoder-decoder."""
+    order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes right, so that a soft prompt is next to its text
     tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
     cache = model.make_cache(tokens, mask, max_new + 1)
     start = jnp.full((len(tokens), 1), model.config.start, jnp.int32)

@@ -101,6 +101,16 @@ def next_token(
 
     Raises:
         UserError: The batch lacks an array, or `chunk` is less than 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, peftjax
+        >>> from peftjax import losses
+        >>> model = peftjax.load_model("embedded")
+        >>> tokens = jnp.array([[5, 6, 7, 8]])
+        >>> batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": jnp.ones((1, 3))}
+        >>> loss = jax.jit(lambda batch: losses.next_token(model, batch))(batch)
+        >>> loss.shape, loss.dtype
+        ((), dtype('float32'))
     """
     _require("next_token", batch, "tokens", "targets", "loss_weights")
     return _mean(next_token_loss(_view(model, batch, key, train), batch, chunk))
@@ -121,6 +131,17 @@ def seq2seq(
 
     Raises:
         UserError: The batch lacks an array, or `chunk` is less than 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses, models
+        >>> sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        >>> model = models.from_hf_config({"model_type": "t5", **sizes}).make(nnx.Rngs(0))
+        >>> source, target = jnp.array([[5, 6, 1]]), jnp.array([[7, 1]])
+        >>> batch = {"tokens": source, "mask": source > 0, "decoder_tokens": jnp.array([[0, 7]])}
+        >>> losses.seq2seq(model, batch | {"targets": target, "loss_weights": jnp.ones((1, 2))}).shape
+        ()
     """
     _require("seq2seq", batch, "tokens", "mask", "decoder_tokens", "targets", "loss_weights")
     return _mean(seq2seq_loss(_view(model, batch, key, train), batch, chunk))
@@ -140,6 +161,18 @@ def classification(
 
     Raises:
         UserError: The batch lacks an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> class Classifier(nnx.Module):
+        ...     def __call__(self, tokens, mask=None, token_types=None):
+        ...         return jnp.zeros((1, 2))  # logits
+        >>> model = Classifier()
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> print(f"{losses.classification(model, batch | {'labels': jnp.array([0])}):.4f}")
+        0.6931
     """
     return _mean(classification_loss(_text_logits("classification", model, batch, key, train), batch))
 
@@ -158,6 +191,18 @@ def token_classification(
 
     Raises:
         UserError: The batch lacks an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> class Classifier(nnx.Module):
+        ...     def __call__(self, tokens, mask=None, token_types=None):
+        ...         return jnp.zeros((1, 4, 2))  # logits
+        >>> model = Classifier()
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones((1, 4))}
+        >>> print(f"{losses.token_classification(model, batch | {'labels': jnp.zeros((1, 4), int)}):.4f}")
+        0.6931
     """
     return _mean(classification_loss(_text_logits("token_classification", model, batch, key, train), batch))
 
@@ -173,6 +218,18 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
 
     Raises:
         UserError: The batch lacks an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> class Classifier(nnx.Module):
+        ...     def __call__(self, tokens, mask=None, token_types=None):
+        ...         return jnp.zeros((1, 2))  # logits
+        >>> model = Classifier()
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> print(f"{losses.multi_label(model, batch | {'labels': jnp.array([[1.0, 1.0]])}):.4f}")
+        0.6931
     """
     return _mean(multi_label_loss(_text_logits("multi_label", model, batch, key, train), batch))
 
@@ -188,6 +245,18 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
 
     Raises:
         UserError: The batch lacks an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> class Classifier(nnx.Module):
+        ...     def __call__(self, tokens, mask=None, token_types=None):
+        ...         return jnp.zeros((1, 1))  # logits
+        >>> model = Classifier()
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> print(f"{losses.regression(model, batch | {'labels': jnp.array([3.0])}):.4f}")
+        9.0000
     """
     return _mean(regression_loss(_text_logits("regression", model, batch, key, train), batch))
 
@@ -206,6 +275,17 @@ def image_classification(
 
     Raises:
         UserError: The batch lacks an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> class Classifier(nnx.Module):
+        ...     def __call__(self, pixels):
+        ...         return jnp.zeros((len(pixels), 2))  # logits
+        >>> batch = {"pixels": jnp.zeros((1, 8, 8, 3)), "labels": jnp.array([0]), "loss_weights": jnp.ones(1)}
+        >>> print(f"{losses.image_classification(Classifier(), batch):.4f}")
+        0.6931
     """
     _require("image_classification", batch, "pixels", "labels", "loss_weights")
     logits = _view(model, batch, key, train)(batch["pixels"])

@@ -73,6 +73,17 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
 
     Raises:
         UserError: A leaf is not an `nnx.Variable`, so it has no type to decide by.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> mask = peftjax.trainable_mask(model)
+        >>> mask["blocks"]["attention"]["query"]["kernel"]
+        False
+        >>> mask["blocks"]["attention"]["query"]["adapters"]["default"]["a"]
+        True
     """
     if isinstance(tree, nnx.Module):
         tree = nnx.state(tree)

@@ -32,7 +32,7 @@ class Dropout(nnx.Module):
 
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
         if not 0.0 <= rate < 1.0:
-            raise UserError(f"dropout={rate} is out of range; use at least 0 and less than 1")
+            raise UserError(f"dropout must be at least 0 and below 1, got {rate}")
         self.rate = rate
         self.deterministic = True
         axes = ("layers", None) if stack else (None,)
@@ -71,6 +71,15 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
 
     Returns:
         The view, of the same class as `model`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from peftjax import losses
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0)))
+        >>> view = losses.training_view(model, {"x": jnp.ones((1, 2))})
+        >>> model.layers[1].deterministic, view.layers[1].deterministic
+        (True, False)
     """
     assert isinstance(model, nnx.Module)
     graph, leaves = variables.flat(model)

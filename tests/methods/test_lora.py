@@ -375,7 +375,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"modules_to_save": ("self_attn",)}, r"modules_to_save: model.layers.0.self_attn has no parameters of its own"),
         ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"every one of them is in modules_to_save"),
-        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, it is 1.0"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options: dict[str, Any], message: str) -> None:
