@@ -52,6 +52,14 @@ def attach(
     Raises:
         UserError: The name is taken or is not an identifier, or the method's options do not fit the model. The model is
             unchanged.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> float(abs(model.blocks.attention.query.adapters.default.b[...]).max())  # LoRA starts as a no-op
+        0.0
     """
     if not isinstance(method, Method):
         raise UserError(f"attach: the method must be one with its options, such as Lora(rank=8), it is {method!r}")
@@ -142,6 +150,16 @@ def detach(model: ModelT, name: str = "default") -> ModelT:
 
     Raises:
         UserError: The adapter is not attached, or others were merged after it.
+
+    Example:
+        >>> import jax
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> model = peftjax.detach(model, "default")
+        >>> any(jax.tree.leaves(peftjax.trainable_mask(model)))
+        False
     """
     require(model, name)
     if name in merged(model):

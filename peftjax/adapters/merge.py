@@ -38,6 +38,14 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
 
     Raises:
         UserError: The adapter is not attached, is merged already, or changes more than weights. The model is unchanged.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> model = peftjax.merge(model, "default")  # the adapter costs nothing from here on
+        >>> model = peftjax.unmerge(model, "default")  # the base kernels, bit-identical
     """
     require(model, name)
     if name in merged(model):
@@ -94,6 +102,16 @@ def unmerge(model: ModelT, name: str = "default") -> ModelT:
 
     Raises:
         UserError: The adapter is not merged, or others were merged after it.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> before = model.blocks.attention.query.kernel[...]
+        >>> model = peftjax.unmerge(peftjax.merge(model, "default"), "default")
+        >>> bool((model.blocks.attention.query.kernel[...] == before).all())
+        True
     """
     require(model, name)
     if name not in merged(model)[:1]:

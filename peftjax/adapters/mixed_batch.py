@@ -105,6 +105,17 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         UserError: An adapter is not attached, the adapters differ in their shapes, a row has no adapter although no
             values make the others ineffective (a soft prompt takes positions), or the model is an encoder-decoder or an
             adopted network.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), "one", rngs=nnx.Rngs(0))
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), "two", rngs=nnx.Rngs(1))
+        >>> mixed = peftjax.rows(model, ["one", "two", None])  # an adapter for each row of a batch
+        >>> mixed(jnp.ones((3, 4), int)).shape
+        (3, 4, 1024)
     """
     if isinstance(model, EncoderDecoder):
         raise UserError(

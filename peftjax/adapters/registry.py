@@ -137,6 +137,14 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
 
     Raises:
         UserError: An adapter is not attached, or named twice.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> model = peftjax.use(model, None)  # the base model alone
+        >>> model = peftjax.use(model, "default")
     """
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:

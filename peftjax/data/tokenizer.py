@@ -14,7 +14,15 @@ from peftjax.io.hf_files import read_json_if_any
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> "Tokenizer":
-    """The tokenizer of a Hugging Face model directory."""
+    """The tokenizer of a Hugging Face model directory.
+
+    Example:
+        >>> import peftjax
+        >>> from peftjax.io.hf_files import resolve
+        >>> tokenizer = peftjax.load_tokenizer(resolve("embedded"))  # a directory
+        >>> tokenizer.decode(tokenizer.encode("Hello"))
+        'Hello'
+    """
     return Tokenizer(directory)
 
 

@@ -60,6 +60,13 @@ def save_adapter(model: Any, path: str | Path, name: str = "default", *, base: s
 
     Raises:
         ValueError: no such adapter, or the method has no Hugging Face format.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> path = peftjax.save_adapter(model, "my-adapter")
     """
     method = _method(model, name)
     tensors = adapter_tensors(model, name)
@@ -178,6 +185,14 @@ def load_adapter(model: Any, path: str | Path, name: str = "default", *, any_bas
     Raises:
         ValueError: a file is missing, the config asks for what is not supported, a tensor is missing, unread or of
             another shape, or the adapter was trained on another base. The model is unchanged then.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> path = peftjax.save_adapter(model, "my-adapter")
+        >>> model = peftjax.load_adapter(model, "my-adapter", name="again")
     """
     path = Path(path)
     if adapter_hub.is_hub(path):

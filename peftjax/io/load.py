@@ -67,6 +67,14 @@ def load_model(
         UserError: The directory is missing or incomplete, the architecture or an option is not supported, the tensors do
             not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
             quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model(jnp.array([[5, 6, 7]])).shape  # logits
+        (1, 3, 1024)
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
@@ -109,6 +117,13 @@ def load_kernels(
 
     Raises:
         UserError: The directory is quantized, or its tensors are not the model's.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded", quantize="nf4")
+        >>> kernels = peftjax.load_kernels("embedded", model)
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = resolve(path, revision)
     if "quantization_config" in hf_files.read_json(directory / "config.json"):

@@ -41,6 +41,12 @@ def save_model(
 
     Raises:
         UserError: Adapters are active, kernels are in int8, or `path` holds something else.
+
+    Example:
+        >>> import peftjax
+        >>> model = peftjax.load_model("embedded")
+        >>> peftjax.save_model(model, "my-model")
+        >>> model = peftjax.load_model("my-model")
     """
     target = Path(path).expanduser()
     if active := sorted(

@@ -53,6 +53,15 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
     Raises:
         UserError: The model is a single layer, a path of `sublayers` does not exist, or a layer holds a stack of kernels
             (made by vmap).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> network = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> network = peftjax.attach(peftjax.adopt(network), peftjax.Lora(rank=2), rngs=nnx.Rngs(2))
+        >>> network(jnp.ones((3, 4))).shape
+        (3, 2)
     """
     if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
         raise UserError(f"adopt: the model is itself one {type(model).__name__}; put it into a module")

@@ -66,6 +66,14 @@ def combine(
     Raises:
         UserError: An option is out of range or has no meaning for `how`, an adapter is missing or is more than A and
             B, or ranks differ where they must be equal. The model is then unchanged.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), "one", rngs=nnx.Rngs(0))
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), "two", rngs=nnx.Rngs(1))
+        >>> model = peftjax.combine(model, ["one", "two"], [0.5, 0.5], name="both")
     """
     _check_options(names, weights, how, density, majority_sign, rank)
     methods = _loras(model, names)
