@@ -36,7 +36,9 @@ def test_the_options_of_a_method_are_printed_with_their_equation(capsys: pytest.
     printed = capsys.readouterr().out
     assert "arXiv:2205.05638" in printed
     assert "feedforward" in printed
-    assert "layers_to_transform: only these layers" in printed  # of every method that has targets
+    assert (
+        "layers_to_transform (tuple of int, default all): The only layers" in printed
+    )  # of every method that has targets
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -187,10 +187,30 @@ class DeltaAdapter(WeightAdapter):
         return matmul(self.dropout(x), self.delta().astype(x.dtype))
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
-        return base(x) + self.update(x)
+        update = self.update(x)  # the order of the two products is that in which the gradients of x are summed
+        return base(x) + update
 
     def changed(self, kernel: jax.Array) -> jax.Array:
         return kernel + self.delta()
+
+
+class FactoredAdapter(DeltaAdapter):
+    """A delta adapter that adds a product of two matrices: y = x W + (dropout(x) U) V + b. A subclass has `factors`."""
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """U [in, R] and V [R, out] of one layer, float32; their product is zero in a layer without the adapter."""
+        raise NotImplementedError
+
+    def delta(self) -> jax.Array:
+        first, second = self.factors()
+        return first @ second
+
+    def update(self, x: jax.Array) -> jax.Array:
+        first, second = self.factors()
+        return matmul(matmul(self.dropout(x), first), second)
+
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return base(x) + self.update(x)
 
 
 def over_layers(adapter: nnx.Module, compute: Callable[..., Any], *arrays: Any) -> Any:

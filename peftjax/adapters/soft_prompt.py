@@ -1,7 +1,6 @@
 """What prompt tuning, P-tuning and prefix tuning share: virtual tokens before the text, and layers that make them."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +13,7 @@ from peftjax.adapters.options import positive_integer
 from peftjax.adapters.sites import Site, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
+from peftjax.models.base import Model
 from peftjax.nn.slot import Base
 
 
@@ -38,30 +38,37 @@ class SoftPrompt(Method):
     def neutral(self) -> bool:
         return False
 
-    def site(self, model: Any) -> Site:
+    def site(self, model: nnx.Module) -> Site:
         """The token embedding, in whose slot soft prompts sit.
 
         Raises:
             UserError: There is none, or the model has too few positions.
         """
-        limit = getattr(getattr(model, "config", None), "max_positions", math.inf)
-        if self.tokens >= limit:
-            raise UserError(
-                f"method.tokens={self.tokens} leaves no room for text: the model has {limit} positions; use fewer"
-            )
         found = token_tables(model)
         if len(found) != 1:
             raise UserError(
                 f"method.name={self.method!r} needs one token embedding with a slot, and this model has {len(found)}"
             )
+        if isinstance(model, Model) and self.tokens >= (limit := model.config.max_positions):
+            raise UserError(
+                f"method.tokens={self.tokens} leaves no room for text: the model has {limit} positions; use fewer"
+            )
         return found[0]
 
-    def to_hf(self, model: Any, name: str) -> dict[str, Any]:
-        if not hasattr(model, "config"):
+    def base(self, model: nnx.Module) -> Model:
+        """The model, if an adapter file can state its sizes.
+
+        Raises:
+            UserError: It is an adopted model.
+        """
+        if not isinstance(model, Model):
             raise UserError(
                 f"{self.method} has no adapter file for an adopted model: the file would have to state the base's sizes"
             )
-        base = model.config
+        return model
+
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
+        base = self.base(model).config
         sizes = {"token_dim": base.embed, "num_attention_heads": base.heads, "num_layers": base.layers}
         return super().to_hf(model, name) | sizes
 

@@ -13,6 +13,8 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern, split_names
 from peftjax.adapters.sites import Chosen, Site, choose, head_sites, place, sites, tied_kernel
 from peftjax.core.errors import UserError
+from peftjax.models.base import Model
+from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Conv1D, Linear
 
 
@@ -92,7 +94,8 @@ class Targeted(Method):
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
         """Whether the word `every` includes a site."""
-        return isinstance(site.module, Linear) and site.path not in getattr(type(model), "output_layers", ())
+        outputs = model.output_layers if isinstance(model, Model) else ()
+        return isinstance(site.module, Linear) and site.path not in outputs
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained whole: those of modules_to_save and of a classification head."""
@@ -130,7 +133,7 @@ def chosen_names(chosen: Chosen) -> list[str]:
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
     """Put trained copies of all parameters of each site into its slot (modules_to_save)."""
     for site, mask in chosen:
-        stored = getattr(type(site.module), "hf_leaves", {})
+        stored = site.module.hf_leaves if isinstance(site.module, Layer) else {}
         values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
         axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
         if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding

@@ -23,6 +23,7 @@ from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.slot import Base
 
 LARGEST = (2**32 - 1) // 20  # from this size on, torch uses another algorithm for permutations
 
@@ -142,6 +143,9 @@ class FourierLinear(DeltaAdapter):
         coefficients = self.spectrum.get_value() * self.scale.get_value()
         dense = jnp.zeros(self.shape, jnp.float32).at[rows, columns].set(coefficients, unique_indices=True)
         return jnp.fft.ifft2(dense).real
+
+    def apply(self, base: Base, x: jax.Array) -> jax.Array:
+        return base(x) + self.update(x)  # in this order, unlike in DeltaAdapter
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         count = self.counts[layer or 0]

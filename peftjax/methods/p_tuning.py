@@ -67,10 +67,10 @@ class PTuning(InputPrompt):
             adapter = EncodedPrompt(pieces, self.tokens, lstm, (2 * hidden, 2 * hidden, features), rngs)
         place(site, name, adapter)
 
-    def to_hf(self, model: Any, name: str) -> dict[str, Any]:
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         return super().to_hf(model, name) | {
             "encoder_reparameterization_type": "LSTM" if self.encoder == "lstm" else "MLP",
-            "encoder_hidden_size": self.hidden or model.config.embed,
+            "encoder_hidden_size": self.hidden or self.base(model).config.embed,
         }
 
     @classmethod

@@ -21,6 +21,7 @@ from peftjax.adapters.sites import place, sites
 from peftjax.adapters.soft_prompt import Dense, SoftPrompt, uniform
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.models.encoder_decoder import EncoderDecoder
 from peftjax.nn.attention import Attention
 from peftjax.nn.slot import Base
 
@@ -52,13 +53,13 @@ class PrefixTuning(SoftPrompt):
         if self.hidden and not self.projection:
             raise UserError(f"method.hidden={self.hidden} needs method.projection=True")
 
-    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         self.site(model)  # checks the number of tokens
-        paired = _paired(model)
+        paired = _encoder_decoder(model)
         found = [
             site
             for site in sites(model)
-            if (site.path in type(model).prefix_layers if paired else isinstance(site.module, Attention))
+            if (site.path in paired.prefix_layers if paired else isinstance(site.module, Attention))
         ]
         if not found:
             raise UserError("method.name='prefix' needs attention layers with a slot, and this model has none")
@@ -68,40 +69,40 @@ class PrefixTuning(SoftPrompt):
             axes = site.lead(None, None, "kv_heads", "head_dim")
             order = None
             if paired:
-                order, axes = 2 * np.arange(model.config.layers) % model.config.layers, (None, *axes[1:])
+                order, axes = 2 * np.arange(paired.config.layers) % paired.config.layers, (None, *axes[1:])
             if self.projection:
                 place(site, name, ProjectedPrefix(shape, axes, order, self.hidden, self.init, rngs))
                 continue
             draw = jax.random.normal(rngs.params(), shape, jnp.float32) if self.init == "random" else jnp.zeros(shape)
             place(site, name, Prefix(draw, axes, order))
 
-    def to_hf(self, model: Any, name: str) -> dict[str, Any]:
-        base = model.config
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
+        base = self.base(model).config
         hidden = self.hidden or base.kv_heads * base.head_dim
         return super().to_hf(model, name) | {
             "prefix_projection": self.projection,
             "encoder_hidden_size": hidden if self.projection else None,
             "token_dim": base.kv_heads * base.head_dim,  # peft's count for grouped queries: the keys of one layer
             "num_attention_heads": base.kv_heads,
-            "num_transformer_submodules": 2 if _paired(model) else 1,
+            "num_transformer_submodules": 2 if _encoder_decoder(model) else 1,
         }
 
 
-def _paired(model: Any) -> bool:
-    """Whether the model is an encoder-decoder, whose layers read their prefixes in peft's order.
+def _encoder_decoder(model: nnx.Module) -> EncoderDecoder | None:
+    """The model if it is an encoder-decoder, whose layers read their prefixes in peft's order.
 
     Raises:
         UserError: The encoder and the decoder have different numbers of layers.
     """
-    if not hasattr(type(model), "prefix_layers"):
-        return False
+    if not isinstance(model, EncoderDecoder):
+        return None
     config = model.config
     if config.layers != config.decoder_layers:
         raise UserError(
             f"method.name='prefix' needs an encoder-decoder with as many layers in both, as in peft; this model has "
             f"{config.layers} and {config.decoder_layers}"
         )
-    return True
+    return model
 
 
 class Prefix(MethodAdapter):

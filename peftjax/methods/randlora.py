@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
+from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
 from peftjax.adapters.sites import Chosen, Site
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
-from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class RandLora(Projected):
         return drawn / drawn.std(ddof=1)
 
 
-class RandLoraLinear(DeltaAdapter):
+class RandLoraLinear(FactoredAdapter):
     """x W + dropout(x) (U V) scale, or x W + dropout(x) (U V)^T scale if in <= out.
 
     Attributes:
@@ -104,17 +103,8 @@ class RandLoraLinear(DeltaAdapter):
         self.gammas = PeftParam(ones, axes=site.lead(None, owner.axes[0 if self.wide else 1]))
         self.dropout = Dropout(dropout, stack)
 
-    def delta(self) -> jax.Array:
-        """s U V, or its transpose."""
-        first, second = self.factors()
-        return first @ second
-
-    def update(self, x: jax.Array) -> jax.Array:
-        first, second = self.factors()
-        return matmul(matmul(self.dropout(x), first), second)
-
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """Matrices [in, N R] and [N R, out] whose product is the update of one layer."""
+        """U [in, N R] and s V [N R, out] of one layer, or s V^T and U^T if in <= out."""
         lambdas, gammas = self.lambdas.get_value() * self.scale, self.gammas.get_value()
         lambdas = self.layers.or_zero(lambdas)
         rank, bases = lambdas.shape

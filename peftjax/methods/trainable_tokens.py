@@ -17,6 +17,7 @@ from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.sites import Site, choose, place, sites, tied_kernel, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.models.base import LanguageModel
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Base
@@ -67,7 +68,7 @@ def token_embedding(model: nnx.Module) -> Site:
 
 
 def train_tokens(
-    model: Any, indices: tuple[int, ...], chosen: list[Site], name: str, key: str = "", both: bool = True
+    model: nnx.Module, indices: tuple[int, ...], chosen: list[Site], name: str, key: str = "", both: bool = True
 ) -> None:
     """Put trained copies of rows into embeddings and heads, and into the head tied to a chosen embedding.
 
@@ -79,8 +80,9 @@ def train_tokens(
         key: What the file puts before the tensor's own name.
         both: Whether the file also stores the copies under the name of the tied head.
     """
-    embed = next((site for site in chosen if site.module is getattr(model, "embed", None)), None)
-    borrows = model.head if embed is not None and getattr(model, "tied", False) else None
+    tied = model if isinstance(model, LanguageModel) and model.tied else None
+    embed = next((site for site in chosen if tied is not None and site.module is tied.embed), None)
+    borrows = tied.head if embed is not None and tied is not None else None
     for site in chosen:
         if site.module is not borrows:
             place(site, name, _adapter(site, model, indices, key))

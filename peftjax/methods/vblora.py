@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
+from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import positive, positive_integer
 from peftjax.adapters.sites import Chosen, Site, check_rank
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.dropout import Dropout
-from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class VbLora(Targeted):
         return super().from_hf(config)
 
 
-class VbLoraLinear(DeltaAdapter):
+class VbLoraLinear(FactoredAdapter):
     """x W + dropout(x) A B.
 
     Attributes:
@@ -122,15 +121,6 @@ class VbLoraLinear(DeltaAdapter):
         self.logits_a = logits(a, "rank", None, None)
         self.logits_b = logits(b, None, "rank", None)
         self.dropout = Dropout(method.dropout, site.stack)
-
-    def delta(self) -> jax.Array:
-        """A B."""
-        a, b = self.factors()
-        return a @ b
-
-    def update(self, x: jax.Array) -> jax.Array:
-        a, b = self.factors()
-        return matmul(matmul(self.dropout(x), a), b)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """A [in, R] and B [R, out] of one layer."""

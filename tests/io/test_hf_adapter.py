@@ -425,7 +425,7 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
         ({"peft_type": None}, r"peft_type None is not supported"),
         ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LORA needs it"),
         ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
-        ({"r": 8.5}, r"rank must be a whole number of at least 1, it is 8.5"),
+        ({"r": 8.5}, r"rank must be a positive integer, got 8.5"),
         ({"bias": "some"}, r"bias must be 'none', 'all' or 'lora_only', it is 'some'"),
     ],
 )

@@ -104,13 +104,13 @@ def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_direction
         (
             {"init": "eva", "eva_rho": 0.5},
             batches(1),
-            r"method.eva_rho must be at least 1 \(the ranks stay\), it is 0.5",
+            r"method.eva_rho must be at least 1, which keeps the ranks, got 0.5",
         ),
         ({"init": "eva"}, [tiny.tokens()], "each of batches must be"),
         (
             {"init": "eva"},
             [],
-            "0 tokens with a loss reached model.layers.0.self_attn.k_proj, and 16 directions are asked",
+            "only 0 tokens with a loss reached model.layers.0.self_attn.k_proj, fewer than the 16 directions",
         ),
     ],
 )

@@ -70,11 +70,11 @@ def test_a_layer_whose_places_torch_draws_in_another_way_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_frequency": 0}, "method.n_frequency must be a whole number of at least 1, it is 0"),
-        ({"n_frequency_pattern": {"q_proj": 2.5}}, "method.n_frequency must be a whole number of at least 1, it is 2.5"),
-        ({"scaling": 0.0}, "method.scaling must be above 0, it is 0.0"),
-        ({"random_loc_seed": -1}, "method.random_loc_seed must be a whole number of at least 0, it is -1"),
-        ({"n_frequency": 1000}, "method.n_frequency=1000 is more than model.layers.0.self_attn.k_proj has, which is 512"),
+        ({"n_frequency": 0}, "method.n_frequency must be a positive integer, got 0"),
+        ({"n_frequency_pattern": {"q_proj": 2.5}}, "method.n_frequency must be a positive integer, got 2.5"),
+        ({"scaling": 0.0}, "method.scaling must be a number above 0, got 0.0"),
+        ({"random_loc_seed": -1}, r"method.random_loc_seed must be an integer from 0 to 2\*\*64 - 1, got -1"),
+        ({"n_frequency": 1000}, "method.n_frequency=1000 is more than the 512 weights of model.layers.0.self_attn.k_proj"),
         ({"n_frequency": 9, "n_frequency_pattern": {"q_porj": 2}}, "method.n_frequency_pattern: 'q_porj' matches no target"),
     ],
 )  # fmt: skip

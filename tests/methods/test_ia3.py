@@ -29,7 +29,7 @@ def test_a_small_change_of_the_scale_is_not_lost_in_bfloat16() -> None:
     key = attached(targets=TARGETS).blocks.attention.key.adapters.default
     key.out_of.set_value(key.out_of.get_value()[0] * 1.003)
     y = jnp.linspace(1, 2, 16, dtype=jnp.bfloat16)
-    scaled = np.asarray(key._after(y), np.float32)
+    scaled = np.asarray(key.scale_output(y), np.float32)
     assert np.any(scaled != np.asarray(y, np.float32))
 
 

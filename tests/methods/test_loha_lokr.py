@@ -82,12 +82,12 @@ def test_ranks_and_alphas_by_pattern_are_each_layers_own() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "method.rank must be a whole number of at least 1, it is 0"),
-        ({"rank_pattern": {"q_proj": 1.5}}, "method.rank must be a whole number of at least 1, it is 1.5"),
-        ({"alpha": 0}, "method.alpha must be above 0, it is 0"),
-        ({"alpha_pattern": {"q_proj": -1.0}}, "method.alpha must be above 0, it is -1.0"),
-        ({"rank_dropout": 1.0}, "method.rank_dropout must be at least 0 and below 1, it is 1.0"),
-        ({"module_dropout": -0.1}, "method.module_dropout must be at least 0 and below 1, it is -0.1"),
+        ({"rank": 0}, "method.rank must be a positive integer, got 0"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "method.rank must be a positive integer, got 1.5"),
+        ({"alpha": 0}, "method.alpha must be a number above 0, got 0"),
+        ({"alpha_pattern": {"q_proj": -1.0}}, "method.alpha must be a number above 0, got -1.0"),
+        ({"rank_dropout": 1.0}, "method.rank_dropout must be at least 0 and below 1, got 1.0"),
+        ({"module_dropout": -0.1}, "method.module_dropout must be at least 0 and below 1, got -0.1"),
         ({"rank_pattern": {"q_porj": 2}}, "method.rank_pattern: 'q_porj' matches no target. Did you mean 'q_proj'"),
         ({"alpha_pattern": {"q_porj": 2}}, "method.alpha_pattern: 'q_porj' matches no target. Did you mean 'q_proj'"),
     ],
@@ -107,7 +107,7 @@ def test_a_rank_of_loha_larger_than_the_matrix_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decompose_factor": 0}, "method.decompose_factor must be -1 or a whole number of at least 1, it is 0"),
+        ({"decompose_factor": 0}, "method.decompose_factor must be -1 or a positive integer, got 0"),
         (
             {"rank": 2, "targets": ("q_proj",), "rank_pattern": {"layers.1.self_attn.q_proj": 4}},
             r"method.rank_pattern: ranks \[2, 4\] for the layers of q_proj make .* choose ranks on one side of 4$",

@@ -37,8 +37,8 @@ def test_the_kernel_is_changed_shard_by_shard_as_defined(rank: int, variant: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "method.rank must be above 0"),
-        ({"variant": "bone"}, "method.variant must be 'balance', 'mini' or 'bat', it is 'bone'"),
+        ({"rank": 0}, "method.rank must be a positive integer, got 0"),
+        ({"variant": "bone"}, "method.variant must be one of balance, mini, bat, got 'bone'"),
         ({"rank": 33, "targets": ("q_proj",)}, "method.rank=33 is more than the 32 input features"),
         ({"rank": 6, "variant": "bat", "targets": ("q_proj",)}, "method.rank=6 must divide both sides"),
         (

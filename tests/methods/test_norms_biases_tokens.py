@@ -91,8 +91,8 @@ def test_trained_tokens_of_a_tied_head_alone_leave_the_embedding() -> None:
     [
         ({}, "method.token_indices is empty"),
         ({"token_indices": (4, 2, 4)}, "method.token_indices has 4 more than once"),
-        ({"token_indices": (4, 48)}, "48 is no token of model.embed_tokens, which has 48"),
-        ({"token_indices": (-1,)}, "-1 is no token"),
+        ({"token_indices": (4, 48)}, "48 is not a token of model.embed_tokens; its ids are 0 to 47"),
+        ({"token_indices": (-1,)}, "-1 is not a token"),
         ({"token_indices": (1,), "targets": ("q_proj",)}, "'q_proj' matches no layer"),
     ],
 )

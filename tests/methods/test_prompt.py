@@ -114,12 +114,12 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PromptTuning(tokens=0), "method.tokens must be above 0, it is 0"),
-        (lambda: PromptTuning(tokens=2.5), "method.tokens must be a whole number, it is 2.5"),
-        (lambda: PromptTuning(init="words"), "method.init must be 'random', 'vocabulary' or 'text', it is 'words'"),
-        (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': init='text' goes with a text"),
-        (lambda: PTuning(encoder="gru"), "method.encoder must be 'mlp', 'lstm' or 'none', it is 'gru'"),
-        (lambda: PrefixTuning(hidden=4), "method.hidden=4 goes with method.projection=True"),
+        (lambda: PromptTuning(tokens=0), "method.tokens must be a positive integer, got 0"),
+        (lambda: PromptTuning(tokens=2.5), "method.tokens must be a positive integer, got 2.5"),
+        (lambda: PromptTuning(init="words"), "method.init must be one of random, vocabulary, text, got 'words'"),
+        (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': init='text' needs a text"),
+        (lambda: PTuning(encoder="gru"), "method.encoder must be one of mlp, lstm, none, got 'gru'"),
+        (lambda: PrefixTuning(hidden=4), "method.hidden=4 needs method.projection=True"),
         (lambda: attached(PromptTuning(tokens=64)), "method.tokens=64 leaves no room for text: the model has 64 positions"),
         (lambda: attached(PromptTuning(init="text", text="abc")), "method.text has no tokens yet"),
         (lambda: generate(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less the 60 of its virtual"),

@@ -117,7 +117,7 @@ def test_the_adapter_file_of_shapes_alone_has_the_bytes_of_a_real_one(alone: pla
 def test_full_fine_tuning_is_counted_with_gradients_and_moments(alone: plan.Plan) -> None:
     assert alone.full_bytes == pytest.approx(16 * alone.base_parameters, abs=64)  # float32: 4 of each
     full = variants.full_fine_tuning(make_config())
-    assert (full.method.name, full.model.quantize) == ("full", "")
+    assert (full.method, full.model.quantize) == (methods.Full(), "")
 
 
 def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
@@ -288,7 +288,7 @@ def test_a_search_finds_the_largest_that_fits(
     section = {"batch": "train", "length": "data", "rank": "method"}[kind]
 
     def probe(config: Any) -> Any:
-        return SimpleNamespace(fits=config[section][field] <= most)
+        return SimpleNamespace(fits=vars(getattr(config, section))[field] <= most)
 
     tried = {value: found.fits for value, found in search.search(kind, config, 4, probe)}
     assert next(iter(tried)) == first
@@ -312,7 +312,7 @@ def test_methods_are_compared_with_the_configs_own() -> None:
     assert list(variants.comparison(make_config())) == ["full", "lora", "lora, nf4"]
     own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict()))
     assert list(own) == ["full", "lora", "lora, nf4", "ia3, nf4 (the config)"]
-    assert [config.method.name for config in own.values()] == ["full", "lora", "lora", "ia3"]
+    assert [config.method.method for config in own.values()] == ["full", "lora", "lora", "ia3"]
 
 
 # --- The command ---

@@ -102,7 +102,7 @@ class AdaLora(Targeted):
         if self.orthogonality < 0:
             raise UserError(f"method.orthogonality must not be negative, got {self.orthogonality}")
         if wrong := [name for name, entries in self.rank_pattern if len(entries) != self.init_rank]:
-            raise UserError(f"method.rank_pattern: {wrong[0]!r} needs method.init_rank={self.init_rank} entries")
+            raise UserError(f"method.rank_pattern: {wrong[0]!r} needs {self.init_rank} entries (method.init_rank)")
 
     def check(self, model: nnx.Module) -> None:
         for site, _ in self.chosen(model):

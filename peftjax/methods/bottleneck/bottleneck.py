@@ -17,6 +17,7 @@ from peftjax.adapters.options import one_of, positive
 from peftjax.adapters.sites import place, sites
 from peftjax.core.errors import UserError
 from peftjax.methods.bottleneck.adapter import INITS, NON_LINEARITIES, BottleneckAdapter
+from peftjax.models.base import Model
 from peftjax.nn.adopt import AdoptedSublayer
 from peftjax.nn.stack import Residual
 
@@ -102,7 +103,7 @@ class Bottleneck(Method):
     def neutral(self) -> bool:
         return self.init == "mam_adapter" and not self.residual_before_norm
 
-    def attach(self, model: Any, name: str, rngs: nnx.Rngs) -> None:
+    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         wanted = {"attention_residual": self.attention, "feedforward_residual": self.feedforward}
         residuals = [site for site in sites(model) if isinstance(site.module, Residual)]
         if not residuals:
@@ -117,6 +118,7 @@ class Bottleneck(Method):
         for site in residuals:
             adopted = isinstance(site.module, AdoptedSublayer)
             if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
+                assert adopted or isinstance(model, Model)
                 width = site.module.width if adopted else model.config.embed
                 place(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
 
