@@ -5,7 +5,7 @@ and the file stores them under both names.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp

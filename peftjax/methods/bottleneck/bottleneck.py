@@ -31,6 +31,12 @@ FLOWS = {
 }
 
 
+def _width(model: nnx.Module) -> int:
+    """The width of the residual stream, D."""
+    assert isinstance(model, Model)
+    return model.config.embed
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck(Method):
     """Options of bottleneck adapters. `Houlsby`, `Pfeiffer` and `ParallelAdapter` differ in u and in defaults.
@@ -118,8 +124,7 @@ class Bottleneck(Method):
         for site in residuals:
             adopted = isinstance(site.module, AdoptedSublayer)
             if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
-                assert adopted or isinstance(model, Model)
-                width = site.module.width if adopted else model.config.embed
+                width = site.module.width if isinstance(site.module, AdoptedSublayer) else _width(model)
                 place(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
 
     def _chosen(self, layers: int) -> tuple[bool, ...]:
