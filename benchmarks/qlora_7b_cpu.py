@@ -38,7 +38,7 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
     import peftjax
     from peftjax import methods
     from peftjax.core import variables
-    from peftjax.losses import next_token_loss
+    from peftjax.totals import next_token_loss
     from peftjax.training import optim
     from peftjax.training.step import Objective, init_state, make_train_step
 

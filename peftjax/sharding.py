@@ -120,8 +120,16 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
     """Return the sharding of a parameter with these logical axes: an array, or a quantized kernel and its leaves."""
     leaves, structure = jax.tree.flatten(value)
     of_leaves = value.axes(tuple(axes)) if isinstance(value, Quantized) else [axes]
-    placed = [spec(own, leaf.shape, mesh) for own, leaf in zip(of_leaves, leaves, strict=True)]
+    placed = [_trimmed(spec(own, leaf.shape, mesh)) for own, leaf in zip(of_leaves, leaves, strict=True)]
     return jax.tree.unflatten(structure, placed)
+
+
+def _trimmed(given: NamedSharding) -> NamedSharding:
+    """The same sharding as jit returns it, without trailing Nones: another spelling would be another compilation."""
+    names = list(given.spec)
+    while names and names[-1] is None:
+        names.pop()
+    return NamedSharding(given.mesh, PartitionSpec(*names))
 
 
 def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, float]:

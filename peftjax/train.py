@@ -14,12 +14,13 @@ import jax
 from peftjax import sharding
 from peftjax.core import cli, distributed, variables
 from peftjax.log import Log
+from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, check_workdir, open_checkpoints, open_data
 from peftjax.training.split import split
-from peftjax.training.step import Batch, Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
+from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
 
 def train(config: Config, workdir: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ FLOORS = [
     ["core"],
     ["quant", "log"],
     ["sharding"],
-    ["nn"],
+    ["nn", "totals"],
     ["losses"],
     ["models"],
     ["adapters"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from peftjax.losses import Totals, chunked_cross_entropy
+from peftjax.totals import Totals, chunked_cross_entropy
 
 B, T, D, V = 2, 12, 8, 40
 

@@ -26,8 +26,8 @@ from peftjax.data.batches import Batching, eval_batches, train_batches
 from peftjax.io.hf_adapter import adapter_tensors
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
-from peftjax.losses import next_token_loss
 from peftjax.tasks import make_task
+from peftjax.totals import next_token_loss
 from peftjax.training import config as configs
 from peftjax.training import optim
 

@@ -180,7 +180,7 @@ def check_rank(rank: int, site: Site, option: str = "rank") -> None:
         )
 
 
-def place(site: Site, name: str, adapter: Adapter) -> None:
+def insert(site: Site, name: str, adapter: Adapter) -> None:
     """Add an adapter to a site's slot.
 
     Raises:

@@ -96,7 +96,7 @@ class InputPrompt(SoftPrompt):
         return self.tokens * self.submodules
 
 
-class Prompt(MethodAdapter):
+class PromptAdapter(MethodAdapter):
     """[p_1 ... p_P; E(x)]: vectors before the embedded tokens.
 
     Attributes:

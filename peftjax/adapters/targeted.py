@@ -11,7 +11,7 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern, split_names
-from peftjax.adapters.sites import Chosen, Site, choose, head_sites, place, sites, tied_kernel
+from peftjax.adapters.sites import Chosen, Site, choose, head_sites, insert, sites, tied_kernel
 from peftjax.core.errors import UserError
 from peftjax.models.base import Model
 from peftjax.nn.layer import Layer
@@ -72,7 +72,7 @@ class Targeted(Method):
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         for site, adapter in self.adapters(self.chosen(model), rngs):
-            place(site, name, adapter)
+            insert(site, name, adapter)
         train_whole(model, self.saved(model), name)
 
     def chosen(self, model: nnx.Module) -> Chosen:
@@ -142,4 +142,4 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
             raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
         hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
         widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
-        place(site, name, Override(widened, axes, hf, mask))
+        insert(site, name, Override(widened, axes, hf, mask))

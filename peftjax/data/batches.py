@@ -1,6 +1,6 @@
 """The batches of a training run and of an evaluation: shuffled, mixed, packed or padded, counted, and resumable.
 
-    sources -> endless shuffled (mixed) order -> documents, some left out -> rows of max_length -> Batch
+    sources -> endless shuffled (mixed) order -> documents, some left out -> rows of max_length -> HostBatch
 
 Every process goes through the same global stream and keeps its rows of each batch: whatever the number of processes, a
 step sees the same records, and one state serves them all. `data.workers` threads read and tokenize ahead.
@@ -59,7 +59,7 @@ class Batching:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class HostBatch:
     """One step's rows of this process.
 
     Attributes:
@@ -73,7 +73,7 @@ class Batch:
     real_tokens: int
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[HostBatch]):
     """An iterator over batches that counts what it returned and can be set back to an earlier position.
 
     State, summary and counts cover the batches that were returned, not those that threads prepared ahead.
@@ -87,7 +87,7 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(stream)
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         batch, counts = next(self._iterator)
         self._add(counts)
         return batch
@@ -149,7 +149,7 @@ class EvalBatches(Batches):
         super().__init__(*arguments)
         self._rest = rest  # what was left out after the last row, known once the stream ends
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         try:
             return super().__next__()
         except StopIteration:
@@ -243,7 +243,7 @@ def _batched(documents: grain.IterDataset, data: DataConfig, encoder: Encoder, b
     """Pairs of this process's part of each batch and the counts of the whole batch."""
     own, empty = batching.own_rows(), encoder.empty_row()
 
-    def to_batch(rows: list[Row]) -> tuple[Batch, dict[str, int]]:
+    def to_batch(rows: list[Row]) -> tuple[HostBatch, dict[str, int]]:
         notes = [note for row in rows for note in row["notes"]]
         counts: collections.Counter[str] = collections.Counter(rows=len(rows))
         for note in notes:
@@ -251,7 +251,7 @@ def _batched(documents: grain.IterDataset, data: DataConfig, encoder: Encoder, b
         filled = rows + [empty] * (batching.size - len(rows))
         mine = [filled[row] for row in own]
         arrays = {name: np.stack([row[name] for row in mine]) for name in empty}
-        return Batch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
+        return HostBatch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
 
     rows = (packing.pack if data.pack else packing.pad)(documents, empty)
     return rows.batch(batching.size, batch_fn=to_batch)

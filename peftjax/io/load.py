@@ -15,7 +15,7 @@ from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import StoredTensor, resolve
 from peftjax.io.match import Stored, match, tied_as_stored
-from peftjax.io.place import ordered, place
+from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.models.base import Model
 from peftjax.models.heads import HeadOptions
@@ -93,7 +93,7 @@ def load_model(
     mesh = mesh or one_device()
     kept = np.dtype(config.param_dtype)
     values = {
-        entry.path: place(entry, [matched[key] for key in entry.keys], kept, mesh, encode.get(entry.path))
+        entry.path: read_parameter(entry, [matched[key] for key in entry.keys], kept, mesh, encode.get(entry.path))
         for entry in table
         if entry.keys[0] in matched
     }

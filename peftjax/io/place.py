@@ -20,7 +20,7 @@ from peftjax.quant.base import Quantized
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
-def place(
+def read_parameter(
     entry: Entry, tensors: Sequence[Stored], dtype: np.dtype, mesh: Mesh, encode: Encode | None
 ) -> jax.Array | Quantized:
     """Read a parameter onto its devices, one layer at a time.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.options import one_of, positive_integer
-from peftjax.adapters.sites import place
-from peftjax.adapters.soft_prompt import Dense, InputPrompt, Prompt, uniform
+from peftjax.adapters.sites import insert
+from peftjax.adapters.soft_prompt import Dense, InputPrompt, PromptAdapter, uniform
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.dropout import Dropout
@@ -59,13 +59,13 @@ class PTuning(InputPrompt):
         pieces = jax.random.normal(rngs.params(), (self.vectors, features), jnp.float32)
         hidden = self.hidden or features
         if self.encoder == "none":
-            adapter = Prompt(pieces, self.tokens)
+            adapter = PromptAdapter(pieces, self.tokens)
         elif self.encoder == "mlp":
             adapter = EncodedPrompt(pieces, self.tokens, None, (features, hidden, hidden, features), rngs)
         else:
             lstm = Lstm(features, hidden, self.layers, self.dropout, rngs)
             adapter = EncodedPrompt(pieces, self.tokens, lstm, (2 * hidden, 2 * hidden, features), rngs)
-        place(site, name, adapter)
+        insert(site, name, adapter)
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         return super().to_hf(model, name) | {
@@ -78,7 +78,7 @@ class PTuning(InputPrompt):
         return dataclasses.replace(super().from_hf(config), encoder="none")
 
 
-class EncodedPrompt(Prompt):
+class EncodedPrompt(PromptAdapter):
     """A soft prompt computed from `embeddings` by LSTMs, if there are any, and a stack of Linear layers."""
 
     def __init__(
@@ -96,8 +96,8 @@ class EncodedPrompt(Prompt):
             x = dense(jax.nn.relu(x) if index else x)
         return x
 
-    def exported(self) -> Prompt:
-        return Prompt(self.vectors(), self.virtual)
+    def exported(self) -> PromptAdapter:
+        return PromptAdapter(self.vectors(), self.virtual)
 
 
 class Lstm(nnx.Module):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter
 from peftjax.adapters.options import one_of
-from peftjax.adapters.sites import place, sites
+from peftjax.adapters.sites import insert, sites
 from peftjax.adapters.soft_prompt import Dense, SoftPrompt, uniform
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -71,10 +71,10 @@ class PrefixTuning(SoftPrompt):
             if paired:
                 order, axes = 2 * np.arange(paired.config.layers) % paired.config.layers, (None, *axes[1:])
             if self.projection:
-                place(site, name, ProjectedPrefix(shape, axes, order, self.hidden, self.init, rngs))
+                insert(site, name, ProjectedPrefix(shape, axes, order, self.hidden, self.init, rngs))
                 continue
             draw = jax.random.normal(rngs.params(), shape, jnp.float32) if self.init == "random" else jnp.zeros(shape)
-            place(site, name, Prefix(draw, axes, order))
+            insert(site, name, Prefix(draw, axes, order))
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         base = self.base(model).config

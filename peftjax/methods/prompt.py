@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.options import one_of
-from peftjax.adapters.sites import place
-from peftjax.adapters.soft_prompt import InputPrompt, Prompt, SoftPrompt
+from peftjax.adapters.sites import insert
+from peftjax.adapters.soft_prompt import InputPrompt, PromptAdapter, SoftPrompt
 from peftjax.core.errors import UserError
 
 
@@ -53,7 +53,7 @@ class PromptTuning(InputPrompt):
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         site = self.site(model)
-        place(site, name, Prompt(self._initial(site.module, rngs), self.tokens))
+        insert(site, name, PromptAdapter(self._initial(site.module, rngs), self.tokens))
 
     def _initial(self, embedding: Any, rngs: nnx.Rngs) -> jax.Array:
         """The initial vectors, float32 [P or 2 P, D]."""

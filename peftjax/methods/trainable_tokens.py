@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern
-from peftjax.adapters.sites import Site, choose, place, sites, tied_kernel, token_tables
+from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.models.base import LanguageModel
@@ -85,11 +85,11 @@ def train_tokens(
     borrows = tied.head if embed is not None and tied is not None else None
     for site in chosen:
         if site.module is not borrows:
-            place(site, name, _adapter(site, model, indices, key))
+            insert(site, name, _adapter(site, model, indices, key))
     if borrows is not None and embed is not None:
         site = next(site for site in sites(model) if site.module is borrows)
         rows = embed.module.adapters.adapter(name)
-        place(site, name, TokenColumns(_key(site, key) if both else "", rows.indices, rows.delta))
+        insert(site, name, TokenColumns(_key(site, key) if both else "", rows.indices, rows.delta))
 
 
 def _adapter(site: Site, model: nnx.Module, indices: tuple[int, ...], key: str) -> "TokenRows":

@@ -15,11 +15,9 @@ from peftjax.data.documents import Document, Row
 from peftjax.data.records import Prompt
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import read_json_if_any
-from peftjax.losses import Totals
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelConfig, load_base
-
-Batch = Mapping[str, jax.Array]
+from peftjax.totals import Batch, Totals
 
 
 class Outputs(NamedTuple):

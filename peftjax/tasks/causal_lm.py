@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from peftjax.data.documents import Arrays, Document, filled, over
 from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
-from peftjax.losses import Totals, next_token_loss
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
-from peftjax.tasks.base import Batch
 from peftjax.tasks.generation import GenerationTask
+from peftjax.totals import Batch, Totals, next_token_loss
 
 
 class CausalLM(GenerationTask):

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.losses import Totals, classification_loss, multi_label_loss
 from peftjax.tasks import metrics
-from peftjax.tasks.base import Batch
 from peftjax.tasks.labelled import TextLabelTask
 from peftjax.tasks.labels import Labels
+from peftjax.totals import Batch, Totals, classification_loss, multi_label_loss
 
 
 class Classification(TextLabelTask):

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from peftjax.losses import Totals
 from peftjax.tasks.base import Task
+from peftjax.totals import Totals
 
 
 class GenerationTask(Task):

@@ -13,13 +13,12 @@ from peftjax.data import images
 from peftjax.data.documents import Document, Row
 from peftjax.data.fields import field_of
 from peftjax.data.sources import class_folders
-from peftjax.losses import Totals, classification_loss
 from peftjax.models.base import Model
 from peftjax.models.vit import Vit
 from peftjax.tasks import metrics
-from peftjax.tasks.base import Batch
 from peftjax.tasks.labelled import LabelledTask
 from peftjax.tasks.labels import Labels
+from peftjax.totals import Batch, Totals, classification_loss
 
 
 class ImageClassification(LabelledTask):

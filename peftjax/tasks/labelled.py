@@ -10,10 +10,10 @@ import numpy as np
 
 from peftjax.data.documents import Arrays, Document, over
 from peftjax.data.fields import field_of, fill
-from peftjax.losses import Totals
 from peftjax.models.base import Model
 from peftjax.models.bert import Bert
-from peftjax.tasks.base import Batch, Outputs, Task
+from peftjax.tasks.base import Outputs, Task
+from peftjax.totals import Batch, Totals
 
 
 class LabelledTask(Task):

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.losses import Totals, regression_loss
 from peftjax.tasks import metrics
-from peftjax.tasks.base import Batch
 from peftjax.tasks.labelled import TextLabelTask
+from peftjax.totals import Batch, Totals, regression_loss
 
 
 class Regression(TextLabelTask):

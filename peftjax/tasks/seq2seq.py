@@ -11,11 +11,10 @@ import numpy as np
 from peftjax.data.documents import Document, over
 from peftjax.data.fields import fill
 from peftjax.data.records import Prompt
-from peftjax.losses import Totals, seq2seq_loss
 from peftjax.models.base import Model
 from peftjax.models.encoder_decoder import EncoderDecoder
-from peftjax.tasks.base import Batch
 from peftjax.tasks.generation import GenerationTask
+from peftjax.totals import Batch, Totals, seq2seq_loss
 
 
 class Seq2Seq(GenerationTask):

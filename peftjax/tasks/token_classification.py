@@ -14,13 +14,12 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.data.documents import Document, over
 from peftjax.data.fields import field_of
-from peftjax.losses import Totals, classification_loss
 from peftjax.models.base import Model
 from peftjax.models.bert import Bert
 from peftjax.tasks import metrics
-from peftjax.tasks.base import Batch
 from peftjax.tasks.labelled import LabelledTask, text_inputs, text_logits, text_shapes
 from peftjax.tasks.labels import Labels
+from peftjax.totals import Batch, Totals, classification_loss
 
 
 class TokenClassification(LabelledTask):

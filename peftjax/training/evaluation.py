@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.data.batches import Batch
-from peftjax.losses import Totals
+from peftjax.data.batches import HostBatch
 from peftjax.tasks import Task
-from peftjax.tasks.base import Batch as Arrays
 from peftjax.tasks.base import Outputs
+from peftjax.totals import Batch, Totals
 
-EvalStep = Callable[[variables.FlatTree, variables.FlatTree, Arrays], Outputs]
+EvalStep = Callable[[variables.FlatTree, variables.FlatTree, Batch], Outputs]
 
 
 def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
@@ -28,7 +27,7 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     everywhere = sharding.spec((), (), mesh)
 
     @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh))
-    def eval_step(trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Arrays) -> Outputs:
+    def eval_step(trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Batch) -> Outputs:
         model = variables.join(graph, trainable, frozen)
         return task.evaluate(model, {name: value[0] for name, value in batch.items()})
 
@@ -40,7 +39,7 @@ def evaluate(
     task: Task,
     trainable: variables.FlatTree,
     frozen: variables.FlatTree,
-    batches: Iterable[Batch],
+    batches: Iterable[HostBatch],
     mesh: Mesh,
 ) -> dict[str, float]:
     """The metrics of the task over all batches.

@@ -21,11 +21,12 @@ from peftjax.data.batches import Batches
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.models.base import Model
+from peftjax.totals import Batch
 from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
-from peftjax.training.step import Batch, Metrics, TrainState, accumulate, apply, init_state, shardings, summary
+from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, shardings, summary
 from peftjax.training.window import NotFiniteError
 
 

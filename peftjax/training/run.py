@@ -18,7 +18,7 @@ from peftjax.adapters.method import Method
 from peftjax.core import distributed, variables
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
-from peftjax.data.batches import Batch, Batches, eval_batches, eval_prompts
+from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_files import enumerate_some
@@ -109,7 +109,7 @@ class Run:
         """Write the trainable leaves of a state into the model."""
         variables.update(self.model, state.trainable)
 
-    def shard(self, batch: Batch) -> Mapping[str, jax.Array]:
+    def shard(self, batch: HostBatch) -> Mapping[str, jax.Array]:
         """A batch on the mesh, [A, B / A, ...]."""
         return sharding.shard_batch(batch.arrays, self.mesh, self.config.train.accumulate)
 

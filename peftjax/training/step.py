@@ -5,7 +5,7 @@ Only trainable leaves have a gradient, a moment or an update. Inside a step ther
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,10 +16,9 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.losses import Totals
 from peftjax.models.base import Model
+from peftjax.totals import Batch, Totals
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", variables.FlatTree, Batch], tuple["TrainState", Metrics]]
 

@@ -6,7 +6,7 @@ import time
 import jax
 
 from peftjax.core.errors import UserError
-from peftjax.data.batches import Batch
+from peftjax.data.batches import HostBatch
 
 
 class NotFiniteError(UserError):
@@ -30,7 +30,7 @@ class Window:
         """Measure the time from now on."""
         self._opened = time.perf_counter()
 
-    def add(self, step: int, measured: dict[str, jax.Array], batch: Batch) -> None:
+    def add(self, step: int, measured: dict[str, jax.Array], batch: HostBatch) -> None:
         """Remember a step that has been dispatched."""
         self._steps.append((step, measured, batch.records))
         self._count += batch.real_tokens

@@ -13,8 +13,8 @@ import tests.tiny as tiny
 from peftjax import adapters, sharding
 from peftjax.adapters import merge, use
 from peftjax.core import variables
-from peftjax.losses import next_token_loss
 from peftjax.methods import Ia3, LoHa, Lora, ParallelAdapter, PrefixTuning, PromptTuning
+from peftjax.totals import next_token_loss
 from peftjax.training.step import Objective, init_state, make_train_step
 
 MIXES = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from peftjax.data import batches as module
-from peftjax.data.batches import Batch, Batches, Batching, EvalBatches
+from peftjax.data.batches import Batches, Batching, EvalBatches, HostBatch
 from peftjax.data.records import Prompt
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.tasks import Task, make_task
@@ -29,7 +29,7 @@ def file(write_jsonl: Callable[..., str]) -> str:
     return write_jsonl("a.jsonl", texts(10))
 
 
-def take(batches: Batches, count: int) -> list[Batch]:
+def take(batches: Batches, count: int) -> list[HostBatch]:
     return list(itertools.islice(batches, count))
 
 
@@ -51,7 +51,7 @@ def eval_prompts(config: Config, tokenizer: Tokenizer, n: int) -> list[Prompt]:
     return module.eval_prompts(config.data, task_of(config, tokenizer), n)
 
 
-def assert_same(these: list[Batch], those: list[Batch]) -> None:
+def assert_same(these: list[HostBatch], those: list[HostBatch]) -> None:
     assert [batch.records for batch in these] == [batch.records for batch in those]
     for one, other in zip(these, those, strict=True):
         assert one.arrays.keys() == other.arrays.keys()
@@ -60,10 +60,10 @@ def assert_same(these: list[Batch], those: list[Batch]) -> None:
         assert one.real_tokens == other.real_tokens
 
 
-def joined(parts: list[Batch]) -> Batch:
+def joined(parts: list[HostBatch]) -> HostBatch:
     """The batch of all processes."""
     whole = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
-    return Batch(whole, records=parts[0].records, real_tokens=parts[0].real_tokens)
+    return HostBatch(whole, records=parts[0].records, real_tokens=parts[0].real_tokens)
 
 
 # --- the order of a training

@@ -21,7 +21,7 @@ from peftjax.adapters import Method
 from peftjax.adapters import attached as attached_methods
 from peftjax.core import variables
 from peftjax.core.config import defaults
-from peftjax.losses import next_token_loss
+from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training.step import Objective, init_state, make_train_step
 

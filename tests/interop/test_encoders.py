@@ -16,10 +16,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import losses, sharding
+from peftjax import sharding, totals
 from peftjax.adapters import count_trainable
 from peftjax.core import variables
-from peftjax.losses import Totals
+from peftjax.tasks.labelled import text_logits
+from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
 from tests.interop.peers import (
     THEIRS,
@@ -254,10 +255,10 @@ def test_the_loss_of_every_task_is_that_of_transformers(problem: str, encoder: C
         "words": rng.integers(0, 3, given["tokens"].shape),
     }
     loss = {
-        "single_label": losses.classification_loss,
-        "multi_label": losses.multi_label_loss,
-        "regression": losses.regression_loss,
-        "words": losses.classification_loss,
+        "single_label": totals.classification_loss,
+        "multi_label": totals.multi_label_loss,
+        "regression": totals.regression_loss,
+        "words": totals.classification_loss,
     }[problem]
     head = (
         {}
@@ -278,7 +279,7 @@ def test_the_loss_of_every_task_is_that_of_transformers(problem: str, encoder: C
             token_type_ids=torch.tensor(given["token_types"]),
             labels=torch.tensor(told),
         ).loss
-    logits = losses.outputs(peftjax.load_model(tmp_path / "model"), given)
+    logits = text_logits(peftjax.load_model(tmp_path / "model"), given)
     found = loss(logits, {"labels": labels[problem], "loss_weights": weights})
     np.testing.assert_allclose(found.loss / found.tokens, float(expected), rtol=1e-5)
 

@@ -19,8 +19,8 @@ import peftjax
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.decoding import generate
-from peftjax.losses import seq2seq_loss
 from peftjax.nn.relative_bias import buckets_of_distances
+from peftjax.totals import seq2seq_loss
 from tests.interop.peers import STEPS, THEIRS, adamw, assert_close, assert_far, attached, optimizer_for, shake
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]

@@ -24,8 +24,8 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_adapter import load_adapter, save_adapter
-from peftjax.losses import next_token_loss
 from peftjax.models import decoder
+from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training.step import Objective, TrainState, flatten, init_state, make_train_step
 

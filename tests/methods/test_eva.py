@@ -106,7 +106,7 @@ def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_direction
             batches(1),
             r"method.eva_rho must be at least 1, which keeps the ranks, got 0.5",
         ),
-        ({"init": "eva"}, [tiny.tokens()], "each of batches must be"),
+        ({"init": "eva"}, [tiny.tokens()], "needs batches .* got "),
         (
             {"init": "eva"},
             [],

@@ -19,8 +19,8 @@ import peftjax
 from peftjax import sharding
 from peftjax.adapters import count_trainable
 from peftjax.core import variables
-from peftjax.losses import Totals
 from peftjax.models import from_hf_config
+from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 

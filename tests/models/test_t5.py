@@ -16,8 +16,8 @@ import peftjax
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.decoding import Sampling, generate
-from peftjax.losses import seq2seq_loss
 from peftjax.models import from_hf_config
+from peftjax.totals import seq2seq_loss
 from tests import tiny
 
 CONFIG = {

@@ -19,9 +19,9 @@ from peftjax import sharding
 from peftjax.adapters import count_trainable
 from peftjax.core import variables
 from peftjax.io.random_model import make_quantized
-from peftjax.losses import Totals
 from peftjax.models import from_hf_config
 from peftjax.quant.int8 import Int8
+from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 

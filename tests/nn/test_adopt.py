@@ -12,9 +12,9 @@ from flax import nnx
 
 from peftjax import adapters, sharding
 from peftjax.core import variables
-from peftjax.losses import Totals
 from peftjax.methods import Houlsby, Lora, PrefixTuning, PromptTuning
 from peftjax.nn.adopt import adopt
+from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
 
 

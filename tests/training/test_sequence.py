@@ -16,9 +16,9 @@ from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.losses import chunked_cross_entropy, next_token_loss
 from peftjax.models import from_hf_config
 from peftjax.tasks import TaskConfig, make_task
+from peftjax.totals import chunked_cross_entropy, next_token_loss
 from tests.models import test_bert, test_t5
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.config import defaults
-from peftjax.losses import next_token_loss
+from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny

@@ -14,7 +14,7 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import one_of, positive
-from peftjax.adapters.sites import place, sites
+from peftjax.adapters.sites import insert, sites
 from peftjax.core.errors import UserError
 from peftjax.methods.bottleneck.adapter import INITS, NON_LINEARITIES, BottleneckAdapter
 from peftjax.models.base import Model
@@ -125,7 +125,7 @@ class Bottleneck(Method):
             adopted = isinstance(site.module, AdoptedSublayer)
             if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
                 width = site.module.width if isinstance(site.module, AdoptedSublayer) else _width(model)
-                place(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
+                insert(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
 
     def _chosen(self, layers: int) -> tuple[bool, ...]:
         if beyond := [layer for layer in self.leave_out if not 0 <= layer < layers]:

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, Override
-from peftjax.adapters.sites import Chosen, adapters_named, place, sites
+from peftjax.adapters.sites import Chosen, adapters_named, insert, sites
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 
@@ -28,7 +28,7 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
         if site.path in targeted:
             there[site.path].train_bias(PeftParam(copy, axes=bias.axes), LayerMask(mask))
         elif site.path not in there:
-            place(site, name, Override({"bias": copy}, {"bias": bias.axes}, {"bias": HfLeaf("bias")}, mask))
+            insert(site, name, Override({"bias": copy}, {"bias": bias.axes}, {"bias": HfLeaf("bias")}, mask))
         elif not all(there[site.path].layers.chosen):
             last = site.names[0].rsplit(".", 1)[-1]
             raise UserError(

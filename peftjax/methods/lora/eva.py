@@ -157,12 +157,11 @@ def _watch(model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str,
         return jax.grad(total)(memory)
 
     for batch in batches:
-        if isinstance(batch, Mapping) and "pixels" in batch:
-            raise UserError(
-                "method.init='eva' needs batches of tokens, and these batches are of images: choose another init"
-            )
         if not isinstance(batch, Mapping) or "tokens" not in batch:
-            raise UserError(f'attach: each of batches must be {{"tokens": [B, T], ...}}, got {type(batch).__name__}')
+            got = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise UserError(
+                f"method.init='eva' needs batches {{\"tokens\": [B, T], ...}}, got {got}: choose another init"
+            )
         memory = look(memory, base, dict(batch))
     found: dict[str, dict[str, jax.Array]] = {}
     for path, value in memory.items():
