@@ -1,8 +1,7 @@
 """The adapter of a residual sublayer: f(x) + B(u) in place of f(x)."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +11,11 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, transposed
 from peftjax.adapters.sites import Site
 from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.bottleneck.options import NON_LINEARITIES, BottleneckOptions
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
 
-if TYPE_CHECKING:
-    from peftjax.methods.bottleneck.bottleneck import Bottleneck
-
-NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "leakyrelu": jax.nn.leaky_relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-}
-INITS = ("bert", "houlsby", "mam_adapter")
 NORM_EPS = 1e-5
 
 
@@ -47,7 +32,9 @@ class BottleneckAdapter(MethodAdapter):
         after_scale, after_shift: The LayerNorm of B(u) or of f(x) + B(u), [*stack, D] each, or None.
     """
 
-    def __init__(self, method: "Bottleneck", site: Site, width: int, chosen: Iterable[bool], rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, method: BottleneckOptions, site: Site, width: int, chosen: Iterable[bool], rngs: nnx.Rngs
+    ) -> None:
         size = max(int(width // method.reduction_factor), 1)
         self.reads, self.non_linearity = method.reads, method.non_linearity
         self.residual_before_norm = method.residual_before_norm
