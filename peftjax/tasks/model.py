@@ -16,7 +16,7 @@ from peftjax.models.base import Model
 class ModelConfig:
     """Which base model is loaded, in which formats, and how it computes."""
 
-    path: str = field("embedded", 'Hugging Face directory or hub id; "embedded" is the small model in the package')
+    path: str = field("embedded", 'Hugging Face directory or hub id; "embedded" for the bundled model')
     revision: str | None = field(None, "Branch, tag or commit of a hub id; none: the default branch")
     dtype: str = field("float32", "Compute dtype", choices=("float32", "bfloat16"))
     param_dtype: str = field(
