@@ -120,16 +120,23 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
     """Return the sharding of a parameter with these logical axes: an array, or a quantized kernel and its leaves."""
     leaves, structure = jax.tree.flatten(value)
     of_leaves = value.axes(tuple(axes)) if isinstance(value, Quantized) else [axes]
-    placed = [_trimmed(spec(own, leaf.shape, mesh)) for own, leaf in zip(of_leaves, leaves, strict=True)]
+    placed = [spec(own, leaf.shape, mesh) for own, leaf in zip(of_leaves, leaves, strict=True)]
     return jax.tree.unflatten(structure, placed)
 
 
-def _trimmed(given: NamedSharding) -> NamedSharding:
-    """The same sharding as jit returns it, without trailing Nones: another spelling would be another compilation."""
-    names = list(given.spec)
-    while names and names[-1] is None:
-        names.pop()
-    return NamedSharding(given.mesh, PartitionSpec(*names))
+def as_jit_returns(shardings: Any) -> Any:
+    """Return the same shardings as jit spells them, without trailing Nones.
+
+    A function that gets an array first from here and then from jit would otherwise be compiled twice.
+    """
+
+    def trimmed(given: NamedSharding) -> NamedSharding:
+        names = list(given.spec)
+        while names and names[-1] is None:
+            names.pop()
+        return NamedSharding(given.mesh, PartitionSpec(*names))
+
+    return jax.tree.map(trimmed, shardings)
 
 
 def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, float]:
@@ -228,7 +235,7 @@ def place(model: nnx.Module, mesh: Mesh) -> None:
     """Shard every variable of a model by the table."""
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
-        variable.set_value(jax.tree.map(_moved, value, placement(value, variable.axes, mesh)))
+        variable.set_value(jax.tree.map(_moved, value, as_jit_returns(placement(value, variable.axes, mesh))))
 
 
 def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:

@@ -42,6 +42,7 @@ def read_parameter(
     stack = entry.shape[: entry.stacked]
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stack, *leaf.shape), leaf.dtype), one)
     placed = sharding.placement(whole, entry.axes, mesh)
+    made = sharding.as_jit_returns(placed)
     part = entry.stored_sharding(sharding.spec(entry.axes, entry.shape, mesh))
 
     def read(tensor: Stored) -> Any:
@@ -52,10 +53,10 @@ def read_parameter(
         return _turned(value) if turned else value
 
     if not entry.stacked:
-        return jax.jit(_made, static_argnums=(1, 2), out_shardings=placed)(read(tensors[0]), order, encode)
-    stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=placed)()
+        return jax.jit(_made, static_argnums=(1, 2), out_shardings=made)(read(tensors[0]), order, encode)
+    stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=made)()
     options = sharding.compiler_options(mesh)
-    put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=placed, compiler_options=options)
+    put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=made, compiler_options=options)
     for layer, tensor in enumerate(tensors):
         # Without waiting, all layers would be read before the first is written.
         stack = jax.block_until_ready(put(stack, read(tensor), layer, order, encode))

@@ -72,7 +72,7 @@ def make(
         return {path: made[path].get_value() for path in paths}
 
     shardings = {path: sharding.placement(leaf, axes[path], mesh) for path, leaf in jax.eval_shape(make).items()}
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make, out_shardings=sharding.as_jit_returns(shardings))()
 
 
 def make_quantized(config: ModelConfig, quantize: str | None, skip: Sequence[str], seed: int) -> Model:

@@ -1,5 +1,6 @@
 """What the compiler says a train step over an NF4 base needs, from shapes alone."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from peftjax import methods, sharding
 from peftjax.plan.abstract import abstract_model, abstract_step
 from peftjax.quant.base import Quantized
+from peftjax.tasks import make_task
 from peftjax.training import config as configs
 
 WIDE = {
@@ -27,9 +29,11 @@ def steps() -> dict[int, tuple[Any, Any]]:
     config = configs.validate(config)
     mesh, made = sharding.make_mesh(), {}
     for layers in (2, 4):
-        model = abstract_model(config, WIDE | {"num_hidden_layers": layers})
+        hf_config = WIDE | {"num_hidden_layers": layers}
+        task = make_task(config.task, config.data, Path(config.model.path), hf_config=hf_config)
+        model = abstract_model(config, task, hf_config)
         with jax.set_mesh(mesh):
-            step, arguments = abstract_step(config, model, mesh)
+            step, arguments = abstract_step(config, task, model, mesh)
             made[layers] = step.lower(*arguments).compile(), arguments
     return made
 
