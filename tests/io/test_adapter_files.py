@@ -461,7 +461,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a", random_tensors())
     whole = (path / WEIGHTS).read_bytes()
     (path / WEIGHTS).write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is no safetensors file, damaged or cut short"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not a safetensors file, or it is damaged or truncated"):
         load_adapter(tiny.model(), path)
     (path / WEIGHTS).write_bytes(whole)
     (path / CONFIG).write_text("{")
