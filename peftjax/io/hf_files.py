@@ -119,7 +119,9 @@ def _with_config(directory: Path) -> Path:
     if (directory / "config.json").is_file():
         return directory
     if (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds an adapter, not a model; load its base model, then pass this to load_adapter")
+        raise UserError(
+            f"{directory} holds an adapter, not a model; load its base model, then pass this to load_adapter"
+        )
     raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {_listing(directory)}")
 
 
@@ -264,7 +266,9 @@ def _open(file: Path) -> safe_open:
                 raise UserError(
                     f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
                 ) from error
-        raise UserError(f"{file} is not a safetensors file, or it is damaged or truncated ({error}); download it again") from error
+        raise UserError(
+            f"{file} is not a safetensors file, or it is damaged or truncated ({error}); download it again"
+        ) from error
 
 
 def enumerate_some(names: Sequence[str], limit: int = 20) -> str:

@@ -365,7 +365,9 @@ def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: P
     with pytest.raises(ValueError, match="holds an adapter, not a model"):
         resolve(directory)
     (directory / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"not a model directory: config\.json is missing; it holds model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"not a model directory: config\.json is missing; it holds model\.safetensors"
+    ):
         resolve(directory)
 
 
@@ -374,7 +376,9 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n.")
-    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, a pickle.* convert it to safetensors: .*save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"only pytorch_model\.bin, a pickle.* convert it to safetensors: .*save_pretrained"
+    ):
         load_model(tmp_path)
 
 
