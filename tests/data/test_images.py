@@ -89,7 +89,9 @@ def test_a_folder_without_classes_or_images_is_an_error_that_says_what_is_needed
         open_source(f"images:{colors.with_name('color')}")
     with pytest.raises(ValueError, match=r"colors' is a directory; .* images:.*colors"):
         open_source(str(colors))
-    with pytest.raises(ValueError, match=r"it has no folder for each class. .* DIR/CLASS, and have one of the suffixes .*\.webp"):
+    with pytest.raises(
+        ValueError, match=r"it has no folder for each class. .* DIR/CLASS, and have one of the suffixes .*\.webp"
+    ):
         open_source(f"images:{colors / 'blue'}")
     (colors / "green").mkdir()
     with pytest.raises(ValueError, match=r"its folder 'green' contains no images"):
