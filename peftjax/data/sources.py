@@ -14,10 +14,7 @@ the source's weight in a mixture.
 
 import array
 import bisect
-import contextlib
 import gzip
-import importlib
-import io
 import itertools
 import json
 import math
@@ -27,16 +24,13 @@ import pathlib
 import re
 import warnings
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
-
-import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.data.tfds_source import open_tfds
 
-# Our own TFDS builders: {dataset: module}. Importing the module registers the builder.
-OWN_BUILDERS = {"rewrite_dates": "peftjax.data.rewrite_dates"}
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -84,7 +78,7 @@ def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
             is read.
     """
     if spec.startswith("tfds:"):
-        return _open_tfds(spec, tfds_data_dir)
+        return open_tfds(spec, tfds_data_dir)
     if spec.startswith("images:"):
         return ImageFolder(spec)
     files = _files(spec)
@@ -229,49 +223,6 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
                 yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
 
 
-class Tfds:
-    """A split of a prepared TensorFlow dataset.
-
-    Text features are str, numbers are Python numbers, images are the bytes of their files, and uint8 arrays with two or
-    more axes are NumPy arrays.
-
-    Args:
-        data: The split.
-        label: Its name in the names of records.
-        images: The features that are not converted.
-    """
-
-    def __init__(self, data: Sequence[Any], label: str, images: Collection[str] = ()):
-        self._data, self._label, self._images = data, label, images
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {key: value if key in self._images else _plain(value) for key, value in self._data[index].items()}
-
-    def name(self, index: int) -> str:
-        return f"{self._label}:{index + 1}"
-
-
-def _plain(value: Any) -> Any:
-    """Convert a TFDS value to plain Python values; bytes that are valid UTF-8 become str."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value  # not text
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim > 1:
-        return value  # an image
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist() if value.dtype != object else _plain(value.tolist())
-    return value
-
-
 def _files(spec: str) -> list[pathlib.Path]:
     """The files that a path or glob pattern names, sorted. An existing file is never taken for a pattern."""
     path = pathlib.Path(spec).expanduser()
@@ -299,21 +250,19 @@ def _not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
 
 
 def _open_file(path: pathlib.Path, label: str) -> Source:
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise UserError(
+            f"source {str(path)!r}: the name must end in .jsonl, .jsonl.gz or .parquet; for other sources use "
+            "tfds:NAME/SPLIT or images:DIR"
+        )
     source: Source
     try:
-        if path.name.endswith(".jsonl"):
-            source = JsonLines(_mapped(path), label)
-        elif path.name.endswith(".jsonl.gz"):
-            source = JsonLines(gzip.decompress(path.read_bytes()), label)
-        elif path.name.endswith(".parquet"):
+        if path.name.endswith(".parquet"):
             source = Parquet(path, label)
+        elif path.name.endswith(".gz"):
+            source = JsonLines(gzip.decompress(path.read_bytes()), label)
         else:
-            raise UserError(
-                f"source {str(path)!r}: the name must end in .jsonl, .jsonl.gz or .parquet; for other sources use "
-                "tfds:NAME/SPLIT or images:DIR"
-            )
-    except UserError:
-        raise
+            source = JsonLines(_mapped(path), label)
     except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are subclasses of the first two
         raise UserError(f"source {str(path)!r} cannot be read: {error}") from error
     if not len(source):
@@ -325,86 +274,3 @@ def _mapped(path: pathlib.Path) -> bytes | mmap.mmap:
     with path.open("rb") as file:
         empty = not file.read(1)
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _open_tfds(spec: str, data_dir: str) -> Tfds:
-    name, _, split = spec.removeprefix("tfds:").rpartition("/")
-    if not name or not split:
-        raise UserError(f"source {spec!r} must have the form tfds:NAME/SPLIT or tfds:NAME/CONFIG/SPLIT")
-    builder = _tfds_builder(name, data_dir, spec)
-    if not builder.data_path.exists():
-        _prepare(builder, spec)
-        builder = _tfds_builder(name, data_dir, spec)
-    known, images = list(builder.info.splits), _image_features(builder)
-    try:
-        data = builder.as_data_source(split, decoders=images or None) if builder.info.splits[split].num_examples else ()
-    except NotImplementedError as error:  # prepared as TFRecord
-        raise UserError(
-            f"source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no random "
-            "access. Prepare it again with file_format='array_record' in another config.data.tfds_data_dir"
-        ) from error
-    except (ValueError, KeyError) as error:
-        near = suggest(re.split(r"[\[+]", split)[0], known)
-        raise UserError(
-            f"source {spec!r}: {name} has no split {split!r}.{near} It has {', '.join(known)}, and slices of them such as "
-            "train[:90%]"
-        ) from error
-    if not len(data):
-        raise UserError(f"source {spec!r} is empty: the split {split!r} of {name} has no records")
-    return Tfds(data, f"{name}/{split}", images)
-
-
-def _image_features(builder: Any) -> dict[str, Any]:
-    """{image feature: a decoder that keeps the file's bytes}.
-
-    TFDS would decode images with OpenCV where that is installed and with Pillow elsewhere, with different results.
-    """
-    import tensorflow_datasets as tfds
-
-    features = dict(builder.info.features or {})
-    return {
-        name: tfds.decode.SkipDecoding()
-        for name, feature in features.items()
-        if isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8
-    }
-
-
-def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:
-    """The builder of a TFDS dataset; one of ours is registered first."""
-    import tensorflow_datasets as tfds
-
-    dataset = re.split(r"[/:]", name)[0]
-    if dataset in OWN_BUILDERS:
-        importlib.import_module(OWN_BUILDERS[dataset])
-    try:
-        return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-        known = {*tfds.list_builders(with_community_datasets=False), *(entry.name for entry in folder.glob("*"))}
-        near = suggest(dataset, known.union(OWN_BUILDERS))
-        where = f"in {data_dir!r}" if data_dir else "in its default directory (config.data.tfds_data_dir sets another)"
-        raise UserError(
-            f"source {spec!r}: TFDS has no dataset {dataset!r}, and there is none {where}.{near}"
-        ) from error
-    except (ValueError, AssertionError) as error:  # an unknown config or version
-        raise UserError(f"source {spec!r}: {' '.join(str(error).split())}") from error
-
-
-def _prepare(builder: Any, spec: str) -> None:
-    """Generate or download a dataset."""
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    print(f"preparing {spec} in {builder.data_path.parent}", flush=True)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS repeats the line above in more words
-            builder.download_and_prepare()
-    except Exception as error:  # a dataset's own code may raise anything
-        if builder.data_path.exists():
-            return  # another process has prepared the same dataset
-        raise UserError(
-            f"source {spec!r} is not prepared in {builder.data_path.parent}, and preparing it failed with "
-            f"{type(error).__name__}: {' '.join(str(error).split())}. Most TFDS datasets are downloaded. Without network "
-            "access, prepare it on another machine (tfds.builder(NAME, file_format='array_record').download_and_prepare()) "
-            "and set config.data.tfds_data_dir to its directory"
-        ) from error

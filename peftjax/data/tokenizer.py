@@ -13,6 +13,8 @@ from peftjax.core.paths import suggest
 from peftjax.data.chat_template import Message, chat_template_text, compile_template
 from peftjax.io.hf_files import SIDE_FILES, read_json_if_any, resolve
 
+Text = str | Sequence[str]  # a text, or its words
+
 
 def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "Tokenizer":
     """Load the tokenizer of a Hugging Face model.
@@ -176,7 +178,7 @@ class Tokenizer:
         whole, cutting = (tokenizers.Tokenizer.from_str(json.dumps(data)) for _ in range(2))
         cutting.enable_truncation(max_length)
 
-        def encode(text: Any, pair: Any = None) -> tuple[tokenizers.Encoding, int]:
+        def encode(text: Text, pair: Text | None = None) -> tuple[tokenizers.Encoding, int]:
             encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
             return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length

@@ -7,8 +7,8 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -47,7 +47,7 @@ def placeholder_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
     return dict.fromkeys(_fingerprinted(model, name), "0" * 16)
 
 
-def _fingerprinted(model: nnx.Module, name: str) -> dict[str, Any]:
+def _fingerprinted(model: nnx.Module, name: str) -> dict[str, jax.Array | OnHost]:
     """The base's float32 and bfloat16 parameters; where adapters are merged, those from before the merge of `name`."""
     arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
     arrays |= parameters_before(model, name)
