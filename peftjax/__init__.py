@@ -5,7 +5,8 @@ from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.io.load import load_kernels, load_model
 from peftjax.io.save import save_model
 from peftjax.methods import (

@@ -11,8 +11,16 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters import active_view
+from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
+from peftjax.models.base import LanguageModelConfig
+from peftjax.models.decoder import Decoder
+from peftjax.models.encoder_decoder import EncoderDecoder
+
+# A generation that has begun: hidden states [B, 1 or W, D], the last of which predicts the first new token; the key/value
+# cache; and a function that feeds new token number i, [B, 1], to the model and the cache.
+Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Sampling:
 
 
 def generate(
-    model: Any,
+    model: nnx.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -68,11 +76,11 @@ def generate(
 ) -> list[list[int]]:
     """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
 
-    A decoder continues the prompt; an encoder-decoder reads the prompt and generates a target. All prompts run in one
-    batch, padded on the left to a multiple of 32 tokens, so that few lengths are compiled.
+    A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. All prompts run in one
+    batch. They are padded on the left to a multiple of 32 tokens, so that few lengths are compiled.
 
     Args:
-        model: A decoder or an encoder-decoder, such as `peftjax.load_model` returns.
+        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
         prompts: Token ids, at least one per prompt.
         max_new_tokens: The largest number of new tokens per prompt.
         stop: Token ids that end a text, such as `tokenizer.eos_ids`.
@@ -92,7 +100,8 @@ def generate(
         >>> [len(answer) for answer in answers]
         [4, 4]
     """
-    if not hasattr(model, "make_cache"):
+    generators = Decoder | EncoderDecoder | Rows
+    if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
         raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")
     if not prompts or not all(prompts):
         raise UserError(
@@ -100,9 +109,9 @@ def generate(
         )
     longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
     if longest + max_new_tokens > limit:
-        virtual = f" less the {model.virtual} of its virtual tokens" if model.virtual else ""
+        virtual = f" less its {model.virtual} virtual tokens" if model.virtual else ""
         raise UserError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's "
             f"{model.config.max_positions} positions{virtual}; shorten the prompt or lower max_new_tokens"
         )
     width = min(-(-longest // 32) * 32, limit - max_new_tokens)
@@ -124,7 +133,7 @@ def generate(
 @partial(jax.jit, static_argnames=("graph", "sampling", "max_new"))
 def _decode(
     graph: nnx.GraphDef,
-    state: Any,
+    state: nnx.State,
     tokens: jax.Array,
     mask: jax.Array,
     key: jax.Array,
@@ -141,10 +150,12 @@ def _decode(
     Returns:
         New tokens [B, max_new], and how many of them precede a stop token, [B].
     """
-    model = nnx.merge(graph, state)
+    model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
     batch = len(tokens)
-    begin = _begin_target if hasattr(model, "decode") else _read_prompts
-    hidden, cache, read = begin(model, tokens, mask, max_new)
+    if isinstance(model, EncoderDecoder):
+        hidden, cache, read = _begin_target(model, tokens, mask, max_new)
+    else:
+        hidden, cache, read = _read_prompts(model, tokens, mask, max_new)
 
     def unfinished(carry: tuple) -> jax.Array:
         index, _, _, done, _, _ = carry
@@ -166,12 +177,7 @@ def _decode(
     return out, lengths
 
 
-# (hidden states [B, 1 or W, D], the last of which predicts the first new token; the cache; and a function that feeds new
-# token number i, [B, 1], to the model and the cache)
-Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
-
-
-def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
+def _read_prompts(model: Decoder | Rows, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
     """Feed the prompts to a decoder."""
     batch, width = tokens.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -183,7 +189,7 @@ def _read_prompts(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) 
     return hidden, cache, read
 
 
-def _begin_target(model: Any, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
+def _begin_target(model: EncoderDecoder, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
     """Encode the prompts and begin each target with the start token of an encoder-decoder."""
     order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes right, so that a soft prompt is next to its text
     tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))

@@ -12,7 +12,7 @@ from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
-from peftjax.io.hf_adapter import load_adapter
+from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel

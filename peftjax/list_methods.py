@@ -24,7 +24,7 @@ from peftjax import adapters, methods
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.units import format_bytes
-from peftjax.io.hf_adapter import adapter_tensors
+from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.models import from_hf_config
 

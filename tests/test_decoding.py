@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from peftjax import adapters, methods
+from peftjax.core.errors import UserError
 from peftjax.decoding import Sampling, generate
 from tests import tiny
 
@@ -85,12 +86,17 @@ def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampl
     ("arguments", "message"),
     [
         ({"prompts": [[]], "max_new_tokens": 2}, "every prompt needs at least one token"),
-        ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new ones exceed the model's 64 positions"),
+        ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new tokens exceed the model's 64 positions"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(tiny.model(), **arguments)
+
+
+def test_a_model_without_a_cache_generates_no_text() -> None:
+    with pytest.raises(UserError, match="a Linear generates no text; use a decoder or an encoder-decoder"):
+        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -8,7 +8,7 @@ from flax import nnx
 
 import tests.tiny as tiny
 from peftjax import adapters, list_methods, methods
-from peftjax.io.hf_adapter import save_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.models import from_hf_config
 
 

@@ -186,7 +186,7 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; choose a directory that can be created"):
         train.train(configs.validate(made), tmp_path / "file" / "run")
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
-    with pytest.raises(ValueError, match=r"names no file\. Did you mean 'eval\.jsonl'"):
+    with pytest.raises(ValueError, match=r"no such file\. Did you mean 'eval\.jsonl'"):
         train.train(configs.validate(made), tmp_path / "run")
     made.data.prompt_template = "{promt}"
     with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):

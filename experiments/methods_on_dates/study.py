@@ -23,7 +23,7 @@ from experiments.methods_on_dates.config import get_config
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.data.batches import Batching, eval_batches, train_batches
-from peftjax.io.hf_adapter import adapter_tensors
+from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.tasks import make_task

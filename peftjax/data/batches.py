@@ -88,7 +88,11 @@ class Batches(Iterator[HostBatch]):
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
 
     def __next__(self) -> HostBatch:
-        batch, counts = next(self._iterator)
+        try:
+            batch, counts = next(self._iterator)
+        except UserError as error:
+            error.__notes__ = []  # grain adds one about the frames that it removed from the traceback
+            raise
         self._add(counts)
         return batch
 

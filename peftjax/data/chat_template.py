@@ -1,17 +1,26 @@
-"""Chat templates: where a model directory keeps its own, and the environment that renders it."""
+"""Find and compile the chat template of a model directory."""
 
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.core.errors import UserError
 from peftjax.io.hf_files import read_json_if_any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
 
 def chat_template_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
-    """The chat template: of chat_template.jinja, else tokenizer_config.json, else chat_template.json."""
+    """Read the chat template from chat_template.jinja, or else tokenizer_config.json, or else chat_template.json.
+
+    Args:
+        directory: The model directory.
+        config: Its tokenizer_config.json.
+
+    Raises:
+        UserError: There is no chat template, or there are several and none is called "default".
+    """
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
@@ -20,18 +29,21 @@ def chat_template_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         if "default" not in template:
-            raise ValueError(f'{directory} has chat templates named {", ".join(template)}, but none named "default"')
+            raise UserError(
+                f'{directory} has the chat templates {", ".join(template)}, but none named "default"; rename one, or write it '
+                "to chat_template.jinja"
+            )
         template = template["default"]
     if not template:
-        raise ValueError(
-            f"the tokenizer in {directory} has no chat template, so messages cannot be written as text: add a "
-            'chat_template.jinja to it, or use config.data.format = "completion" with templates of your own'
+        raise UserError(
+            f"the tokenizer in {directory} has no chat template, so messages cannot be converted to text; add a "
+            'chat_template.jinja, or use config.data.format = "completion" with your own templates'
         )
     return template
 
 
 def compile_template(text: str) -> Any:
-    """A compiled chat template in the environment that transformers renders it in: sandboxed, blocks trimmed."""
+    """Compile a chat template in an environment like that of transformers: sandboxed, with trimmed blocks."""
     import datetime
 
     import jinja2
@@ -39,9 +51,9 @@ def compile_template(text: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks what the assistant says, and prints its body."""
+        """{% generation %}...{% endgeneration %} marks the assistant's text; it renders its body."""
 
-        tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
+        tags = {"generation"}  # noqa: RUF012  (as jinja declares it)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -52,7 +64,7 @@ def compile_template(text: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's filter escapes HTML
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

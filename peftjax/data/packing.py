@@ -1,24 +1,24 @@
-"""From documents to rows of one length: several documents packed into a row, or one document and padding.
+"""Rows of a fixed length from documents: several documents packed into a row, or one document and padding.
 
-A document is a dict of arrays, most of them [n]; a row has the same, [T], with padding after the document, and what is
-said of padding stands in the row without a document. Packed rows of a causal language model have two more:
+A document is a dict of arrays, most of them [n]. A row has the same arrays as [T], with the values of an empty row as
+padding. Packed rows of a causal language model have two more:
 
-    positions      int32    0, 1, ... from each document's beginning
-    segments       int32    1, 2, ... the number of the document in its row; 0 where none is
+    positions      int32    position in the document, from 0
+    segments       int32    number of the document in the row, from 1; 0 for padding
 
-"notes" is what the caller knows of a document, and of a row a list with one object a document.
+"notes" is metadata of a document; in a row it is a list with one entry per document.
 """
 
 import grain
 
 from peftjax.data.documents import Row
 
-# Rows that are filled at a time. More of them waste less, and make a restored stream tokenize more of them again.
+# Rows that are filled at the same time. More rows waste less space, but a restored stream tokenizes more again.
 OPEN_ROWS = 32
 
 
 def pad(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
-    """A row for every document: `empty`, the row without one, with the document's arrays at its beginning."""
+    """Return one row per document: its arrays, padded with those of `empty`, a row without a document."""
 
     def to_row(document: Row) -> Row:
         row: Row = {name: array.copy() for name, array in empty.items()}
@@ -33,8 +33,10 @@ def pad(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
 
 
 def pack(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
-    """Rows of whole documents (tokens, targets, loss_weights), each put into the first of `OPEN_ROWS` rows that has room
-    for it."""
+    """Return rows of whole documents with tokens, targets and loss_weights.
+
+    Each document goes into the first of `OPEN_ROWS` open rows that has room for it (first fit).
+    """
     padding = {name: empty[name][0].item() for name in ("tokens", "targets", "loss_weights")}
     packed = grain.experimental.FirstFitPackIterDataset(
         documents,

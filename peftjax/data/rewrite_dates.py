@@ -1,4 +1,4 @@
-"""A TFDS dataset that makes its own examples: dates as people write them, to be rewritten as ISO 8601.
+"""A synthetic TFDS dataset: dates as people write them, to be rewritten as ISO 8601.
 
     prompt                         completion
     March 7, 2024                  2024-03-07
@@ -6,10 +6,10 @@
     Thu 7 Mar 2024                 2024-03-07
     the 7th of March 2024          2024-03-07
     7-Mar-2024                     2024-03-07
-    7.3.2024                       2024-03-07    day first between dots
+    7.3.2024                       2024-03-07    (with dots, the day comes first)
 
-Every day from 1900 to 2099 is in one split only, so no held-out answer was ever seen in training. Which day and which
-form an example has follows from the SHA-256 of its split and number: the same on every machine and Python.
+Each day from 1900 to 2099 occurs in one split only, so training never sees a held-out answer. The day and the form of an
+example are determined by the SHA-256 of its split and number, so they are the same on every machine.
 """
 
 import datetime
@@ -22,7 +22,7 @@ EXAMPLES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 HELD_OUT_PERCENT = {"validation": 5, "test": 5}
 FIRST_DAY, LAST_DAY = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 
-# Written out: strftime and the calendar module follow the locale.
+# Written out, because strftime and the calendar module depend on the locale.
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -39,7 +39,7 @@ def month(day: datetime.date) -> str:
 
 
 def ordinal(day: datetime.date) -> str:
-    """The day of the month as 1st, 2nd, 3rd, 4th, ..., 11th, 12th, 13th, ..., 21st, ..."""
+    """Return the day of the month as 1st, 2nd, 3rd, 4th, ..., 11th, 12th, 13th, ..., 21st, ..."""
     number = day.day
     suffix = "th" if number in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{suffix}"
@@ -62,7 +62,7 @@ class RewriteDates(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     """Dates as people write them (`prompt`) and as ISO 8601 (`completion`); splits train, validation, test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # There is nothing to download, so no checksum file beside the code. Looking for one, TFDS 4.9.10 imports
+    # Nothing is downloaded, so there is no checksum file next to the code. To look for one, TFDS 4.9.10 would import
     # importlib_resources, which it does not install.
     code_path = None
 
@@ -86,7 +86,7 @@ class RewriteDates(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
 
 
 def days_by_split() -> dict[str, list[datetime.date]]:
-    """Return the days of each split in order; every day is in exactly one."""
+    """Return the days of each split, in order."""
     days: dict[str, list[datetime.date]] = {split: [] for split in EXAMPLES}
     for number in range(FIRST_DAY.toordinal(), LAST_DAY.toordinal() + 1):
         day = datetime.date.fromordinal(number)
@@ -95,7 +95,7 @@ def days_by_split() -> dict[str, list[datetime.date]]:
 
 
 def split_of(day: datetime.date) -> str:
-    """The one split in which a day may occur."""
+    """Return the split that a day belongs to."""
     percentile = draw(day.isoformat()) % 100
     for split, percent in HELD_OUT_PERCENT.items():
         if percentile < percent:
@@ -105,5 +105,5 @@ def split_of(day: datetime.date) -> str:
 
 
 def draw(text: str) -> int:
-    """A number below 2^64 that looks random and depends on `text` alone."""
+    """Return a pseudorandom number below 2^64 that depends only on `text`."""
     return int.from_bytes(hashlib.sha256(f"rewrite_dates 1 {text}".encode()).digest()[:8], "big")

@@ -8,38 +8,55 @@ from typing import Any
 
 import tokenizers
 
+from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.data.chat_template import Message, chat_template_text, compile_template
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.hf_files import SIDE_FILES, read_json_if_any, resolve
+
+Text = str | Sequence[str]  # a text, or its words
 
 
-def load_tokenizer(directory: str | pathlib.Path) -> "Tokenizer":
-    """The tokenizer of a Hugging Face model directory.
+def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "Tokenizer":
+    """Load the tokenizer of a Hugging Face model.
+
+    Args:
+        path: A directory with a tokenizer.json, a hub id, or "embedded", the bundled model.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: There is no such directory or hub model, it has no tokenizer.json, or a file cannot be read.
 
     Example:
         >>> import peftjax
-        >>> from peftjax.io.hf_files import resolve
-        >>> tokenizer = peftjax.load_tokenizer(resolve("embedded"))  # a directory
+        >>> tokenizer = peftjax.load_tokenizer("embedded")
         >>> tokenizer.decode(tokenizer.encode("Hello"))
         'Hello'
     """
+    directory = pathlib.Path(path).expanduser()
+    if str(path) == "embedded" or revision is not None or not directory.is_dir():
+        directory = resolve(path, revision, ("config.json", *SIDE_FILES))
     return Tokenizer(directory)
 
 
 class Tokenizer:
-    """Text to token ids and back, as the tokenizer of a Hugging Face model directory does it.
+    """Convert text to token ids and back, as transformers does with the same files.
 
-    Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and the
-    chat template. Padding and truncation stored in tokenizer.json are switched off: lengths are the caller's matter.
-    A bos token is added where the post-processor in tokenizer.json adds one, as transformers does, and also where
-    add_bos_token in tokenizer_config.json asks for it; add_eos_token likewise.
+    The tokenizer is read from tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json,
+    config.json and the chat template. Padding and truncation in tokenizer.json are disabled. The bos token is added if the
+    post-processor in tokenizer.json adds it, as in transformers, or if tokenizer_config.json sets add_bos_token; the eos
+    token likewise.
+
+    Args:
+        directory: A directory with a tokenizer.json.
 
     Attributes:
-      bos_id, eos_id: ids of the tokens that begin and end a text; None where the model has none.
-      eos_ids: every id that ends a generation: eos_id and those of generation_config.json.
+        directory: The directory.
+        bos_id: Id of the token that begins a text; None if there is none.
+        eos_id: Id of the token that ends a text; None if there is none.
+        eos_ids: All ids that end a generated text: `eos_id`, and those in generation_config.json.
 
     Raises:
-      ValueError: the directory has no tokenizer.json, or one of the files cannot be read.
+        UserError: The directory has no tokenizer.json, or a file cannot be read.
     """
 
     def __init__(self, directory: str | pathlib.Path):
@@ -66,86 +83,102 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included; a model's embedding may have more rows."""
+        """The number of tokens, including added ones; a model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size()
 
     @property
     def pad_id(self) -> int:
-        """The id that fills what is left of a row: the pad token, else the eos token."""
+        """The id that pads a row: that of the pad token, or else of the eos token."""
         pad = self.eos_id if self._pad_id is None else self._pad_id
         if pad is None:
-            raise ValueError(
-                f"the tokenizer in {self.directory} has neither a pad nor an eos token to fill rows with: name a "
+            raise UserError(
+                f"the tokenizer in {self.directory} has neither a pad nor an eos token, so rows cannot be padded; set "
                 "pad_token in its tokenizer_config.json"
             )
         return pad
 
     def encode(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
-        """The token ids of a text.
+        """Convert a text to token ids.
 
-        None leaves the beginning (end) to the tokenizer: the ids then equal those of transformers. `bos=True` makes
-        them begin with what the tokenizer puts before a text, once, also where the text has it written in it; that is
-        the bos token for a Llama and nothing for a GPT-2 or a Qwen. `eos=True` makes them end with the eos token, once,
-        which few tokenizers do by themselves. False adds nothing.
+        With the defaults, the ids equal those of transformers.
+
+        Args:
+            text: The text.
+            bos: True: begin with the tokenizer's prefix (see `begin`); False: add nothing before the text; None: add the
+                prefix even if the text begins with it.
+            eos: True: end with the eos token (see `end`); False: add nothing after the text; None: add what the
+                tokenizer adds by default, for most tokenizers nothing.
         """
         ids = self._encoding(text).ids
         ids = self.end(ids) if eos else [*ids, *(self._suffix if eos is None else [])]
         return self.begin(ids) if bos else [*(self._prefix if bos is None else []), *ids]
 
     def begin(self, ids: list[int]) -> list[int]:
-        """The ids, after what the tokenizer puts before a text unless it is there."""
+        """Prepend the tokenizer's prefix, unless the ids begin with it.
+
+        The prefix is what the tokenizer adds before a text: for Llama the bos token, for GPT-2 and Qwen nothing.
+        """
         return ids if ids[: len(self._prefix)] == self._prefix else [*self._prefix, *ids]
 
     def end(self, ids: list[int]) -> list[int]:
-        """The ids and the eos token (for a BERT, its [SEP]), unless it is there.
+        """Append the eos token (for BERT, [SEP]), unless the ids end with it.
 
         Raises:
-          ValueError: the tokenizer has no token for an end.
+            UserError: The tokenizer has no such token.
         """
         back = self._suffix or [i for i in [self.eos_id] if i is not None]
         if not back:
-            raise ValueError(
-                f"the tokenizer in {self.directory} has no eos token, which ends an example: name an existing token as "
-                "eos_token in its tokenizer_config.json"
+            raise UserError(
+                f"the tokenizer in {self.directory} has no eos token, so examples cannot be ended; set eos_token in its "
+                "tokenizer_config.json to an existing token"
             )
         return ids if ids[-len(back) :] == back else [*ids, *back]
 
     def token_id(self, token: str) -> int:
-        """The id of a token as it stands in the vocabulary, such as "<|im_end|>".
+        """Return the id of a token as it is written in the vocabulary, such as "<|im_end|>".
 
         Raises:
-          ValueError: there is no such token.
+            UserError: There is no such token.
         """
         if (found := self._id(token)) is None:
             near = suggest(token, self.special_texts)
-            raise ValueError(f"the tokenizer in {self.directory} has no token {token!r}.{near}")
+            raise UserError(f"the tokenizer in {self.directory} has no token {token!r}.{near}")
         return found
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, nothing added, and for each the characters [start, end) of the text it stands for."""
+        """Convert a text to token ids without additions.
+
+        Returns:
+            The ids, and for each of them the range (start, end) of the characters of the text that it stands for.
+        """
         encoding = self._encoding(text)
         return encoding.ids, encoding.offsets
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The ids of a text that goes on from another one: without the space that some tokenizers put before a text."""
+        """Convert a text that continues another one, without the space that some tokenizers add before a text."""
         before = self._encoding("\n").ids
         ids = self._encoding("\n" + text).ids
         return ids[len(before) :] if ids[: len(before)] == before else self._encoding(text).ids
 
     def cut(self, max_length: int, words: bool = False) -> Callable[..., tuple[tokenizers.Encoding, int]]:
-        """A function that encodes a text, or a pair of them, as transformers does, special tokens included: cut to
-        `max_length` tokens, of a pair the longer text first; also gives the length of the whole.
+        """Return a function that encodes a text or a pair of texts with special tokens, as transformers does.
 
-        words: a text is a list of words.
+        Args:
+            max_length: The maximum number of tokens. The function truncates longer inputs, the longer text of a pair
+                first.
+            words: Whether a text is a list of words.
+
+        Returns:
+            A function from a text, and optionally a second one, to the encoding and the number of tokens before truncation.
         """
         data = json.loads(self._tokenizer.to_str())
         before = data.get("pre_tokenizer") or {}
         if words and before.get("type") == "ByteLevel":
-            before["add_prefix_space"] = True  # a word of a list is one in the middle of a text
+            before["add_prefix_space"] = True  # a word in a list is not at the beginning of a text
         whole, cutting = (tokenizers.Tokenizer.from_str(json.dumps(data)) for _ in range(2))
         cutting.enable_truncation(max_length)
 
-        def encode(text: Any, pair: Any = None) -> tuple[tokenizers.Encoding, int]:
+        def encode(text: Text, pair: Text | None = None) -> tuple[tokenizers.Encoding, int]:
             encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
             return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length
@@ -153,16 +186,20 @@ class Tokenizer:
         return encode
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """Convert token ids to text, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, by the model's own chat template; the template writes the special tokens too.
+        """Render a conversation with the model's chat template, which also writes the special tokens.
 
-        A template that prints today's date (`strftime_now`) does so here as well.
+        A template may write the current date (`strftime_now`).
+
+        Args:
+            messages: The conversation, each message {"role": ..., "content": ...}.
+            add_generation_prompt: Whether to end with the beginning of an assistant turn.
 
         Raises:
-          ValueError: the model has no chat template, or its template refuses the conversation.
+            UserError: The model has no chat template, or the template rejects the conversation.
         """
         import jinja2
 
@@ -175,11 +212,11 @@ class Tokenizer:
                 **{name: token["content"] for name, token in self._special_tokens.items()},
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template of {self.directory} refuses the conversation: {error}") from error
+            raise UserError(f"the chat template of {self.directory} rejects the conversation: {error}") from error
 
     @functools.cached_property
     def special_texts(self) -> tuple[str, ...]:
-        """The special tokens as they stand in a text."""
+        """The special tokens, as they are written in a text."""
         return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
     @functools.cached_property
@@ -193,7 +230,7 @@ class Tokenizer:
         return self._tokenizer.token_to_id(token)
 
     def _named_id(self, name: str, *configs: dict[str, Any]) -> int | None:
-        """The id of the bos, eos or pad token: by the tokenizer's own files, else by the model's."""
+        """The id of the bos, eos or pad token, from the tokenizer's files or else from the configs."""
         if token := self._special_tokens.get(f"{name}_token"):
             return self._id(token["content"])
         ids = [i for config in configs for i in _ids(config.get(f"{name}_token_id")) if 0 <= i < self.vocab_size]
@@ -201,7 +238,7 @@ class Tokenizer:
 
 
 def _ids(value: Any) -> list[int]:
-    """A config's token id entry as a list: it may be missing, a number or a list."""
+    """A config's token ids as a list; the value may be None, a number or a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -209,8 +246,8 @@ def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict
     path = directory / "tokenizer.json"
     if not path.is_file():
         only = ", only a SentencePiece tokenizer.model" if (directory / "tokenizer.model").is_file() else ""
-        raise ValueError(
-            f"{directory} has no tokenizer.json{only}. transformers writes one: "
+        raise UserError(
+            f"{directory} has no tokenizer.json{only}. Write one with transformers: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -219,18 +256,18 @@ def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_llama(read_json_if_any(path), config)))
         else:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers package raises a bare Exception
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise UserError(f"{path} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _as_llama(data: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """A SentencePiece Llama's tokenizer.json, rewritten to what transformers 5 makes of it.
+    """Change the tokenizer.json of a Llama with a SentencePiece vocabulary as LlamaTokenizer of transformers 5 does.
 
-    Its LlamaTokenizer takes the vocabulary, the merges and the post-processor from the file and builds the rest itself:
-    no second space before a text that begins with one, and unknown characters dropped where there are no byte tokens.
+    LlamaTokenizer takes only the vocabulary, the merges and the post-processor from the file. The rest of it adds no second
+    space before a text that begins with one, and drops unknown characters if there are no byte tokens.
     """
     byte_level = "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])  # Llama 3 and later
     if byte_level or data["model"].get("type") != "BPE":
@@ -254,7 +291,7 @@ def _as_llama(data: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Named special tokens, {"bos_token": {"content": "<s>", ...}}; tokenizer_config.json goes before the older map."""
+    """The special tokens by name, {"bos_token": {"content": "<s>", ...}}; tokenizer_config.json has precedence."""
     found = {}
     for name, token in {**special_map, **config}.items():
         if name.endswith("_token") and isinstance(token, str | dict):
@@ -263,7 +300,7 @@ def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict
 
 
 def _mark_special(tokenizer: tokenizers.Tokenizer, tokens: Iterable[dict[str, Any]]) -> None:
-    """Makes the named tokens special (one piece in a text, skipped by decode), which some tokenizer.json forget."""
+    """Mark tokens as special: never split in a text, and skipped by `decode`. Some tokenizer.json files omit this."""
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for token in tokens:
         added = known.get(token["content"])
@@ -275,7 +312,7 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, tokens: Iterable[dict[str, An
 
 
 def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer's post-processor puts before and after every text."""
+    """The ids that the tokenizer's post-processor adds before and after every text."""
     for probe in ("a", "0", ".", *tokenizer.get_vocab()):
         bare = tokenizer.encode(probe, add_special_tokens=False).ids
         if bare:

@@ -1,14 +1,14 @@
-"""Kernels in NF4 as bitsandbytes keeps them in safetensors files.
+"""Kernels in NF4 as bitsandbytes stores them in safetensors files.
 
-A kernel [out, in] of n weights is stored, in the order of its rows, as
+A kernel [out, in] with n weights, in row-major order, is stored as
 
-    weight                   the codes, two to a byte, the first of them in its high half: uint8 [ceil(n/2), 1], or the
-                             same bytes called floats (bnb_4bit_quant_storage)
-    weight.absmax            uint8 [ceil(n/64)]; without double quantization float32, the absmax itself
-    weight.quant_map         float32 [16], the codebook
-    weight.nested_absmax     float32 [ceil(n/64/256)], the scales; only with double quantization, as is
-    weight.nested_quant_map  float32 [256], the dynamic map
-    weight.quant_state.bitsandbytes__nf4    the bytes of a JSON object: shape, dtype, the sizes of blocks, the offset
+    weight                   the codes, two per byte, the first in the high half: uint8 [ceil(n/2), 1], or the same bytes
+                             as floats (bnb_4bit_quant_storage)
+    weight.absmax            uint8 [ceil(n/64)]; without double quantization the absmax itself, float32
+    weight.quant_map         the codebook, float32 [16]
+    weight.nested_absmax     the scales of the absmax, float32 [ceil(n/64/256)]; only with double quantization
+    weight.nested_quant_map  the dynamic map, float32 [256]; only with double quantization
+    weight.quant_state.bitsandbytes__nf4    the bytes of a JSON object: shape, dtype, block sizes, offset of the absmax
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from peftjax.core.errors import UserError
 from peftjax.io import hf_files
 from peftjax.io.hf_files import StoredTensor
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
@@ -31,21 +33,25 @@ _STATE = ".quant_state.bitsandbytes__"
 _MAPS = {"quant_map": CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
 _PARTS = ("weight", "absmax", "nested_absmax", *_MAPS)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_ZERO = int(np.argmin(np.abs(CODEBOOK))) - 8  # the code of 0, with which the last block is filled up
-# What every kernel brings into its file beside the codes and the absmax.
+_ZERO = int(np.argmin(np.abs(CODEBOOK))) - 8  # the code of 0, which pads the last block
+# Bytes of a stored kernel besides the codes and the absmax.
 OVERHEAD = 4 * (CODEBOOK.size + DYNAMIC_MAP.size) + 256
 
-StoredTensors = dict[str, Any]  # of names to a StoredTensor or a Packed
+StoredTensors = dict[str, "StoredTensor | Packed"]
 
 
 # --- Reading ---
 
 
-def check_config(quantization: Mapping[str, Any], directory: Any) -> None:
-    """Whether a config.json's quantization_config is that of bitsandbytes in NF4.
+def check_config(quantization: Mapping[str, Any], directory: Path | str) -> None:
+    """Check that a quantization_config of config.json describes NF4 of bitsandbytes.
+
+    Args:
+        quantization: The quantization_config.
+        directory: The model directory, for messages.
 
     Raises:
-        ValueError: it is another.
+        UserError: It describes another format.
     """
     method = quantization.get("quant_method")
     if method == "bitsandbytes" and quantization.get("load_in_4bit"):
@@ -53,17 +59,24 @@ def check_config(quantization: Mapping[str, Any], directory: Any) -> None:
     elif method == "bitsandbytes":
         method = f"{method}, load_in_8bit"
     if method != "bitsandbytes, nf4":
-        raise ValueError(
-            f"{directory} is quantized ({method}); of quantized weights only bitsandbytes' nf4 is read: give the model it "
-            'was made from, with quantize="nf4" or "int8" if it is to be small'
+        raise UserError(
+            f"{directory} is quantized ({method}); the only supported format is nf4 of bitsandbytes. Give the model that it "
+            'was quantized from, with quantize="nf4" or "int8" to quantize it again'
         )
 
 
 def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTensors:
-    """The stored tensors, those of each kernel in NF4 put together to a `Packed` under the name of its weight.
+    """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight.
+
+    Args:
+        stored: The tensors of a checkpoint, by name.
+        quantize: The required format of the kernels; None: any.
+
+    Returns:
+        The combined kernels and all other tensors, by name.
 
     Raises:
-        ValueError: a kernel is stored in another format than NF4 in bitsandbytes' own sizes, or than `quantize`.
+        UserError: A kernel is in another format than NF4 with bitsandbytes' default block sizes, or than `quantize`.
     """
     result: StoredTensors = dict(stored)
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
@@ -79,14 +92,15 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
         for part, expected in _MAPS.items():
             if (key := f"{weight}.{part}") in small:
                 _check_map(key, small[key], expected)
-        parts = {part: result.pop(key) for part in _PARTS if (key := _name(weight, part)) in result}
-        del result[name]
+        parts = {part: stored[key] for part in _PARTS if (key := _name(weight, part)) in stored}
+        for key in (name, *(_name(weight, part) for part in parts)):
+            del result[key]
         offset = float(state["nested_offset"]) if "nested_blocksize" in state else None
         packed = Packed(weight, tuple(state["shape"]), state["dtype"], offset, parts)
         if quantize not in (None, packed.unpack.format):
-            raise ValueError(
-                f"{weight} is stored in {packed.unpack.format}, and quantize={quantize!r} asks for another format: leave "
-                "quantize out, or give the model that was quantized"
+            raise UserError(
+                f"{weight} is stored in {packed.unpack.format}, but quantize={quantize!r} asks for another format; leave out "
+                "quantize, or give the model that this one was quantized from"
             )
         result[weight] = packed
     return result
@@ -94,7 +108,13 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
 
 @dataclasses.dataclass(frozen=True)
 class Unpack:
-    """What makes an `Nf4` of the arrays of one stored kernel, as `Packed.read` gives them. features: (in, out)."""
+    """A function from the arrays of one stored kernel, as `Packed.read` returns them, to an `Nf4`.
+
+    Attributes:
+        features: (in, out).
+        dtype: The dtype that the kernel decodes to.
+        nested: Whether the absmax is quantized too (double quantization).
+    """
 
     features: tuple[int, int]
     dtype: str
@@ -102,15 +122,17 @@ class Unpack:
 
     @property
     def format(self) -> str:
+        """The key of `quant.FORMATS`."""
         return "nf4" if self.nested else "nf4_single"
 
     @property
     def even(self) -> bool:
+        """Whether every row consists of whole blocks."""
         return self.features[0] % BLOCK == 0
 
     @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What it is called with: codes and absmax in the order of the file, cut into rows where blocks lie in rows."""
+        """The arrays that it is called with, in the order of the file; if `even`, codes and absmax are split into rows."""
         inputs, outputs = self.features
         count = -(-inputs * outputs // BLOCK)
         blocks = (outputs, inputs // BLOCK) if self.even else (count,)
@@ -134,8 +156,15 @@ class Unpack:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A stored kernel [out, in] that is not read yet. decoded: the dtype that it decodes to; offset: None without double
-    quantization; parts: its tensors by the endings of their names."""
+    """A stored kernel that has not been read.
+
+    Attributes:
+        name: The name of its weight.
+        shape: (out, in).
+        decoded: The dtype that it decodes to.
+        offset: The offset of the absmax; None without double quantization.
+        parts: Its tensors, by the suffix of their names ("weight" for the codes).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -145,15 +174,17 @@ class Packed:
 
     @property
     def dtype(self) -> str:
+        """The dtype that it decodes to, as safetensors calls it."""
         return _DTYPES[self.decoded]
 
     @property
     def unpack(self) -> Unpack:
+        """The function that makes an `Nf4` of what `read` returns."""
         outputs, inputs = self.shape
         return Unpack((inputs, outputs), self.decoded, self.offset is not None)
 
     def faults(self) -> tuple[list[str], list[str], list[str]]:
-        """The parts that are missing, those that should not be there, and what is wrong about the others."""
+        """Return the names of missing parts, the names of unexpected parts, and messages about wrong ones."""
         inputs = {part: array for part, array in self.unpack.inputs.items() if part != "offset"}
         maps = tuple(_MAPS) if self.offset is not None else ("quant_map",)
         wanted = (*inputs, *maps)
@@ -167,21 +198,25 @@ class Packed:
             kind = {"uint8": "U8", "float32": "F32"}[array.dtype.name]
             if tensor.nbytes != bytes_ or (part != "weight" and tensor.dtype != kind):
                 wrong.append(
-                    f"{tensor.name} is stored as {tensor.dtype} {list(tensor.shape)}; of a kernel {list(self.shape)} it has "
+                    f"{tensor.name} is stored as {tensor.dtype} {list(tensor.shape)}; a kernel {list(self.shape)} needs "
                     f"{bytes_} bytes" + (f" of {kind}" if part != "weight" else "")
                 )
         return missing, unexpected, wrong
 
     def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        """The arrays for `unpack`, each process reading what its devices hold; placed: the shardings of the parameter."""
-        unpack, mesh = self.unpack, placed.absmax.mesh  # type: ignore[attr-defined]
-        specs: dict[str, tuple] = {"weight": (), "absmax": ()}
+        """Read the arrays for `unpack`. Each process reads only what its devices hold.
+
+        Args:
+            placed: An `Nf4` with the parameter's shardings in place of arrays.
+        """
+        unpack, sharding = self.unpack, cast(NamedSharding, placed.absmax)
+        specs: dict[str, tuple] = {}
         if unpack.even:
-            blocks, outputs = placed.absmax.spec[-2:]  # type: ignore[attr-defined]
+            blocks, outputs = sharding.spec[-2:]
             specs = {"weight": (outputs, blocks), "absmax": (outputs, blocks)}
         arrays: dict[str, jax.Array] = {}
         for part, array in unpack.inputs.items():
-            where = NamedSharding(mesh, PartitionSpec(*specs.get(part, ())))
+            where = NamedSharding(sharding.mesh, PartitionSpec(*specs.get(part, ())))
             if part == "offset":
                 stored = np.asarray(self.offset, np.float32)
             else:
@@ -194,7 +229,7 @@ def _name(weight: str, part: str) -> str:
     return weight if part == "weight" else f"{weight}.{part}"
 
 
-def _slice(stored: np.ndarray, index: Any) -> np.ndarray:
+def _slice(stored: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
     return np.asarray(stored[index], order="C")
 
 
@@ -202,37 +237,37 @@ def _read_state(name: str, stored: np.ndarray) -> dict[str, Any]:
     try:
         state = json.loads(stored.tobytes())
     except ValueError as error:
-        raise ValueError(f"{name} holds no JSON: {error}") from error
+        raise UserError(f"{name} does not hold valid JSON: {error}") from error
     needed = ["blocksize", "dtype", "shape"]
     needed += ["nested_blocksize", "nested_offset"] if {"nested_blocksize", "nested_offset"} & {*state} else []
     if absent := [field for field in needed if field not in state]:
-        raise ValueError(f"{name} does not say {', '.join(absent)}")
+        raise UserError(f"{name} lacks the fields {', '.join(absent)}")
     return state
 
 
 def _check_state(weight: str, kind: str, state: Mapping[str, Any]) -> None:
     if kind != "nf4":
-        raise ValueError(f"{weight} is stored in {kind}; of 4-bit formats only nf4 is read")
+        raise UserError(f"{weight} is stored in {kind}; the only supported 4-bit format is nf4")
     for field, needed in (("blocksize", BLOCK), ("nested_blocksize", GROUP)):
         if state.get(field, needed) != needed:
-            raise ValueError(f"{weight} is stored with {field}={state[field]}; only {needed} is read")
+            raise UserError(f"{weight} is stored with {field}={state[field]}; only {needed} is supported")
     if state["dtype"] not in _DTYPES:
-        raise ValueError(f"{weight} is stored to be decoded to {state['dtype']}; only {', '.join(_DTYPES)} are known")
+        raise UserError(f"{weight} decodes to {state['dtype']}; only {', '.join(_DTYPES)} are supported")
     if len(state["shape"]) != 2:
-        raise ValueError(f"{weight} is stored in nf4 with the shape {state['shape']}; a kernel has two dimensions")
+        raise UserError(f"{weight} is stored in nf4 with the shape {state['shape']}; a kernel has two dimensions")
 
 
 def _check_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    # The last bit of the dynamic map depends on the machine that wrote the file: torch computes it.
+    # torch computes the dynamic map, and its last bit depends on the machine that wrote the file.
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-6, atol=0):
-        raise ValueError(f"{name} is not the table of values that bitsandbytes' nf4 has; such codes are not read")
+        raise UserError(f"{name} is not the table of values of bitsandbytes' nf4; other codes are not supported")
 
 
 # --- Writing ---
 
 
 def pack(kernel: Nf4) -> dict[str, jax.Array]:
-    """The arrays of one layer's kernel as they are stored; the inverse of `Unpack`."""
+    """Return the arrays of one layer's kernel as they are stored; the inverse of `Unpack`."""
     codes, absmax = (kernel.codes.astype(jnp.int8) + 8).astype(jnp.uint8), kernel.absmax
     if codes.ndim == 3:
         codes, absmax = codes.transpose(2, 0, 1), absmax.T
@@ -245,7 +280,13 @@ def pack(kernel: Nf4) -> dict[str, jax.Array]:
 
 
 def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[str, np.ndarray]:
-    """The tensors of a file by name: what `pack` made of a layer of `kernel`, and what tells how to read it."""
+    """Return the tensors of one layer's kernel, by name.
+
+    Args:
+        weight: The name of its weight.
+        arrays: What `pack` made of the layer.
+        kernel: The kernel, of one layer or stacked.
+    """
     inputs, outputs = kernel.features
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": np.dtype(kernel.dtype).name, "shape": [outputs, inputs]}
     stored = {_name(weight, part): array for part, array in arrays.items()}
@@ -259,8 +300,13 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
 
 
 def make_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
-    """The quantization_config of a config.json; dense: the linear modules that are not quantized; dtype: of the
-    computation."""
+    """Return the quantization_config of config.json.
+
+    Args:
+        nested: Whether the absmax is quantized too.
+        dense: Names of the linear modules that are not quantized.
+        dtype: Compute dtype.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax.core import variables
-from peftjax.io.hf_adapter import weights_bytes
+from peftjax.io.adapter_save import weights_bytes
 from peftjax.models.base import LanguageModel, Model
 from peftjax.plan import hlo_cost, jaxpr_cost
 from peftjax.plan.advice import advice

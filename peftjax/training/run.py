@@ -19,8 +19,8 @@ from peftjax.core import distributed, variables
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
+from peftjax.io.adapter_save import save_adapter
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.io.hf_adapter import save_adapter
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import Log

@@ -9,7 +9,7 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.data.batches import eval_batches
-from peftjax.io.hf_adapter import load_adapter
+from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import resolve
 from peftjax.methods import Full
 from peftjax.models.base import Model

@@ -16,7 +16,8 @@ from peftjax.adapters.adapter import over_layers
 from peftjax.adapters.registry import active
 from peftjax.adapters.sites import adapters_named
 from peftjax.core import variables
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
 from peftjax.methods.lora.combine import combine
 from peftjax.methods.lora.mix import SPARSE, WAYS

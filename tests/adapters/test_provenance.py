@@ -10,7 +10,8 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
 LORA = methods.Lora(rank=2, targets=("q_proj", "down_proj"))

@@ -2,6 +2,7 @@ import collections
 import itertools
 import json
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftjax.core.errors import UserError
 from peftjax.data import batches as module
 from peftjax.data.batches import Batches, Batching, EvalBatches, HostBatch
 from peftjax.data.records import Prompt
@@ -328,6 +330,19 @@ def test_a_long_record_can_be_an_error_that_names_it(uneven: str, tokenizer: Tok
         ):
             next(batches)
         batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_record_is_an_error_of_one_line(
+    workers: int, file: str, tokenizer: Tokenizer, make_config: Make
+) -> None:
+    with Path(file).open("a") as lines:
+        lines.write("{\n")
+    batches = train_batches(make_config(train=(file,), shuffle=False, workers=workers), tokenizer)
+    with pytest.raises(UserError, match=r"^a\.jsonl:11: not valid JSON: .*, at column \d+$") as error:
+        take(batches, 3)
+    assert len("".join(traceback.format_exception_only(error.value)).splitlines()) == 1
+    batches.close()
 
 
 def test_a_completion_beyond_the_length_leaves_nothing_to_learn(

@@ -52,7 +52,7 @@ def test_blank_lines_are_no_records_but_count_as_lines(tmp_path: Path) -> None:
     [
         (b'{"a": 1,}', "(property name enclosed|Illegal trailing comma)"),  # as Python 3.13 says it
         (b"[1, 2]", "expected a JSON object .* found list"),
-        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\xff"}', "not valid UTF-8"),
     ],
 )
 def test_a_broken_line_is_an_error_with_file_line_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
@@ -73,14 +73,14 @@ def test_a_file_without_a_record_is_an_error(name: str, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     else:
         path.write_bytes(gzip.compress(b"\n\n") if name.endswith("gz") else b"")
-    with pytest.raises(ValueError, match=rf"{name}' is empty: there is no record"):
+    with pytest.raises(ValueError, match=rf"{name}' is empty: it has no records"):
         open_source(str(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_a_damaged_file_is_an_error_with_its_name(name: str, lines: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(gzip.compress(lines)[:-12])
-    with pytest.raises(ValueError, match=rf"cannot read the source .*{name}'"):
+    with pytest.raises(ValueError, match=rf"source .*{name}' cannot be read"):
         open_source(str(tmp_path / name))
 
 
@@ -119,17 +119,17 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> None
 def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").touch()
-    with pytest.raises(ValueError, match=r"names no file. Did you mean 'train.jsonl'\?.*holds train.jsonl"):
+    with pytest.raises(ValueError, match=r"no such file. Did you mean 'train.jsonl'\?.*holds train.jsonl"):
         open_source(str(tmp_path / "data" / "trian.jsonl"))
-    with pytest.raises(ValueError, match=r"names no file. Did you mean 'data'\?"):
+    with pytest.raises(ValueError, match=r"no such file. Did you mean 'data'\?"):
         open_source(str(tmp_path / "dat" / "train.jsonl"))
-    with pytest.raises(ValueError, match=r"is a directory: name its files"):
+    with pytest.raises(ValueError, match=r"is a directory; give its files"):
         open_source(str(tmp_path / "data"))
 
 
 def test_an_unknown_ending_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.jsonl\.gz or \.parquet"):
+    with pytest.raises(ValueError, match=r"the name must end in \.jsonl, \.jsonl\.gz or \.parquet"):
         open_source(str(tmp_path / "a.csv"))
 
 
@@ -139,7 +139,7 @@ def test_a_weight_stands_after_an_at_sign() -> None:
     assert split_weight("me@home/a.jsonl") == ("me@home/a.jsonl", None)
     assert split_weight("tfds:mnist:3.0.1/train[:90%]@1e-1") == ("tfds:mnist:3.0.1/train[:90%]", 0.1)
     for weight in ("0", "-1"):
-        with pytest.raises(ValueError, match="a weight is a number above 0"):
+        with pytest.raises(ValueError, match="is not positive; use a finite number above 0"):
             split_weight(f"a.jsonl@{weight}")
 
 
@@ -197,11 +197,14 @@ def test_tfds_split_syntax_works(split: str, count: int, tfds_folder: str) -> No
         ("tfds:greetings/trian", r"no split 'trian'. Did you mean 'train'\? It has train, validation"),
         ("tfds:greetings/train[x]", r"no split 'train\[x\]'"),
         ("tfds:greetings/train[:0%]", r"is empty"),
-        ("tfds:greetings", r"must read tfds:NAME/SPLIT"),
+        ("tfds:greetings", r"must have the form tfds:NAME/SPLIT"),
         ("tfds:greeting/train", r"no dataset 'greeting'.*Did you mean 'greetings'"),
         ("tfds:rewrite_date/train", r"no dataset 'rewrite_date'.*Did you mean 'rewrite_dates'"),
-        ("tfds:greetings/large/train", r"BuilderConfig large not found"),
-        ("tfds:far_away/train", r"(?s)not prepared in .*ConnectionError: no route to host.*where there is no network"),
+        ("tfds:greetings/large/train", r"^[^\n]*BuilderConfig large not found[^\n]*$"),
+        (
+            "tfds:far_away/train",
+            r"^[^\n]*not prepared in .*ConnectionError: no route to host.*Without network access[^\n]*$",
+        ),
     ],
 )
 def test_a_tfds_mistake_is_an_error_that_names_what_is_near(spec: str, message: str, tfds_folder: str) -> None:

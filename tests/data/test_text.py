@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from peftjax.core.errors import UserError
 from peftjax.data.records import Example, encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.io.hf_files import EMBEDDED
 
 CHAT = [
     {"role": "user", "content": "hello"},
@@ -71,7 +73,7 @@ def test_a_missing_pad_token_becomes_the_end_token_and_never_0(make_directory: C
 
 def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_directory: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(make_directory(tokenizer_config={"bos_token": "<s>"}, config={"pad_token_id": -1}))
-    with pytest.raises(ValueError, match=r"neither a pad nor an eos token .*tokenizer_config\.json"):
+    with pytest.raises(ValueError, match=r"neither a pad nor an eos token, .*tokenizer_config\.json"):
         tokenizer.pad_id  # noqa: B018
     with pytest.raises(ValueError, match="no eos token"):
         tokenizer.encode("hello", eos=True)
@@ -117,11 +119,37 @@ def test_stored_padding_and_truncation_are_switched_off(make_directory: Callable
 
 
 def test_a_directory_without_tokenizer_json_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json\. transformers writes one"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json\. Write one with transformers"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"only a SentencePiece tokenizer\.model\. transformers writes one"):
+    with pytest.raises(ValueError, match=r"only a SentencePiece tokenizer\.model\. Write one with transformers"):
         load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_of_the_bundled_model_is_loaded_by_its_name() -> None:
+    assert load_tokenizer("embedded").directory == EMBEDDED
+
+
+def test_of_a_hub_model_the_weights_are_not_downloaded(
+    make_directory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(make_directory(config={}))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_tokenizer("owner/model", "v2").token_id("<s>") == 1
+    assert (asked["name"], asked["revision"]) == ("owner/model", "v2")
+    assert "tokenizer.json" in asked["allow_patterns"]
+    assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith("safetensors")]
+
+
+def test_a_directory_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"modle: no such directory\. Did you mean 'model'\?"):
+        load_tokenizer(str(tmp_path / "modle"))
 
 
 def test_an_unknown_token_is_an_error_that_names_near_ones(tokenizer: Tokenizer) -> None:
@@ -166,11 +194,11 @@ def test_templates_are_rendered_as_transformers_does(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
-        ("{{ messages.append(1) }}", "refuses the conversation: .*'append' .* unsafe"),
-        ("{{ messages.__class__.__mro__ }}", "refuses the conversation"),
-        ("{% if %}", "refuses the conversation"),
-        ([{"name": "rag", "template": "no"}], 'chat templates named rag, but none named "default"'),
+        ("{{ raise_exception('roles must alternate') }}", "rejects the conversation: roles must alternate"),
+        ("{{ messages.append(1) }}", "rejects the conversation: .*'append' .* unsafe"),
+        ("{{ messages.__class__.__mro__ }}", "rejects the conversation"),
+        ("{% if %}", "rejects the conversation"),
+        ([{"name": "rag", "template": "no"}], 'has the chat templates rag, but none named "default"'),
         (None, r"has no chat template.*chat_template\.jinja"),
     ],
 )

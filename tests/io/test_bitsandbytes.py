@@ -126,7 +126,7 @@ def test_int8_kernels_are_not_written(tmp_path: Path) -> None:
     [
         (
             {"load_in_4bit": False, "load_in_8bit": True},
-            r"is quantized \(bitsandbytes, load_in_8bit\); of quantized weights",
+            r"is quantized \(bitsandbytes, load_in_8bit\); the only supported format",
         ),
         ({"bnb_4bit_quant_type": "fp4"}, r"is quantized \(bitsandbytes, fp4\)"),
         ({"quant_method": "awq"}, r"is quantized \(awq\)"),
@@ -140,9 +140,9 @@ def test_other_formats_are_refused_by_name(config: Any, message: str, rewritten:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"blocksize": 128}, r"q_proj\.weight is stored with blocksize=128; only 64 is read"),
-        ({"nested_blocksize": 64}, r"q_proj\.weight is stored with nested_blocksize=64; only 256 is read"),
-        ({"dtype": "float64"}, r"q_proj\.weight is stored to be decoded to float64; only float32, bfloat16, float16"),
+        ({"blocksize": 128}, r"q_proj\.weight is stored with blocksize=128; only 64 is supported"),
+        ({"nested_blocksize": 64}, r"q_proj\.weight is stored with nested_blocksize=64; only 256 is supported"),
+        ({"dtype": "float64"}, r"q_proj\.weight decodes to float64; only float32, bfloat16, float16"),
         (
             {"dtype": "bfloat16"},
             r"layers\.1\.self_attn\.q_proj\.weight is nf4 of bfloat16: the layers of a stack must have one",
@@ -170,7 +170,7 @@ def test_parts_that_are_missing_or_of_a_wrong_size_are_in_the_one_error(rewritte
         load_model(rewritten(**{".absmax": None, ".nested_absmax": np.zeros(3, np.float32), ".scale": np.zeros(2)}))
     assert f"1 missing: {QUERY}.absmax\n" in str(error.value)
     assert f"1 unexpected: {QUERY}.scale" in str(error.value)
-    assert f"{QUERY}.nested_absmax is stored as F32 [3]; of a kernel [32, 32] it has 4 bytes of F32" in str(error.value)
+    assert f"{QUERY}.nested_absmax is stored as F32 [3]; a kernel [32, 32] needs 4 bytes of F32" in str(error.value)
 
 
 def test_a_stack_of_which_some_layers_are_quantized_is_an_error(rewritten: Callable[..., Path]) -> None:
@@ -184,10 +184,10 @@ def test_a_stack_of_which_some_layers_are_quantized_is_an_error(rewritten: Calla
 
 def test_what_is_asked_for_must_be_what_is_stored(rewritten: Callable[..., Path]) -> None:
     directory = rewritten()
-    with pytest.raises(ValueError, match=r"is stored in nf4, and quantize='int8' asks for another format"):
+    with pytest.raises(ValueError, match=r"is stored in nf4, but quantize='int8' asks for another format"):
         load_model(directory, quantize="int8")
     with pytest.raises(ValueError, match=r"skip=\('v_proj',\) \(model.skip_quantize\): .* is quantized already"):
         load_model(directory, quantize="nf4", skip=("v_proj",))
-    with pytest.raises(ValueError, match=r'for random weights say so by quantize="nf4"'):
+    with pytest.raises(ValueError, match=r'to make random weights pass quantize="nf4"'):
         make_random(directory)
     assert isinstance(make_random(directory, quantize="nf4").blocks.attention.query.kernel.get_value(), Nf4)

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 import tests.tiny as tiny
 from peftjax.adapters import attach, count_trainable
 from peftjax.core import variables
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import AdaLora
 
 pytestmark = pytest.mark.slow

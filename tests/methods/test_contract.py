@@ -22,8 +22,9 @@ import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.config import defaults
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.io.hf_adapter import load_adapter, save_adapter
 from peftjax.models import decoder
 from peftjax.totals import next_token_loss
 from peftjax.training import optim

@@ -11,7 +11,8 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax import adapters, sharding
 from peftjax.adapters.sites import adapters_named
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
 from peftjax.methods.lora.eva import Memory, redistribute, remember
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
-from peftjax.io.hf_adapter import save_adapter, weights_bytes
+from peftjax.io.adapter_save import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
 from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device

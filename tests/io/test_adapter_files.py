@@ -15,8 +15,9 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.adapters.registry import active
 from peftjax.core import variables
-from peftjax.io import hf_adapter
-from peftjax.io.hf_adapter import load_adapter, save_adapter
+from peftjax.io import adapter_save
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -184,7 +185,7 @@ def test_a_save_that_fails_leaves_no_directory(tmp_path: Path, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf_adapter, "save", fail)
+    monkeypatch.setattr(adapter_save, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(attached(rank=2), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
@@ -310,7 +311,7 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
     load_adapter(model, write(tmp_path / "a", random_tensors() | copies))
     for key, value in copies.items():
         other = random_tensors() | {key: value + value.dtype.type(1)}
-        with pytest.raises(ValueError, match=f"{key} differs from this model's own: .* trained on another base"):
+        with pytest.raises(ValueError, match=f"{key} differs from this model's parameter: .* trained on another base"):
             load_adapter(tiny.model(), write(tmp_path / "b", other))
 
 
@@ -340,7 +341,7 @@ def test_missing_and_unexpected_tensors_are_one_error_that_lists_both(tmp_path: 
     tensors = random_tensors()
     missing = f"{LAYER.format(1)}self_attn.v_proj.lora_B.weight"
     tensors["extra.weight"] = tensors.pop(missing)
-    message = f"does not fit its config and this model: missing {missing}; unexpected extra.weight"
+    message = f"does not match its config and this model: missing {missing}; unexpected extra.weight"
     assert_refused(write(tmp_path / "a", tensors), message)
 
 
@@ -349,7 +350,7 @@ def test_missing_and_unexpected_tensors_are_one_error_that_lists_both(tmp_path: 
 )
 def test_a_tensor_that_nothing_reads_is_named(key: str, tmp_path: Path) -> None:
     name = f"{LAYER.format(0)}self_attn.q_proj.{key}"
-    message = "differs from this model's own" if key == "base_layer.weight" else f"unexpected {name}"
+    message = "differs from this model's parameter" if key == "base_layer.weight" else f"unexpected {name}"
     assert_refused(write(tmp_path / "a", random_tensors() | {name: np.zeros(E, np.float32)}), message)
 
 
@@ -363,7 +364,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"embed": 64}, r"q_proj.lora_A.weight has shape \(8, 64\), this model needs \(8, 32\): .* another base"),
+        ({"embed": 64}, r"q_proj.lora_A.weight has shape \(8, 64\), this model needs \(8, 32\); .* another base"),
         ({"layers": 2}, r"missing base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
         ({"layers": 4}, r"unexpected base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
     ],
@@ -426,7 +427,7 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
         ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LORA needs it"),
         ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
         ({"r": 8.5}, r"rank must be a positive integer, got 8.5"),
-        ({"bias": "some"}, r"bias must be 'none', 'all' or 'lora_only', it is 'some'"),
+        ({"bias": "some"}, r"method.bias must be one of none, all, lora_only, got 'some'"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -438,11 +439,11 @@ def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tm
         load_adapter(tiny.model(), tmp_path / "nowhere")
     path = write(tmp_path / "a", random_tensors())
     (path / CONFIG).unlink()
-    with pytest.raises(ValueError, match=f"no adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):
+    with pytest.raises(ValueError, match=f"not an adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):
         load_adapter(tiny.model(), path)
     write(path, random_tensors())
     (path / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=f"no adapter directory: {WEIGHTS} is missing; it holds {CONFIG}"):
+    with pytest.raises(ValueError, match=f"not an adapter directory: {WEIGHTS} is missing; it holds {CONFIG}"):
         load_adapter(tiny.model(), path)
 
 
@@ -450,7 +451,7 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a", random_tensors())
     (path / WEIGHTS).unlink()
     (path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    with pytest.raises(ValueError, match=r"only adapter_model.bin, a pickle, .* convert it to safetensors"):
+    with pytest.raises(ValueError, match=r"only adapter_model.bin, a pickle\. .* convert it to safetensors"):
         load_adapter(tiny.model(), path)
     save_file(random_tensors(), path / WEIGHTS)
     load_adapter(tiny.model(), path)
@@ -460,7 +461,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a", random_tensors())
     whole = (path / WEIGHTS).read_bytes()
     (path / WEIGHTS).write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is no safetensors file, damaged or cut short"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is not a safetensors file, or it is damaged or truncated"):
         load_adapter(tiny.model(), path)
     (path / WEIGHTS).write_bytes(whole)
     (path / CONFIG).write_text("{")

@@ -1,0 +1,87 @@
+"""The record of the base in an adapter file: fingerprints of its weights, and the formats of its quantized kernels.
+
+Both are in the metadata of the safetensors file, as JSON objects by parameter path. A file that peft wrote has neither.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.adapters import provenance
+from peftjax.adapters.registry import parameters_before
+from peftjax.core import variables
+from peftjax.core.distributed import OnHost
+from peftjax.core.errors import UserError
+from peftjax.core.fingerprint import marks
+from peftjax.io.hf_files import enumerate_some
+from peftjax.quant.base import Quantized
+
+FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
+
+
+def base_record(model: nnx.Module, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that describes a base with these fingerprints."""
+    return {FINGERPRINTS: json.dumps(fingerprints), FORMATS: json.dumps(provenance.formats(model))}
+
+
+def base_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
+    """Return fingerprints of the weights beneath adapter `name`, by path; quantized kernels have none.
+
+    float32 weights and the same weights in bfloat16 have equal fingerprints.
+    """
+    arrays = _fingerprinted(model, name)
+    found = marks({path: array for path, array in arrays.items() if not isinstance(array, OnHost)})
+    for path, array in arrays.items():
+        if isinstance(array, OnHost):  # one at a time on the devices
+            found |= marks({path: array.back()})
+    return {path: found[path] for path in arrays}
+
+
+def placeholder_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
+    """Return strings of the length of `base_fingerprints`; the model may be abstract."""
+    return dict.fromkeys(_fingerprinted(model, name), "0" * 16)
+
+
+def _fingerprinted(model: nnx.Module, name: str) -> dict[str, jax.Array | OnHost]:
+    """The base's float32 and bfloat16 parameters; where adapters are merged, those from before the merge of `name`."""
+    arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
+    arrays |= parameters_before(model, name)
+    return {
+        path: array
+        for path, array in arrays.items()
+        if not isinstance(array, Quantized) and array.dtype in (jnp.float32, jnp.bfloat16)
+    }
+
+
+def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:
+    """Check that the model's weights are those that the adapter in directory `path` was trained on.
+
+    Raises:
+        UserError: They differ.
+    """
+    recorded = json.loads(metadata.get(FINGERPRINTS, "{}"))
+    own = base_fingerprints(model, name)
+    differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf]]
+    if differ:
+        raise UserError(
+            f"{path} was trained on another base: the weights of this model differ in {enumerate_some(differ, 3)}. "
+            "Load the base that the adapter was trained on, or pass any_base=True to use it on this one"
+        )
+
+
+def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:
+    """Record the kernel formats that the adapter was trained on; warn if the model's are different."""
+    recorded, own = json.loads(metadata.get(FORMATS, "{}")), provenance.formats(model)
+    provenance.remember(model, name, recorded)
+    if FORMATS in metadata and recorded != own:
+        here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
+        warnings.warn(
+            f"{path} was trained on a base whose kernels are in another format than this one's (there {there}, here "
+            f"{here}), so its outputs are not the same here; merge() measures how much the kernels differ",
+            stacklevel=3,
+        )

@@ -1,0 +1,207 @@
+"""Write adapter directories in the format of Hugging Face PEFT, or of AdapterHub for bottleneck adapters."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save
+
+from peftjax.adapters.method import Method
+from peftjax.adapters.registry import attached, require
+from peftjax.adapters.sites import head_sites
+from peftjax.core import distributed
+from peftjax.core.errors import UserError
+from peftjax.io import adapter_hub
+from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
+from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
+from peftjax.methods.bottleneck import Bottleneck
+from peftjax.models.base import Model
+
+T = TypeVar("T")
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
+    """Write an adapter as a directory that Hugging Face PEFT, or AdapterHub for a bottleneck adapter, can load.
+
+    A new directory appears complete or not at all. In an existing directory each of the adapter's files is replaced
+    atomically, and other files are kept.
+
+    Args:
+        model: The model.
+        path: The directory.
+        name: Name of the adapter.
+        base: The base_model_name_or_path to record: the hub id or directory of the base model.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: The adapter is not attached, or its method has no Hugging Face format.
+
+    Example:
+        >>> import peftjax
+        >>> from flax import nnx
+        >>> model = peftjax.load_model("embedded")
+        >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> path = peftjax.save_adapter(model, "my-adapter")
+    """
+    method = _method(model, name)
+    tensors = adapter_tensors(model, name)
+    metadata = base_record(model, base_fingerprints(model, name))
+    if isinstance(method, Bottleneck):
+        files = _hub_files(model, method, name, base, tensors, metadata)
+    else:
+        files = {WEIGHTS: _weights(tensors, metadata), CONFIG: _json(_peft_config(model, method, name, base))}
+    path = Path(path)
+    if jax.process_index() == 0:
+        _write(path, files)
+    distributed.meet("save_adapter")  # once it returns, every process can read the directory
+    return path
+
+
+def weights_bytes(model: nnx.Module, name: str = "default") -> int:
+    """Return the size in bytes of the safetensors files that `save_adapter` would write; the model may be abstract.
+
+    Raises:
+        UserError: As `save_adapter`.
+    """
+    method = _method(model, name)
+    graph, state = nnx.split(model)
+    tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
+    metadata = base_record(model, placeholder_fingerprints(model, name))
+    if not isinstance(method, Bottleneck):
+        return _file_bytes(tensors, metadata)
+    rest, head = _without_head(tensors)
+    size = _file_bytes(adapter_hub.with_both_names(rest, method), metadata)
+    return size + (_file_bytes(head, {}) if head else 0)
+
+
+def task_type(model: nnx.Module) -> str | None:
+    """Return the task_type of adapter_config.json; None if PEFT has none for the model, which then fits any adapter."""
+    return model.hf_task if isinstance(model, Model) else "CAUSAL_LM"
+
+
+def _method(model: nnx.Module, name: str) -> Method:
+    """The method of adapter `name`, which must have a file format."""
+    require(model, name)
+    method = attached(model)[name]
+    if method.peft_type is None and not isinstance(method, Bottleneck):
+        raise UserError(f"{method.method} has no adapter file; save the whole model with save_model")
+    return method
+
+
+# --- The files ---
+
+
+def _peft_config(model: nnx.Module, method: Method, name: str, base: str | None) -> dict[str, Any]:
+    """PEFT's adapter_config.json."""
+    config = {
+        "peft_type": method.peft_type,
+        "task_type": task_type(model),
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "auto_mapping": None,
+    } | method.to_hf(model, name)
+    # PEFT saves the task head beside the adapter: for a task_type that has one, else if modules_to_save names it.
+    if task_type(model) is None and (heads := _trained_heads(model, name)):
+        saved = config.get("modules_to_save") or []
+        config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
+    return config
+
+
+def _trained_heads(model: nnx.Module, name: str) -> list[str]:
+    """The names of the task head's layers that adapter `name` trains."""
+    return [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+
+
+def _hub_files(
+    model: nnx.Module,
+    method: Bottleneck,
+    name: str,
+    base: str | None,
+    tensors: dict[str, jax.Array],
+    metadata: Mapping[str, str],
+) -> dict[str, bytes]:
+    """The files of an AdapterHub directory."""
+    assert isinstance(model, Model)  # only its blocks have slots for bottleneck adapters
+    rest, head = _without_head(tensors)
+    files = {
+        adapter_hub.WEIGHTS: _weights(adapter_hub.with_both_names(rest, method), metadata),
+        adapter_hub.CONFIG: _json(adapter_hub.make_config(model, method, name, base)),
+    }
+    if head:
+        files |= {
+            adapter_hub.HEAD: _weights(head, {}),
+            adapter_hub.HEAD_CONFIG: _json(adapter_hub.head_config(model, base)),
+        }
+    return files
+
+
+def _without_head(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The tensors of bottleneck adapters, and those of the task head."""
+    rest = {key: value for key, value in tensors.items() if ".adapters." in key}
+    return rest, {key: value for key, value in tensors.items() if key not in rest}
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    # Sorted at the top level only: the first matching entry of rank_pattern and alpha_pattern counts.
+    return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
+
+
+def _weights(tensors: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file with these tensors."""
+    arrays = {key: np.ascontiguousarray(distributed.whole(value)) for key, value in tensors.items()}
+    return _with_sorted_metadata(save(arrays, metadata={"format": "pt", **metadata}))
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """Sort the metadata of a safetensors file; the library writes it in an order that varies from run to run."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[start:]
+
+
+def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]) -> int:
+    """The size of the file that `_weights` makes of tensors of these shapes.
+
+    The file holds the length of the header in 8 bytes, the header, and the tensors, those of the widest dtype first.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for key, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        begin, end = end, end + value.size * value.dtype.itemsize
+        header[key] = {
+            "dtype": _DTYPES[value.dtype.name],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + end
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files next to `path` first, then move them there."""
+    scratch = path.with_name(f".{path.name}.peftjax-tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
+    scratch.mkdir(parents=True)
+    try:
+        for file, content in files.items():
+            (scratch / file).write_bytes(content)
+        if path.exists():
+            for file in files:
+                (scratch / file).replace(path / file)
+        else:
+            scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""The tensors of an adapter directory: their keys, and where their values are in the model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.registry import attached
+from peftjax.adapters.sites import adapters_named, head_sites
+from peftjax.adapters.soft_prompt import SoftPrompt
+from peftjax.io import adapter_hub
+from peftjax.methods.bottleneck import Bottleneck
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft wraps the model, but keeps a soft prompt beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The keys of an adapter file.
+
+    Attributes:
+        weights: Name of the file.
+        prefix: What precedes a module's name in a key.
+        infix: What follows a module's name in a key.
+    """
+
+    weights: str
+    prefix: str
+    infix: str
+
+    def key(self, module: str, suffix: str) -> str:
+        """Return the key of one tensor of a module's adapter."""
+        return f"{self.prefix}{module}{self.infix}{suffix}"
+
+    def head_key(self, module: str, suffix: str) -> str:
+        """Return the key of one tensor of a task head."""
+        return f"{self.prefix}{module}.{suffix}"
+
+
+def layout(model: nnx.Module, name: str) -> Layout:
+    """Return the keys for adapter `name`: those of AdapterHub for a bottleneck adapter, else those of PEFT."""
+    method = attached(model)[name]
+    if isinstance(method, Bottleneck):
+        return Layout(adapter_hub.WEIGHTS, "", f".adapters.{name}.")
+    return Layout(WEIGHTS, PROMPT_PREFIX if isinstance(method, SoftPrompt) else PREFIX, ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of an adapter file.
+
+    Attributes:
+        key: Its key in the file.
+        adapter: The adapter that holds its value.
+        layer: Its layer of the variable; None: the whole variable.
+        leaf: The variable, and how the file stores it.
+    """
+
+    key: str
+    adapter: MethodAdapter
+    layer: int | None
+    leaf: HfLeaf
+
+    @property
+    def variable(self) -> nnx.Variable:
+        """The variable that holds the value."""
+        variable: nnx.Variable = vars(self.adapter)[self.leaf.leaf]
+        return variable
+
+    def of_layer(self, value: Any) -> Any:
+        """Return this tensor's layer of the variable's value."""
+        return value if self.layer is None else value[self.layer]
+
+
+def tensors_of(model: nnx.Module, name: str) -> list[AdapterTensor]:
+    """Return the tensors that the files of adapter `name` hold."""
+    found: dict[str, AdapterTensor] = {}
+    keys = layout(model, name)
+    heads = [site.path for site in head_sites(model)]
+    for site, adapter in adapters_named(model, name):
+        key_of = keys.head_key if site.path in heads else keys.key
+        written = adapter.exported()
+        for key, leaf in written.hf_shared().items():
+            found.setdefault(key, AdapterTensor(key, written, None, leaf))  # the same in every layer that shares it
+        for layer, hf in zip(site.layers, site.names, strict=True):
+            for suffix, leaf in written.hf_leaves(layer).items():
+                key = key_of(hf, suffix)
+                found[key] = AdapterTensor(key, written, layer, leaf)
+    return list(found.values())
+
+
+def adapter_tensors(model: nnx.Module, name: str = "default") -> dict[str, jax.Array]:
+    """Return the arrays that the files of adapter `name` hold, by key."""
+    return {
+        tensor.key: tensor.leaf.write(tensor.of_layer(tensor.variable.get_value()))
+        for tensor in tensors_of(model, name)
+    }
