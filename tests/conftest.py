@@ -12,10 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# 8 devices; programs that run once on tiny shapes: compiling them with less care takes two thirds of the time
+# 8 devices; programs that run once on tiny shapes: without optimizations, and with the older code generator for fusions,
+# compiling takes a third of the time. Tests that start processes (tests/runs.py) compile as users do.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 # torch's threads spin while they wait: several of them beside another test process take 30 times as long as one
 os.environ["OMP_NUM_THREADS"] = "1"
