@@ -14,13 +14,13 @@ quickstart: $(VENV)/installed
 test: lint test-core
 
 test-core: $(VENV)/installed-test
-	$(PYTEST) -m "not slow and not interop"
+	$(PYTEST) --ignore=tests/interop -m "not slow"
 
 test-slow: $(VENV)/installed-test
-	$(PYTEST) -m "slow and not interop"
+	$(PYTEST) --ignore=tests/interop -m slow
 
 test-interop: $(VENV)/installed-interop
-	$(PYTEST) -m interop
+	$(PYTEST) tests/interop
 
 # AdapterHub's library pins transformers 4.57, with which peft's tests cannot share an environment.
 test-adapters: .venv-adapters/installed

@@ -1,5 +1,6 @@
 """What must be set before jax is imported, here and in the processes that tests start; and the shared fixtures."""
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -12,11 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# 8 devices; programs that run once on tiny shapes: compiling them with less care takes two thirds of the time
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# 8 devices, and little optimization: the programs run once, on tiny shapes, and compiling them is most of the work.
+# Processes that tests start (tests/runs.py) compile as users do.
+XLA_FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+# jax 0.10 still has XLA's older code generator for fusions, which takes half the time; an unknown flag is fatal to XLA
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
 # torch's threads spin while they wait: several of them beside another test process take 30 times as long as one
 os.environ["OMP_NUM_THREADS"] = "1"
 # (3,) + (2, 3) broadcasts silently elsewhere; here it is an error, because it is how shapes go wrong unseen

@@ -275,13 +275,18 @@ def trainer(model: Any, method: adapters.Method, mesh: Any = None) -> tuple[Call
     return make_train_step(Objective(graph, LOSS, method.penalty, keys), optimizer, state), state, frozen
 
 
+@functools.cache
+def batches(count: int) -> list[dict[str, np.ndarray]]:
+    """The first training batches. Drawing them under each mesh would compile the drawing for each mesh."""
+    return [{key: np.asarray(value) for key, value in tiny.batch(index).items()} for index in range(count)]
+
+
 def run(
     step: Callable, state: TrainState, frozen: variables.FlatTree, count: int, mesh: Any = None
 ) -> tuple[TrainState, list]:
-    mesh, losses = mesh or sharding.make_mesh(), []
+    mesh, losses, drawn = mesh or sharding.make_mesh(), [], batches(count)
     with jax.set_mesh(mesh):
-        for index in range(count):
-            batch = {key: np.asarray(value) for key, value in tiny.batch(index).items()}
+        for batch in drawn:
             state, measured = step(state, frozen, sharding.shard_batch(batch, mesh, 2))
             losses.append(float(measured["loss"]))
     return state, losses
@@ -355,6 +360,18 @@ def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
     assert counted == CASES[name].trained
 
 
+def differentiable(name: str, remat: str = "none") -> tuple[Callable, Callable, variables.FlatTree]:
+    """A loss of the trainable parameters, its jitted gradient, and parameters with random values."""
+    model = tiny.randomize(attached(name, remat=remat))
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
+    loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
+    return loss, jax.jit(jax.grad(loss)), trainable
+
+
+differentiated = functools.cache(differentiable)  # compiled once for several tests
+
+
 @pytest.mark.parametrize("name", HEAVY)
 def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unrolled(block: Any, body: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
@@ -368,16 +385,12 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
             x, _ = body(variables.join(graph, one), x, inputs)
         return x, None
 
-    def gradients(remat: str) -> dict[str, np.ndarray]:
-        model = tiny.randomize(attached(name, remat=remat))
-        graph, leaves = variables.flat(model)
-        _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
-        loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
-        return arrays(jax.jit(jax.grad(loss))(trainable))
-
-    scanned, rematerialised = gradients("none"), gradients("block")
+    _, gradient, trainable = differentiated(name)
+    scanned = arrays(gradient(trainable))
+    rematerialised = arrays(differentiable(name, "block")[1](trainable))
     monkeypatch.setattr(decoder, "scan_stack", unrolled)
-    for path, expected in gradients("none").items():
+    _, gradient, trainable = differentiable(name)
+    for path, expected in arrays(gradient(trainable)).items():
         np.testing.assert_allclose(scanned[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
@@ -499,12 +512,8 @@ def test_switching_adapters_of_the_same_shapes_needs_no_new_compilation(name: st
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_a_population_under_vmap_equals_its_members_one_by_one(name: str) -> None:
-    model = tiny.randomize(attached(name))
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
+    loss, alone, trainable = differentiated(name)
     members = [jax.tree.map(lambda leaf, factor=factor: leaf * factor, trainable) for factor in (0.5, 1.0, 1.5)]
-    loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
-    alone = jax.jit(jax.grad(loss))
     together = jax.jit(jax.vmap(jax.grad(loss)))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     for index, member in enumerate(members):
         for path, expected in arrays(alone(member)).items():
