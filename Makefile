@@ -33,7 +33,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
 
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .venv-* build dist site .cache .mypy_cache .pytest_cache .ruff_cache
