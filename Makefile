@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU devices
 
-.PHONY: quickstart test test-core test-slow test-interop test-adapters lint clean
+.PHONY: quickstart test test-core test-slow test-interop test-adapters lint docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -32,8 +32,11 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .venv-* build dist .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +
 
 # Stamps: a second make installs nothing, a changed pyproject.toml does.
@@ -46,6 +49,10 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test]"
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) --editable ".[docs]"
 	touch $@ $(VENV)/installed
 
 # torch first and alone: a release that this platform lacks must fail here, in one line, not in a resolver's search.

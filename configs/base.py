@@ -1,4 +1,4 @@
-"""Every field with its default; the declarations and their meaning are in peftjax/core/config.py."""
+"""All defaults. `python -m peftjax.train --help` lists the fields and their meaning."""
 
 from ml_collections import ConfigDict
 

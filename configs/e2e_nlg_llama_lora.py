@@ -1,4 +1,4 @@
-"""LoRA on a Llama that turns restaurant facts into a sentence (E2E NLG, Novikova et al. 2017).
+"""LoRA on a Llama that writes a sentence from facts about a restaurant (E2E NLG, Novikova et al. 2017).
 
     python -m peftjax.train --config=configs/e2e_nlg_llama_lora.py --workdir=runs/e2e --config.model.path=DIR
 
@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 8
     config.train.log_every = 20
     config.train.eval_batches = 8
-    config.eval.samples = 4  # not scored: there are many ways to say it
+    config.eval.samples = 4  # printed, not scored: there is more than one right answer
     config.eval.max_new_tokens = 80
     return config

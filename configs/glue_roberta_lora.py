@@ -1,10 +1,10 @@
-"""A task of GLUE (Wang et al. 2018, arXiv:1804.07461), by LoRA on RoBERTa-base:
+"""LoRA on RoBERTa-base for a task of GLUE (Wang et al. 2018, arXiv:1804.07461):
 
     python -m peftjax.train --config=configs/glue_roberta_lora.py:mrpc --workdir=runs/mrpc
 
-The task after the colon is one of TASKS. The data are TFDS's `glue/mrpc`; other files of records with the same fields go
-by --config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl, another encoder by --config.model.path=DIR, another
-method by --config.method.name=ia3. Rates and sizes as in Hu et al. 2021 (arXiv:2106.09685), appendix D.1, at 3 epochs.
+The task after the colon is one of TASKS. The data are TFDS's `glue/mrpc`. To use other files with the same fields, set
+--config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl; another encoder, --config.model.path=DIR; another method,
+--config.method.name=ia3. Rates and sizes are those of Hu et al. 2021 (arXiv:2106.09685), appendix D.1, for 3 epochs.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.methods import make_config
 
-# task -> the text's or the pair's fields, the classes in GLUE's order (none: a number), how many examples there are
+# task: (fields of the text or of the pair, classes in GLUE's order (none: a regression), number of examples)
 TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "cola": (("sentence",), ("unacceptable", "acceptable"), 8551),
     "sst2": (("sentence",), ("negative", "positive"), 67349),

@@ -1,9 +1,9 @@
-"""QLoRA of LLaMA 65B on one GPU of 48 GB, of rank 64: one sequence of 512 tokens.
+"""QLoRA of LLaMA 65B, rank 64, on one 48 GB GPU: one sequence of 512 tokens.
 
     python -m peftjax.plan --config=configs/plan_llama_65b_qlora.py --device=a6000
 
-model.path holds only the sizes of huggyllama/llama-65b, enough for a plan. To train, give it a
-directory with the weights, or that hub id, and name the data.
+model.path contains only the config.json of huggyllama/llama-65b, which is enough for a plan. To train, set it to
+that hub id or to a directory with the weights, and set the data.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
     config.method = make_config("lora", rank=64, alpha=64.0, targets="all-linear")
     config.data.max_length = 512
     config.train.batch_size = 1
-    config.optim.momentum_dtype = "bfloat16"  # spares 1.5 of 45.2 GiB
+    config.optim.momentum_dtype = "bfloat16"  # saves 1.5 of 45.2 GiB
     return config

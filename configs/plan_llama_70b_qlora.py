@@ -1,9 +1,9 @@
-"""QLoRA of Llama 3.1 70B on 16 TPU chips of 16 GB: 16 sequences of 2048 tokens.
+"""QLoRA of Llama 3.1 70B on 16 TPU chips with 16 GB each: 16 sequences of 2048 tokens.
 
     python -m peftjax.plan --config=configs/plan_llama_70b_qlora.py --device=v5e:4x4
 
-model.path holds only the sizes of meta-llama/Llama-3.1-70B, enough for a plan. To train, give it a
-directory with the weights, or that hub id, and name the data.
+model.path contains only the config.json of meta-llama/Llama-3.1-70B, which is enough for a plan. To train, set it to
+that hub id or to a directory with the weights, and set the data.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""QLoRA of LLaMA 7B on one GPU of 24 GB: 4 sequences of 1024 tokens.
+"""QLoRA of LLaMA 7B on one 24 GB GPU: 4 sequences of 1024 tokens.
 
     python -m peftjax.plan --config=configs/plan_llama_7b_qlora.py --device=rtx4090
 
-model.path holds only the sizes of huggyllama/llama-7b, enough for a plan. To train, give it a
-directory with the weights, or that hub id, and name the data.
+model.path contains only the config.json of huggyllama/llama-7b, which is enough for a plan. To train, set it to
+that hub id or to a directory with the weights, and set the data.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The quickstart: LoRA teaches the embedded base to rewrite dates. Under three minutes on two cores, no network."""
+"""The quickstart: LoRA teaches the bundled model to rewrite dates. Less than three minutes on two cores, no network."""
 
 from ml_collections import ConfigDict
 
@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
     config.train.eval_batches = 8
     config.eval.exact_match = 200
     config.eval.samples = 4
-    config.eval.max_new_tokens = 12  # a space, ten characters and the end of text
+    config.eval.max_new_tokens = 12  # a space, ten characters and the end-of-text token
     config.checkpoint.every = 100
     return config

@@ -1,4 +1,4 @@
-"""LoRA on a Llama that continues plays (Tiny Shakespeare, one speech a record).
+"""LoRA on a Llama that continues plays (Tiny Shakespeare, one speech per record).
 
 python -m peftjax.train --config=configs/shakespeare_llama_lora.py --workdir=runs/plays --config.model.path=DIR
 """
@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 8
     config.train.log_every = 20
     config.train.eval_batches = 8
-    config.eval.samples = 4  # what the model makes of a speech's first half
+    config.eval.samples = 4  # continuations of the first half of a speech
     config.eval.max_new_tokens = 80
     return config

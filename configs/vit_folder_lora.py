@@ -1,8 +1,8 @@
-"""LoRA on a ViT that tells flowers apart, from a folder of images for each class.
+"""LoRA on a ViT that classifies flowers, from one folder of images per class.
 
     python -m peftjax.train --config=configs/vit_folder_lora.py --workdir=runs/flowers
 
-The images are data/flowers/train/CLASS/NAME.jpg and data/flowers/eval/CLASS/NAME.jpg. TFDS has them too:
+The images are data/flowers/train/CLASS/NAME.jpg and data/flowers/eval/CLASS/NAME.jpg. They are also in TFDS:
 --config.data.train=tfds:tf_flowers/train[:90%] --config.data.eval=tfds:tf_flowers/train[90%:]
 """
 
@@ -16,7 +16,13 @@ def get_config() -> ConfigDict:
     config = defaults()
     config.model.path = "google/vit-base-patch16-224-in21k"
     config.task.kind = "image_classification"
-    config.task.labels = ("dandelion", "daisy", "tulips", "sunflowers", "roses")  # the folders; in TFDS's order
+    config.task.labels = (
+        "dandelion",
+        "daisy",
+        "tulips",
+        "sunflowers",
+        "roses",
+    )  # the names of the folders, in TFDS's order
     config.method = make_config("lora", rank=16, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.1)
     config.data.train = ("images:data/flowers/train",)
     config.data.eval = ("images:data/flowers/eval",)

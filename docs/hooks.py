@@ -1,0 +1,37 @@
+"""What mkdocs does not do by itself: links from a page to files of the repository outside docs/.
+
+In the repository such a link works as it is. The site does not contain these files, so there the link becomes the file's
+path. Pictures are copied into the site. A link to a file that does not exist fails the build.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    for picture in ROOT.glob("experiments/*/*.png"):
+        files.append(File.generated(config, str(picture.relative_to(ROOT)), abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    def replace(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        path = os.path.normpath(Path("docs", page.file.src_path).parent / target)
+        if path.startswith("docs/"):
+            return link.group()
+        if not (ROOT / path).exists():
+            raise PluginError(f"{page.file.src_path}: the link to {target} leads nowhere")
+        if picture:
+            return f"![{text}]({path})"
+        return f"`{path}`" if text in (path, Path(path).name, "output") else f"{text} (`{path}`)"
+
+    return LINK.sub(replace, markdown)

@@ -1,0 +1,84 @@
+"""The commands, options, fields and links in the documentation exist."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peftjax.core.config import defaults, flat
+from peftjax.training import config as configs
+from tests.docs.pages import PAGES, ROOT, blocks, name
+
+COMMANDS = {
+    "train": "peftjax.train",
+    "evaluate": "peftjax.evaluate",
+    "generate": "peftjax.generate",
+    "sweep": "peftjax.sweep",
+    "list_methods": "peftjax.list_methods",
+    "plan": "peftjax.plan.__main__",
+    "report": "peftjax.report.__main__",
+}
+SECTIONS = "model|task|data|optim|train|eval|checkpoint|mesh"
+FILES = {"train.jsonl", "train.json", "model.safetensors"}  # look like fields
+
+
+def lines(page: Path) -> Iterator[str]:
+    """The command lines of a page: those in its console blocks, and those in running text."""
+    for block in blocks(page, "bash"):
+        yield from re.sub(r"\\\n\s*", " ", block.code).splitlines()
+    yield from re.findall(r"`(python -m peftjax[^`]*)`", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_these_options_and_fields(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in lines(page):
+        words = shlex.split(line, comments=True)
+        for command in [word.removeprefix("peftjax.") for word in words if word.startswith("peftjax.")]:
+            assert command in COMMANDS, line
+            arguments = [word for word in words[words.index(f"peftjax.{command}") :] if word.startswith("--")]
+            options = {word.partition("=")[0] for word in arguments if not re.match(r"--(config|sweep)\.", word)}
+            with pytest.raises(SystemExit):
+                importlib.import_module(COMMANDS[command]).main(["--help"])
+            told = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            assert options <= told | {"--help"}, line
+            check_fields(arguments)
+
+
+def check_fields(arguments: list[str]) -> None:
+    """Load the config that a command line names, or the defaults, with the changes that it makes."""
+    file = next(
+        (word.partition("=")[2] for word in arguments if word.startswith("--config=configs/")), "configs/base.py"
+    )
+    changes = [word for word in arguments if word.startswith("--config.")]
+    for word in arguments:
+        if word.startswith("--sweep."):
+            field, _, values = word.removeprefix("--sweep.").partition("=")
+            separator = ";" if ";" in values else ","
+            changes.append(f"--config.{field}={values.split(separator)[0]}")
+    configs.load(ROOT / file, changes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_launchers_have_these_options(page: Path) -> None:
+    for line in lines(page):
+        for script, rest in re.findall(r"launch/(local\.py|gke\.py|tpu_pod\.sh) (.*)", line):
+            own = rest.partition(" -- ")[0]
+            text = (ROOT / "launch" / script).read_text()
+            for option in re.findall(r"(?:^| )(--[\w-]+)", re.sub(r"'[^']*'", "", own)):
+                assert option in text, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_fields_in_the_text_exist(page: Path) -> None:
+    known = set(flat(defaults()))
+    found = re.findall(rf"`(?:--config\.)?((?:{SECTIONS})\.[a-z_0-9]+)(?![\w(.])", page.read_text())
+    assert {field for field in found if field not in FILES} <= known
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")], ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
