@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
 from peftjax import adapters, methods
+from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.methods.bottleneck import Bottleneck
@@ -115,3 +116,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load_adapter(tiny.model(), path)
     with pytest.raises(ValueError, match='config must be an object, not "pfeiffer"'):
         load_adapter(tiny.model(), rewrite(path, config="pfeiffer"))
+
+
+def test_a_users_own_network_has_no_place_for_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a model from load_model; Linear is an adopted network"):
+        load_adapter(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), saved(tmp_path))
