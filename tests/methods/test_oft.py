@@ -117,7 +117,7 @@ def test_boft_drops_a_share_of_the_blocks_of_one_factor() -> None:
     for seed in range(8):
         adapter = variables.join(graph, values | {"dropout.key": jax.random.key_data(jax.random.key(seed))})
         adapter.train()
-        kept = np.any(adapter._dropped(adapter._less_one()) != 0, axis=(2, 3))
+        kept = np.any(adapter._dropped(adapter.less_one()) != 0, axis=(2, 3))
         counts.add(tuple(kept.sum(axis=1).tolist()))
     assert counts == {(8, 4), (4, 8)}
 

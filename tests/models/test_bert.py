@@ -266,7 +266,7 @@ def test_rows_of_a_batch_have_their_own_adapters_and_heads(folder: Path) -> None
     both = peftjax.rows(model, ("two", "one"))(tokens(), **given)
     for row, name in enumerate(("two", "one")):
         np.testing.assert_allclose(both[row], peftjax.use(model, name)(tokens(), **given)[row], atol=1e-5)
-    with pytest.raises(ValueError, match="adapter 'one' has a classifier of its own, and heads cannot be combined"):
+    with pytest.raises(ValueError, match="adapter 'one' has its own classifier, and heads cannot be combined"):
         peftjax.combine(model, ("one", "two"), (0.5, 0.5))
 
 
