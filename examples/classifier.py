@@ -44,7 +44,9 @@ def make_tiny_bert(directory):
 def make_records(count, seed):
     draw = random.Random(seed)
     digits = [[draw.randrange(10) for _ in range(9)] for _ in range(count)]
-    return [{"text": " ".join(map(str, d)), "label": "even" if sum(x % 2 == 0 for x in d) > 4 else "odd"} for d in digits]
+    return [
+        {"text": " ".join(map(str, d)), "label": "even" if sum(x % 2 == 0 for x in d) > 4 else "odd"} for d in digits
+    ]
 
 
 def make_batch(tokenizer, records, labels):
@@ -86,7 +88,9 @@ def main(argv=None):
 
     @jax.jit
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.classification(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.classification(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

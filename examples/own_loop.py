@@ -38,7 +38,11 @@ def make_batch(tokenizer, pairs):
         ids = tokenizer.end(tokenizer.encode(prompt + completion, bos=True, eos=False))[: LENGTH + 1]
         tokens[row, : len(ids)] = ids
         weights[row, len(before) - 1 : len(ids) - 1] = 1
-    return {"tokens": jnp.array(tokens[:, :-1]), "targets": jnp.array(tokens[:, 1:]), "loss_weights": jnp.array(weights)}
+    return {
+        "tokens": jnp.array(tokens[:, :-1]),
+        "targets": jnp.array(tokens[:, 1:]),
+        "loss_weights": jnp.array(weights),
+    }
 
 
 def main(argv=None):
@@ -56,7 +60,9 @@ def main(argv=None):
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

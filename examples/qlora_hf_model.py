@@ -1,9 +1,10 @@
 """QLoRA on a Hugging Face model: an NF4 base, LoRA on all linear layers.
 
-    python examples/qlora_hf_model.py --model=path/to/Llama-3.2-1B --data=texts.jsonl [--dtype=bfloat16]
+    python examples/qlora_hf_model.py [--model=DIR --data=FILE.jsonl --dtype=bfloat16]
 
-By default the bundled model, which knows Python's documentation, learns Python code. The data are JSON lines {"text": ...}. For longer runs,
-several devices and checkpoints use python -m peftjax.train with --config.model.quantize=nf4.
+By default the bundled model, which was trained on Python's documentation, learns Python code. The data are JSON lines
+{"text": ...}. For longer runs, several devices and checkpoints, use python -m peftjax.train with
+--config.model.quantize=nf4.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def main(argv=None):
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

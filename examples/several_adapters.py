@@ -34,20 +34,29 @@ def make_batch(tokenizer, picked, written, length=48):
         before = tokenizer.encode(prompt, bos=True, eos=False)
         ids = tokenizer.end(tokenizer.encode(prompt + day.strftime(written), bos=True, eos=False))
         tokens[row, : len(ids)], weights[row, len(before) - 1 : len(ids) - 1] = ids, 1
-    return {"tokens": jnp.array(tokens[:, :-1]), "targets": jnp.array(tokens[:, 1:]), "loss_weights": jnp.array(weights)}
+    return {
+        "tokens": jnp.array(tokens[:, :-1]),
+        "targets": jnp.array(tokens[:, 1:]),
+        "loss_weights": jnp.array(weights),
+    }
 
 
 def train(model, name, batches):
     """Train the adapter called `name`; the others are attached but inactive, and keep their values."""
     peftjax.use(model, name)
-    mine = lambda path, value: isinstance(value, peftjax.PeftParam) and name in path
+
+    def mine(path, value):
+        return isinstance(value, peftjax.PeftParam) and name in path
+
     graph, adapter, rest = nnx.split(model, mine, ...)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, len(batches)))
     opt = tx.init(adapter)
 
     @jax.jit
     def step(adapter, opt, rest, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, rest), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, rest), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

@@ -49,7 +49,9 @@ def test_commands_have_these_options_and_fields(page: Path, capsys: pytest.Captu
 
 def check_fields(arguments: list[str]) -> None:
     """Load the config that a command line names, or the defaults, with the changes that it makes."""
-    file = next((word.partition("=")[2] for word in arguments if word.startswith("--config=configs/")), "configs/base.py")
+    file = next(
+        (word.partition("=")[2] for word in arguments if word.startswith("--config=configs/")), "configs/base.py"
+    )
     changes = [word for word in arguments if word.startswith("--config.")]
     for word in arguments:
         if word.startswith("--sweep."):
