@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 LENGTH = 48
 
@@ -52,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=100, help="Number of optimizer updates")
     options = parser.parse_args(argv)
 
-    tokenizer = peftjax.load_tokenizer(resolve(options.model))
+    tokenizer = peftjax.load_tokenizer(options.model)
     model = peftjax.load_model(options.model)
     peftjax.attach(model, peftjax.Lora(rank=8, alpha=16, dropout=0.05), rngs=nnx.Rngs(0))
     graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)

@@ -23,7 +23,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 
 def texts_of(path):
@@ -53,7 +52,7 @@ def main(argv=None):
     peftjax.attach(model, peftjax.Lora(rank=16, alpha=16, dropout=0.05), rngs=nnx.Rngs(0))
     graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
     tx = optax.adamw(5e-3)
-    rows = make_rows(peftjax.load_tokenizer(resolve(options.model)), texts_of(options.data), options.length)
+    rows = make_rows(peftjax.load_tokenizer(options.model), texts_of(options.data), options.length)
     rows = np.random.default_rng(0).permutation(rows)
 
     @partial(jax.jit, donate_argnums=(0, 1))

@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 PROMPT = "{:%B} {}, {} ->"
 FORMATS = {"iso": " %Y-%m-%d", "british": " %d/%m/%Y"}
@@ -68,7 +67,7 @@ def train(model, name, batches):
 
 
 def main(steps=100):
-    tokenizer = peftjax.load_tokenizer(resolve("embedded"))
+    tokenizer = peftjax.load_tokenizer("embedded")
     model = peftjax.load_model("embedded")
     for seed, (name, written) in enumerate(FORMATS.items()):
         peftjax.attach(model, peftjax.Lora(rank=8, alpha=16), name, rngs=nnx.Rngs(seed))
