@@ -1,7 +1,10 @@
-"""What mkdocs does not do by itself: links from a page to files of the repository outside docs/.
+"""What mkdocs and mkdocstrings do not do by themselves.
 
-In the repository such a link works as it is. The site does not contain these files, so there the link becomes the file's
-path. Pictures are copied into the site. A link to a file that does not exist fails the build.
+Links from a page to files of the repository outside docs/: in the repository such a link works as it is. The site does not
+contain these files, so there the link becomes the file's path. Pictures are copied into the site. A link to a file that
+does not exist fails the build.
+
+Dataclasses: `ClassVar` without a type is a class variable too, and not a parameter of the constructor.
 """
 
 import os
@@ -9,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -35,3 +39,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"`{path}`" if text in (path, Path(path).name, "output") else f"{text} (`{path}`)"
 
     return LINK.sub(replace, markdown)
+
+
+class BareClassVars(griffe.Extension):
+    """Take the annotation from class variables without a type, which griffe would show as parameters."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        if str(attr.annotation) == "ClassVar":
+            attr.annotation = None

@@ -19,7 +19,6 @@ import tokenizers
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 from peftjax.models import from_hf_config
 
 LENGTH = 16
@@ -77,7 +76,7 @@ def main(argv=None):
             else make_records(3000, seed=0)
         )
         labels = sorted({record["label"] for record in records})
-        tokenizer = peftjax.load_tokenizer(resolve(options.model))
+        tokenizer = peftjax.load_tokenizer(options.model)
         model = peftjax.load_model(options.model, head="sequence_classification", labels=labels)
 
     # The head is new. attach trains it in full, together with the LoRA, and save_adapter writes both.
@@ -88,7 +87,9 @@ def main(argv=None):
 
     @jax.jit
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.classification(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.classification(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 LENGTH = 48
 
@@ -52,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=100, help="Number of optimizer updates")
     options = parser.parse_args(argv)
 
-    tokenizer = peftjax.load_tokenizer(resolve(options.model))
+    tokenizer = peftjax.load_tokenizer(options.model)
     model = peftjax.load_model(options.model)
     peftjax.attach(model, peftjax.Lora(rank=8, alpha=16, dropout=0.05), rngs=nnx.Rngs(0))
     graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
@@ -60,7 +59,9 @@ def main(argv=None):
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

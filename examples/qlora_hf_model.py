@@ -1,9 +1,9 @@
 """QLoRA on a Hugging Face model: an NF4 base, LoRA on all linear layers.
 
-    python examples/qlora_hf_model.py --model=path/to/Llama-3.2-1B --data=texts.jsonl [--dtype=bfloat16]
+    python examples/qlora_hf_model.py [--model=DIR --data=FILE.jsonl --dtype=bfloat16]
 
-By default the bundled model, which knows Python's documentation, learns Python code. The data are JSON lines
-{"text": ...}. For longer runs, several devices and checkpoints use python -m peftjax.train with
+By default the bundled model, which was trained on Python's documentation, learns Python code. The data are JSON lines
+{"text": ...}. For longer runs, several devices and checkpoints, use python -m peftjax.train with
 --config.model.quantize=nf4.
 """
 
@@ -23,7 +23,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 
 def texts_of(path):
@@ -53,12 +52,14 @@ def main(argv=None):
     peftjax.attach(model, peftjax.Lora(rank=16, alpha=16, dropout=0.05), rngs=nnx.Rngs(0))
     graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
     tx = optax.adamw(5e-3)
-    rows = make_rows(peftjax.load_tokenizer(resolve(options.model)), texts_of(options.data), options.length)
+    rows = make_rows(peftjax.load_tokenizer(options.model), texts_of(options.data), options.length)
     rows = np.random.default_rng(0).permutation(rows)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(adapter, opt, base, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value

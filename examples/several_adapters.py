@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 import peftjax
-from peftjax.io.hf_files import resolve
 
 PROMPT = "{:%B} {}, {} ->"
 FORMATS = {"iso": " %Y-%m-%d", "british": " %d/%m/%Y"}
@@ -44,14 +43,19 @@ def make_batch(tokenizer, picked, written, length=48):
 def train(model, name, batches):
     """Train the adapter called `name`; the others are attached but inactive, and keep their values."""
     peftjax.use(model, name)
-    mine = lambda path, value: isinstance(value, peftjax.PeftParam) and name in path
+
+    def mine(path, value):
+        return isinstance(value, peftjax.PeftParam) and name in path
+
     graph, adapter, rest = nnx.split(model, mine, ...)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, len(batches)))
     opt = tx.init(adapter)
 
     @jax.jit
     def step(adapter, opt, rest, batch):
-        loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, rest), batch)
+        def loss(adapter):
+            return peftjax.losses.next_token(nnx.merge(graph, adapter, rest), batch)
+
         value, gradients = jax.value_and_grad(loss)(adapter)
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value
@@ -63,7 +67,7 @@ def train(model, name, batches):
 
 
 def main(steps=100):
-    tokenizer = peftjax.load_tokenizer(resolve("embedded"))
+    tokenizer = peftjax.load_tokenizer("embedded")
     model = peftjax.load_model("embedded")
     for seed, (name, written) in enumerate(FORMATS.items()):
         peftjax.attach(model, peftjax.Lora(rank=8, alpha=16), name, rngs=nnx.Rngs(seed))

@@ -22,13 +22,14 @@ COMMANDS = {
     "report": "peftjax.report.__main__",
 }
 SECTIONS = "model|task|data|optim|train|eval|checkpoint|mesh"
-FILES = {"train.jsonl", "train.json", "model.safetensors"}  # look like fields
+FILES = {"train.jsonl", "train.py", "model.safetensors"}  # look like fields
 
 
 def lines(page: Path) -> Iterator[str]:
     """The command lines of a page: those in its console blocks, and those in running text."""
     for block in blocks(page, "bash"):
-        yield from re.sub(r"\\\n\s*", " ", block.code).splitlines()
+        code = re.sub(r"\\\n\s*", " ", block.code)
+        yield from re.sub(r"'[^']*'", lambda quoted: " ".join(quoted[0].split()), code).splitlines()
     yield from re.findall(r"`(python -m peftjax[^`]*)`", page.read_text())
 
 

@@ -122,7 +122,7 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
         (lambda: PrefixTuning(hidden=4), "method.hidden=4 needs method.projection=True"),
         (lambda: attached(PromptTuning(tokens=64)), "method.tokens=64 leaves no room for text: the model has 64 positions"),
         (lambda: attached(PromptTuning(init="text", text="abc")), "method.text has no tokens yet"),
-        (lambda: generate(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less the 60 of its virtual"),
+        (lambda: generate(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less its 60 virtual"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:

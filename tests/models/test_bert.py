@@ -247,7 +247,7 @@ def test_the_head_is_in_the_adapters_file_and_comes_back(method: Any, folder: Pa
     np.testing.assert_array_equal(again(tokens()), trained(tokens()))
     np.testing.assert_array_equal(peftjax.detach(trained)(tokens()), before)
     if not isinstance(method, peftjax.Houlsby):
-        with pytest.raises(ValueError, match="task_type 'SEQ_CLS' needs a model with such a head"):
+        with pytest.raises(ValueError, match="task_type 'SEQ_CLS' needs a model with that task head"):
             peftjax.load_adapter(peftjax.load_model(folder / "base"), tmp_path / "adapter")
 
 
@@ -279,5 +279,5 @@ def test_a_hub_adapter_behind_the_norm_is_refused_where_the_norm_is_the_blocks_o
     config = json.loads(file.read_text())
     config["config"] |= {"original_ln_after": False, "residual_before_ln": False}
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="original_ln_after=False is not supported in a model that normalises"):
+    with pytest.raises(ValueError, match="original_ln_after=False is not supported for a post-norm model, which normalizes"):
         peftjax.load_adapter(peftjax.detach(model), tmp_path / "adapter")
