@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes, format_clock
@@ -153,7 +155,7 @@ class Log:
             self._file.close()
 
     def _write(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
-        plain = {name: value.item() if hasattr(value, "item") else value for name, value in numbers.items()}
+        plain = {name: np.asarray(value).item() for name, value in numbers.items()}
         seconds = round(time.perf_counter() - self._began, 3)
         self._file.write(_line({"step": step, "kind": kind, "seconds": seconds, **plain}))
         self._file.flush()  # the line survives if the process is killed from here on
