@@ -261,6 +261,9 @@ class Checkpoints:
                 scores[step] = record["score"]
         return max(scores, key=lambda step: (scores[step], -step), default=None)
 
+    # Retention is not left to `ocp.CheckpointManager` (0.12.8): it drops the old steps from its list before the new save is
+    # complete, so after a failed save it never removes them; it cleans up temporary directories only when it is constructed;
+    # and it would have to be told which checkpoints are damaged and to read the scores from the records.
     def _prune(self) -> None:
         steps = self._steps()
         kept: set[int | None] = set([step for step in steps if step not in self._damaged][-self._keep :])
