@@ -64,7 +64,7 @@ class Checkpoints:
         """
         Args:
             directory: Local or gs:// directory, created by the first save.
-            keep: Number of newest checkpoints to keep, at least 1. Old ones are removed by the first call after a save completes.
+            keep: Number of newest checkpoints to keep, at least 1. The first call after a completed save removes older ones.
             keep_best: Also keep the checkpoint with the highest score, the earliest among equals.
 
         Raises:

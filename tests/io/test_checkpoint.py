@@ -389,6 +389,20 @@ def test_a_save_that_fails_in_the_background_raises_at_the_next_call(
     assert [path.name for path in sorted(tmp_path.iterdir())][:1] == ["10"]
 
 
+def test_a_failed_save_leaves_nothing_behind_when_the_next_one_is_complete(
+    tmp_path: Path, full_disk: Callable[[], None]
+) -> None:
+    large = {"x": jax.random.normal(jax.random.key(0), (2**18,))}
+    with Checkpoints(tmp_path, keep=1, keep_best=False) as checkpoints:
+        checkpoints.save(10, {"x": jnp.zeros(3)}, {}, identity={})
+        checkpoints.save(20, large, {}, identity={})
+        with pytest.raises(OSError, match="checkpoint 20 could not be written to"):
+            checkpoints.wait()
+        full_disk()
+        checkpoints.save(30, large, {}, identity={})
+    assert steps_in(tmp_path) == [30]
+
+
 KILLED = """
 import sys
 import jax, jax.numpy as jnp
