@@ -1,10 +1,11 @@
-"""Write the Kubernetes manifest of a run: a JobSet for TPU slices or GPU machines of GKE, queued by Kueue.
+"""Write the Kubernetes manifest of a run: a JobSet on TPU slices or GPU machines of GKE, queued by Kueue.
 
     python launch/gke.py --name=mine --image=IMAGE --device=v5e:4x4 --queue=research --bucket=my-runs -- \\
         python -m peftjax.train --config=my_config.py --workdir=/mnt/runs/mine > mine.yaml
     kubectl apply -f mine.yaml
 
-docs/launch_gke.md is the guide: cluster, queue, image, bucket.
+See docs/launch_gke.md for the cluster, queue, image and bucket. The script does not import peftjax, so that it runs where
+only PyYAML is installed.
 """
 
 import argparse
@@ -15,17 +16,18 @@ from typing import Any
 
 import yaml
 
-STOPPED = 75  # a command's exit code for: stopped by SIGTERM, all saved, run me again
+STOPPED = 75  # exit code of a command that was stopped by SIGTERM, saved its state and should run again
 MOUNT = "/mnt/runs"
-PORT = 8476  # of process 0, inside the pods' own network
+PORT = 8476  # port of process 0 in the pod network
 
-# What --device calls it: what GKE's nodes call it; and a topology, of two or three sides.
+# {name in --device: (GKE node label, example topology)}
 TPUS = {
     "v4": ("tpu-v4-podslice", "2x2x2"),
     "v5e": ("tpu-v5-lite-podslice", "4x4"),
     "v5p": ("tpu-v5p-slice", "2x2x2"),
     "v6e": ("tpu-v6e-slice", "4x4"),
 }
+# {name in --device: GKE node label}
 GPUS = {
     "l4": "nvidia-l4",
     "a100-40gb": "nvidia-tesla-a100",
@@ -48,58 +50,71 @@ def main(argv: list[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; all that comes after `--` is the command."""
+    """Make the parser; everything after `--` is the command."""
     parser = argparse.ArgumentParser(
         prog="python launch/gke.py",
         usage="%(prog)s --name=NAME --image=IMAGE --device=DEVICE --queue=QUEUE [options] -- COMMAND ...",
-        description="Write the manifest of a run on GKE to stdout, for kubectl apply -f.",
+        description="Write the manifest of a GKE run to stdout, for kubectl apply -f.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--name", required=True, help="of the run")
-    add("--image", required=True, help="made from launch/Dockerfile")
+    add("--name", required=True, help="Name of the run")
+    add("--image", required=True, help="Container image built from launch/Dockerfile")
     add(
         "--device",
         required=True,
-        help="a TPU with its topology (v5e:4x4) or a GPU with how many a machine has (h100:8)",
+        help="TPU type and topology (v5e:4x4), or GPU type and number per machine (h100:8)",
     )
-    add("--count", type=int, default=1, help="how many slices of a TPU, or machines of a GPU (default: 1)")
-    add("--queue", required=True, help="Kueue's LocalQueue")
-    add("--bucket", help=f"a bucket to mount at {MOUNT}, where the workdir should be")
-    add("--claim", help=f"a PersistentVolumeClaim to mount at {MOUNT} instead of a bucket")
-    add("--service-account", help="of Kubernetes, which may write to the bucket")
-    add("--spot", action="store_true", help="on machines that are cheaper and may be taken away")
-    add("--max-restarts", type=int, default=3, help="after failures; preemptions are not counted (default: 3)")
-    add("command", nargs="+", metavar="COMMAND", help="what each process runs, as: -- python -m peftjax.train ...")
+    add("--count", type=int, default=1, help="Number of TPU slices or GPU machines (default: 1)")
+    add("--queue", required=True, help="LocalQueue of Kueue")
+    add("--bucket", help=f"Bucket to mount at {MOUNT}, for the workdir")
+    add("--claim", help=f"PersistentVolumeClaim to mount at {MOUNT} instead of a bucket")
+    add("--service-account", help="Kubernetes service account with write access to the bucket")
+    add("--spot", action="store_true", help="Use spot machines, which are cheaper but may be preempted")
+    add(
+        "--max-restarts",
+        type=int,
+        default=3,
+        help="Maximum restarts after failures, not counting preemptions (default: 3)",
+    )
+    add("command", nargs="+", metavar="COMMAND", help="Command of each process, as in: -- python -m peftjax.train ...")
     return parser
 
 
 def jobset(options: argparse.Namespace) -> Json:
-    """The manifest. A slice, or all machines together, is one job, a machine one pod, and a pod one process.
+    """Make the manifest of a run.
 
-    A job ends with its first pod that does not end well. One that was stopped with all saved, or taken away, begins again
-    as often as that happens; one that failed, `max_restarts` times.
+    Each TPU slice is one job; GPU machines together are one job. A machine is one pod with one process. A job ends when
+    one of its pods fails. Preempted runs, and runs that were stopped after saving their state, restart without limit;
+    failed runs restart up to `max_restarts` times.
+
+    Args:
+        options: Parsed command line.
+
+    Raises:
+        ValueError: An option is invalid.
     """
     if len(options.name) > 40 or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", options.name):
         raise ValueError(
-            f"--name={options.name}: at most 40 small letters, digits and -, a letter first, no - at the end"
+            f"--name={options.name}: use at most 40 lowercase letters, digits and hyphens, starting with a letter and not "
+            "ending with a hyphen"
         )
     if options.count < 1:
-        raise ValueError(f"--count={options.count}: at least 1 is needed")
+        raise ValueError(f"--count={options.count}: must be at least 1")
     if (options.bucket is None) == (options.claim is None):
-        raise ValueError("give --bucket or --claim, one of them: what a run writes must outlive its pods")
+        raise ValueError("give either --bucket or --claim: the output of a run must outlive its pods")
     kind, _, size = options.device.partition(":")
     if kind in TPUS:
         jobs, pods, pod = options.count, *tpu_pod(options, kind, size)
     elif kind in GPUS:
         jobs, pods, pod = 1, options.count, gpu_pod(options, kind, size)
     else:
-        raise ValueError(f"--device={options.device}: {kind!r} is none of {', '.join([*TPUS, *GPUS])}")
+        raise ValueError(f"--device={options.device}: unknown device {kind!r}; choose from {', '.join([*TPUS, *GPUS])}")
     if options.spot:
         pod["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
     if options.service_account:
         pod["serviceAccountName"] = options.service_account
-    # Each slice has a node pool of its own, and all pods of a slice must be in the same.
+    # Each slice is a separate node pool, and all pods of a job must be placed in the same slice.
     alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if kind in TPUS else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -110,11 +125,11 @@ def jobset(options: argparse.Namespace) -> Json:
             "annotations": alone,
         },
         "spec": {
-            # a headless service of the run's name: pod I of job J is NAME-worker-J-I.NAME, before it is ready too
+            # A headless service named after the run: pod I of job J is NAME-worker-J-I.NAME, even before it is ready.
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {
                 "maxRestarts": options.max_restarts,
-                "restartStrategy": "BlockingRecreate",  # the new pods wait until the old ones have let go of the workdir
+                "restartStrategy": "BlockingRecreate",  # new pods start after the old ones have released the workdir
                 "rules": [
                     {
                         "name": "stopped",
@@ -129,7 +144,15 @@ def jobset(options: argparse.Namespace) -> Json:
 
 
 def job(pods: int, pod: Json, options: argparse.Namespace) -> Json:
-    """`pods` pods that are numbered. Its reason to fail is PodFailurePolicy where a pod was stopped or taken away."""
+    """Make the specification of an indexed job.
+
+    The job fails with the reason PodFailurePolicy if a pod was preempted, or was stopped after saving its state.
+
+    Args:
+        pods: Number of pods.
+        pod: Specification of each pod.
+        options: Parsed command line.
+    """
     annotations = {"gke-gcsfuse/volumes": "true"} if options.bucket else {}
     return {
         "parallelism": pods,
@@ -150,27 +173,48 @@ def job(pods: int, pod: Json, options: argparse.Namespace) -> Json:
 
 
 def tpu_pod(options: argparse.Namespace, kind: str, topology: str) -> tuple[int, Json]:
-    """How many pods a slice has, and the pod. Its processes find each other by what GKE tells them."""
+    """Make the pod of a TPU slice. GKE provides the addresses of the processes.
+
+    Args:
+        options: Parsed command line.
+        kind: TPU type, a key of `TPUS`.
+        topology: Topology of the slice, such as 4x4.
+
+    Returns:
+        Number of pods per slice, and the specification of each pod.
+
+    Raises:
+        ValueError: The topology is invalid.
+    """
     label, example = TPUS[kind]
     sides = topology.split("x")
     if len(sides) != len(example.split("x")) or not all(re.fullmatch(r"[1-9]\d*", side) for side in sides):
-        raise ValueError(f"--device={options.device}: say the topology, as in {kind}:{example}")
+        raise ValueError(f"--device={options.device}: give the topology, as in {kind}:{example}")
     chips = math.prod(int(side) for side in sides)
-    each = min(chips, 4)  # a machine has 4 chips, or the only one
+    each = min(chips, 4)  # machines have 4 chips; a slice of fewer is one machine
     if chips % each:
-        raise ValueError(f"--device={options.device}: {chips} chips do not make whole machines of {each}")
+        raise ValueError(f"--device={options.device}: {chips} chips are not a multiple of {each} chips per machine")
     labels = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": topology}
     return chips // each, make_pod(options, options.command, labels, {"google.com/tpu": each})
 
 
 def gpu_pod(options: argparse.Namespace, kind: str, number: str) -> Json:
-    """The pod: one process that drives all GPUs of its machine, and is told where the first process is."""
+    """Make the pod of a GPU machine: one process that drives all GPUs and receives the address of process 0.
+
+    Args:
+        options: Parsed command line.
+        kind: GPU type, a key of `GPUS`.
+        number: Number of GPUs per machine.
+
+    Raises:
+        ValueError: The number is not a positive integer.
+    """
     if not re.fullmatch(r"[1-9]\d*", number):
-        raise ValueError(f"--device={options.device}: say how many a machine has, as in {kind}:8")
+        raise ValueError(f"--device={options.device}: give the number of GPUs per machine, as in {kind}:8")
     flags = [
         f"--coordinator={options.name}-worker-0-0.{options.name}:{PORT}",
         f"--num_processes={options.count}",
-        "--process_id=$(PROCESS_ID)",  # put in by Kubernetes
+        "--process_id=$(PROCESS_ID)",  # expanded by Kubernetes
     ]
     pod = make_pod(
         options,
@@ -181,22 +225,29 @@ def gpu_pod(options: argparse.Namespace, kind: str, number: str) -> Json:
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     main = pod["containers"][0]
     main["env"].append({"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}})
-    # GPUs of one machine talk through shared memory, of which a container has 64 MiB
+    # GPUs of one machine communicate through shared memory, which is limited to 64 MiB in a container.
     main["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})
     pod["volumes"].append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     return pod
 
 
 def make_pod(options: argparse.Namespace, command: list[str], labels: Json, resources: Json) -> Json:
-    """A pod of one container on a node of these labels, with the run's volume."""
+    """Make a pod with one container and the volume of the run.
+
+    Args:
+        options: Parsed command line.
+        command: Command of the container.
+        labels: Labels of the node to run on.
+        resources: Resource limits of the container.
+    """
     if options.bucket:
         attributes = {"bucketName": options.bucket, "mountOptions": "implicit-dirs"}
         volume: Json = {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
     else:
         volume = {"persistentVolumeClaim": {"claimName": options.claim}}
     return {
-        "restartPolicy": "Never",  # a process alone cannot come back to the others
-        "terminationGracePeriodSeconds": 120,  # from SIGTERM on; a spot machine has less
+        "restartPolicy": "Never",  # a single process cannot rejoin the others
+        "terminationGracePeriodSeconds": 120,  # after SIGTERM; spot machines have less time
         "nodeSelector": labels,
         "containers": [
             {

@@ -1,9 +1,11 @@
-"""Run one command as several processes of this machine, which find each other over loopback.
+"""Run a command as several processes on this machine, connected over loopback.
 
     python launch/local.py --processes=4 --devices-per-process=2 -- \\
         python -m peftjax.train --config=configs/quickstart.py --workdir=runs/four --config.mesh.data=-1
 
-`--coordinator=127.0.0.1:PORT --num_processes=N --process_id=I` is appended to the command. docs/launch_local.md tells more.
+`--coordinator=127.0.0.1:PORT --num_processes=N --process_id=I` is appended to the command. See docs/launch_local.md.
+
+The script does not import peftjax, so that it also runs other commands and other environments.
 """
 
 import argparse
@@ -17,12 +19,19 @@ import threading
 import time
 from collections.abc import Mapping
 
-STOPPED = 75  # a command's exit code for: stopped by SIGTERM, all saved, run me again
-GRACE = 30.0  # seconds that the others get to end by themselves once one has failed
+STOPPED = 75  # exit code of a command that was stopped by SIGTERM, saved its state and should run again
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL for the other processes after a failure
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 if all processes did, 75 if one was stopped and none failed, else the code of the first that failed."""
+    """Run the command and wait for all processes.
+
+    Args:
+        argv: Command line without the program name.
+
+    Returns:
+        0 if all processes succeeded, 75 if one was stopped and none failed, else the exit code of the first failure.
+    """
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
@@ -49,36 +58,49 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; all that comes after `--` is the command."""
+    """Make the parser; everything after `--` is the command."""
     parser = argparse.ArgumentParser(
         prog="python launch/local.py",
         usage="%(prog)s --processes=N [--devices-per-process=K] -- COMMAND ...",
-        description="Run one command as several processes of this machine.",
+        description="Run a command as several processes on this machine.",
         allow_abbrev=False,
     )
-    parser.add_argument("--processes", type=positive, required=True, metavar="N", help="how many to start")
+    parser.add_argument("--processes", type=positive, required=True, metavar="N", help="Number of processes")
     parser.add_argument(
-        "--devices-per-process", type=positive, default=1, metavar="K", help="GPUs or CPU devices of each (default: 1)"
+        "--devices-per-process",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="GPUs or CPU devices per process (default: 1)",
     )
     parser.add_argument(
-        "command", nargs="+", metavar="COMMAND", help="what each runs, as: -- python -m peftjax.train ..."
+        "command", nargs="+", metavar="COMMAND", help="Command of each process, as in: -- python -m peftjax.train ..."
     )
     return parser
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def split_devices(environment: Mapping[str, str], processes: int, each: int) -> list[dict[str, str]]:
-    """The environment of each process, in which it sees devices of its own: `each` GPUs, or `each` CPU devices.
+    """Make the environment of each process, with disjoint sets of visible GPUs and a number of CPU devices.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES in their order, else 0, 1, ...; an empty one hides them from all.
+    GPUs are assigned in the order of CUDA_VISIBLE_DEVICES, or as 0, 1, ... if it is unset. If it is empty, no process sees
+    a GPU.
+
+    Args:
+        environment: Environment of this process.
+        processes: Number of processes.
+        each: GPUs or CPU devices per process.
+
+    Returns:
+        One environment per process.
 
     Raises:
-        ValueError: CUDA_VISIBLE_DEVICES names fewer than are needed.
+        ValueError: CUDA_VISIBLE_DEVICES lists too few GPUs.
     """
     named = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = (
@@ -87,9 +109,9 @@ def split_devices(environment: Mapping[str, str], processes: int, each: int) -> 
     if 0 < len(gpus) < processes * each:
         raise ValueError(
             f"{processes} processes of {each} devices need {processes * each} GPUs, but CUDA_VISIBLE_DEVICES={named} "
-            f"names {len(gpus)}; lower --processes or --devices-per-process, or unset it"
+            f"lists {len(gpus)}; reduce --processes or --devices-per-process, or unset CUDA_VISIBLE_DEVICES"
         )
-    cpus = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={each}"  # the last one counts
+    cpus = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={each}"  # the last occurrence takes effect
     return [
         {**environment, "XLA_FLAGS": cpus, "CUDA_VISIBLE_DEVICES": ",".join(gpus[index * each : (index + 1) * each])}
         for index in range(processes)
@@ -104,29 +126,32 @@ def free_port() -> int:
 
 
 def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A process in a session of its own: Ctrl-C in a terminal reaches this launcher only, which passes it on once."""
+    """Start a process in its own session, so that Ctrl-C reaches only this launcher, which forwards it once."""
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
 def show(index: int, process: subprocess.Popen[bytes]) -> None:
-    """Print each line of the process's output after its index, until it ends."""
+    """Print the output of a process until it ends, each line prefixed with the process index."""
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stdout.buffer.write(b"[%d] %s\n" % (index, line.rstrip(b"\n")))  # one write: lines do not mix
+        sys.stdout.buffer.write(b"[%d] %s\n" % (index, line.rstrip(b"\n")))  # a single write keeps lines intact
         sys.stdout.buffer.flush()
 
 
 def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
     for process in processes:
-        process.send_signal(number)  # does nothing where the process has ended
+        process.send_signal(number)  # no effect on a process that has exited
 
 
 def wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """The exit code for all, when all have ended. When one fails the others get SIGTERM, and SIGKILL after `GRACE`."""
+    """Wait until all processes have exited and return the exit code of the launcher.
+
+    If one fails, the others receive SIGTERM, and SIGKILL after `GRACE` seconds.
+    """
     failed, deadline = 0, float("inf")
-    while None in [process.poll() for process in processes]:  # a list: every one is polled
+    while None in [process.poll() for process in processes]:  # a list, so that every process is polled
         if not failed and (failed := first_failure(processes)):
             print(f"a process failed with exit code {failed}; stopping the others", file=sys.stderr, flush=True)
             send(processes, signal.SIGTERM)
@@ -136,13 +161,13 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it started and left behind
+            os.killpg(process.pid, signal.SIGKILL)  # orphaned child processes
     stopped = any(process.returncode == STOPPED for process in processes)
     return failed or first_failure(processes) or (STOPPED if stopped else 0)
 
 
 def first_failure(processes: list[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the first that failed, as a shell gives it: 128 + n for signal n; 0 if none has failed."""
+    """Return the exit code of the first failed process as a shell reports it (128 + n for signal n), or 0."""
     codes = (process.returncode for process in processes)
     return next((code if code > 0 else 128 - code for code in codes if code not in (None, 0, STOPPED)), 0)
 

@@ -1,23 +1,23 @@
 #!/bin/bash
-# Run a command on every worker of a TPU pod: ask for it in Google Cloud's queue, install this working tree there, run,
-# begin again on a new one if it is preempted, and delete it in the end.
+# Run a command on every worker of a TPU pod: request the pod as a queued resource of Google Cloud, install this working
+# tree on it, run the command, start over on a new pod after a preemption, and delete the pod at the end.
 #
 #     launch/tpu_pod.sh --name=mine --zone=us-west4-a --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite --spot \
 #         --setup='sudo mkdir -p /mnt/runs && sudo mount -t nfs 10.0.0.2:/share /mnt/runs' -- \
 #         python -m peftjax.train --config=my_config.py --workdir=/mnt/runs/mine --config.mesh.fsdp=-1
 #
-# docs/launch_tpu_pod.md tells more.
+# See docs/launch_tpu_pod.md.
 set -o pipefail
 
 usage="usage: launch/tpu_pod.sh --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION
            [--project=PROJECT] [--spot] [--setup=COMMAND] [--keep] -- COMMAND ...
 
-  --name       of the queued resource and of its TPU; the same name goes on with the TPU that is there
-  --type       v5litepod-16, v5p-32, v6e-8 ...
-  --runtime    v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e), tpu-ubuntu2204-base (v4)
-  --spot       cheaper, and may be taken away at any time
-  --setup      a shell command for each worker before the run: mount what holds the workdir
-  --keep       do not delete the TPU after a run that ended well"
+  --name       name of the queued resource and its TPU; an existing TPU of this name is reused
+  --type       accelerator type: v5litepod-16, v5p-32, v6e-8 ...
+  --runtime    runtime version: v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e), tpu-ubuntu2204-base (v4)
+  --spot       use spot capacity: cheaper, but preempted at any time
+  --setup      shell command that every worker runs first, for example to mount the file system of the workdir
+  --keep       keep the TPU after a successful run"
 name='' zone='' type='' runtime='' setup=true
 keep=false scope=() spot=()
 while [ $# -gt 0 ]; do
@@ -47,9 +47,9 @@ if [ -z "$name" ] || [ -z "$zone" ] || [ -z "$type" ] || [ -z "$runtime" ] || [ 
     exit 2
 fi
 scope+=("--zone=$zone" --quiet)
-poll=${TPU_POD_POLL:-60} # seconds between two looks at the state
+poll=${TPU_POD_POLL:-60} # seconds between state queries
 
-# What each worker does. The number of its process is kept, so that no second one is ever started beside it.
+# Commands for each worker. The process id is stored, so that a running process is stopped before another one starts.
 # shellcheck disable=SC2016
 stop='pid=$(cat ~/peftjax.pid 2>/dev/null) && kill "$pid" 2>/dev/null && timeout 300 tail --pid="$pid" -f /dev/null; true'
 # shellcheck disable=SC2016
@@ -61,12 +61,12 @@ run="cd peftjax && export PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ > ~/peftjax.p
 
 say() { echo "$(date +%T) $name: $*"; }
 warn() { say "$@" >&2; }
-left() { warn "the TPU is still there, and paid for: gcloud compute tpus queued-resources delete $name ${scope[*]} --force"; }
+left() { warn "the TPU is still allocated and billed; to delete it: gcloud compute tpus queued-resources delete $name ${scope[*]} --force"; }
 
 queued() { gcloud compute tpus queued-resources "$1" "$name" "${scope[@]}" "${@:2}"; }
 on_all() { gcloud compute tpus tpu-vm ssh "$name" "${scope[@]}" --worker=all --command="$1"; }
 
-# Sets $state, to ABSENT where there is nothing of this name; no answer at all (no network, no rights) ends the script.
+# Sets $state; ABSENT if the resource does not exist. Any other error (network, permissions) ends the script.
 look() {
     state=$(queued describe --format='value(state.state)' 2>"$errors") && return
     grep -qi 'not.found' "$errors" && state=ABSENT && return
@@ -74,7 +74,7 @@ look() {
     exit 1
 }
 
-# Sends what git knows or would add, as it is now: no environment, no runs.
+# Sends the tracked and untracked files that git does not ignore, which excludes environments and runs.
 prepare() {
     say "installing on every worker"
     git -C "$root" ls-files -z --cached --others --exclude-standard |
@@ -88,7 +88,7 @@ interrupted() {
     trap '' INT TERM
     code=130
     if [ -n "$running" ]; then
-        say "stopping the run; the same command goes on with it"
+        say "stopping the run; run the same command again to resume"
         on_all "$stop"
         wait "$running"
         code=$?
@@ -102,15 +102,15 @@ errors=$(mktemp) archive=$(mktemp)
 trap 'rm -f "$errors" "$archive"' EXIT
 trap interrupted INT TERM
 state='' running=''
-ready=false # whether this script installed on the TPU that is there
-had=false   # whether there was one: then it is not the request that is at fault
-lost=0      # connections lost in a row
+ready=false # whether the current TPU is installed
+had=false   # whether a TPU was ever active; if so, a failure is not an invalid request
+lost=0      # consecutive lost connections
 while true; do
     look
     case $state in
         ACTIVE) had=true ;;
         ABSENT)
-            say "asking for a $type"
+            say "requesting a $type"
             queued create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" "${spot[@]}" || exit
             ready=false
             continue
@@ -122,7 +122,7 @@ while true; do
                 left
                 exit 1
             fi
-            say "$state, as after a preemption: asking for another"
+            say "$state, probably preempted; requesting another TPU"
             queued delete --force || exit
             continue
             ;;
@@ -141,7 +141,7 @@ while true; do
     if [ $code -eq 0 ]; then
         say "running on every worker: $*"
         on_all "$stop"
-        on_all "$run" & # a signal reaches this script while it waits, not while it runs a command
+        on_all "$run" & # bash handles signals during wait, but not during a foreground command
         running=$!
         wait $running
         code=$?
@@ -149,7 +149,7 @@ while true; do
         [ $code -eq 0 ] && break
     fi
 
-    # 75: stopped by SIGTERM, all saved. 255: no connection. Else a mistake, unless it was the TPU's end.
+    # 75: stopped by SIGTERM with the state saved. 255: lost connection. Anything else is an error, unless the TPU is gone.
     say "ended with exit code $code"
     lost=$((code == 255 ? lost + 1 : 0))
     sleep "$poll"

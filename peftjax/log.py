@@ -1,11 +1,11 @@
-"""The log of a run: metrics.jsonl, TensorBoard events, and what the terminal shows while it trains.
+"""Logging of a training run: metrics.jsonl, TensorBoard events and terminal output.
 
-metrics.jsonl has one JSON object a line, in the order of the steps:
+metrics.jsonl contains one JSON object per line, ordered by step:
 
     {"step": 20, "kind": "train", "seconds": 3.1, "loss": 2.5, ..., "peak_memory_bytes": 734003200}
     {"step": 20, "kind": "eval", "seconds": 3.4, "eval_loss": 2.6, ...}
 
-JSON has no numbers that are not finite: they stand as the strings "NaN", "Infinity" and "-Infinity".
+JSON has no non-finite numbers, so these are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
 import json
@@ -18,22 +18,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes, format_clock
 
 METRICS = "metrics.jsonl"
-
-
-# The fields in which two runs of the same config differ; all others are equal, bit for bit, also after a resume.
 SPEEDS = ("tokens_per_second", "images_per_second")
 
-
+# Fields that differ between two runs of the same config. All others are bit-identical, also after a resume.
 MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 
-
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
 
 _SHORT = {
     "tokens_per_second": "tok/s",
@@ -45,14 +42,14 @@ _SHORT = {
 
 
 class Log:
-    """What a run logs. A context manager; `close` ends it.
+    """Context manager that writes and prints the metrics of one run.
 
-    A run that starts at step 0 begins its log anew. One that resumes at step s keeps the lines up to s and drops the
-    others, whose steps will be done again: the file of a run that was killed and resumed holds the lines of one that
-    never was, but for the fields in `MEASURED`.
+    A run that starts at step 0 overwrites the log of an earlier run. A run that resumes at step s keeps the lines up to s
+    and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals that of
+    an uninterrupted run, except for the fields in `MEASURED`.
 
-    On a terminal a progress bar shows the newest training metrics and a line is printed for each evaluation; anywhere
-    else (CI, a log file) each logged step is one plain line.
+    On a terminal, a progress bar shows the latest training metrics, and each evaluation prints one line. Otherwise, as in
+    CI or with redirected output, every logged step prints one plain line.
     """
 
     def __init__(
@@ -67,21 +64,23 @@ class Log:
     ) -> None:
         """
         Args:
-            workdir: made if it is not there.
-            total_steps: after which the run ends.
-            resume_step: the steps that are done already.
-            enabled: False on every process but the first; nothing is then written or printed.
-            tensorboard: write TensorBoard events too, in the workdir itself.
-            quiet: print nothing.
+            workdir: Directory of the run, created if missing.
+            total_steps: Number of training steps of the whole run.
+            resume_step: Number of completed steps.
+            enabled: Write and print; False on every process but the first.
+            tensorboard: Also write TensorBoard events, into `workdir`.
+            quiet: Do not print.
 
         Raises:
-            UserError: resuming, a line of the workdir's metrics.jsonl is broken (the last one may be cut off).
+            UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line.
         """
         self._total, self._resumed, self._enabled = total_steps, resume_step, enabled
         self._printing = enabled and not quiet
         self._bar: _Bar | None = None
         self._events: _Events | None = None
-        self._first: tuple[int, float] | None = None  # a step of this process and when it was logged, for the time left
+        self._first: tuple[int, float] | None = (
+            None  # first step logged by this process and its time, to estimate the time left
+        )
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,12 @@ class Log:
         self.close()
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the training metrics of a step: loss, learning_rate, one of `SPEEDS`, grad_norm and any others."""
+        """Log the training metrics of a step.
+
+        Args:
+            step: Number of completed steps.
+            numbers: {name: value}: loss, learning_rate, one of `SPEEDS`, grad_norm and any others.
+        """
         if not self._enabled:
             return
         now, memory = time.perf_counter(), peak_memory()
@@ -121,21 +125,26 @@ class Log:
             print(self._place(step), *shown, clock, sep="  ", flush=True)
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the scores of an evaluation after that step."""
+        """Log the scores of an evaluation.
+
+        Args:
+            step: Number of completed steps.
+            numbers: {name: score}.
+        """
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
         self.message("  ".join([self._place(step), "evaluation", *_shown(numbers, numbers)]))
 
     def message(self, text: str) -> None:
-        """Print a text, above the bar where there is one."""
+        """Print a message, above the progress bar if there is one."""
         if self._bar:
             self._bar.print(text)
         elif self._printing:
             print(text, flush=True)
 
     def close(self) -> None:
-        """End the bar and close the files; a second time, do nothing."""
+        """Stop the progress bar and close the files. Further calls have no effect."""
         if self._bar:
             self._bar.stop()
             self._bar = None
@@ -146,10 +155,10 @@ class Log:
             self._file.close()
 
     def _write(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
-        plain = {name: value.item() if hasattr(value, "item") else value for name, value in numbers.items()}
+        plain = {name: np.asarray(value).item() for name, value in numbers.items()}
         seconds = round(time.perf_counter() - self._began, 3)
         self._file.write(_line({"step": step, "kind": kind, "seconds": seconds, **plain}))
-        self._file.flush()  # a run that is killed after this has this line
+        self._file.flush()  # the line survives if the process is killed from here on
         if self._events:
             self._events.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
 
@@ -158,12 +167,22 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line that is cut off, as of a process killed while writing it, is left out.
+    """Read a metrics.jsonl file.
+
+    A truncated last line, left by a process that was killed while writing it, is skipped.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        One dictionary per line, with non-finite numbers as floats.
 
     Raises:
-        UserError: another line is broken; names it.
+        UserError: Any other line is invalid.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last has no newline: empty, or cut off
+    lines = path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    )  # the last one has no newline: it is empty or truncated
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -177,7 +196,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: {error}: {line[:80]!r}. Remove the line, or the file") from None
+            raise UserError(f"{path}, line {number}: {error}: {line[:80]!r}; remove the line or the file") from None
         found.append(
             {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in entry.items()}
         )
@@ -185,7 +204,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory() -> int:
-    """The most bytes in use so far: on the fullest of this process's accelerators, or resident on the CPU."""
+    """Return the peak memory of this process in bytes.
+
+    Returns:
+        Maximum over the local accelerators of their peak memory in use; on CPU, the peak resident set size.
+    """
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -194,7 +217,7 @@ def peak_memory() -> int:
 
 
 class _Bar:
-    """A progress bar of rich, at the foot of the terminal."""
+    """Progress bar at the bottom of the terminal."""
 
     def __init__(self, total: int, done: int) -> None:
         from rich import progress
@@ -202,7 +225,7 @@ class _Bar:
         from rich.table import Column
 
         self._progress = progress.Progress(
-            progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),  # it takes what the numbers leave
+            progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),  # fills the remaining width
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[numbers]}", markup=False),
             progress.TimeElapsedColumn(),
@@ -226,10 +249,18 @@ class _Bar:
 
 
 class _Events:
-    """TensorBoard scalars. Written at once, not by tensorboardX's thread: a killed run loses none that it logged."""
+    """TensorBoard scalars, on disk when `write` returns.
+
+    `SummaryWriter` of tensorboardX writes from a background thread, and its `flush` does not wait for the queue of that
+    thread: a killed process loses its last events. `EventsWriter` beneath it writes synchronously.
+    """
 
     def __init__(self, directory: Path, purge: int | None) -> None:
-        """purge: TensorBoard hides the events of earlier files from this step on."""
+        """
+        Args:
+            directory: Directory of the event file, which is created.
+            purge: Step from which TensorBoard hides the events of earlier files; None for the first file.
+        """
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -253,7 +284,7 @@ class _Events:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    names = {repr(value): name for name, value in _NOT_FINITE.items()}  # nan is not equal to itself, its repr is
+    names = {repr(value): name for name, value in _NOT_FINITE.items()}  # compare by repr, since nan != nan
     return json.dumps({key: names.get(repr(value), value) for key, value in entry.items()}, allow_nan=False) + "\n"
 
 
@@ -262,7 +293,7 @@ def _refuse(constant: str) -> float:
 
 
 def _shown(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """Those of the numbers that are there, each with its name, in a few characters."""
+    """Format those of the named numbers that are present."""
     return [_short(name, numbers[name]) for name in names if name in numbers]
 
 
@@ -278,8 +309,8 @@ def _short(name: str, value: float) -> str:
 
 
 def _peak_resident() -> int:
-    """The most bytes of main memory that this process ever held."""
-    try:  # Linux; getrusage would also count what the parent held when it forked this process
+    """Return the peak resident set size of this process in bytes."""
+    try:  # Linux; getrusage would include the memory of the parent process at the fork
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         return int(fields["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError):

@@ -1,6 +1,6 @@
-"""Processes that run one command together: how they find each other, and how they stop.
+"""Distributed runs: initialization, cross-process array transfers and preemption.
 
-Each process drives the accelerators it sees; together they are one program over one mesh (`jax.distributed`).
+Each process drives the accelerators it sees. Together, the processes run one program over one mesh (`jax.distributed`).
 """
 
 import argparse
@@ -18,34 +18,38 @@ from jax.experimental import multihost_utils
 
 from peftjax.core.errors import UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead and the others exit
 
-# How many processes a launcher started, if it says so: SLURM's srun, Open MPI's mpirun, that of MPICH and its kin.
+# Variables that hold the number of processes: set by srun of SLURM, by mpirun of Open MPI, and by MPICH and its derivatives.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class Preempted(BaseException):  # no error, and like KeyboardInterrupt nothing that `except Exception` may keep
-    """The run was asked to stop and does, with everything saved; the command exits with PREEMPTED."""
+class Preempted(BaseException):  # not an error: like KeyboardInterrupt, `except Exception` must not catch it
+    """The run was asked to stop and has saved its state; the command exits with `PREEMPTED`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that name this process and the others."""
+    """Add the options that identify this process and the coordinator."""
     group = parser.add_argument_group(
-        "several processes", "all three, or none: then the cluster says (SLURM, Open MPI, TPU pods, GKE)"
+        "distributed runs", "give all three, or none to detect the cluster (SLURM, Open MPI, TPU pods, GKE)"
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached, a free port")
-    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, 0 to N-1")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="Address of process 0, with a free port")
+    group.add_argument("--num_processes", type=int, metavar="N", help="Number of processes")
+    group.add_argument("--process_id", type=int, metavar="I", help="Index of this process, 0 to N-1")
 
 
 def start(options: argparse.Namespace) -> None:
-    """Join the other processes, of which the options or the cluster tell; returns when all are there. A process that is
-    alone waits for nobody. To be called before jax is asked for a device.
+    """Initialize `jax.distributed` from the options or the detected cluster, and wait for all processes.
+
+    A single process returns immediately. Must be called before JAX initializes its devices.
+
+    Args:
+        options: Parsed command line with the options of `add_options`.
 
     Raises:
-        ValueError: some of the three options only, or numbers that cannot be; or a launcher that jax does not know
-            started several processes, each of which would take itself for the only one.
+        UserError: Only some of the three options are given, or a value is invalid; or a launcher that JAX does not
+            support started several processes, each of which would run on its own.
     """
     given = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     if missing := [name for name, value in given.items() if value is None]:
@@ -55,7 +59,7 @@ def start(options: argparse.Namespace) -> None:
         return
     if not 0 <= options.process_id < options.num_processes:
         raise UserError(
-            f"--process_id={options.process_id} with --num_processes={options.num_processes}: the first is 0, the last "
+            f"--process_id={options.process_id} is out of range for --num_processes={options.num_processes}; use 0 to "
             f"{options.num_processes - 1}"
         )
     host, _, port = options.coordinator.rpartition(":")
@@ -76,63 +80,77 @@ def _join_cluster() -> None:
         return
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
     if in_pod and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():
-        return  # a pod of no indexed job, where jax would look for the job's other pods
-    # One process a machine takes all of its devices; jax would give it one (None), as it does where each has its own.
+        return  # a pod outside an indexed job, in which JAX would look for other pods
+    # A process that is alone on its machine uses all devices there; with None, JAX would assign it a single one.
     own_machine = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _one_task_a_node()
     try:
         _initialize(local_device_ids=[] if own_machine else None)
     except (ValueError, RuntimeError) as error:
-        # No cluster; or a command called by a program that has asked for its devices already, and is no part of one.
+        # There is no cluster, or a program that has already initialized its devices called the command.
         if not any(words in str(error) for words in ("coordinator_address should be", "must be called before")):
             raise
         if name:
             raise UserError(
-                f"{name}={counts[name]}: a launcher started {counts[name]} processes that jax cannot bring together by "
-                "itself; give each --coordinator=HOST:PORT --num_processes=N --process_id=I"
+                f"{name}={counts[name]}: a launcher started {counts[name]} processes, but JAX cannot detect the cluster; pass "
+                "--coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
             ) from None
         return
     if name and jax.process_count() != counts[name]:
         raise UserError(
-            f"{name}={counts[name]}, but jax found {jax.process_count()} processes; give each --coordinator=HOST:PORT "
-            "--num_processes=N --process_id=I"
+            f"{name}={counts[name]}, but JAX found {jax.process_count()} processes; pass --coordinator=HOST:PORT "
+            "--num_processes=N --process_id=I to each process"
         )
 
 
 def _one_task_a_node() -> bool:
-    """Whether SLURM's srun started one process on each machine: "1" or "1(x16)"."""
+    """Whether srun of SLURM started one process per machine ("1" or "1(x16)")."""
     return os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
 
 
 def _initialize(**arguments: Any) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
-    # Programs that run on CPUs at the same time take each other's turns in the collectives, and wait for ever.
+    # On CPUs, collectives of concurrently dispatched programs can interleave and deadlock.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         raise UserError(
-            f"{jax.local_device_count()} CPU devices in each of {jax.process_count()} processes, whose collectives can wait "
-            "for each other for ever: take --xla_force_host_platform_device_count out of XLA_FLAGS and start more processes"
+            f"each of {jax.process_count()} processes has {jax.local_device_count()} CPU devices, whose collectives can "
+            "deadlock; remove --xla_force_host_platform_device_count from XLA_FLAGS and start more processes"
         )
 
 
 def many() -> bool:
-    """Whether this process is one of several."""
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """The whole array in this process's memory. Where other processes hold parts of it, all of them must ask for it."""
+    """Gather an array into the memory of this process.
+
+    If the array is sharded across processes, every process must call this function.
+
+    Args:
+        array: Array with any sharding.
+
+    Returns:
+        The full array on the host, with the same shape and dtype.
+    """
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has in its memory, on the devices of all of them."""
+    """Shard a host array across the devices of all processes.
+
+    Args:
+        array: Full array, identical in every process.
+        sharding: Sharding of the result.
+    """
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class OnHost:
-    """An array off the devices: every process keeps those parts of it that its devices held, each once."""
+    """An array moved to host memory: each process keeps one copy of every distinct shard that its devices held."""
 
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self._sharding = array.shape, array.dtype, array.sharding
@@ -140,7 +158,7 @@ class OnHost:
         self._parts = {where: np.asarray(shard.data) for where, shard in shards.items()}
 
     def back(self) -> jax.Array:
-        """The array on the devices again, as it was."""
+        """Return the array to the devices with its original sharding."""
         return jax.make_array_from_callback(self.shape, self._sharding, lambda index: self._parts[_where(index)])
 
 
@@ -149,20 +167,26 @@ def _where(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | Non
 
 
 def meet(what: str) -> None:
-    """Returns when every process is here; at once for a process that is alone."""
+    """Wait until every process has reached this point; a single process returns immediately.
+
+    Args:
+        what: Name of the barrier.
+    """
     if many():
         multihost_utils.sync_global_devices(what)
 
 
 def leave(code: int, *, wait: bool) -> NoReturn:
-    """Ends this process, one of several, with an exit code other than that of success.
+    """Exit this process of a distributed run with a nonzero code.
 
-    `wait`: until all are leaving, as after a mistake that each of them has met, HEARTBEAT seconds at most. If process 0 left
-    first, the others would be aborted before they can say what is wrong.
+    Args:
+        code: Exit code.
+        wait: Wait up to `HEARTBEAT` seconds for the other processes to exit too, as after an error that all of them
+            encounter. If process 0 exited first, the others would be aborted before they can print the error.
     """
 
     def shut_down() -> None:
-        with contextlib.suppress(Exception):  # the others are not leaving
+        with contextlib.suppress(Exception):  # the other processes are still running
             jax.distributed.shutdown()
 
     sys.stdout.flush()
@@ -171,14 +195,14 @@ def leave(code: int, *, wait: bool) -> NoReturn:
         leaving = threading.Thread(target=shut_down, daemon=True)
         leaving.start()
         leaving.join(HEARTBEAT)
-    os._exit(code)  # at once: an orderly exit waits for the other processes, and they for this one
+    os._exit(code)  # a regular exit would wait for the other processes, which wait for this one
 
 
 class Preemption:
-    """Turns SIGTERM, which a scheduler sends before it takes a machine away, into a stop between two steps.
+    """Context manager that turns SIGTERM, sent by a scheduler before preemption, into a stop between two steps.
 
-    A context manager. With several processes one that gets the signal is enough: jax tells the others, and all agree on
-    a step that none of them has gone beyond. A second signal changes nothing.
+    In a distributed run, it is enough that one process receives the signal: JAX notifies the others, and all agree on a
+    step that none of them has passed. Further signals have no effect.
     """
 
     def __init__(self) -> None:
@@ -187,7 +211,7 @@ class Preemption:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        # With several processes jax listens to the signal.
+        # In a distributed run, JAX handles the signal.
         if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._notice)
         return self
@@ -201,10 +225,10 @@ class Preemption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._signalled = True
-        if not self._steps:  # there is nothing to save yet
-            raise Preempted("stopped by SIGTERM before the first step; the same command goes on")
+        if not self._steps:  # nothing to save yet
+            raise Preempted("stopped by SIGTERM before the first step; run the same command again to resume")
 
     def reached(self) -> bool:
-        """Whether to save after this step and stop; asked after every step, by every process."""
+        """Whether to save and stop after this step; every process must call this method after every step."""
         self._steps += 1
         return self._signalled or multihost_utils.reached_preemption_sync_point(self._steps)

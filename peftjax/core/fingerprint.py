@@ -1,6 +1,6 @@
-"""A short digest of every bit of a tree of arrays, computed where the arrays are.
+"""Fingerprints of arrays, computed on their devices.
 
-It says which base an adapter was trained on, and whether a checkpoint read back is the one that was written.
+They identify the base model of an adapter and verify that a restored checkpoint equals the one that was saved.
 """
 
 import hashlib
@@ -16,18 +16,21 @@ from jax import lax
 
 
 def fingerprint(tree: Any) -> str:
-    """Digests the names, shapes, dtypes and all bits of a tree of arrays into 16 hexadecimal digits.
+    """Compute a 64-bit digest of the names, shapes, dtypes and contents of a tree of arrays.
 
-    The same on any sharding and any number of devices; any flipped bit and (but for chance, about 2^-60) any exchange
-    of elements changes it. Nothing is copied to the host but two integers an array, and no temporary array is made.
-    It guards against accidents, not against somebody who builds a collision on purpose.
+    The digest does not depend on the sharding or the number of devices. Any flipped bit changes it, and so does any
+    exchange of elements, except with a probability of about 2^-60. Only two integers per array are copied to the host,
+    and no temporary array is allocated. The digest detects accidental changes; it does not resist deliberate collisions.
 
     Args:
-        tree: a pytree of `jax.Array` (any float, integer, bool, int4 or PRNG key dtype), usually a flat {path: array};
-            nodes without leaves (`optax.MaskedNode`, None) count for nothing.
+        tree: Pytree of `jax.Array` of any float, integer (including int4), bool or PRNG key dtype, usually a flat
+            {path: array} dictionary. Nodes without leaves, such as `optax.MaskedNode` and None, are ignored.
+
+    Returns:
+        16 hexadecimal digits.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_mixed_sums(leaf) for _, leaf in leaves]  # all dispatched before the first one is waited for
+    sums = [_mixed_sums(leaf) for _, leaf in leaves]  # dispatch all before waiting for the first
     rows = []
     for (path, leaf), pair in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -36,9 +39,18 @@ def fingerprint(tree: Any) -> str:
 
 
 def marks(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
-    """A short digest of a sample of each array: of 64 x 64 elements, spread over its last two axes and in all of the
-    others, rounded to bfloat16. So the same weights in float32 and in bfloat16 have the same marks, weights that were
-    trained further have others, and the largest model takes no longer than a forward pass of a token."""
+    """Compute a digest of a sample of each array, rounded to bfloat16.
+
+    The sample covers at most 64 x 64 evenly spaced positions of the last two axes, at every index of the other axes. The
+    same weights stored in float32 and in bfloat16 therefore have the same marks, and further training changes them. For
+    the largest models the computation takes no longer than the forward pass of one token.
+
+    Args:
+        arrays: {path: array of any float dtype}.
+
+    Returns:
+        {path: 16 hexadecimal digits}.
+    """
     sums = jax.device_get(_sampled_sums(dict(arrays)))
     return {path: "{:08x}{:08x}".format(*pair) for path, pair in sums.items()}
 
@@ -51,14 +63,17 @@ def _sampled_sums(arrays: dict[str, Any]) -> dict[str, jax.Array]:
 
 @jax.jit
 def _mixed_sums(x: jax.Array) -> jax.Array:
-    """Sums two position-dependent mixes of the bits of x, modulo 2^32: [2] uint32.
+    """Sum two position-dependent mixes of the bits of x modulo 2^32.
 
-    y_i = mix(x_i ^ k_i) and z_i = y_i (k'_i | 1), with k and k' hashes of the position i. Both are one-to-one in x_i,
-    so one changed element always changes both sums. An odd multiplier alone (x_i k_i) would miss the exchange of 1.0
-    and -1.0: they differ by 2^31, and 2^31 times an even difference of multipliers is 0 modulo 2^32; hence mix comes
-    first. Integer sums are exact in any order: how x is sharded does not matter. Positions are a row (all axes but the
-    last) and a column, because an array may hold more than 2^32 elements. Both sums come from one reduction, as two of
-    them would make XLA keep y in memory.
+    y_i = mix(x_i ^ k_i) and z_i = y_i (k'_i | 1), where k and k' are hashes of the position i. Both are one-to-one in
+    x_i, so a change of one element always changes both sums. An odd multiplier alone (x_i k_i) would miss an exchange of
+    1.0 and -1.0: their bits differ by 2^31, and 2^31 times an even difference of multipliers is 0 modulo 2^32. Therefore
+    mix is applied first. Integer sums are exact in any order, so the sharding of x does not matter. A position is a pair
+    of a row (all axes but the last) and a column, because an array may have more than 2^32 elements. One reduction
+    computes both sums; with two, XLA would materialize y.
+
+    Returns:
+        [2] uint32.
     """
     bits = _bits(x)
     row = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
@@ -75,14 +90,14 @@ def _mixed_sums(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Scrambles uint32 one-to-one, so that every bit of x moves every bit of the result (MurmurHash3's fmix32)."""
+    """Apply fmix32 of MurmurHash3, a bijection of uint32 in which every input bit affects every output bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Reinterprets x as uint32, one word an element (two for 64-bit dtypes), with at least one axis."""
+    """Reinterpret x as uint32 with at least one axis: one word per element, two for 64-bit dtypes."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     x = jnp.atleast_1d(x)

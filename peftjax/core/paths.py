@@ -1,4 +1,4 @@
-"""Names of modules and parameters: near-name suggestions, and patterns that must match something."""
+"""Module and parameter names: spelling suggestions and patterns."""
 
 import difflib
 import re
@@ -6,14 +6,26 @@ from collections.abc import Iterable
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean "x" or "y"?' for the known names nearest to `word`, or '' when none is near."""
+    """Suggest known names similar to `word`.
+
+    Args:
+        word: Unknown name.
+        known: Valid names.
+
+    Returns:
+        " Did you mean 'x' or 'y'?" with up to three suggestions, or "" if no name is similar.
+    """
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
 
 def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
-    """Whether a module's name is meant: a string is a regular expression for the whole name; a tuple holds names, each
-    of which means the modules called so or whose dotted name ends so (the rule of Hugging Face PEFT's target_modules).
+    """Whether a module name matches a pattern, by the rule of `target_modules` in Hugging Face PEFT.
+
+    Args:
+        name: Dotted module name.
+        pattern: A string is a regular expression that must match the whole name. A tuple holds names; each matches the
+            module of that name and every module whose dotted name ends in it.
     """
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
@@ -21,8 +33,15 @@ def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
 
 
 def first_match(name: str, table: Iterable[tuple[str, object]]) -> object | None:
-    """The value of the table's first key that names the module: an exact name, its ending, or a regular expression for
-    such an ending (the rule of Hugging Face PEFT's rank_pattern and alpha_pattern)."""
+    """Look up a module name in a table of patterns, by the rule of `rank_pattern` and `alpha_pattern` in Hugging Face PEFT.
+
+    Args:
+        name: Dotted module name.
+        table: (pattern, value) pairs. A pattern is the full name, its last components, or a regular expression for either.
+
+    Returns:
+        The value of the first matching pattern, or None.
+    """
     for key, value in table:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -30,7 +49,7 @@ def first_match(name: str, table: Iterable[tuple[str, object]]) -> object | None
 
 
 def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]:
-    """The entries of `pattern` that match none of `names`."""
+    """Return the entries of `pattern` that match none of `names`."""
     names = list(names)
     entries = (pattern,) if isinstance(pattern, str) else pattern
     return [

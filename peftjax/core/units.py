@@ -1,8 +1,8 @@
-"""Quantities for people: bytes and durations."""
+"""Human-readable byte counts and durations."""
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people: 999 B, 1.5 KiB, 20.3 MiB."""
+    """Format a number of bytes with a binary unit: 999 B, 1.5 KiB, 20.3 MiB."""
     unit, units = "B", iter(("KiB", "MiB", "GiB", "TiB"))
     while count >= 1024 and unit != "TiB":
         count, unit = count / 1024, next(units)
@@ -10,7 +10,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """A duration as m:ss or h:mm:ss."""
+    """Format a duration in seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,10 +1,10 @@
-"""Checkpoints of exactly what is trained: written in the background, complete or absent, checked bit for bit when read.
+"""Checkpoints of the trainable state: saved asynchronously and atomically, and verified on restore.
 
-A checkpoint is a directory named by its step, written by orbax under a temporary name and renamed when complete:
+A checkpoint is a directory named after its step. Orbax writes it under a temporary name and renames it when complete:
 
     <step>/state/            the arrays
-    <step>/about/metadata    one JSON object: score, identity, data state of every process, the names, shapes and dtypes
-                             of the arrays, their fingerprint, and a checksum of this object itself
+    <step>/about/metadata    the record, a JSON object: score, identity, data state of every process, the names, shapes
+                             and dtypes of the arrays, their fingerprint, and a checksum of the record itself
 """
 
 import gc
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 from jax.experimental import multihost_utils
 
+from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 
 Json = dict[str, Any]
@@ -34,7 +35,15 @@ _TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint as read back. `damaged` holds one sentence for each newer checkpoint that had to be passed over."""
+    """A restored checkpoint.
+
+    Attributes:
+        step: Number of training steps behind the state.
+        state: {name: array} with the requested shardings.
+        data_state: Position of this process in the data.
+        identity: Description of the run that wrote the checkpoint.
+        damaged: One message for each newer checkpoint that was skipped because it is damaged.
+    """
 
     step: int
     state: dict[str, jax.Array]
@@ -44,26 +53,30 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and with `keep_best` also the one with the highest score.
+    """Context manager for the checkpoints of one run.
 
-    Every process of a run makes the same calls in the same order. A save that fails in the background raises `OSError`
-    at the next call of any method.
+    It keeps the newest `keep` checkpoints and, with `keep_best`, the one with the highest score. In a distributed run,
+    every process must make the same calls in the same order. If a save fails in the background, the next call of any
+    method raises `OSError`.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int, keep_best: bool) -> None:
         """
         Args:
-            directory: local or gs:// directory; made at the first save.
-            keep: how many of the newest to keep, at least 1; there is one more from the end of a save to the next call.
-            keep_best: keep the checkpoint of the highest score (the first of equals) however old it is.
+            directory: Local or gs:// directory, created by the first save.
+            keep: Number of newest checkpoints to keep, at least 1. The first call after a completed save removes older ones.
+            keep_best: Also keep the checkpoint with the highest score, the earliest among equals.
+
+        Raises:
+            UserError: `keep` is less than 1.
         """
         if keep < 1:
-            raise ValueError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
+            raise UserError(f"checkpoint.keep is {keep}; keep at least 1 checkpoint")
         self._directory = epath.Path(directory).resolve()
         self._keep, self._keep_best = keep, keep_best
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saving: int | None = None
-        self._damaged: set[int] = set()  # known from `restore`; on disk until a newer checkpoint is complete
+        self._damaged: set[int] = set()  # found by `restore`; removed once a newer checkpoint is complete
 
     def save(
         self,
@@ -74,22 +87,26 @@ class Checkpoints:
         score: float | None = None,
         identity: Mapping[str, Any],
     ) -> None:
-        """Starts writing a checkpoint; the arrays may be donated and the data state changed as soon as it returns.
+        """Start writing a checkpoint in the background.
+
+        When this method returns, the arrays may be donated and `data_state` may be modified.
 
         Args:
-            step: the number of training steps behind this state.
-            state: {name: array}, any dtype that orbax stores (int4 and PRNG keys too; not empty arrays).
-            data_state: JSON; this process's own position in the data, which comes back to the same process.
-            score: the higher the better (so minus a loss); None or not finite: never the best.
-            identity: JSON; what this run is (base fingerprint, configuration ...), for the caller to compare at resume.
+            step: Number of training steps behind the state.
+            state: {name: array} of any dtype that Orbax stores, including int4 and PRNG keys. Empty arrays are not
+                supported.
+            data_state: JSON object with the position of this process in the data, restored to the same process.
+            score: Higher is better, so the negative of a loss. A checkpoint whose score is None or not finite is never
+                the best.
+            identity: JSON object that describes the run (fingerprint of the base, configuration), to compare on resume.
 
         Raises:
-            ValueError: there is an intact checkpoint of this step.
-            OSError: the save before this one failed, or this one cannot be started.
+            UserError: An intact checkpoint of this step exists.
+            OSError: The previous save failed, or this one could not be started.
         """
         self.wait()
         if step in self._intact():
-            raise ValueError(f"{self._directory / str(step)} exists already; a checkpoint is written once")
+            raise UserError(f"{self._directory / str(step)} already exists; move it away to save this step again")
         content = {
             "score": None if score is None or not math.isfinite(score) else float(score),
             "identity": dict(identity),
@@ -97,7 +114,7 @@ class Checkpoints:
             "leaves": {name: _describe(leaf) for name, leaf in state.items()},
             "fingerprint": fingerprint(dict(state)),
         }
-        content = json.loads(json.dumps(content))  # a copy nobody else changes while it is written
+        content = json.loads(json.dumps(content))  # a copy that the caller cannot modify while it is written
         items = ocp.args.Composite(
             **{
                 _STATE: ocp.args.StandardSave(dict(state)),
@@ -106,7 +123,7 @@ class Checkpoints:
         )
         try:
             self._remove_leftovers()
-            # force: a damaged checkpoint of this step, or on gs:// an unfinished one, is replaced.
+            # force: replace a damaged checkpoint of this step or, on gs://, an unfinished one.
             self._checkpointer.save(self._directory / str(step), args=items, force=True)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -114,22 +131,28 @@ class Checkpoints:
         self._damaged.discard(step)
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct], *, step: int | None = None) -> Restored | None:
-        """Reads the newest intact checkpoint, or that of `step`; None if there is no checkpoint at all.
+        """Restore the newest intact checkpoint, or the checkpoint of `step`.
 
-        Everything read is compared with the checksums written with it. A damaged checkpoint is reported (printed, and
-        in `Restored.damaged`) and the one before it is used.
+        The contents are verified against the stored checksum and fingerprint. A damaged checkpoint is reported on stdout
+        and in `Restored.damaged`, and the one before it is tried.
 
         Args:
-            abstract: {name: shape, dtype and sharding}; each array is read onto that sharding, whichever it had before.
+            abstract: {name: shape, dtype and sharding}. Arrays are restored to these shardings, which may differ from
+                those at the save.
+            step: Step to restore; None for the newest.
+
+        Returns:
+            The restored checkpoint, or None if there are no checkpoints.
 
         Raises:
-            ValueError: every checkpoint (or that of `step`) is damaged; or one is intact but has other names, shapes or
-                dtypes than `abstract`, or the data positions of another number of processes: it belongs to another run.
+            UserError: There is no checkpoint of `step`; every candidate is damaged; or an intact checkpoint belongs to
+                another run: its names, shapes or dtypes differ from `abstract`, or it holds the distinct data positions
+                of another number of processes.
         """
         self.wait()
         steps = self._common_steps()
         if step is not None and step not in steps:
-            raise ValueError(f"there is no checkpoint {step} in {self._directory}; there are {steps or 'none'}")
+            raise UserError(f"no checkpoint {step} in {self._directory}; available: {steps or 'none'}")
         candidates = steps[::-1] if step is None else [step]
         messages: list[str] = []
         for candidate in candidates:
@@ -138,21 +161,21 @@ class Checkpoints:
             except _DamagedError as damage:
                 self._damaged.add(candidate)
                 older = [step for step in candidates if step < candidate]
-                then = f"; going back to checkpoint {older[0]}" if older else ""
+                then = f"; falling back to checkpoint {older[0]}" if older else ""
                 messages.append(f"checkpoint {candidate} is damaged ({damage}){then}")
                 if jax.process_index() == 0:
                     print(messages[-1], flush=True)
         if not messages:
             return None
-        raise ValueError(
-            f"no checkpoint in {self._directory} can be used: {'; '.join(messages)}. "
+        raise UserError(
+            f"no checkpoint in {self._directory} is usable: {'; '.join(messages)}. "
             "Put back a copy of one, or remove the directory to start from step 0."
         )
 
     def identity(self) -> Json | None:
-        """What the newest checkpoint whose record is readable says it belongs to; None if there is none.
+        """Return the identity in the newest checkpoint with a readable record, or None if there is none.
 
-        Reads no array, so a run can say which of its settings differ before it compares names and shapes.
+        No arrays are read, so a run can report settings that differ before names and shapes are compared.
         """
         self.wait()
         found = None
@@ -162,20 +185,20 @@ class Checkpoints:
         return _gather(found)[0]
 
     def best_step(self) -> int | None:
-        """The step of the highest score among the checkpoints on disk (the first of equals); None without scores."""
+        """Return the step with the highest score on disk, the earliest among equals, or None without scores."""
         self.wait()
         return _gather(self._best() if jax.process_index() == 0 else None)[0]
 
     def latest_step(self) -> int | None:
-        """The newest step on disk that is not known to be damaged."""
+        """Return the newest step on disk that is not known to be damaged, or None."""
         self.wait()
         return max(self._intact(), default=None)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more, and removes the checkpoints that are no longer to be kept.
+        """Wait for the running save and remove checkpoints beyond those to keep.
 
         Raises:
-            OSError: the last save failed.
+            OSError: The save failed.
         """
         if self._saving is None:
             return
@@ -188,7 +211,7 @@ class Checkpoints:
             self._prune()
 
     def close(self) -> None:
-        """Waits, and frees orbax's threads. Nothing else may be called afterwards but `close` itself."""
+        """Wait for the running save and release the threads of Orbax. Only `close` may be called afterwards."""
         try:
             self.wait()
         finally:
@@ -209,15 +232,15 @@ class Checkpoints:
         data_state = _own(content["data_states"], path)
         state = _on_every_process("arrays", lambda: _read_arrays(path, abstract))
         if fingerprint(state) != content["fingerprint"]:
-            raise _DamagedError("arrays: not the ones that were saved")
+            raise _DamagedError("arrays: fingerprint mismatch")
         return Restored(step, state, data_state, content["identity"], damaged)
 
     def _steps(self) -> list[int]:
-        """The complete checkpoints, as this process sees the directory."""
+        """List the complete checkpoints on disk, as this process sees them."""
         return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self._directory))
 
     def _common_steps(self) -> list[int]:
-        """The complete checkpoints as process 0 sees them, so that all processes go through the same ones."""
+        """List the complete checkpoints as process 0 sees them, so that all processes try the same ones."""
         steps: list[int] = _gather(self._steps() if jax.process_index() == 0 else None)[0]
         return steps
 
@@ -227,7 +250,7 @@ class Checkpoints:
     def _record(self, step: int) -> Json | None:
         try:
             return _read_about(self._directory / str(step))
-        except Exception:  # damaged: `restore` is the one to report it
+        except Exception:  # damaged; `restore` reports it
             return None
 
     def _best(self) -> int | None:
@@ -238,6 +261,9 @@ class Checkpoints:
                 scores[step] = record["score"]
         return max(scores, key=lambda step: (scores[step], -step), default=None)
 
+    # Retention is not left to `ocp.CheckpointManager` (0.12.8): it drops the old steps from its list before the new save is
+    # complete, so after a failed save it never removes them; it cleans up temporary directories only when it is constructed;
+    # and it would have to be told which checkpoints are damaged and to read the scores from the records.
     def _prune(self) -> None:
         steps = self._steps()
         kept: set[int | None] = set([step for step in steps if step not in self._damaged][-self._keep :])
@@ -250,7 +276,7 @@ class Checkpoints:
             self._damaged.discard(step)
 
     def _remove_leftovers(self) -> None:
-        """Removes what a run that was killed in the middle of a save left behind; nothing else is being written now."""
+        """Remove the temporary directories of failed or killed saves. No save may be running."""
         self._directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for path in self._directory.iterdir():
@@ -262,18 +288,18 @@ class Checkpoints:
 
 
 class _DamagedError(Exception):
-    """A checkpoint cannot be read, or is not what was written."""
+    """A checkpoint cannot be read or differs from what was written."""
 
 
 def _read_about(path: epath.Path) -> Json:
     about = ocp.JsonCheckpointHandler().restore(path / _ABOUT)
     if about["checksum"] != _checksum(about["content"]):
-        raise ValueError("not the one that was saved")
+        raise OSError("checksum mismatch")
     return about["content"]
 
 
 def _read_arrays(path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    # The handler and not the checkpointer: that one waits for the other processes, in vain if one of them fails.
+    # The handler, not the checkpointer, which would wait at a barrier that a failing process never reaches.
     return ocp.StandardCheckpointHandler().restore(path / _STATE, args=ocp.args.StandardRestore(dict(abstract)))
 
 
@@ -286,21 +312,21 @@ def _require_same_leaves(path: epath.Path, saved: Mapping[str, str], wanted: Map
         if name in saved and saved[name] != wanted[name]
     ]
     if differences:
-        raise ValueError(
-            f"{path} is of another model, method or optimizer; what differs:\n  " + "\n  ".join(differences) + "\n"
-            "Train with the settings it was made with, or in another working directory."
+        raise UserError(
+            f"{path} belongs to another model, method or optimizer. Differences:\n  " + "\n  ".join(differences) + "\n"
+            "Use the settings of the run that wrote it, or another workdir."
         )
 
 
 def _own(data_states: list[Json], path: epath.Path) -> Json:
-    """This process's position in the data. Positions that are all the same serve any number of processes."""
+    """Select the data position of this process. Identical positions are valid for any number of processes."""
     if len(data_states) == jax.process_count():
         return data_states[jax.process_index()]
     if all(state == data_states[0] for state in data_states):
         return data_states[0]
-    raise ValueError(
-        f"{path} was written by {len(data_states)} processes, each with its own position in the data, and this run has "
-        f"{jax.process_count()}. Resume it with {len(data_states)}."
+    raise UserError(
+        f"{path} was written by {len(data_states)} processes with different positions in the data, but this run has "
+        f"{jax.process_count()}; resume with {len(data_states)} processes"
     )
 
 
@@ -313,24 +339,28 @@ def _checksum(content: Json) -> str:
 
 
 def _on_every_process(what: str, read: Callable[[], T]) -> T:
-    """What `read` returns; if it fails on any process, damage on all of them, so that they stay together."""
+    """Call `read` on every process and return its result.
+
+    Raises:
+        _DamagedError: It failed on any process; raised on all of them, so that they stay in step.
+    """
     results, problem = [], ""
     with warnings.catch_warnings():
-        # When one array cannot be read, orbax drops its reads of the others, and Python warns of that.
+        # When one array cannot be read, Orbax abandons the pending reads of the others, which Python warns about.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             results.append(read())
         except Exception as error:
             problem = _reason(error)
         if problem:
-            gc.collect()  # here, and not at some later moment when it is warned of
+            gc.collect()  # collect the abandoned reads while the warning is filtered
     if problems := [problem for problem in _gather(problem) if problem]:
         raise _DamagedError(f"{what}: {problems[0]}")
     return results[0]
 
 
 def _gather(value: Any) -> list[Any]:
-    """The JSON values of all processes, in the order of the processes."""
+    """Gather a JSON value from every process, ordered by process index."""
     text = json.dumps(value)
     if jax.process_count() == 1:
         return [json.loads(text)]
@@ -343,7 +373,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the root of an error, short enough for a sentence."""
+    """Describe the root cause of an error in one short line."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = next(iter(str(error).strip().splitlines()), "")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peftjax.core import cli, distributed
+from peftjax.core.errors import UserError
 
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "TPU_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR")
 
@@ -22,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def initialize(**arguments: Any) -> None:
         calls.append(arguments)
         if "coordinator_address" not in arguments and "SLURM_STEP_NODELIST" not in os.environ:
-            raise ValueError("coordinator_address should be defined.")  # as jax says it where it finds no cluster
+            raise ValueError("coordinator_address should be defined.")  # the message of JAX without a cluster
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr("jax.config.update", lambda name, value: None)
@@ -48,13 +49,13 @@ def test_the_options_name_the_processes(asked: list[dict[str, Any]]) -> None:
         (("--num_processes=2",), "--coordinator is missing: give"),
         (
             ("--coordinator=a:1", "--num_processes=2", "--process_id=2"),
-            "--process_id=2 with --num_processes=2: the fir",
+            "--process_id=2 is out of range for --num_processes=2; use 0 to 1",
         ),
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator=a must be HOST:PORT"),
     ],
 )
 def test_options_that_cannot_be_are_refused(asked: list[dict[str, Any]], argv: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         distributed.start(options(*argv))
     assert asked == []
 
@@ -92,7 +93,7 @@ def test_processes_that_jax_cannot_bring_together_are_refused(
     asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # Open MPI 5, of which jax does not know
-    with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE=4: a launcher started 4 processes .* give each"):
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE=4: a launcher started 4 processes, .* to each process"):
         distributed.start(options())
 
 

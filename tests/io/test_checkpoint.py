@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core.errors import UserError
 from peftjax.io.checkpoint import Checkpoints
 
 # When one array of a damaged checkpoint cannot be read, orbax tears down its reads of the others, and Python from 3.12 on
@@ -99,7 +100,7 @@ def test_a_step_can_be_asked_for(directory: Path) -> None:
         restored = checkpoints.restore(ABSTRACT, step=20)
         assert restored is not None
         assert restored.data_state == {"position": 20}
-        with pytest.raises(ValueError, match=r"no checkpoint 30 in .*; there are \[10, 20, 40\]"):
+        with pytest.raises(UserError, match=r"no checkpoint 30 in .*; available: \[10, 20, 40\]"):
             checkpoints.restore(ABSTRACT, step=30)
 
 
@@ -188,7 +189,7 @@ def test_the_best_of_an_earlier_process_survives(tmp_path: Path) -> None:
 
 def test_an_intact_checkpoint_is_never_overwritten(directory: Path) -> None:
     with Checkpoints(directory, keep=9, keep_best=False) as checkpoints:
-        with pytest.raises(ValueError, match="20 exists already"):
+        with pytest.raises(UserError, match="20 already exists"):
             checkpoints.save(20, state_of(21), {}, identity={})
         restored = checkpoints.restore(ABSTRACT, step=20)
     assert restored is not None
@@ -196,7 +197,7 @@ def test_an_intact_checkpoint_is_never_overwritten(directory: Path) -> None:
 
 
 def test_at_least_one_checkpoint_must_be_kept(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\.keep is 0"):
+    with pytest.raises(UserError, match=r"checkpoint\.keep is 0"):
         Checkpoints(tmp_path, keep=0, keep_best=True)
 
 
@@ -253,7 +254,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     assert_same_bits(restored.state, state_of(20))
     (message,) = restored.damaged
     assert message.startswith("checkpoint 40 is damaged (")
-    assert message.endswith("); going back to checkpoint 20")
+    assert message.endswith("); falling back to checkpoint 20")
     assert message in capsys.readouterr().out
 
 
@@ -264,7 +265,7 @@ def test_arrays_that_orbax_reads_without_complaint_but_were_not_saved_are_damage
         restored = checkpoints.restore(ABSTRACT)
     assert restored is not None
     assert restored.damaged == (
-        "checkpoint 40 is damaged (arrays: not the ones that were saved); going back to checkpoint 20",
+        "checkpoint 40 is damaged (arrays: fingerprint mismatch); falling back to checkpoint 20",
     )
 
 
@@ -293,7 +294,7 @@ def test_if_all_are_damaged_the_run_does_not_start_again_from_zero(directory: Pa
         damage(directory / step)
     with (
         Checkpoints(directory, keep=9, keep_best=False) as checkpoints,
-        pytest.raises(ValueError, match=r"no checkpoint in .* can be used: checkpoint 40 .* 20 .* 10 .*"),
+        pytest.raises(UserError, match=r"no checkpoint in .* is usable: checkpoint 40 .* 20 .* 10 .*"),
     ):
         checkpoints.restore(ABSTRACT)
     assert steps_in(directory) == [10, 20, 40]
@@ -328,7 +329,7 @@ def test_other_names_shapes_and_dtypes_are_an_error_that_lists_them_and_not_dama
     wanted["codes"] = jax.ShapeDtypeStruct((7, 4), jnp.int4, sharding=ABSTRACT["codes"].sharding)
     wanted["extra"] = ABSTRACT["step"]
     with Checkpoints(directory, keep=9, keep_best=False) as checkpoints:
-        with pytest.raises(ValueError, match="of another model, method or optimizer") as caught:
+        with pytest.raises(UserError, match="belongs to another model, method or optimizer") as caught:
             checkpoints.restore(wanted)
         assert checkpoints.latest_step() == 40
     lines = str(caught.value).splitlines()[1:-1]
@@ -355,7 +356,7 @@ def test_a_checkpoint_of_two_processes_serves_one_only_if_their_data_positions_a
         assert restored is not None
         assert restored.data_state == {"position": 40}
         written_by_two({"position": 41})
-        with pytest.raises(ValueError, match="written by 2 processes, each with its own position in the data"):
+        with pytest.raises(UserError, match="written by 2 processes with different positions in the data"):
             checkpoints.restore(ABSTRACT)
 
 
@@ -386,6 +387,20 @@ def test_a_save_that_fails_in_the_background_raises_at_the_next_call(
         assert checkpoints.latest_step() == 20
         checkpoints.close()
     assert [path.name for path in sorted(tmp_path.iterdir())][:1] == ["10"]
+
+
+def test_a_failed_save_leaves_nothing_behind_when_the_next_one_is_complete(
+    tmp_path: Path, full_disk: Callable[[], None]
+) -> None:
+    large = {"x": jax.random.normal(jax.random.key(0), (2**18,))}
+    with Checkpoints(tmp_path, keep=1, keep_best=False) as checkpoints:
+        checkpoints.save(10, {"x": jnp.zeros(3)}, {}, identity={})
+        checkpoints.save(20, large, {}, identity={})
+        with pytest.raises(OSError, match="checkpoint 20 could not be written to"):
+            checkpoints.wait()
+        full_disk()
+        checkpoints.save(30, large, {}, identity={})
+    assert steps_in(tmp_path) == [30]
 
 
 KILLED = """

@@ -110,14 +110,14 @@ def test_a_machine_has_four_chips(capsys: pytest.CaptureFixture[str], device: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device=v5e"], "--device=v5e: say the topology, as in v5e:4x4"),
-        (["--device=v5p:4x4"], "say the topology, as in v5p:2x2x2"),
-        (["--device=v5e:2x3"], "6 chips do not make whole machines of 4"),
-        (["--device=h100"], "say how many a machine has, as in h100:8"),
-        (["--device=tpu:4"], "'tpu' is none of v4, v5e, v5p, v6e, l4"),
-        (["--device=l4:1", "--count=0"], "--count=0: at least 1 is needed"),
-        (["--device=l4:1", "--name=My_Run"], "--name=My_Run: at most 40 small letters"),
-        (["--device=l4:1", "--bucket=ours"], "give --bucket or --claim, one of them"),
+        (["--device=v5e"], "--device=v5e: give the topology, as in v5e:4x4"),
+        (["--device=v5p:4x4"], "give the topology, as in v5p:2x2x2"),
+        (["--device=v5e:2x3"], "6 chips are not a multiple of 4 chips per machine"),
+        (["--device=h100"], "give the number of GPUs per machine, as in h100:8"),
+        (["--device=tpu:4"], "unknown device 'tpu'; choose from v4, v5e, v5p, v6e, l4"),
+        (["--device=l4:1", "--count=0"], "--count=0: must be at least 1"),
+        (["--device=l4:1", "--name=My_Run"], "--name=My_Run: use at most 40 lowercase letters"),
+        (["--device=l4:1", "--bucket=ours"], "give either --bucket or --claim"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

@@ -45,7 +45,7 @@ def test_devices_are_split_in_order() -> None:
     assert first["HOME"] == "/"
     assert [each["CUDA_VISIBLE_DEVICES"] for each in local.split_devices({}, 3, 1)] == ["0", "1", "2"]
     assert local.split_devices({"CUDA_VISIBLE_DEVICES": ""}, 1, 2)[0]["CUDA_VISIBLE_DEVICES"] == ""
-    with pytest.raises(ValueError, match=r"2 processes of 3 devices need 6 GPUs, but CUDA_VISIBLE_DEVICES=.* names 5"):
+    with pytest.raises(ValueError, match=r"2 processes of 3 devices need 6 GPUs, but CUDA_VISIBLE_DEVICES=.* lists 5"):
         local.split_devices(given, 2, 3)
 
 
@@ -91,7 +91,7 @@ def test_sigterm_reaches_all_and_75_means_run_again() -> None:
     ("arguments", "message"),
     [
         (["--processes=2"], "required: COMMAND"),
-        (["--processes=none", "--", "x"], "'none' is not a whole number of at least 1"),
+        (["--processes=none", "--", "x"], "'none' is not a positive integer"),
         (["--processes=1", "--", "./no-such-command"], r"cannot run './no-such-command': No such file or directory"),
     ],
 )

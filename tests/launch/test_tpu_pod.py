@@ -150,7 +150,7 @@ def test_a_run_that_fails_is_not_repeated_and_what_it_costs_is_said(
     ended, output = cloud.run(states="ACTIVE", codes=codes)
     assert ended == code
     assert output.count("ran with") == runs
-    assert "still there, and paid for: gcloud " + " ".join(DELETE) in output
+    assert "still allocated and billed; to delete it: gcloud " + " ".join(DELETE) in output
 
 
 def test_ctrl_c_stops_the_workers_and_keeps_the_tpu(cloud: Cloud) -> None:
@@ -161,7 +161,7 @@ def test_ctrl_c_stops_the_workers_and_keeps_the_tpu(cloud: Cloud) -> None:
     launched.send_signal(signal.SIGINT)
     output = launched.communicate(timeout=60)[0]
     assert launched.returncode == 75
-    assert "still there, and paid for" in output
+    assert "still allocated and billed" in output
     assert "delete" not in cloud.verbs
 
 

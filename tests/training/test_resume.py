@@ -98,7 +98,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_with_
     data = (workdir / "checkpoints" / str(STEPS)).rglob("d/*")
     os.truncate(largest := max(data, key=lambda path: path.stat().st_size), largest.stat().st_size // 2)
     output = finish(start(world, workdir))
-    assert re.search(rf"checkpoint {STEPS} is damaged \(.+\); going back to checkpoint {STEPS - EVERY}\n", output)
+    assert re.search(rf"checkpoint {STEPS} is damaged \(.+\); falling back to checkpoint {STEPS - EVERY}\n", output)
     assert_same_run(workdir, undisturbed)
 
 
