@@ -279,5 +279,7 @@ def test_a_hub_adapter_behind_the_norm_is_refused_where_the_norm_is_the_blocks_o
     config = json.loads(file.read_text())
     config["config"] |= {"original_ln_after": False, "residual_before_ln": False}
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="original_ln_after=False is not supported for a post-norm model, which normalizes"):
+    with pytest.raises(
+        ValueError, match="original_ln_after=False is not supported for a post-norm model, which normalizes"
+    ):
         peftjax.load_adapter(peftjax.detach(model), tmp_path / "adapter")
