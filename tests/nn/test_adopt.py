@@ -154,7 +154,7 @@ class Stacked(nnx.Module):
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),
         (
             lambda: adopted(PrefixTuning()),
-            "prefix tuning needs attention layers with a slot, which this model does not",
+            "method.name='prefix' needs attention layers with a slot, and this model has none",
         ),
         (lambda: adopted(Lora(targets=("heed",))), "'heed' matches no layer of this model. Did you mean 'head'"),
     ],
