@@ -1,10 +1,11 @@
-"""Checkpoints of the trainable state: saved asynchronously and atomically, and verified on restore.
+"""Checkpoints of the training state: saved in the background, atomic, and verified bit for bit when restored.
 
-A checkpoint is a directory named after its step. Orbax writes it under a temporary name and renames it when complete:
+orbax writes them and decides which to keep. What a checkpoint belongs to, whether it is intact, and which one to fall back
+to are decided here. A checkpoint is a directory named by its step; it has a temporary name until it is complete:
 
     <step>/state/            the arrays
-    <step>/about/metadata    the record, a JSON object: score, identity, data state of every process, the names, shapes
-                             and dtypes of the arrays, their fingerprint, and a checksum of the record itself
+    <step>/about/metadata    one JSON object: score, identity, data state of every process, the names, shapes and dtypes
+                             of the arrays, their fingerprint, and a checksum of this object itself
 """
 
 import gc
@@ -12,7 +13,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
@@ -38,11 +40,11 @@ class Restored:
     """A restored checkpoint.
 
     Attributes:
-        step: Number of training steps behind the state.
-        state: {name: array} with the requested shardings.
-        data_state: Position of this process in the data.
-        identity: Description of the run that wrote the checkpoint.
-        damaged: One message for each newer checkpoint that was skipped because it is damaged.
+        step: number of completed training steps.
+        state: {name: array}.
+        data_state: this process's position in the data.
+        identity: the run that the checkpoint belongs to, as given to `Checkpoints.save`.
+        damaged: one sentence for each newer checkpoint that was skipped because it is damaged.
     """
 
     step: int
@@ -53,30 +55,35 @@ class Restored:
 
 
 class Checkpoints:
-    """Context manager for the checkpoints of one run.
+    """The checkpoints of one run: the newest `keep`, and with `keep_best` also the one with the highest score.
 
-    It keeps the newest `keep` checkpoints and, with `keep_best`, the one with the highest score. In a distributed run,
-    every process must make the same calls in the same order. If a save fails in the background, the next call of any
-    method raises `OSError`.
+    Every process of a run must make the same calls in the same order. If a save fails in the background, the next call of
+    any method raises `OSError`.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int, keep_best: bool) -> None:
-        """
+        """Open a checkpoint directory without creating or changing it.
+
         Args:
-            directory: Local or gs:// directory, created by the first save.
-            keep: Number of newest checkpoints to keep, at least 1. The first call after a completed save removes older ones.
-            keep_best: Also keep the checkpoint with the highest score, the earliest among equals.
+            directory: local or gs:// directory, created by the first save.
+            keep: number of newest checkpoints to keep, at least 1. Older ones are deleted once a newer one is complete.
+            keep_best: also keep the checkpoint with the highest score (the earliest of equals), however old it is.
 
         Raises:
             UserError: `keep` is less than 1.
         """
         if keep < 1:
-            raise UserError(f"checkpoint.keep is {keep}; keep at least 1 checkpoint")
+            raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         self._directory = epath.Path(directory).resolve()
-        self._keep, self._keep_best = keep, keep_best
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._damaged: set[int] = set()  # found by `restore`; deleted once a newer checkpoint is complete
+        self._manager = _Manager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                preservation_policy=_PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged),
+            ),
+        )
         self._saving: int | None = None
-        self._damaged: set[int] = set()  # found by `restore`; removed once a newer checkpoint is complete
 
     def save(
         self,
@@ -87,26 +94,23 @@ class Checkpoints:
         score: float | None = None,
         identity: Mapping[str, Any],
     ) -> None:
-        """Start writing a checkpoint in the background.
-
-        When this method returns, the arrays may be donated and `data_state` may be modified.
+        """Start to save a checkpoint. Once this returns, arrays may be donated and the data state may be modified.
 
         Args:
-            step: Number of training steps behind the state.
-            state: {name: array} of any dtype that Orbax stores, including int4 and PRNG keys. Empty arrays are not
-                supported.
-            data_state: JSON object with the position of this process in the data, restored to the same process.
-            score: Higher is better, so the negative of a loss. A checkpoint whose score is None or not finite is never
-                the best.
-            identity: JSON object that describes the run (fingerprint of the base, configuration), to compare on resume.
+            step: number of completed training steps.
+            state: {name: array}, of any dtype that orbax stores, including int4 and PRNG keys. Arrays must not be empty.
+            data_state: this process's position in the data, as JSON. The same process gets it back.
+            score: higher is better (for a loss, pass its negative). None or a non-finite score is never the best.
+            identity: the run that the checkpoint belongs to, as JSON (base fingerprint, configuration). The caller
+                compares it when resuming.
 
         Raises:
-            UserError: An intact checkpoint of this step exists.
-            OSError: The previous save failed, or this one could not be started.
+            UserError: an intact checkpoint of this step exists.
+            OSError: the previous save failed, or this one cannot be started.
         """
         self.wait()
         if step in self._intact():
-            raise UserError(f"{self._directory / str(step)} already exists; move it away to save this step again")
+            raise UserError(f"{self._directory / str(step)} already exists; an intact checkpoint is never overwritten")
         content = {
             "score": None if score is None or not math.isfinite(score) else float(score),
             "identity": dict(identity),
@@ -114,7 +118,7 @@ class Checkpoints:
             "leaves": {name: _describe(leaf) for name, leaf in state.items()},
             "fingerprint": fingerprint(dict(state)),
         }
-        content = json.loads(json.dumps(content))  # a copy that the caller cannot modify while it is written
+        content = json.loads(json.dumps(content))  # a private copy, as it is written in the background
         items = ocp.args.Composite(
             **{
                 _STATE: ocp.args.StandardSave(dict(state)),
@@ -123,36 +127,33 @@ class Checkpoints:
         )
         try:
             self._remove_leftovers()
-            # force: replace a damaged checkpoint of this step or, on gs://, an unfinished one.
-            self._checkpointer.save(self._directory / str(step), args=items, force=True)
+            if step in self._steps():  # damaged
+                self._manager.delete(step)
+            self._damaged.discard(step)
+            # force: the caller has decided to save; without it orbax skips any step that is not its newest.
+            self._manager.save(step, args=items, metrics=_metrics(step, content), force=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = step
-        self._damaged.discard(step)
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct], *, step: int | None = None) -> Restored | None:
-        """Restore the newest intact checkpoint, or the checkpoint of `step`.
+        """Restore the newest intact checkpoint, or that of `step`. Returns None if there is no checkpoint at all.
 
-        The contents are verified against the stored checksum and fingerprint. A damaged checkpoint is reported on stdout
-        and in `Restored.damaged`, and the one before it is tried.
+        Everything that is read is verified against the checksums saved with it. A damaged checkpoint is reported (printed
+        and in `Restored.damaged`), and the next older one is used instead.
 
         Args:
-            abstract: {name: shape, dtype and sharding}. Arrays are restored to these shardings, which may differ from
-                those at the save.
-            step: Step to restore; None for the newest.
-
-        Returns:
-            The restored checkpoint, or None if there are no checkpoints.
+            abstract: {name: shape, dtype and sharding}. Each array is restored onto this sharding, regardless of the one
+                it was saved with.
 
         Raises:
-            UserError: There is no checkpoint of `step`; every candidate is damaged; or an intact checkpoint belongs to
-                another run: its names, shapes or dtypes differ from `abstract`, or it holds the distinct data positions
-                of another number of processes.
+            UserError: every checkpoint (or that of `step`) is damaged; or the newest intact one has other names, shapes or
+                dtypes than `abstract`, or was saved by another number of processes, each at its own data position.
         """
         self.wait()
-        steps = self._common_steps()
+        steps = self._steps()
         if step is not None and step not in steps:
-            raise UserError(f"no checkpoint {step} in {self._directory}; available: {steps or 'none'}")
+            raise UserError(f"there is no checkpoint {step} in {self._directory}; available: {steps or 'none'}")
         candidates = steps[::-1] if step is None else [step]
         messages: list[str] = []
         for candidate in candidates:
@@ -169,53 +170,53 @@ class Checkpoints:
             return None
         raise UserError(
             f"no checkpoint in {self._directory} is usable: {'; '.join(messages)}. "
-            "Put back a copy of one, or remove the directory to start from step 0."
+            "Restore one from a backup, or remove the directory to start from step 0."
         )
 
     def identity(self) -> Json | None:
-        """Return the identity in the newest checkpoint with a readable record, or None if there is none.
+        """The identity of the newest checkpoint whose record is readable, or None if there is none.
 
-        No arrays are read, so a run can report settings that differ before names and shapes are compared.
+        No array is read, so a run can report which of its settings differ before names and shapes are compared.
         """
         self.wait()
         found = None
         if jax.process_index() == 0:
-            records = (self._record(step) for step in reversed(self._steps()))
+            records = (_readable_about(self._directory / str(step)) for step in reversed(self._steps_here()))
             found = next((record["identity"] for record in records if record is not None), None)
         return _gather(found)[0]
 
     def best_step(self) -> int | None:
-        """Return the step with the highest score on disk, the earliest among equals, or None without scores."""
+        """The step with the highest score among the checkpoints on disk (the earliest of equals); None without scores."""
         self.wait()
-        return _gather(self._best() if jax.process_index() == 0 else None)[0]
+        metrics = [self._manager.metrics(step) for step in self._steps_here() if step not in self._damaged]
+        best = max((found for found in metrics if found is not None), key=_score, default=None)
+        return _gather(best and best["step"])[0]
 
     def latest_step(self) -> int | None:
-        """Return the newest step on disk that is not known to be damaged, or None."""
+        """The newest step on disk that is not known to be damaged."""
         self.wait()
         return max(self._intact(), default=None)
 
     def wait(self) -> None:
-        """Wait for the running save and remove checkpoints beyond those to keep.
+        """Wait until the last save is complete and the checkpoints it replaces are deleted.
 
         Raises:
-            OSError: The save failed.
+            OSError: the last save failed.
         """
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         try:
-            self._checkpointer.wait_until_finished()
+            self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(step, error) from error
-        if jax.process_index() == 0:
-            self._prune()
 
     def close(self) -> None:
-        """Wait for the running save and release the threads of Orbax. Only `close` may be called afterwards."""
+        """Wait for the last save and release orbax's threads. Afterwards only `close` may be called."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self
@@ -235,48 +236,24 @@ class Checkpoints:
             raise _DamagedError("arrays: fingerprint mismatch")
         return Restored(step, state, data_state, content["identity"], damaged)
 
-    def _steps(self) -> list[int]:
-        """List the complete checkpoints on disk, as this process sees them."""
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self._directory))
+    def _steps_here(self) -> list[int]:
+        """The complete checkpoints that this process knows of, in ascending order."""
+        return sorted(self._manager.all_steps())
 
-    def _common_steps(self) -> list[int]:
-        """List the complete checkpoints as process 0 sees them, so that all processes try the same ones."""
-        steps: list[int] = _gather(self._steps() if jax.process_index() == 0 else None)[0]
+    def _steps(self) -> list[int]:
+        """The complete checkpoints that process 0 knows of, so that all processes try the same ones."""
+        steps: list[int] = _gather(self._steps_here())[0]
         return steps
 
     def _intact(self) -> list[int]:
-        return [step for step in self._common_steps() if step not in self._damaged]
-
-    def _record(self, step: int) -> Json | None:
-        try:
-            return _read_about(self._directory / str(step))
-        except Exception:  # damaged; `restore` reports it
-            return None
-
-    def _best(self) -> int | None:
-        scores = {}
-        for step in self._steps():
-            record = None if step in self._damaged else self._record(step)
-            if record is not None and record["score"] is not None:
-                scores[step] = record["score"]
-        return max(scores, key=lambda step: (scores[step], -step), default=None)
-
-    # Retention is not left to `ocp.CheckpointManager` (0.12.8): it drops the old steps from its list before the new save is
-    # complete, so after a failed save it never removes them; it cleans up temporary directories only when it is constructed;
-    # and it would have to be told which checkpoints are damaged and to read the scores from the records.
-    def _prune(self) -> None:
-        steps = self._steps()
-        kept: set[int | None] = set([step for step in steps if step not in self._damaged][-self._keep :])
-        if self._keep_best:
-            kept.add(self._best())
-        for step in steps:
-            if step in kept:
-                continue
-            (self._directory / str(step)).rmtree()
-            self._damaged.discard(step)
+        return [step for step in self._steps() if step not in self._damaged]
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary directories of failed or killed saves. No save may be running."""
+        """Remove what interrupted saves left behind. No save is in progress now.
+
+        orbax's `cleanup_tmp_directories` does this when the directory is opened: that would delete a save in progress if
+        another process only reads, and would not free the space of a failed save before the next one.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for path in self._directory.iterdir():
@@ -284,22 +261,70 @@ class Checkpoints:
                     path.rmtree()
 
     def _failed(self, step: int, error: Exception) -> OSError:
+        self._manager.reload()  # orbax has dropped the steps that the failed save was to replace; they are still on disk
         return OSError(f"checkpoint {step} could not be written to {self._directory}: {_reason(error)}")
 
 
+class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # orbax ships no types
+    """orbax's manager, with scores from our records and without its own checks for preemption."""
+
+    def metrics(self, step: int) -> Json | None:
+        record = _readable_about(self.directory / str(step))
+        return None if record is None else _metrics(step, record)
+
+    def reached_preemption(self, step: int) -> bool:
+        # orbax would ask jax from a background thread, with the step of the checkpoint. The training loop asks after
+        # every step with its own count (core/distributed.py); jax compares the two, and could miss the agreed step.
+        del step
+        return False
+
+
+class _PreserveIntact:
+    """A `PreservationPolicy`: the newest `keep` intact checkpoints, and the best one. Damaged ones count for neither."""
+
+    def __init__(self, keep: int, *, keep_best: bool, damaged: set[int]) -> None:
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        latest = policies.LatestN(keep)
+        self._policy = policies.AnyPreservationPolicy([latest, best] if keep_best else [latest])
+        self._damaged = damaged
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: policies.PreservationContext) -> Sequence[bool]:
+        intact = sorted((one for one in checkpoints if one.step not in self._damaged), key=lambda one: one.step)
+        decisions = zip(intact, self._policy.should_preserve(intact, context=context), strict=True)
+        kept = {one.step for one, preserved in decisions if preserved}
+        return [one.step in kept for one in checkpoints]
+
+
 class _DamagedError(Exception):
-    """A checkpoint cannot be read or differs from what was written."""
+    """A checkpoint cannot be read, or differs from what was saved."""
+
+
+def _score(metrics: Json) -> tuple[float, int]:
+    """The sort key of a checkpoint: the higher score, and of equal scores the earlier step."""
+    return metrics["score"], -metrics["step"]
+
+
+def _metrics(step: int, content: Json) -> Json | None:
+    """What orbax's policies see of a record; None without a score."""
+    return None if content["score"] is None else {"score": content["score"], "step": step}
+
+
+def _readable_about(path: epath.Path) -> Json | None:
+    try:
+        return _read_about(path)
+    except Exception:  # damaged, which `restore` reports
+        return None
 
 
 def _read_about(path: epath.Path) -> Json:
     about = ocp.JsonCheckpointHandler().restore(path / _ABOUT)
     if about["checksum"] != _checksum(about["content"]):
-        raise OSError("checksum mismatch")
+        raise _DamagedError("checksum mismatch")
     return about["content"]
 
 
 def _read_arrays(path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    # The handler, not the checkpointer, which would wait at a barrier that a failing process never reaches.
+    # With the handler, not the manager: the manager waits for all processes, forever if one of them fails.
     return ocp.StandardCheckpointHandler().restore(path / _STATE, args=ocp.args.StandardRestore(dict(abstract)))
 
 
@@ -314,19 +339,19 @@ def _require_same_leaves(path: epath.Path, saved: Mapping[str, str], wanted: Map
     if differences:
         raise UserError(
             f"{path} belongs to another model, method or optimizer. Differences:\n  " + "\n  ".join(differences) + "\n"
-            "Use the settings of the run that wrote it, or another workdir."
+            "Use the settings it was saved with, or another working directory."
         )
 
 
 def _own(data_states: list[Json], path: epath.Path) -> Json:
-    """Select the data position of this process. Identical positions are valid for any number of processes."""
+    """This process's position in the data. If all positions are equal, the number of processes may change."""
     if len(data_states) == jax.process_count():
         return data_states[jax.process_index()]
     if all(state == data_states[0] for state in data_states):
         return data_states[0]
     raise UserError(
         f"{path} was written by {len(data_states)} processes with different positions in the data, but this run has "
-        f"{jax.process_count()}; resume with {len(data_states)} processes"
+        f"{jax.process_count()}. Resume with {len(data_states)} processes."
     )
 
 
@@ -339,28 +364,24 @@ def _checksum(content: Json) -> str:
 
 
 def _on_every_process(what: str, read: Callable[[], T]) -> T:
-    """Call `read` on every process and return its result.
-
-    Raises:
-        _DamagedError: It failed on any process; raised on all of them, so that they stay in step.
-    """
+    """The result of `read`. If it fails on any process, all of them raise `_DamagedError` and so stay in step."""
     results, problem = [], ""
     with warnings.catch_warnings():
-        # When one array cannot be read, Orbax abandons the pending reads of the others, which Python warns about.
+        # When one array cannot be read, orbax abandons its reads of the others, and Python warns about that.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             results.append(read())
         except Exception as error:
             problem = _reason(error)
         if problem:
-            gc.collect()  # collect the abandoned reads while the warning is filtered
+            gc.collect()  # collect the abandoned reads while the warning is ignored
     if problems := [problem for problem in _gather(problem) if problem]:
         raise _DamagedError(f"{what}: {problems[0]}")
     return results[0]
 
 
 def _gather(value: Any) -> list[Any]:
-    """Gather a JSON value from every process, ordered by process index."""
+    """The JSON values of all processes, in process order."""
     text = json.dumps(value)
     if jax.process_count() == 1:
         return [json.loads(text)]
@@ -373,8 +394,8 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """Describe the root cause of an error in one short line."""
+    """The first line of an error's root cause, short enough for a sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:200]}"
+    return line if isinstance(error, _DamagedError) else f"{type(error).__name__}: {line[:200]}"
