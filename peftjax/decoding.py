@@ -93,7 +93,7 @@ def generate(
     Raises:
         UserError: A prompt is empty, the model generates no text, or a prompt and the new tokens exceed its positions.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> model = peftjax.load_model("embedded")
         >>> answers = peftjax.generate(model, [[5, 6, 7], [8]], max_new_tokens=4)

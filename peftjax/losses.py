@@ -80,7 +80,7 @@ def next_token(
     Raises:
         UserError: The batch lacks an array, or `chunk` is less than 1.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, peftjax
         >>> from peftjax import losses
         >>> model = peftjax.load_model("embedded")
@@ -110,7 +110,7 @@ def seq2seq(
     Raises:
         UserError: The batch lacks an array, or `chunk` is less than 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses, models
@@ -140,7 +140,7 @@ def classification(
     Raises:
         UserError: The batch lacks an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses
@@ -170,7 +170,7 @@ def token_classification(
     Raises:
         UserError: The batch lacks an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses
@@ -197,7 +197,7 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
     Raises:
         UserError: The batch lacks an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses
@@ -224,7 +224,7 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
     Raises:
         UserError: The batch lacks an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses
@@ -254,7 +254,7 @@ def image_classification(
     Raises:
         UserError: The batch lacks an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses

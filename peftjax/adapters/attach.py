@@ -53,7 +53,7 @@ def attach(
         UserError: The name is taken or is not an identifier, or the method's options do not fit the model. The model is
             unchanged.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")
@@ -151,7 +151,7 @@ def detach(model: ModelT, name: str = "default") -> ModelT:
     Raises:
         UserError: The adapter is not attached, or others were merged after it.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import peftjax
         >>> from flax import nnx

@@ -39,7 +39,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
     Raises:
         UserError: The adapter is not attached, is merged already, or changes more than weights. The model is unchanged.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")
@@ -103,7 +103,7 @@ def unmerge(model: ModelT, name: str = "default") -> ModelT:
     Raises:
         UserError: The adapter is not merged, or others were merged after it.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")

@@ -106,7 +106,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
             values make the others ineffective (a soft prompt takes positions), or the model is an encoder-decoder or an
             adopted network.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import peftjax
         >>> from flax import nnx

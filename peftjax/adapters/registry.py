@@ -138,7 +138,7 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
     Raises:
         UserError: An adapter is not attached, or named twice.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")

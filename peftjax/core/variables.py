@@ -74,7 +74,7 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
     Raises:
         UserError: A leaf is not an `nnx.Variable`, so it has no type to decide by.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")

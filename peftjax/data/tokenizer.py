@@ -26,7 +26,7 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
     Raises:
         UserError: There is no such directory or hub model, it has no tokenizer.json, or a file cannot be read.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> tokenizer = peftjax.load_tokenizer("embedded")
         >>> tokenizer.decode(tokenizer.encode("Hello"))

@@ -56,7 +56,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         UserError: A file is missing, the config asks for something that is not supported, a tensor is missing,
             unexpected or of a wrong shape, or the adapter was trained on another base. The model is unchanged.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")

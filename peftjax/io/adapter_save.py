@@ -45,7 +45,7 @@ def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, 
     Raises:
         UserError: The adapter is not attached, or its method has no Hugging Face format.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")

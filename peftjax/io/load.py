@@ -68,7 +68,7 @@ def load_model(
             not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
             quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import peftjax
         >>> from flax import nnx
@@ -118,7 +118,7 @@ def load_kernels(
     Raises:
         UserError: The directory is quantized, or its tensors are not the model's.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded", quantize="nf4")

@@ -42,7 +42,7 @@ def save_model(
     Raises:
         UserError: Adapters are active, kernels are in int8, or `path` holds something else.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> model = peftjax.load_model("embedded")
         >>> peftjax.save_model(model, "my-model")

@@ -54,7 +54,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         UserError: The model is a single layer, a path of `sublayers` does not exist, or a layer holds a stack of kernels
             (made by vmap).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import peftjax
         >>> from flax import nnx

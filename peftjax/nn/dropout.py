@@ -72,7 +72,7 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
     Returns:
         The view, of the same class as `model`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses

@@ -67,7 +67,7 @@ def combine(
         UserError: An option is out of range or has no meaning for `how`, an adapter is missing or is more than A and
             B, or ranks differ where they must be equal. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> import peftjax
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded")
