@@ -127,7 +127,7 @@ def placement(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
 def as_jit_returns(shardings: Any) -> Any:
     """Return the same shardings as jit spells them, without trailing Nones.
 
-    A function that gets an array first from here and then from jit would otherwise be compiled twice.
+    A function that gets an array first from here and then from jit may otherwise be compiled twice.
     """
 
     def trimmed(given: NamedSharding) -> NamedSharding:

@@ -139,7 +139,8 @@ def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, d
     assert all(value.deterministic for _, value in nnx.iter_modules(done.model) if hasattr(value, "deterministic"))
     for path, leaf in variables.flat(done.model)[1].items():
         assert not isinstance(leaf, variables.DropoutKey) or not np.any(leaf.get_value()), path
-    assert done.traces == 1
+    # Other loops return the base or the optimizer's counter too, which jit then places on the model's mesh: one more trace.
+    assert done.traces <= (1 if loop == "split" else 2)
 
 
 @pytest.mark.parametrize("loop", ["optimizer", "mask"])

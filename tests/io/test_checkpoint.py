@@ -187,6 +187,36 @@ def test_the_best_of_an_earlier_process_survives(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [20, 40]
 
 
+def test_checkpoints_of_plain_orbax_calls_are_restored_and_counted(tmp_path: Path) -> None:
+    """How checkpoints were written before orbax's manager decided which to keep: their scores are in the record alone."""
+    import orbax.checkpoint as ocp
+
+    from peftjax.core.fingerprint import fingerprint
+    from peftjax.io import checkpoint as module
+
+    with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        for step, score in ((10, 3.0), (20, 1.0)):
+            state = state_of(step)
+            content = {
+                "score": score,
+                "identity": IDENTITY,
+                "data_states": [{"position": step}],
+                "leaves": {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in state.items()},
+                "fingerprint": fingerprint(state),
+            }
+            about = {"content": content, "checksum": module._checksum(content)}
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+            checkpointer.save(tmp_path / str(step), args=items)
+    with Checkpoints(tmp_path, keep=1, keep_best=True) as checkpoints:
+        restored = checkpoints.restore(ABSTRACT)
+        assert restored is not None
+        assert (restored.step, restored.data_state, restored.identity) == (20, {"position": 20}, IDENTITY)
+        assert_same_bits(restored.state, state_of(20))
+        checkpoints.save(30, state_of(30), {}, score=2.0, identity=IDENTITY)
+        assert checkpoints.best_step() == 10
+    assert steps_in(tmp_path) == [10, 30]
+
+
 def test_an_intact_checkpoint_is_never_overwritten(directory: Path) -> None:
     with Checkpoints(directory, keep=9, keep_best=False) as checkpoints:
         with pytest.raises(UserError, match="20 already exists"):
@@ -323,6 +353,16 @@ def test_a_damaged_checkpoint_goes_when_a_newer_one_is_complete_and_displaces_no
     assert steps_in(directory) == [20, 30]
 
 
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_after_a_newer_one_has_removed_it(directory: Path) -> None:
+    damage(directory / "40")
+    with Checkpoints(directory, keep=2, keep_best=False) as checkpoints:
+        checkpoints.restore(ABSTRACT)
+        for step in (30, 40):
+            checkpoints.save(step, state_of(step), {}, identity=IDENTITY)
+        assert checkpoints.latest_step() == 40
+    assert steps_in(directory) == [30, 40]
+
+
 def test_other_names_shapes_and_dtypes_are_an_error_that_lists_them_and_not_damage(directory: Path) -> None:
     wanted = {name: leaf for name, leaf in ABSTRACT.items() if name != "flags"}
     wanted["half"] = jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=ABSTRACT["half"].sharding)
@@ -401,6 +441,22 @@ def test_a_failed_save_leaves_nothing_behind_when_the_next_one_is_complete(
         full_disk()
         checkpoints.save(30, large, {}, identity={})
     assert steps_in(tmp_path) == [30]
+
+
+def test_a_save_that_fails_loses_none_of_the_checkpoints_before_it(
+    tmp_path: Path, full_disk: Callable[[], None]
+) -> None:
+    large = {"x": jax.random.normal(jax.random.key(0), (2**18,))}
+    with Checkpoints(tmp_path, keep=1, keep_best=True) as checkpoints:
+        for step, score in ((10, 2.0), (20, 1.0)):
+            checkpoints.save(step, {"x": jnp.float32(step)}, {}, score=score, identity={})
+        checkpoints.save(30, large, {}, score=3.0, identity={})  # complete, it would replace both
+        with pytest.raises(OSError, match="checkpoint 30 could not be written to"):
+            checkpoints.wait()
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (20, 10)
+        full_disk()
+        checkpoints.save(40, {"x": jnp.float32(40)}, {}, score=1.0, identity={})
+    assert steps_in(tmp_path) == [10, 40]
 
 
 KILLED = """
