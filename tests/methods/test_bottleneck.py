@@ -13,6 +13,7 @@ import tests.tiny as tiny
 from peftjax import adapters
 from peftjax.methods import Houlsby, ParallelAdapter, Pfeiffer
 from peftjax.methods.bottleneck import Bottleneck, from_hub
+from peftjax.models.base import Model
 from peftjax.nn.stack import Residual
 
 pytestmark = pytest.mark.slow
@@ -42,10 +43,11 @@ def test_a_sublayer_gives_what_the_equation_says(method: Any, read: Any) -> None
     np.testing.assert_allclose(model.blocks.feedforward_residual(x, jnp.sin), expected, atol=1e-5)
 
 
-class Sublayer(nnx.Module):
+class Sublayer(Model):
     """As much of a model as a bottleneck adapter needs: width 8, no stack."""
 
     config: ClassVar = SimpleNamespace(embed=8)
+    hf_modules: ClassVar = {}
 
     def __init__(self) -> None:
         self.blocks = nnx.Module()

@@ -75,7 +75,7 @@ def test_vb_loras_pieces_are_mixtures_of_the_largest_logits_vectors() -> None:
     logits = np.asarray(adapter.logits_a.get_value())[0, 1, 2]
     chosen = np.argsort(logits)[-3:]
     weights = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
-    first = over_layers(adapter, lambda one: one._factors()[0])[0]  # [in, R]
+    first = over_layers(adapter, lambda one: one.factors()[0])[0]  # [in, R]
     np.testing.assert_allclose(first[2 * 8 : 3 * 8, 1], weights @ bank[chosen], atol=1e-6)
 
 

@@ -138,7 +138,7 @@ def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: P
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not JSON: .* at column \d+"),
+        ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not valid JSON: .* at column \d+"),
         ('{"prompt": "1 and 2 "}', r"train\.jsonl:150: the record has no field 'completion'"),
     ],
 )
