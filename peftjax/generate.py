@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="Sample among the most likely tokens of this total probability")
     add("--seed", type=int, default=0, help="Random seed")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
-    add("--quantize", choices=tuple(FORMATS), help="Format of the frozen kernels")
+    add("--quantize", choices=tuple(FORMATS), help="Quantization format of the frozen weights")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Compute dtype")
     return parser
 

@@ -82,10 +82,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if (needed := int(np.prod(shape))) > len(devices):
         owner = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
-        raise UserError(f"mesh {wanted} needs {needed} devices, {owner} {len(devices)}; one axis may be -1")
+        raise UserError(f"mesh {wanted} needs {needed} devices, but {owner} {len(devices)}; one axis may be -1")
     if use_all and needed < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"mesh {wanted} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, which all take "
+            f"mesh {wanted} uses {needed} of the {len(devices)} devices of {jax.process_count()} processes, but all must take "
             "part; one axis may be -1"
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)

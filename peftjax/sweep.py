@@ -82,7 +82,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      most: Maximum number of runs side by side; 0: no limit.
+      most: Maximum number of concurrent runs; 0: no limit.
 
     Returns:
       What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first.
@@ -191,7 +191,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Maximum number of runs side by side (default: no limit)",
+        help="Maximum number of concurrent runs (default: no limit)",
     )
     distributed.add_options(parser)
 

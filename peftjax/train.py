@@ -31,7 +31,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
 
     Raises:
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
-        not finite any more.
+        no longer finite.
     """
     check_workdir(workdir)
     mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
@@ -74,8 +74,8 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    summary = "Train a model with the method of a config. Run the same command again to resume."
-    options = cli.parse(argv, "train", summary, configs.describe(), options=distributed.add_options)
+    description = "Train a model with the method of a config. Run the same command again to resume."
+    options = cli.parse(argv, "train", description, configs.describe(), options=distributed.add_options)
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
     train(config, Path(options.workdir))

@@ -28,7 +28,7 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
 
 def test_a_mesh_larger_than_the_machine_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"mesh data=4, fsdp=4, sequence=1, tensor=1 needs 16 devices, this machine has 8"
+        ValueError, match=r"mesh data=4, fsdp=4, sequence=1, tensor=1 needs 16 devices, but this machine has 8"
     ):
         sharding.make_mesh({"data": 4, "fsdp": 4})
 

@@ -68,7 +68,7 @@ def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bert" / file).write_bytes((tmp_path / "model" / file).read_bytes())
     with pytest.raises(
-        ValueError, match=r"bert' is a Bert, which does not learn task.kind='causal_lm'; it learns classif"
+        ValueError, match=r"bert' is a Bert, which does not support task.kind='causal_lm'; it supports classif"
     ):
         train.train(configs.validate(made), tmp_path / "run")
     assert in_process("generate", f"--model={tmp_path / 'bert'}", "--prompt=one") == 2

@@ -40,7 +40,7 @@ class HfLeaf:
         window = into[self.window]
         expected = self.write(into).shape
         if tensor.shape != expected:
-            raise UserError(f"has shape {tensor.shape}, this model needs {expected}")
+            raise UserError(f"has shape {tensor.shape}, but this model needs {expected}")
         axes = tuple(range(window.ndim)) if self.axes is None else self.axes
         turned = tensor.reshape([window.shape[axis] for axis in axes])
         window[...] = turned.transpose([axes.index(axis) for axis in range(window.ndim)]).astype(window.dtype)

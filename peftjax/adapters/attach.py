@@ -62,9 +62,9 @@ def attach(
         0.0
     """
     if not isinstance(method, Method):
-        raise UserError(f"attach: the method must be one with its options, such as Lora(rank=8), it is {method!r}")
+        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {method!r}")
     if not isinstance(rngs, nnx.Rngs):
-        raise UserError(f"attach: rngs must be nnx.Rngs(seed), it is {rngs!r}")
+        raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
     if not sites(model):
         raise UserError(
             "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) gives them to the layers of your "

@@ -128,7 +128,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:
-        raise UserError(f"rows: {list(names)} names no adapter; use(model, None) is the base alone")
+        raise UserError(f"rows: {list(names)} names no adapter; to run the base alone, call use(model, None)")
     before, idle = active(model), "rows_without"
     if None in named:
         method = attached(use(model, some))[some]

@@ -20,7 +20,7 @@ class Ranked(Targeted):
 
     Attributes:
         rank (int, default 8): Rank of the update.
-        alpha (float, default 8.0): Scale of the update, times the rank.
+        alpha (float, default 8.0): The update is multiplied by alpha / rank.
         rank_pattern (mapping, default none): Ranks of some modules, by name: {"layers.0.self_attn.q_proj": 4}.
         alpha_pattern (mapping, default none): Values of alpha of some modules, by name.
     """

@@ -37,7 +37,11 @@ class DataConfig:
     image_field: str = field("image", "Field with the image, for image_classification")
     max_length: int = field(512, "Maximum sequence length in tokens", low=2)
     max_target_length: int = field(128, "Maximum target length of seq2seq in tokens", low=2)
-    too_long: str = field("truncate", "What to do with records longer than that", choices=("truncate", "drop", "error"))
+    too_long: str = field(
+        "truncate",
+        "What to do with records longer than max_length or max_target_length",
+        choices=("truncate", "drop", "error"),
+    )
     pack: bool = field(False, "Pack several records into one sequence; they do not attend to each other")
-    shuffle: bool = field(True, "Shuffle the records anew in every epoch")
-    workers: int = field(0, "Threads that read ahead; 0: read in the training loop", low=0)
+    shuffle: bool = field(True, "Reshuffle the records every epoch")
+    workers: int = field(0, "Number of threads that read ahead; 0: read in the training loop", low=0)

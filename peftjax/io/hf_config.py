@@ -39,5 +39,7 @@ def read_config(
         options |= head | (read_pooling(directory) if head["head"] in (None, "none") else {})
     elif any(head.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in head.items() if value)
-        raise UserError(f"{given}: a model of type {fields['model_type']!r} has no heads to choose from; encoders have")
+        raise UserError(
+            f"{given}: a model of type {fields['model_type']!r} has no task head to choose; only encoders do"
+        )
     return models.from_hf_config(fields, **options), bool(quantization)

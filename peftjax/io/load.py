@@ -127,7 +127,7 @@ def load_kernels(
     """
     directory = resolve(path, revision)
     if "quantization_config" in hf_files.read_json(directory / "config.json"):
-        raise UserError(f"{directory} is quantized itself; give the directory it was made from")
+        raise UserError(f"{directory} is already quantized; give the directory of the original model")
     table = entries(model)
     stored = match(model, table, hf_files.read_tensors(directory), directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}

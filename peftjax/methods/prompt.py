@@ -45,7 +45,7 @@ class PromptTuning(InputPrompt):
         one_of(("random", "vocabulary", "text"), init=self.init)
         if (self.init == "text") != bool(self.text or self.text_ids):
             raise UserError(
-                f"method.text={self.text!r} and method.init={self.init!r}: init='text' needs a text, and only it"
+                f"method.text={self.text!r} and method.init={self.init!r}: set method.text if, and only if, method.init='text'"
             )
 
     def tokenized(self, encode: Callable[[str], list[int]]) -> Self:

@@ -32,7 +32,7 @@ class RandLora(Projected):
 
     Attributes:
         rank (int, default 32): Rank of one term. A smaller rank means more terms and more trainable parameters.
-        alpha (float, default 640.0): Scale of the update, times the rank.
+        alpha (float, default 640.0): The update is multiplied by alpha / rank.
         sparse (bool, default False): Use projections with entries -1, 0 and 1, 1/6 of them of each sign.
         very_sparse (bool, default False): The same with 1/sqrt(smaller side) / 2 of each sign.
     """

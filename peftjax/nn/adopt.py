@@ -64,7 +64,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         (3, 2)
     """
     if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
-        raise UserError(f"adopt: the model is itself one {type(model).__name__}; put it into a module")
+        raise UserError(f"adopt: the model is itself a {type(model).__name__}; wrap it in an nnx.Module")
     modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")

@@ -44,7 +44,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, int
     if length % (128 * parts) or k.shape[1] != length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
-            f"attention='splash' takes sequences whose length is a multiple of 128{each}, this one has {length}"
+            f"attention='splash' takes sequences whose length is a multiple of 128{each}, but this one has {length}"
         )
     heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
     masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)

@@ -146,7 +146,7 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
     for name in ("short_factor", "long_factor"):
         if kind == "longrope" and len(rope[name]) != head_dim // 2:
             raise UserError(
-                f"config.json: {name} has {len(rope[name])} numbers, a head of width {head_dim} needs {head_dim // 2}"
+                f"config.json: {name} has {len(rope[name])} numbers, but a head of width {head_dim} needs {head_dim // 2}"
             )
     return Rope(**rope)
 

@@ -33,8 +33,8 @@ class TaskConfig:
 
     kind: str = field(
         "causal_lm",
-        "Task type: continue a text, answer one (T5), predict the class or the number of a text or a pair of texts, the "
-        "class of each word, or the class of an image",
+        "Task type: causal language modeling, sequence-to-sequence (T5), classification or regression of a text or a text "
+        "pair, token classification, or image classification",
         choices=tuple(TASKS),
     )
     labels: tuple[str, ...] = field((), "Class names in their order; empty: those of the checkpoint's own head")

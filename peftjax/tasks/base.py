@@ -144,7 +144,7 @@ class Task:
         """Raises a UserError for a model that does not learn this kind of task."""
         if not isinstance(model, self.model_class):
             raise UserError(
-                f"model.path={path!r} is a {type(model).__name__}, which does not learn task.kind={self.kind!r}; it learns "
+                f"model.path={path!r} is a {type(model).__name__}, which does not support task.kind={self.kind!r}; it supports "
                 f"{', '.join(kind for kind, task in self.registry.items() if isinstance(model, task.model_class))}"
             )
 

@@ -23,7 +23,7 @@ class ModelConfig:
         "", "Dtype of the base parameters; empty: model.dtype", choices=("", "float32", "bfloat16")
     )
     quantize: str = field(
-        "", "Format of the frozen kernels; empty: not quantized", choices=("", "nf4", "nf4_single", "int8")
+        "", "Quantization format of the frozen weights; empty: not quantized", choices=("", "nf4", "nf4_single", "int8")
     )
     skip_quantize: tuple[str, ...] = field((), "Names of modules that are not quantized, besides the head")
     remat: str = field(
@@ -38,7 +38,7 @@ class ModelConfig:
         "in memory",
         choices=("xla", "cudnn", "splash"),
     )
-    new_head: bool = field(False, "Replace the head of an encoder's checkpoint by a new one")
+    new_head: bool = field(False, "Replace the checkpoint's task head with a newly initialized one")
     init: str = field(
         "pretrained",
         "Weights of the checkpoint, or random ones (only config.json and the tokenizer are read)",

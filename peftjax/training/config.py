@@ -64,11 +64,11 @@ class TrainConfig:
 class EvalConfig:
     """The evaluation of generated answers."""
 
-    exact_match: int = field(0, "Held-out prompts to answer and score; 0: none", low=0)
+    exact_match: int = field(0, "Number of held-out prompts to answer and score; 0: none", low=0)
     metrics: tuple[str, ...] = field(("exact_match",), "Metrics of these answers: exact_match, bleu, rouge_l")
     max_new_tokens: int = field(64, "Maximum length of a generated answer in tokens", low=1)
     samples: int = field(
-        0, "Generated answers to print and report, the first of the scored ones if there are any", low=0
+        0, "Number of generated answers to print and report; with exact_match, the first of those", low=0
     )
 
     def __post_init__(self) -> None:

@@ -56,6 +56,6 @@ def evaluate(
             labelled.append((logits[weights > 0], labels[weights > 0]))
     totals = Totals(*sums)
     if totals.tokens == 0:
-        raise UserError("data.eval: the held-out records have nothing with a loss")
+        raise UserError("data.eval: no token or label of the held-out records counts in the loss")
     logits, labels = (np.concatenate(parts) for parts in zip(*labelled, strict=True)) if labelled else (None, None)
     return task.metrics(totals, logits, labels)

@@ -35,7 +35,7 @@ def check_workdir(workdir: Path) -> None:
     place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "is not writable" if place.is_dir() else "is a file"
-        raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written")
+        raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written to")
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:

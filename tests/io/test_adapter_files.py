@@ -358,13 +358,13 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
     tensors = random_tensors()
     key = f"{LAYER.format(1)}self_attn.q_proj.lora_A.weight"
     tensors[key] = tensors[key][:4]
-    assert_refused(write(tmp_path / "a", tensors), rf"{key} has shape \(4, 32\), this model needs \(8, 32\)")
+    assert_refused(write(tmp_path / "a", tensors), rf"{key} has shape \(4, 32\), but this model needs \(8, 32\)")
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"embed": 64}, r"q_proj.lora_A.weight has shape \(8, 64\), this model needs \(8, 32\); .* another base"),
+        ({"embed": 64}, r"q_proj.lora_A.weight has shape \(8, 64\), but this model needs \(8, 32\); .* another base"),
         ({"layers": 2}, r"missing base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
         ({"layers": 4}, r"unexpected base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
     ],

@@ -95,7 +95,7 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(tmp_p
         load_adapter(tiny.model(), path)
     rewrite(path, tensors | {PLACE.format(1) + "adapter_up.bias": up[:-1]})
     with pytest.raises(
-        ValueError, match=r"adapter.safetensors: .*adapter_up.bias has shape \(31,\), this model needs \(32,\)"
+        ValueError, match=r"adapter.safetensors: .*adapter_up.bias has shape \(31,\), but this model needs \(32,\)"
     ):
         load_adapter(tiny.model(), path)
 

@@ -153,7 +153,7 @@ def test_an_adapter_that_was_never_trained_keeps_all_its_ranks(tmp_path: Path) -
         ),
         ({"total_steps": 9, "interval": 0}, "method.interval must be a positive integer, got 0"),
         ({"total_steps": 9, "rank_pattern": {"x.lora_E": [True]}}, "'x.lora_E' needs 12 entries"),
-        ({"total_steps": 9, "rank_pattern": {"x.lora_E": [True] * 12}}, "'x.lora_E' is no target"),
+        ({"total_steps": 9, "rank_pattern": {"x.lora_E": [True] * 12}}, "'x.lora_E' is not a target"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

@@ -56,5 +56,5 @@ def test_it_needs_the_kernels_and_a_quantized_base(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"no kernel of this model is quantized: set model\.quantize"):
         adapters.attach(tiny.model(**SIZES), lora, rngs=nnx.Rngs(0))
     peftjax.save_model(model, directory.with_name("nf4"))
-    with pytest.raises(ValueError, match="is quantized itself; give the directory it was made from"):
+    with pytest.raises(ValueError, match="is already quantized; give the directory of the original model"):
         peftjax.load_kernels(directory.with_name("nf4"), model)

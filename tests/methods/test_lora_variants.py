@@ -241,8 +241,8 @@ def test_adapters_that_start_as_the_same_part_of_the_kernel_leave_each_other_alo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init": "corda"}, "method.init='corda' is none of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq"),
-        ({"init": "pissa_niter_"}, "method.init='pissa_niter_' is none of kaiming"),
+        ({"init": "corda"}, "method.init='corda' is not one of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq"),
+        ({"init": "pissa_niter_"}, "method.init='pissa_niter_' is not one of kaiming"),
         ({"init": "orthogonal", "rank": 3}, "method.rank must be even with init='orthogonal', got 3"),
         ({"init": "orthogonal", "rank_pattern": {"q_proj": 5}}, "method.rank must be even with .*, got 5"),
         ({"dora": True, "lora_bias": True}, "method.lora_bias=True cannot be combined with dora=True, as in peft"),

@@ -136,16 +136,16 @@ class Stacked(nnx.Module):
     ("make", "message"),
     [
         (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
-        (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself one Linear; put it into a module"),
+        (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself a Linear; wrap it in an nnx.Module"),
         (
             lambda: adapters.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
             r"attach: no layer .* peftjax.adopt\(model\) gives",
         ),
         (
             lambda: adapters.attach(adopted(), Lora, rngs=nnx.Rngs(0)),
-            r"attach: the method must be one .* Lora\(rank=8\)",
+            r"attach: the method must be an instance such as Lora\(rank=8\)",
         ),
-        (lambda: adapters.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), it is 0"),
+        (lambda: adapters.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), not 0"),
         (
             lambda: adapters.rows(adopted(Lora(rank=2)), ["default"]),
             "rows: Classifier is not a decoder or encoder of peftjax",

@@ -232,12 +232,12 @@ def test_fused_attention_is_refused_where_it_would_not_be_the_same() -> None:
     with pytest.raises(ValueError, match="this Llama has sliding windows; choose 'xla'"):
         use_kernel(tiny.model(model_type="mistral", sliding_window=4), "splash")
     q = jnp.zeros((1, 100, 2, 16))
-    with pytest.raises(ValueError, match="multiple of 128, this one has 100"):
+    with pytest.raises(ValueError, match="multiple of 128, but this one has 100"):
         splash(q, q, q, scale=None)
     q = jnp.zeros((1, 384, 2, 16))
     with (
         jax.set_mesh(make_mesh({"sequence": 2})),
-        pytest.raises(ValueError, match="multiple of 128 on each of 2 devices, this one has 384"),
+        pytest.raises(ValueError, match="multiple of 128 on each of 2 devices, but this one has 384"),
     ):
         splash(q, q, q, scale=None)
     with pytest.raises(ValueError, match="attention='cudnn' is not possible here: "):

@@ -135,7 +135,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         ("dynamic", {}, "rope_type 'dynamic' needs factor"),
         ("llama3", {"factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor in rope_scaling"),
         ("longrope", {}, "rope_type 'longrope' needs long_factor, short_factor"),
-        ("longrope", FACTORS | {"long_factor": [1.0] * 3}, "long_factor has 3 numbers, a head of width 8 needs 4"),
+        ("longrope", FACTORS | {"long_factor": [1.0] * 3}, "long_factor has 3 numbers, but a head of width 8 needs 4"),
         ("longrope", FACTORS | {"beta_slow": 1}, "rope_type 'longrope' does not use beta_slow"),
         ("yarn", {"factor": 4.0, "low_freq_factor": 1}, "rope_type 'yarn' does not use low_freq_factor"),
     ],

@@ -102,5 +102,5 @@ def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(world: 
 def test_a_mistake_ends_every_process_with_2(world: Path, tmp_path: Path) -> None:
     results = ended(*start_together(world, tmp_path / "run", 2, *SHORT))
     assert [code for code, _ in results] == [2, 2]
-    assert "takes 1 of the 2 devices of 2 processes, which all take part" in results[0][1]
+    assert "uses 1 of the 2 devices of 2 processes, but all must take part" in results[0][1]
     assert not list(tmp_path.iterdir())

@@ -112,7 +112,7 @@ class AdaLora(Targeted):
         chosen = super().chosen(model)
         known = {f"{name}.lora_E" for name in chosen_names(chosen)}
         if unknown := [name for name, _ in self.rank_pattern if name not in known]:
-            raise UserError(f"method.rank_pattern: {unknown[0]!r} is no target.{suggest(unknown[0], known)}")
+            raise UserError(f"method.rank_pattern: {unknown[0]!r} is not a target.{suggest(unknown[0], known)}")
         return chosen
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "AdaLoraLinear":

@@ -109,7 +109,7 @@ class Lora(Ranked):
         positive_integer(eva_batches=self.eva_batches)
         if not INITS.fullmatch(self.init):
             raise UserError(
-                f"method.init={self.init!r} is none of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq, "
+                f"method.init={self.init!r} is not one of kaiming, gaussian, orthogonal, eva, olora, pissa, loftq, "
                 "pissa_niter_N and loftq_niter_N (N: a number)"
             )
         if self.init == "orthogonal" and (odd := [rank for rank in self.all_ranks if rank % 2]):
