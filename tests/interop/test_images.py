@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peftjax.data.rows import load_rows
 from PIL import Image
 from transformers import DeiTImageProcessorPil, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import peftjax
+from peftjax.data.config import DataConfig
 from peftjax.data.images import load_preparation, open_image
-from peftjax.training import config as configs
+from peftjax.tasks import TaskConfig, make_task
 from tests.interop.peers import THEIRS
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
@@ -115,10 +115,11 @@ def test_a_file_gives_the_logits_that_it_gives_in_transformers(tmp_path: Path) -
     with torch.no_grad():
         theirs = peer(**processor(str(tmp_path / "a.jpg"), return_tensors="pt")).logits
 
-    config = configs.defaults()
-    config.task.kind = "image_classification"  # its classes are the checkpoint's own
+    task = make_task(
+        TaskConfig(kind="image_classification"), DataConfig(), tmp_path / "model"
+    )  # the checkpoint's classes
     record = {"image": (tmp_path / "a.jpg").read_bytes(), "label": 1}
-    arrays = load_rows(config, tmp_path / "model").document(record, "a.jpg").arrays
+    arrays = task.document(record, "a.jpg").arrays
     ours = peftjax.load_model(tmp_path / "model")(arrays["pixels"][None])
     assert theirs.abs().max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
