@@ -27,6 +27,7 @@ from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.models import from_hf_config
+from peftjax.models.base import ModelConfig
 
 # Options without which a method cannot be made, for the table. AdaLoRA's size does not depend on its total_steps;
 # trainable_tokens is counted for one token.
@@ -51,7 +52,7 @@ class Row(NamedTuple):
     refused: str
 
 
-def row(config: Any, name: str) -> Row:
+def row(config: ModelConfig, name: str) -> Row:
     """Count what a method would train on a model, without making either.
 
     Args:
@@ -101,7 +102,7 @@ def _equation(cls: type) -> str:
     return (rest or name).partition(", ")[0].rstrip(".")
 
 
-def print_methods(config: Any, console: Console) -> None:
+def print_methods(config: ModelConfig, console: Console) -> None:
     """Print the table of all methods with their default options, and why some of them do not fit the model."""
     rows = [row(config, name) for name in sorted(methods.METHODS)]
     console.print(table(rows))

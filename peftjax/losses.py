@@ -281,7 +281,7 @@ def _view(model: AnyModel, batch: Batch, key: jax.Array | None, train: bool) -> 
     return training_view(model, batch, key) if train else evaluation_view(model)
 
 
-def _mean(totals: "Totals") -> jax.Array:
+def _mean(totals: Totals) -> jax.Array:
     return totals.loss / totals.tokens
 
 

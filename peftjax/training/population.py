@@ -26,7 +26,7 @@ from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
-from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, shardings, summary
+from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, mesh_of, shardings, summary
 from peftjax.training.window import NotFiniteError
 
 
@@ -78,7 +78,7 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
     The step's argument `shared` has the frozen leaves of all runs, such as the base, which is held, read and decoded once;
     `own` has the other frozen leaves of each run.
     """
-    options = {"compiler_options": sharding.compiler_options(_mesh(states[0]))}
+    options = {"compiler_options": sharding.compiler_options(mesh_of(states[0]))}
 
     @partial(jax.jit, donate_argnums=0, out_shardings=[(shardings(state), None) for state in states], **options)
     def population_step(
@@ -102,10 +102,6 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
         return results
 
     return population_step
-
-
-def _mesh(state: TrainState) -> Mesh:
-    return next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable))
 
 
 def train_population(population: Sequence[Member], preemption: distributed.Preemption) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import variables
@@ -156,8 +157,12 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, stat
 
 def jit_options(state: TrainState) -> dict[str, Any]:
     """Options of `jax.jit` for a step that returns (state, metrics), with the shardings of `state`."""
-    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable))
-    return {"out_shardings": (shardings(state), None), "compiler_options": sharding.compiler_options(mesh)}
+    return {"out_shardings": (shardings(state), None), "compiler_options": sharding.compiler_options(mesh_of(state))}
+
+
+def mesh_of(state: TrainState) -> Mesh:
+    """The mesh over which the trainable leaves are sharded."""
+    return next(leaf.sharding.mesh for leaf in jax.tree.leaves(state.trainable))
 
 
 def shardings(state: TrainState) -> TrainState:

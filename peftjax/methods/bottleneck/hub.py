@@ -14,8 +14,8 @@ def from_hub(config: dict[str, Any]) -> Bottleneck:
     """
     if config.get("architecture") is not None:
         raise UserError(
-            f"adapter_config.json: architecture={config['architecture']!r} of AdapterHub is not supported, bottleneck "
-            "adapters are"
+            f"adapter_config.json: architecture={config['architecture']!r} of AdapterHub is not supported; only "
+            "bottleneck adapters are"
         )
     flow = {key: config.get(key, default) for key, default in FLOWS.items()}
     parallel, before, after, around = flow.values()
