@@ -116,7 +116,7 @@ def test_the_labels_are_those_of_the_checkpoint_or_those_asked_for(fields: dict,
 def test_a_head_that_cannot_be_is_refused(asked: dict, message: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
         peftjax.load_model(folder / "classifier", **asked)
-    with pytest.raises(ValueError, match="'llama' has no heads to choose"):
+    with pytest.raises(ValueError, match="'llama' has no task head to choose"):
         peftjax.load_model("embedded", **asked)
 
 
