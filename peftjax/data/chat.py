@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.data.chat_template import Message
 from peftjax.data.config import DataConfig
 from peftjax.data.fields import field_of
-from peftjax.data.tokenizer import Tokenizer
+from peftjax.data.tokenizer import Message, Tokenizer
 
 
 def encode_chat(messages: list[Message], tokenizer: Tokenizer, name: str) -> tuple[list[int], np.ndarray]:

@@ -1,4 +1,6 @@
+import base64
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 from peftjax.core.errors import UserError
 from peftjax.data.records import Example, encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.generate import encode_prompt as encode_to_continue
 from peftjax.io.hf_files import EMBEDDED
 
 CHAT = [
@@ -27,6 +30,8 @@ def learned(tokenizer: Tokenizer, example: Example) -> str:
 def written(tokenizer: Tokenizer, ids: Any) -> str:
     return tokenizer._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+
+RANKS = [*(bytes([i]) for i in range(256)), b"he", b"hel"]  # of a byte-level vocabulary
 
 # --- the tokenizer
 
@@ -56,6 +61,44 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     tokenizer = load_tokenizer(make_directory(without_post_processor, tokenizer_config=config))
     bare = tokenizer.encode("hello", bos=False, eos=False)
     assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
+    assert encode_to_continue(tokenizer, "hello", chat=False) == [1, *bare]  # generation continues it
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])
+def test_tokenizers_without_tokenizer_json_are_converted(kind: str, assets: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": kind != "tiktoken"}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if kind == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+        shutil.copy(assets / "babyllama105" / "tokenizer.model", tmp_path)
+        expected = load_tokenizer(assets / "babyllama105").encode("hello é", bos=True, eos=False)
+    elif kind == "tiktoken":
+        pytest.importorskip("tiktoken")
+        lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(RANKS)]
+        (tmp_path / "tokenizer.model").write_text("\n".join(lines))
+        config["added_tokens_decoder"] = {
+            str(258 + i): {"content": token, "special": True} for i, token in enumerate(("<s>", "</s>"))
+        }
+        expected = [257, ord("l"), ord("o"), ord(" "), 0xC3, 0xA9]  # as in most tiktoken directories, no bos
+    else:
+        special = [
+            {"rank": i, "token_str": token, "is_control": True} for i, token in enumerate(("<unk>", "<s>", "</s>"))
+        ]
+        vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(RANKS)]
+        size = {"num_vocab_tokens": 258, "default_vocab_size": 261, "default_num_special_tokens": 3}
+        tekken = {
+            "config": {"pattern": r"\p{L}+|\s", "version": "v7"} | size,
+            "vocab": vocab,
+            "special_tokens": special,
+        }
+        (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+        (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+        expected = [1, 260, ord("l") + 3, ord("o") + 3, ord(" ") + 3, 0xC3 + 3, 0xA9 + 3]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("hello é", bos=True, eos=False) == expected
+    assert tokenizer.decode(expected) == "hello é"
+    assert tokenizer.eos_id == tokenizer.token_id("</s>")
 
 
 def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: Callable[..., Path]) -> None:
@@ -68,7 +111,8 @@ def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: 
 
 def test_a_missing_pad_token_becomes_the_end_token_and_never_0(make_directory: Callable[..., Path]) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<not in the vocabulary>"}
-    assert load_tokenizer(make_directory(tokenizer_config=config)).pad_id == 2
+    folder = make_directory(tokenizer_config=config, config={"vocab_size": 327})
+    assert load_tokenizer(folder).pad_id == 2  # transformers adds the token as 327, for which the model has no row
 
 
 def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_directory: Callable[..., Path]) -> None:
@@ -85,15 +129,13 @@ def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Call
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
 
 
-def test_the_older_special_tokens_map_is_read_where_the_newer_file_says_nothing(
-    make_directory: Callable[..., Path],
-) -> None:
+def test_the_older_special_tokens_map_counts_as_in_transformers(make_directory: Callable[..., Path]) -> None:
     files = {
         "tokenizer_config": {"eos_token": "<|end|>"},
         "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
     }
     tokenizer = load_tokenizer(make_directory(**files))
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 6)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
 def test_named_tokens_are_special_even_where_tokenizer_json_forgot_it(make_directory: Callable[..., Path]) -> None:
@@ -118,11 +160,12 @@ def test_stored_padding_and_truncation_are_switched_off(make_directory: Callable
     assert 3 not in tokenizer.encode("x")
 
 
-def test_a_directory_without_tokenizer_json_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json\. Write one with transformers"):
+def test_a_directory_without_a_tokenizer_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"has no tokenizer: none of .*tokenizer\.json.*Write one with transformers"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"only a SentencePiece tokenizer\.model\. Write one with transformers"):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
         load_tokenizer(tmp_path)
 
 

@@ -58,7 +58,7 @@ def texts(assets: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "minilm_l6_fp16"])
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "minilm_l6_fp16", "smollm2_135m"])
 def test_ids_and_texts_equal_those_of_transformers(checkpoint: str, assets: Path, texts: list[str]) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(assets / checkpoint, model_max_length=10**9)
     ours = load_tokenizer(assets / checkpoint)
