@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -193,7 +194,9 @@ class Tokenizer:
         """Convert token ids to text, without special tokens."""
         return self._theirs.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
         """Render a conversation with the model's chat template, which also writes the special tokens.
 
         A template may write the current date (`strftime_now`).
@@ -201,45 +204,113 @@ class Tokenizer:
         Args:
             messages: The conversation, each message {"role": ..., "content": ...}.
             add_generation_prompt: Whether to end with the beginning of an assistant turn.
+            tools: JSON schemas of functions that the assistant can call.
 
         Raises:
             UserError: The model has no chat template, or the template rejects the conversation.
         """
-        return self._apply_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return self._apply_template(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
 
-    def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
+    def marked_answers(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+        """1 for each token of `chat` that the template marks with {% generation %}, else 0.
+
+        Raises:
+            UserError: The template rejects the conversation.
+        """
+        marked = self._apply_template(
+            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return marked["assistant_masks"]
+
+    @functools.cached_property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be converted to text."""
+        return bool(self._theirs.chat_template or self._processor_template())
+
+    @functools.cached_property
+    def marks_answers(self) -> bool:
+        """Whether the chat template marks the assistant's text with {% generation %}."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self._template(None)) is not None
+
+    @functools.cached_property
+    def generation_prompt(self) -> str:
+        """What the chat template writes before an answer; empty if it writes nothing."""
+        question = [{"role": "user", "content": "?"}]
+        try:
+            bare, whole = self.chat(question), self.chat(question, add_generation_prompt=True)
+        except UserError:
+            return ""
+        return whole[len(bare) :] if whole.startswith(bare) else ""
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the chat template renders content that is a list of parts, and not only text."""
+        question = [{"role": "user", "content": [{"type": "text", "text": "?!"}]}]
+        try:
+            rendered = self._rendered(question, None, tokenize=False)
+        except UserError:
+            return False
+        return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
+
+    def _apply_template(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
         """Call `apply_chat_template` of transformers."""
+        if any(isinstance(message.get("content"), list) for message in messages) and not self._reads_parts:
+            messages = [self._with_text(message) for message in messages]
+        return self._rendered(messages, tools, **options)
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
         import jinja2
 
-        template = self._chat_template
+        template = self._template(tools)
         try:
-            return self._theirs.apply_chat_template([dict(m) for m in messages], chat_template=template, **options)
+            return self._theirs.apply_chat_template(
+                [dict(message) for message in messages], tools=tools, chat_template=template, **options
+            )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"the chat template of {self.directory} rejects the conversation: {error}") from error
+
+    def _with_text(self, message: Message) -> Message:
+        """A message whose parts of text are joined."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        if other := [part for part in content if not isinstance(part.get("text"), str)]:
+            raise UserError(
+                f"the chat template of {self.directory} renders text only, but a message has a part of the type "
+                f"{other[0].get('type')!r}"
+            )
+        return {**message, "content": "".join(part["text"] for part in content)}
+
+    @functools.cached_property
+    def eos_texts(self) -> tuple[str, ...]:
+        """The tokens that end a generated text, as they are written in a text."""
+        return tuple(text for i in self.eos_ids if (text := self._tokenizer.id_to_token(i)))
 
     @functools.cached_property
     def special_texts(self) -> tuple[str, ...]:
         """The special tokens, as they are written in a text."""
         return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
-    @functools.cached_property
-    def _chat_template(self) -> str:
-        template = self._theirs.chat_template
-        if template is None:  # transformers reads this file for processors only
-            template = read_json_if_any(self.directory / "chat_template.json").get("chat_template")
+    def _template(self, tools: Sequence[Any] | None) -> str:
+        """The chat template; of several the one for tools if there are tools, or else the default."""
+        template = self._theirs.chat_template or self._processor_template()
         if isinstance(template, dict):
             if "default" not in template:
                 raise UserError(
                     f'{self.directory} has the chat templates {", ".join(template)}, but none named "default"; rename one, or '
                     "write it to chat_template.jinja"
                 )
-            template = template["default"]
+            template = template["tool_use" if tools and "tool_use" in template else "default"]
         if not template:
             raise UserError(
                 f"the tokenizer in {self.directory} has no chat template, so messages cannot be converted to text; add a "
                 'chat_template.jinja, or use config.data.format = "completion" with your own templates'
             )
         return template
+
+    def _processor_template(self) -> Any:
+        """The chat template in a file that transformers reads for processors only."""
+        return read_json_if_any(self.directory / "chat_template.json").get("chat_template")
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)

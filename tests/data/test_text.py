@@ -319,15 +319,6 @@ def test_messages_stored_as_columns_are_read_too(tokenizer: Tokenizer, make_conf
     assert one.tokens.tolist() == other.tokens.tolist()
 
 
-def test_a_turn_that_later_messages_rewrite_is_an_error(
-    make_directory: Callable[..., Path], make_config: Callable[..., Any]
-) -> None:
-    template = "{% for m in messages %}{{ m.role }}:{{ '<think>' if loop.last }}{{ m.content }};{% endfor %}"
-    tokenizer = load_tokenizer(make_directory(tokenizer_config={"chat_template": template, "eos_token": "</s>"}))
-    with pytest.raises(ValueError, match=r"^a:1: the chat template .* up to message 2 .* differently"):
-        encode_record({"messages": CHAT}, make_config(format="chat").data, tokenizer, name="a:1")
-
-
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(
     tokenizer: Tokenizer, make_config: Callable[..., Any]
 ) -> None:
