@@ -68,6 +68,14 @@ class _Rendered:
         self._conversation, self._tokenizer, self._name = conversation, tokenizer, name
         self._messages = conversation.messages
         self.text = render(tokenizer, conversation, len(self._messages), name, add_generation_prompt=False)
+        for i, message in enumerate(self._messages):
+            if calls := message.get("tool_calls"):
+                calls = _replaced_below(calls, ("name", "arguments"), self._mark())
+                if self._text_with(i, {**message, "tool_calls": calls}) == self.text:
+                    raise UserError(
+                        f"{name}: the chat template of {tokenizer.directory} does not write tool calls; use a model whose "
+                        "template does"
+                    )
 
     def spans(self, answers: list[int]) -> list[Span]:
         """The text to learn for each of these messages: from where generation starts through the end-of-turn token."""
@@ -111,10 +119,16 @@ class _Rendered:
         return self._begin(i, floor, start), self._end(stop, limit)
 
     def _begin(self, i: int, floor: int, start: int) -> int:
-        """Where generation of message i starts, the content of which starts at `start`."""
-        before = self._part(i, add_generation_prompt=True)
-        if before is not None and self.text.startswith(before):
-            return len(before)
+        """Where generation of message i starts, the content of which starts at `start`.
+
+        An answer may lack what the generation prompt ends with, such as "<think>".
+        """
+        before, bare = self._part(i, add_generation_prompt=True), self._part(i)
+        shared = _common(self.text, before or "")
+        if before is not None and shared == len(before):
+            return shared
+        if bare is not None and shared > len(bare):
+            return min(shared, start)
         header = self._tokenizer.generation_prompt
         found = self.text.rfind(header, floor, start) if header else -1
         return start if found < 0 else found + len(header)
@@ -131,16 +145,23 @@ class _Rendered:
 
     def _region(self, i: int) -> Span | None:
         """The characters that change if message i says something else; None if there are none."""
-        mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in self.text)  # for private use
-        messages = [*self._messages[:i], _replaced(self._messages[i], mark), *self._messages[i + 1 :]]
-        try:
-            other = self._tokenizer.chat(messages, False, self._conversation.tools)
-        except UserError as error:
-            raise UserError(f"{self._name}: message {i + 1} cannot be located: {error}") from error
+        other = self._text_with(i, _replaced(self._messages[i], self._mark()))
         if other == self.text:
             return None
         start = _common(self.text, other)
         return start, len(self.text) - _common(self.text[start:][::-1], other[start:][::-1])
+
+    def _text_with(self, i: int, message: Message) -> str:
+        """The text of the conversation with another message i."""
+        messages = [*self._messages[:i], message, *self._messages[i + 1 :]]
+        try:
+            return self._tokenizer.chat(messages, False, self._conversation.tools)
+        except UserError as error:
+            raise UserError(f"{self._name}: message {i + 1} cannot be located: {error}") from error
+
+    def _mark(self) -> str:
+        """A character that the text does not have, of those for private use."""
+        return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in self.text)
 
     def _part(self, count: int, *, add_generation_prompt: bool = False) -> str | None:
         """The text of the first `count` messages; None if the template does not render them alone."""

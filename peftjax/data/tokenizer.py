@@ -243,19 +243,29 @@ class Tokenizer:
         return whole[len(bare) :] if whole.startswith(bare) else ""
 
     @functools.cached_property
+    def _reads_text(self) -> bool:
+        """Whether the chat template renders content that is text."""
+        return self._reads("?!")
+
+    @functools.cached_property
     def _reads_parts(self) -> bool:
-        """Whether the chat template renders content that is a list of parts, and not only text."""
-        question = [{"role": "user", "content": [{"type": "text", "text": "?!"}]}]
+        """Whether the chat template renders content that is a list of parts."""
+        return self._reads([{"type": "text", "text": "?!"}])
+
+    def _reads(self, content: Any) -> bool:
         try:
-            rendered = self._rendered(question, None, tokenize=False)
+            rendered = self._rendered([{"role": "user", "content": content}], None, tokenize=False)
         except UserError:
             return False
         return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
 
     def _apply_template(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
-        """Call `apply_chat_template` of transformers."""
-        if any(isinstance(message.get("content"), list) for message in messages) and not self._reads_parts:
+        """Call `apply_chat_template` of transformers, with content in the form that the template reads."""
+        contents = [message.get("content") for message in messages]
+        if any(isinstance(content, list) for content in contents) and not self._reads_parts:
             messages = [self._with_text(message) for message in messages]
+        elif any(isinstance(content, str) for content in contents) and not self._reads_text and self._reads_parts:
+            messages = [_with_parts(message) for message in messages]
         return self._rendered(messages, tools, **options)
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
@@ -323,6 +333,12 @@ class Tokenizer:
         token_id: int | None = getattr(self._theirs, f"{name}_token_id")
         ids = [i for config in configs for i in _ids(config.get(f"{name}_token_id")) if 0 <= i < self.vocab_size]
         return token_id if token_id is not None else ids[0] if ids else None
+
+
+def _with_parts(message: Message) -> Message:
+    """A message whose text is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _ids(value: Any) -> list[int]:

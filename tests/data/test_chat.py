@@ -126,6 +126,8 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
     for bad in ("[", '{"a": 1}', 3):
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
+    with pytest.raises(UserError, match=r"^a:1: the chat template of .* does not write tool calls"):
+        learned(record, TOOLS.replace("tool_calls", "calls"))
     with pytest.raises(UserError, match="a:1: a message of the role 'assistant' has neither content nor tool_calls"):
         learned([CHAT[0], {"role": "assistant", "content": None}])
 
@@ -138,6 +140,7 @@ def test_parts_of_content_are_rendered_or_joined(learned: Callable[..., str]) ->
     assert learned(parts) == "yes no<|end|>"
     question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
     assert learned([question, parts[1]], reads, train_on="all") == "<|user|>[?]<|end|><|assistant|>[yes][ no]<|end|>"
+    assert learned(CHAT[:2], reads) == "<|assistant|>[yes no]<|end|>"  # of text, this template writes nothing
     parts[0] = {"role": "user", "content": [{"type": "image"}]}
     with pytest.raises(UserError, match=r"a:1: the chat template of .* renders text only, .* of the type 'image'"):
         learned(parts)
