@@ -11,8 +11,8 @@ class DataConfig:
 
     train: tuple[str, ...] = field(
         (),
-        "Training sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz, FILE.parquet or images:DIR, each optionally "
-        "followed by @WEIGHT",
+        "Training sources: tfds:NAME/SPLIT, hf:NAME/SPLIT, FILE.jsonl (also .jsonl.gz, .jsonl.zst, .json, .csv, .parquet), a "
+        "directory of such files or images:DIR, each optionally followed by @WEIGHT",
     )
     eval: tuple[str, ...] = field((), "Held-out sources, in the same notation")
     tfds_data_dir: str = field("", "Directory of prepared TFDS datasets; empty: the default of TFDS")

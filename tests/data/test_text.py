@@ -338,6 +338,17 @@ def test_the_prompt_of_a_text_is_its_first_half(tokenizer: Tokenizer, make_confi
     assert prompt.expected
 
 
+def test_a_template_reaches_into_lists_and_dicts(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    fields = {
+        "prompt_template": "{q} {meta.lang} {a.b}",
+        "completion_template": "{answers[text][0]}{answers[at][-1]:03d}",
+    }
+    data = make_config(format="completion", **fields).data
+    record = {"q": "x", "meta": {"lang": "de"}, "a.b": "dot", "answers": {"text": ["yes", "no"], "at": [1, 2]}}
+    example = encode_record(record, data, tokenizer, name="a:1")
+    assert written(tokenizer, example.tokens) == "<s>x de dotyes002</s>"
+
+
 COMPLETION = {"format": "completion"}
 
 
@@ -356,6 +367,14 @@ COMPLETION = {"format": "completion"}
         ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),
         ({**COMPLETION, "prompt_template": "{prompt"}, {"prompt": "x"}, r"template '\{prompt': .* for a literal brace"),
         ({**COMPLETION, "prompt_template": "{prompt:d}"}, {"prompt": "x"}, r"a:7: template '\{prompt:d\}'"),
+        ({**COMPLETION, "prompt_template": "{a:{b}}"}, {"a": 1}, "a:7: the record has no field 'b'"),
+        ({**COMPLETION, "prompt_template": "{}"}, {"a": 1}, r"template '\{\}': \{0\} names no field"),
+        (
+            {**COMPLETION, "prompt_template": "{a[1]}"},
+            {"a": ["x"]},
+            r"a:7: template .*: \{a\[1\]\} has no entry '1'; .* a list of 1",
+        ),
+        ({**COMPLETION, "prompt_template": "{a.c}"}, {"a": {"b": "x"}}, r"\{a\.c\} has no entry 'c'; there is b"),
         ({"format": "chat"}, {"messages": "x"}, "a:7: the field 'messages' must hold a list of messages"),
         ({"format": "chat"}, {"messages": [{"from": "human"}]}, "must hold a list of messages .*'from'"),
     ],
