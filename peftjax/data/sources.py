@@ -7,7 +7,7 @@ A string names a source:
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
     PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
     PATH.json                   a list of JSON objects, or JSON Lines; kept in memory
-    PATH.csv                    rows below a header, all values text; kept in memory
+    PATH.csv                    rows below a header; kept in memory
     PATH.parquet                kept in memory as Arrow columns
     images:DIR                  the images below DIR/CLASS, read from disk on access
 
@@ -275,8 +275,8 @@ def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
     files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
     if not files:
         raise UserError(
-            f"source {spec!r} is a directory without {', '.join(SUFFIXES)}; use images:{spec} if it has a folder of images for "
-            f"each class, or hf:{spec}/SPLIT if it has the layout of a dataset of the hub"
+            f"source {spec!r} is a directory; none of its files ends in {', '.join(SUFFIXES)}. Use images:{spec} if it has a "
+            f"folder of images for each class, or hf:{spec}/SPLIT if it has the layout of a dataset of the hub"
         )
     splits = {word: file.name for file in files if (word := re.split(r"[-_.]", file.name)[0]) in SPLITS}
     if len(splits) > 1:

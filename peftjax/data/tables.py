@@ -3,14 +3,18 @@
 import csv
 import io
 import json
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
 
 
 class Csv:
-    """The rows of a CSV file with a header, kept in memory. All values are text, as they are written.
+    """The rows of a CSV file with a header, kept in memory.
+
+    The values of a column are int or float if all of them are written as decimal numbers without leading zeros, else text.
 
     Args:
         data: The file's content, UTF-8.
@@ -21,29 +25,37 @@ class Csv:
         csv.field_size_limit(sys.maxsize)  # a text may be longer than the default of 128 KiB
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         self._label, self._lines = label, list[int]()
-        self._header, self._rows = list[str](), list[list[str]]()
-        line = 1
+        rows, line = list[list[str]](), 1
         try:
-            self._header = next(reader, [])
+            self._header: list[str] = next(reader, [])
             line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(self._header):
                     raise UserError(f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}")
                 if row:
-                    self._rows.append(row)
+                    rows.append(row)
                     self._lines.append(line)
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{label}:{line}: not valid CSV: {error}") from error
+        self._columns = [_numbers(column) for column in zip(*rows, strict=True)]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(zip(self._header, self._rows[index], strict=True))
+        return {name: column[index] for name, column in zip(self._header, self._columns, strict=True)}
 
     def name(self, index: int) -> str:
         return f"{self._label}:{self._lines[index]}"
+
+
+def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:
+    """The values of a column as numbers, if all of them are."""
+    for number, pattern in ((int, r"-?(0|[1-9]\d*)"), (float, r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")):
+        if all(re.fullmatch(pattern, text, re.ASCII) for text in column):
+            return [number(text) for text in column]
+    return column
 
 
 class Listed:

@@ -43,8 +43,6 @@ class Labels:
 
     def number(self, label: Any, record: str) -> int:
         """The number of the class that a record gives by number or by name."""
-        if isinstance(label, str) and label not in self._numbers and label.isdecimal():
-            label = int(label)  # of a CSV file, whose values are all text
         if isinstance(label, str):
             if label not in self._numbers:
                 raise UserError(

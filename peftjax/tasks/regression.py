@@ -1,6 +1,5 @@
 """Regression: a number for a text or a pair of texts."""
 
-import contextlib
 from typing import Any, ClassVar
 
 import jax
@@ -25,9 +24,6 @@ class Regression(TextLabelTask):
             raise UserError(f"task.labels={self.given_labels!r}: a regression has no classes; leave it empty")
 
     def label(self, value: Any, name: str) -> np.ndarray:
-        if isinstance(value, str):  # of a CSV file, whose values are all text
-            with contextlib.suppress(ValueError):
-                value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise UserError(f"{name}: field {self.data.label_field!r} must hold a finite number, not {value!r}")
         return np.asarray(value, np.float32)

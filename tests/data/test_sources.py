@@ -126,7 +126,7 @@ def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> N
         open_source(str(tmp_path / "data" / "trian.jsonl"))
     with pytest.raises(ValueError, match=r"no such file. Did you mean 'data'\?"):
         open_source(str(tmp_path / "dat" / "train.jsonl"))
-    with pytest.raises(ValueError, match=r"is a directory without \.jsonl, .*; use images:.* or hf:"):
+    with pytest.raises(ValueError, match=r"is a directory; none of its files ends in \.jsonl, .* Use images:.* or hf:"):
         open_source(str(tmp_path))
 
 
@@ -155,9 +155,10 @@ def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Pa
 
 
 def test_the_lines_of_a_csv_file_are_counted_through_line_breaks_in_values(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('a,b\n"1\n2",x\n\n007,"y, ""z"""\n')
+    (tmp_path / "a.csv").write_text('a,b,c,d,e\n"1\n2",x,1,2.50,007\n\n3,"y, ""z""",-1,3,8\n')
     source = open_source(str(tmp_path / "a.csv"))
-    assert read(source) == [{"a": "1\n2", "b": "x"}, {"a": "007", "b": 'y, "z"'}]
+    rows = [["1\n2", "x", 1, 2.5, "007"], ["3", 'y, "z"', -1, 3.0, "8"]]  # a column of numbers holds numbers
+    assert read(source) == [dict(zip("abcde", row, strict=True)) for row in rows]
     assert names(source) == ["a.csv:2", "a.csv:5"]
 
 
