@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.data.chat_template import Message
 from peftjax.data.conversations import Conversation
-from peftjax.data.tokenizer import Message, Tokenizer
+from peftjax.data.tokenizer import Tokenizer
 
 Span = tuple[int, int]  # characters of the rendered text
 
@@ -43,9 +44,9 @@ def encode_chat(
     if train_on == "all":
         silent = [i for i in answers if not conversation.weights[i]]
         return tokens, ~_covered(rendered.spans(silent), offsets)
-    if not tokenizer.marks_answers:
+    if not tokenizer.template.marks(conversation.tools):
         return tokens, _covered(rendered.spans(learned), offsets)
-    marked = np.array(tokenizer.marked_answers(conversation.messages, conversation.tools), bool)
+    marked = np.array(tokenizer.template.marked(conversation.messages, conversation.tools), bool)
     return tokens, marked if learned == answers else marked & _covered(rendered.spans(learned), offsets)
 
 
@@ -129,7 +130,7 @@ class _Rendered:
             return shared
         if bare is not None and shared > len(bare):
             return min(shared, start)
-        header = self._tokenizer.generation_prompt
+        header = self._tokenizer.template.generation_prompt
         found = self.text.rfind(header, floor, start) if header else -1
         return start if found < 0 else found + len(header)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.core.errors import UserError
+from peftjax.data.chat_template import Message
 from peftjax.data.config import DataConfig
 from peftjax.data.fields import field_of
-from peftjax.data.tokenizer import Message
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -52,8 +52,7 @@ def conversation_of(record: Mapping[str, Any], data: DataConfig, name: str) -> C
     messages = [_without_nulls(message) for message in read(record, data, name)]
     weights = [_weight(message.pop("weight", 1), name) for message in messages]
     for message in messages:
-        if "content" not in message and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
-            raise UserError(f"{name}: a message of the role {message['role']!r} has neither content nor tool_calls")
+        _check_content(message, name)
     return Conversation(list(messages), _tools(record, name), weights)
 
 
@@ -61,7 +60,7 @@ def text_of(message: Message) -> str | None:
     """The text of a message: its content, or the text parts of its content; None if there is no text."""
     content = message.get("content")
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if isinstance(part.get("text"), str)) or None
+        return "".join(part["text"] for part in content)
     return content if isinstance(content, str) else None
 
 
@@ -132,6 +131,21 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _check_content(message: Message, name: str) -> None:
+    """Refuse a message whose content is neither text nor parts of text, and a message without anything to render."""
+    content, role = message.get("content"), message["role"]
+    if content is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
+        raise UserError(f"{name}: a message of the role {role!r} has neither content nor tool_calls")
+    for part in content if isinstance(content, list) else []:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = repr(part.get("type") if isinstance(part, Mapping) else part)[:80]
+            raise UserError(
+                f"{name}: a message of the role {role!r} has a part of the type {kind}; only text can be read"
+            )
+    if content is not None and not isinstance(content, str | list):
+        raise UserError(f"{name}: the content of a message must be text or a list of parts, not {content!r:.80}")
 
 
 def _weight(weight: Any, name: str) -> bool:

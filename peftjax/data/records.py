@@ -117,7 +117,7 @@ def example(tokens: Sequence[int], loss_mask: Sequence[bool] | np.ndarray) -> Ex
 
 
 def _is_completion(data: DataConfig, tokenizer: Tokenizer) -> bool:
-    return data.format == "completion" or (data.format == "alpaca" and not tokenizer.has_chat_template)
+    return data.format == "completion" or (data.format == "alpaca" and not tokenizer.template)
 
 
 def _question_and_answer(

@@ -5,17 +5,16 @@ import itertools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tokenizers
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.data.chat_template import ChatTemplate, Message, Tools
 from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, read_json_if_any, resolve
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Text = str | Sequence[str]  # a text, or its words
 
 
@@ -73,7 +72,7 @@ class Tokenizer:
 
         self.bos_id = self._named_id("bos", generation_config, model_config)
         self.eos_id = self._named_id("eos", generation_config, model_config)
-        rows = (model_config.get("text_config") or model_config).get("vocab_size", self.vocab_size)
+        rows = (model_config.get("text_config") or model_config).get("vocab_size") or self.vocab_size
         pad = self._named_id("pad", generation_config, model_config)
         self._pad_id = None if pad is None or pad >= rows else pad  # transformers adds a pad token that is missing
         ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
@@ -194,9 +193,7 @@ class Tokenizer:
         """Convert token ids to text, without special tokens."""
         return self._theirs.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
-    ) -> str:
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Render a conversation with the model's chat template, which also writes the special tokens.
 
         A template may write the current date (`strftime_now`).
@@ -209,87 +206,12 @@ class Tokenizer:
         Raises:
             UserError: The model has no chat template, or the template rejects the conversation.
         """
-        return self._apply_template(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
-
-    def marked_answers(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
-        """1 for each token of `chat` that the template marks with {% generation %}, else 0.
-
-        Raises:
-            UserError: The template rejects the conversation.
-        """
-        marked = self._apply_template(
-            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return marked["assistant_masks"]
+        return self.template.render(messages, add_generation_prompt, tools)
 
     @functools.cached_property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be converted to text."""
-        return bool(self._theirs.chat_template or self._processor_template())
-
-    @functools.cached_property
-    def marks_answers(self) -> bool:
-        """Whether the chat template marks the assistant's text with {% generation %}."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self._template(None)) is not None
-
-    @functools.cached_property
-    def generation_prompt(self) -> str:
-        """What the chat template writes before an answer; empty if it writes nothing."""
-        question = [{"role": "user", "content": "?"}]
-        try:
-            bare, whole = self.chat(question), self.chat(question, add_generation_prompt=True)
-        except UserError:
-            return ""
-        return whole[len(bare) :] if whole.startswith(bare) else ""
-
-    @functools.cached_property
-    def _reads_text(self) -> bool:
-        """Whether the chat template renders content that is text."""
-        return self._reads("?!")
-
-    @functools.cached_property
-    def _reads_parts(self) -> bool:
-        """Whether the chat template renders content that is a list of parts."""
-        return self._reads([{"type": "text", "text": "?!"}])
-
-    def _reads(self, content: Any) -> bool:
-        try:
-            rendered = self._rendered([{"role": "user", "content": content}], None, tokenize=False)
-        except UserError:
-            return False
-        return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
-
-    def _apply_template(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
-        """Call `apply_chat_template` of transformers, with content in the form that the template reads."""
-        contents = [message.get("content") for message in messages]
-        if any(isinstance(content, list) for content in contents) and not self._reads_parts:
-            messages = [self._with_text(message) for message in messages]
-        elif any(isinstance(content, str) for content in contents) and not self._reads_text and self._reads_parts:
-            messages = [_with_parts(message) for message in messages]
-        return self._rendered(messages, tools, **options)
-
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
-        import jinja2
-
-        template = self._template(tools)
-        try:
-            return self._theirs.apply_chat_template(
-                [dict(message) for message in messages], tools=tools, chat_template=template, **options
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the chat template of {self.directory} rejects the conversation: {error}") from error
-
-    def _with_text(self, message: Message) -> Message:
-        """A message whose parts of text are joined."""
-        content = message.get("content")
-        if not isinstance(content, list):
-            return message
-        if other := [part for part in content if not isinstance(part.get("text"), str)]:
-            raise UserError(
-                f"the chat template of {self.directory} renders text only, but a message has a part of the type "
-                f"{other[0].get('type')!r}"
-            )
-        return {**message, "content": "".join(part["text"] for part in content)}
+    def template(self) -> ChatTemplate:
+        """The chat template; false if there is none."""
+        return ChatTemplate(self._theirs, self.directory)
 
     @functools.cached_property
     def eos_texts(self) -> tuple[str, ...]:
@@ -300,27 +222,6 @@ class Tokenizer:
     def special_texts(self) -> tuple[str, ...]:
         """The special tokens, as they are written in a text."""
         return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
-
-    def _template(self, tools: Sequence[Any] | None) -> str:
-        """The chat template; of several the one for tools if there are tools, or else the default."""
-        template = self._theirs.chat_template or self._processor_template()
-        if isinstance(template, dict):
-            if "default" not in template:
-                raise UserError(
-                    f'{self.directory} has the chat templates {", ".join(template)}, but none named "default"; rename one, or '
-                    "write it to chat_template.jinja"
-                )
-            template = template["tool_use" if tools and "tool_use" in template else "default"]
-        if not template:
-            raise UserError(
-                f"the tokenizer in {self.directory} has no chat template, so messages cannot be converted to text; add a "
-                'chat_template.jinja, or use config.data.format = "completion" with your own templates'
-            )
-        return template
-
-    def _processor_template(self) -> Any:
-        """The chat template in a file that transformers reads for processors only."""
-        return read_json_if_any(self.directory / "chat_template.json").get("chat_template")
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -333,12 +234,6 @@ class Tokenizer:
         token_id: int | None = getattr(self._theirs, f"{name}_token_id")
         ids = [i for config in configs for i in _ids(config.get(f"{name}_token_id")) if 0 <= i < self.vocab_size]
         return token_id if token_id is not None else ids[0] if ids else None
-
-
-def _with_parts(message: Message) -> Message:
-    """A message whose text is a list of one part."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _ids(value: Any) -> list[int]:

@@ -123,6 +123,8 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
     assert learned({"messages": messages, "tools": []}, TOOLS, train_on="all").startswith("<|user|>")
     later = TOOLS.replace("{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}")  # located, not found as a prefix
     assert learned(record, later) == written + "17 March!<|end|>"
+    with pytest.warns(UserWarning, match="does not use the tools of the records"):
+        assert learned({"messages": CHAT, "tools": tools}) == "yes no<|end|>17 March<|end|>"
     for bad in ("[", '{"a": 1}', 3):
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
@@ -142,7 +144,9 @@ def test_parts_of_content_are_rendered_or_joined(learned: Callable[..., str]) ->
     assert learned([question, parts[1]], reads, train_on="all") == "<|user|>[?]<|end|><|assistant|>[yes][ no]<|end|>"
     assert learned(CHAT[:2], reads) == "<|assistant|>[yes no]<|end|>"  # of text, this template writes nothing
     parts[0] = {"role": "user", "content": [{"type": "image"}]}
-    with pytest.raises(UserError, match=r"a:1: the chat template of .* renders text only, .* of the type 'image'"):
+    with pytest.raises(
+        UserError, match="a:1: a message of the role 'user' has a part of the type 'image'; only text can be read"
+    ):
         learned(parts)
 
 

@@ -101,6 +101,26 @@ def test_tokenizers_without_tokenizer_json_are_converted(kind: str, assets: Path
     assert tokenizer.eos_id == tokenizer.token_id("</s>")
 
 
+@pytest.mark.parametrize("file", ["tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"])
+def test_added_tokens_are_read_from_each_of_four_files(file: str, make_directory: Callable[..., Path]) -> None:
+    files: dict[str, Any] = {
+        "tokenizer_config": {
+            "eos_token": "</s>",
+            "added_tokens_decoder": {"327": {"content": "<new>", "special": True}},
+        },
+        "special_tokens_map": {"additional_special_tokens": ["<new>"]},
+        "added_tokens": {"<new>": 327},
+    }
+
+    def add(data: dict[str, Any]) -> None:
+        if file == "tokenizer":
+            data["added_tokens"].append(data["added_tokens"][0] | {"id": 327, "content": "<new>"})
+
+    tokenizer = load_tokenizer(make_directory(add, **{name: files[name] for name in {file} & files.keys()}))
+    assert tokenizer.token_id("<new>") == 327
+    assert tokenizer.encode("a<new>b", bos=False).count(327) == 1
+
+
 def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: Callable[..., Path]) -> None:
     def without_post_processor(data: dict[str, Any]) -> None:
         data["post_processor"] = None
