@@ -26,6 +26,8 @@ def split_files(spec: str) -> list[pathlib.Path]:
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
         return [folder / file for file in _choose(_parquet_files(folder), "", split, spec)]
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ("/" in name and pathlib.Path(name.partition("/")[0]).is_dir()):
+        raise UserError(f"source {spec!r}: there is no directory {name}")
     repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     return _download(repository, config, split, spec)
 

@@ -249,6 +249,8 @@ def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.Monke
         open_source("hf:owner/data/tow/train")
     with pytest.raises(UserError, match=r"must have the form hf:OWNER/NAME/SPLIT"):
         open_source("hf:train")
+    with pytest.raises(UserError, match=r"there is no directory .*/owner/data$"):
+        open_source(f"hf:{tmp_path}/owner/data/train")
 
 
 def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
