@@ -1,6 +1,5 @@
 """Conversations as tokens: rendered with the model's chat template, with a mask for the answers to learn."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,11 @@ def encode_chat(
     """
     answers = conversation.answers()
     if not answers and train_on != "all":
-        _warn_of_roles(conversation)
+        roles = sorted({str(message["role"]) for message in conversation.messages})
+        tokenizer.template.warn(
+            f'conversations with the roles {", ".join(roles)} have no message with the role "assistant" to learn; rename the '
+            'roles, or set config.data.train_on = "all"'
+        )
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [i for i in wanted if conversation.weights[i]]
     rendered = _Rendered(conversation, tokenizer, name)
@@ -174,10 +177,9 @@ class _Rendered:
             return None
 
     def _warn_of_end(self) -> None:
-        warnings.warn(
+        self._tokenizer.template.warn(
             f"the chat template of {self._tokenizer.directory} ends an answer without an end-of-turn token, so the model "
-            "does not learn where to stop; add eos_token to the template",
-            stacklevel=2,
+            "does not learn where to stop; add eos_token to the template"
         )
 
 
@@ -223,12 +225,3 @@ def _covered(spans: list[Span], offsets: list[Span]) -> np.ndarray:
     for start, end in spans:
         mask |= (start < ends) & (ends <= end)
     return mask
-
-
-def _warn_of_roles(conversation: Conversation) -> None:
-    roles = sorted({str(message["role"]) for message in conversation.messages})
-    warnings.warn(
-        f'conversations with the roles {", ".join(roles)} have no message with the role "assistant" to learn; rename the '
-        'roles, or set config.data.train_on = "all"',
-        stacklevel=2,
-    )

@@ -24,6 +24,7 @@ class ChatTemplate:
 
     def __init__(self, theirs: Any, directory: pathlib.Path):
         self._theirs, self._directory = theirs, directory
+        self._said: set[str] = set()
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
         self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
@@ -69,6 +70,12 @@ class ChatTemplate:
             return ""
         return whole[len(bare) :] if whole.startswith(bare) else ""
 
+    def warn(self, message: str) -> None:
+        """Issue a warning. Every record may have a reason for it, so it is issued only once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
+
     def _in_its_form(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with content in a form that the template renders: text, or lists of parts."""
         contents = [message.get("content") for message in messages]
@@ -96,10 +103,9 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
         template = self._text(tools)
         if tools and not re.search(r"\btools\b", template):
-            warnings.warn(
+            self.warn(
                 f"the chat template of {self._directory} does not use the tools of the records, so the model is not told of "
-                "them",
-                stacklevel=2,
+                "them"
             )
         try:
             return self._theirs.apply_chat_template(

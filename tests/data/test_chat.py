@@ -185,6 +185,7 @@ def test_what_cannot_be_learned_is_said_once_with_its_reason(learned: Callable[.
         )
     with pytest.warns(UserWarning, match='with the roles gpt, user have no message with the role "assistant"'):
         assert learned([CHAT[0], {"role": "gpt", "content": "yes"}]) == ""
+    assert learned([{"role": "gpt", "content": "no"}, CHAT[0]]) == ""  # a second warning would be an error
     changes = "{% for m in messages %}{{ messages[-1].content }}{{ m.content }}</s>{% endfor %}"
     with pytest.raises(
         UserError, match=r"^a:1: the chat template .* lets message 4 .* change the text of earlier messages"
