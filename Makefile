@@ -61,10 +61,10 @@ $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,interop]"
 	touch $@ $(VENV)/installed $(VENV)/installed-test
 
-# This project without its bounds on huggingface-hub and tokenizers, which transformers 4.57 wants older.
+# This project without its bounds on transformers, huggingface-hub and tokenizers, which are older in this environment.
 ADAPTERS := .venv-adapters/bin/python
 OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	print(*[each for each in project["dependencies"] if not each.startswith(("huggingface-hub", "tokenizers"))], sep="\n")
+	print(*[each for each in project["dependencies"] if not each.startswith(("huggingface-hub", "tokenizers", "transformers"))], sep="\n")
 .venv-adapters/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-adapters
 	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check torch==2.13.0

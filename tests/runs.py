@@ -55,7 +55,9 @@ def make_world(root: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(root / "model" / "tokenizer.json"))
-    (root / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "pad_token": "<eos>"}))
+    (root / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<eos>", "pad_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     model = tiny.CONFIG | {"vocab_size": len(letters) + 1, "architectures": ["LlamaForCausalLM"]}
     (root / "model" / "config.json").write_text(json.dumps(model))
     for name, numbers in (("train", range(200)), ("eval", range(200, 210))):

@@ -32,7 +32,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 HEAVY = [
     "tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow", "sklearn",
-    "sacrebleu", "PIL",
+    "sacrebleu", "PIL", "transformers",
 ]  # fmt: skip
 
 
@@ -130,3 +130,22 @@ def test_import_peftjax_loads_no_heavy_library() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_transformers_is_imported_with_the_first_tokenizer_and_needs_no_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed
+import peftjax
+from peftjax import evaluate, generate, list_methods, sweep, train
+from peftjax.plan import plan
+list_methods.main(["--method=ia3"])
+assert "transformers" not in sys.modules
+tokenizer = peftjax.load_tokenizer("embedded")
+assert "transformers" in sys.modules
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""

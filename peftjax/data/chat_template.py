@@ -1,75 +1,144 @@
-"""Find and compile the chat template of a model directory."""
+"""The chat template of a tokenizer: conversations to text. transformers renders it."""
 
-import json
+import functools
 import pathlib
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.io.hf_files import read_json_if_any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Tools = Sequence[Any] | None  # JSON schemas of functions that the assistant can call
 
 
-def chat_template_text(directory: pathlib.Path, config: dict[str, Any]) -> str:
-    """Read the chat template from chat_template.jinja, or else tokenizer_config.json, or else chat_template.json.
+class ChatTemplate:
+    """A chat template, or several of which one is for conversations with tools.
 
     Args:
-        directory: The model directory.
-        config: Its tokenizer_config.json.
-
-    Raises:
-        UserError: There is no chat template, or there are several and none is called "default".
+        theirs: The tokenizer of transformers.
+        directory: The directory that it is from.
     """
-    jinja = directory / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    template = config.get("chat_template") or read_json_if_any(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise UserError(
-                f'{directory} has the chat templates {", ".join(template)}, but none named "default"; rename one, or write it '
-                "to chat_template.jinja"
+
+    def __init__(self, theirs: Any, directory: pathlib.Path):
+        self._theirs, self._directory = theirs, directory
+        self._said: set[str] = set()
+        # transformers reads this file for processors only.
+        processor = read_json_if_any(directory / "chat_template.json")
+        self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
+
+    def __bool__(self) -> bool:
+        return bool(self._templates)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools) -> str:
+        """Render a conversation as text, with the special tokens.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether to end with the beginning of an assistant turn.
+            tools: The functions that the assistant can call.
+
+        Raises:
+            UserError: There is no template, or it rejects the conversation.
+        """
+        messages = self._in_its_form(messages)
+        return self._apply(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    def marks(self, tools: Tools) -> bool:
+        """Whether the template marks the assistant's text with {% generation %}."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self._text(tools)) is not None
+
+    def marked(self, messages: Sequence[Message], tools: Tools) -> list[int]:
+        """1 for each token of a rendered conversation that the template marks with {% generation %}, else 0.
+
+        Raises:
+            UserError: The template rejects the conversation.
+        """
+        options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+        messages = self._in_its_form(messages)
+        return self._apply(messages, tools, return_assistant_tokens_mask=True, **options)["assistant_masks"]
+
+    @functools.cached_property
+    def generation_prompt(self) -> str:
+        """What the template writes before an answer; empty if it writes nothing."""
+        question = [{"role": "user", "content": "?"}]
+        try:
+            bare, whole = self.render(question, False, None), self.render(question, True, None)
+        except UserError:
+            return ""
+        return whole[len(bare) :] if whole.startswith(bare) else ""
+
+    def warn(self, message: str) -> None:
+        """Issue a warning. Every record may have a reason for it, so it is issued only once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def _in_its_form(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with content in a form that the template renders: text, or lists of parts."""
+        contents = [message.get("content") for message in messages]
+        if any(isinstance(content, list) for content in contents) and not self._reads_parts:
+            return [_with_text(message) for message in messages]
+        if any(isinstance(content, str) for content in contents) and not self._reads_text and self._reads_parts:
+            return [_with_parts(message) for message in messages]
+        return messages
+
+    @functools.cached_property
+    def _reads_text(self) -> bool:
+        return self._reads("?!")
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        return self._reads([{"type": "text", "text": "?!"}])
+
+    def _reads(self, content: Any) -> bool:
+        try:
+            rendered = self._apply([{"role": "user", "content": content}], None, tokenize=False)
+        except UserError:
+            return False
+        return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
+
+    def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
+        template = self._text(tools)
+        if tools and not re.search(r"\btools\b", template):
+            self.warn(
+                f"the chat template of {self._directory} does not use the tools of the records, so the model is not told of "
+                "them"
             )
-        template = template["default"]
-    if not template:
-        raise UserError(
-            f"the tokenizer in {directory} has no chat template, so messages cannot be converted to text; add a "
-            'chat_template.jinja, or use config.data.format = "completion" with your own templates'
-        )
-    return template
+        try:
+            return self._theirs.apply_chat_template(
+                [dict(message) for message in messages], tools=tools, chat_template=template, **options
+            )
+        except Exception as error:  # of any kind: a template is code
+            raise UserError(f"the chat template of {self._directory} rejects the conversation: {error}") from error
+
+    def _text(self, tools: Tools) -> str:
+        """The template; of several the one for tools if there are tools, or else the default."""
+        template = self._templates
+        if isinstance(template, dict):
+            if "default" not in template:
+                raise UserError(
+                    f'{self._directory} has the chat templates {", ".join(template)}, but none named "default"; rename one, '
+                    "or write it to chat_template.jinja"
+                )
+            template = template["tool_use" if tools and "tool_use" in template else "default"]
+        if not template:
+            raise UserError(
+                f"the tokenizer in {self._directory} has no chat template, so messages cannot be converted to text; add a "
+                'chat_template.jinja, or use config.data.format = "completion" with your own templates'
+            )
+        return template
 
 
-def compile_template(text: str) -> Any:
-    """Compile a chat template in an environment like that of transformers: sandboxed, with trimmed blocks."""
-    import datetime
+def _with_text(message: Message) -> Message:
+    """A message whose parts are joined."""
+    content = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks the assistant's text; it renders its body."""
-
-        tags = {"generation"}  # noqa: RUF012  (as jinja declares it)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's filter escapes HTML
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(text)
+def _with_parts(message: Message) -> Message:
+    """A message whose text is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

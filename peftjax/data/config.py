@@ -11,20 +11,28 @@ class DataConfig:
 
     train: tuple[str, ...] = field(
         (),
-        "Training sources: tfds:NAME/SPLIT, FILE.jsonl, FILE.jsonl.gz, FILE.parquet or images:DIR, each optionally "
-        "followed by @WEIGHT",
+        "Training sources: tfds:NAME/SPLIT, hf:NAME/SPLIT, FILE.jsonl (also .jsonl.gz, .jsonl.zst, .json, .csv, .parquet), a "
+        "directory of such files or images:DIR, each optionally followed by @WEIGHT",
     )
     eval: tuple[str, ...] = field((), "Held-out sources, in the same notation")
     tfds_data_dir: str = field("", "Directory of prepared TFDS datasets; empty: the default of TFDS")
     format: str = field(
         "text",
-        "Record format for causal_lm: a single text, a prompt and its completion, or chat messages",
-        choices=("text", "completion", "chat"),
+        "Record format for causal_lm: a single text, a prompt and its completion, chat messages, or the fields of ShareGPT "
+        "or Alpaca",
+        choices=("text", "completion", "chat", "sharegpt", "alpaca"),
+    )
+    train_on: str = field(
+        "completions",
+        "Tokens with a loss: all, those of all completions or answers, or those of the last answer. A text is learned whole",
+        choices=("all", "completions", "last"),
     )
     text_field: str = field("text", "Field with the text, for format text")
     prompt_field: str = field("prompt", "Field inserted for {prompt} in a template")
     completion_field: str = field("completion", "Field inserted for {completion} in a template")
-    messages_field: str = field("messages", "Field with the list of messages, for format chat")
+    messages_field: str = field(
+        "messages", "Field with the list of messages, for format chat; for sharegpt: conversations"
+    )
     prompt_template: str = field(
         "{prompt}", "Format string over the record's fields: the prompt, or the input of seq2seq and classification"
     )

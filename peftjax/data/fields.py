@@ -1,5 +1,6 @@
 """Fields of a record, and templates filled with them."""
 
+import re
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -15,26 +16,64 @@ def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) 
     Raises:
       UserError: The template is malformed, a field is missing, or its value does not suit the template.
     """
+    filled = _Filled(record, data, template, name)
     try:
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
+        list(filled.parse(template))
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}. Write {{{{ or }}}} for a literal brace") from error
-    values = {key: _value(key, record, data, name) for key in keys}
     try:
-        return template.format_map(values)
+        return filled.vformat(template, (), {})
+    except UserError:
+        raise
     except ValueError as error:  # a format that does not suit the value, such as {label:d} for a text
         raise UserError(f"{name}: template {template!r}: {error}") from error
 
 
-def _value(key: str, record: Mapping[str, Any], data: DataConfig, name: str) -> str | int | float:
-    """The value for {key}: a field of the record; {prompt} and {completion} stand for the fields that the config names."""
-    renamed = {"prompt": data.prompt_field, "completion": data.completion_field}
-    setting = f"{key}_field" if key in renamed else "prompt_template or completion_template"
-    field = renamed.get(key, key)
-    value = field_of(record, field, setting, name)
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}")
-    return value
+class _Filled(string.Formatter):
+    """Looks up {field}, {field[entry]} and {field.entry} in a record.
+
+    {prompt} and {completion} stand for the fields that the config names.
+    """
+
+    def __init__(self, record: Mapping[str, Any], data: DataConfig, template: str, name: str):
+        self._record, self._data, self._template, self._name = record, data, template, name
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[str | int | float, str]:
+        del args, kwargs
+        renamed = {"prompt": self._data.prompt_field, "completion": self._data.completion_field}
+        first, steps = _steps(field_name)
+        if field_name in self._record:  # a name with a dot
+            first, steps = field_name, []
+        if not first or (first.isdigit() and first not in self._record):
+            raise UserError(f"template {self._template!r}: {{{field_name}}} names no field of a record")
+        setting = f"{first}_field" if first in renamed else "prompt_template or completion_template"
+        value = field_of(self._record, renamed.get(first, first), setting, self._name)
+        for step in steps:
+            value = self._entry(value, step, field_name)
+        if not isinstance(value, str | int | float):
+            path = renamed.get(field_name, field_name)
+            raise UserError(f"{self._name}: field {path!r} must hold text or a number, not {type(value).__name__}")
+        return value, first
+
+    def _entry(self, value: Any, step: str, path: str) -> Any:
+        if isinstance(value, Mapping) and step in value:
+            return value[step]
+        if isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
+            return value[int(step)]
+        there = ", ".join(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        size = f" of {len(value)}" if isinstance(value, list | tuple) else ""
+        raise UserError(
+            f"{self._name}: template {self._template!r}: {{{path}}} has no entry {step!r}; there is {there}{size}"
+        )
+
+
+def _steps(path: str) -> tuple[str, list[str]]:
+    """The parts of a field's path: "answers[text][0]" gives "answers" and ["text", "0"]."""
+    first = re.match(r"[^.\[]*", path)
+    assert first
+    return first[0], [
+        dotted or bracketed for dotted, bracketed in re.findall(r"\.([^.\[]+)|\[([^\]]+)\]", path[first.end() :])
+    ]
 
 
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:

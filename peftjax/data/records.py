@@ -7,13 +7,25 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.data.chat import encode_chat, messages_of, render
+from peftjax.data.chat import encode_chat, render
 from peftjax.data.config import DataConfig
+from peftjax.data.conversations import alpaca_fields, conversation_of, text_of
 from peftjax.data.fields import field_of, fill
 from peftjax.data.tokenizer import Tokenizer
 
 # The maximum length of the prompt that is cut from a text record.
 TEXT_PROMPT_TOKENS = 32
+
+# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which models trained on its format expect.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+    "that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +70,11 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
       merged tokens), the completion is tokenized separately.
     chat: The conversation as rendered by the chat template, with a loss on every assistant turn including its
       end-of-turn token.
+    sharegpt: The same; the conversation has ShareGPT's names for fields and roles.
+    alpaca: The same, of a user message (the instruction and the input) and the output. Where the tokenizer has no chat
+      template: as completion, with the prompt of Stanford Alpaca.
+
+    data.train_on = "last" leaves the loss of a conversation on its last answer; "all" gives all tokens a loss.
 
     Raises:
       UserError: A field is missing or is not text, or a template or a conversation cannot be used. The message calls the
@@ -65,12 +82,11 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     """
     if data.format == "text":
         return _encode_text(record, data, tokenizer, name)
-    if data.format == "completion":
+    if _is_completion(data, tokenizer):
         prompt, completion = _prompt_and_completion(record, data, tokenizer, name)[1:]
-        return example([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
-    if data.format == "chat":
-        return example(*encode_chat(messages_of(record, data, name), tokenizer, name))
-    raise UserError(f'config.data.format={data.format!r} must be "text", "completion" or "chat"')
+        loss = [data.train_on == "all"] * len(prompt) + [True] * len(completion)
+        return example([*prompt, *completion], loss)
+    return example(*encode_chat(conversation_of(record, data, name), tokenizer, data.train_on, name))
 
 
 def encode_prompt(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, *, name: str) -> Prompt:
@@ -79,30 +95,44 @@ def encode_prompt(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     By data.format:
 
     completion: The prompt, and the completion.
-    chat: All that precedes the last assistant turn, and the content of that turn.
+    chat, sharegpt, alpaca: All that precedes the last assistant turn, and the content of that turn.
     text: The first half of the tokens, at most 32 of them, and the rest of the text.
 
     Raises:
       UserError: As `encode_record`; also a conversation without an assistant turn.
     """
-    if data.format == "completion":
-        expected, ids, _ = _prompt_and_completion(record, data, tokenizer, name)
-    elif data.format == "chat":
-        messages = messages_of(record, data, name)
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        if last is None or not isinstance(messages[last].get("content"), str):
-            raise UserError(f"{name}: the conversation has no assistant turn with text to compare with")
-        text = render(tokenizer, messages[:last], name, add_generation_prompt=True)
-        ids, expected = tokenizer.encode(text, bos=False, eos=False), messages[last]["content"]
-    else:
+    if data.format == "text":
         whole = encode_record(record, data, tokenizer, name=name).tokens.tolist()
         cut = max(1, min(TEXT_PROMPT_TOKENS, len(whole) // 2))
         ids, expected = whole[:cut], tokenizer.decode(whole[cut:])
+    elif _is_completion(data, tokenizer):
+        expected, ids, _ = _prompt_and_completion(record, data, tokenizer, name)
+    else:
+        ids, expected = _question_and_answer(record, data, tokenizer, name)
     return Prompt(ids, tokenizer.decode(ids), expected, name)
 
 
 def example(tokens: Sequence[int], loss_mask: Sequence[bool] | np.ndarray) -> Example:
     return Example(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))
+
+
+def _is_completion(data: DataConfig, tokenizer: Tokenizer) -> bool:
+    return data.format == "completion" or (data.format == "alpaca" and not tokenizer.template)
+
+
+def _question_and_answer(
+    record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str
+) -> tuple[list[int], str]:
+    """The tokens of a conversation before its last answer, and the text of that answer."""
+    conversation = conversation_of(record, data, name)
+    last = max(conversation.answers(), default=None)
+    expected = None if last is None else text_of(conversation.messages[last])
+    if last is None or expected is None:
+        raise UserError(f"{name}: the conversation has no assistant turn with text to compare with")
+    if not last:
+        raise UserError(f"{name}: the conversation begins with its only assistant turn, so there is no prompt")
+    text = render(tokenizer, conversation, last, name, add_generation_prompt=True)
+    return tokenizer.encode(text, bos=False, eos=False), expected
 
 
 def _encode_text(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str) -> Example:
@@ -118,8 +148,12 @@ def _prompt_and_completion(
     record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str
 ) -> tuple[str, list[int], list[int]]:
     """The text of the completion, the tokens of the prompt, and the tokens of the completion with its eos."""
-    prompt = fill(data.prompt_template, record, data, name)
-    completion = fill(data.completion_template, record, data, name)
+    if data.format == "alpaca":
+        instruction, given, completion = alpaca_fields(record, name)
+        prompt = (ALPACA_WITH_INPUT if given else ALPACA).format(instruction=instruction, input=given)
+    else:
+        prompt = fill(data.prompt_template, record, data, name)
+        completion = fill(data.completion_template, record, data, name)
     before = tokenizer.encode(prompt, bos=True, eos=False)
     both = tokenizer.encode(prompt + completion, bos=True, eos=False)
     after = both[len(before) :] if both[: len(before)] == before else tokenizer.encode_continuation(completion)

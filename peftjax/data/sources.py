@@ -1,19 +1,23 @@
-"""Sources of records: TFDS, JSON Lines, Parquet and image folders, each a random-access sequence of dicts.
+"""Sources of records: datasets, files and image folders, each a random-access sequence of dicts.
 
 A string names a source:
 
     tfds:NAME[/CONFIG]/SPLIT    a TensorFlow dataset, with TFDS's split syntax: tfds:rewrite_dates/train[:90%]
+    hf:NAME[/CONFIG]/SPLIT      a dataset of the Hugging Face hub (OWNER/DATASET), or a directory with its Parquet files
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
-    PATH.jsonl.gz               the same, compressed; kept decompressed in memory, because gzip has no random access
+    PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
+    PATH.json                   a list of JSON objects, or JSON Lines; kept in memory
+    PATH.csv                    rows below a header; kept in memory
     PATH.parquet                kept in memory as Arrow columns
     images:DIR                  the images below DIR/CLASS, read from disk on access
 
-A path of JSON Lines or Parquet may be a glob pattern; its files, sorted by path, form one source. A suffix such as "@0.5" is
-the source's weight in a mixture.
+A path may be a glob pattern or a directory; its files, sorted by path, form one source. A suffix such as "@0.5" is the
+source's weight in a mixture.
 """
 
 import array
 import bisect
+import codecs
 import gzip
 import itertools
 import json
@@ -29,8 +33,12 @@ from typing import Any, Protocol
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.data.hub_source import split_files
+from peftjax.data.tables import Csv, Listed, json_records
 from peftjax.data.tfds_source import open_tfds
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet")
+SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -81,7 +89,7 @@ def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
         return open_tfds(spec, tfds_data_dir)
     if spec.startswith("images:"):
         return ImageFolder(spec)
-    files = _files(spec)
+    files = split_files(spec) if spec.startswith("hf:") else _files(spec)
     # Records of files with the same name in different folders need different names.
     short = len({file.name for file in files}) == len(files)
     opened = [_open_file(file, file.name if short else str(file)) for file in files]
@@ -120,8 +128,12 @@ class JsonLines:
     """
 
     def __init__(self, data: bytes | mmap.mmap, label: str):
-        self._data, self._label = data, label
+        self._data, self._label, self._warned = data, label, False
         self._starts, self._lines = array.array("q"), array.array("q")
+        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(
+                f"{label}: the file is UTF-16; convert it to UTF-8, for example with `iconv -f utf-16 -t utf-8`"
+            )
         start, line = 0, 1
         while start < len(data):
             end = data.find(b"\n", start) + 1 or len(data)
@@ -145,10 +157,32 @@ class JsonLines:
             raise UserError(f"{self.name(index)}: not valid UTF-8: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{self.name(index)}: expected a JSON object {{...}}, found {type(record).__name__}")
-        return record
+        return self._repaired(record, index) if _SURROGATE.search(text) else record
+
+    def _repaired(self, record: Any, index: int) -> Any:
+        repaired = _without_lone_surrogates(record)
+        if repaired != record and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name(index)}: a lone surrogate (\\ud800 to \\udfff) is no character; it is replaced by U+FFFD, here and "
+                "in later records",
+                stacklevel=2,
+            )
+        return repaired
 
     def name(self, index: int) -> str:
         return f"{self._label}:{self._lines[index]}"
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON; two of them in a row may be one character
+
+
+def _without_lone_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, dict):
+        return {_without_lone_surrogates(key): _without_lone_surrogates(entry) for key, entry in value.items()}
+    return [_without_lone_surrogates(entry) for entry in value] if isinstance(value, list) else value
 
 
 class Parquet:
@@ -229,14 +263,28 @@ def _files(spec: str) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise UserError(
-            f"source {spec!r} is a directory; give its files, such as {spec.rstrip('/')}/*.jsonl, or use images:{spec} if it "
-            "has a folder of images for each class"
-        )
+        return _files_in(path, spec)
     root = pathlib.Path(path.anchor)  # glob accepts only relative patterns
     if files := sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file()):
         return files
     raise _not_found(spec, path, "file")
+
+
+def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
+    """The files of records in a directory, which must be of one split."""
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
+    if not files:
+        raise UserError(
+            f"source {spec!r} is a directory; none of its files ends in {', '.join(SUFFIXES)}. Use images:{spec} if it has a "
+            f"folder of images for each class, or hf:{spec}/SPLIT if it has the layout of a dataset of the hub"
+        )
+    splits = {word: file.name for file in files if (word := re.split(r"[-_.]", file.name)[0]) in SPLITS}
+    if len(splits) > 1:
+        raise UserError(
+            f"source {spec!r} is a directory with several splits ({', '.join(splits.values())}); give the files of one, such as "
+            f"{spec.rstrip('/')}/{min(splits)}*"
+        )
+    return files
 
 
 def _not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
@@ -250,24 +298,39 @@ def _not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
 
 
 def _open_file(path: pathlib.Path, label: str) -> Source:
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+    if not path.name.endswith(SUFFIXES):
         raise UserError(
-            f"source {str(path)!r}: the name must end in .jsonl, .jsonl.gz or .parquet; for other sources use "
-            "tfds:NAME/SPLIT or images:DIR"
+            f"source {str(path)!r}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; for other sources use "
+            "tfds:NAME/SPLIT, hf:NAME/SPLIT or images:DIR"
         )
-    source: Source
     try:
-        if path.name.endswith(".parquet"):
-            source = Parquet(path, label)
-        elif path.name.endswith(".gz"):
-            source = JsonLines(gzip.decompress(path.read_bytes()), label)
-        else:
-            source = JsonLines(_mapped(path), label)
+        source = _read_file(path, label)
+    except UserError:
+        raise
     except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are subclasses of the first two
         raise UserError(f"source {str(path)!r} cannot be read: {error}") from error
     if not len(source):
         raise UserError(f"source {str(path)!r} is empty: it has no records")
     return source
+
+
+def _read_file(path: pathlib.Path, label: str) -> Source:
+    if path.name.endswith(".parquet"):
+        return Parquet(path, label)
+    if path.name.endswith(".jsonl"):
+        return JsonLines(_mapped(path), label)
+    data = path.read_bytes()
+    if path.name.endswith(".gz"):
+        return JsonLines(gzip.decompress(data), label)
+    if path.name.endswith(".zst"):
+        import pyarrow
+
+        with pyarrow.input_stream(pyarrow.BufferReader(data), compression="zstd") as stream:
+            return JsonLines(stream.read(), label)
+    if path.name.endswith(".csv"):
+        return Csv(data, label)
+    records = json_records(data, label) if data.strip() else []
+    return JsonLines(data, label) if records is None else Listed(_without_lone_surrogates(records), label)
 
 
 def _mapped(path: pathlib.Path) -> bytes | mmap.mmap:

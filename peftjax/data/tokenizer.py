@@ -1,7 +1,9 @@
-"""The tokenizer of a model directory: text to token ids and back."""
+"""The tokenizer of a model directory: text to token ids and back. transformers reads the files."""
 
 import functools
+import itertools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,8 +12,8 @@ import tokenizers
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.data.chat_template import Message, chat_template_text, compile_template
-from peftjax.io.hf_files import SIDE_FILES, read_json_if_any, resolve
+from peftjax.data.chat_template import ChatTemplate, Message, Tools
+from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, read_json_if_any, resolve
 
 Text = str | Sequence[str]  # a text, or its words
 
@@ -20,11 +22,11 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
     """Load the tokenizer of a Hugging Face model.
 
     Args:
-        path: A directory with a tokenizer.json, a hub id, or "embedded", the bundled model.
+        path: A directory with the files of a tokenizer, a hub id, or "embedded", the bundled model.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: There is no such directory or hub model, it has no tokenizer.json, or a file cannot be read.
+        UserError: There is no such directory or hub model, it has no tokenizer, or a file cannot be read.
 
     Examples:
         >>> import peftjax
@@ -41,13 +43,13 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
 class Tokenizer:
     """Convert text to token ids and back, as transformers does with the same files.
 
-    The tokenizer is read from tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json,
-    config.json and the chat template. Padding and truncation in tokenizer.json are disabled. The bos token is added if the
-    post-processor in tokenizer.json adds it, as in transformers, or if tokenizer_config.json sets add_bos_token; the eos
-    token likewise.
+    `AutoTokenizer` of transformers loads the tokenizer, with its added tokens and its chat template. Padding and truncation
+    are disabled. The bos token is added before a text if the tokenizer's post-processor adds it, or if
+    tokenizer_config.json sets add_bos_token; the eos token after a text likewise. A bos, eos or pad token that the
+    tokenizer's files do not name is taken from generation_config.json or config.json.
 
     Args:
-        directory: A directory with a tokenizer.json.
+        directory: A directory with the files of a tokenizer.
 
     Attributes:
         directory: The directory.
@@ -56,29 +58,31 @@ class Tokenizer:
         eos_ids: All ids that end a generated text: `eos_id`, and those in generation_config.json.
 
     Raises:
-        UserError: The directory has no tokenizer.json, or a file cannot be read.
+        UserError: The directory has no tokenizer, or a file cannot be read.
     """
 
     def __init__(self, directory: str | pathlib.Path):
         self.directory = pathlib.Path(directory)
-        self._config = read_json_if_any(self.directory / "tokenizer_config.json")
         model_config = read_json_if_any(self.directory / "config.json")
         generation_config = read_json_if_any(self.directory / "generation_config.json")
-        self._tokenizer = _load_tokenizer(self.directory, self._config, model_config)
-        named = _special_tokens(self._config, read_json_if_any(self.directory / "special_tokens_map.json"))
-        self._special_tokens = {name: token for name, token in named.items() if self._id(token["content"]) is not None}
-        _mark_special(self._tokenizer, self._special_tokens.values())
+        self._theirs = _load(self.directory)
+        self._tokenizer: tokenizers.Tokenizer = self._theirs.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
         self.bos_id = self._named_id("bos", generation_config, model_config)
         self.eos_id = self._named_id("eos", generation_config, model_config)
-        self._pad_id = self._named_id("pad", generation_config, model_config)
+        rows = (model_config.get("text_config") or model_config).get("vocab_size") or self.vocab_size
+        pad = self._named_id("pad", generation_config, model_config)
+        self._pad_id = None if pad is None or pad >= rows else pad  # transformers adds a pad token that is missing
         ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
-        self.eos_ids = tuple(sorted(i for i in ends if i is not None))
-
+        self.eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
         self._prefix, self._suffix = _added_around(self._tokenizer)
-        if self._config.get("add_bos_token") and self.bos_id is not None and self.bos_id not in self._prefix:
+        # transformers 5 no longer reads these two fields if there is a tokenizer.json; transformers 4 did.
+        config = read_json_if_any(self.directory / "tokenizer_config.json")
+        if config.get("add_bos_token") and self.bos_id is not None and self.bos_id not in self._prefix:
             self._prefix = [self.bos_id, *self._prefix]
-        if self._config.get("add_eos_token") and self.eos_id is not None and self.eos_id not in self._suffix:
+        if config.get("add_eos_token") and self.eos_id is not None and self.eos_id not in self._suffix:
             self._suffix = [*self._suffix, self.eos_id]
 
     @property
@@ -88,7 +92,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The id that pads a row: that of the pad token, or else of the eos token."""
+        """The id that pads a row: that of the pad token, or of the eos token if the model has no row for a pad token."""
         pad = self.eos_id if self._pad_id is None else self._pad_id
         if pad is None:
             raise UserError(
@@ -187,9 +191,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Convert token ids to text, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._theirs.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Render a conversation with the model's chat template, which also writes the special tokens.
 
         A template may write the current date (`strftime_now`).
@@ -197,31 +201,27 @@ class Tokenizer:
         Args:
             messages: The conversation, each message {"role": ..., "content": ...}.
             add_generation_prompt: Whether to end with the beginning of an assistant turn.
+            tools: JSON schemas of functions that the assistant can call.
 
         Raises:
             UserError: The model has no chat template, or the template rejects the conversation.
         """
-        import jinja2
+        return self.template.render(messages, add_generation_prompt, tools)
 
-        try:
-            return self._chat_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **{name: token["content"] for name, token in self._special_tokens.items()},
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UserError(f"the chat template of {self.directory} rejects the conversation: {error}") from error
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template; false if there is none."""
+        return ChatTemplate(self._theirs, self.directory)
+
+    @functools.cached_property
+    def eos_texts(self) -> tuple[str, ...]:
+        """The tokens that end a generated text, as they are written in a text."""
+        return tuple(text for i in self.eos_ids if (text := self._tokenizer.id_to_token(i)))
 
     @functools.cached_property
     def special_texts(self) -> tuple[str, ...]:
         """The special tokens, as they are written in a text."""
         return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
-
-    @functools.cached_property
-    def _chat_template(self) -> Any:
-        return compile_template(chat_template_text(self.directory, self._config))
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -231,10 +231,9 @@ class Tokenizer:
 
     def _named_id(self, name: str, *configs: dict[str, Any]) -> int | None:
         """The id of the bos, eos or pad token, from the tokenizer's files or else from the configs."""
-        if token := self._special_tokens.get(f"{name}_token"):
-            return self._id(token["content"])
+        token_id: int | None = getattr(self._theirs, f"{name}_token_id")
         ids = [i for config in configs for i in _ids(config.get(f"{name}_token_id")) if 0 <= i < self.vocab_size]
-        return ids[0] if ids else None
+        return token_id if token_id is not None else ids[0] if ids else None
 
 
 def _ids(value: Any) -> list[int]:
@@ -242,78 +241,38 @@ def _ids(value: Any) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _load_tokenizer(directory: pathlib.Path, config: dict[str, Any], model: dict[str, Any]) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        only = ", only a SentencePiece tokenizer.model" if (directory / "tokenizer.model").is_file() else ""
+def _load(directory: pathlib.Path) -> Any:
+    """The tokenizer that `AutoTokenizer` makes of a directory, without running code from it."""
+    if not any(file.is_file() for pattern in VOCABULARIES for file in directory.glob(pattern)):
         raise UserError(
-            f"{directory} has no tokenizer.json{only}. Write one with transformers: "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            f"{directory} has no tokenizer: none of the files {', '.join(VOCABULARIES)}. Write one with transformers: "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIR)"
         )
-    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-    try:
-        if is_llama and model.get("model_type") == "llama":
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_llama(read_json_if_any(path), config)))
-        else:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise UserError(f"{path} cannot be read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # one is that torch is not installed
+    from transformers import AddedToken, AutoTokenizer
 
-
-def _as_llama(data: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Change the tokenizer.json of a Llama with a SentencePiece vocabulary as LlamaTokenizer of transformers 5 does.
-
-    LlamaTokenizer takes only the vocabulary, the merges and the post-processor from the file. The rest of it adds no second
-    space before a text that begins with one, and drops unknown characters if there are no byte tokens.
-    """
-    byte_level = "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])  # Llama 3 and later
-    if byte_level or data["model"].get("type") != "BPE":
-        return data
-    prefix_space = config.get("add_prefix_space") is not False
-    scheme = "never" if not prefix_space else "always" if config.get("legacy") else "first"
-    pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if prefix_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return data | {
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": data["model"] | {"unk_token": None, "fuse_unk": True, "byte_fallback": True, "dropout": None},
+    untyped = {  # transformers expects a "__type", which some files lack
+        name: AddedToken(**(token | {"special": True}))
+        for name, token in read_json_if_any(directory / "tokenizer_config.json").items()
+        if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
     }
-
-
-def _special_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The special tokens by name, {"bos_token": {"content": "<s>", ...}}; tokenizer_config.json has precedence."""
-    found = {}
-    for name, token in {**special_map, **config}.items():
-        if name.endswith("_token") and isinstance(token, str | dict):
-            found[name] = {"content": token} if isinstance(token, str) else token
-    return found
-
-
-def _mark_special(tokenizer: tokenizers.Tokenizer, tokens: Iterable[dict[str, Any]]) -> None:
-    """Mark tokens as special: never split in a text, and skipped by `decode`. Some tokenizer.json files omit this."""
-    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in tokens:
-        added = known.get(token["content"])
-        if added is None:
-            flags = {flag: bool(token.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
-            added = tokenizers.AddedToken(token["content"], special=True, **flags)
-        added.special = True
-        tokenizer.add_special_tokens([added])
+    try:
+        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **untyped)
+    except Exception as error:  # of any kind: from the tokenizers library, for a missing package, from JSON
+        raise UserError(
+            f"the tokenizer in {directory} cannot be loaded by transformers: {' '.join(str(error).split())}"
+        ) from error
+    if not theirs.is_fast:
+        raise UserError(
+            f"the tokenizer in {directory} is a {type(theirs).__name__}, which has no tokenizer.json. Write one with "
+            "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    return theirs
 
 
 def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer's post-processor adds before and after every text."""
-    for probe in ("a", "0", ".", *tokenizer.get_vocab()):
+    for probe in itertools.chain(("a", "0", "."), map(tokenizer.id_to_token, range(tokenizer.get_vocab_size()))):
         bare = tokenizer.encode(probe, add_special_tokens=False).ids
         if bare:
             whole = tokenizer.encode(probe).ids

@@ -17,19 +17,17 @@ from peftjax.core.paths import suggest
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
+# Files of which every tokenizer has one: of the tokenizers library, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 # The files besides config.json and the weights: tokenizer, image preprocessing and generation settings.
 SIDE_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
-    "tokenizer.json",
+    *VOCABULARIES,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
-    "spiece.model",
     "chat_template.json",
     "*.jinja",
 )

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftjax.core.errors import UserError
+from peftjax.data.hub_source import CONVERTED
 from peftjax.data.sources import Source, open_source, split_weight
 
 RECORDS = [{"text": "one"}, {"text": "zwei é"}, {"text": "three"}]
@@ -123,14 +126,149 @@ def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> N
         open_source(str(tmp_path / "data" / "trian.jsonl"))
     with pytest.raises(ValueError, match=r"no such file. Did you mean 'data'\?"):
         open_source(str(tmp_path / "dat" / "train.jsonl"))
-    with pytest.raises(ValueError, match=r"is a directory; give its files"):
-        open_source(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"is a directory; none of its files ends in \.jsonl, .* Use images:.* or hf:"):
+        open_source(str(tmp_path))
 
 
 def test_an_unknown_ending_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"the name must end in \.jsonl, \.jsonl\.gz or \.parquet"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"the name must end in \.jsonl, .*\.csv or \.parquet"):
+        open_source(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("form", ["list", "data", "lines", "csv", "zst"])
+def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Path) -> None:
+    import pyarrow
+
+    listed = json.dumps(RECORDS)
+    name, content, first = {
+        "list": ("a.json", b"\xef\xbb\xbf" + listed.encode(), 1),
+        "data": ("a.json", f'{{"version": 1, "data": {listed}}}'.encode(), 1),
+        "lines": ("a.json", lines, 1),
+        "csv": ("a.csv", b'\xef\xbb\xbftext\r\n"one"\r\nzwei \xc3\xa9\r\nthree\r\n', 2),
+        "zst": ("a.jsonl.zst", pyarrow.compress(lines, "zstd", asbytes=True), 1),
+    }[form]
+    (tmp_path / name).write_bytes(content)
+    source = open_source(str(tmp_path / name))
+    assert read(source) == RECORDS
+    assert names(source) == [f"{name}:{first + i}" for i in range(3)]
+
+
+def test_the_lines_of_a_csv_file_are_counted_through_line_breaks_in_values(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('a,b,c,d,e\n"1\n2",x,1,2.50,007\n\n3,"y, ""z""",-1,3,8\n')
+    source = open_source(str(tmp_path / "a.csv"))
+    rows = [["1\n2", "x", 1, 2.5, "007"], ["3", 'y, "z"', -1, 3.0, "8"]]  # a column of numbers holds numbers
+    assert read(source) == [dict(zip("abcde", row, strict=True)) for row in rows]
+    assert names(source) == ["a.csv:2", "a.csv:5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2"),
+        ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
+        ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),
+        ("a.json", "3", "a.json: expected a list of JSON objects, found int"),
+        ("a.json", '[{"a": 1}, 2]', r"a.json:2: expected a JSON object {...}, found int"),
+        ("a.jsonl", "\ufeff{}\n".encode("utf-16-le"), "a.jsonl: the file is UTF-16; convert it to UTF-8"),
+    ],
+)
+def test_a_broken_file_is_an_error_with_the_place(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        read(open_source(str(tmp_path / name)))
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character_with_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": ["\\ud83d\\ude00"]}\n' + '{"a": ["x\\ud83d"]}\n' * 2)
+    source = open_source(str(tmp_path / "a.jsonl"))
+    assert source[0] == {"a": ["😀"]}
+    with pytest.warns(UserWarning, match=r"^a\.jsonl:2: a lone surrogate .* is replaced by U\+FFFD"):
+        assert source[1] == {"a": ["x\ufffd"]}
+    assert source[2] == {"a": ["x\ufffd"]}
+
+
+def test_a_directory_is_one_source_unless_it_has_several_splits(
+    write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    write_jsonl("train-1.jsonl", [{"n": 1}])
+    (tmp_path / "train-0.json").write_text('[{"n": 0}]')
+    (tmp_path / "README.md").touch()
+    assert read(open_source(str(tmp_path))) == [{"n": 0}, {"n": 1}]
+    write_jsonl("test.jsonl", [{"n": 2}])
+    with pytest.raises(
+        UserError, match=r"several splits \(test\.jsonl, train-1\.jsonl\); give the files of one, such as .*/test\*"
+    ):
+        open_source(str(tmp_path))
+
+
+def write_parquet(root: Path, files: dict[str, int]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for file, number in files.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"n": [number]}), root / file)
+
+
+@pytest.mark.parametrize(
+    "layout", ["data/{}-0000{}-of-00002-a1b2.parquet", "sub/{}/000{}.parquet", "default/{}/000{}.parquet"]
+)
+def test_a_directory_with_the_layout_of_the_hub_is_read_by_split(layout: str, tmp_path: Path) -> None:
+    files = {layout.format(split, i): n + i for split, n in (("train", 0), ("test_all", 10)) for i in range(2)}
+    write_parquet(tmp_path, files)
+    assert read(open_source(f"hf:{tmp_path}/train")) == [{"n": 0}, {"n": 1}]
+    assert read(open_source(f"hf:{tmp_path}/test_all")) == [{"n": 10}, {"n": 11}]
+    with pytest.raises(UserError, match=r"no split 'trian'\. Did you mean 'train'\? It has test_all, train"):
+        open_source(f"hf:{tmp_path}/trian")
+
+
+def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's branch of converted files stands in for a dataset that has no Parquet files of its own."""
+    branches = {
+        None: ["README.md"],
+        CONVERTED: ["one/train/0000.parquet", "one/test/0000.parquet", "two/train/0000.parquet"],
+    }
+    write_parquet(tmp_path, {"one/train/0000.parquet": 1, "two/train/0000.parquet": 2})
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, repo_type, revision: branches[revision])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert read(open_source("hf:owner/data/two/train")) == [{"n": 2}]
+    options = {"repo_type": "dataset", "revision": CONVERTED, "allow_patterns": ["two/train/0000.parquet"]}
+    assert asked == [("owner/data", options)]
+    with pytest.raises(UserError, match=r"name a configuration\. Write hf:NAME/CONFIG/SPLIT with one of one, two"):
+        open_source("hf:owner/data/train")
+    with pytest.raises(UserError, match=r"there is no configuration 'tow'\. Did you mean 'two'\?"):
+        open_source("hf:owner/data/tow/train")
+    with pytest.raises(UserError, match=r"must have the form hf:OWNER/NAME/SPLIT"):
+        open_source("hf:train")
+    with pytest.raises(UserError, match=r"there is no directory .*/owner/data$"):
+        open_source(f"hf:{tmp_path}/owner/data/train")
+
+
+def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        UserError,
+        match=r"^source 'hf:owner/data/train': .*\(ConnectionError: no route to host\)[^\n]*$",
+    ):
+        open_source("hf:owner/data/train")
+    write_parquet(tmp_path, {"data/train-00000-of-00001.parquet": 1})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert read(open_source("hf:owner/data/train")) == [{"n": 1}]
 
 
 def test_a_weight_stands_after_an_at_sign() -> None:

@@ -1,4 +1,6 @@
+import base64
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 from peftjax.core.errors import UserError
 from peftjax.data.records import Example, encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.generate import encode_prompt as encode_to_continue
 from peftjax.io.hf_files import EMBEDDED
 
 CHAT = [
@@ -27,6 +30,8 @@ def learned(tokenizer: Tokenizer, example: Example) -> str:
 def written(tokenizer: Tokenizer, ids: Any) -> str:
     return tokenizer._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+
+RANKS = [*(bytes([i]) for i in range(256)), b"he", b"hel"]  # of a byte-level vocabulary
 
 # --- the tokenizer
 
@@ -56,6 +61,64 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     tokenizer = load_tokenizer(make_directory(without_post_processor, tokenizer_config=config))
     bare = tokenizer.encode("hello", bos=False, eos=False)
     assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
+    assert encode_to_continue(tokenizer, "hello", chat=False) == [1, *bare]  # generation continues it
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])
+def test_tokenizers_without_tokenizer_json_are_converted(kind: str, assets: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": kind != "tiktoken"}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if kind == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+        shutil.copy(assets / "babyllama105" / "tokenizer.model", tmp_path)
+        expected = load_tokenizer(assets / "babyllama105").encode("hello é", bos=True, eos=False)
+    elif kind == "tiktoken":
+        pytest.importorskip("tiktoken")
+        lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(RANKS)]
+        (tmp_path / "tokenizer.model").write_text("\n".join(lines))
+        config["added_tokens_decoder"] = {
+            str(258 + i): {"content": token, "special": True} for i, token in enumerate(("<s>", "</s>"))
+        }
+        expected = [257, ord("l"), ord("o"), ord(" "), 0xC3, 0xA9]  # as in most tiktoken directories, no bos
+    else:
+        special = [
+            {"rank": i, "token_str": token, "is_control": True} for i, token in enumerate(("<unk>", "<s>", "</s>"))
+        ]
+        vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for i, token in enumerate(RANKS)]
+        size = {"num_vocab_tokens": 258, "default_vocab_size": 261, "default_num_special_tokens": 3}
+        tekken = {
+            "config": {"pattern": r"\p{L}+|\s", "version": "v7"} | size,
+            "vocab": vocab,
+            "special_tokens": special,
+        }
+        (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+        (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+        expected = [1, 260, ord("l") + 3, ord("o") + 3, ord(" ") + 3, 0xC3 + 3, 0xA9 + 3]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("hello é", bos=True, eos=False) == expected
+    assert tokenizer.decode(expected) == "hello é"
+    assert tokenizer.eos_id == tokenizer.token_id("</s>")
+
+
+@pytest.mark.parametrize("file", ["tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"])
+def test_added_tokens_are_read_from_each_of_four_files(file: str, make_directory: Callable[..., Path]) -> None:
+    files: dict[str, Any] = {
+        "tokenizer_config": {
+            "eos_token": "</s>",
+            "added_tokens_decoder": {"327": {"content": "<new>", "special": True}},
+        },
+        "special_tokens_map": {"additional_special_tokens": ["<new>"]},
+        "added_tokens": {"<new>": 327},
+    }
+
+    def add(data: dict[str, Any]) -> None:
+        if file == "tokenizer":
+            data["added_tokens"].append(data["added_tokens"][0] | {"id": 327, "content": "<new>"})
+
+    tokenizer = load_tokenizer(make_directory(add, **{name: files[name] for name in {file} & files.keys()}))
+    assert tokenizer.token_id("<new>") == 327
+    assert tokenizer.encode("a<new>b", bos=False).count(327) == 1
 
 
 def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: Callable[..., Path]) -> None:
@@ -68,7 +131,8 @@ def test_a_tokenizer_that_begins_a_text_with_nothing_is_left_so(make_directory: 
 
 def test_a_missing_pad_token_becomes_the_end_token_and_never_0(make_directory: Callable[..., Path]) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<not in the vocabulary>"}
-    assert load_tokenizer(make_directory(tokenizer_config=config)).pad_id == 2
+    folder = make_directory(tokenizer_config=config, config={"vocab_size": 327})
+    assert load_tokenizer(folder).pad_id == 2  # transformers adds the token as 327, for which the model has no row
 
 
 def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_directory: Callable[..., Path]) -> None:
@@ -85,15 +149,13 @@ def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Call
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
 
 
-def test_the_older_special_tokens_map_is_read_where_the_newer_file_says_nothing(
-    make_directory: Callable[..., Path],
-) -> None:
+def test_the_older_special_tokens_map_counts_as_in_transformers(make_directory: Callable[..., Path]) -> None:
     files = {
         "tokenizer_config": {"eos_token": "<|end|>"},
         "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
     }
     tokenizer = load_tokenizer(make_directory(**files))
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 6)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
 def test_named_tokens_are_special_even_where_tokenizer_json_forgot_it(make_directory: Callable[..., Path]) -> None:
@@ -118,11 +180,12 @@ def test_stored_padding_and_truncation_are_switched_off(make_directory: Callable
     assert 3 not in tokenizer.encode("x")
 
 
-def test_a_directory_without_tokenizer_json_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json\. Write one with transformers"):
+def test_a_directory_without_a_tokenizer_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"has no tokenizer: none of .*tokenizer\.json.*Write one with transformers"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"only a SentencePiece tokenizer\.model\. Write one with transformers"):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
         load_tokenizer(tmp_path)
 
 
@@ -276,15 +339,6 @@ def test_messages_stored_as_columns_are_read_too(tokenizer: Tokenizer, make_conf
     assert one.tokens.tolist() == other.tokens.tolist()
 
 
-def test_a_turn_that_later_messages_rewrite_is_an_error(
-    make_directory: Callable[..., Path], make_config: Callable[..., Any]
-) -> None:
-    template = "{% for m in messages %}{{ m.role }}:{{ '<think>' if loop.last }}{{ m.content }};{% endfor %}"
-    tokenizer = load_tokenizer(make_directory(tokenizer_config={"chat_template": template, "eos_token": "</s>"}))
-    with pytest.raises(ValueError, match=r"^a:1: the chat template .* up to message 2 .* differently"):
-        encode_record({"messages": CHAT}, make_config(format="chat").data, tokenizer, name="a:1")
-
-
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(
     tokenizer: Tokenizer, make_config: Callable[..., Any]
 ) -> None:
@@ -302,6 +356,17 @@ def test_the_prompt_of_a_text_is_its_first_half(tokenizer: Tokenizer, make_confi
     assert prompt.prompt + prompt.expected == text
     assert prompt.prompt
     assert prompt.expected
+
+
+def test_a_template_reaches_into_lists_and_dicts(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    fields = {
+        "prompt_template": "{q} {meta.lang} {a.b}",
+        "completion_template": "{answers[text][0]}{answers[at][-1]:03d}",
+    }
+    data = make_config(format="completion", **fields).data
+    record = {"q": "x", "meta": {"lang": "de"}, "a.b": "dot", "answers": {"text": ["yes", "no"], "at": [1, 2]}}
+    example = encode_record(record, data, tokenizer, name="a:1")
+    assert written(tokenizer, example.tokens) == "<s>x de dotyes002</s>"
 
 
 COMPLETION = {"format": "completion"}
@@ -322,6 +387,14 @@ COMPLETION = {"format": "completion"}
         ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),
         ({**COMPLETION, "prompt_template": "{prompt"}, {"prompt": "x"}, r"template '\{prompt': .* for a literal brace"),
         ({**COMPLETION, "prompt_template": "{prompt:d}"}, {"prompt": "x"}, r"a:7: template '\{prompt:d\}'"),
+        ({**COMPLETION, "prompt_template": "{a:{b}}"}, {"a": 1}, "a:7: the record has no field 'b'"),
+        ({**COMPLETION, "prompt_template": "{}"}, {"a": 1}, r"template '\{\}': \{0\} names no field"),
+        (
+            {**COMPLETION, "prompt_template": "{a[1]}"},
+            {"a": ["x"]},
+            r"a:7: template .*: \{a\[1\]\} has no entry '1'; .* a list of 1",
+        ),
+        ({**COMPLETION, "prompt_template": "{a.c}"}, {"a": {"b": "x"}}, r"\{a\.c\} has no entry 'c'; there is b"),
         ({"format": "chat"}, {"messages": "x"}, "a:7: the field 'messages' must hold a list of messages"),
         ({"format": "chat"}, {"messages": [{"from": "human"}]}, "must hold a list of messages .*'from'"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def texts(assets: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "minilm_l6_fp16"])
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "minilm_l6_fp16", "smollm2_135m"])
 def test_ids_and_texts_equal_those_of_transformers(checkpoint: str, assets: Path, texts: list[str]) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(assets / checkpoint, model_max_length=10**9)
     ours = load_tokenizer(assets / checkpoint)
@@ -130,12 +131,27 @@ def test_conversations_are_written_as_transformers_writes_them(with_template: Pa
         assert ours.chat(messages, add_generation_prompt=prompt) == expected
 
 
-def test_what_the_assistant_says_is_found_as_the_template_marks_it(with_template: Path) -> None:
-    """The templates mark the assistant's turns with {% generation %}; ours are found by rendering prefixes."""
+def test_what_the_assistant_says_is_found_as_the_template_marks_it(with_template: Path, tmp_path: Path) -> None:
+    """The templates mark the assistant's turns with {% generation %}. Without the marks, we find the same tokens."""
     theirs = transformers.AutoTokenizer.from_pretrained(with_template)
     marked: Any = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    unmarked = Path(shutil.copytree(with_template, tmp_path / "unmarked")) / "chat_template.jinja"
+    unmarked.write_text(re.sub(r"{%-? (end)?generation %}", "", unmarked.read_text()))
     config = configs.defaults()
     config.data.format = "chat"
-    example = encode_record({"messages": CHAT}, config.data, load_tokenizer(with_template), name="a:1")
-    assert example.tokens.tolist() == marked["input_ids"]
-    assert example.loss_mask.astype(int).tolist() == marked["assistant_masks"]
+    for folder in (with_template, unmarked.parent):
+        example = encode_record({"messages": CHAT}, config.data, load_tokenizer(folder), name="a:1")
+        assert example.tokens.tolist() == marked["input_ids"]
+        assert example.loss_mask.astype(int).tolist() == marked["assistant_masks"]
+
+
+def test_the_chats_of_smollm2_are_those_of_transformers(assets: Path) -> None:
+    """Its template adds a system message, which is not learned."""
+    folder = assets / "smollm2_135m"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    config = configs.defaults()
+    config.data.format = "chat"
+    for messages in (CHAT, CHAT[1:]):
+        example = encode_record({"messages": messages}, config.data, load_tokenizer(folder), name="a:1")
+        assert example.tokens.tolist() == theirs.apply_chat_template(messages)["input_ids"]
+        assert theirs.decode(example.tokens[example.loss_mask]) == "Yes, <hello> é<|im_end|>No.<|im_end|>"

@@ -1,0 +1,101 @@
+"""Records from files that are read whole: CSV and JSON."""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from peftjax.core.errors import UserError
+
+
+class Csv:
+    """The rows of a CSV file with a header, kept in memory.
+
+    The values of a column are int or float if all of them are written as decimal numbers without leading zeros, else text.
+
+    Args:
+        data: The file's content, UTF-8.
+        label: The file's name in the names of records.
+    """
+
+    def __init__(self, data: bytes, label: str):
+        csv.field_size_limit(sys.maxsize)  # a text may be longer than the default of 128 KiB
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        self._label, self._lines = label, list[int]()
+        rows, line = list[list[str]](), 1
+        try:
+            self._header: list[str] = next(reader, [])
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(self._header):
+                    raise UserError(f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}")
+                if row:
+                    rows.append(row)
+                    self._lines.append(line)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{label}:{line}: not valid CSV: {error}") from error
+        self._columns = [_numbers(column) for column in zip(*rows, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: column[index] for name, column in zip(self._header, self._columns, strict=True)}
+
+    def name(self, index: int) -> str:
+        return f"{self._label}:{self._lines[index]}"
+
+
+def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:
+    """The values of a column as numbers, if all of them are."""
+    for number, pattern in ((int, r"-?(0|[1-9]\d*)"), (float, r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")):
+        if all(re.fullmatch(pattern, text, re.ASCII) for text in column):
+            return [number(text) for text in column]
+    return column
+
+
+class Listed:
+    """Records in memory, numbered from 1.
+
+    Args:
+        records: The records.
+        label: The file's name in the names of records.
+    """
+
+    def __init__(self, records: list[Any], label: str):
+        self._records, self._label = records, label
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        if not isinstance(record, dict):
+            raise UserError(f"{self.name(index)}: expected a JSON object {{...}}, found {type(record).__name__}")
+        return record
+
+    def name(self, index: int) -> str:
+        return f"{self._label}:{index + 1}"
+
+
+def json_records(data: bytes, label: str) -> list[Any] | None:
+    """The records of a JSON file: a list of objects, {"data": [...]}, or one object; None if the file is JSON Lines.
+
+    Raises:
+        UserError: The file is neither.
+    """
+    try:
+        value = json.loads(data)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        raise UserError(f"{label}:{error.lineno}: not valid JSON: {error.msg}, at column {error.colno}") from error
+    if isinstance(value, dict):
+        value = value["data"] if isinstance(value.get("data"), list) else [value]
+    if not isinstance(value, list):
+        raise UserError(f"{label}: expected a list of JSON objects, found {type(value).__name__}")
+    return value
