@@ -17,7 +17,7 @@ from tests import tiny
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not known for model_type 'llama'"),
+        ({"is_causal": False}, "is_causal=False: transformers reads this for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not known"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
