@@ -78,10 +78,11 @@ def load_model(
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, packed = read_config(directory, dtype, param_dtype, remat, options)
+    config, quantization = read_config(directory, dtype, param_dtype, remat, options)
+    tensors = hf_files.read_tensors(directory)
+    packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
-    tensors = hf_files.read_tensors(directory)
     stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
@@ -126,10 +127,12 @@ def load_kernels(
         >>> model = peftjax.attach(model, peftjax.Lora(rank=4, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = resolve(path, revision)
-    if "quantization_config" in hf_files.read_json(directory / "config.json"):
+    tensors = hf_files.read_tensors(directory)
+    quantization = hf_files.read_json(directory / "config.json").get("quantization_config") or {}
+    if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
     table = entries(model)
-    stored = match(model, table, hf_files.read_tensors(directory), directory)
+    stored = match(model, table, tensors, directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}
 
     def read(module: str, layer: int | None) -> np.ndarray:

@@ -44,8 +44,8 @@ def make_random(
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, packed = read_config(directory, dtype, param_dtype, remat, options)
-    if packed and not quantize:
+    config, quantization = read_config(directory, dtype, param_dtype, remat, options)
+    if quantization and not quantize:
         raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     paths = list(variables.flat(model)[1])
