@@ -17,6 +17,7 @@ from peftjax.io.hf_files import StoredTensor, resolve
 from peftjax.io.match import Stored, match, tied_as_stored
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
+from peftjax.io.resize import with_rows
 from peftjax.models.base import Model
 from peftjax.models.heads import HeadOptions
 
@@ -35,6 +36,7 @@ def load_model(
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
     new_head: bool = False,
+    resize_embeddings: int | None = None,
     seed: int = 0,
 ) -> Model:
     """Load a model from a Hugging Face directory.
@@ -58,6 +60,8 @@ def load_model(
         labels: Number of outputs of a new head, or their names.
         problem_type: Problem type of a new head, as in transformers.
         new_head: Replace the checkpoint's own head with a new one.
+        resize_embeddings: Number of tokens of the tokenizer (`tokenizer.vocab_size`). The embedding and the head get a row for
+            each that has none: the mean of the old rows, as in transformers, but without its noise.
         seed: Random seed of new parameters.
 
     Returns:
@@ -100,7 +104,7 @@ def load_model(
     }
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and dropout keys
     variables.update(model, values, make(config, rest, mesh, seed))
-    return model
+    return with_rows(model, resize_embeddings, mesh)
 
 
 def load_kernels(
