@@ -15,6 +15,7 @@ from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import StoredTensor, resolve
 from peftjax.io.match import Stored, match, tied_as_stored
+from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows
@@ -41,6 +42,7 @@ def load_model(
 ) -> Model:
     """Load a model from a Hugging Face directory.
 
+    Of a multimodal directory the text model is loaded, with a warning that names the other parts; `save_model` copies these.
     Tensors are read one at a time, and each process reads only what its devices hold. Peak memory is the model plus about
     two and a half of its largest tensors.
 
@@ -84,6 +86,9 @@ def load_model(
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
     tensors = hf_files.read_tensors(directory)
+    if whole_of(config):
+        warn_of_the_rest(tensors, directory)
+        tensors = text_tensors(tensors)
     packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
@@ -135,6 +140,8 @@ def load_kernels(
     quantization = hf_files.read_json(directory / "config.json").get("quantization_config") or {}
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
+    if whole_of(model.config):
+        tensors = text_tensors(tensors)
     table = entries(model)
     stored = match(model, table, tensors, directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}

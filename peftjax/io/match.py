@@ -13,13 +13,20 @@ from peftjax.io import hf_files
 from peftjax.io.bitsandbytes import Packed
 from peftjax.io.entries import Entry
 from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 
 Stored = StoredTensor | Packed
 
 
 def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelConfig:
-    """Return the configuration with `tied` decided by the tensors, for a family that has `tied_if_equal`."""
+    """Return the configuration with `tied` decided by the tensors, for a family that has `tied_if_equal`.
+
+    The text model of a multimodal checkpoint is tied if its config.json says so and the tensors do not differ.
+    """
+    if whole_of(config) and isinstance(config, LanguageModelConfig) and config.tied:
+        head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+        return dataclasses.replace(config, tied=head is None or table is None or _equal(head, table))
     if not isinstance(config, LanguageModelConfig) or config.tied_if_equal is None:
         return config
     one, other = (stored.get(name) for name in config.tied_if_equal)

@@ -140,7 +140,7 @@ class Gemma(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Gemma.hf_modules = {
+Gemma.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.query": "model.layers.{}.self_attn.q_proj",

@@ -72,7 +72,7 @@ class Llama(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Llama.hf_modules = {
+Llama.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.query": "model.layers.{}.self_attn.q_proj",

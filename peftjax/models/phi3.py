@@ -65,7 +65,7 @@ class Phi3(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Phi3.hf_modules = {
+Phi3.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.qkv": "model.layers.{}.self_attn.qkv_proj",
