@@ -70,8 +70,8 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        UserError: The directory is missing or incomplete, the architecture or an option is not supported, the tensors do
-            not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
+        UserError: The directory is missing or incomplete, the architecture or an option is not supported, tensors are
+            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
             quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
 
     Examples:

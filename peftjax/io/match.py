@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         directory: The checkpoint, for messages.
 
     Raises:
-        UserError: Tensors are missing, unexpected, or of a wrong shape or dtype; one message names them all.
+        UserError: Tensors are missing, or of a wrong shape or dtype; one message names them all, and those that are unexpected.
+            Unexpected tensors alone are a warning, as in transformers, unless they may be the scales of quantized ones.
     """
     known = {key for entry in table for key in entry.keys} | model.hf_tied.keys()
     found = {
@@ -73,7 +75,13 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         if found[key].dtype not in hf_files.FLOATS:
             dtypes.append(f"{key} is stored as {found[key].dtype}, a float of 8 to 64 bits is needed")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
-    if any(problems.values()):
+    if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
+        warnings.warn(
+            f"{directory}: ignoring {len(unexpected)} tensors that its model_type does not have, as transformers does: "
+            f"{enumerate_some(unexpected, 5)}",
+            stacklevel=3,
+        )
+    elif any(problems.values()):
         lines = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
         raise UserError(
             f"{directory}: the stored tensors are not those of its config.json (model_type "
@@ -114,6 +122,11 @@ def _part(entry: Entry) -> str:
 
 def _ignored(model: Model, name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in model.hf_ignored)
+
+
+def _quantized(tensor: Stored) -> bool:
+    """Whether a tensor is in a format whose scales are tensors of their own."""
+    return isinstance(tensor, Packed) or tensor.dtype.startswith("F8")
 
 
 def _equal(one: Stored, other: Stored, rows: int = 1024) -> bool:

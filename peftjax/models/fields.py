@@ -64,8 +64,8 @@ class Fields:
                 f"config.json: {name}={value!r} is not supported for model_type {self.kind!r}, only {supported!r}"
             )
 
-    def ignored(self, name: str, computed: Any) -> None:
-        """Accept a field that transformers does not read if it describes what is computed; otherwise `done` warns."""
+    def implied(self, name: str, computed: Any) -> None:
+        """Accept a field that says what is computed without it; with another value it is left to `done`."""
         if self._left.get(name) == computed:
             del self._left[name]
 

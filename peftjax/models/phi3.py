@@ -99,7 +99,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Co
     head_dim = fields.take("head_dim", embed // heads)
     fields.no_dropout("attention_dropout", "resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():
-        fields.ignored(name, value)
+        fields.implied(name, value)
     result = Phi3Config(
         vocab=fields.take("vocab_size"),
         embed=embed,

@@ -240,8 +240,18 @@ def test_buffers_that_carry_nothing_are_accepted_in_silence_and_only_those(tmp_p
     stored = random_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     load_model(write(tmp_path / "m", stored))
     stored["model.layers.0.self_attn.rotary_emb.inv_freq.scale"] = np.ones(2, np.float32)
-    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.0\.self_attn\.rotary_emb\.inv_freq\.scale"):
-        load_model(write(tmp_path / "m", stored))
+    stored["v_head.summary.weight"] = np.ones((1, EMBED), np.float32)
+    named = r"ignoring 2 tensors that its model_type does not have, .*: model\.layers\.0\..*\.inv_freq\.scale, v_head\.summary"
+    with pytest.warns(UserWarning, match=named) as warned:
+        model = load_model(write(tmp_path / "m", stored))
+    assert len(warned) == 1
+    assert_equal_bits(values(model), values(load_model(write(tmp_path / "plain", random_tensors()))))
+
+
+def test_unexpected_tensors_beside_8_bit_ones_may_be_their_scales_and_are_refused(tmp_path: Path) -> None:
+    stored = random_tensors() | {GATE: np.ones((MLP, EMBED), hf_files.FLOATS["F8_E4M3"])}
+    with pytest.raises(ValueError, match=r"1 unexpected: .*gate_proj\.weight_scale_inv"):
+        load_model(write(tmp_path / "m", stored | {f"{GATE}_scale_inv": np.ones((1, 1), np.float32)}))
 
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight", "both"])
