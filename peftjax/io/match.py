@@ -77,7 +77,7 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
     if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
         warnings.warn(
-            f"{directory}: ignoring {len(unexpected)} tensors that its model_type does not have, as transformers does: "
+            f"{directory}: ignoring tensors that its model_type does not have, as transformers does: "
             f"{enumerate_some(unexpected, 5)}",
             stacklevel=3,
         )
