@@ -83,7 +83,8 @@ def generate(
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
         prompts: Token ids, at least one per prompt.
         max_new_tokens: The largest number of new tokens per prompt.
-        stop: Token ids that end a text, such as `tokenizer.eos_ids`.
+        stop: Token ids that end a text, such as `tokenizer.eos_ids`. Ids without a row in the embedding, such as -1, are never
+            generated and have no effect.
         sampling: How the next token is chosen; by default the most likely one.
         seed: Random seed for sampling.
 
@@ -91,7 +92,8 @@ def generate(
         The new token ids of each prompt, without the stop token.
 
     Raises:
-        UserError: A prompt is empty, the model generates no text, or a prompt and the new tokens exceed its positions.
+        UserError: A prompt is empty or holds a token without a row in the embedding, the model generates no text, a prompt and
+            the new tokens exceed its positions, or the logits are not finite.
 
     Examples:
         >>> import peftjax
@@ -114,6 +116,13 @@ def generate(
             f"generate: a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's "
             f"{model.config.max_positions} positions{virtual}; shorten the prompt or lower max_new_tokens"
         )
+    vocab = model.config.vocab
+    for row, prompt in enumerate(prompts):
+        if beyond := [token for token in prompt if not 0 <= token < vocab]:
+            raise UserError(
+                f"generate: prompts[{row}] holds the token id {beyond[0]}, but the embedding has {vocab} rows; if the token was "
+                "added to the tokenizer, load the model with resize_embeddings=tokenizer.vocab_size"
+            )
     width = min(-(-longest // 32) * 32, limit - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -122,11 +131,17 @@ def generate(
     view = active_view(model)
     view.eval()
     graph, state = nnx.split(view)
-    ends = np.zeros(model.config.vocab, bool)
-    ends[list(stop)] = True
+    ends = np.zeros(vocab, bool)
+    ends[[token for token in stop if 0 <= token < vocab]] = True
     key = jax.random.key(seed)
     decoded = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
-    out, lengths = map(distributed.whole, decoded)
+    out, lengths, failed = map(distributed.whole, decoded)
+    if failed.any():
+        row = int(np.argmax(failed))
+        raise UserError(
+            f"generate: the logits after {lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may have "
+            'diverged in training, or the dtype is too narrow: try dtype="float32"'
+        )
     return [row[:length].tolist() for row, length in zip(out, lengths, strict=True)]
 
 
@@ -141,14 +156,14 @@ def _decode(
     *,
     sampling: Sampling,
     max_new: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Generate from tokens and mask [B, W], padded on the left.
 
     Args:
         ends: bool [V], true for stop tokens.
 
     Returns:
-        New tokens [B, max_new], and how many of them precede a stop token, [B].
+        New tokens [B, max_new]; how many of them precede a stop token, [B]; whether the logits after these are not finite, [B].
     """
     model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
     batch = len(tokens)
@@ -158,23 +173,24 @@ def _decode(
         hidden, cache, read = _read_prompts(model, tokens, mask, max_new)
 
     def unfinished(carry: tuple) -> jax.Array:
-        index, _, _, done, _, _ = carry
+        index, _, _, _, done, _, _ = carry
         return (index < max_new) & ~jnp.all(done)
 
     def step(carry: tuple) -> tuple:
-        index, out, lengths, done, hidden, cache = carry
+        index, out, lengths, failed, done, hidden, cache = carry
         logits = model.logits(hidden[:, -1:])[:, 0]  # [B, V]
         token = sampling.draw(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
-        done = done | ends[token]
+        failed = failed | ~(done | jnp.isfinite(jnp.max(logits, axis=-1)))
+        done = done | failed | ends[token]
         out = out.at[:, index].set(token)
         lengths = jnp.where(done, lengths, index + 1)
         hidden, cache = read(token[:, None], index, cache)
-        return index + 1, out, lengths, done, hidden, cache
+        return index + 1, out, lengths, failed, done, hidden, cache
 
-    none = jnp.zeros((batch,), jnp.int32)
-    carry = (0, jnp.zeros((batch, max_new), jnp.int32), none, none.astype(bool), hidden[:, -1:], cache)
-    _, out, lengths, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
-    return out, lengths
+    none, no = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+    carry = (0, jnp.zeros((batch, max_new), jnp.int32), none, no, no, hidden[:, -1:], cache)
+    _, out, lengths, failed, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
+    return out, lengths, failed
 
 
 def _read_prompts(model: Decoder | Rows, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:

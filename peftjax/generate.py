@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
@@ -36,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="Random seed")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
     add("--quantize", choices=tuple(FORMATS), help="Quantization format of the frozen weights")
+    add("--resize-embeddings", action="store_true", help="Add rows for the tokenizer's tokens that have none")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Compute dtype")
     return parser
 
@@ -47,9 +49,12 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
     prompts = [encode_prompt(tokenizer, prompt, options.chat) for prompt in options.prompt]
-    model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
+    rows = tokenizer.vocab_size if options.resize_embeddings else None
+    model = load_model(directory, dtype=options.dtype, quantize=options.quantize, resize_embeddings=rows)
     if not isinstance(model, LanguageModel):
         raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")
+    for prompt in prompts:
+        check_rows(prompt, embedding_rows(model), tokenizer, "--prompt")
     if options.adapter:
         load_adapter(model, Path(options.adapter))
 

@@ -57,6 +57,24 @@ def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
     assert generate(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
+def test_logits_that_are_not_finite_are_an_error_and_never_a_token(sampling: Sampling) -> None:
+    model = tiny.model()
+    table = model.embed.embedding
+    table.set_value(table.get_value().at[9].set(jnp.nan))
+    with pytest.raises(UserError, match=r"the logits after 0 new tokens of prompts\[1\] are NaN or Inf"):
+        generate(model, PROMPTS, max_new_tokens=6, sampling=sampling)
+    assert generate(model, PROMPTS[:1], max_new_tokens=1, sampling=sampling)[0] != []
+
+
+def test_ids_without_a_row_are_an_error_in_a_prompt_and_nothing_in_a_list_of_stop_tokens() -> None:
+    model = tiny.model()
+    for token in (48, -1):
+        with pytest.raises(UserError, match=rf"prompts\[1\] holds the token id {token}, but the embedding has 48 rows"):
+            generate(model, [[5], [6, token]], max_new_tokens=6)
+    assert generate(model, PROMPTS, max_new_tokens=6, stop=[-1, 48]) == generate(model, PROMPTS, max_new_tokens=6)
+
+
 def test_sampling_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
     model, hot = tiny.model(), Sampling(temperature=2.0)
     one, again, other = (generate(model, PROMPTS, max_new_tokens=8, sampling=hot, seed=seed) for seed in (1, 1, 2))

@@ -39,6 +39,9 @@ class Encoder(Protocol):
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         """The example in a record; messages call the record `name`."""
 
+    def check(self, arrays: Mapping[str, np.ndarray], name: str) -> None:
+        """Raises a UserError for an example that the loaded model, if there is one, cannot read."""
+
     def empty_row(self) -> Row:
         """A row of padding."""
 

@@ -58,6 +58,7 @@ class Encoded:
                 f"{name}: {document.too_long}. Raise the limit, shorten the record, or set config.data.too_long to "
                 '"truncate" or "drop"'
             )
+        self._encoder.check(document.arrays, name)
         losses = int(np.count_nonzero(document.arrays["loss_weights"]))
         return document.arrays | {"notes": Note(name, self._part, bool(document.too_long), document.size, losses)}
 

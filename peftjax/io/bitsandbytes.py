@@ -14,6 +14,7 @@ A kernel [out, in] with n weights, in row-major order, is stored as
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
-from peftjax.io import hf_files
+from peftjax.io import finite, hf_files
 from peftjax.io.hf_files import StoredTensor
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 
 _STATE = ".quant_state.bitsandbytes__"
+_NF4 = "bitsandbytes, nf4"
+_DENSE = ("F64", "F32", "F16", "BF16")  # every quantized format has tensors of other dtypes
 _MAPS = {"quant_map": CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
 _PARTS = ("weight", "absmax", "nested_absmax", *_MAPS)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -53,16 +56,48 @@ def check_config(quantization: Mapping[str, Any], directory: Path | str) -> None
     Raises:
         UserError: It describes another format.
     """
-    method = quantization.get("quant_method")
-    if method == "bitsandbytes" and quantization.get("load_in_4bit"):
-        method = f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4')}"
-    elif method == "bitsandbytes":
-        method = f"{method}, load_in_8bit"
-    if method != "bitsandbytes, nf4":
+    if (claimed := _claimed(quantization)) != _NF4:
         raise UserError(
-            f"{directory} is quantized ({method}); the only supported format is nf4 of bitsandbytes. Give the model that it "
+            f"{directory} is quantized ({claimed}); the only supported format is nf4 of bitsandbytes. Give the model that it "
             'was quantized from, with quantize="nf4" or "int8" to quantize it again'
         )
+
+
+def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any], directory: Path) -> bool:
+    """Whether kernels are stored in NF4: the tensors decide, and where config.json says something else there is a warning.
+
+    Args:
+        stored: The tensors of a checkpoint, by name.
+        quantization: The quantization_config of its config.json; empty if there is none.
+        directory: The model directory, for messages.
+
+    Raises:
+        UserError: The tensors are quantized in another format.
+    """
+    packed = any(_STATE in name for name in stored)
+    claimed = _claimed(quantization) if quantization else ""
+    if not packed and claimed not in ("", _NF4) and any(tensor.dtype not in _DENSE for tensor in stored.values()):
+        check_config(quantization, directory)
+    if packed and claimed != _NF4:
+        says = f"its quantization_config says {claimed}" if claimed else "it has no quantization_config"
+        warnings.warn(
+            f"{directory}/config.json: {says}, but the tensors are in nf4 and are loaded as such", stacklevel=3
+        )
+    if claimed and not packed:
+        warnings.warn(
+            f"{directory}/config.json: ignoring quantization_config ({claimed}), because no tensor is quantized",
+            stacklevel=3,
+        )
+    return packed
+
+
+def _claimed(quantization: Mapping[str, Any]) -> str:
+    """The format that a quantization_config describes."""
+    method = str(quantization.get("quant_method"))
+    if method != "bitsandbytes":
+        return method
+    four = quantization.get("load_in_4bit")
+    return f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4') if four else 'load_in_8bit'}"
 
 
 def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTensors:
@@ -221,8 +256,16 @@ class Packed:
                 stored = np.asarray(self.offset, np.float32)
             else:
                 stored = self.parts[part].mapped().view(array.dtype).reshape(array.shape)
-            arrays[part] = jax.make_array_from_callback(array.shape, where, partial(_slice, stored))
+            read = partial(_slice, stored)
+            if array.dtype == np.float32:  # the absmax, its scales and their offset
+                read = partial(self._finite, stored, part)
+            arrays[part] = jax.make_array_from_callback(array.shape, where, read)
         return arrays
+
+    def _finite(self, stored: np.ndarray, part: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`_slice`, of floats that must be finite."""
+        file = self.parts["weight"].file
+        return finite.converted(stored[index], stored.dtype, _name(self.name, part), file)
 
 
 def _name(weight: str, part: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from peftjax import models
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.io import hf_files
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling
 from peftjax.models.base import ModelConfig
@@ -14,8 +14,8 @@ from peftjax.models.heads import HeadOptions
 
 def read_config(
     directory: Path, dtype: str, param_dtype: str | None, remat: str, head: HeadOptions
-) -> tuple[ModelConfig, bool]:
-    """Return the model's configuration, and whether the directory holds kernels in NF4.
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the model's configuration, and the quantization_config of config.json, empty if there is none.
 
     Args:
         directory: The model directory.
@@ -25,15 +25,14 @@ def read_config(
         head: The head options of `load_model`.
 
     Raises:
-        UserError: An option, the architecture, a field or the quantization is not supported.
+        UserError: An option, the architecture or a field is not supported.
     """
     for name in (dtype, param_dtype or dtype):
         if name not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
     fields = {k: v for k, v in hf_files.read_json(directory / "config.json").items() if k not in MARK}
     # Not a part of the configuration: kernels may be merged or quantized differently before it is written again.
-    if quantization := fields.pop("quantization_config", None):
-        bitsandbytes.check_config(quantization, directory)
+    quantization = fields.pop("quantization_config", None) or {}
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if models.family(fields).heads:
         options |= head | (read_pooling(directory) if head["head"] in (None, "none") else {})
@@ -42,4 +41,4 @@ def read_config(
         raise UserError(
             f"{given}: a model of type {fields['model_type']!r} has no task head to choose; only encoders do"
         )
-    return models.from_hf_config(fields, **options), bool(quantization)
+    return models.from_hf_config(fields, **options), quantization

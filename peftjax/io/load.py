@@ -15,8 +15,10 @@ from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import StoredTensor, resolve
 from peftjax.io.match import Stored, match, tied_as_stored
+from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
+from peftjax.io.resize import with_rows
 from peftjax.models.base import Model
 from peftjax.models.heads import HeadOptions
 
@@ -35,10 +37,12 @@ def load_model(
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
     new_head: bool = False,
+    resize_embeddings: int | None = None,
     seed: int = 0,
 ) -> Model:
     """Load a model from a Hugging Face directory.
 
+    Of a multimodal directory the text model is loaded, with a warning that names the other parts; `save_model` copies these.
     Tensors are read one at a time, and each process reads only what its devices hold. Peak memory is the model plus about
     two and a half of its largest tensors.
 
@@ -58,14 +62,16 @@ def load_model(
         labels: Number of outputs of a new head, or their names.
         problem_type: Problem type of a new head, as in transformers.
         new_head: Replace the checkpoint's own head with a new one.
+        resize_embeddings: Number of tokens of the tokenizer (`tokenizer.vocab_size`). The embedding and the head get a row for
+            each that has none: the mean of the old rows, as in transformers, but without its noise.
         seed: Random seed of new parameters.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The directory is missing or incomplete, the architecture or an option is not supported, the tensors do
-            not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
+        UserError: The directory is missing or incomplete, the architecture or an option is not supported, tensors are
+            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
             quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
 
     Examples:
@@ -78,10 +84,14 @@ def load_model(
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, packed = read_config(directory, dtype, param_dtype, remat, options)
+    config, quantization = read_config(directory, dtype, param_dtype, remat, options)
+    tensors = hf_files.read_tensors(directory)
+    if whole_of(config):
+        warn_of_the_rest(tensors, directory)
+        tensors = text_tensors(tensors)
+    packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
-    tensors = hf_files.read_tensors(directory)
     stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
@@ -99,7 +109,7 @@ def load_model(
     }
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and dropout keys
     variables.update(model, values, make(config, rest, mesh, seed))
-    return model
+    return with_rows(model, resize_embeddings, mesh)
 
 
 def load_kernels(
@@ -126,10 +136,14 @@ def load_kernels(
         >>> model = peftjax.attach(model, peftjax.Lora(rank=4, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = resolve(path, revision)
-    if "quantization_config" in hf_files.read_json(directory / "config.json"):
+    tensors = hf_files.read_tensors(directory)
+    quantization = hf_files.read_json(directory / "config.json").get("quantization_config") or {}
+    if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
+    if whole_of(model.config):
+        tensors = text_tensors(tensors)
     table = entries(model)
-    stored = match(model, table, hf_files.read_tensors(directory), directory)
+    stored = match(model, table, tensors, directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}
 
     def read(module: str, layer: int | None) -> np.ndarray:

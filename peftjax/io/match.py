@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +14,20 @@ from peftjax.io import hf_files
 from peftjax.io.bitsandbytes import Packed
 from peftjax.io.entries import Entry
 from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 
 Stored = StoredTensor | Packed
 
 
 def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelConfig:
-    """Return the configuration with `tied` decided by the tensors, for a family that has `tied_if_equal`."""
+    """Return the configuration with `tied` decided by the tensors, for a family that has `tied_if_equal`.
+
+    The text model of a multimodal checkpoint is tied if its config.json says so and the tensors do not differ.
+    """
+    if whole_of(config) and isinstance(config, LanguageModelConfig) and config.tied:
+        head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+        return dataclasses.replace(config, tied=head is None or table is None or _equal(head, table))
     if not isinstance(config, LanguageModelConfig) or config.tied_if_equal is None:
         return config
     one, other = (stored.get(name) for name in config.tied_if_equal)
@@ -36,7 +44,8 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         directory: The checkpoint, for messages.
 
     Raises:
-        UserError: Tensors are missing, unexpected, or of a wrong shape or dtype; one message names them all.
+        UserError: Tensors are missing, or of a wrong shape or dtype; one message names them all, and those that are unexpected.
+            Unexpected tensors alone are a warning, as in transformers, unless they may be the scales of quantized ones.
     """
     known = {key for entry in table for key in entry.keys} | model.hf_tied.keys()
     found = {
@@ -66,7 +75,13 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         if found[key].dtype not in hf_files.FLOATS:
             dtypes.append(f"{key} is stored as {found[key].dtype}, a float of 8 to 64 bits is needed")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
-    if any(problems.values()):
+    if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
+        warnings.warn(
+            f"{directory}: ignoring tensors that its model_type does not have, as transformers does: "
+            f"{enumerate_some(unexpected, 5)}",
+            stacklevel=3,
+        )
+    elif any(problems.values()):
         lines = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
         raise UserError(
             f"{directory}: the stored tensors are not those of its config.json (model_type "
@@ -107,6 +122,11 @@ def _part(entry: Entry) -> str:
 
 def _ignored(model: Model, name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in model.hf_ignored)
+
+
+def _quantized(tensor: Stored) -> bool:
+    """Whether a tensor is in a format whose scales are tensors of their own."""
+    return isinstance(tensor, Packed) or tensor.dtype.startswith("F8")
 
 
 def _equal(one: Stored, other: Stored, rows: int = 1024) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from peftjax import sharding
+from peftjax.io import finite
 from peftjax.io.bitsandbytes import Packed, Unpack
 from peftjax.io.entries import Entry
 from peftjax.io.formats import Encode
@@ -83,7 +84,10 @@ def ordered(value: ArrayT, order: tuple[int, ...] | None) -> ArrayT:
 
 
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
-    """Read a tensor onto the devices; each device's slice is read and converted separately."""
+    """Read a tensor onto the devices; each device's slice is read, converted and checked separately."""
     view = tensor.open()
-    read = jax.make_array_from_callback(tensor.shape, placed, lambda index: np.asarray(view[index], dtype, order="C"))
+
+    read = jax.make_array_from_callback(
+        tensor.shape, placed, lambda index: finite.converted(view[index], dtype, tensor.name, tensor.file)
+    )
     return jax.block_until_ready(read)  # so that the host's copy is freed first

@@ -15,6 +15,7 @@ from peftjax.io.entries import entries
 from peftjax.io.formats import encoders
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import resolve
+from peftjax.io.resize import resized
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.heads import HeadOptions
 
@@ -33,6 +34,7 @@ def make_random(
     labels: int | Sequence[str] | None = None,
     problem_type: str | None = None,
     new_head: bool = False,
+    resize_embeddings: int | None = None,
     seed: int = 0,
 ) -> Model:
     """Make a model with random weights from a directory's config.json, sharded over `mesh` from the start.
@@ -44,9 +46,10 @@ def make_random(
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, packed = read_config(directory, dtype, param_dtype, remat, options)
-    if packed and not quantize:
+    config, quantization = read_config(directory, dtype, param_dtype, remat, options)
+    if quantization and not quantize:
         raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
+    config = resized(config, resize_embeddings)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
     paths = list(variables.flat(model)[1])
     variables.update(model, make(config, paths, mesh or one_device(), seed, quantize, skip))

@@ -13,6 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.parts import Surroundings
 from peftjax.io.sentence import MODULES, POOLING, write_pooling
 from peftjax.io.shards import write_weights
 from peftjax.models.base import Model
@@ -36,11 +37,13 @@ def save_model(
     Args:
         model: The model.
         path: The directory to write.
-        source: A model directory or hub id whose tokenizer and generation files are copied.
+        source: A model directory or hub id whose tokenizer and generation files are copied. For the text model of a multimodal
+            model it is required: the directory it was loaded from, whose other parts are copied.
         max_shard_bytes: Maximum size of a shard in bytes.
 
     Raises:
-        UserError: Adapters are active, kernels are in int8, or `path` holds something else.
+        UserError: Adapters are active, kernels are in int8 or, in a text model of a multimodal model, quantized at all,
+            `source` is missing or another model, or `path` holds something else.
 
     Examples:
         >>> import peftjax
@@ -58,14 +61,21 @@ def save_model(
         )
     quantization = _quantization_config(model)
     _check_target(target)
-    side_files = [] if source is None else _side_files(resolve(source))
+    directory = None if source is None else resolve(source)
+    side_files = [] if directory is None else _side_files(directory)
+    around = Surroundings(model, directory) if model.hf_part else None
+    if around and quantization:
+        raise UserError(
+            "save_model: kernels of this text model are quantized, and a multimodal directory cannot hold that; load it "
+            "without quantize"
+        )
     writing = jax.process_index() == 0
     temporary = target.with_name(f".{target.name}.peftjax-tmp")
     if writing:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
     try:
-        write_weights(model, temporary, max_shard_bytes, writing)
+        write_weights(model, temporary, max_shard_bytes, writing, around)
         if writing:
             config = temporary / "config.json"
             config.write_text(json.dumps(model.config.to_hf() | quantization | MARK, indent=2) + "\n", encoding="utf-8")

@@ -57,7 +57,7 @@ def write_pooling(config: ModelConfig, directory: Path) -> None:
 
 def _modules(file: Path) -> list[dict[str, str]]:
     try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
+        modules = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(modules, list) or not all(

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from peftjax.core import variables
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import Entry, entries
+from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model
 from peftjax.quant.base import Quantized
 from peftjax.quant.nf4 import Nf4
@@ -21,7 +22,9 @@ from peftjax.quant.nf4 import Nf4
 _METADATA = {"format": "pt"}
 
 
-def write_weights(model: Model, directory: Path, max_shard_bytes: int, writing: bool) -> None:
+def write_weights(
+    model: Model, directory: Path, max_shard_bytes: int, writing: bool, around: Surroundings | None = None
+) -> None:
     """Write a model's base parameters as model.safetensors, or as shards and their index.
 
     Args:
@@ -29,12 +32,16 @@ def write_weights(model: Model, directory: Path, max_shard_bytes: int, writing: 
         directory: An existing directory.
         max_shard_bytes: Maximum size of a shard in bytes; a larger tensor is a shard of its own.
         writing: Whether this process writes. All processes take part in gathering the parameters.
+        around: The multimodal checkpoint that the model is a part of, whose other tensors are copied.
     """
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
     sizes = {key: _stored_bytes(values[entry.path], entry) for key, (entry, _) in sources.items()}
     # Unstacked parameters first, then layer by layer.
     keys = sorted(sources, key=lambda key: sources[key][1] if sources[key][0].stacked else -1)
+    others = around.others if around else {}
+    sizes |= {key: tensor.nbytes for key, tensor in others.items()}
+    keys += others
     shards = _split(keys, sizes, max_shard_bytes)
     names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     where: dict[str, str] = {}
@@ -42,8 +49,14 @@ def write_weights(model: Model, directory: Path, max_shard_bytes: int, writing: 
     for name, shard in zip(names, shards, strict=True):
         arrays: dict[str, np.ndarray] = {}
         for key in shard:
+            if key in others:
+                arrays |= {key: np.asarray(others[key].open()[...], order="C")} if writing else {}
+                continue
             entry, layer = sources[key]
-            fetched = _fetch(key, values[entry.path], entry, layer)  # in every process, to gather the shards of others
+            stored_as = around.stored_name(key) if around else key
+            fetched = _fetch(
+                stored_as, values[entry.path], entry, layer
+            )  # in every process, to gather the shards of others
             arrays |= fetched if writing else {}
         where |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())

@@ -1,13 +1,15 @@
 """Model families, selected by the `model_type` in a Hugging Face config.json."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.models import bert, gemma, gpt2, llama, phi3, t5, vit
+from peftjax.models import bert, gemma, gpt2, llama, multimodal, phi3, t5, vit
 from peftjax.models.base import Model, ModelConfig
+from peftjax.models.decoder import DecoderConfig
 
 __all__ = ["FAMILIES", "Family", "Model", "ModelConfig", "family", "from_hf_config"]
 
@@ -44,15 +46,18 @@ FAMILIES = {
 
 
 def family(config: dict[str, Any]) -> Family:
-    """Return the family of a Hugging Face config.json.
+    """Return the family of a Hugging Face config.json; for a multimodal one, that of its text model.
 
     Raises:
         UserError: The architecture is not supported.
     """
     kind = str(config.get("model_type"))
+    if kind in multimodal.WHOLES:
+        return family(multimodal.text_config(config))
     if kind not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {kind!r} is not supported.{suggest(kind, FAMILIES)} Supported: {', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type {kind!r} is not supported.{suggest(kind, [*FAMILIES, *multimodal.WHOLES])} Supported: "
+            f"{', '.join(sorted(FAMILIES))}; text model only: {', '.join(sorted(multimodal.WHOLES))}"
         )
     return FAMILIES[kind]
 
@@ -71,4 +76,8 @@ def from_hf_config(config: dict[str, Any], **options: Any) -> ModelConfig:
     Raises:
         UserError: The architecture, or the value of a field, is not supported.
     """
-    return family(config).from_hf(config, **options)
+    if config.get("model_type") not in multimodal.WHOLES:
+        return family(config).from_hf(config, **options)
+    text = family(config).from_hf(multimodal.text_config(config), **options)
+    assert isinstance(text, DecoderConfig)
+    return dataclasses.replace(text, whole=json.dumps(config))

@@ -116,6 +116,11 @@ class Model(nnx.Module):
         return MappingProxyType({})
 
     @property
+    def hf_part(self) -> bool:
+        """Whether it is a part of the transformers class, whose other parts are not loaded."""
+        return False
+
+    @property
     def hf_tied(self) -> Mapping[str, str]:
         """{tensor: the tensor it shares}. A checkpoint may hold either of the two, or both if they are equal."""
         return MappingProxyType({})

@@ -15,6 +15,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.models import multimodal
 from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
@@ -37,11 +38,13 @@ class DecoderConfig(LanguageModelConfig):
         rope: Rotary embedding; None for a family without one.
         windows: For each layer, how many positions back a query sees; 0: all.
         init_stddev: Standard deviation of random weights.
+        whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
     """
 
     rope: Rope | None
     windows: tuple[int, ...]
     init_stddev: float
+    whole: str = ""
 
     def make(self, rngs: nnx.Rngs) -> "Decoder":
         raise NotImplementedError
@@ -49,7 +52,10 @@ class DecoderConfig(LanguageModelConfig):
     def to_hf(self) -> dict[str, Any]:
         fields = json.loads(self.hf)
         fields.pop("torch_dtype", None)
-        return fields | {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
+        changed = {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
+        return (
+            multimodal.with_text(self.whole, changed | {"vocab_size": self.vocab}) if self.whole else fields | changed
+        )
 
 
 class Block(nnx.Module):
@@ -100,13 +106,15 @@ class Decoder(LanguageModel):
     """Decoder-only language model: int [B, T] -> logits [B, T, V] in the compute dtype.
 
     Attributes:
+        hf_names: The names of our modules in checkpoints and, unless it is a part of a multimodal model, in the transformers
+            class.
         hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
     """
 
     config: DecoderConfig
     blocks: Block
     hf_prefix: ClassVar[str] = "model."
-    hf_modules: ClassVar[Mapping[str, str]]
+    hf_names: ClassVar[Mapping[str, str]]
     hf_tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     hf_ignored: ClassVar[tuple[str, ...]] = ()
     hf_task: ClassVar[str | None] = "CAUSAL_LM"
@@ -154,6 +162,23 @@ class Decoder(LanguageModel):
         return lambda window: tables
 
     # --- The same for all families ---
+
+    @property
+    def hf_modules(self) -> Mapping[str, str]:
+        if not self.hf_part:
+            return self.hf_names
+        return {
+            path: multimodal.IN_CLASS + name.removeprefix(self.hf_prefix) if name.startswith(self.hf_prefix) else name
+            for path, name in self.hf_names.items()
+        }
+
+    @property
+    def hf_renamed(self) -> Mapping[str, str]:
+        return self.hf_names if self.hf_part else {}
+
+    @property
+    def hf_part(self) -> bool:
+        return bool(self.config.whole)
 
     def __call__(
         self,

@@ -1,11 +1,13 @@
-"""The fields of a Hugging Face config.json, read by name; a field that is not read is an error."""
+"""The fields of a Hugging Face config.json, read by name; a field that is not read is an error or a warning."""
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.models import hf_fields
 from peftjax.nn.feedforward import ACTIVATIONS
 
 # Fields that do not affect the logits.
@@ -15,12 +17,12 @@ HARMLESS = frozenset({
     "_attn_implementation_autoset", "keys_to_ignore_at_inference", "return_dict", "output_attentions",
     "output_hidden_states", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "torchscript",
     "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p", "do_sample", "unsloth_version",
-    "unsloth_fixed", "_commit_hash", "peftjax_version", "_num_labels", "gradient_checkpointing",
+    "unsloth_fixed", "_commit_hash", "peftjax_version", "_num_labels", "gradient_checkpointing", "_attn_implementation",
 })  # fmt: skip
 
 
 class Fields:
-    """The fields of a config.json. A family takes those it supports, and `done` rejects the rest.
+    """The fields of a config.json. A family takes those it supports, and `done` deals with the rest.
 
     Args:
         config: The config.json.
@@ -62,6 +64,11 @@ class Fields:
                 f"config.json: {name}={value!r} is not supported for model_type {self.kind!r}, only {supported!r}"
             )
 
+    def implied(self, name: str, computed: Any) -> None:
+        """Accept a field that says what is computed without it; with another value it is left to `done`."""
+        if self._left.get(name) == computed:
+            del self._left[name]
+
     def no_dropout(self, *names: str) -> None:
         """Reject dropout in the base model."""
         for name in names:
@@ -75,9 +82,16 @@ class Fields:
         return value
 
     def done(self) -> None:
-        """Reject the fields that were not taken."""
-        if self._left:
+        """Deal with the fields that were not taken: reject those that transformers reads, and warn of the others."""
+        read = sorted(name for name in self._left if hf_fields.reads(self.kind, name))
+        if read:
             raise UserError(
-                f"config.json: {', '.join(sorted(self._left))}: not known for model_type {self.kind!r}, so the model "
-                "might compute something else; remove the field from config.json if it does not matter"
+                f"config.json: {', '.join(f'{name}={self._left[name]!r}' for name in read)}: transformers reads this for "
+                f"model_type {self.kind!r} and peftjax does not, so the logits could differ; remove the field from "
+                "config.json if the checkpoint was trained without it"
+            )
+        if self._left:
+            warnings.warn(
+                f"config.json: ignoring {', '.join(sorted(self._left))}, as transformers does for model_type {self.kind!r}",
+                stacklevel=2,
             )

@@ -140,7 +140,7 @@ class Gemma(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Gemma.hf_modules = {
+Gemma.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.query": "model.layers.{}.self_attn.q_proj",
@@ -183,7 +183,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     fields.no_dropout("attention_dropout")
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
-    fields.only("hidden_act", activation)  # an old name that transformers does not read
+    fields.implied("hidden_act", activation)  # an old name
     if kind == "gemma2":
         rope, local_rope = read_rope(fields, head_dim, max_positions), None
         attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
@@ -225,7 +225,7 @@ _CAPS = (("attn", 50.0), ("final", 30.0))  # defaults of Gemma 2; null means no 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Read layer_types; by default every second layer of Gemma 2 and every sixth of Gemma 3 has no window."""
     window = fields.nullable("sliding_window", 4096) or 0
-    fields.only("sliding_window_size", window)  # an old name of the same field
+    fields.implied("sliding_window_size", window)  # an old name
     every = 2
     if fields.kind == "gemma3_text":
         written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))

@@ -106,7 +106,7 @@ class Gpt2(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Gpt2.hf_modules = {
+Gpt2.hf_names = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
     "blocks.attention_norm": "transformer.h.{}.ln_1",

@@ -72,7 +72,7 @@ class Llama(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Llama.hf_modules = {
+Llama.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.query": "model.layers.{}.self_attn.q_proj",
@@ -153,6 +153,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
             raise UserError(
                 f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
             )
+        fields.implied("layer_types", ["full_attention"] * layers)
         return (0,) * layers
     first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False)
     types = fields.maybe("layer_types")

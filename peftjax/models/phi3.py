@@ -65,7 +65,7 @@ class Phi3(Decoder):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Phi3.hf_modules = {
+Phi3.hf_names = {
     "embed": "model.embed_tokens",
     "blocks.attention_norm": "model.layers.{}.input_layernorm",
     "blocks.attention.qkv": "model.layers.{}.self_attn.qkv_proj",
@@ -99,7 +99,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Co
     head_dim = fields.take("head_dim", embed // heads)
     fields.no_dropout("attention_dropout", "resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():
-        fields.only(name, value)
+        fields.implied(name, value)
     result = Phi3Config(
         vocab=fields.take("vocab_size"),
         embed=embed,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -107,7 +108,7 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
         max_positions: max_position_embeddings of the model.
 
     Raises:
-        UserError: An unknown rope_type, a missing field, or one that its type does not use.
+        UserError: An unknown rope_type, or a missing field.
     """
     given = {key: value for key, value in parameters.items() if key not in ("type", "rope_type")}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -140,8 +141,9 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
         if name not in rope and value is not None:
             rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
     if unused := sorted(name for name, value in given.items() if value is not None):
-        raise UserError(
-            f"config.json: rope_type {kind!r} does not use {', '.join(unused)}; remove it from rope_scaling"
+        warnings.warn(
+            f"config.json: ignoring {', '.join(unused)} in rope_scaling, as transformers does for rope_type {kind!r}",
+            stacklevel=2,
         )
     for name in ("short_factor", "long_factor"):
         if kind == "longrope" and len(rope[name]) != head_dim // 2:

@@ -13,11 +13,15 @@ from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import Document, Row
 from peftjax.data.records import Prompt
+from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import read_json_if_any
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelConfig, load_base
 from peftjax.totals import Batch, Totals
+
+# The arrays of a row that hold token ids.
+TOKENS = ("tokens", "decoder_tokens", "targets")
 
 
 class Outputs(NamedTuple):
@@ -51,6 +55,7 @@ class Task:
       packs: Whether several records may share a row.
       multi: Whether task.multi_label applies.
       labels: The class names; empty where there are no classes.
+      rows: Rows of the embedding table of the loaded model; None before a model is loaded, or if it reads no tokens.
     """
 
     registry: ClassVar[Mapping[str, type["Task"]]]  # all tasks by kind, for messages
@@ -64,6 +69,7 @@ class Task:
     packs: ClassVar[bool] = False
     multi: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
+    rows: int | None = None
 
     def __init__(
         self,
@@ -113,6 +119,12 @@ class Task:
         """
         raise NotImplementedError
 
+    def check(self, arrays: Mapping[str, np.ndarray], name: str) -> None:
+        """Raises a UserError if a token has no row in the embedding of the loaded model."""
+        for tokens in TOKENS:
+            if tokens in arrays:
+                check_rows(arrays[tokens], self.rows, self.tokenizer, name)
+
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one row, without the batch dimension."""
         raise NotImplementedError
@@ -134,10 +146,15 @@ class Task:
         """The base model in a directory, with the head of this task and without adapters, sharded over the mesh.
 
         Raises:
-          UserError: What `load_model` refuses, or a model that does not learn this kind of task.
+          UserError: What `load_model` refuses, a model that does not learn this kind of task, or one without a row for the
+            padding token.
         """
-        model = load_base(config, directory, mesh, seed, **self.head_options(config.new_head))
+        rows = self.tokenizer.vocab_size if config.resize_embeddings else None
+        model = load_base(config, directory, mesh, seed, resize_embeddings=rows, **self.head_options(config.new_head))
         self.require(model, config.path)
+        self.rows = embedding_rows(model)
+        if self.rows is not None:
+            self.check(self.empty_row(), f"{self.directory}: padding")
         return model
 
     def require(self, model: Model, path: str) -> None:

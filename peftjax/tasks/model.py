@@ -38,6 +38,9 @@ class ModelConfig:
         "in memory",
         choices=("xla", "cudnn", "splash"),
     )
+    resize_embeddings: bool = field(
+        False, "Add embedding rows, each the mean of the others, for tokens of the tokenizer that have none"
+    )
     new_head: bool = field(False, "Replace the checkpoint's task head with a newly initialized one")
     init: str = field(
         "pretrained",
@@ -46,7 +49,7 @@ class ModelConfig:
     )
 
 
-def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **head: Any) -> Model:
+def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **options: Any) -> Model:
     """The base model in a directory without adapters, sharded over the mesh.
 
     Args:
@@ -54,7 +57,7 @@ def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **hea
       directory: Where the model is, which need not be config.path.
       mesh: The devices.
       seed: For a new head, or random weights.
-      **head: `load_model`'s options for the head.
+      **options: `load_model`'s options for the vocabulary and the head.
     """
     make = make_random if config.init == "random" else load_model
     return make(
@@ -66,5 +69,5 @@ def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **hea
         skip=config.skip_quantize,
         mesh=mesh,
         seed=seed,
-        **head,
+        **options,
     )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from peftjax.data.records import Prompt
+from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate
 from peftjax.models.base import Model
@@ -41,6 +42,8 @@ class Answer:
 
 def answer(model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int) -> list[Answer]:
     """The model's greedy answers to held-out prompts."""
+    for prompt in prompts:
+        check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
     answers = []
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])

@@ -122,19 +122,35 @@ def test_int8_kernels_are_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "said"),
     [
-        (
-            {"load_in_4bit": False, "load_in_8bit": True},
-            r"is quantized \(bitsandbytes, load_in_8bit\); the only supported format",
-        ),
-        ({"bnb_4bit_quant_type": "fp4"}, r"is quantized \(bitsandbytes, fp4\)"),
-        ({"quant_method": "awq"}, r"is quantized \(awq\)"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes, load_in_8bit"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bitsandbytes, fp4"),
+        ({"quant_method": "awq"}, "awq"),
     ],
 )
-def test_other_formats_are_refused_by_name(config: Any, message: str, rewritten: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_model(rewritten(config))
+def test_tensors_in_nf4_are_loaded_whatever_config_json_says_and_other_formats_are_refused(
+    config: Any, said: str, rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
+    expected = load_model(rewritten())(tiny.tokens())
+    with pytest.warns(UserWarning, match=f"says {said}, but the tensors are in nf4") as warned:
+        model = load_model(rewritten(config))
+    assert len(warned) == 1
+    np.testing.assert_array_equal(model(tiny.tokens()), expected)
+    eight = {QUERY: np.zeros((32, 32), np.int8), QUERY.replace("weight", "SCB"): np.zeros(32, np.float32)}
+    save_file(eight, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"is quantized \({said}\); the only supported format"):
+        load_model(tmp_path)
+
+
+def test_tensors_in_nf4_need_no_quantization_config(rewritten: Callable[..., Path]) -> None:
+    directory = rewritten()
+    file = directory / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "quantization_config"}
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="it has no quantization_config, but the tensors are in nf4"):
+        model = load_model(directory, quantize="nf4")
+    assert sum(isinstance(value, Nf4) for value in values(model).values()) == 7
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.io.save import save_model
 from peftjax.nn.slot import Adapter
+from peftjax.quant.nf4 import Nf4
 from peftjax.report.data import tree_bytes
 from tests import tiny
 
@@ -124,7 +125,8 @@ def test_each_parameter_is_its_stored_tensor_kernels_transposed_and_layers_stack
 @pytest.mark.parametrize("stored_dtype", hf_files.FLOATS.values())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_stored_float_is_converted(tmp_path: Path, stored_dtype: Any, dtype: str) -> None:
-    stored = {name: array.astype(stored_dtype) for name, array in random_tensors().items()}
+    sign = np.abs if stored_dtype is hf_files.FLOATS["F8_E8M0"] else np.positive  # which holds powers of two only
+    stored = {name: sign(array).astype(stored_dtype) for name, array in random_tensors().items()}
     loaded = values(load_model(write(tmp_path / "m", stored), dtype))
     assert {array.dtype for array in loaded.values()} == {np.dtype(dtype)}
     expected = stored[GATE].T.astype(dtype)
@@ -238,8 +240,18 @@ def test_buffers_that_carry_nothing_are_accepted_in_silence_and_only_those(tmp_p
     stored = random_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     load_model(write(tmp_path / "m", stored))
     stored["model.layers.0.self_attn.rotary_emb.inv_freq.scale"] = np.ones(2, np.float32)
-    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.0\.self_attn\.rotary_emb\.inv_freq\.scale"):
-        load_model(write(tmp_path / "m", stored))
+    stored["v_head.summary.weight"] = np.ones((1, EMBED), np.float32)
+    named = r"ignoring tensors that its model_type does not have, .*: model\.layers\.0\..*\.inv_freq\.scale, v_head\.summary"
+    with pytest.warns(UserWarning, match=named) as warned:
+        model = load_model(write(tmp_path / "m", stored))
+    assert len(warned) == 1
+    assert_equal_bits(values(model), values(load_model(write(tmp_path / "plain", random_tensors()))))
+
+
+def test_unexpected_tensors_beside_8_bit_ones_may_be_their_scales_and_are_refused(tmp_path: Path) -> None:
+    stored = random_tensors() | {GATE: np.ones((MLP, EMBED), hf_files.FLOATS["F8_E4M3"])}
+    with pytest.raises(ValueError, match=r"1 unexpected: .*gate_proj\.weight_scale_inv"):
+        load_model(write(tmp_path / "m", stored | {f"{GATE}_scale_inv": np.ones((1, 1), np.float32)}))
 
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight", "both"])
@@ -272,9 +284,24 @@ def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
         load_model(directory, quantize="nf")
     with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")
-    write(tmp_path / "m", random_tensors(), quantization_config={"quant_method": "gptq"})
+    packed = {GATE.replace("weight", "qweight"): np.zeros((2, MLP), np.int32)}
+    write(tmp_path / "m", random_tensors() | packed, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
         load_model(directory)
+
+
+def test_a_quantization_config_without_quantized_tensors_is_ignored_with_a_warning(tmp_path: Path) -> None:
+    dense = load_model(write(tmp_path / "m", random_tensors()), quantize="nf4")
+    for said, config in (
+        ("bitsandbytes, nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("gptq", {"quant_method": "gptq", "bits": 4}),
+    ):
+        directory = write(tmp_path / "m", random_tensors(), quantization_config=config)
+        with pytest.warns(UserWarning, match=rf"ignoring quantization_config \({said}\), because no tensor") as warned:
+            model = load_model(directory, quantize="nf4")
+        assert len(warned) == 1
+        np.testing.assert_array_equal(model(tiny.tokens() % VOCAB), dense(tiny.tokens() % VOCAB))
+        assert isinstance(model.blocks.attention.query.kernel.get_value(), Nf4)
 
 
 def test_an_index_that_lists_an_absent_file_is_an_error(tmp_path: Path) -> None:
@@ -319,6 +346,32 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Any, message: str) -> N
         load_model(tmp_path / "m")
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "value"), [("float32", np.nan), ("bfloat16", np.inf), ("float16", -np.inf), ("float64", np.nan)]
+)
+def test_a_tensor_with_nan_or_inf_is_named(tmp_path: Path, stored: str, value: float) -> None:
+    tensors = {name: array.astype(stored) for name, array in random_tensors().items()}
+    tensors[GATE][3, 5] = value
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {GATE} holds NaN or Inf: its training diverged"):
+        load_model(write(tmp_path / "m", tensors), "bfloat16")
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    tensors[GATE][3, 5] = -7e4
+    message = rf"{GATE} holds values up to 7e\+04, which float16 cannot hold \(at most 6\.55e\+04\); load it with dtype"
+    with pytest.raises(ValueError, match=message):
+        load_model(write(tmp_path / "m", tensors), "float16")
+    assert np.isfinite(load_model(tmp_path / "m", "bfloat16").blocks.feedforward.gate.kernel.get_value()).all()
+
+
+def test_a_byte_order_mark_before_json_is_accepted(tmp_path: Path) -> None:
+    file = write(tmp_path / "m", random_tensors()) / "config.json"
+    expected = load_model(tmp_path / "m").config
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_model(tmp_path / "m").config == expected
 
 
 def test_a_config_that_is_not_json_is_named(tmp_path: Path) -> None:

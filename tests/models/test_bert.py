@@ -77,7 +77,7 @@ def tokens() -> jax.Array:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),
-        ({"embedding_size": 8}, "embedding_size: not known for model_type 'bert'"),
+        ({"embedding_size": 8}, "embedding_size=8: transformers reads this for model_type 'bert'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
     ],
 )

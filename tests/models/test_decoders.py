@@ -1,6 +1,7 @@
 """Reading the config.json of GPT-2, Phi-3 and Gemma: what is used, what is refused by name. Equality with transformers
 is in tests/interop."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -26,22 +27,20 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "only False"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not supported for model_type 'gpt2'"),
         (GPT2, {"n_head": 5}, "n_embd=32 is not a multiple of n_head=5"),
-        (GPT2, {"rope_theta": 1e4}, "rope_theta: not known for model_type 'gpt2'"),
+        (GPT2, {"hidden_size": 32}, "hidden_size=32: transformers reads this for model_type 'gpt2'"),
         (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop is not supported"),
-        (PHI3, {"full_attn_mod": 2}, "full_attn_mod=2 is not supported for model_type 'phi3', only 1"),
         (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for model_type 'phi3'"),
         (
             PHI3,
             {"rope_scaling": FACTORS | {"type": "longrope"}, "partial_rotary_factor": 0.5},
             "a head of width 4 needs 2",
         ),
-        (GEMMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         (GEMMA2, {"sliding_window": None}, "layer_types has sliding_attention, but no window is in use"),
-        (GEMMA2, {"rope_local_base_freq": 1e4}, "rope_local_base_freq: not known for model_type 'gemma2'"),
+        (GEMMA2, {"is_causal": False}, "is_causal=False: transformers reads this for model_type 'gemma2'"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         (GEMMA3, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
-        (GEMMA3, {"model_type": "gemma3"}, "Did you mean 'gemma2' or 'gemma3_text'"),
+        (GEMMA3, {"model_type": "gemma3"}, "'gemma3' without text_config"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(
@@ -49,6 +48,27 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf_config(config | fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "same"),
+    [
+        (GPT2, {"rope_theta": 1e4}, {}),
+        (PHI3, {"full_attn_mod": 2}, {"full_attn_mod": 1, "mlp_bias": False, "auto_map": {}}),
+        (GEMMA2, {"hidden_act": "gelu", "sliding_window_size": 5}, {"hidden_act": "gelu_pytorch_tanh"}),
+        (GEMMA2, {"rope_local_base_freq": 1e4}, {"sliding_window_size": 4096}),
+        (tiny.CONFIG, {"attn_logit_softcapping": 50.0, "is_llama_config": True, "rope_interleaved": False}, {}),
+        (tiny.CONFIG | {"model_type": "qwen2"}, {"use_mrope": False, "auto_map": {}, "_model_name_or_path": "a"}, {}),
+    ],
+)
+def test_fields_that_transformers_does_not_read_change_nothing_and_are_named_once(
+    config: dict[str, Any], fields: dict[str, Any], same: dict[str, Any]
+) -> None:
+    plain = from_hf_config(config | same)  # no warning: the fields describe what is computed
+    with pytest.warns(UserWarning, match=f"ignoring {', '.join(sorted(fields))}, as transformers does") as warned:
+        read = from_hf_config(config | fields)
+    assert len(warned) == 1
+    assert dataclasses.replace(read, hf="") == dataclasses.replace(plain, hf="")
 
 
 def test_caps_and_windows_of_gemma_are_those_of_transformers_where_fields_are_left_out() -> None:

@@ -17,17 +17,21 @@ from tests import tiny
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not known for model_type 'llama'"),
+        ({"is_causal": False}, "is_causal=False: transformers reads this for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not known"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "'linear' does not use beta_fast"),
+        ({"layer_types": ["sliding_attention"] * 3}, "transformers reads this for model_type 'llama'"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf_config(tiny.CONFIG | fields)
+
+
+def test_layer_types_of_a_model_without_windows_may_say_so() -> None:
+    assert from_hf_config(tiny.CONFIG | {"layer_types": ["full_attention"] * 3}).windows == (0, 0, 0)
 
 
 def test_a_missing_field_is_named() -> None:

@@ -59,7 +59,7 @@ def inputs() -> dict[str, jax.Array]:
         ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' contradict feed_forward_proj='relu'"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder=false"),
         ({"relative_attention_max_distance": 4}, "relative_attention_max_distance=4 more than half of it"),
-        ({"sliding_window": 4}, "sliding_window: not known for model_type 't5'"),
+        ({"sliding_window": 4}, "sliding_window=4: transformers reads this for model_type 't5'"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(fields: dict, message: str) -> None:

@@ -127,19 +127,34 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ("kind", "fields", "message"),
     [
         ("linaer", {}, "rope_type 'linaer' is not known; supported: default, linear, dynamic, yarn, longrope, llama3"),
-        ("default", {"factor": 2.0}, "rope_type 'default' does not use factor; remove it from rope_scaling"),
         ("default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("linear", {}, "rope_type 'linear' needs factor in rope_scaling"),
         ("linear", {"factor": None}, "rope_type 'linear' needs factor in rope_scaling"),
-        ("linear", {"factor": 2.0, "beta_fast": 1}, "rope_type 'linear' does not use beta_fast"),
         ("dynamic", {}, "rope_type 'dynamic' needs factor"),
         ("llama3", {"factor": 8.0}, "rope_type 'llama3' needs high_freq_factor, low_freq_factor in rope_scaling"),
         ("longrope", {}, "rope_type 'longrope' needs long_factor, short_factor"),
         ("longrope", FACTORS | {"long_factor": [1.0] * 3}, "long_factor has 3 numbers, but a head of width 8 needs 4"),
-        ("longrope", FACTORS | {"beta_slow": 1}, "rope_type 'longrope' does not use beta_slow"),
-        ("yarn", {"factor": 4.0, "low_freq_factor": 1}, "rope_type 'yarn' does not use low_freq_factor"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_named(kind: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf(kind, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "other"),
+    [
+        ("default", {}, {"factor": 2.0}),
+        ("linear", {"factor": 2.0}, {"beta_fast": 1, "finetuned": True}),
+        ("longrope", FACTORS, {"beta_slow": 1}),
+        ("yarn", {"factor": 4.0}, {"low_freq_factor": 1}),
+    ],
+)
+def test_fields_that_a_type_does_not_use_change_nothing_and_are_named(
+    kind: str, fields: dict[str, Any], other: dict[str, Any]
+) -> None:
+    message = f"ignoring {', '.join(sorted(other))} in rope_scaling, as transformers does for rope_type {kind!r}"
+    with pytest.warns(UserWarning, match=message) as warned:
+        read = hf(kind, **fields, **other)
+    assert len(warned) == 1
+    assert read == hf(kind, **fields)

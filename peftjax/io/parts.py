@@ -1,0 +1,70 @@
+"""The files of a multimodal checkpoint of which only the text model is loaded."""
+
+import collections
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftjax.core.errors import UserError
+from peftjax.io import hf_files
+from peftjax.io.hf_files import StoredTensor
+from peftjax.models.base import Model, ModelConfig
+from peftjax.models.decoder import DecoderConfig
+from peftjax.models.multimodal import other_part, text_name
+
+
+def whole_of(config: ModelConfig) -> str:
+    """Return the config.json of the multimodal model that the configuration is a part of; empty if it is none."""
+    return config.whole if isinstance(config, DecoderConfig) else ""
+
+
+def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of the text model by the names they have in a checkpoint of the text model alone."""
+    return {ours: tensor for name, tensor in tensors.items() if (ours := text_name(name)) is not None}
+
+
+def warn_of_the_rest(tensors: Mapping[str, StoredTensor], directory: Path) -> None:
+    """Warn that the other parts of a multimodal checkpoint are not loaded, and name them."""
+    parts = collections.Counter(other_part(name) for name in tensors if text_name(name) is None)
+    if parts:
+        named = ", ".join(f"{part} ({count} tensor{'s' * (count > 1)})" for part, count in sorted(parts.items()))
+        warnings.warn(f"{directory}: loading the text model only, without {named}", stacklevel=3)
+
+
+class Surroundings:
+    """The checkpoint that a text model was loaded from: what `save_model` copies, and the names it writes.
+
+    Args:
+        model: The text model.
+        source: The directory of the whole checkpoint; None: not given.
+
+    Attributes:
+        others: The tensors outside the text model, by name.
+
+    Raises:
+        UserError: There is no source, or it is another model.
+    """
+
+    def __init__(self, model: Model, source: Path | None) -> None:
+        kind = model.config.to_hf()["model_type"]
+        if source is None:
+            raise UserError(
+                f"save_model: this is the text model of a {kind} model; pass source=DIR, the directory it was loaded from, "
+                "from which the other parts are copied"
+            )
+        if hf_files.read_json(source / "config.json").get("model_type") != kind:
+            raise UserError(f"save_model: source={source} is not the {kind} model that this text model was loaded from")
+        stored = hf_files.read_tensors(source)
+        self.others = {name: tensor for name, tensor in stored.items() if text_name(name) is None}
+        self._stored = {ours: name for name in stored if (ours := text_name(name)) is not None}
+        table = self._stored["model.embed_tokens.weight"].removesuffix("embed_tokens.weight")
+        self._prefixes = {"model.": table, "lm_head.": self._head(table)}
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that the source uses for a tensor of the text model."""
+        prefix = next(prefix for prefix in self._prefixes if name.startswith(prefix))
+        return self._stored.get(name, self._prefixes[prefix] + name.removeprefix(prefix))
+
+    @staticmethod
+    def _head(table: str) -> str:
+        return "language_model.lm_head." if table == "language_model.model." else "lm_head."

@@ -1,0 +1,76 @@
+"""Add rows to a model's embedding table for tokens that were added to its tokenizer."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
+from peftjax.models.bert import BertConfig
+from peftjax.quant.base import Quantized
+
+
+def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
+    """Return the configuration with a vocabulary of at least `rows` tokens; None: as it is.
+
+    Raises:
+        UserError: The model has no vocabulary.
+    """
+    if rows is None:
+        return config
+    if not isinstance(config, LanguageModelConfig | BertConfig):
+        raise UserError(f"resize_embeddings={rows} (model.resize_embeddings): the model reads no tokens; leave it out")
+    if rows <= config.vocab:
+        return config
+    return dataclasses.replace(config, vocab=rows, hf=json.dumps(json.loads(config.hf) | {"vocab_size": rows}))
+
+
+def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
+    """Return the model with at least `rows` rows in its embedding table and its head.
+
+    Every new row is the mean of the old ones, as in transformers' `resize_token_embeddings`, which adds noise to it that is
+    five orders of magnitude smaller than the rows (a multivariate normal with 1e-9 times their covariance).
+
+    Args:
+        model: The model, without adapters.
+        rows: The number of tokens; None: the model as it is.
+        mesh: The devices of the model.
+
+    Raises:
+        UserError: The model has no vocabulary, or its head is quantized.
+    """
+    config = resized(model.config, rows)
+    if config is model.config:
+        return model
+    larger = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    shapes = variables.flat(larger)[1]
+    values: dict[str, Any] = {}
+    for path, variable in variables.flat(model)[1].items():
+        value, axes = variable.get_value(), getattr(variable, "axes", ())
+        if "vocab" in axes:
+            if isinstance(value, Quantized):
+                raise UserError(f"resize_embeddings={rows} (model.resize_embeddings): {path} is quantized")
+            value = _grown(value, shapes[path].shape, axes, mesh)
+        values[path] = value
+    variables.update(larger, values)
+    return larger
+
+
+def _grown(value: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
+    """The array with the mean of its rows appended until it has the given shape."""
+    axis = axes.index("vocab")
+    placed = sharding.placement(jax.ShapeDtypeStruct(shape, value.dtype), axes, mesh)
+
+    def grow(value: jax.Array) -> jax.Array:
+        mean = jnp.mean(value, axis=axis, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+        more = [shape[axis] - size if i == axis else size for i, size in enumerate(value.shape)]
+        return jnp.concatenate([value, jnp.broadcast_to(mean, more)], axis=axis)
+
+    return jax.jit(grow, out_shardings=sharding.as_jit_returns(placed))(value)

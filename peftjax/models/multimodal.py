@@ -1,0 +1,129 @@
+"""Multimodal checkpoints whose text model is supported: its configuration and its tensors. The rest is not loaded.
+
+The transformers class holds the text model as `model.language_model` and its head as `lm_head`. Checkpoint files use one of
+several older names for the same tensors, which end in those of the text model alone.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax.core.errors import UserError
+
+IN_CLASS = "model.language_model."  # the text model in the transformers class, in place of "model."
+_HEAD = "lm_head."
+# Prefixes of the text model and of its head in checkpoint files; the last pair is that of a text model alone.
+_STORED = ((IN_CLASS, _HEAD), ("language_model.model.", "language_model.lm_head."), ("model.", _HEAD))
+_TEXT = tuple(f"model.{part}." for part in ("embed_tokens", "layers", "norm"))  # the parts of a text model
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A multimodal model_type.
+
+    Attributes:
+        text: The model_type of its text model, where text_config has none or one of its own.
+        defaults: Defaults of transformers for text fields that differ from those of `text`.
+        flat: Fields that describe the other parts, in a config.json that has no text_config.
+    """
+
+    text: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flat: frozenset[str] = frozenset()
+
+
+_QWEN = Whole(
+    "qwen2",
+    {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "max_window_layers": 80},
+    frozenset({
+        "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+        "vision_token_id",
+    }),
+)  # fmt: skip
+WHOLES = {
+    "gemma3": Whole("gemma3_text"),
+    "internvl": Whole("qwen2"),
+    "llava": Whole("llama"),
+    "llava_next": Whole("llama"),
+    "mistral3": Whole("mistral", {"tie_word_embeddings": True}),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+}
+# Sizes that a text_config may omit, because transformers' defaults are those of a model in common use.
+_SIZES: dict[str, dict[str, int]] = {
+    "gemma3_text": {
+        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    },
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "mistral": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "qwen2": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}  # fmt: skip
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the text model of a multimodal config.json.
+
+    Raises:
+        UserError: It has none.
+    """
+    kind = config["model_type"]
+    whole = WHOLES[kind]
+    text = config.get("text_config")
+    if text is None and whole.flat & config.keys():
+        text = {
+            name: value for name, value in config.items() if name not in whole.flat | {"architectures", "model_type"}
+        }
+    if not isinstance(text, dict):
+        raise UserError(f"config.json: model_type {kind!r} without text_config, the fields of its text model")
+    model_type = str(text.get("model_type", whole.text))
+    model_type = whole.text if model_type.startswith(kind) and model_type != whole.text else model_type
+    fields = _SIZES.get(model_type, {}) | dict(whole.defaults) | text | {"model_type": model_type}
+    if config.get("tie_word_embeddings") is not None:
+        fields["tie_word_embeddings"] = config["tie_word_embeddings"] or bool(text.get("tie_word_embeddings"))
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := fields.get(name), dict) and "mrope_section" in rope:
+            fields[name] = _one_dimensional(rope)
+    return fields
+
+
+def _one_dimensional(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of text: the three coordinates of a position, which differ for images only, are equal."""
+    kept = {name: value for name, value in rope.items() if name != "mrope_section"}
+    return {name: "default" if value == "mrope" else value for name, value in kept.items()}
+
+
+def with_text(whole: str, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a multimodal config.json, given as JSON, with `changed` fields of its text model."""
+    fields = json.loads(whole)
+    fields.pop("torch_dtype", None)
+    top = {name: value for name, value in changed.items() if name != "vocab_size" or "text_config" not in fields}
+    if "text_config" in fields:
+        fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k != "torch_dtype"} | dict(changed)
+    return fields | top
+
+
+def text_name(name: str) -> str | None:
+    """Return the name of a tensor of a multimodal checkpoint in a checkpoint of its text model alone; None: in neither."""
+    for prefix, head in _STORED:
+        if name.startswith(head):
+            return _HEAD + name.removeprefix(head)
+        if name.startswith(prefix):
+            ours = "model." + name.removeprefix(prefix)
+            return ours if ours.startswith(_TEXT) else None
+    return None
+
+
+def other_part(name: str) -> str:
+    """Return the part of the multimodal model that a tensor outside its text model belongs to."""
+    return name.removeprefix("model.").split(".")[0]

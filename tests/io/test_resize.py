@@ -1,0 +1,94 @@
+"""Rows for tokens that a tokenizer has and the embedding does not."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+import peftjax
+from peftjax import methods, sharding
+from peftjax.core.errors import UserError
+from peftjax.data.batches import Batching, train_batches
+from peftjax.io.random_model import make_random
+from peftjax.models import from_hf_config
+from peftjax.tasks import make_task
+from peftjax.training import config as configs
+from tests import tiny
+
+VOCAB, MORE = 48, 54
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_the_mean_of_the_old_ones_and_are_saved(tmp_path: Path, tied: bool) -> None:
+    before = tiny.model(tie_word_embeddings=tied)
+    peftjax.save_model(before, tmp_path / "model")
+    model = peftjax.load_model(tmp_path / "model", resize_embeddings=MORE)
+    old, new = (np.asarray(each.embed.embedding.get_value()) for each in (before, model))
+    np.testing.assert_array_equal(new[:VOCAB], old)
+    np.testing.assert_allclose(new[VOCAB:], np.tile(old.mean(0), (MORE - VOCAB, 1)), atol=1e-6)
+    expected, logits = before(tiny.tokens()), model(tiny.tokens())
+    assert logits.shape == (4, 8, MORE)
+    np.testing.assert_allclose(logits[..., :VOCAB], expected, atol=1e-5)
+    np.testing.assert_allclose(logits[..., VOCAB:], expected.mean(-1, keepdims=True).repeat(6, -1), atol=1e-5)
+    peftjax.save_model(model, tmp_path / "larger")
+    again = peftjax.load_model(tmp_path / "larger", resize_embeddings=VOCAB)  # never shrinks
+    np.testing.assert_array_equal(again(tiny.tokens()), logits)
+    split = peftjax.load_model(tmp_path / "model", resize_embeddings=MORE, mesh=sharding.make_mesh({"tensor": 2}))
+    np.testing.assert_array_equal(split.embed.embedding.get_value(), new)
+    assert len(split.embed.embedding.get_value().sharding.device_set) == 2
+    assert make_random(tmp_path / "model", resize_embeddings=MORE)(tiny.tokens()).shape == logits.shape
+
+
+def test_an_image_model_has_no_rows(tmp_path: Path) -> None:
+    peftjax.save_model(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), tmp_path / "vit")
+    with pytest.raises(UserError, match=r"resize_embeddings=9 \(model.resize_embeddings\): the model reads no tokens"):
+        peftjax.load_model(tmp_path / "vit", resize_embeddings=9)
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
+    """A model directory whose tokenizer has a token without a row, and records that use it."""
+    directory = tiny.directory(tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<tool>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    records = [{"prompt": "a", "completion": text} for text in ("b", "<tool>")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) -> None:
+    made = configs.defaults()
+    made.model.path, made.method = str(extended), methods.make_config("lora")
+    made.data.train, made.data.format = (str(extended.parent / "train.jsonl"),), "completion"
+    made.data.max_length, made.data.shuffle = 8, False
+    config, mesh = configs.validate(made), sharding.make_mesh({})
+    task = make_task(config.task, config.data, extended)
+    task.load_model(config.model, extended, mesh, 0)
+    batches = train_batches(config.data, task, Batching(2), 0)
+    message = r"train.jsonl.*: token '<tool>' has the id 257, but the model's embedding has 257 rows; .*resize_embeddings=True"
+    with pytest.raises(UserError, match=message):
+        next(batches)
+    made.model.resize_embeddings = True
+    model = task.load_model(configs.validate(made).model, extended, mesh, 0)
+    batch = next(train_batches(config.data, task, Batching(2), 0)).arrays
+    assert 257 in batch["targets"]
+    assert np.isfinite(task.loss(model, batch).loss)
+
+
+def test_generate_names_the_token_and_the_fix_works(
+    extended: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peftjax, "generate", peftjax.generate)  # importing the command replaces the function
+    main = importlib.import_module("peftjax.generate").main
+    arguments = [f"--model={extended}", "--prompt=a<tool>", "--max-new-tokens=2"]
+    with pytest.raises(
+        UserError, match="--prompt: token '<tool>' has the id 257, but the model's embedding has 257 rows"
+    ):
+        main(arguments)
+    main([*arguments, "--resize-embeddings"])
+    assert "> a<tool>" in capsys.readouterr().out
