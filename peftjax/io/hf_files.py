@@ -137,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: The file is not valid JSON, or holds another kind of value.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
