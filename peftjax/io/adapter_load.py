@@ -1,8 +1,10 @@
 """Read adapter directories of Hugging Face PEFT and of AdapterHub."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -28,6 +30,7 @@ from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 
 PICKLE = "adapter_model.bin"
+NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
 GENERAL_FIELDS = {
     "peft_type",
@@ -125,7 +128,20 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
             f"{path / CONFIG}: bias={bias!r} is ignored, since no layer of this model has a bias", stacklevel=3
         )
         fields["bias"] = "none"
+    fields = _without_unknown(fields, method, config.get("peft_version"), path)
     return method.from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
+
+
+def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:
+    """The fields without those that no peft up to `NEWEST_PEFT` has and that it therefore ignores; those of a newer one may
+    change the result and are kept, to be rejected."""
+    unknown = [key for key in fields if key not in method.hf_known() and fields[key] not in (None, False, "", [], {})]
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if not unknown or (numbers and tuple(map(int, numbers.groups())) > NEWEST_PEFT):
+        return fields
+    some = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
+    warnings.warn(f"{path / CONFIG}: {some} is ignored, since peft has no such field", stacklevel=4)
+    return {key: value for key, value in fields.items() if key not in unknown}
 
 
 def _fitted(

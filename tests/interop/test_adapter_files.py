@@ -1,5 +1,6 @@
 """Adapter directories as peft and people leave them, each with the logits of peft."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -9,10 +10,13 @@ from typing import Any
 
 import peft
 import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.numpy import load_file, save_file
 
 import peftjax
 from peftjax.adapters import count_trainable
+from peftjax.io.adapter_load import GENERAL_FIELDS
+from peftjax.methods import METHODS
 from tests.interop.peers import (
     THEIRS,
     adapted,
@@ -58,7 +62,15 @@ def load(base: Path, directory: Path, warning: str | None) -> Any:
     return model
 
 
-# --- Entries of the config that match nothing ---
+# --- Fields and entries of the config that match nothing ---
+
+
+def test_the_fields_of_peft_are_known() -> None:
+    for method in METHODS.values():
+        if method.peft_type:
+            theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type])}
+            assert theirs - GENERAL_FIELDS <= method.hf_known(), method.peft_type
+
 
 ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "target_modules": ({"target_modules": [*QV, "v_porj"]}, "target_modules 'v_porj'"),
@@ -87,6 +99,13 @@ def test_entries_that_match_nothing_are_named_and_the_rest_computes_the_same(
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
     assert count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(bases("untied"), peft.OFTConfig(oft_block_size=4, target_modules=list(QV), bias="all"))
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, "bias='all' is ignored, since no layer of this model has a bias")
+    assert_close(logits(model), logits(theirs))
 
 
 # --- Windows ---

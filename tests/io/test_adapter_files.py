@@ -262,6 +262,14 @@ def test_entries_that_match_nothing_are_one_warning_in_a_file_and_an_error_in_on
             adapters.attach(tiny.model(), methods.Lora(**{"targets": targets[:2], **options}), rngs=nnx.Rngs(0))
 
 
+def test_a_field_that_peft_does_not_have_is_ignored_unless_a_newer_peft_wrote_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors(), peft_version="0.21.2", something_new=3, other=None)
+    with pytest.warns(UserWarning, match="something_new=3 is ignored, since peft has no such field"):
+        load_adapter(tiny.model(), path)
+    newer = write(tmp_path / "b", random_tensors(), peft_version="0.22.0.dev0", something_new=3)
+    assert_refused(newer, "something_new=3 is not supported for LORA")
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_a_tensor_with_values_that_are_not_finite_is_named(wrong: float, tmp_path: Path) -> None:
     tensors = random_tensors()
@@ -449,7 +457,6 @@ def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(t
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),
         ("arrow_config", {"top_k": 2}),
-        ("something_new", 3),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),

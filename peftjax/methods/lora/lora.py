@@ -103,6 +103,10 @@ class Lora(Ranked):
     hf_ignored: ClassVar = Targeted.hf_ignored | {
         "runtime_config", "megatron_core", "qalora_group_size",
     }  # fmt: skip
+    hf_unsupported: ClassVar = frozenset({
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+        "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+    })  # fmt: skip
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
