@@ -22,7 +22,11 @@ def respelled(tensors: Mapping[str, T], expected: Iterable[str]) -> tuple[dict[s
     expected = set(expected)
     wanted = _by_bare_key(expected - tensors.keys())
     given = _by_bare_key(tensors.keys() - expected)
-    new = {given[bare][0]: keys[0] for bare, keys in wanted.items() if len(keys) == 1 and len(given.get(bare, ())) == 1}
+    new = {
+        given[bare][0]: keys[0]
+        for bare, keys in sorted(wanted.items())
+        if len(keys) == 1 and len(given.get(bare, ())) == 1
+    }
     return {new.get(key, key): value for key, value in tensors.items()}, {
         key: old for old, key in new.items() if not old.endswith("lora_magnitude_vector.weight")
     }
