@@ -130,8 +130,9 @@ def classification_loss(model: Any, batch: Any) -> Totals:
 
 
 def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folder: Path) -> None:
-    model = peftjax.attach(peftjax.load_model(folder / "classifier"), peftjax.Lora(rank=2), rngs=nnx.Rngs(1))
-    assert count_trainable(model) == 2 * (2 * (4 * 32 + 2 * 40)) + 16 * 2 + 2  # LoRA of rank 2, and the head
+    method = peftjax.Lora(rank=2, dropout=0.1, targets=r".*(_proj|fc[12]|projection)")
+    model = peftjax.attach(peftjax.load_model(folder / "classifier"), method, rngs=nnx.Rngs(1))
+    assert count_trainable(model) == 2 * (2 * (4 * 32 + 2 * 40) + 48 + 16) + 16 * 2 + 2  # LoRA of rank 2, and the head
     batch = {"pixels": np.array(pixels(8)), "labels": np.arange(8) % 2}
     before, base = classification_loss(model, batch).loss, tiny.bits(model)
     mesh = sharding.make_mesh()
