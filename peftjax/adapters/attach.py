@@ -50,8 +50,8 @@ def attach(
         The model.
 
     Raises:
-        UserError: The name is taken or is not an identifier, or the method's options do not fit the model. The model is
-            unchanged.
+        UserError: The name is taken or has characters other than letters, digits and _-., or the method's options do not
+            fit the model. The model is unchanged.
 
     Examples:
         >>> import peftjax
@@ -118,8 +118,10 @@ def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs
 
 
 def _require_new(model: nnx.Module, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise UserError(f"adapter name {name!r}: use letters, digits and underscores, not starting with a digit")
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise UserError(
+            f"adapter name {name!r}: use letters, digits, underscores, dashes and dots, starting with a letter or an underscore"
+        )
     if name in dir(Slot()):  # adapters are attributes of their slots
         raise UserError(f"adapter name {name!r} is reserved; choose another name")
     if name in attached(model):
@@ -177,6 +179,7 @@ def count_trainable(model: nnx.Module, name: str = "default") -> int:
     """
     require(model, name)
     counted: set[int] = set()  # variables that a method shares among layers, counted once
+    counted_layers: set[tuple[int, int | None]] = set()
     total = 0
     for site, adapter in adapters_named(model, name):
         of_layers = [(layer, adapter.hf_leaves(layer)) for layer in site.layers]
@@ -184,7 +187,8 @@ def count_trainable(model: nnx.Module, name: str = "default") -> int:
         for layer, leaves in of_layers:
             for leaf in leaves.values():
                 variable = vars(adapter)[leaf.leaf]
-                if isinstance(variable, PeftParam):
+                if isinstance(variable, PeftParam) and (id(variable), layer) not in counted_layers:
+                    counted_layers.add((id(variable), layer))
                     shape = variable.shape[0 if layer is None else 1 :]
                     total += np.broadcast_to(np.zeros(()), shape)[leaf.window].size
         for path, variable in variables.flat(adapter)[1].items():

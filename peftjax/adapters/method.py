@@ -30,6 +30,7 @@ class Method:
         hf_constants: Fields that are written with this value. When reading, only this value, None and False are
             accepted.
         hf_ignored: Fields that are not read: they describe peft's own model or repeat other fields.
+        hf_unsupported: Other fields of peft. Values other than None, False and empty ones are rejected.
         hf_training: Fields that describe how the adapter was trained, with the values that peft assumes where they are
             missing. They do not affect what is computed from the file; other values are accepted with a warning.
     """
@@ -40,6 +41,7 @@ class Method:
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {}
     hf_constants: ClassVar[dict[str, Any]] = {}
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
+    hf_unsupported: ClassVar[frozenset[str]] = frozenset()
     hf_training: ClassVar[dict[str, Any]] = {}
 
     def __new__(cls, **options: Any) -> Self:
@@ -123,6 +125,12 @@ class Method:
         """The method's own fields of adapter_config.json."""
         del model, name
         return {hf: _to_json(getattr(self, option)) for option, (hf, _) in self.hf_fields.items()} | self.hf_constants
+
+    @classmethod
+    def hf_known(cls) -> frozenset[str]:
+        """All fields that peft has for the method in adapter_config.json, apart from those that all methods have."""
+        read = {hf for hf, _ in cls.hf_fields.values()}
+        return frozenset(read | cls.hf_constants.keys() | cls.hf_ignored | cls.hf_unsupported | cls.hf_training.keys())
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

@@ -27,8 +27,8 @@ class Targeted(Method):
             the head), a tuple of names or name endings, comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
-        modules_to_save (tuple, default none): Layers to train whole, such as lm_head, instead of adapting them. As in
-            peft, an entry matches every name that ends in it, even within a word ("norm" also matches
+        modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their
+            layers. As in peft, an entry matches every name that ends in it, even within a word ("norm" also matches
             input_layernorm). A classification head is always trained whole.
     """
 
@@ -99,9 +99,15 @@ class Targeted(Method):
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained whole: those of modules_to_save and of a classification head."""
-        names = [name for site in sites(model) for name in site.names]
-        ending = {entry: [name for name in names if name.endswith(entry)] for entry in self.modules_to_save}
-        meant = tuple(name for entry, found in ending.items() for name in found or [entry])
+        has_values = {
+            name: bool(site.parameters) or isinstance(site.module, Linear)  # a tied head has the embedding's
+            for site in sites(model)
+            for name in site.names
+        }
+        meant: tuple[str, ...] = ()
+        for entry in self.modules_to_save:
+            found = [name for name in has_values if is_saved(name, entry)]
+            meant += tuple([name for name in found if has_values[name]] or found or [entry])
         meant += tuple(name for site in head_sites(model) for name in site.names)
         return choose(sites(model), meant, what="modules_to_save") if meant else []
 
@@ -124,6 +130,12 @@ class Targeted(Method):
         if config.get("target_modules") is None:
             raise UserError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
         return super().from_hf(config)
+
+
+def is_saved(name: str, entry: str) -> bool:
+    """Whether an entry of modules_to_save means a layer: its name, or that of a module that contains it, ends in the entry."""
+    parts = name.split(".")
+    return any(".".join(parts[: depth + 1]).endswith(entry) for depth in range(len(parts)))
 
 
 def chosen_names(chosen: Chosen) -> list[str]:

@@ -1,28 +1,36 @@
 """Read adapter directories of Hugging Face PEFT and of AdapterHub."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from peftjax.adapters import detach, use
 from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
+from peftjax.adapters.provenance import formats
 from peftjax.adapters.registry import ModelT, active
-from peftjax.adapters.sites import Site, head_sites, sites, tied_kernel
+from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, remember_formats
+from peftjax.io.adapter_check import check_finite, copies_in, reason
+from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
+from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.methods import METHODS
+from peftjax.methods.lora.init import RESIDUAL
+from peftjax.methods.lora.lora import Lora
 
 PICKLE = "adapter_model.bin"
+NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
 GENERAL_FIELDS = {
     "peft_type",
@@ -72,6 +80,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
     else:
         method, has_head = _read_method(path, model)
         tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+        method, tensors = _fitted(method, tensors, model, path)
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
@@ -108,7 +117,66 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
     if task in CLASSIFICATIONS or head_sites(model):
         # The task head is trained with every method, and peft lists every name that it may have.
         fields["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
-    return classes[kind].from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
+    method = classes[kind]
+    bias = fields.get("bias")
+    if (
+        "bias" in method.hf_constants
+        and bias not in (None, "none")
+        and not any("bias" in s.parameters for s in sites(model))
+    ):
+        warnings.warn(
+            f"{path / CONFIG}: bias={bias!r} is ignored, since no layer of this model has a bias", stacklevel=3
+        )
+        fields["bias"] = "none"
+    fields = _without_unknown(fields, method, config.get("peft_version"), path)
+    return method.from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
+
+
+def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:
+    """The fields without those that no peft up to `NEWEST_PEFT` has and that it therefore ignores; those of a newer one may
+    change the result and are kept, to be rejected."""
+    unknown = [key for key in fields if key not in method.hf_known() and fields[key] not in (None, False, "", [], {})]
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if not unknown or (numbers and tuple(map(int, numbers.groups())) > NEWEST_PEFT):
+        return fields
+    some = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
+    warnings.warn(f"{path / CONFIG}: {some} is ignored, since peft has no such field", stacklevel=4)
+    return {key: value for key, value in fields.items() if key not in unknown}
+
+
+def _fitted(
+    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path
+) -> tuple[Method, dict[str, np.ndarray]]:
+    """The method and the tensors in this model's names, without what peft ignores; one warning names it.
+
+    Raises:
+        UserError: The adapter needs a changed base that cannot be computed.
+    """
+    older = older_names(model, tensors)
+    method, removed = without_unmatched(with_names(method, model, older), model, with_older_names(tensors, older))
+    if removed:
+        warnings.warn(
+            f"{path / CONFIG}: matches nothing in this model and is ignored: {'; '.join(removed)}", stacklevel=3
+        )
+    method, differing = with_factors_of(method, tensors)
+    if differing:
+        warnings.warn(f"{path / CONFIG}: {differing} is ignored, since the tensors have another number", stacklevel=3)
+    _check_residual(method, model, path)
+    return method, with_older_names(tensors, older)
+
+
+def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
+    """Check that a base from which an initial update is to be subtracted is not quantized.
+
+    Raises:
+        UserError: It is.
+    """
+    if isinstance(method, Lora) and RESIDUAL.fullmatch(method.init) and (kinds := set(formats(model).values())):
+        raise UserError(
+            f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base less the initial update, which cannot be "
+            f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
+            "save_adapter, and load that plain LoRA on the quantized base"
+        )
 
 
 def _check_files(path: Path) -> None:
@@ -132,11 +200,20 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
     """Write the tensors of the files into the variables of adapter `name`.
 
     Raises:
-        UserError: A tensor is missing, unexpected or of a wrong shape, or a copy of a base parameter differs from it.
+        UserError: A tensor is missing, unexpected, not finite or of a wrong shape, or a copy of a base parameter differs
+            from it.
     """
-    expected, keys = tensors_of(model, name), layout(model, name)
+    expected, keys = tensors_of(model, name, exported=False), layout(model, name)
+    tensors, renamed = respelled(tensors, (tensor.key for tensor in expected))
+    if renamed:
+        key, old = next(iter(renamed.items()))
+        warnings.warn(
+            f"{path / keys.weights}: {len(renamed)} keys differ from peft's by a prefix or the adapter's name ({old} is "
+            f"read as {key})",
+            stacklevel=3,
+        )
     unexpected = set(tensors) - {tensor.key for tensor in expected}
-    unexpected -= _copies_of_base(model, {key: tensors[key] for key in unexpected}, keys.prefix)
+    unexpected -= copies_in(model, tensors, unexpected, keys.prefix)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unexpected:
         parts = [
@@ -151,47 +228,10 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
         if id(variable) not in filled:
             filled[id(variable)] = variable, np.array(distributed.whole(variable.get_value()))
         _, buffer = filled[id(variable)]
+        check_finite(tensors[tensor.key], f"{path / keys.weights}: {tensor.key}")
         try:
             tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffer))
         except UserError as error:
-            raise UserError(
-                f"{path / keys.weights}: {tensor.key} {error}; the adapter was made for another base"
-            ) from None
+            raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
     for variable, buffer in filled.values():
         variable.set_value(distributed.placed(buffer, variable.get_value().sharding))
-
-
-def _copies_of_base(model: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str) -> set[str]:
-    """The keys of tensors that repeat a parameter of the base: peft saves the embedding or the head beside its LoRA.
-
-    Raises:
-        UserError: Such a tensor differs from the model's parameter.
-    """
-    copies = set()
-    for site in sites(model):
-        for leaf, (suffix, order) in site.module.hf_leaves.items():
-            for layer, hf in zip(site.layers, site.names, strict=True):
-                for key in tensors.keys() & {f"{prefix}{hf}.{suffix}", f"{prefix}{hf}.base_layer.{suffix}"}:
-                    if (own := _base_value(model, site, leaf, layer)) is None:
-                        continue
-                    if not _same(tensors[key], own if order is None else own.transpose(order)):
-                        raise UserError(
-                            f"{key} differs from this model's parameter: the adapter was trained on another base"
-                        )
-                    copies.add(key)
-    return copies
-
-
-def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
-    """One layer of a base parameter; None if the module does not have it."""
-    if leaf in site.parameters:
-        value = site.parameters[leaf].get_value()
-        one: Any = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
-        return np.asarray(one.astype(one.dtype))  # decodes a quantized kernel
-    return np.asarray(tied_kernel(model)) if leaf == "kernel" else None
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays are equal once both are rounded to the narrower of their dtypes."""
-    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return np.array_equal(one.astype(narrow), other.astype(narrow))

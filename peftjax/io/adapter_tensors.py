@@ -75,14 +75,20 @@ class AdapterTensor:
         return value if self.layer is None else value[self.layer]
 
 
-def tensors_of(model: nnx.Module, name: str) -> list[AdapterTensor]:
-    """Return the tensors that the files of adapter `name` hold."""
+def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[AdapterTensor]:
+    """Return the tensors that the files of adapter `name` hold.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        exported: As `save_adapter` writes them; otherwise as peft does where it leaves the base changed.
+    """
     found: dict[str, AdapterTensor] = {}
     keys = layout(model, name)
     heads = [site.path for site in head_sites(model)]
     for site, adapter in adapters_named(model, name):
         key_of = keys.head_key if site.path in heads else keys.key
-        written = adapter.exported()
+        written = adapter.exported() if exported else adapter
         for key, leaf in written.hf_shared().items():
             found.setdefault(key, AdapterTensor(key, written, None, leaf))  # the same in every layer that shares it
         for layer, hf in zip(site.layers, site.names, strict=True):

@@ -1,7 +1,7 @@
 """Prefix tuning: softmax(q [P_k; k]^T) [P_v; v], with P trained keys and values before those of the text in every layer.
 
 Li and Liang 2021 (arXiv:2101.00190), section 4. As in peft, the prefix's keys are not rotated and the text starts at
-position P. A query attends to the whole prefix even where a sliding window hides text at that distance.
+position P. A sliding window counts them too: query t sees key p of the prefix while P + t - p is below the window.
 
 In an encoder-decoder, as in peft, only the decoder's self-attention has a prefix, and layer i of L reads keys and values
 number 2i mod L: with an even L, two layers share each one that is read, and the others are unused.
@@ -129,8 +129,9 @@ class Prefix(MethodAdapter):
         p_k, p_v = jnp.broadcast_to(states[:, None], (2, len(key), *states.shape[1:]))  # each [B, P, K, H]
         if mask is None:  # causal
             mask = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool))
-        mask = jnp.pad(mask, ((0, 0),) * 3 + ((self.virtual, 0),), constant_values=True)
         key, value = jnp.concatenate([p_k, key], axis=1), jnp.concatenate([p_v, value], axis=1)
+        unmasked = max(key.shape[1] - mask.shape[-1], 0)  # 0 if the mask covers the prefix, as with a sliding window
+        mask = jnp.pad(mask, ((0, 0),) * 3 + ((unmasked, 0),), constant_values=True)
         return base(query, key, value, mask, *bias)
 
     def layer_states(self) -> jax.Array:

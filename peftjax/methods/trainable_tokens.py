@@ -16,6 +16,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, token_tables
 from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.models.base import LanguageModel
 from peftjax.nn.embedding import Embedding
@@ -67,8 +68,50 @@ def token_embedding(model: nnx.Module) -> Site:
     return found[0]
 
 
+def tokens_by_site(
+    model: nnx.Module, indices: tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...]
+) -> list[tuple[Site, tuple[int, ...], bool]]:
+    """The layers whose tokens are trained: the token embedding, or those of a table {name: tokens}.
+
+    Returns:
+        For each layer its tokens, and whether a head that is tied to it follows it. As in peft, a tied head follows the
+        embedding unless the table has other tokens for it.
+
+    Raises:
+        UserError: A name of the table matches no embedding and no head.
+    """
+    table = [item for item in indices if isinstance(item, tuple)]
+    if not table:
+        return [(token_embedding(model), tuple(item for item in indices if not isinstance(item, tuple)), True)]
+    layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
+    found: dict[str, tuple[Site, tuple[int, ...]]] = {}
+    for name, tokens in table:
+        matching = [site for site in layers if site.names[0].endswith(name)]
+        if not matching:
+            names = [site.names[0] for site in layers]
+            raise UserError(
+                f"method.token_indices: {name!r} matches no embedding and no head.{suggest(name, names)} There are: "
+                f"{', '.join(names)}"
+            )
+        found |= {site.path: (site, tokens) for site in matching}
+    tied = model if isinstance(model, LanguageModel) and model.tied else None
+    embed = next((item for item in found.values() if tied and item[0].module is tied.embed), None)
+    head = next((item for item in found.values() if tied and item[0].module is tied.head), None)
+    if embed and head and embed[1] == head[1]:
+        del found[head[0].path]
+        head = None
+    return [(site, tokens, head is None) for site, tokens in found.values()]
+
+
 def train_tokens(
-    model: nnx.Module, indices: tuple[int, ...], chosen: list[Site], name: str, key: str = "", both: bool = True
+    model: nnx.Module,
+    indices: tuple[int, ...],
+    chosen: list[Site],
+    name: str,
+    *,
+    key: str = "",
+    both: bool = True,
+    tie: bool = True,
 ) -> None:
     """Put trained copies of rows into embeddings and heads, and into the head tied to a chosen embedding.
 
@@ -79,8 +122,9 @@ def train_tokens(
         name: The adapter's name.
         key: What the file puts before the tensor's own name.
         both: Whether the file also stores the copies under the name of the tied head.
+        tie: Whether the head tied to a chosen embedding uses the same copies.
     """
-    tied = model if isinstance(model, LanguageModel) and model.tied else None
+    tied = model if tie and isinstance(model, LanguageModel) and model.tied else None
     embed = next((site for site in chosen if tied is not None and site.module is tied.embed), None)
     borrows = tied.head if embed is not None and tied is not None else None
     for site in chosen:

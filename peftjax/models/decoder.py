@@ -19,7 +19,7 @@ from peftjax.models import multimodal
 from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
-from peftjax.nn.attention_mask import attention_mask, key_distances, within_window
+from peftjax.nn.attention_mask import attention_mask, key_distances, with_first_keys, within_window
 from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
@@ -259,6 +259,9 @@ class Decoder(LanguageModel):
         if allowed is not None and any(self.config.windows):
             counted = positions - self.virtual + soft  # from the soft prompt's first key
             distances = key_distances(counted, allowed.shape[3], offset, soft)
+            if prefix := self.virtual - soft:  # its keys are at the positions 0, 1, ... of every document
+                back = positions[:, None, :, None] - jnp.arange(prefix)[None, None, None]  # [B or 1, 1, T, P]
+                allowed, distances = with_first_keys(allowed, distances, back)
 
         def layer(
             block: Block, x: jax.Array, inputs: tuple[LayerCache | None, jax.Array]

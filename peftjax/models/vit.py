@@ -18,11 +18,10 @@ from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, linear,
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.heads import LABELS, read_head
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.layer import HfLeaves, Layer, SlottedLayer
+from peftjax.nn.layer import HfLeaves, Layer
 from peftjax.nn.norm import LayerNorm
-from peftjax.nn.slot import Slot
+from peftjax.nn.patches import PatchEmbedding
 from peftjax.nn.stack import Residual, make_stack, scan_stack
-from peftjax.quant.matmul import matmul
 
 HEADS = ("none", "image_classification")
 
@@ -58,38 +57,6 @@ class VitConfig(EncoderConfig):
         return Vit(self, rngs)
 
 
-class PatchEmbedding(SlottedLayer):
-    """x W + b of each patch, in row-major order: [B, H, W, C] -> [B, N, D] in the dtype of x.
-
-    The kernel is [P, P, C, D]; checkpoints store that of a convolution, [D, C, P, P]. It is not a `Linear`: "all-linear"
-    does not include it and low-rank updates do not fit it, as in Hugging Face PEFT, where it is a convolution.
-    """
-
-    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("weight", (3, 2, 0, 1)), "bias": ("bias", None)}
-
-    def __init__(self, config: VitConfig, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.param_dtype)
-        shape = (*config.patch, config.channels, config.embed)
-        value = config.init_stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(value.astype(dtype), axes=(None, None, None, "embed"))
-        self.bias = nnx.Param(jnp.zeros((config.embed,), dtype), axes=("embed",))
-        self.adapters = Slot()
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        return self.adapters(self, self.project, pixels)
-
-    def project(self, pixels: jax.Array, kernel: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
-        """The base computation; `kernel` and `bias` replace the layer's own."""
-        kernel = self.kernel.get_value() if kernel is None else kernel
-        bias = self.bias.get_value() if bias is None else bias
-        tall, wide, channels, features = kernel.shape
-        batch, height, width, _ = pixels.shape
-        grid = pixels.reshape(batch, height // tall, tall, width // wide, wide, channels)
-        patches = grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, tall * wide * channels)  # [B, N, P * P * C]
-        y = matmul(patches, kernel.reshape(-1, features))
-        return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-
-
 class Embeddings(Layer):
     """dropout([class token; patches] + positions): [B, H, W, C] -> [B, 1 + N, D] (equation 1).
 
@@ -105,7 +72,14 @@ class Embeddings(Layer):
             value = config.init_stddev * jax.random.normal(rngs.params(), (1, rows, config.embed), jnp.float32)
             return nnx.Param(value.astype(config.param_dtype), axes=(None, None, "embed"))
 
-        self.patches = PatchEmbedding(config, rngs)
+        self.patches = PatchEmbedding(
+            config.patch,
+            config.channels,
+            config.embed,
+            stddev=config.init_stddev,
+            dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
         self.class_token = parameter(1)
         self.positions = parameter(config.max_positions)
         self.dropout = Dropout(config.dropout)

@@ -50,6 +50,18 @@ def key_distances(positions: jax.Array, keys: int, offset: jax.Array | int, shar
     return jnp.where((slots < shared)[None, None, None], (positions[:, :, None] - slots[None, None])[:, None], within)
 
 
+def with_first_keys(mask: jax.Array, distances: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Put keys that every query may attend to, at distances `first` [B or 1, 1, T, P], before those of a mask.
+
+    Returns:
+        The mask and the distances of all P + S keys.
+    """
+    padded = jnp.pad(mask, ((0, 0),) * 3 + ((first.shape[3], 0),), constant_values=True)
+    rows = max(len(distances), len(first))
+    both = [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (first, distances)]
+    return padded, jnp.concatenate(both, axis=3)
+
+
 def within_window(mask: jax.Array, window: jax.Array, distances: jax.Array) -> jax.Array:
     """Remove keys that are `window` or more positions back from a mask; a window of 0 has no limit."""
     return mask & ((distances < window) | (window == 0))

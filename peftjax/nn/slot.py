@@ -57,6 +57,9 @@ class Adapter(nnx.Module):
         return self.apply(Base(layer, compute, parameters), *inputs)
 
 
+DOT = "%2E"  # in the name of an attribute, for a dot in an adapter's name: dots separate the parts of a variable's path
+
+
 class Slot(nnx.Module):
     """The adapters of one layer, by name. The active ones wrap its computation, the first innermost."""
 
@@ -77,17 +80,17 @@ class Slot(nnx.Module):
 
     def adapter(self, name: str) -> Any:
         """The adapter called `name`."""
-        return getattr(self, name)
+        return getattr(self, name.replace(".", DOT))
 
     def names(self) -> list[str]:
         """The names of all adapters in this slot, active or not."""
-        return [name for name, value in vars(self).items() if isinstance(value, Adapter)]
+        return [name.replace(DOT, ".") for name, value in vars(self).items() if isinstance(value, Adapter)]
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Add an adapter, inactive at first."""
-        setattr(self, name, adapter)
+        setattr(self, name.replace(".", DOT), adapter)
 
     def remove(self, name: str) -> None:
         """Remove an adapter."""
-        delattr(self, name)
+        delattr(self, name.replace(".", DOT))
         self.active = tuple(other for other in self.active if other != name)

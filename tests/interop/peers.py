@@ -37,7 +37,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_base(path: Path, **fields: Any) -> None:
+def save_base(path: Path, kind: str = "Llama", **fields: Any) -> None:
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 48,
@@ -50,7 +50,8 @@ def save_base(path: Path, **fields: Any) -> None:
         "initializer_range": 0.2,
         "pad_token_id": 0,
     }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | fields))
+    config = getattr(transformers, f"{kind}Config")(**sizes | fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     shake(dict(model.named_parameters()), 0.1)  # the biases and the norms' scales too
     model.save_pretrained(path)
 

@@ -221,6 +221,9 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "phi3-prefix": ("phi3-longrope", lambda: peft.PrefixTuningConfig(num_virtual_tokens=5)),
     "gemma2-prompt": ("gemma2", lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
+    "phi3-window-prefix": ("phi3", lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
+    "gemma2-prefix": ("gemma2-uncapped", lambda: peft.PrefixTuningConfig(num_virtual_tokens=7)),
+    "gemma3-prefix": ("gemma3", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3)),
     "gemma3-lora": ("gemma3", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"])),
 }
 

@@ -218,7 +218,7 @@ def test_the_configs_that_peft_writes_are_read_and_its_variants_are_refused_by_n
     bases: Callable, tmp_path: Path
 ) -> None:
     variants: dict[str, dict[str, Any]] = {
-        "init_lora_weights": {"init_lora_weights": "pissa"},
+        "init_lora_weights": {"init_lora_weights": "pissa_niter_4"},
         "layer_replication": {"layer_replication": [(0, 2), (1, 3)]},
     }
     for field, options in variants.items():

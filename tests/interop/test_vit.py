@@ -1,6 +1,7 @@
 """ViT beside transformers, and its adapters beside peft, in float32."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import peftjax
 from peftjax.adapters import count_trainable
@@ -149,3 +150,93 @@ def test_an_adapter_without_a_classifier_leaves_it_as_it_is(base: Callable, tmp_
     assert_close(ours(model), theirs(peer).logits.numpy())
     peftjax.save_adapter(model, tmp_path / "ours")  # and none is written
     assert_close(theirs(load_into_theirs(base(CLASSIFIER), tmp_path / "ours").eval()).logits.numpy(), ours(model))
+
+
+# --- Names of transformers 4, and the patch embedding ---
+
+OLDER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "layernorm_before": "layernorm_before",
+}
+
+
+def to_older_names(folder: Path, **config: Any) -> None:
+    """Rename the modules of an adapter that peft wrote as transformers 4 called them; `config` replaces its fields."""
+
+    def older(key: str) -> str:
+        for new, old in OLDER.items():
+            key = re.sub(rf"vit\.layers\.(\d+)\.{re.escape(new)}\.", rf"vit.encoder.layer.\1.{old}.", key)
+        return key
+
+    tensors = {older(key): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    assert sum(".encoder.layer." in key for key in tensors) >= 2
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(written | config))
+
+
+OLDER_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "names": (
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+        {"target_modules": ["query", "value"]},
+    ),
+    "patterns": (
+        peft.LoraConfig(
+            r=4, target_modules=["attention.o_proj", "fc1", "fc2"], rank_pattern={"layers.1.mlp.fc1": 2},
+            alpha_pattern={"fc2": 3}, layers_to_transform=[1], modules_to_save=["layers.0.layernorm_before"],
+        ),
+        {
+            "target_modules": ["dense"], "rank_pattern": {"layer.1.intermediate.dense": 2},
+            "alpha_pattern": {"1.output.dense": 3}, "modules_to_save": ["layer.0.layernorm_before"],
+        },
+    ),
+    "regex": (
+        peft.LoraConfig(r=4, target_modules=["q_proj"], exclude_modules=["layers.0.attention.q_proj"]),
+        {"target_modules": r".*\.attention\.query", "exclude_modules": r".*\.0\..*"},
+    ),
+    "ia3": (
+        peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+        {
+            "target_modules": ["key", "value", "0.output.dense", "1.output.dense"],
+            "feedforward_modules": ["0.output.dense", "1.output.dense"],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDER_FILES)
+def test_an_adapter_with_the_module_names_of_transformers_4_is_read(name: str, base: Callable, tmp_path: Path) -> None:
+    config, fields = OLDER_FILES[name]
+    peer = peft.get_peft_model(load_theirs(base(CLASSIFIER)), config).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path / "theirs")
+    to_older_names(tmp_path / "theirs", **fields)
+    model = peftjax.load_adapter(peftjax.load_model(base(CLASSIFIER)), tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer).logits.numpy())
+    assert_far(ours(model), ours(peftjax.use(model, None)))
+    peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours")  # by the names of today
+    assert_close(theirs(load_into_theirs(base(CLASSIFIER), tmp_path / "ours").eval()).logits.numpy(), ours(model))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_of_the_patch_embedding_goes_both_ways_and_merges(dora: bool, base: Callable, tmp_path: Path) -> None:
+    path, targets = base(CLASSIFIER), ["projection", "q_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=dora, bias="lora_only")
+    peer = peft.get_peft_model(load_theirs(path), config).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(path), tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer).logits.numpy())
+    assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
+
+    model = attached(path, peftjax.Lora(rank=4, alpha=8, targets=("projection",), dora=dora, dropout=0.1))
+    expected = ours(model)
+    assert_far(expected, ours(peftjax.load_model(path)))
+    peftjax.save_adapter(model, tmp_path / "ours")
+    assert_close(theirs(load_into_theirs(path, tmp_path / "ours").eval()).logits.numpy(), expected)
+    np.testing.assert_allclose(ours(peftjax.merge(model)), expected, atol=1e-5)

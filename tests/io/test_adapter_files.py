@@ -148,6 +148,7 @@ def test_the_config_says_how_the_adapter_was_made(tmp_path: Path) -> None:
         "bias": "all",
         "fan_in_fan_out": False,
         "use_dora": False,
+        "ensure_weight_tying": False,
         "lora_bias": False,
         "use_rslora": True,
         "rank_pattern": {"v_proj": 2, "layers.1.self_attn.v_proj": 3},
@@ -239,6 +240,57 @@ def test_any_stored_float_is_read(dtype: Any, tmp_path: Path) -> None:
 def test_an_adapter_of_bfloat16_is_stored_so(tmp_path: Path) -> None:
     path = save_adapter(attached(rank=2, dtype="bfloat16"), tmp_path / "adapter")
     assert {value.dtype for value in load_file(path / WEIGHTS).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_entries_that_match_nothing_are_one_warning_in_a_file_and_an_error_in_ones_own_config(tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "v_porj"]
+    path = write(tmp_path / "a", random_tensors(), target_modules=targets, rank_pattern={"k_proj": 2}, bias="all")
+    with pytest.warns(
+        UserWarning, match=r"ignored: target_modules 'v_porj'; rank_pattern 'k_proj'; bias='all'"
+    ) as caught:
+        model = load_adapter(tiny.model(), path)
+    assert len(caught) == 1
+    assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    path = write(tmp_path / "b", random_tensors(), target_modules=r"language_model\.(q|v)_proj")
+    with pytest.warns(UserWarning, match=r"ignored: target_modules 'language_model.*'"):  # the tensors name the targets
+        model = load_adapter(tiny.model(), path)
+    assert model.blocks.attention.query.adapters.default.ranks == (8, 8, 8)
+    for options in ({"targets": targets}, {"rank_pattern": {"k_proj": 2}}, {"bias": "all"}):
+        with pytest.raises(
+            ValueError, match=r"'v_porj' matches no layer|'k_proj' matches no target|no layer .* has a bias"
+        ):
+            adapters.attach(tiny.model(), methods.Lora(**{"targets": targets[:2], **options}), rngs=nnx.Rngs(0))
+
+
+def test_a_field_that_peft_does_not_have_is_ignored_unless_a_newer_peft_wrote_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors(), peft_version="0.21.2", something_new=3, other=None)
+    with pytest.warns(UserWarning, match="something_new=3 is ignored, since peft has no such field"):
+        load_adapter(tiny.model(), path)
+    newer = write(tmp_path / "b", random_tensors(), peft_version="0.22.0.dev0", something_new=3)
+    assert_refused(newer, "something_new=3 is not supported for LORA")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_tensor_with_values_that_are_not_finite_is_named(wrong: float, tmp_path: Path) -> None:
+    tensors = random_tensors()
+    key = f"{LAYER.format(1)}self_attn.v_proj.lora_B.weight"
+    tensors[key][2, 3] = wrong
+    assert_refused(write(tmp_path / "a", tensors), rf"{key} has 1 of {8 * KV} values that are NaN or infinite")
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", random_tensors())
+    (path / CONFIG).write_text((path / CONFIG).read_text(), encoding="utf-8-sig")
+    assert active(load_adapter(tiny.model(), path)) == ("default",)
+
+
+def test_a_prefix_of_the_keys_is_named_and_two_readings_of_a_key_are_refused(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    path = write(tmp_path / "a", {f"module.{key}": value for key, value in tensors.items()})
+    with pytest.warns(UserWarning, match=rf"12 keys differ .* \(module\.{PREFIX}.* is read as {PREFIX}"):
+        load_adapter(tiny.model(), path)
+    twice = {f"{before}.{key}": value for key, value in tensors.items() for before in ("module", "_orig_mod")}
+    assert_refused(write(tmp_path / "b", twice), "does not match its config and this model: missing .* unexpected")
 
 
 def test_the_least_config_means_rank_8_and_alpha_8(tmp_path: Path) -> None:
@@ -358,7 +410,8 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
     tensors = random_tensors()
     key = f"{LAYER.format(1)}self_attn.q_proj.lora_A.weight"
     tensors[key] = tensors[key][:4]
-    assert_refused(write(tmp_path / "a", tensors), rf"{key} has shape \(4, 32\), but this model needs \(8, 32\)")
+    message = rf"{key} has shape \(4, 32\), but this model needs \(8, 32\); adapter_config.json gives another rank$"
+    assert_refused(write(tmp_path / "a", tensors), message)
 
 
 @pytest.mark.parametrize(
@@ -400,15 +453,11 @@ def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(t
     [
         ("use_qalora", True),
         ("target_parameters", ["mlp.experts"]),
-        ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [2]}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),
         ("arrow_config", {"top_k": 2}),
-        ("something_new", 3),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
-        ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
     ],
@@ -425,7 +474,10 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
         ({"peft_type": "BONE"}, r"adapter_config.json: peft_type 'BONE' is not supported; supported: .*LORA"),
         ({"peft_type": None}, r"peft_type None is not supported"),
         ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LORA needs it"),
-        ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj' matches no layer of this model. Did you mean 'v_proj'"),
+        (
+            {"trainable_token_indices": {"lm_haed": [1]}},
+            r"'lm_haed' matches no embedding and no head. Did you mean 'lm_head'",
+        ),
         ({"r": 8.5}, r"rank must be a positive integer, got 8.5"),
         ({"bias": "some"}, r"method.bias must be one of none, all, lora_only, got 'some'"),
     ],

@@ -78,6 +78,14 @@ def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(met
     assert answers != generate(adapters.use(model, None), prompts, max_new_tokens=6)
 
 
+def test_a_window_hides_the_prefix_while_generating() -> None:
+    model = tiny.randomize(attached(PrefixTuning(tokens=6), **mistral(4)))
+    prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]
+    for prompt, answer in zip(prompts, generate(model, prompts, max_new_tokens=4), strict=True):
+        logits = model(jnp.array([prompt + answer]))[0]
+        assert answer == [int(token) for token in jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1)]
+
+
 def test_a_soft_prompt_and_a_prefix_work_together() -> None:
     model = attached(PromptTuning(tokens=3))
     prompt = model(tiny.tokens())

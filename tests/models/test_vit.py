@@ -92,9 +92,11 @@ def test_the_convolution_of_the_patches_is_no_linear_layer(folder: Path, tmp_pat
     assert quantized.embeddings.patches.kernel.shape == (4, 4, 3, 16)
     model = peftjax.load_model(folder / "classifier")
     with pytest.raises(ValueError, match=r"'projection' matches no layer of this model. Its layers: classifier, fc1"):
-        peftjax.attach(model, peftjax.Lora(targets=("projection",)), rngs=nnx.Rngs(0))
+        peftjax.attach(model, peftjax.LoHa(targets=("projection",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="needs one token embedding with a slot, and this model has 0"):
         peftjax.attach(model, peftjax.PromptTuning(tokens=2), rngs=nnx.Rngs(0))
+    chosen = peftjax.Lora(targets="all-linear").chosen(model)
+    assert "embeddings.patches" not in [site.path for site, _ in chosen]
     saved = peftjax.Lora(rank=2, modules_to_save=("projection",))
     peftjax.save_adapter(peftjax.attach(model, saved, rngs=nnx.Rngs(0)), tmp_path / "adapter")
     kernel = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
@@ -128,8 +130,9 @@ def classification_loss(model: Any, batch: Any) -> Totals:
 
 
 def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folder: Path) -> None:
-    model = peftjax.attach(peftjax.load_model(folder / "classifier"), peftjax.Lora(rank=2), rngs=nnx.Rngs(1))
-    assert count_trainable(model) == 2 * (2 * (4 * 32 + 2 * 40)) + 16 * 2 + 2  # LoRA of rank 2, and the head
+    method = peftjax.Lora(rank=2, dropout=0.1, targets=r".*(_proj|fc[12]|projection)")
+    model = peftjax.attach(peftjax.load_model(folder / "classifier"), method, rngs=nnx.Rngs(1))
+    assert count_trainable(model) == 2 * (2 * (4 * 32 + 2 * 40) + 48 + 16) + 16 * 2 + 2  # LoRA of rank 2, and the head
     batch = {"pixels": np.array(pixels(8)), "labels": np.arange(8) % 2}
     before, base = classification_loss(model, batch).loss, tiny.bits(model)
     mesh = sharding.make_mesh()

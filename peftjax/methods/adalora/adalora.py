@@ -80,6 +80,9 @@ class AdaLora(Targeted):
     }
     hf_constants: ClassVar = {"bias": "none", "init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Lora.hf_ignored | {"r"}
+    hf_unsupported: ClassVar = Lora.hf_unsupported | {
+        "alpha_pattern", "ensure_weight_tying", "lora_bias", "trainable_token_indices", "use_dora", "use_rslora",
+    }  # fmt: skip
     hf_training: ClassVar = Lora.hf_training
 
     def __post_init__(self) -> None:

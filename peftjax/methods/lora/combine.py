@@ -27,6 +27,7 @@ from peftjax.core.paths import suggest
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.lora import Lora
 from peftjax.methods.lora.mix import APART, SPARSE, SPARSE_SVD, WAYS, Draw, Mixer, Part, bernoulli, rank_of
+from peftjax.methods.lora.patches import LoraPatches
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -106,6 +107,10 @@ def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -
     for name, weight in zip(names, weights, strict=True):
         for site, adapter in adapters_named(model, name):
             lora = adapter.exported()
+            if isinstance(lora, LoraPatches):
+                raise UserError(
+                    f"combine: adapter {name!r} has a LoRA of {site.names[0]}, and patch embeddings cannot be combined"
+                )
             assert type(lora) in (LoraLinear, LoraEmbedding), f"{type(lora).__name__} is more than A and B"
             stacked = [np.asarray(leaf.get_value(), np.float32) for leaf in (lora.a, lora.b, lora.scale)]
             for index, layer in enumerate(site.names):
@@ -163,6 +168,7 @@ def _loras(model: nnx.Module, names: Sequence[str]) -> list[Lora]:
             ("lora_bias", False),
             ("bias", "none"),
             ("token_indices", ()),
+            ("ensure_weight_tying", False),
             ("modules_to_save", ()),
         ):
             if (value := getattr(method, option)) != plain:

@@ -11,6 +11,7 @@ LoRA-FA  A keeps its initial value: Zhang et al. 2023 (arXiv:2308.03303). The pa
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -19,10 +20,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.options import one_of, positive, positive_integer
+from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.sites import Site, adapters_named
+from peftjax.adapters.sites import Chosen, Site, adapters_named
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -31,15 +32,18 @@ from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.biases import train_biases
 from peftjax.methods.lora.dora import DoraEmbedding, DoraLinear, DoraResidual
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
+from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
-from peftjax.methods.trainable_tokens import check_tokens, token_embedding, train_tokens
+from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
+from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
+from peftjax.nn.patches import PatchEmbedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora(Ranked):
-    """Options of LoRA. Targets can be Linear and Embedding layers.
+    """Options of LoRA. Targets can be Linear and Embedding layers and the patch embedding of an image model.
 
     Attributes:
         dropout (float, default 0.0): Dropout rate of the adapter's input.
@@ -48,7 +52,9 @@ class Lora(Ranked):
             model ("all").
         lora_bias (bool, default False): Train a bias of B, which is scaled as B is.
         token_indices (tuple of int, default none): Token ids whose embeddings are trained too, such as new tokens (see
-            trainable_tokens).
+            trainable_tokens), or a table with the ids for some layers: {"lm_head": (3, 7)}.
+        ensure_weight_tying (bool, default False): If the head is tied to the embedding and either is trained or adapted,
+            train or adapt the embedding and let the head follow it.
         dora (bool, default False): Train magnitude and direction separately (DoRA).
         init (str, default "kaiming"): Initial A and B: "kaiming", "gaussian", "orthogonal", "olora", "pissa",
             "pissa_niter_N" (N iterations), "eva", "loftq" or "loftq_niter_N". "eva" takes batches of data
@@ -67,7 +73,8 @@ class Lora(Ranked):
     rslora: bool = False
     bias: str = "none"
     lora_bias: bool = False
-    token_indices: tuple[int, ...] = ()
+    token_indices: tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...] = ()
+    ensure_weight_tying: bool = False
     dora: bool = False
     init: str = "kaiming"
     eva_rho: float = 2.0
@@ -78,7 +85,7 @@ class Lora(Ranked):
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
-    fits: ClassVar = (Linear, Embedding)
+    fits: ClassVar = (Linear, Embedding, PatchEmbedding)
     hf_fields: ClassVar = Targeted.hf_fields | {
         "rank": ("r", 8),
         "alpha": ("lora_alpha", 8),
@@ -89,20 +96,29 @@ class Lora(Ranked):
         "bias": ("bias", "none"),
         "lora_bias": ("lora_bias", False),
         "token_indices": ("trainable_token_indices", None),
+        "ensure_weight_tying": ("ensure_weight_tying", False),
         "dora": ("use_dora", False),
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {
-        "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size",
+        "runtime_config", "megatron_core", "qalora_group_size",
     }  # fmt: skip
+    hf_unsupported: ClassVar = frozenset({
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+        "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+    })  # fmt: skip
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(token_indices=tuple(self.token_indices))
-        check_tokens(self.token_indices)
+        tokens: Any = self.token_indices
+        by_layer = isinstance(tokens, Mapping) or (tokens and isinstance(tokens[0], tuple | list))
+        tokens = pattern(tokens, tuple) if by_layer else tuple(tokens)
+        self._replace(token_indices=tokens)
+        for indices in dict(tokens).values() if by_layer else [tokens]:
+            check_tokens(indices)
         one_of(("none", "all", "lora_only"), bias=self.bias)
         one_of(("float32", "bfloat16", "float16"), dtype=self.dtype)
         positive(lr_ratio=self.lr_ratio)
@@ -114,6 +130,8 @@ class Lora(Ranked):
             )
         if self.init == "orthogonal" and (odd := [rank for rank in self.all_ranks if rank % 2]):
             raise UserError(f"method.rank must be even with init='orthogonal', got {odd[0]}")
+        if self.dora and self.ensure_weight_tying:
+            raise UserError("method.ensure_weight_tying=True cannot be combined with dora=True; choose one of them")
         if self.dora and self.lora_bias:
             raise UserError("method.lora_bias=True cannot be combined with dora=True, as in peft; choose one of them")
         if not self.eva_rho >= 1:
@@ -129,27 +147,41 @@ class Lora(Ranked):
 
     # --- The adapters ---
 
+    def saved(self, model: nnx.Module) -> Chosen:
+        return on_embedding(super().saved(model), self._pair(model))
+
+    def chosen(self, model: nnx.Module) -> Chosen:
+        return on_embedding(super().chosen(model), self._pair(model))
+
+    def _pair(self, model: nnx.Module) -> tuple[Site, Site] | None:
+        return tied_pair(model) if self.ensure_weight_tying else None
+
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)
-        if self.token_indices:
-            train_tokens(model, self.token_indices, [token_embedding(model)], name, key="token_adapter.", both=False)
+        if pair := self._pair(model):
+            tie(pair, name, self.dropout)
+        for site, tokens, tied in tokens_by_site(model, self.token_indices) if self.token_indices else ():
+            train_tokens(model, tokens, [site], name, key="token_adapter.", both=False, tie=tied)
         if self.bias != "none":
             train_biases(model, name, self.bias, self.chosen(model))
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
         linear = isinstance(site.module, Linear)
         if not linear:
-            self._check_embedding(site)
+            self._check_other(site)
         ranks, (inputs, outputs) = self.ranks(site, mask), site.module.axes
         scales = self.alphas(site) / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         by_layer = jnp.asarray(scales, jnp.float32).reshape(*site.stack, 1)
         a, b = (factor.astype(self.dtype) for factor in initial(self.init, site, ranks, scales, rngs))
-        adapter = self._kind(linear)(
+        a_axes = site.lead(inputs, "rank")
+        if isinstance(site.module, PatchEmbedding):
+            a, a_axes = a.reshape(*site.module.kernel.shape[:-1], -1), (None, None, None, "rank")
+        adapter = self._kind(site.module)(
             tuple(int(rank) for rank in ranks),
             PeftConstant(within(ranks, site.stack) * by_layer, axes=site.lead("rank")),
-            (PeftConstant if self.freeze_a else PeftParam)(a, axes=site.lead(inputs, "rank")),
+            (PeftConstant if self.freeze_a else PeftParam)(a, axes=a_axes),
             PeftParam(b, axes=site.lead("rank", outputs)),
-            self.dropout if linear else 0.0,  # peft has no dropout for embeddings
+            0.0 if isinstance(site.module, Embedding) else self.dropout,  # peft has no dropout for embeddings
         )
         if isinstance(adapter, DoraLinear):
             adapter.measure(site.kernel)
@@ -158,17 +190,21 @@ class Lora(Ranked):
             adapter.shift = nnx.data(PeftParam(shift, axes=site.lead(outputs)))
         return adapter
 
-    def _kind(self, linear: bool) -> type[LoraLinear]:
-        if not linear:
+    def _kind(self, layer: nnx.Module) -> type[LoraLinear]:
+        if isinstance(layer, Embedding):
             return DoraEmbedding if self.dora else LoraEmbedding
+        if isinstance(layer, PatchEmbedding):
+            return DoraPatches if self.dora else LoraPatches
         if RESIDUAL.fullmatch(self.init):
             return DoraResidual if self.dora else ResidualLora
         return DoraLinear if self.dora else LoraLinear
 
-    def _check_embedding(self, site: Site) -> None:
+    def _check_other(self, site: Site) -> None:
+        """Refuse the options that an embedding of tokens or patches does not have."""
+        of_tokens = isinstance(site.module, Embedding)
         refused = {
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
-            "freeze_a": (self.freeze_a, "would leave an embedding's A at zero"),
+            "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
             "init": (RESIDUAL.fullmatch(self.init), "starts from a Linear's kernel"),
         }
         for option, (given, why) in refused.items():
@@ -211,7 +247,7 @@ class Lora(Ranked):
 
     def begin(self, model: nnx.Module, name: str, kernels: loftq.Kernels, rngs: nnx.Rngs) -> None:
         for site, adapter in adapters_named(model, name):
-            if isinstance(adapter, LoraLinear) and not isinstance(adapter, LoraEmbedding):
+            if isinstance(site.module, Linear) and isinstance(adapter, LoraLinear):
                 loftq.begin(self.init, site, adapter, kernels, rngs.params())
 
     # --- LoRA+ ---
@@ -246,16 +282,23 @@ class Lora(Ranked):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower() in ("pissa", "olora"):
+            warnings.warn(
+                f"adapter_config.json: init_lora_weights={init!r} belongs to a base less the initial update, which is "
+                "recomputed in float32 from this model's kernels, as in peft; save_adapter writes a plain LoRA",
+                stacklevel=2,
+            )
+            return dataclasses.replace(cls.from_hf(config | {"init_lora_weights": True}), init=init.lower())
+        if isinstance(init, str) and RESIDUAL.fullmatch(init.lower()):
+            raise UserError(
+                f"adapter_config.json: init_lora_weights={init!r} is not supported: it belongs to a base less an initial "
+                "update from a randomized SVD, of which peft draws another one at every load; convert the adapter to plain "
+                "LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
             raise UserError(
-                f"adapter_config.json: init_lora_weights={init!r} changes the base model too and is not supported; "
-                "convert the adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        tokens = config.get("trainable_token_indices")
-        if isinstance(tokens, dict) and len(tokens) == 1:  # {name of the embedding: tokens}
-            config = config | {"trainable_token_indices": list(*tokens.values())}
-        elif isinstance(tokens, dict) and tokens:
-            raise UserError(
-                f"adapter_config.json: trainable_token_indices={tokens!r} of several layers is not supported"
+                f"adapter_config.json: init_lora_weights={init!r} changes the base model in a way that cannot be recomputed "
+                "and is not supported; convert the adapter to plain LoRA first (save_pretrained with "
+                "path_initial_model_for_weight_conversion)"
             )
         return super().from_hf(config)

@@ -1,0 +1,101 @@
+"""Checks of the tensors of an adapter file: values, shapes, and copies of the base."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from peftjax.adapters.sites import Site, sites, tied_kernel
+from peftjax.core.errors import UserError
+from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
+
+
+def check_finite(tensor: np.ndarray, what: str) -> None:
+    """Check that a tensor has no NaN and no infinity.
+
+    Raises:
+        UserError: It has.
+    """
+    if wrong := int((~np.isfinite(tensor.astype(np.float32))).sum()):
+        raise UserError(
+            f"{what} has {wrong} of {tensor.size} values that are NaN or infinite: the training that wrote it diverged, or "
+            "the file is damaged"
+        )
+
+
+def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
+    """Why a tensor has another shape than the model needs, as far as that is certain."""
+    stored = tensors[tensor.key]
+    leaf = tensor.leaf
+    if leaf.shape is not None or (leaf.axes is None and stored.ndim != 1):
+        return ""
+    names = [axis for axis in tensor.variable.axes if axis != "layers"]
+    needed = leaf.write(tensor.of_layer(np.broadcast_to(np.zeros(()), tensor.variable.shape))).shape
+    names = names if leaf.axes is None else [names[axis] for axis in leaf.axes]
+    if len(needed) != stored.ndim:
+        return ""
+    differ = {name for name, one, other in zip(names, needed, stored.shape, strict=True) if one != other}
+    of_base = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
+    if differ == {"rank"}:
+        return f"; {CONFIG} gives another rank"
+    if differ == {"vocab"}:
+        return "; the adapter was made for a vocabulary of another size: resize the embedding of the base first"
+    return "; the adapter was made for another base" if differ and differ <= of_base else ""
+
+
+# What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
+# whole, and of an embedding with trained tokens.
+TOKENS = ".token_adapter.trainable_tokens_delta"
+COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
+
+
+def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str], prefix: str) -> set[str]:
+    """Those of `keys` that repeat a parameter of the base or another tensor of the file.
+
+    peft saves the embedding and the head beside a LoRA of them, and all their forms after a change of the vocabulary.
+
+    Raises:
+        UserError: Such a tensor differs from the parameter.
+    """
+    keys, copies = set(keys), set()
+    for key in keys:
+        originals = [key.replace(".modules_to_save.", ".")]
+        if key.endswith(TOKENS):  # those of a tied head are the embedding's
+            originals += [other for other in tensors if other.endswith(TOKENS)]
+        if any(name not in keys and name in tensors and _same(tensors[key], tensors[name]) for name in originals):
+            copies.add(key)
+    for site in sites(model):
+        for leaf, (suffix, order) in site.module.hf_leaves.items():
+            for layer, hf in zip(site.layers, site.names, strict=True):
+                for key in keys & {f"{prefix}{hf}.{before}{suffix}" for before in COPIES}:
+                    if (own := _base_value(model, site, leaf, layer)) is None:
+                        continue
+                    own = own if order is None else own.transpose(order)
+                    if tensors[key].shape != own.shape:
+                        raise UserError(
+                            f"{key} differs from this model's parameter in shape: {tensors[key].shape} instead of "
+                            f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
+                        )
+                    if not _same(tensors[key], own):
+                        raise UserError(
+                            f"{key} differs from this model's parameter: the adapter was trained on another base"
+                        )
+                    copies.add(key)
+    return copies
+
+
+def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
+    """One layer of a base parameter; None if the module does not have it."""
+    if leaf in site.parameters:
+        value = site.parameters[leaf].get_value()
+        one: Any = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
+        return np.asarray(one.astype(one.dtype))  # decodes a quantized kernel
+    return np.asarray(tied_kernel(model)) if leaf == "kernel" else None
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are equal once both are rounded to the narrower of their dtypes."""
+    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return np.array_equal(one.astype(narrow), other.astype(narrow))

@@ -1,0 +1,183 @@
+"""Fit the options of an adapter file to a model: module names of older versions, and entries that match nothing.
+
+An entry that matches nothing in the user's own config is a mistake. In a file it is not: the tensors show which modules
+have an adapter, and peft ignores the rest.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from peftjax.adapters.method import Method
+from peftjax.adapters.sites import sites
+from peftjax.adapters.targeted import Targeted, chosen_names, is_saved
+from peftjax.core.paths import first_match, matches, unmatched
+from peftjax.io.adapter_keys import bare_key
+from peftjax.methods.adalora import AdaLora
+from peftjax.methods.boft import Boft
+from peftjax.methods.lora.lora import Lora
+from peftjax.models.base import Model
+
+PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
+
+
+def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Return {older name: name} of the modules whose older names these keys of an adapter file use; empty if none does.
+
+    The older names are those of transformers 4, which checkpoints keep.
+    """
+    if not isinstance(model, Model) or not model.hf_renamed:
+        return {}
+    older: dict[str, str] = {}
+    for site in sites(model):
+        if site.path in model.hf_renamed:
+            layers = range(len(site.names))
+            older |= {
+                model.hf_renamed[site.path].format(layer): name for layer, name in zip(layers, site.names, strict=True)
+            }
+    found = any(f".{name}." in f".{key}" for key in keys for name in older)
+    return older if found else {}
+
+
+def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> Method:
+    """Return the method with the modules that its options select by older names selected by their full names."""
+    if not older or not isinstance(method, Targeted):
+        return method
+    back = {name: old for old, name in older.items()}
+    fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
+    by_layer = [pair for site in fitting for pair in zip(site.layers, site.names, strict=True)]
+    names = [name for site in sites(model) for name in site.names]
+
+    def selected(pattern: Any, name: str) -> bool:
+        return bool(pattern) and matches(back.get(name, name), pattern)
+
+    changes: dict[str, Any] = {}
+    if method.targets != method.every:
+        changes["targets"] = tuple(
+            name
+            for layer, name in by_layer
+            if selected(method.targets, name)
+            and not selected(method.exclude, name)
+            and (not method.layers_to_transform or layer in method.layers_to_transform)
+        )
+        changes |= {"exclude": (), "layers_to_transform": ()}
+    saved = method.modules_to_save
+    changes["modules_to_save"] = tuple(
+        name for name in names if any(is_saved(back.get(name, name), entry) for entry in saved)
+    )
+    for option, table in _tables(method).items():
+        if table:
+            found = ((name, first_match(back.get(name, name), table)) for _, name in by_layer)
+            changes[option] = tuple((name, value) for name, value in found if value is not None)
+    feedforward = getattr(method, "feedforward", ())
+    if feedforward and not isinstance(feedforward, str):
+        changes["feedforward"] = tuple(
+            name for _, name in by_layer if back.get(name, name).endswith(tuple(feedforward))
+        )
+    return dataclasses.replace(method, **changes)
+
+
+def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[Method, str | None]:
+    """Return a BOFT with as many factors as its tensors have, and what its config says if that differs.
+
+    Without its CUDA extension peft trains with one factor and writes the number that was asked for.
+    """
+    stored = {len(tensor) for key, tensor in tensors.items() if key.endswith(".boft_R") and tensor.ndim == 4}
+    if not isinstance(method, Boft) or len(stored) != 1 or stored == {method.factors}:
+        return method, None
+    return dataclasses.replace(method, factors=stored.pop()), f"boft_n_butterfly_factor={method.factors}"
+
+
+def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) -> tuple[Method, list[str]]:
+    """Remove the options that match nothing in the model and that peft ignores.
+
+    If no target matches, such as a regular expression for the names of a multimodal model, the modules that have tensors
+    are the targets.
+
+    Args:
+        method: The method of the file.
+        model: The model.
+        keys: The keys of the tensors.
+
+    Returns:
+        The method, and what was removed: "target_modules 'v_porj'".
+    """
+    if not isinstance(method, Targeted):
+        return method, []
+    removed: list[str] = []
+
+    def keep(option: str, entries: Iterable[Any], fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+        entries = tuple(entries)
+        kept = tuple(entry for entry in entries if fits(entry))
+        if dropped := [repr(entry[0] if option in PATTERNS else entry) for entry in entries if not fits(entry)]:
+            removed.append(f"{method.hf_fields.get(option, (option,))[0]} {', '.join(dropped)}")
+        return kept
+
+    fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
+    names = [name for site in fitting for name in site.names]
+    every = [name for site in sites(model) for name in site.names]
+    depth = max((site.stack[0] for site in fitting if site.stack), default=0)
+
+    changes: dict[str, Any] = {}
+    given = (method.targets,) if isinstance(method.targets, str) else method.targets
+    if method.targets == method.every:
+        pass
+    elif len(unmatched(names, method.targets)) == len(given):
+        if with_tensors := with_adapter(names, keys):
+            removed.append(f"target_modules {', '.join(map(repr, given))}")
+            changes["targets"] = with_tensors
+    elif not isinstance(method.targets, str):
+        changes["targets"] = keep("targets", method.targets, lambda entry: not unmatched(names, (entry,)))
+    if isinstance(method.exclude, str):
+        changes["exclude"] = next(
+            iter(keep("exclude", (method.exclude,), lambda entry: not unmatched(names, entry))), ()
+        )
+    else:
+        changes["exclude"] = keep("exclude", method.exclude, lambda entry: not unmatched(names, (entry,)))
+    if any(0 <= layer < depth for layer in method.layers_to_transform):
+        changes["layers_to_transform"] = keep(
+            "layers_to_transform", method.layers_to_transform, lambda layer: 0 <= layer < depth
+        )
+    changes["modules_to_save"] = keep(
+        "modules_to_save", method.modules_to_save, lambda entry: any(is_saved(name, entry) for name in every)
+    )
+    tables = _tables(method)
+    method = dataclasses.replace(method, **changes, **dict.fromkeys(tables, ()))
+    targeted = chosen_names(Targeted.chosen(method, model))
+    for option, table in tables.items():
+        tables[option] = keep(
+            option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
+        )
+    later: dict[str, Any] = dict(tables)
+    feedforward = getattr(method, "feedforward", ())
+    if feedforward and not isinstance(feedforward, str):
+        later["feedforward"] = keep(
+            "feedforward", feedforward, lambda entry: any(name.endswith(entry) for name in targeted)
+        )
+    method = dataclasses.replace(method, **later)
+    if isinstance(method, Lora) and method.bias != "none" and not has_bias(method, model):
+        removed.append(f"bias={method.bias!r}")
+        method = dataclasses.replace(method, bias="none")
+    return method, removed
+
+
+def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """The options that are tables by module name. AdaLoRA's has the names of tensors, which it checks itself."""
+    return (
+        {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in PATTERNS if hasattr(method, key)}
+    )
+
+
+def with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that have tensors of an adapter, not only copies of their parameters, apart from wrappers in the keys."""
+    bare = [bare_key(key) for key in keys if ".lora_" in key]
+    return tuple(name for name in names if any(key.startswith(f"{bare_key(name)}.lora_") for key in bare))
+
+
+def has_bias(method: Lora, model: nnx.Module) -> bool:
+    """Whether the option `bias` of a LoRA applies to any bias of the model."""
+    layers = sites(model) if method.bias == "all" else [site for site, _ in Targeted.chosen(method, model)]
+    return any("bias" in site.parameters for site in layers)

@@ -1,0 +1,60 @@
+"""Keys of adapter files as programs other than `save_pretrained` of peft spell them."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# What compiled, distributed, multimodal and unwrapped models add to a key, peft's own prefix, and the adapter's name,
+# which is there if a state dict was saved without peft.
+WRAPPERS = {
+    "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model", "language_model",
+    "default",
+}  # fmt: skip
+
+
+def respelled(tensors: Mapping[str, T], expected: Iterable[str]) -> tuple[dict[str, T], dict[str, str]]:
+    """Give tensors whose keys only differ from expected ones by wrappers the expected keys, where that is unambiguous.
+
+    Returns:
+        The tensors, and {expected key: key in the file} of those that were renamed.
+    """
+    expected = set(expected)
+    wanted = _by_bare_key(expected - tensors.keys())
+    given = _by_bare_key(tensors.keys() - expected)
+    new = {
+        given[bare][0]: keys[0]
+        for bare, keys in sorted(wanted.items())
+        if len(keys) == 1 and len(given.get(bare, ())) == 1
+    }
+    return {new.get(key, key): value for key, value in tensors.items()}, {
+        key: old for old, key in new.items() if not old.endswith("lora_magnitude_vector.weight")
+    }
+
+
+def bare_key(key: str) -> str:
+    """Return a key, or the name of a module, without wrappers."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    # peft has held this vector in a module since 0.10; a state dict that it did not write has the module's name
+    return ".".join(parts).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+def _by_bare_key(keys: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        found.setdefault(bare_key(key), []).append(key)
+    return found
+
+
+def with_older_names(tensors: Mapping[str, T], older: Mapping[str, str]) -> dict[str, T]:
+    """Replace the older names of modules in keys, {older name: name}."""
+
+    def renamed(key: str) -> str:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            for end in range(len(parts), start, -1):
+                if (name := older.get(".".join(parts[start:end]))) is not None:
+                    return ".".join([*parts[:start], name, *parts[end:]])
+        return key
+
+    return {renamed(key): value for key, value in tensors.items()}

@@ -1,0 +1,77 @@
+"""A tied head that follows the embedding's trained table or LoRA: `ensure_weight_tying`.
+
+Without it, as in peft, an adapter of the embedding leaves the head as it is, and the two differ once it is active.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, Override, WeightAdapter
+from peftjax.adapters.sites import Chosen, Site, insert, sites
+from peftjax.methods.lora.adapter import LoraEmbedding
+from peftjax.models.base import LanguageModel
+from peftjax.nn.dropout import Dropout
+from peftjax.quant.matmul import matmul
+
+
+def tied_pair(model: nnx.Module) -> tuple[Site, Site] | None:
+    """The sites of the embedding and of the head that is tied to it."""
+    if not isinstance(model, LanguageModel) or not model.tied:
+        return None
+    embed = next(site for site in sites(model) if site.module is model.embed)
+    head = next(site for site in sites(model) if site.module is model.head)
+    return embed, head
+
+
+def on_embedding(chosen: Chosen, pair: tuple[Site, Site] | None) -> Chosen:
+    """Put the embedding in the place of a tied head among chosen sites."""
+    if pair is None or all(site.path != pair[1].path for site, _ in chosen):
+        return chosen
+    embed, head = pair
+    mask = next(mask for site, mask in chosen if site.path == head.path)
+    return [*((site, own) for site, own in chosen if site.path not in (embed.path, head.path)), (embed, mask)]
+
+
+def tie(pair: tuple[Site, Site], name: str, dropout: float) -> None:
+    """Let the head follow adapter `name` of the embedding, if it has one."""
+    embed, head = pair
+    adapter = embed.module.adapters.adapter(name) if name in embed.module.adapters.names() else None
+    if isinstance(adapter, Override):
+        insert(head, name, TiedTable(vars(adapter)["embedding"]))
+    elif isinstance(adapter, LoraEmbedding):
+        insert(head, name, TiedLora(adapter, dropout))
+
+
+class TiedTable(WeightAdapter):
+    """x T^T, with the trained table T [V, D] of the embedding."""
+
+    names: ClassVar = {"weight": HfLeaf("embedding")}
+
+    def __init__(self, table: nnx.Variable) -> None:
+        self.embedding, self.layers = table, LayerMask([True])
+
+    def changed(self, kernel: jax.Array) -> jax.Array:
+        del kernel
+        table: jax.Array = self.embedding.get_value()
+        return table.T
+
+
+class TiedLora(DeltaAdapter):
+    """x W + (dropout(x) B^T * scale) A^T, with the embedding's A [V, R] and B [R, D]."""
+
+    names: ClassVar = {"lora_A.weight": HfLeaf("b"), "lora_B.weight": HfLeaf("a")}
+
+    def __init__(self, lora: LoraEmbedding, dropout: float) -> None:
+        self.scale, self.a, self.b = lora.scale, lora.a, lora.b
+        self.dropout, self.layers = Dropout(dropout), LayerMask([True])
+
+    def delta(self) -> jax.Array:
+        a, b = (leaf.get_value().astype(jnp.float32) for leaf in (self.a, self.b))
+        return jnp.matmul(a * self.scale.get_value()[None], b).T
+
+    def update(self, x: jax.Array) -> jax.Array:
+        low = matmul(self.dropout(x), self.b.get_value().T)
+        return matmul(low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape), self.a.get_value().T)

@@ -1,0 +1,269 @@
+"""Adapter directories as peft and people leave them, each with the logits of peft."""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.numpy import load_file, save_file
+
+import peftjax
+from peftjax.adapters import count_trainable
+from peftjax.io.adapter_load import GENERAL_FIELDS
+from peftjax.methods import METHODS
+from tests.interop.peers import (
+    THEIRS,
+    adapted,
+    assert_close,
+    assert_far,
+    load_theirs,
+    logits,
+    save_base,
+)
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings(*THEIRS, "ignore:The following .*_pattern keys did not match:RuntimeWarning"),
+]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QV = ["q_proj", "v_proj"]
+
+
+def lora(**options: Any) -> Any:
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(QV)} | options)
+
+
+def edit(directory: Path, **fields: Any) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | fields))
+
+
+def rename(directory: Path, change: Callable[[str], str]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    save_file({change(key): value for key, value in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load(base: Path, directory: Path, warning: str | None) -> Any:
+    """Our model with the adapter; warning: a part of the one warning that loading it gives, None: it gives none."""
+    model = peftjax.load_model(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftjax.load_adapter(model, directory)
+    messages = [str(entry.message) for entry in caught]
+    assert len(messages) == (warning is not None), messages
+    assert warning is None or re.search(warning, messages[0]), messages
+    return model
+
+
+# --- Fields and entries of the config that match nothing ---
+
+
+def test_the_fields_of_peft_are_known() -> None:
+    for method in METHODS.values():
+        if method.peft_type:
+            theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type])}
+            assert theirs - GENERAL_FIELDS <= method.hf_known(), method.peft_type
+
+
+ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "target_modules": ({"target_modules": [*QV, "v_porj"]}, "target_modules 'v_porj'"),
+    "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj", "vision"]}, "exclude_modules 'vision'"),
+    "exclude_regex": ({"exclude_modules": "vision.*"}, r"exclude_modules 'vision\.\*'"),
+    "modules_to_save": ({"modules_to_save": ["lm_head", "score2"]}, "modules_to_save 'score2'"),
+    "patterns": (
+        {"rank_pattern": {"k_proj": 2, "v_proj": 3}, "alpha_pattern": {"o_proj": 2}},
+        "rank_pattern 'k_proj'; alpha_pattern 'o_proj'",
+    ),
+    "layers_to_transform": ({"layers_to_transform": [1, 40]}, "layers_to_transform 40"),
+    "bias": ({"bias": "all"}, "bias='all'"),
+    "bias of targets": ({"bias": "lora_only"}, "bias='lora_only'"),
+    "container": ({"modules_to_save": ["layers.1.mlp", "norm"]}, None),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_that_match_nothing_are_named_and_the_rest_computes_the_same(
+    name: str, bases: Callable, tmp_path: Path
+) -> None:
+    options, warning = ENTRIES[name]
+    theirs = adapted(bases("untied"), lora(**options))
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, warning)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(bases("untied"), peft.OFTConfig(oft_block_size=4, target_modules=list(QV), bias="all"))
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, "bias='all' is ignored, since no layer of this model has a bias")
+    assert_close(logits(model), logits(theirs))
+
+
+# --- Windows ---
+
+WINDOW = 5
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mistral")
+    save_base(path, kind="Mistral", sliding_window=WINDOW)
+    return path
+
+
+@pytest.mark.parametrize("tokens", [3, WINDOW, 8])
+def test_a_sliding_window_hides_the_prefix_as_it_does_in_transformers(
+    tokens: int, mistral: Path, tmp_path: Path
+) -> None:
+    theirs = adapted(mistral, peft.PrefixTuningConfig(num_virtual_tokens=tokens))
+    theirs.save_pretrained(tmp_path)
+    model = load(mistral, tmp_path, None)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+
+
+# --- PiSSA and OLoRA ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "use_rslora": True},
+        {"init_lora_weights": "pissa", "use_dora": True},
+    ],
+)
+def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(bases("untied"), lora(**options))
+    theirs.save_pretrained(tmp_path / "a")
+    model = load(bases("untied"), tmp_path / "a", "belongs to a base less the initial update")
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+    peftjax.use(model, "default")
+    peftjax.save_adapter(model, tmp_path / "plain")
+    assert_close(logits(load(bases("untied"), tmp_path / "plain", None)), logits(model))
+    with (
+        pytest.warns(UserWarning, match="less the initial update"),
+        pytest.raises(ValueError, match="cannot be recomputed from nf4 kernels"),
+    ):
+        peftjax.load_adapter(peftjax.load_model(bases("wide"), quantize="nf4"), tmp_path / "a")
+
+
+def test_a_randomized_initial_update_is_refused_because_peft_draws_another_one_too(
+    bases: Callable, tmp_path: Path
+) -> None:
+    adapted(bases("untied"), lora(init_lora_weights="pissa_niter_4")).save_pretrained(tmp_path)
+    one, other = (logits(peft.PeftModel.from_pretrained(load_theirs(bases("untied")), tmp_path).eval()) for _ in "12")
+    assert_far(one, other)
+    with pytest.raises(
+        ValueError, match=r"init_lora_weights='pissa_niter_4' is not supported: .* another one at every load"
+    ):
+        peftjax.load_adapter(peftjax.load_model(bases("untied")), tmp_path)
+
+
+# --- Spellings and sizes in which files differ ---
+
+RENAMES: dict[str, tuple[Callable[[str], str], str | None]] = {
+    "compiled": (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."), "_orig_mod"),
+    "distributed": (lambda key: f"module.{key}", "is read as base_model.model.model.layers"),
+    "with the adapter's name": (lambda key: key.replace(".weight", ".default.weight"), "lora_A.default.weight"),
+    "multimodal": (lambda key: key.replace("model.model.", "model.language_model.model."), "language_model"),
+    "multimodal of transformers 5": (lambda key: key.replace("model.model.", "model.model.language_model."), "model"),
+    "without peft's prefix": (lambda key: key.removeprefix("base_model.model."), "differ from peft's by a prefix"),
+    "magnitudes in a module": (lambda key: key.replace("_magnitude_vector", "_magnitude_vector.weight"), None),
+}
+
+
+@pytest.mark.parametrize("name", RENAMES)
+def test_keys_that_differ_by_a_prefix_are_read(name: str, bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(bases("untied"), lora(use_dora=True))
+    theirs.save_pretrained(tmp_path)
+    change, warning = RENAMES[name]
+    rename(tmp_path, change)
+    assert_close(logits(load(bases("untied"), tmp_path, warning)), logits(theirs))
+
+
+def test_the_tensors_name_the_targets_where_a_regular_expression_is_for_a_multimodal_model(
+    bases: Callable, tmp_path: Path
+) -> None:
+    theirs = adapted(bases("untied"), lora())
+    theirs.save_pretrained(tmp_path)
+    rename(tmp_path, RENAMES["multimodal of transformers 5"][0])
+    edit(tmp_path, target_modules=r"model\.language_model\..*(q_proj|v_proj)")
+    model = peftjax.load_model(bases("untied"))
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030 - two
+        peftjax.load_adapter(model, tmp_path)
+    assert ["target_modules" in str(caught[0].message), "keys differ" in str(caught[1].message)] == [True, True]
+    assert_close(logits(model), logits(theirs))
+
+
+def test_a_boft_has_as_many_factors_as_its_tensors(bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(
+        bases("untied"), peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=list(QV))
+    )
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, "boft_n_butterfly_factor=2 is ignored")
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+
+
+# --- New tokens ---
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory: pytest.TempPathFactory, bases: Callable) -> Callable[[str], Path]:
+    """Bases with three more tokens, and peft's config of the base before."""
+    folder = tmp_path_factory.mktemp("resized")
+
+    def make(name: str) -> Path:
+        if not (folder / name).exists():
+            model = load_theirs(bases(name))
+            model.resize_token_embeddings(51)
+            model.save_pretrained(folder / name)
+        return folder / name
+
+    return make
+
+
+TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding and head": ("untied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "head": ("untied", {"modules_to_save": ["lm_head"]}),
+    "not trained": ("untied", {}),
+    "targets": ("untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "tokens": ("untied", {"trainable_token_indices": [48, 49, 3]}),
+    "tokens of a tied base": ("tied", {"trainable_token_indices": [48, 49, 3]}),
+    "tokens of the head": ("untied", {"trainable_token_indices": {"lm_head": [48, 3]}}),
+    "tokens of a tied head": ("tied", {"trainable_token_indices": {"lm_head": [48, 3]}}),
+    "tokens of both": ("untied", {"trainable_token_indices": {"embed_tokens": [48], "lm_head": [50, 3]}}),
+    "other tokens of a tied head": ("tied", {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [50]}}),
+    "the same tokens of a tied head": ("tied", {"trainable_token_indices": {"embed_tokens": [7], "lm_head": [7]}}),
+    "tied, trained": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied, named by the head": ("tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    "tied, targets": ("tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "tied, tokens": ("tied", {"trainable_token_indices": [48, 3], "ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_copies_that_peft_writes_beside_new_tokens_are_accepted(
+    name: str, bases: Callable, resized: Callable, tmp_path: Path
+) -> None:
+    base, options = TOKENS[name]
+    theirs = adapted(resized(base), lora(base_model_name_or_path=str(bases(base)), **options))
+    theirs.peft_config["default"].base_model_name_or_path = str(bases(base))
+    theirs.save_pretrained(tmp_path / "a")
+    model = load(resized(base), tmp_path / "a", None)
+    assert_close(logits(model), logits(theirs))
+    trained = {p.untyped_storage().data_ptr(): p.numel() for p in theirs.parameters() if p.requires_grad}
+    assert count_trainable(model) == sum(trained.values())
+    peftjax.save_adapter(model, tmp_path / "b")
+    assert_close(logits(load(resized(base), tmp_path / "b", None)), logits(theirs))
