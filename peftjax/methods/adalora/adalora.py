@@ -81,6 +81,9 @@ class AdaLora(Targeted):
     hf_constants: ClassVar = {"bias": "none", "init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Lora.hf_ignored | {"r"}
     hf_training: ClassVar = Lora.hf_training
+    training_options: ClassVar = Targeted.training_options | {
+        "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
