@@ -1,10 +1,8 @@
 """Fixtures of the tests beside torch, transformers and peft."""
 
-import contextlib
-import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,15 +26,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2(assets: Path) -> Path:
-    """SmolLM2-135M-Instruct, built once and kept in .cache/smollm2_135m."""
-    kept = Path(__file__).resolve().parents[2] / ".cache" / "smollm2_135m"
-    if not kept.exists():
-        made = kept.with_name(f"smollm2_135m-{os.getpid()}")  # several test processes may build it at the same time
-        script = assets / "smollm2_135m" / "make.py"
-        built = subprocess.run([sys.executable, script, made], capture_output=True, text=True, check=False)
-        if built.returncode:
-            pytest.skip(f"{script} failed: {built.stderr.strip().splitlines()[-1]}")
-        with contextlib.suppress(OSError):  # another process was first
-            made.rename(kept)
-        shutil.rmtree(made, ignore_errors=True)
-    return kept
+    """SmolLM2-135M-Instruct, built once into the temporary directory of the machine, where later sessions find it."""
+    script = assets / "smollm2_135m" / "make.py"
+    if not script.is_file():
+        pytest.skip(f"{script} is missing")
+    directory = Path(tempfile.gettempdir()) / "peftjax-smollm2-135m"
+    if not directory.exists():
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:  # other processes may be building it too
+            subprocess.run([sys.executable, script, f"{scratch}/model"], check=True)
+            if not directory.exists():
+                Path(scratch, "model").rename(directory)
+    return directory
