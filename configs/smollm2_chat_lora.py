@@ -21,12 +21,13 @@ def get_config() -> ConfigDict:
     config.data.eval = ("configs/data/date_chats/test.jsonl",)  # days that never occur in training
     config.data.format = "chat"
     config.data.max_length = 128
+    config.data.pack = True
 
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 5
 
     config.train.steps = 60
-    config.train.batch_size = 8
+    config.train.batch_size = 4
     config.train.log_every = 5
     config.train.eval_batches = 4
     config.eval.exact_match = 20

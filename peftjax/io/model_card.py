@@ -75,10 +75,9 @@ def make_card(directory: Path, training: Training | None = None) -> str:
         "Base model": f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else _shown_base(base),
         "Method": f"`{method.method}`",
         "Options": ", ".join(f"`{name}={value!r}`" for name, value in _options(method).items()) or "defaults",
-        "Parameters": f"{_parameters(directory, hub):,}",
-        **(training.facts if training else {}),
+        **(training.facts if training else {"Parameters": f"{_parameters(directory, hub):,}"}),
     }
-    title = f"# {method.method} adapter for {hub_id or _shown_base(base)}"
+    title = f"# {type(method).__name__} adapter for {hub_id or _shown_base(base)}"
     head = training.head if training else {}
     parts = [
         title,

@@ -10,7 +10,8 @@ from peftjax.log import METRICS, read_metrics
 from peftjax.tasks import Task
 from peftjax.training.config import Config
 
-_PLACE = ("step", "kind", "seconds")  # the fields of a line of metrics.jsonl that are no metrics
+# The fields of a line of metrics.jsonl that are no metrics, but say when, and on how much, they were measured.
+_PLACE = ("step", "kind", "seconds", "tokens", "examples", "prompts")
 
 
 def write_card(directory: Path, config: Config, task: Task, workdir: Path, step: int, parameters: str) -> None:
@@ -37,12 +38,14 @@ def write_card(directory: Path, config: Config, task: Task, workdir: Path, step:
 
 def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
     optim, model, data = config.optim, config.model, config.data
-    size = f", at most {data.max_length:,} tokens each" if task.unit == "tokens" else ""
+    rows, size = (
+        ("sequences", f", at most {data.max_length:,} tokens each") if task.unit == "tokens" else (task.unit, "")
+    )
     schedule = f"{optim.schedule} schedule" + (f", {optim.warmup_steps:,} warmup steps" if optim.warmup_steps else "")
     facts = {
         "Task": f"`{config.task.kind}`",
         "Training data": _sources(data.train),
-        "Training": f"{step:,} steps with {config.train.batch_size:,} sequences{size}; seed {config.seed}",
+        "Training": f"{step:,} steps of {config.train.batch_size:,} {rows}{size}; seed {config.seed}",
         "Optimizer": f"{optim.name}, learning rate {optim.learning_rate:g}, {schedule}",
         "Precision": model.dtype + (f", base in {model.quantize}" if model.quantize else ""),
     }

@@ -149,8 +149,9 @@ def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -
     }
     assert str(tmp_path) not in card
     assert "| Base model | `model` |" in card
+    assert "| Trainable parameters | 10,560 (28.23% of the base) |" in card
     assert "| Training data | `train.jsonl` |" in card
-    assert "| Training | 2 steps with 8 sequences, at most 24 tokens each; seed 0 |" in card
+    assert "| Training | 2 steps of 8 sequences, at most 24 tokens each; seed 0 |" in card
     assert "Measured on `eval.jsonl`.\n\n| Metric | Before training | After |\n| --- | --- | --- |\n| loss | " in card
     assert 'peftjax.load_model("path/to/base-model")' in card
 
@@ -161,6 +162,6 @@ def test_the_card_of_a_bottleneck_adapter_is_for_the_library_adapters(tmp_path: 
         "library_name": "adapter-transformers",
         "tags": ["pfeiffer", "peftjax"],
     }
-    assert "# pfeiffer adapter for the model bundled with peftjax" in card
+    assert "# Pfeiffer adapter for the model bundled with peftjax" in card
     assert "model.set_active_adapters(model.load_adapter(adapter))" in card
     assert 'peftjax.load_model("embedded")' in card
