@@ -16,7 +16,7 @@ from peftjax.io.model_card import make_card
 from peftjax.io.push import check_push
 from peftjax.training import config as configs
 from tests import hub as stand_in
-from tests import tiny
+from tests import runs, tiny
 from tests.test_train import config
 
 # Of huggingface_hub in its HTTP library, where it uploads without Xet.
@@ -165,3 +165,23 @@ def test_the_card_of_a_bottleneck_adapter_is_for_the_library_adapters(tmp_path: 
     assert "# Pfeiffer adapter for the model bundled with peftjax" in card
     assert "model.set_active_adapters(model.load_adapter(adapter))" in card
     assert 'peftjax.load_model("embedded")' in card
+
+
+@pytest.mark.slow
+def test_the_command_uploads_to_the_hub_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in.serve() as server:
+        for name, value in {
+            "HF_ENDPOINT": server.endpoint, "HF_TOKEN": stand_in.TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        world = runs.make_world(tmp_path)
+        overrides = ("--config.train.steps=2", "--config.optim.warmup_steps=0", "--config.eval.exact_match=0")
+        printed = runs.finish(runs.start(world, tmp_path / "run", *overrides, "--push=engines/adapter"))
+        assert f"{server.endpoint}/engines/adapter" in printed
+        assert server.files["engines/adapter"].keys() == runs.files(tmp_path / "run" / "adapter").keys()
+        ((code, printed),) = runs.ended(runs.start(world, tmp_path / "other", "--push=grace/adapter"))
+    assert code == 2
+    assert (
+        "error: cannot upload to grace/adapter: ada is not a member of grace; choose one of ada, engines\n" in printed
+    )
+    assert not (tmp_path / "other").exists()

@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import methods, sharding, train
+from peftjax import methods, sharding, sweep, train
 from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.training import config as configs
+from peftjax.training.population import Member
 from peftjax.training.start_from import attach_trained, with_options
 from peftjax.training.trained import load_trained, measure
 from tests import tiny
@@ -121,3 +122,23 @@ def test_parameters_that_a_directory_does_not_have_are_refused(tmp_path: Path) -
     made = from_adapter(tmp_path, path, "prefix", projection=True)
     with pytest.raises(UserError, match=r"method\.projection: True in the config, False in the adapter"):
         with_options(configs.validate(made))
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_sweep_start_from_an_adapter(tmp_path: Path) -> None:
+    given = peftjax.attach(
+        peftjax.load_model(tiny.directory(tmp_path / "model")), peftjax.Lora(rank=2), rngs=nnx.Rngs(0)
+    )
+    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "adapter")
+    members = []
+    for rate in (1e-3, 1e-2):
+        made = from_adapter(tmp_path, adapter)
+        made.optim.learning_rate = rate
+        values = {"optim.learning_rate": rate}
+        members.append(Member(values, configs.validate(made), tmp_path / "sweep" / str(rate)))
+    sweep.sweep(members, tmp_path / "sweep")
+    lines = [metrics(member.workdir) for member in members]
+    assert lines[0][0] == lines[1][0]  # the evaluation before the first step
+    assert lines[0][-1]["eval_loss"] != lines[1][-1]["eval_loss"]
+    assert all(json.loads((one.workdir / "config.json").read_text())["method"]["rank"] == 2 for one in members)
+    assert sweep.finished(members[0])
