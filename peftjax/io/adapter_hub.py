@@ -72,22 +72,6 @@ def with_both_names(tensors: Mapping[str, T], method: Bottleneck) -> dict[str, T
     return {**tensors, **again}
 
 
-def read_method(path: Path) -> Bottleneck:
-    """Read the method and options of a directory.
-
-    Raises:
-        UserError: The config asks for something that is not supported, or there is no safetensors file.
-    """
-    config = read_json(path / CONFIG)
-    if not isinstance(config["config"], dict):
-        raise UserError(f"{path / CONFIG}: config must be an object, not {json.dumps(config['config'])}")
-    _check_files(path)
-    options = dict(config["config"])
-    if "version" not in config and options.get("non_linearity") in OLD_NON_LINEARITIES:
-        options["non_linearity"] = OLD_NON_LINEARITIES[options["non_linearity"]]
-    return from_hub(options)
-
-
 def read(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str, np.ndarray]]:
     """Read the method and the tensors of a directory.
 
@@ -109,7 +93,13 @@ def read(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str
             f"{type(model).__name__} is an adopted network"
         )
     config = read_json(path / CONFIG)
-    method, options = read_method(path), config["config"]
+    if not isinstance(config["config"], dict):
+        raise UserError(f"{path / CONFIG}: config must be an object, not {json.dumps(config['config'])}")
+    _check_files(path)
+    options = dict(config["config"])
+    if "version" not in config and options.get("non_linearity") in OLD_NON_LINEARITIES:
+        options["non_linearity"] = OLD_NON_LINEARITIES[options["non_linearity"]]
+    method = from_hub(options)
     if not options.get("original_ln_after", True) and any(isinstance(s.module, NormedResidual) for s in sites(model)):
         raise UserError(
             f"{path / CONFIG}: original_ln_after=False is not supported for a post-norm model, which normalizes x + f(x): "

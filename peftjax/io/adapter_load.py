@@ -88,21 +88,8 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
     return model
 
 
-def read_method(path: str | Path) -> Method:
-    """Read the method and options of an adapter directory, without its tensors.
-
-    Raises:
-        UserError: A file is missing, or the config asks for something that is not supported.
-    """
-    path = Path(path)
-    if adapter_hub.is_hub(path):
-        return adapter_hub.read_method(path)
-    config, cls = _read_config(path)
-    return cls.from_hf({key: value for key, value in config.items() if key not in GENERAL_FIELDS})
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], type[Method]]:
-    """The adapter_config.json of a PEFT directory, and the class of its method."""
+def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
+    """The method of a PEFT directory, and whether its file holds the task head."""
     _check_files(path)
     config = read_json(path / CONFIG)
     classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
@@ -110,12 +97,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], type[Method]]:
         raise UserError(
             f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
         )
-    return config, classes[kind]
-
-
-def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
-    """The method of a PEFT directory, and whether its file holds the task head."""
-    config, cls = _read_config(path)
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):
@@ -127,7 +108,7 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
     if task in CLASSIFICATIONS or head_sites(model):
         # The task head is trained with every method, and peft lists every name that it may have.
         fields["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
-    return cls.from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
+    return classes[kind].from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
 
 
 def _check_files(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftjax.adapters.method import Method
 from peftjax.io import adapter_hub
-from peftjax.io.adapter_load import read_method
+from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
 from peftjax.io.hf_files import read_header, read_json
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from peftjax.core.errors import UserError
-from peftjax.io.adapter_load import read_method
+from peftjax.io.adapter_method import read_method
 from peftjax.io.model_card import CARD, REPOSITORY, make_card
 
 

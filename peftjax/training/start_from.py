@@ -7,7 +7,6 @@ such as LoRA-FA's A. The directory itself is read once.
 
 import dataclasses
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from peftjax.core import variables
 from peftjax.core.config_values import as_tuples
 from peftjax.core.errors import UserError
 from peftjax.core.variables import DropoutKey
-from peftjax.io.adapter_load import load_adapter, read_method
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_method import read_method
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.models.base import Model
 from peftjax.training.config import Config
@@ -63,10 +63,7 @@ def with_options(config: Config) -> Config:
     """
     if not config.start_from:
         return config
-    path = Path(config.start_from).expanduser()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading the adapter gives the same warnings
-        theirs = read_method(path)
+    theirs = read_method(Path(config.start_from).expanduser())
     method = _completed(config.method, theirs)
     _require_agreement(method, theirs, config.start_from)
     return dataclasses.replace(config, method=method)

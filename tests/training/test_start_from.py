@@ -15,6 +15,7 @@ from peftjax import methods, sharding, sweep, train
 from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.io.adapter_method import read_method
 from peftjax.training import config as configs
 from peftjax.training.population import Member
 from peftjax.training.start_from import attach_trained, with_options
@@ -100,6 +101,7 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
         peftjax.Lora(rank=2, dora=True, token_indices=(3, 5), modules_to_save=("lm_head",)),
         peftjax.AdaLora(total_steps=10, init_rank=4, target_rank=2),
         peftjax.Vera(rank=4, projection_prng_key=7),
+        peftjax.Miss(rank=8, variant="bat"),
         peftjax.PrefixTuning(tokens=3),
         peftjax.Houlsby(reduction_factor=4.0),
     ],
@@ -107,9 +109,8 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
 )
 def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, tmp_path: Path) -> None:
     source = tiny.randomize(peftjax.attach(tiny.model(), method, rngs=nnx.Rngs(0)))
-    path = peftjax.save_adapter(source, tmp_path / "adapter")
-    model = tiny.model()
-    attach_trained(model, method, path, nnx.Rngs(1))
+    path, model = peftjax.save_adapter(source, tmp_path / "adapter"), tiny.model()
+    assert attach_trained(model, method, path, nnx.Rngs(1)) == read_method(path)
     assert list(attached(model)) == ["default"]
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
