@@ -89,7 +89,7 @@ def check_push(repo_id: str) -> None:
             f"cannot upload to {repo_id}: {user['name']} is not a member of {owner}; choose one of {', '.join(own)}"
         )
     if role == "read":
-        raise UserError(f"cannot upload to {repo_id}: the token can only read; log in with one that can write")
+        raise UserError(f"cannot upload to {repo_id}: the token is read-only; log in with one that has write access")
 
 
 def _reason(error: BaseException) -> str:

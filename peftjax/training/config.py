@@ -87,7 +87,7 @@ class CheckpointConfig:
 
 METHOD_NAME = Field("lora", "PEFT method; the other fields of this section are the options of that method")
 START_FROM = Field(
-    "", "Adapter directory to start from, which also gives the options left at their defaults; empty: none"
+    "", "Directory of an adapter to start from; options left at their defaults take its values; empty: none"
 )
 
 

@@ -89,7 +89,7 @@ def test_a_name_that_cannot_be_uploaded_to_is_refused(hub: stand_in.Hub, repo_id
 def test_who_cannot_upload_is_told_why(hub: stand_in.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_push("ada/adapter")
     hub.user["auth"]["accessToken"]["role"] = "read"
-    with pytest.raises(UserError, match="ada/adapter: the token can only read"):
+    with pytest.raises(UserError, match="ada/adapter: the token is read-only"):
         check_push("ada/adapter")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(UserError, match=r"does not accept the token \(.*; log in again with `hf auth login`"):
