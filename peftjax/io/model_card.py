@@ -97,13 +97,9 @@ def _hub_id(base: str) -> str | None:
 
 def _shown_base(base: str) -> str:
     """A base that is not on the hub, without the folders of the machine."""
-    return (
-        "the model bundled with peftjax"
-        if base == "embedded"
-        else f"`{Path(base).name}`"
-        if base
-        else "an unknown base model"
-    )
+    if base == "embedded":
+        return "the model bundled with peftjax"
+    return f"`{Path(base).name}`" if base else "an unknown base model"
 
 
 def _options(method: Method) -> dict[str, Any]:

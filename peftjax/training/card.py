@@ -54,7 +54,13 @@ def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
 
 def _sources(sources: Sequence[str]) -> str:
     """Data sources, without the folders of the machine."""
-    return ", ".join(f"`{source if ':' in source else Path(source).name}`" for source in sources)
+    return ", ".join(f"`{_shown(source)}`" for source in sources)
+
+
+def _shown(source: str) -> str:
+    kind, colon, place = source.rpartition(":")
+    local = kind in ("", "images") or place.startswith(("/", "~", "."))
+    return kind + colon + (Path(place).name if local else place)
 
 
 def _scores(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:

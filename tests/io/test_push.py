@@ -14,6 +14,7 @@ from peftjax import train
 from peftjax.core.errors import UserError
 from peftjax.io.model_card import make_card
 from peftjax.io.push import check_push
+from peftjax.training import card as card_module
 from peftjax.training import config as configs
 from tests import hub as stand_in
 from tests import runs, tiny
@@ -154,6 +155,11 @@ def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -
     assert "| Training | 2 steps of 8 sequences, at most 24 tokens each; seed 0 |" in card
     assert "Measured on `eval.jsonl`.\n\n| Metric | Before training | After |\n| --- | --- | --- |\n| loss | " in card
     assert 'peftjax.load_model("path/to/base-model")' in card
+
+
+def test_a_card_names_data_sources_without_the_folders_of_the_machine() -> None:
+    sources = ("/home/ada/train.jsonl@0.5", "images:~/flowers", "tfds:glue/mrpc/train", "hf:/data/chats/train")
+    assert card_module._sources(sources) == "`train.jsonl@0.5`, `images:flowers`, `tfds:glue/mrpc/train`, `hf:train`"
 
 
 def test_the_card_of_a_bottleneck_adapter_is_for_the_library_adapters(tmp_path: Path) -> None:
