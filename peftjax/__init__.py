@@ -8,6 +8,7 @@ from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.load import load_kernels, load_model
+from peftjax.io.push import push_adapter
 from peftjax.io.save import save_model
 from peftjax.methods import (
     AdaLora,
@@ -76,6 +77,7 @@ __all__ = [
     "load_tokenizer",
     "losses",
     "merge",
+    "push_adapter",
     "rows",
     "save_adapter",
     "save_model",

@@ -6,6 +6,7 @@ The same command in the same workdir resumes an interrupted run; the result is b
 never interrupted.
 """
 
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,13 @@ import jax
 
 from peftjax import sharding
 from peftjax.core import cli, distributed, variables
+from peftjax.core.errors import UserError
+from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
+from peftjax.methods import Full
 from peftjax.totals import Batch
 from peftjax.training import config as configs
+from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, check_workdir, open_checkpoints, open_data
@@ -36,10 +41,11 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     check_workdir(workdir)
     mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints, distributed.Preemption() as preemption:
+        config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
         model = task.load_model(config.model, task.directory, mesh, config.seed)  # streamed, sharded and quantized
         base = base_fingerprint(model)
-        method = attach_method(config, task, model, mesh)
+        method = attach_method(config, task, model, mesh, source)
         objective, tx, trainable, frozen = parts = split(config, task, model, method)
         run = Run(config, workdir, mesh, task, data, method, model, parts, base)
         state = run.resume(init_state(trainable, tx, config.seed), checkpoints)
@@ -73,12 +79,28 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     return scores
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="Repository on the Hugging Face hub to upload the adapter to"
+    )
+    distributed.add_options(parser)
+
+
 def main(argv: list[str]) -> None:
     description = "Train a model with the method of a config. Run the same command again to resume."
-    options = cli.parse(argv, "train", description, configs.describe(), options=distributed.add_options)
+    options = cli.parse(argv, "train", description, configs.describe(), options=add_options)
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
+    if options.push is not None and isinstance(config.method, Full):
+        raise UserError(
+            f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
+        )
+    pushes = options.push is not None and jax.process_index() == 0
+    if pushes:
+        check_push(options.push)  # now, and not after the training
     train(config, Path(options.workdir))
+    if pushes:
+        print(push_adapter(Path(options.workdir) / "adapter", options.push))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The configs that come with the project."""
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,9 @@ def test_a_task_of_glue_has_its_config(task: str) -> None:
 def test_what_is_no_task_of_glue_is_told_with_what_is_near() -> None:
     with pytest.raises(UserError, match=r"'mprc' is no task of GLUE\. Did you mean 'mrpc'"):
         configs.load(f"{GLUE}:mprc")
+
+
+def test_the_conversations_are_what_their_script_writes(tmp_path: Path) -> None:
+    runpy.run_path(str(FOLDER / "data" / "date_chats" / "make.py"))["write"](tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (FOLDER / "data" / "date_chats" / name).read_bytes() == (tmp_path / name).read_bytes()

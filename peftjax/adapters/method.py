@@ -33,6 +33,7 @@ class Method:
         hf_unsupported: Other fields of peft. Values other than None, False and empty ones are rejected.
         hf_training: Fields that describe how the adapter was trained, with the values that peft assumes where they are
             missing. They do not affect what is computed from the file; other values are accepted with a warning.
+        training_options: Options that affect training, but neither the parameters nor the outputs of a trained adapter.
     """
 
     method: ClassVar[str]
@@ -43,6 +44,7 @@ class Method:
     hf_ignored: ClassVar[frozenset[str]] = frozenset()
     hf_unsupported: ClassVar[frozenset[str]] = frozenset()
     hf_training: ClassVar[dict[str, Any]] = {}
+    training_options: ClassVar[frozenset[str]] = frozenset({"dropout", "rank_dropout", "module_dropout"})
 
     def __new__(cls, **options: Any) -> Self:
         known = [field.name for field in dataclasses.fields(cls)]

@@ -107,7 +107,7 @@ def method_class(name: str) -> type[Method]:
 def method_defaults(name: str) -> dict[str, Any]:
     """The fields of a config's `method` section for a method, with their defaults."""
     cls = method_class(name)
-    return {"name": name} | {field.name: field.default for field in dataclasses.fields(cls)}
+    return {"name": name, "start_from": ""} | {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def make_config(name: str, **fields: Any) -> ConfigDict:
@@ -122,4 +122,5 @@ def make_config(name: str, **fields: Any) -> ConfigDict:
 def from_config(section: Any) -> Method:
     """The method that a config's `method` section describes."""
     fields = dict(section.items())
+    fields.pop("start_from", None)  # belongs to the run, not to the method
     return method_class(fields.pop("name"))(**fields)

@@ -26,6 +26,7 @@ from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
 from peftjax.training import config as configs
+from peftjax.training import start_from
 from peftjax.training.config import Config
 
 _SUMMARY = """\
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
     given = cli.parse(argv, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
     device = devices.find(given.device)
-    config = configs.load(given.config, given.overrides)
+    config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
     directory = resolve(config.model.path, config.model.revision, files=("config.json",))
     hf_config = read_json(directory / "config.json")

@@ -49,6 +49,7 @@ class Task:
       model_class: The model classes that learn it.
       head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
       problem_type: transformers' name for what the head predicts.
+      card_task: PEFT's task_type for it, as model cards have it.
       unit: What the training speed counts.
       loss_unit: The unit of the loss, for charts.
       generates: Whether the model answers prompts in text.
@@ -63,6 +64,7 @@ class Task:
     model_class: ClassVar[type[Model]]
     head: ClassVar[str | None] = None
     problem_type: str | None = None
+    card_task: ClassVar[str]
     unit: str = "tokens"
     loss_unit: ClassVar[str] = "mean of the examples"
     generates: ClassVar[bool] = False

@@ -21,6 +21,7 @@ class CausalLM(GenerationTask):
     """
 
     kind: ClassVar[str] = "causal_lm"
+    card_task: ClassVar[str] = "CAUSAL_LM"
     model_class: ClassVar[type[Model]] = Decoder
     packs: ClassVar[bool] = True
 

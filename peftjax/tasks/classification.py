@@ -21,6 +21,7 @@ class Classification(TextLabelTask):
     """
 
     kind: ClassVar[str] = "classification"
+    card_task: ClassVar[str] = "SEQ_CLS"
     multi: ClassVar[bool] = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -28,6 +28,7 @@ class ImageClassification(LabelledTask):
     """
 
     kind: ClassVar[str] = "image_classification"
+    card_task: ClassVar[str] = "IMAGE_CLS"
     model_class: ClassVar[type[Model]] = Vit
     head: ClassVar[str | None] = "image_classification"
     problem_type: str | None = "single_label_classification"

@@ -16,6 +16,7 @@ class Regression(TextLabelTask):
     """An encoder with one output predicts a number. Labels are float32 []."""
 
     kind: ClassVar[str] = "regression"
+    card_task: ClassVar[str] = "SEQ_CLS"
     problem_type: str | None = "regression"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -24,6 +24,7 @@ class Seq2Seq(GenerationTask):
     """
 
     kind: ClassVar[str] = "seq2seq"
+    card_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     model_class: ClassVar[type[Model]] = EncoderDecoder
 
     @functools.cached_property

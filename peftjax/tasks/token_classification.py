@@ -29,6 +29,7 @@ class TokenClassification(LabelledTask):
     """
 
     kind: ClassVar[str] = "token_classification"
+    card_task: ClassVar[str] = "TOKEN_CLS"
     model_class: ClassVar[type[Model]] = Bert
     head: ClassVar[str | None] = "token_classification"
 

@@ -86,6 +86,9 @@ class CheckpointConfig:
 
 
 METHOD_NAME = Field("lora", "PEFT method; the other fields of this section are the options of that method")
+START_FROM = Field(
+    "", "Directory of an adapter to start from; options left at their defaults take its values; empty: none"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +98,16 @@ class Config:
     seed: int = field(0, "Random seed of initial values, dropout and data order", low=0)
     model: ModelConfig = section(ModelConfig)
     task: TaskConfig = section(TaskConfig)
-    method: Method = dataclasses.field(default_factory=methods.Lora, metadata={"fields": {"name": METHOD_NAME}})
+    method: Method = dataclasses.field(
+        default_factory=methods.Lora, metadata={"fields": {"name": METHOD_NAME, "start_from": START_FROM}}
+    )
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
     train: TrainConfig = section(TrainConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     mesh: MeshConfig = section(MeshConfig)
+    start_from: str = dataclasses.field(default="", metadata={"fields": {}})  # method.start_from
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
@@ -170,10 +176,11 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts, which `validate` turns back into an equal one."""
-    own = {each.name: getattr(config.method, each.name) for each in dataclasses.fields(config.method)}
-    sections = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
-    plain = {name: dataclasses.asdict(value) for name, value in sections.items() if name not in ("seed", "method")}
-    return {"seed": config.seed, "method": {"name": config.method.method} | own} | plain
+    sections = {
+        each.name: getattr(config, each.name) for each in dataclasses.fields(config) if "section" in each.metadata
+    }
+    plain = {name: dataclasses.asdict(value) for name, value in sections.items()}
+    return {"seed": config.seed, "method": _method_values(config.method, config.start_from)} | plain
 
 
 def to_json(config: Config) -> str:
@@ -200,8 +207,13 @@ def _normalized(stored: Mapping[str, Any]) -> dict[str, Any]:
         method = methods.from_config({name: config_values.as_tuples(value) for name, value in stored["method"].items()})
     except (KeyError, UserError, TypeError):
         return flat(stored)
+    return flat({**stored, "method": _method_values(method, stored["method"].get("start_from", ""))})
+
+
+def _method_values(method: Method, start_from: str) -> dict[str, Any]:
+    """The values of the section `method`."""
     own = {each.name: getattr(method, each.name) for each in dataclasses.fields(method)}
-    return flat({**stored, "method": {"name": method.method} | own})
+    return {"name": method.method, "start_from": start_from} | own
 
 
 def _make(values: Mapping[str, Any], source: str) -> Config:
@@ -216,7 +228,8 @@ def _make(values: Mapping[str, Any], source: str) -> Config:
             for each in dataclasses.fields(Config)
             if "section" in each.metadata
         }
-        return Config(**sections[""], method=methods.from_config(sections["method"]), **made)
+        method, start_from = methods.from_config(sections["method"]), sections["method"]["start_from"]
+        return Config(**sections[""], method=method, start_from=start_from, **made)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

@@ -89,6 +89,25 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
+def describe_extension(config: OptimConfig, before: int, after: int, done: int) -> str:
+    """What happens to the learning rate of a run whose number of steps changes.
+
+    Args:
+      config: The section `optim`.
+      before: The number of updates that the run was planned for.
+      after: The number of updates that it has now.
+      done: The number of updates already done, at least 1.
+    """
+    changed = f"train.steps was raised from {before:,} to {after:,}"
+    last, coming = float(make_schedule(config, before)(done - 1)), float(make_schedule(config, after)(done))
+    if config.schedule == "constant":
+        return f"{changed}; the schedule is constant, the next learning rate is {coming:.3g}"
+    return (
+        f"{changed}: the {config.schedule} schedule now spans {after:,} steps, so the learning rate goes from {last:.3g} "
+        f"to {coming:.3g}"
+    )
+
+
 def make_optimizer(config: OptimConfig, steps: int, decay_mask: Mapping[str, Any]) -> optax.GradientTransformation:
     """The chain at the head of this file: clip, direction, decay, learning rate. `update` needs `params`.
 

@@ -22,6 +22,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.models.base import Model
 from peftjax.totals import Batch
+from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
@@ -126,11 +127,12 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     groups: dict[Any, list[Training]] = {}
     for member, (task, batches) in zip(population, data, strict=True):
         checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
+        config, source = start_from.resolve(member.config, member.workdir, checkpoints)
         model: Model = nnx.clone(shared)
-        method = attach_method(member.config, task, model, mesh)
-        parts = split(member.config, task, model, method)
-        run = Run(member.config, member.workdir, mesh, task, batches, method, model, parts, base)
-        state = run.resume(init_state(parts.trainable, parts.tx, member.config.seed), checkpoints)
+        method = attach_method(config, task, model, mesh, source)
+        parts = split(config, task, model, method)
+        run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base)
+        state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
         structure = nnx.split(active_view(model))[0]
         groups.setdefault((int(state.step), structure), []).append(Training(member, run, parts, state, checkpoints))
     return list(groups.values())

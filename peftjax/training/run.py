@@ -29,8 +29,9 @@ from peftjax.models.base import Model
 from peftjax.report.data import ReportData, Sample, count_parts, tree_bytes, versions
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, optim
+from peftjax.training import answers, optim, start_from
 from peftjax.training import config as configs
+from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
@@ -52,6 +53,8 @@ class Run:
       schedule: The learning rate by step.
       eval_step: The jitted evaluation step.
       window: The steps since the last line of the log.
+      planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
+      trainable: The number of trainable parameters, as text.
       report: What the report shows beside the config and the metrics.
       timings: Seconds by what they were spent on.
     """
@@ -75,6 +78,8 @@ class Run:
         self.schedule = optim.make_schedule(config.optim, config.train.steps)
         self.eval_step = make_eval_step(variables.flat(model)[0], task, mesh)
         self.window = Window(task.unit)
+        self.planned = config.train.steps
+        self.trainable = ""
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
 
@@ -100,6 +105,7 @@ class Run:
         if restored is None:
             return state
         self.batches.set_state(restored.data_state)
+        self.planned = restored.identity["config"]["train"]["steps"]
         leaves = [restored.state[name] for name in flatten(state)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         self.sync(state)
@@ -119,6 +125,8 @@ class Run:
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
+            if config.start_from and state.step == 0:
+                start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
         parts = count_parts(leaves, self.method.trains)
         trained = sum(part.parameters for part in parts if part.trained)
@@ -134,14 +142,19 @@ class Run:
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
         log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}")
+        self.trainable = f"{trained:,} ({trained / base:.2%} of the base)"
         log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             log.message(
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
+        if config.start_from and state.step == 0:
+            log.message(f"starting from the adapter in {config.start_from}, with a new optimizer state")
         if state.step > 0:
             log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
+        if self.planned < config.train.steps:
+            log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Check the steps since the last check, if a line of the log or a checkpoint is due, and write the line.
@@ -208,12 +221,15 @@ class Run:
             self.report.save(self.workdir)
 
     def write_result(self, state: TrainState) -> Path:
-        """Write the adapter, or in full fine-tuning the model; returns its directory."""
+        """Write the adapter with its model card, or in full fine-tuning the model; returns its directory."""
         self.sync(state)
         if self.method.trains is nnx.Param:
             save_model(self.model, self.workdir / "model", source=self.task.directory)
             return self.workdir / "model"
-        return save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
+        directory = save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
+        if jax.process_index() == 0:
+            write_card(directory, self.config, self.task, self.workdir, int(state.step), self.trainable)
+        return directory
 
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""

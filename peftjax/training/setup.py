@@ -24,6 +24,7 @@ from peftjax.io.load import load_kernels
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
+from peftjax.training import start_from
 from peftjax.training.config import Config
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
@@ -39,7 +40,7 @@ def check_workdir(workdir: Path) -> None:
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-    """The checkpoints of the run in a workdir.
+    """The checkpoints of the run in a workdir. The run may be extended: train.steps may be higher than before.
 
     Raises:
       UserError: The workdir holds a run with another configuration.
@@ -49,8 +50,9 @@ def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
     )
     try:
         if (identity := checkpoints.identity()) is not None:
-            differ = configs.differences(config, identity["config"])
-            raise_if_different(workdir, [line for line in differ if not line.startswith(FREE)])
+            free = (*FREE, "train.steps:") if config.train.steps > identity["config"]["train"]["steps"] else FREE
+            differ = configs.differences(start_from.as_stored(config, identity["config"]), identity["config"])
+            raise_if_different(workdir, [line for line in differ if not line.startswith(free)])
     except UserError:
         checkpoints.close()
         raise
@@ -86,20 +88,31 @@ def batching(config: Config, mesh: Mesh) -> Batching:
     return Batching(config.train.batch_size, config.train.accumulate, **sharding.batch_share(mesh))
 
 
-def attach_method(config: Config, task: Task, model: Model, mesh: Mesh) -> Method:
+def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: Path | None = None) -> Method:
     """Attach the method of a config to a model on a mesh; returns it with its texts tokenized.
 
+    Args:
+      config: The config, from `start_from.resolve`.
+      task: Its task.
+      model: The base model; it is changed in place.
+      mesh: The devices.
+      source: The directory of an adapter that gives the initial values; None: new ones.
+
     Raises:
-      UserError: The options do not fit the model, or examples with virtual tokens are too long for it.
+      UserError: The options do not fit the model, examples with virtual tokens are too long for it, or the adapter in
+        `source` cannot be loaded.
     """
-    method = config.method.tokenized(lambda text: task.tokenizer.encode(text))
-    adapters.attach(
-        model,
-        method,
-        rngs=nnx.Rngs(config.seed),
-        batches=_first_batches(config, task, method, mesh) if method.data else None,
-        kernels=load_kernels(task.directory, model) if method.unquantized else None,
-    )
+    method, rngs = config.method.tokenized(lambda text: task.tokenizer.encode(text)), nnx.Rngs(config.seed)
+    if source is not None:
+        method = start_from.attach_trained(model, method, source, rngs)
+    else:
+        adapters.attach(
+            model,
+            method,
+            rngs=rngs,
+            batches=_first_batches(config, task, method, mesh) if method.data else None,
+            kernels=load_kernels(task.directory, model) if method.unquantized else None,
+        )
     task.check_lengths(model, mesh)
     sharding.place(model, mesh)
     return method

@@ -84,6 +84,9 @@ class AdaLora(Targeted):
         "alpha_pattern", "ensure_weight_tying", "lora_bias", "trainable_token_indices", "use_dora", "use_rslora",
     }  # fmt: skip
     hf_training: ClassVar = Lora.hf_training
+    training_options: ClassVar = Targeted.training_options | {
+        "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

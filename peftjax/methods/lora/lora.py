@@ -110,6 +110,7 @@ class Lora(Ranked):
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
+    training_options: ClassVar = Ranked.training_options | {"eva_rho", "eva_batches", "lr_ratio", "freeze_a", "dtype"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

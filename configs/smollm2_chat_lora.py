@@ -1,0 +1,37 @@
+"""LoRA on SmolLM2-135M-Instruct, which learns to answer questions about dates with nothing but the ISO date.
+
+    python -m peftjax.train --config=configs/smollm2_chat_lora.py --workdir=runs/chat [--config.model.path=DIR]
+
+A few minutes on a laptop without a GPU. The model is downloaded from the Hugging Face hub (270 MB) unless DIR has it. The
+loss covers the assistant's turns only.
+"""
+
+from ml_collections import ConfigDict
+
+from peftjax.core.config import defaults
+from peftjax.methods import make_config
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.method = make_config("lora", rank=8, alpha=16.0, targets="all-linear")
+
+    config.data.train = ("configs/data/date_chats/train.jsonl",)
+    config.data.eval = ("configs/data/date_chats/test.jsonl",)  # days that never occur in training
+    config.data.format = "chat"
+    config.data.max_length = 128
+    config.data.pack = True
+
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 5
+
+    config.train.steps = 60
+    config.train.batch_size = 4
+    config.train.log_every = 5
+    config.train.eval_batches = 4
+    config.eval.exact_match = 20
+    config.eval.samples = 4
+    config.eval.max_new_tokens = 32
+    config.checkpoint.every = 20
+    return config

@@ -1,0 +1,42 @@
+"""The method of an adapter directory, from its adapter_config.json alone: without the tensors, and without a model."""
+
+import warnings
+from pathlib import Path
+
+from peftjax.adapters.method import Method
+from peftjax.core.errors import UserError
+from peftjax.io import adapter_hub
+from peftjax.io.adapter_tensors import CONFIG
+from peftjax.io.hf_files import read_json
+from peftjax.methods import METHODS
+from peftjax.methods.bottleneck import from_hub
+
+
+def read_method(path: Path) -> Method:
+    """Read the method and options of an adapter directory.
+
+    Other fields than the options are not looked at here: `load_adapter` checks whether the adapter is supported.
+
+    Raises:
+        UserError: The directory holds no adapter, or one of an unknown method.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give one that holds {CONFIG}")
+    if not (path / CONFIG).is_file():
+        there = sorted(item.name for item in path.iterdir())
+        raise UserError(
+            f"{path} is not an adapter directory: {CONFIG} is missing; it holds {', '.join(there[:10]) or 'no files'}"
+        )
+    config = read_json(path / CONFIG)
+    if adapter_hub.is_hub(path):
+        return from_hub(dict(config["config"]))
+    classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
+    if (kind := config.get("peft_type")) not in classes:
+        raise UserError(
+            f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
+        )
+    cls = classes[kind]
+    options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # load_adapter gives them
+        return cls.from_hf({field: value for field, value in config.items() if field in options})

@@ -1,0 +1,73 @@
+"""What the model card of a trained adapter says of its training: data, steps, optimizer and scores."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftjax.io.model_card import CARD, Training, make_card
+from peftjax.log import METRICS, read_metrics
+from peftjax.tasks import Task
+from peftjax.training.config import Config
+
+# The fields of a line of metrics.jsonl that are no metrics, but say when, and on how much, they were measured.
+_PLACE = ("step", "kind", "seconds", "tokens", "examples", "prompts")
+
+
+def write_card(directory: Path, config: Config, task: Task, workdir: Path, step: int, parameters: str) -> None:
+    """Write README.md next to an adapter.
+
+    Args:
+      directory: The directory of the adapter.
+      config: The config of the run.
+      task: Its task.
+      workdir: Its workdir, with metrics.jsonl.
+      step: The number of steps done.
+      parameters: The number of trainable parameters, as text.
+    """
+    lines = read_metrics(workdir / METRICS)
+    training = Training(
+        task=task.card_task,
+        head=task.head_options(config.model.new_head),
+        facts={"Trainable parameters": parameters} | _facts(config, task, step),
+        scores=_scores(lines),
+        data=_sources(config.data.eval),
+    )
+    (directory / CARD).write_text(make_card(directory, training), encoding="utf-8", newline="\n")
+
+
+def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
+    optim, model, data = config.optim, config.model, config.data
+    rows, size = (
+        ("sequences", f", at most {data.max_length:,} tokens each") if task.unit == "tokens" else (task.unit, "")
+    )
+    schedule = f"{optim.schedule} schedule" + (f", {optim.warmup_steps:,} warmup steps" if optim.warmup_steps else "")
+    facts = {
+        "Task": f"`{config.task.kind}`",
+        "Training data": _sources(data.train),
+        "Training": f"{step:,} steps of {config.train.batch_size:,} {rows}{size}; seed {config.seed}",
+        "Optimizer": f"{optim.name}, learning rate {optim.learning_rate:g}, {schedule}",
+        "Precision": model.dtype + (f", base in {model.quantize}" if model.quantize else ""),
+    }
+    return facts | ({"Started from": f"`{Path(config.start_from).name}`"} if config.start_from else {})
+
+
+def _sources(sources: Sequence[str]) -> str:
+    """Data sources, without the folders of the machine."""
+    return ", ".join(f"`{_shown(source)}`" for source in sources)
+
+
+def _shown(source: str) -> str:
+    kind, colon, place = source.rpartition(":")
+    local = kind in ("", "images") or place.startswith(("/", "~", "."))
+    return kind + colon + (Path(place).name if local else place)
+
+
+def _scores(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """The metrics of the last evaluation, with their values before the first step."""
+    found = [line for line in lines if line["kind"] == "eval"]
+    if not found or found[-1]["step"] == 0:
+        return []
+    before: Mapping[str, Any] = found[0] if found[0]["step"] == 0 else {}
+    names = [name for name in found[-1] if name not in _PLACE]
+    return [(name.removeprefix("eval_"), before.get(name, math.nan), found[-1][name]) for name in names]

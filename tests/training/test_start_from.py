@@ -1,0 +1,145 @@
+"""method.start_from: training that continues from an adapter in a directory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import peftjax
+from peftjax import methods, sharding, sweep, train
+from peftjax.adapters import attached
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.io.adapter_method import read_method
+from peftjax.training import config as configs
+from peftjax.training.population import Member
+from peftjax.training.start_from import attach_trained, with_options
+from peftjax.training.trained import load_trained, measure
+from tests import tiny
+from tests.runs import files, last_arrays, metrics
+from tests.test_train import config
+
+
+def from_adapter(root: Path, path: Path, method: str = "lora", **options: Any) -> Any:
+    """A config that starts from the adapter in a directory, with options of its own."""
+    made = config(root, train__steps=2, eval__exact_match=0, eval__samples=0, optim__schedule="constant")
+    made.method = methods.make_config(method, **options)
+    made.method.start_from = str(path)
+    return made
+
+
+def test_a_run_starts_from_an_adapter_and_resumes_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = peftjax.Lora(rank=2, alpha=4.0, targets=("v_proj", "q_proj"), dropout=0.2)
+    given = peftjax.attach(peftjax.load_model(tiny.directory(tmp_path / "model")), first, rngs=nnx.Rngs(0))
+    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "first" / "adapter")
+
+    # with a frozen A, which no checkpoint holds
+    made, workdir = from_adapter(tmp_path, adapter, dropout=0.1, freeze_a=True), tmp_path / "run"
+    train.train(configs.validate(made), workdir)
+    assert f"starting from the adapter in {adapter}, with a new optimizer state\n" in capsys.readouterr().out
+    recorded = json.loads((workdir / "config.json").read_text())["method"]
+    expected = {"rank": 2, "alpha": 4.0, "targets": ["v_proj", "q_proj"], "dropout": 0.1, "start_from": str(adapter)}
+    assert {name: recorded[name] for name in expected} == expected
+    start = next(line for line in metrics(workdir) if line["kind"] == "eval")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        model, task = load_trained(configs.validate(made), tmp_path / "first", mesh)
+        measured = measure(configs.validate(made), model, task, mesh)
+    assert start["step"] == 0
+    assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
+    counts = {name: value for name, value in last_arrays(workdir).items() if name.endswith("count")}
+    assert {int(np.frombuffer(value, np.int32)[0]) for value in counts.values()} == {2}
+    assert "| Started from | `adapter` |" in (workdir / "adapter" / "README.md").read_text()
+
+    made.train.steps = 3
+    train.train(configs.validate(made), tmp_path / "straight")
+    shutil.rmtree(adapter)
+    train.train(configs.validate(made), workdir)
+    assert "resuming after step 2 of 3" in capsys.readouterr().out
+    assert last_arrays(workdir) == last_arrays(tmp_path / "straight")
+    assert files(workdir / "adapter") == files(tmp_path / "straight" / "adapter")
+    made.method.rank = 4
+    with pytest.raises(UserError, match=r"another configuration: method\.rank: 4 here, 2 there\."):
+        train.train(configs.validate(made), workdir)
+    made.method.rank, made.method.start_from = 8, "elsewhere"
+    with pytest.raises(UserError, match=r"method\.start_from: 'elsewhere' here, '.*adapter' there"):
+        train.train(configs.validate(made), workdir)
+
+
+def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defaults(tmp_path: Path) -> None:
+    model = peftjax.attach(tiny.model(), peftjax.Lora(rank=4, targets=("q_proj", "v_proj")), rngs=nnx.Rngs(0))
+    path = peftjax.save_adapter(model, tmp_path / "adapter")
+
+    def resolved(method: str = "lora", **options: Any) -> Any:
+        return with_options(configs.validate(from_adapter(tmp_path, path, method, **options))).method
+
+    assert resolved() == peftjax.Lora(rank=4, targets=("q_proj", "v_proj"))
+    assert resolved(targets=("v_proj", "q_proj"), rank=4, lr_ratio=2.0).lr_ratio == 2.0
+    with pytest.raises(
+        UserError,
+        match=r"method\.start_from=.*adapter holds an adapter with other options \(method\.dora: True in the config, False "
+        r"in the adapter; method\.rank: 2 in the config, 4 in the adapter\); remove these options",
+    ):
+        resolved(rank=2, dora=True)
+    with pytest.raises(UserError, match=r"holds an adapter of the method 'lora', but method\.name='ia3'; set method"):
+        resolved("ia3")
+    made = from_adapter(tmp_path, tmp_path / "adaptor")
+    with pytest.raises(UserError, match="adaptor: no such directory"):
+        with_options(configs.validate(made))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peftjax.Lora(rank=2, dora=True, token_indices=(3, 5), modules_to_save=("lm_head",)),
+        peftjax.AdaLora(total_steps=10, init_rank=4, target_rank=2),
+        peftjax.Vera(rank=4, projection_prng_key=7),
+        peftjax.Miss(rank=8, variant="bat"),
+        peftjax.PrefixTuning(tokens=3),
+        peftjax.Houlsby(reduction_factor=4.0),
+    ],
+    ids=lambda method: method.method,
+)
+def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, tmp_path: Path) -> None:
+    source = tiny.randomize(peftjax.attach(tiny.model(), method, rngs=nnx.Rngs(0)))
+    path, model = peftjax.save_adapter(source, tmp_path / "adapter"), tiny.model()
+    assert attach_trained(model, method, path, nnx.Rngs(1)) == read_method(path)
+    assert list(attached(model)) == ["default"]
+    np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
+    theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
+    assert theirs == ours  # what a step trains, by path
+
+
+def test_parameters_that_a_directory_does_not_have_are_refused(tmp_path: Path) -> None:
+    source = peftjax.attach(tiny.model(), peftjax.PrefixTuning(tokens=3), rngs=nnx.Rngs(0))
+    path = peftjax.save_adapter(source, tmp_path / "adapter")
+    made = from_adapter(tmp_path, path, "prefix", projection=True)
+    with pytest.raises(UserError, match=r"method\.projection: True in the config, False in the adapter"):
+        with_options(configs.validate(made))
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_sweep_start_from_an_adapter(tmp_path: Path) -> None:
+    given = peftjax.attach(
+        peftjax.load_model(tiny.directory(tmp_path / "model")), peftjax.Lora(rank=2), rngs=nnx.Rngs(0)
+    )
+    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "adapter")
+    members = []
+    for rate in (1e-3, 1e-2):
+        made = from_adapter(tmp_path, adapter)
+        made.optim.learning_rate = rate
+        values = {"optim.learning_rate": rate}
+        members.append(Member(values, configs.validate(made), tmp_path / "sweep" / str(rate)))
+    sweep.sweep(members, tmp_path / "sweep")
+    lines = [metrics(member.workdir) for member in members]
+    assert lines[0][0] == lines[1][0]  # the evaluation before the first step
+    assert lines[0][-1]["eval_loss"] != lines[1][-1]["eval_loss"]
+    assert all(json.loads((one.workdir / "config.json").read_text())["method"]["rank"] == 2 for one in members)
+    assert sweep.finished(members[0])
