@@ -26,6 +26,11 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
     Raises:
         UserError: The directory does not hold an adapter, nobody is logged in, the hub cannot be reached, or it refuses
             the upload.
+
+    Examples:
+        >>> import peftjax
+        >>> peftjax.push_adapter("runs/chat/adapter", "my-name/my-adapter")  # doctest: +SKIP
+        'https://huggingface.co/my-name/my-adapter'
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

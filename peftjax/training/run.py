@@ -150,7 +150,7 @@ class Run:
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
         if config.start_from and state.step == 0:
-            log.message(f"starting from the adapter in {config.start_from}, with a new optimizer state")
+            log.message(start_from.describe(config))
         if state.step > 0:
             log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
         if self.planned < config.train.steps:

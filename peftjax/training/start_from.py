@@ -78,6 +78,17 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, method=_completed(config.method, theirs))
 
 
+def describe(config: Config) -> str:
+    """What a new run prints: the adapter, and the method's options that are not at their defaults."""
+    values = [
+        (field.name, getattr(config.method, field.name), field.default) for field in dataclasses.fields(config.method)
+    ]
+    options = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+    return (
+        f"starting from the adapter in {config.start_from} with a new optimizer state; {options or 'default options'}"
+    )
+
+
 def keep(config: Config, workdir: Path) -> None:
     """Copy the adapter of method.start_from into the workdir. One process calls this, before the first step."""
     partial = workdir / f"{KEPT}.partial"

@@ -11,6 +11,7 @@ from tests.runs import files, last_arrays, metrics
 from tests.test_train import config
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_train_steps_is_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"optim__schedule": "constant", "train__eval_every": 3, "eval__exact_match": 0, "eval__samples": 0}
     short, long = (configs.validate(config(tmp_path, train__steps=steps, **fields)) for steps in (3, 6))

@@ -33,6 +33,7 @@ def from_adapter(root: Path, path: Path, method: str = "lora", **options: Any) -
     return made
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,7 +44,10 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     # with a frozen A, which no checkpoint holds
     made, workdir = from_adapter(tmp_path, adapter, dropout=0.1, freeze_a=True), tmp_path / "run"
     train.train(configs.validate(made), workdir)
-    assert f"starting from the adapter in {adapter}, with a new optimizer state\n" in capsys.readouterr().out
+    printed = (
+        f"starting from the adapter in {adapter} with a new optimizer state; targets=('v_proj', 'q_proj'), rank=2, "
+    )
+    assert printed + "alpha=4.0, dropout=0.1, freeze_a=True\n" in capsys.readouterr().out
     recorded = json.loads((workdir / "config.json").read_text())["method"]
     expected = {"rank": 2, "alpha": 4.0, "targets": ["v_proj", "q_proj"], "dropout": 0.1, "start_from": str(adapter)}
     assert {name: recorded[name] for name in expected} == expected
