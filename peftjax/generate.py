@@ -10,8 +10,9 @@ from pathlib import Path
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.data.chat import encode_for_generation
 from peftjax.data.token_rows import check_rows, embedding_rows
-from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import resolve
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    prompts = [encode_prompt(tokenizer, prompt, options.chat) for prompt in options.prompt]
+    prompts = [encode_for_generation(tokenizer, prompt, options.chat) for prompt in options.prompt]
     rows = tokenizer.vocab_size if options.resize_embeddings else None
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize, resize_embeddings=rows)
     if not isinstance(model, LanguageModel):
@@ -71,13 +72,6 @@ def main(argv: list[str]) -> None:
     print(
         f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The tokens to continue: the prompt without an eos token, or the chat template's rendering of it as a user message."""
-    if chat:
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
-    return tokenizer.encode(prompt, bos=True, eos=False)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from peftjax.core.errors import UserError
+from peftjax.data.chat import encode_for_generation
 from peftjax.data.records import Example, encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.generate import encode_prompt as encode_to_continue
 from peftjax.io.hf_files import EMBEDDED
 
 CHAT = [
@@ -61,7 +61,7 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     tokenizer = load_tokenizer(make_directory(without_post_processor, tokenizer_config=config))
     bare = tokenizer.encode("hello", bos=False, eos=False)
     assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
-    assert encode_to_continue(tokenizer, "hello", chat=False) == [1, *bare]  # generation continues it
+    assert encode_for_generation(tokenizer, "hello", chat=False) == [1, *bare]  # generation continues it
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])

@@ -390,7 +390,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"bias": "all"}, r"method.bias='all': no layer that it applies to has a bias; set it to 'none'"),
         ({"bias": "lora_only"}, r"method.bias='lora_only': no layer that it applies to has a bias"),
         ({"modules_to_save": ("lm_hed",)}, r"method.modules_to_save: 'lm_hed' matches no layer of this model. Did you mean 'lm_head'"),
-        ({"modules_to_save": ("attention_adapters",)}, r"modules_to_save: model.layers.0.attention_adapters has no parameters of its own"),
+        ({"modules_to_save": ("attention_adapters",)}, r"model.layers.0.attention_adapters has no parameters of its own"),
         ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"all of them are in modules_to_save"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
