@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from peftjax.data.tokenizer import Tokenizer, load_tokenizer
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import resolve
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    prompts = [encode_prompt(tokenizer, prompt, options.chat) for prompt in options.prompt]
+    prompts = [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize)
     if not isinstance(model, LanguageModel):
         raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")
@@ -66,13 +66,6 @@ def main(argv: list[str]) -> None:
     print(
         f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The tokens to continue: the prompt without an eos token, or the chat template's rendering of it as a user message."""
-    if chat:
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
-    return tokenizer.encode(prompt, bos=True, eos=False)
 
 
 if __name__ == "__main__":
