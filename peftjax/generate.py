@@ -10,7 +10,6 @@ from pathlib import Path
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from peftjax.data.chat import encode_for_generation
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    prompts = [encode_for_generation(tokenizer, prompt, options.chat) for prompt in options.prompt]
+    prompts = [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
     rows = tokenizer.vocab_size if options.resize_embeddings else None
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize, resize_embeddings=rows)
     if not isinstance(model, LanguageModel):

@@ -65,13 +65,6 @@ def render(tokenizer: Tokenizer, conversation: Conversation, count: int, name: s
         raise UserError(f"{name}: {error}") from error
 
 
-def encode_for_generation(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The tokens to continue: the prompt without an eos token, or the chat template's rendering of it as a user message."""
-    if chat:
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
-    return tokenizer.encode(prompt, bos=True, eos=False)
-
-
 class _Rendered:
     """The text of a conversation, in which answers are located."""
 

@@ -117,6 +117,20 @@ class Tokenizer:
         ids = self.end(ids) if eos else [*ids, *(self._suffix if eos is None else [])]
         return self.begin(ids) if bos else [*(self._prefix if bos is None else []), *ids]
 
+    def encode_prompt(self, prompt: str, chat: bool = False) -> list[int]:
+        """Convert a prompt to the tokens that generation continues: without an eos token.
+
+        Args:
+            prompt: The prompt.
+            chat: Whether it is a user message, to be rendered with the chat template.
+
+        Raises:
+            UserError: The model has no chat template, or the template rejects the message.
+        """
+        if chat:
+            return self.encode(self.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
+        return self.encode(prompt, bos=True, eos=False)
+
     def begin(self, ids: list[int]) -> list[int]:
         """Prepend the tokenizer's prefix, unless the ids begin with it.
 

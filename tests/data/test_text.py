@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from peftjax.core.errors import UserError
-from peftjax.data.chat import encode_for_generation
 from peftjax.data.records import Example, encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import EMBEDDED
@@ -61,7 +60,7 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     tokenizer = load_tokenizer(make_directory(without_post_processor, tokenizer_config=config))
     bare = tokenizer.encode("hello", bos=False, eos=False)
     assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
-    assert encode_for_generation(tokenizer, "hello", chat=False) == [1, *bare]  # generation continues it
+    assert tokenizer.encode_prompt("hello") == [1, *bare]  # generation continues it
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])
@@ -69,11 +68,9 @@ def test_tokenizers_without_tokenizer_json_are_converted(kind: str, assets: Path
     config: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": kind != "tiktoken"}
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if kind == "sentencepiece":
-        pytest.importorskip("sentencepiece")
         shutil.copy(assets / "babyllama105" / "tokenizer.model", tmp_path)
         expected = load_tokenizer(assets / "babyllama105").encode("hello é", bos=True, eos=False)
     elif kind == "tiktoken":
-        pytest.importorskip("tiktoken")
         lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(RANKS)]
         (tmp_path / "tokenizer.model").write_text("\n".join(lines))
         config["added_tokens_decoder"] = {
@@ -346,6 +343,10 @@ def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(
     prompt = encode_prompt({"messages": CHAT}, data, tokenizer, name="a:1")
     assert written(tokenizer, prompt.tokens) == tokenizer.chat(CHAT[:3], add_generation_prompt=True)
     assert prompt.expected == "17 March"
+    assert (
+        tokenizer.encode_prompt("hello", chat=True)
+        == encode_prompt({"messages": CHAT[:2]}, data, tokenizer, name="a:1").tokens
+    )
     with pytest.raises(ValueError, match="a:1: the conversation has no assistant turn"):
         encode_prompt({"messages": CHAT[:1]}, data, tokenizer, name="a:1")
 

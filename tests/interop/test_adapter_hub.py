@@ -1,8 +1,8 @@
 """Bottleneck adapters beside AdapterHub's `adapters`: files both ways, initialisation, and five steps of training.
 
 adapters 1.3.0 needs transformers 4.57, so it cannot share an environment with peft's tests (transformers 5): these run in
-one that has torch, adapters==1.3.0, peft and this project's dependencies but for the bounds of huggingface-hub and
-tokenizers, and are skipped elsewhere.
+one that has torch, adapters==1.3.0, peft and this project's dependencies but for the bounds of huggingface-hub, tokenizers
+and transformers, and are skipped elsewhere.
 """
 
 import dataclasses
