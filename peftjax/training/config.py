@@ -191,7 +191,8 @@ def to_json(config: Config) -> str:
 def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
     """One line for every field in which a config and the stored values of another differ.
 
-    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be those of another version.
+    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be those of an older version, which
+    did what the defaults of newer fields do.
     """
     a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
     return [
@@ -202,7 +203,9 @@ def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
 
 
 def _normalized(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored values, flat; the method's options as its class has them ("q_proj,v_proj" as ("q_proj", "v_proj"))."""
+    """Stored values, flat and complete; the method's options as its class has them ("q_proj,v_proj" as a tuple)."""
+    defaults = {name: value for name, value in to_dict(Config()).items() if name not in ("seed", "method")}
+    stored = {**stored, **{name: section | stored.get(name, {}) for name, section in defaults.items()}}
     try:
         method = methods.from_config({name: config_values.as_tuples(value) for name, value in stored["method"].items()})
     except (KeyError, UserError, TypeError):

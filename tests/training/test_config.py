@@ -321,6 +321,15 @@ def test_a_field_that_only_one_side_has_is_a_difference(load):
     assert "method.name: 'full' here, 'lora' there" in lines
 
 
+def test_a_stored_config_of_an_older_version_has_the_defaults_of_newer_fields(load):
+    resolved = load()
+    stored = config.to_dict(resolved)
+    del stored["data"]["train_on"], stored["method"]["start_from"], stored["mesh"]
+    assert config.differences(resolved, stored) == []
+    lines = config.differences(load("config.data.train_on = 'all'"), stored)
+    assert lines == ["data.train_on: 'all' here, 'completions' there"]
+
+
 def test_describe_shows_every_field():
     text = config.describe()
     assert all(f"{name}={field.default!r}" in text and field.help in text for name, field in SCHEMA.fields.items())
