@@ -89,6 +89,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     model_type = str(text.get("model_type", whole.text))
     model_type = whole.text if model_type.startswith(kind) and model_type != whole.text else model_type
     fields = _SIZES.get(model_type, {}) | dict(whole.defaults) | text | {"model_type": model_type}
+    fields.pop("quantization_config", None)  # what is quantized is read from the tensors
     if config.get("tie_word_embeddings") is not None:
         fields["tie_word_embeddings"] = config["tie_word_embeddings"] or bool(text.get("tie_word_embeddings"))
     for name in ("rope_scaling", "rope_parameters"):
