@@ -23,7 +23,7 @@ class Whole:
     """A multimodal model_type.
 
     Attributes:
-        text: The model_type of its text model, where text_config has none or one of its own.
+        text: The family of its text model, if text_config has no model_type or one that belongs to the multimodal model.
         defaults: Defaults of transformers for text fields that differ from those of `text`.
         flat: Fields that describe the other parts, in a config.json that has no text_config.
     """
