@@ -115,11 +115,10 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
     """
     result: StoredTensors = dict(stored)
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
-    small = hf_files.read_arrays(
-        tensor
-        for name, tensor in stored.items()
-        if name in states or name.endswith(tuple(f".{map_}" for map_ in _MAPS))
-    )
+    maps = tuple(f".{map_}" for map_ in _MAPS)
+    wanted = {name: tensor for name, tensor in stored.items() if name in states or name.endswith(maps)}
+    arrays = hf_files.read_arrays(wanted.values())
+    small = {name: arrays[tensor.name] for name, tensor in wanted.items()}  # a part of a file may be renamed
     for name in states:
         weight, _, kind = name.partition(_STATE)
         state = _read_state(name, small[name])

@@ -23,7 +23,7 @@ class Whole:
     """A multimodal model_type.
 
     Attributes:
-        text: The model_type of its text model, where text_config has none or one of its own.
+        text: The family of its text model, if text_config has no model_type or one that belongs to the multimodal model.
         defaults: Defaults of transformers for text fields that differ from those of `text`.
         flat: Fields that describe the other parts, in a config.json that has no text_config.
     """
@@ -89,6 +89,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     model_type = str(text.get("model_type", whole.text))
     model_type = whole.text if model_type.startswith(kind) and model_type != whole.text else model_type
     fields = _SIZES.get(model_type, {}) | dict(whole.defaults) | text | {"model_type": model_type}
+    fields.pop("quantization_config", None)  # what is quantized is read from the tensors
     if config.get("tie_word_embeddings") is not None:
         fields["tie_word_embeddings"] = config["tie_word_embeddings"] or bool(text.get("tie_word_embeddings"))
     for name in ("rope_scaling", "rope_parameters"):

@@ -118,6 +118,24 @@ def test_int8_kernels_are_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def test_the_text_model_of_a_multimodal_directory_may_be_in_nf4(
+    written: tuple[dict[str, Any], Tensors], rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
+    expected = load_model(rewritten())(tiny.tokens())
+    config, stored = written
+    text = {key: value for key, value in config.items() if key != "saved_by"}
+    whole = {"model_type": "llava", "text_config": text, "quantization_config": config["quantization_config"]}
+    tensors = {f"language_model.{key}": value for key, value in stored.items()}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    save_file(tensors | {"vision_tower.norm.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"without vision_tower \(1 tensor\)"):
+        model = load_model(tmp_path)
+    np.testing.assert_array_equal(model(tiny.tokens()), expected)
+    assert sum(isinstance(value, Nf4) for value in values(model).values()) == 7
+    with pytest.raises(ValueError, match="kernels of this text model are quantized"):
+        save_model(model, tmp_path / "saved", source=tmp_path)
+
+
 # --- What does not fit ---
 
 

@@ -1,6 +1,5 @@
 """Rows for tokens that a tokenizer has and the embedding does not."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from peftjax.models import from_hf_config
 from peftjax.tasks import make_task
 from peftjax.training import config as configs
 from tests import tiny
+from tests.runs import in_process
 
 VOCAB, MORE = 48, 54
 
@@ -80,15 +80,10 @@ def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) 
     assert np.isfinite(task.loss(model, batch).loss)
 
 
-def test_generate_names_the_token_and_the_fix_works(
-    extended: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peftjax, "generate", peftjax.generate)  # importing the command replaces the function
-    main = importlib.import_module("peftjax.generate").main
+def test_generate_names_the_token_and_the_fix_works(extended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--model={extended}", "--prompt=a<tool>", "--max-new-tokens=2"]
-    with pytest.raises(
-        UserError, match="--prompt: token '<tool>' has the id 257, but the model's embedding has 257 rows"
-    ):
-        main(arguments)
-    main([*arguments, "--resize-embeddings"])
+    assert in_process("generate", *arguments) == 2
+    message = "error: --prompt: token '<tool>' has the id 257, but the model's embedding has 257 rows; "
+    assert message in capsys.readouterr().err
+    assert in_process("generate", *arguments, "--resize-embeddings") == 0
     assert "> a<tool>" in capsys.readouterr().out
