@@ -1,9 +1,9 @@
-"""LoRA on SmolLM2-135M-Instruct, which learns to answer questions about dates with nothing but the ISO date.
+"""LoRA on SmolLM2-135M-Instruct: answer questions about dates with the ISO date only.
 
     python -m peftjax.train --config=configs/smollm2_chat_lora.py --workdir=runs/chat [--config.model.path=DIR]
 
-A few minutes on a laptop without a GPU. The model is downloaded from the Hugging Face hub (270 MB) unless DIR has it. The
-loss covers the assistant's turns only.
+Training takes a few minutes on a laptop without a GPU. The model (270 MB) is downloaded from the Hugging Face hub unless
+DIR contains it. The loss covers only the assistant's turns.
 """
 
 from ml_collections import ConfigDict

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="Random seed")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
     add("--quantize", choices=tuple(FORMATS), help="Quantization format of the frozen weights")
-    add("--resize-embeddings", action="store_true", help="Add rows for the tokenizer's tokens that have none")
+    add("--resize-embeddings", action="store_true", help="Add embedding rows for tokens that have none")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Compute dtype")
     return parser
 

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         )
     pushes = options.push is not None and jax.process_index() == 0
     if pushes:
-        check_push(options.push)  # now, and not after the training
+        check_push(options.push)  # before the training, not after it
     train(config, Path(options.workdir))
     if pushes:
         print(push_adapter(Path(options.workdir) / "adapter", options.push))

@@ -114,7 +114,7 @@ class Targeted(Method):
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config = super().to_hf(model, name)
         options = ("exclude", "layers_to_transform")
-        part = isinstance(model, Model) and model.hf_part  # the other parts have layers of the same names
+        part = isinstance(model, Model) and model.hf_part  # the other parts have layers with the same names
         if part or any(getattr(self, option) and option not in self.hf_fields for option in options):
             config["target_modules"] = chosen_names(self.chosen(model))  # peft has no field that leaves a layer out
         elif self.targets == self.every:

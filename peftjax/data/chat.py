@@ -1,4 +1,4 @@
-"""Conversations as tokens: rendered with the model's chat template, with a mask for the answers to learn."""
+"""Conversations as tokens: rendered with the model's chat template, with a mask for the answers to train on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ def encode_chat(
     Args:
         conversation: The conversation.
         tokenizer: The tokenizer, which has the chat template.
-        train_on: "completions": learn the assistant's messages; "last": only the last one; "all": all tokens. Messages of
-            weight 0 are never learned.
+        train_on: "completions": train on the assistant's messages; "last": only on the last one; "all": on all tokens.
+            Messages with weight 0 are never trained on.
         name: The name of the record, for messages.
 
     Returns:
-        The token ids [n], and a mask, bool [n], that is true for the tokens to learn. Where the template marks the
-        assistant's text ({% generation %}), these are the marked tokens. Elsewhere an answer reaches from the end of the
-        generation prompt to the end-of-turn token, as they stand in the text of the whole conversation.
+        The token ids [n], and a mask, bool [n], that is true for the tokens to train on. If the template marks the
+        assistant's text ({% generation %}), these are the marked tokens. Otherwise, an answer extends from the end of the
+        generation prompt through the end-of-turn token, both located in the text of the whole conversation.
 
     Raises:
         UserError: The template rejects the conversation, or an answer cannot be located in its text.
@@ -37,8 +37,8 @@ def encode_chat(
     if not answers and train_on != "all":
         roles = sorted({str(message["role"]) for message in conversation.messages})
         tokenizer.template.warn(
-            f'conversations with the roles {", ".join(roles)} have no message with the role "assistant" to learn; rename the '
-            'roles, or set config.data.train_on = "all"'
+            f'conversations with the roles {", ".join(roles)} have no message with the role "assistant" to train on; rename '
+            'the roles, or set config.data.train_on = "all"'
         )
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [i for i in wanted if conversation.weights[i]]
@@ -77,12 +77,12 @@ class _Rendered:
                 calls = _replaced_below(calls, ("name", "arguments"), self._mark())
                 if self._text_with(i, {**message, "tool_calls": calls}) == self.text:
                     raise UserError(
-                        f"{name}: the chat template of {tokenizer.directory} does not write tool calls; use a model whose "
+                        f"{name}: the chat template of {tokenizer.directory} does not render tool calls; use a model whose "
                         "template does"
                     )
 
     def spans(self, answers: list[int]) -> list[Span]:
-        """The text to learn for each of these messages: from where generation starts through the end-of-turn token."""
+        """The text to train on for each of these messages: from where generation starts through the end-of-turn token."""
         spans: list[Span] = []
         for i in answers:
             span = self._prefix_span(i) or self._located_span(i, spans[-1][1] if spans else 0)
@@ -123,7 +123,7 @@ class _Rendered:
         return self._begin(i, floor, start), self._end(stop, limit)
 
     def _begin(self, i: int, floor: int, start: int) -> int:
-        """Where generation of message i starts, the content of which starts at `start`.
+        """Where generation of message i begins; its content starts at `start`.
 
         An answer may lack what the generation prompt ends with, such as "<think>".
         """
@@ -148,7 +148,7 @@ class _Rendered:
         return stop
 
     def _region(self, i: int) -> Span | None:
-        """The characters that change if message i says something else; None if there are none."""
+        """The characters that change with the content of message i; None if there are none."""
         other = self._text_with(i, _replaced(self._messages[i], self._mark()))
         if other == self.text:
             return None
@@ -156,7 +156,7 @@ class _Rendered:
         return start, len(self.text) - _common(self.text[start:][::-1], other[start:][::-1])
 
     def _text_with(self, i: int, message: Message) -> str:
-        """The text of the conversation with another message i."""
+        """The text of the conversation with message i replaced."""
         messages = [*self._messages[:i], message, *self._messages[i + 1 :]]
         try:
             return self._tokenizer.chat(messages, False, self._conversation.tools)
@@ -164,7 +164,7 @@ class _Rendered:
             raise UserError(f"{self._name}: message {i + 1} cannot be located: {error}") from error
 
     def _mark(self) -> str:
-        """A character that the text does not have, of those for private use."""
+        """A private-use character that does not occur in the text."""
         return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in self.text)
 
     def _part(self, count: int, *, add_generation_prompt: bool = False) -> str | None:
@@ -184,7 +184,7 @@ class _Rendered:
 
 
 def _replaced(message: Message, mark: str) -> dict[str, Any]:
-    """A message of the same kind, in which every text that a template may render is `mark`."""
+    """A copy of the message in which every text that a template may render is `mark`."""
     new = dict(message)
     for key in ("content", "reasoning_content", "thinking", "reasoning"):
         if text := message.get(key):
@@ -213,13 +213,13 @@ def _all_replaced(value: Any, mark: str) -> Any:
 
 
 def _common(one: str, other: str) -> int:
-    """The number of characters at the beginning of both texts."""
+    """The length of the common prefix of two texts."""
     different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))
 
 
 def _covered(spans: list[Span], offsets: list[Span]) -> np.ndarray:
-    """Which tokens are in one of the spans, bool [n]; a token that begins before a span and ends in it is."""
+    """Which tokens are in one of the spans, bool [n]; a token that begins before a span and ends in it counts."""
     ends = np.array([end for _, end in offsets], int)
     mask = np.zeros(len(offsets), bool)
     for start, end in spans:

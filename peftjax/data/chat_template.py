@@ -19,7 +19,7 @@ class ChatTemplate:
 
     Args:
         theirs: The tokenizer of transformers.
-        directory: The directory that it is from.
+        directory: The directory it was loaded from.
     """
 
     def __init__(self, theirs: Any, directory: pathlib.Path):
@@ -71,7 +71,7 @@ class ChatTemplate:
         return whole[len(bare) :] if whole.startswith(bare) else ""
 
     def warn(self, message: str) -> None:
-        """Issue a warning. Every record may have a reason for it, so it is issued only once."""
+        """Issue a warning once, since every record may cause it."""
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, stacklevel=3)
@@ -104,7 +104,7 @@ class ChatTemplate:
         template = self._text(tools)
         if tools and not re.search(r"\btools\b", template):
             self.warn(
-                f"the chat template of {self._directory} does not use the tools of the records, so the model is not told of "
+                f"the chat template of {self._directory} does not use the tools of the records, so the model does not see "
                 "them"
             )
         try:
@@ -133,12 +133,12 @@ class ChatTemplate:
 
 
 def _with_text(message: Message) -> Message:
-    """A message whose parts are joined."""
+    """The message with its text parts joined."""
     content = message.get("content")
     return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
 
 def _with_parts(message: Message) -> Message:
-    """A message whose text is a list of one part."""
+    """The message with its text as a list of one part."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

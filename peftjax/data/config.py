@@ -24,7 +24,7 @@ class DataConfig:
     )
     train_on: str = field(
         "completions",
-        "Tokens with a loss: all, those of all completions or answers, or those of the last answer. A text is learned whole",
+        "Tokens in the loss: all, those of completions or answers, or those of the last answer; for format text always all",
         choices=("all", "completions", "last"),
     )
     text_field: str = field("text", "Field with the text, for format text")

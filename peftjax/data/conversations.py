@@ -30,7 +30,7 @@ class Conversation:
     Attributes:
         messages: The messages, without keys that are null.
         tools: JSON schemas of the functions that the assistant can call; None if there are none.
-        weights: Whether each message may be learned: false where the record gives it the weight 0.
+        weights: Whether each message may be trained on: false if the record gives it weight 0.
     """
 
     messages: list[Message]
@@ -98,7 +98,7 @@ def _sharegpt(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Me
         )
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]:
         raise UserError(
-            f'{name}: {unknown[0]!r} in "from" is not a role of ShareGPT; it has {", ".join(SHAREGPT_ROLES)}'
+            f'{name}: {unknown[0]!r} in "from" is not a ShareGPT role; the roles are {", ".join(SHAREGPT_ROLES)}'
         )
     system = record.get("system")
     first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
@@ -127,7 +127,7 @@ def _other_format(messages: list[Message]) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the keys that are None, at any depth: Arrow gives every struct the keys of all others."""
+    """A value without the keys whose value is None, at any depth: Arrow gives every struct the keys of all others."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value
@@ -137,12 +137,12 @@ def _check_content(message: Message, name: str) -> None:
     """Refuse a message whose content is neither text nor parts of text, and a message without anything to render."""
     content, role = message.get("content"), message["role"]
     if content is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
-        raise UserError(f"{name}: a message of the role {role!r} has neither content nor tool_calls")
+        raise UserError(f"{name}: a message with the role {role!r} has neither content nor tool_calls")
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = repr(part.get("type") if isinstance(part, Mapping) else part)[:80]
             raise UserError(
-                f"{name}: a message of the role {role!r} has a part of the type {kind}; only text can be read"
+                f"{name}: a message with the role {role!r} has a part of type {kind}; only text is supported"
             )
     if content is not None and not isinstance(content, str | list):
         raise UserError(f"{name}: the content of a message must be text or a list of parts, not {content!r:.80}")

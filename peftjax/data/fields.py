@@ -45,7 +45,7 @@ class _Filled(string.Formatter):
         if field_name in self._record:  # a name with a dot
             first, steps = field_name, []
         if not first or (first.isdigit() and first not in self._record):
-            raise UserError(f"template {self._template!r}: {{{field_name}}} names no field of a record")
+            raise UserError(f"template {self._template!r}: {{{field_name}}} does not name a field of a record")
         setting = f"{first}_field" if first in renamed else "prompt_template or completion_template"
         value = field_of(self._record, renamed.get(first, first), setting, self._name)
         for step in steps:
@@ -63,7 +63,7 @@ class _Filled(string.Formatter):
         there = ", ".join(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
         size = f" of {len(value)}" if isinstance(value, list | tuple) else ""
         raise UserError(
-            f"{self._name}: template {self._template!r}: {{{path}}} has no entry {step!r}; there is {there}{size}"
+            f"{self._name}: template {self._template!r}: {{{path}}} has no entry {step!r}; found {there}{size}"
         )
 
 

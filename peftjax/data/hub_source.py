@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 
-# The branch in which the hub keeps every public dataset as Parquet, whatever its own files are.
+# The branch in which the hub keeps every public dataset as Parquet, regardless of its original format.
 CONVERTED = "refs/convert/parquet"
 
 
@@ -72,7 +72,7 @@ def _download(repository: str, config: str, split: str, spec: str) -> list[pathl
 
 
 def _cached(repository: str, config: str, split: str, spec: str) -> list[pathlib.Path]:
-    """The files of a split that an earlier run has downloaded; empty if there are none."""
+    """The files of a split that are already in the cache; empty if there are none."""
     import huggingface_hub
 
     for revision in (None, CONVERTED):

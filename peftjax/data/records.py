@@ -71,10 +71,10 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     chat: The conversation as rendered by the chat template, with a loss on every assistant turn including its
       end-of-turn token.
     sharegpt: The same; the conversation has ShareGPT's names for fields and roles.
-    alpaca: The same, of a user message (the instruction and the input) and the output. Where the tokenizer has no chat
-      template: as completion, with the prompt of Stanford Alpaca.
+    alpaca: The same; the user message is the instruction and the input, the answer is the output. If the tokenizer has no
+      chat template: as completion, with the Stanford Alpaca prompt.
 
-    data.train_on = "last" leaves the loss of a conversation on its last answer; "all" gives all tokens a loss.
+    data.train_on = "last" restricts the loss of a conversation to its last answer; "all" extends it to all tokens.
 
     Raises:
       UserError: A field is missing or is not text, or a template or a conversation cannot be used. The message calls the
@@ -95,7 +95,7 @@ def encode_prompt(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     By data.format:
 
     completion: The prompt, and the completion.
-    chat, sharegpt, alpaca: All that precedes the last assistant turn, and the content of that turn.
+    chat, sharegpt, alpaca: Everything before the last assistant turn, and the content of that turn.
     text: The first half of the tokens, at most 32 of them, and the rest of the text.
 
     Raises:

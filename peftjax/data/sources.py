@@ -3,7 +3,7 @@
 A string names a source:
 
     tfds:NAME[/CONFIG]/SPLIT    a TensorFlow dataset, with TFDS's split syntax: tfds:rewrite_dates/train[:90%]
-    hf:NAME[/CONFIG]/SPLIT      a dataset of the Hugging Face hub (OWNER/DATASET), or a directory with its Parquet files
+    hf:NAME[/CONFIG]/SPLIT      a dataset from the Hugging Face hub (OWNER/DATASET), or a directory with its Parquet files
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
     PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
     PATH.json                   a list of JSON objects, or JSON Lines; kept in memory
@@ -164,7 +164,7 @@ class JsonLines:
         if repaired != record and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.name(index)}: a lone surrogate (\\ud800 to \\udfff) is no character; it is replaced by U+FFFD, here and "
+                f"{self.name(index)}: a lone surrogate (\\ud800 to \\udfff) is not a character; it is replaced by U+FFFD, here and "
                 "in later records",
                 stacklevel=2,
             )
@@ -271,7 +271,7 @@ def _files(spec: str) -> list[pathlib.Path]:
 
 
 def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
-    """The files of records in a directory, which must be of one split."""
+    """The record files in a directory, which must belong to one split."""
     files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
     if not files:
         raise UserError(

@@ -23,7 +23,7 @@ def check_rows(ids: Iterable[int], rows: int | None, tokenizer: Tokenizer, name:
         ids: The token ids.
         rows: The number of rows, as `embedding_rows` returns it.
         tokenizer: The tokenizer that made the ids.
-        name: What the text is called in the message.
+        name: The name of the text, for messages.
 
     Raises:
         UserError: A token has no row.

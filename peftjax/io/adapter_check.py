@@ -20,13 +20,12 @@ def check_finite(tensor: np.ndarray, what: str) -> None:
     """
     if wrong := int((~np.isfinite(tensor.astype(np.float32))).sum()):
         raise UserError(
-            f"{what} has {wrong} of {tensor.size} values that are NaN or infinite: the training that wrote it diverged, or "
-            "the file is damaged"
+            f"{what}: {wrong} of {tensor.size} values are NaN or infinite; the training diverged or the file is damaged"
         )
 
 
 def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
-    """Why a tensor has another shape than the model needs, as far as that is certain."""
+    """Why the shape of a tensor differs from the model's; empty if that is not certain."""
     stored = tensors[tensor.key]
     leaf = tensor.leaf
     if leaf.shape is not None or (leaf.axes is None and stored.ndim != 1):
@@ -39,9 +38,9 @@ def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
     differ = {name for name, one, other in zip(names, needed, stored.shape, strict=True) if one != other}
     of_base = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
     if differ == {"rank"}:
-        return f"; {CONFIG} gives another rank"
+        return f"; {CONFIG} gives a different rank"
     if differ == {"vocab"}:
-        return "; the adapter was made for a vocabulary of another size: resize the embedding of the base first"
+        return "; the adapter was made for a vocabulary of a different size: resize the embedding of the base first"
     return "; the adapter was made for another base" if differ and differ <= of_base else ""
 
 
@@ -52,7 +51,7 @@ COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 
 
 def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str], prefix: str) -> set[str]:
-    """Those of `keys` that repeat a parameter of the base or another tensor of the file.
+    """The `keys` that duplicate a parameter of the base or another tensor of the file.
 
     peft saves the embedding and the head beside a LoRA of them, and all their forms after a change of the vocabulary.
 

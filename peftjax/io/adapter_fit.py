@@ -83,7 +83,7 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
 def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[Method, str | None]:
     """Return a BOFT with as many factors as its tensors have, and what its config says if that differs.
 
-    Without its CUDA extension peft trains with one factor and writes the number that was asked for.
+    Without its CUDA extension peft trains with one factor but saves the configured number.
     """
     stored = {len(tensor) for key, tensor in tensors.items() if key.endswith(".boft_R") and tensor.ndim == 4}
     if not isinstance(method, Boft) or len(stored) != 1 or stored == {method.factors}:

@@ -1,4 +1,4 @@
-"""Keys of adapter files as programs other than `save_pretrained` of peft spell them."""
+"""Keys of adapter files that were not written by peft's `save_pretrained`."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -14,7 +14,7 @@ WRAPPERS = {
 
 
 def respelled(tensors: Mapping[str, T], expected: Iterable[str]) -> tuple[dict[str, T], dict[str, str]]:
-    """Give tensors whose keys only differ from expected ones by wrappers the expected keys, where that is unambiguous.
+    """Rename tensors whose keys differ from expected ones only by wrappers, where that is unambiguous.
 
     Returns:
         The tensors, and {expected key: key in the file} of those that were renamed.

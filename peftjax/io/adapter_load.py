@@ -160,7 +160,9 @@ def _fitted(
         )
     method, differing = with_factors_of(method, tensors)
     if differing:
-        warnings.warn(f"{path / CONFIG}: {differing} is ignored, since the tensors have another number", stacklevel=3)
+        warnings.warn(
+            f"{path / CONFIG}: {differing} is ignored, since the tensors have a different number", stacklevel=3
+        )
     _check_residual(method, model, path)
     return method, with_older_names(tensors, older)
 
@@ -173,7 +175,7 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
     """
     if isinstance(method, Lora) and RESIDUAL.fullmatch(method.init) and (kinds := set(formats(model).values())):
         raise UserError(
-            f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base less the initial update, which cannot be "
+            f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base minus the initial update, which cannot be "
             f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
             "save_adapter, and load that plain LoRA on the quantized base"
         )

@@ -15,7 +15,7 @@ from peftjax.methods.bottleneck import from_hub
 def read_method(path: Path) -> Method:
     """Read the method and options of an adapter directory.
 
-    Other fields than the options are not looked at here: `load_adapter` checks whether the adapter is supported.
+    Other fields are not checked here: `load_adapter` checks whether the adapter is supported.
 
     Raises:
         UserError: The directory holds no adapter, or one of an unknown method.

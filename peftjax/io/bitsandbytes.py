@@ -58,13 +58,13 @@ def check_config(quantization: Mapping[str, Any], directory: Path | str) -> None
     """
     if (claimed := _claimed(quantization)) != _NF4:
         raise UserError(
-            f"{directory} is quantized ({claimed}); the only supported format is nf4 of bitsandbytes. Give the model that it "
+            f"{directory} is quantized ({claimed}); the only supported format is nf4 of bitsandbytes. Use the model it "
             'was quantized from, with quantize="nf4" or "int8" to quantize it again'
         )
 
 
 def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any], directory: Path) -> bool:
-    """Whether kernels are stored in NF4: the tensors decide, and where config.json says something else there is a warning.
+    """Whether kernels are stored in NF4: the tensors decide, with a warning if config.json disagrees.
 
     Args:
         stored: The tensors of a checkpoint, by name.

@@ -42,7 +42,7 @@ def load_model(
 ) -> Model:
     """Load a model from a Hugging Face directory.
 
-    Of a multimodal directory the text model is loaded, with a warning that names the other parts; `save_model` copies these.
+    Only the text model of a multimodal directory is loaded. A warning names the other parts, which `save_model` copies.
     Tensors are read one at a time, and each process reads only what its devices hold. Peak memory is the model plus about
     two and a half of its largest tensors.
 

@@ -29,7 +29,7 @@ _TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a card says of the training.
+    """What a card says about the training.
 
     Attributes:
       task: A key of `_TASKS`.
@@ -51,7 +51,7 @@ def make_card(directory: Path, training: Training | None = None) -> str:
 
     Args:
       directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
-      training: What is known of the training beside the files.
+      training: Information about the training that is not in the files.
 
     Raises:
       UserError: The directory does not hold an adapter that can be read.
@@ -96,7 +96,7 @@ def _hub_id(base: str) -> str | None:
 
 
 def _shown_base(base: str) -> str:
-    """A base that is not on the hub, without the folders of the machine."""
+    """A base that is not on the hub, without local parent directories."""
     if base == "embedded":
         return "the model bundled with peftjax"
     return f"`{Path(base).name}`" if base else "an unknown base model"
@@ -143,7 +143,7 @@ def _usage(hub_id: str | None, base: str, auto_class: str, head: Mapping[str, An
     note = f" `{_LOCAL}` stands for the directory of the base model." if _LOCAL in (theirs, ours) else ""
     return f"""## How to load it
 
-Download the adapter, or set `adapter` to a directory that holds it.{note}
+Download the adapter, or set `adapter` to a directory that contains it.{note}
 
 ```python
 from huggingface_hub import snapshot_download

@@ -13,7 +13,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
 
     The repository is created if it does not exist. All files of the directory are uploaded in one commit, apart from
     hidden ones and subdirectories. If it has no README.md, a model card is made from the adapter's files. The token is
-    that of `hf auth login` or of the environment variable HF_TOKEN.
+    taken from `hf auth login` or the environment variable HF_TOKEN.
 
     Args:
         directory: A directory from `save_adapter`, the train command, PEFT or AdapterHub.
@@ -21,7 +21,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
         private: Whether a new repository is private; default: that of the user or the organization.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         UserError: The directory does not hold an adapter, nobody is logged in, the hub cannot be reached, or it refuses

@@ -42,8 +42,8 @@ def save_model(
         max_shard_bytes: Maximum size of a shard in bytes.
 
     Raises:
-        UserError: Adapters are active, kernels are in int8 or, in a text model of a multimodal model, quantized at all,
-            `source` is missing or another model, or `path` holds something else.
+        UserError: Adapters are active, kernels are int8 or, in the text model of a multimodal model, quantized in any
+            format, `source` is missing or another model, or `path` holds something else.
 
     Examples:
         >>> import peftjax

@@ -78,7 +78,7 @@ def tokens_by_site(
         embedding unless the table has other tokens for it.
 
     Raises:
-        UserError: A name of the table matches no embedding and no head.
+        UserError: A name of the table matches neither an embedding nor a head.
     """
     table = [item for item in indices if isinstance(item, tuple)]
     if not table:
@@ -90,7 +90,7 @@ def tokens_by_site(
         if not matching:
             names = [site.names[0] for site in layers]
             raise UserError(
-                f"method.token_indices: {name!r} matches no embedding and no head.{suggest(name, names)} There are: "
+                f"method.token_indices: {name!r} matches neither an embedding nor a head.{suggest(name, names)} Available: "
                 f"{', '.join(names)}"
             )
         found |= {site.path: (site, tokens) for site in matching}

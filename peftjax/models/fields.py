@@ -65,7 +65,7 @@ class Fields:
             )
 
     def implied(self, name: str, computed: Any) -> None:
-        """Accept a field that says what is computed without it; with another value it is left to `done`."""
+        """Accept a field whose value matches what is computed anyway; any other value is left to `done`."""
         if self._left.get(name) == computed:
             del self._left[name]
 

@@ -85,7 +85,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
             name: value for name, value in config.items() if name not in whole.flat | {"architectures", "model_type"}
         }
     if not isinstance(text, dict):
-        raise UserError(f"config.json: model_type {kind!r} without text_config, the fields of its text model")
+        raise UserError(f"config.json: model_type {kind!r} needs text_config, the fields of its text model")
     model_type = str(text.get("model_type", whole.text))
     model_type = whole.text if model_type.startswith(kind) and model_type != whole.text else model_type
     fields = _SIZES.get(model_type, {}) | dict(whole.defaults) | text | {"model_type": model_type}

@@ -49,7 +49,7 @@ class Task:
       model_class: The model classes that learn it.
       head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
       problem_type: transformers' name for what the head predicts.
-      card_task: PEFT's task_type for it, as model cards have it.
+      card_task: PEFT's task_type for it, used in model cards.
       unit: What the training speed counts.
       loss_unit: The unit of the loss, for charts.
       generates: Whether the model answers prompts in text.

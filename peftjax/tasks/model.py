@@ -39,7 +39,7 @@ class ModelConfig:
         choices=("xla", "cudnn", "splash"),
     )
     resize_embeddings: bool = field(
-        False, "Add embedding rows, each the mean of the others, for tokens of the tokenizer that have none"
+        False, "Add embedding rows, each the mean of the existing ones, for tokens of the tokenizer that have none"
     )
     new_head: bool = field(False, "Replace the checkpoint's task head with a newly initialized one")
     init: str = field(

@@ -1,4 +1,4 @@
-"""What the model card of a trained adapter says of its training: data, steps, optimizer and scores."""
+"""What the model card of a trained adapter says about its training: data, steps, optimizer and scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from peftjax.log import METRICS, read_metrics
 from peftjax.tasks import Task
 from peftjax.training.config import Config
 
-# The fields of a line of metrics.jsonl that are no metrics, but say when, and on how much, they were measured.
+# The fields of a line of metrics.jsonl that are not metrics, but say when and on how much data they were measured.
 _PLACE = ("step", "kind", "seconds", "tokens", "examples", "prompts")
 
 
@@ -22,7 +22,7 @@ def write_card(directory: Path, config: Config, task: Task, workdir: Path, step:
       config: The config of the run.
       task: Its task.
       workdir: Its workdir, with metrics.jsonl.
-      step: The number of steps done.
+      step: The number of completed steps.
       parameters: The number of trainable parameters, as text.
     """
     lines = read_metrics(workdir / METRICS)
@@ -53,7 +53,7 @@ def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
 
 
 def _sources(sources: Sequence[str]) -> str:
-    """Data sources, without the folders of the machine."""
+    """Data sources, without local parent directories."""
     return ", ".join(f"`{_shown(source)}`" for source in sources)
 
 

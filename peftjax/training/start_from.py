@@ -1,8 +1,8 @@
 """method.start_from: a run that continues the training of an adapter from a directory.
 
-The options of the method come from the adapter, and its values are the initial ones. The optimizer starts anew. The run
-keeps a copy of the adapter in its workdir, from which a resumed run takes the options and the arrays that are not trained,
-such as LoRA-FA's A. The directory itself is read once.
+The method's options and its initial values come from the adapter. The optimizer state is new. The run keeps a copy of
+the adapter in its workdir, from which a resumed run takes the options and the arrays that are not trained, such as
+LoRA-FA's A. The directory itself is read once.
 """
 
 import dataclasses
@@ -131,8 +131,8 @@ def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:
     shapes = [{path: tuple(leaf.shape) for path, leaf in leaves.items()} for leaves in (theirs, ours)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"{what} has the parameters {shapes[0]}, but with the options of the config it has {shapes[1]}; remove the "
-            "method's options, all but start_from, from the config"
+            f"{what} has the parameters {shapes[0]}, but with the options of the config it has {shapes[1]}; remove all "
+            "method options except start_from from the config"
         )
     for path, leaf in ours.items():
         leaf.set_value(jnp.asarray(theirs[path].get_value(), leaf.get_value().dtype))
@@ -151,7 +151,7 @@ def _completed(method: Method, theirs: Method) -> Method:
 
 
 def _require_agreement(method: Method, theirs: Method, path: str) -> None:
-    """Raises a UserError if the options, but for those that only affect training, differ from an adapter's."""
+    """Raises a UserError if the options, except those that only affect training, differ from an adapter's."""
     if type(method) is not type(theirs):
         raise UserError(
             f"method.start_from={path} holds an adapter of the method {theirs.method!r}, but method.name={method.method!r}; "

@@ -128,9 +128,9 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
     for bad in ("[", '{"a": 1}', 3):
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
-    with pytest.raises(UserError, match=r"^a:1: the chat template of .* does not write tool calls"):
+    with pytest.raises(UserError, match=r"^a:1: the chat template of .* does not render tool calls"):
         learned(record, TOOLS.replace("tool_calls", "calls"))
-    with pytest.raises(UserError, match="a:1: a message of the role 'assistant' has neither content nor tool_calls"):
+    with pytest.raises(UserError, match="a:1: a message with the role 'assistant' has neither content nor tool_calls"):
         learned([CHAT[0], {"role": "assistant", "content": None}])
 
 
@@ -145,7 +145,7 @@ def test_parts_of_content_are_rendered_or_joined(learned: Callable[..., str]) ->
     assert learned(CHAT[:2], reads) == "<|assistant|>[yes no]<|end|>"  # of text, this template writes nothing
     parts[0] = {"role": "user", "content": [{"type": "image"}]}
     with pytest.raises(
-        UserError, match="a:1: a message of the role 'user' has a part of the type 'image'; only text can be read"
+        UserError, match="a:1: a message with the role 'user' has a part of type 'image'; only text is supported"
     ):
         learned(parts)
 
@@ -158,7 +158,7 @@ def test_sharegpt_and_alpaca_are_named_as_formats(
     assert learned({"conversations": turns}, **both) == learned(CHAT, train_on="all")
     system = learned({"conversations": turns, "system": "be brief"}, **both)
     assert system == learned([{"role": "system", "content": "be brief"}, *CHAT], train_on="all")
-    with pytest.raises(UserError, match=r"a:1: 'bing' in \"from\" is not a role of ShareGPT"):
+    with pytest.raises(UserError, match=r"a:1: 'bing' in \"from\" is not a ShareGPT role"):
         learned({"conversations": [{"from": "bing", "value": "x"}]}, format="sharegpt")
     with pytest.raises(UserError, match=r'must hold a list of messages .* set config.data.format = "sharegpt"'):
         learned(turns)

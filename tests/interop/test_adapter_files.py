@@ -145,7 +145,7 @@ def test_a_sliding_window_hides_the_prefix_as_it_does_in_transformers(
 def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases: Callable, tmp_path: Path) -> None:
     theirs = adapted(bases("untied"), lora(**options))
     theirs.save_pretrained(tmp_path / "a")
-    model = load(bases("untied"), tmp_path / "a", "belongs to a base less the initial update")
+    model = load(bases("untied"), tmp_path / "a", "belongs to a base minus the initial update")
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
     peftjax.use(model, "default")

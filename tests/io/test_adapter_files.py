@@ -275,7 +275,7 @@ def test_a_tensor_with_values_that_are_not_finite_is_named(wrong: float, tmp_pat
     tensors = random_tensors()
     key = f"{LAYER.format(1)}self_attn.v_proj.lora_B.weight"
     tensors[key][2, 3] = wrong
-    assert_refused(write(tmp_path / "a", tensors), rf"{key} has 1 of {8 * KV} values that are NaN or infinite")
+    assert_refused(write(tmp_path / "a", tensors), rf"{key}: 1 of {8 * KV} values are NaN or infinite")
 
 
 def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
     tensors = random_tensors()
     key = f"{LAYER.format(1)}self_attn.q_proj.lora_A.weight"
     tensors[key] = tensors[key][:4]
-    message = rf"{key} has shape \(4, 32\), but this model needs \(8, 32\); adapter_config.json gives another rank$"
+    message = rf"{key} has shape \(4, 32\), but this model needs \(8, 32\); adapter_config.json gives a different rank$"
     assert_refused(write(tmp_path / "a", tensors), message)
 
 
@@ -476,7 +476,7 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
         ({"target_modules": None}, r"adapter_config.json: target_modules is missing; LORA needs it"),
         (
             {"trainable_token_indices": {"lm_haed": [1]}},
-            r"'lm_haed' matches no embedding and no head. Did you mean 'lm_head'",
+            r"'lm_haed' matches neither an embedding nor a head. Did you mean 'lm_head'",
         ),
         ({"r": 8.5}, r"rank must be a positive integer, got 8.5"),
         ({"bias": "some"}, r"method.bias must be one of none, all, lora_only, got 'some'"),

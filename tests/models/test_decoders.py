@@ -40,7 +40,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (GEMMA2, {"is_causal": False}, "is_causal=False: transformers reads this for model_type 'gemma2'"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         (GEMMA3, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
-        (GEMMA3, {"model_type": "gemma3"}, "'gemma3' without text_config"),
+        (GEMMA3, {"model_type": "gemma3"}, "'gemma3' needs text_config"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(

@@ -2,8 +2,8 @@
 
     python configs/data/date_chats/make.py
 
-The dates and their forms are those of the bundled dataset rewrite_dates, and no day is in both files. In every second
-conversation the user asks for the next day as well.
+The dates and their formats come from the bundled dataset rewrite_dates. No day is in both files. In every second
+conversation, the user also asks for the next day.
 """
 
 import datetime

@@ -285,15 +285,15 @@ class Lora(Ranked):
         init = config.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() in ("pissa", "olora"):
             warnings.warn(
-                f"adapter_config.json: init_lora_weights={init!r} belongs to a base less the initial update, which is "
+                f"adapter_config.json: init_lora_weights={init!r} belongs to a base minus the initial update, which is "
                 "recomputed in float32 from this model's kernels, as in peft; save_adapter writes a plain LoRA",
                 stacklevel=2,
             )
             return dataclasses.replace(cls.from_hf(config | {"init_lora_weights": True}), init=init.lower())
         if isinstance(init, str) and RESIDUAL.fullmatch(init.lower()):
             raise UserError(
-                f"adapter_config.json: init_lora_weights={init!r} is not supported: it belongs to a base less an initial "
-                "update from a randomized SVD, of which peft draws another one at every load; convert the adapter to plain "
+                f"adapter_config.json: init_lora_weights={init!r} is not supported: it belongs to a base minus an initial "
+                "update from a randomized SVD, which differs every time peft computes it; convert the adapter to plain "
                 "LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
