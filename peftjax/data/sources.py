@@ -276,7 +276,7 @@ def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
     if not files:
         raise UserError(
             f"source {spec!r} is a directory; none of its files ends in {', '.join(SUFFIXES)}. Use images:{spec} if it has a "
-            f"folder of images for each class, or hf:{spec}/SPLIT if it has the layout of a dataset of the hub"
+            f"folder of images for each class, or hf:{spec}/SPLIT if it has the layout of a hub dataset"
         )
     splits = {word: file.name for file in files if (word := re.split(r"[-_.]", file.name)[0]) in SPLITS}
     if len(splits) > 1:

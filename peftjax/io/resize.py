@@ -56,7 +56,9 @@ def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
         value, axes = variable.get_value(), getattr(variable, "axes", ())
         if "vocab" in axes:
             if isinstance(value, Quantized):
-                raise UserError(f"resize_embeddings={rows} (model.resize_embeddings): {path} is quantized")
+                raise UserError(
+                    f"resize_embeddings={rows} (model.resize_embeddings): {path} is quantized and cannot be resized"
+                )
             value = _grown(value, shapes[path].shape, axes, mesh)
         values[path] = value
     variables.update(larger, values)

@@ -66,8 +66,8 @@ def save_model(
     around = Surroundings(model, directory) if model.hf_part else None
     if around and quantization:
         raise UserError(
-            "save_model: kernels of this text model are quantized, and a multimodal directory cannot hold that; load it "
-            "without quantize"
+            "save_model: kernels of this text model are quantized and cannot be saved in a multimodal directory; "
+            "load it without quantize"
         )
     writing = jax.process_index() == 0
     temporary = target.with_name(f".{target.name}.peftjax-tmp")

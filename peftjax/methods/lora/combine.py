@@ -109,7 +109,7 @@ def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -
             lora = adapter.exported()
             if isinstance(lora, LoraPatches):
                 raise UserError(
-                    f"combine: adapter {name!r} has a LoRA of {site.names[0]}, and patch embeddings cannot be combined"
+                    f"combine: adapter {name!r} has a LoRA on {site.names[0]}, and patch embeddings cannot be combined"
                 )
             assert type(lora) in (LoraLinear, LoraEmbedding), f"{type(lora).__name__} is more than A and B"
             stacked = [np.asarray(leaf.get_value(), np.float32) for leaf in (lora.a, lora.b, lora.scale)]
