@@ -10,6 +10,7 @@ from flax import nnx
 from peftjax.adapters.sites import Site, sites, tied_kernel
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
+from peftjax.io.hf_files import enumerate_some
 
 
 def check_finite(tensor: np.ndarray, what: str) -> None:
@@ -79,11 +80,20 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
                             f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
                         )
                     if not _same(tensors[key], own):
-                        raise UserError(
-                            f"{key} differs from this model's parameter: the adapter was trained on another base"
-                        )
+                        raise UserError(f"{key} differs from this model's parameter{_where(tensors[key], own)}")
                     copies.add(key)
     return copies
+
+
+def _where(one: np.ndarray, other: np.ndarray) -> str:
+    """What follows from the rows in which two arrays differ."""
+    rows = [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
+    if 2 * len(rows) > len(one):
+        return ": the adapter was trained on another base"
+    return (
+        f" in {len(rows)} of {len(one)} rows ({enumerate_some([str(row) for row in rows], 3)}), as do embeddings of tokens "
+        "that are added anew: load the base with the rows that the adapter was trained with"
+    )
 
 
 def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:

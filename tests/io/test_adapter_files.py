@@ -367,6 +367,17 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
             load_adapter(tiny.model(), write(tmp_path / "b", other))
 
 
+def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_path: Path) -> None:
+    table = values(tiny.model())["embed.embedding"].copy()
+    table[[3, 7]] += 1
+    key = f"{PREFIX}model.embed_tokens.weight"
+    message = rf"{key} differs from this model's parameter in 2 of {V} rows \(3, 7\), as do embeddings of tokens"
+    assert_refused(write(tmp_path / "a", random_tensors() | {key: table}), message)
+    longer = np.concatenate([table, table[:2]])
+    message = rf"{key} differs from this model's parameter in shape: \({V + 2}, {E}\) instead of \({V}, {E}\)"
+    assert_refused(write(tmp_path / "b", random_tensors() | {key: longer}), message)
+
+
 def test_a_tied_heads_copy_of_the_base_is_recognised(tmp_path: Path) -> None:
     model = tiny.model(tie_word_embeddings=True)
     copy = {f"{PREFIX}lm_head.base_layer.weight": values(model)["embed.embedding"]}
