@@ -211,6 +211,9 @@ def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None
         {"rank": 4, "targets": ("q_proj", "embed_tokens", "lm_head"), "rank_pattern": {"lm_head": 2}},
         {"rank": 4, "targets": r".*\.[01]\.mlp\..*", "bias": "all", "modules_to_save": ("embed_tokens", "k_proj")},
         {"rank": 4, "targets": ("v_proj", "k_proj"), "bias": "lora_only", "layers_to_transform": (0, 2)},
+        {"rank": 4, "targets": ("q_proj", "embed_tokens"), "ensure_weight_tying": True},
+        {"rank": 4, "modules_to_save": ("embed_tokens",), "ensure_weight_tying": True},
+        {"rank": 4, "token_indices": {"embed_tokens": (3,), "lm_head": (5, 3)}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("tied", [False, True])
