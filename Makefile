@@ -17,10 +17,10 @@ test-core: $(VENV)/installed-test
 	$(PYTEST) --ignore=tests/interop -m "not slow"
 
 test-slow: $(VENV)/installed-test
-	PEFTJAX_TEST_OLD_FUSIONS=1 $(PYTEST) --ignore=tests/interop -m slow
+	$(PYTEST) --ignore=tests/interop -m slow
 
 test-interop: $(VENV)/installed-interop
-	PEFTJAX_TEST_OLD_FUSIONS=1 $(PYTEST) tests/interop
+	$(PYTEST) tests/interop
 
 # AdapterHub's library pins transformers 4.57, with which peft's tests cannot share an environment.
 test-adapters: .venv-adapters/installed

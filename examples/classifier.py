@@ -1,9 +1,9 @@
-"""A text classifier: LoRA on a BERT, trained in a loop of your own.
+"""A text classifier: LoRA on a BERT, trained in your own loop.
 
     python examples/classifier.py [--model=path/to/bert --data=reviews.jsonl]
 
-The data are JSON lines {"text": ..., "label": ...}. By default a tiny BERT with random weights learns to tell whether a
-text has more even than odd digits. python -m peftjax.train with task.kind="classification" does the same from a config.
+The data format is JSON lines {"text": ..., "label": ...}. By default, a tiny BERT with random weights learns whether a text
+has more even than odd digits. python -m peftjax.train with task.kind="classification" does the same from a config.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LENGTH = 16
 
 
 def make_tiny_bert(directory):
-    """A BERT directory with random weights, whose tokens are digits."""
+    """Write a BERT directory with random weights; its tokens are digits."""
     vocabulary = {token: index for index, token in enumerate(["[PAD]", "[CLS]", "[SEP]", *"0123456789"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -79,7 +79,7 @@ def main(argv=None):
         tokenizer = peftjax.load_tokenizer(options.model)
         model = peftjax.load_model(options.model, head="sequence_classification", labels=labels)
 
-    # The head is new. attach trains it in full, together with the LoRA, and save_adapter writes both.
+    # The head is new. It is trained in full, together with the LoRA, and save_adapter writes both.
     peftjax.attach(model, peftjax.Lora(rank=8, alpha=16), rngs=nnx.Rngs(0))
     graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
     tx = optax.adamw(1e-2)

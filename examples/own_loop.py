@@ -2,7 +2,7 @@
 
     python examples/own_loop.py [--model=DIR] [--out=runs/own_loop]
 
-By default the bundled model learns to rewrite dates, with dates made below.
+By default, the bundled model learns to rewrite dates. The training data is generated below.
 """
 
 import argparse
@@ -22,14 +22,14 @@ LENGTH = 48
 
 
 def make_pairs(count, seed):
-    """Pairs such as ("March 7th, 2024 ->", " 2024-03-07")."""
+    """Make pairs such as ("March 7th, 2024 ->", " 2024-03-07")."""
     draw = random.Random(seed)
     days = [datetime.date(2000, 1, 1) + datetime.timedelta(draw.randrange(9000)) for _ in range(count)]
     return [(f"{day:%B} {day.day}, {day.year} ->", f" {day.isoformat()}") for day in days]
 
 
 def make_batch(tokenizer, pairs):
-    """Rows of tokens, their successors as targets, and weights that are 1 on the completion and the end of text."""
+    """Make token rows with the next tokens as targets, and weights that are 1 on the completion and the end of text."""
     tokens = np.full((len(pairs), LENGTH + 1), tokenizer.pad_id, np.int32)
     weights = np.zeros((len(pairs), LENGTH), np.float32)
     for row, (prompt, completion) in enumerate(pairs):
@@ -72,7 +72,7 @@ def main(argv=None):
 
     pairs, held_out = make_pairs(2000, seed=0), make_batch(tokenizer, make_pairs(32, seed=1))
     before = float(evaluate(adapter, base, held_out))
-    adapter = jax.tree.map(jnp.copy, adapter)  # the step donates it, and the model keeps its own
+    adapter = jax.tree.map(jnp.copy, adapter)  # the step donates this copy; the model keeps its own arrays
     opt = tx.init(adapter)
     for index in range(options.steps):
         batch = make_batch(tokenizer, [pairs[(16 * index + i) % len(pairs)] for i in range(16)])

@@ -1,9 +1,9 @@
-"""QLoRA on a Hugging Face model: an NF4 base, LoRA on all linear layers.
+"""QLoRA on a Hugging Face model: an NF4 base with LoRA on all linear layers.
 
     python examples/qlora_hf_model.py [--model=DIR --data=FILE.jsonl --dtype=bfloat16]
 
-By default the bundled model, which was trained on Python's documentation, learns Python code. The data are JSON lines
-{"text": ...}. For longer runs, several devices and checkpoints, use python -m peftjax.train with
+By default, the bundled model, which was trained on Python's documentation, is fine-tuned on Python code. The data format is
+JSON lines {"text": ...}. For longer runs, several devices or checkpoints, use python -m peftjax.train with
 --config.model.quantize=nf4.
 """
 
@@ -32,7 +32,7 @@ def texts_of(path):
 
 
 def make_rows(tokenizer, texts, length):
-    """All texts, one after the other, in rows of length + 1 tokens."""
+    """Concatenate all texts and split them into rows of length + 1 tokens."""
     ids = list(itertools.chain.from_iterable(tokenizer.encode(text, bos=True, eos=True) for text in texts))
     count = len(ids) // (length + 1)
     return np.array(ids[: count * (length + 1)], np.int32).reshape(count, length + 1)
@@ -64,7 +64,7 @@ def main(argv=None):
         updates, opt = tx.update(gradients, opt, adapter)
         return optax.apply_updates(adapter, updates), opt, value
 
-    adapter = jax.tree.map(jnp.copy, adapter)  # the step donates it, and the model keeps its own
+    adapter = jax.tree.map(jnp.copy, adapter)  # the step donates this copy; the model keeps its own arrays
     opt, losses = tx.init(adapter), []
     for index in range(options.steps):
         picked = rows[np.arange(8 * index, 8 * index + 8) % len(rows)]

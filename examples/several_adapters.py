@@ -1,8 +1,8 @@
-"""Several adapters on one base: switch between them, and use different ones for the rows of a batch.
+"""Several adapters on one base: switch between them, and use a different one for each row of a batch.
 
     python examples/several_adapters.py
 
-Two LoRAs learn opposite things on the bundled model: one writes dates as 2024-03-07, the other as 07/03/2024.
+Two LoRAs learn different date formats on the bundled model: one writes 2024-03-07, the other 07/03/2024.
 """
 
 import datetime
@@ -41,7 +41,7 @@ def make_batch(tokenizer, picked, written, length=48):
 
 
 def train(model, name, batches):
-    """Train the adapter called `name`; the others are attached but inactive, and keep their values."""
+    """Train the adapter called `name`; the others stay attached but inactive, and keep their values."""
     peftjax.use(model, name)
 
     def mine(path, value):
@@ -76,7 +76,7 @@ def main(steps=100):
 
     day = datetime.date(2019, 5, 17)
     prompt = tokenizer.encode(PROMPT.format(day, day.day, day.year), bos=True, eos=False)
-    rows = ["iso", "british", None]  # None: the base alone
+    rows = ["iso", "british", None]  # None: the base model alone
     mixed = peftjax.rows(model, rows)
     answers = peftjax.generate(mixed, [prompt] * len(rows), max_new_tokens=12, stop=tokenizer.eos_ids)
     answers = [tokenizer.decode(answer) for answer in answers]

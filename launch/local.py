@@ -1,6 +1,6 @@
 """Run a command as several processes on this machine, connected over loopback.
 
-    python launch/local.py --processes=4 --devices-per-process=2 -- \\
+    python launch/local.py --processes=4 -- \\
         python -m peftjax.train --config=configs/quickstart.py --workdir=runs/four --config.mesh.data=-1
 
 `--coordinator=127.0.0.1:PORT --num_processes=N --process_id=I` is appended to the command. See docs/launch_local.md.

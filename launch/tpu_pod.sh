@@ -102,7 +102,7 @@ errors=$(mktemp) archive=$(mktemp)
 trap 'rm -f "$errors" "$archive"' EXIT
 trap interrupted INT TERM
 state='' running=''
-ready=false # whether the current TPU is installed
+ready=false # whether the working tree is installed on the current TPU
 had=false   # whether a TPU was ever active; if so, a failure is not an invalid request
 lost=0      # consecutive lost connections
 while true; do

@@ -86,7 +86,7 @@ def test_it_is_the_same_on_one_device_and_on_any_sharding_of_eight() -> None:
     ]
     for dtype, spec in cases:
         x = as_dtype(words(dtype, (8, 16, 8)), dtype)
-        sharded = jax.device_put(x, NamedSharding(mesh, spec))
+        sharded = jax.device_put(np.asarray(x), NamedSharding(mesh, spec))  # from the host: a compiled copy may quiet a NaN
         assert fingerprint({"x": sharded}) == fingerprint({"x": x}), (dtype, spec)
 
 

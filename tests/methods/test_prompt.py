@@ -125,7 +125,7 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
         (lambda: PromptTuning(tokens=0), "method.tokens must be a positive integer, got 0"),
         (lambda: PromptTuning(tokens=2.5), "method.tokens must be a positive integer, got 2.5"),
         (lambda: PromptTuning(init="words"), "method.init must be one of random, vocabulary, text, got 'words'"),
-        (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': set method.text if, and only if, method.init='text'"),
+        (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': set method.text if, and only if"),
         (lambda: PTuning(encoder="gru"), "method.encoder must be one of mlp, lstm, none, got 'gru'"),
         (lambda: PrefixTuning(hidden=4), "method.hidden=4 needs method.projection=True"),
         (lambda: attached(PromptTuning(tokens=64)), "method.tokens=64 leaves no room for text: the model has 64 positions"),

@@ -1,6 +1,9 @@
 """The train step: accumulation exact by tokens, dropout by step and microbatch, moments where their parameters are."""
 
+import ast
+import inspect
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -10,10 +13,12 @@ import pytest
 from flax import nnx
 
 from peftjax import adapters, methods, sharding
+from peftjax import train as train_module
 from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.totals import next_token_loss
 from peftjax.training import optim
+from peftjax.training import step as step_module
 from peftjax.training.step import Objective, init_state, make_train_step
 from tests import tiny
 
@@ -69,3 +74,14 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     ]
     assert split
     assert all(moments[path].sharding == trainable[path].sharding for path in split)
+
+
+def test_the_step_that_plan_compiles_is_the_one_in_train() -> None:
+    def step_in(module: ModuleType) -> str:
+        functions = [
+            node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.FunctionDef)
+        ]
+        (step,) = (function for function in functions if function.name == "train_step")
+        return ast.dump(step)
+
+    assert step_in(train_module) == step_in(step_module)
