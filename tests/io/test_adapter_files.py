@@ -359,7 +359,7 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
     held = values(model)
     copies = {
         f"{PREFIX}model.embed_tokens.base_layer.weight": held["embed.embedding"],
-        f"{PREFIX}lm_head.base_layer.weight": held["head.kernel"].T.copy(),
+        f"{PREFIX}_orig_mod.lm_head.base_layer.weight": held["head.kernel"].T.copy(),
         f"{PREFIX}model.norm.weight": held["norm.scale"].astype(ml_dtypes.bfloat16),
         f"{LAYER.format(2)}mlp.up_proj.weight": held["blocks.feedforward.up.kernel"][2].T.copy(),
     }
