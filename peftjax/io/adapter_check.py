@@ -9,7 +9,9 @@ from flax import nnx
 
 from peftjax.adapters.sites import Site, sites, tied_kernel
 from peftjax.core.errors import UserError
+from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
+from peftjax.io.hf_files import enumerate_some
 
 
 def check_finite(tensor: np.ndarray, what: str) -> None:
@@ -50,25 +52,27 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 
 
-def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str], prefix: str) -> set[str]:
-    """The `keys` that duplicate a parameter of the base or another tensor of the file.
+def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
+    """The `keys` that duplicate a parameter of the base or another tensor of the file, regardless of wrappers.
 
     peft saves the embedding and the head beside a LoRA of them, and all their forms after a change of the vocabulary.
 
     Raises:
         UserError: Such a tensor differs from the parameter.
     """
-    keys, copies = set(keys), set()
-    for key in keys:
-        originals = [key.replace(".modules_to_save.", ".")]
-        if key.endswith(TOKENS):  # those of a tied head are the embedding's
-            originals += [other for other in tensors if other.endswith(TOKENS)]
-        if any(name not in keys and name in tensors and _same(tensors[key], tensors[name]) for name in originals):
+    unexplained, copies = {bare_key(key): key for key in keys}, set()
+    others = {bare_key(key): tensors[key] for key in tensors.keys() - set(unexplained.values())}
+    for bare, key in unexplained.items():
+        originals = [bare.replace(".modules_to_save.", ".")]
+        if bare.endswith(TOKENS):  # those of a tied head are the embedding's
+            originals += [other for other in others if other.endswith(TOKENS)]
+        if any(name in others and _same(tensors[key], others[name]) for name in originals):
             copies.add(key)
     for site in sites(model):
         for leaf, (suffix, order) in site.module.hf_leaves.items():
             for layer, hf in zip(site.layers, site.names, strict=True):
-                for key in keys & {f"{prefix}{hf}.{before}{suffix}" for before in COPIES}:
+                found = [unexplained.get(bare_key(f"{hf}.{before}{suffix}")) for before in COPIES]
+                for key in (key for key in found if key is not None):
                     if (own := _base_value(model, site, leaf, layer)) is None:
                         continue
                     own = own if order is None else own.transpose(order)
@@ -78,11 +82,20 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
                             f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
                         )
                     if not _same(tensors[key], own):
-                        raise UserError(
-                            f"{key} differs from this model's parameter: the adapter was trained on another base"
-                        )
+                        raise UserError(f"{key} differs from this model's parameter{_where(tensors[key], own)}")
                     copies.add(key)
     return copies
+
+
+def _where(one: np.ndarray, other: np.ndarray) -> str:
+    """What follows from the rows in which two arrays differ."""
+    rows = [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
+    if 2 * len(rows) > len(one):
+        return ": the adapter was trained on another base"
+    return (
+        f" in {len(rows)} of {len(one)} rows ({enumerate_some([str(row) for row in rows], 3)}), as do embeddings of tokens "
+        "that are added anew: load the base with the rows that the adapter was trained with"
+    )
 
 
 def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:

@@ -215,7 +215,7 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             stacklevel=3,
         )
     unexpected = set(tensors) - {tensor.key for tensor in expected}
-    unexpected -= copies_in(model, tensors, unexpected, keys.prefix)
+    unexpected -= copies_in(model, tensors, unexpected)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unexpected:
         parts = [

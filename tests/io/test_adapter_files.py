@@ -211,6 +211,9 @@ def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None
         {"rank": 4, "targets": ("q_proj", "embed_tokens", "lm_head"), "rank_pattern": {"lm_head": 2}},
         {"rank": 4, "targets": r".*\.[01]\.mlp\..*", "bias": "all", "modules_to_save": ("embed_tokens", "k_proj")},
         {"rank": 4, "targets": ("v_proj", "k_proj"), "bias": "lora_only", "layers_to_transform": (0, 2)},
+        {"rank": 4, "targets": ("q_proj", "embed_tokens"), "ensure_weight_tying": True},
+        {"rank": 4, "modules_to_save": ("embed_tokens",), "ensure_weight_tying": True},
+        {"rank": 4, "token_indices": {"embed_tokens": (3,), "lm_head": (5, 3)}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("tied", [False, True])
@@ -356,7 +359,7 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
     held = values(model)
     copies = {
         f"{PREFIX}model.embed_tokens.base_layer.weight": held["embed.embedding"],
-        f"{PREFIX}lm_head.base_layer.weight": held["head.kernel"].T.copy(),
+        f"{PREFIX}_orig_mod.lm_head.base_layer.weight": held["head.kernel"].T.copy(),
         f"{PREFIX}model.norm.weight": held["norm.scale"].astype(ml_dtypes.bfloat16),
         f"{LAYER.format(2)}mlp.up_proj.weight": held["blocks.feedforward.up.kernel"][2].T.copy(),
     }
@@ -365,6 +368,17 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
         other = random_tensors() | {key: value + value.dtype.type(1)}
         with pytest.raises(ValueError, match=f"{key} differs from this model's parameter: .* trained on another base"):
             load_adapter(tiny.model(), write(tmp_path / "b", other))
+
+
+def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_path: Path) -> None:
+    table = values(tiny.model())["embed.embedding"].copy()
+    table[[3, 7]] += 1
+    key = f"{PREFIX}model.embed_tokens.weight"
+    message = rf"{key} differs from this model's parameter in 2 of {V} rows \(3, 7\), as do embeddings of tokens"
+    assert_refused(write(tmp_path / "a", random_tensors() | {key: table}), message)
+    longer = np.concatenate([table, table[:2]])
+    message = rf"{key} differs from this model's parameter in shape: \({V + 2}, {E}\) instead of \({V}, {E}\)"
+    assert_refused(write(tmp_path / "b", random_tensors() | {key: longer}), message)
 
 
 def test_a_tied_heads_copy_of_the_base_is_recognised(tmp_path: Path) -> None:

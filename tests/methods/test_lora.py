@@ -313,6 +313,20 @@ def test_two_merged_adapters_add_up_and_are_undone_from_the_last() -> None:
     np.testing.assert_array_equal(logits(model), one)
 
 
+@pytest.mark.parametrize(
+    "options", [{"targets": ("embed_tokens", "lm_head")}, {"targets": ("q_proj",), "modules_to_save": ("lm_head",)}]
+)
+def test_a_tied_head_follows_the_embedding_if_asked_to_and_merges(options: dict[str, Any]) -> None:
+    model = attached("default", tiny.model(tie_word_embeddings=True), rank=2, ensure_weight_tying=True, **options)
+    assert count_trainable(model) == (2 * (V + E) if "modules_to_save" not in options else V * E + 2 * L * (E + E))
+    tiny.randomize(model)
+    assert all(np.abs(grad).max() > 0 for grad in gradients(model).values())
+    expected = logits(model)
+    table = np.asarray(merge(model).embed.embedding.get_value())
+    np.testing.assert_allclose(model.head.kernel.get_value().T, table, atol=1e-6)
+    np.testing.assert_allclose(logits(use(model, None)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["1a", ".a", "-a", "a/b", "a%2Eb", "", "a b"])
 def test_a_name_of_other_characters_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="use letters, digits, underscores, dashes and dots, starting with"):
