@@ -88,13 +88,13 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
 
 
 def _where(one: np.ndarray, other: np.ndarray) -> str:
-    """What follows from the rows in which two arrays differ."""
+    """The end of an error message: where two arrays differ, and the likely reason."""
     rows = [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
     if 2 * len(rows) > len(one):
         return ": the adapter was trained on another base"
     return (
-        f" in {len(rows)} of {len(one)} rows ({enumerate_some([str(row) for row in rows], 3)}), as do embeddings of tokens "
-        "that are added anew: load the base with the rows that the adapter was trained with"
+        f" in {len(rows)} of {len(one)} rows ({enumerate_some([str(row) for row in rows], 3)}), as happens "
+        "when tokens are added again: load the base with the rows that the adapter was trained with"
     )
 
 

@@ -374,7 +374,7 @@ def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_
     table = values(tiny.model())["embed.embedding"].copy()
     table[[3, 7]] += 1
     key = f"{PREFIX}model.embed_tokens.weight"
-    message = rf"{key} differs from this model's parameter in 2 of {V} rows \(3, 7\), as do embeddings of tokens"
+    message = rf"{key} differs from this model's parameter in 2 of {V} rows \(3, 7\), as happens when tokens"
     assert_refused(write(tmp_path / "a", random_tensors() | {key: table}), message)
     longer = np.concatenate([table, table[:2]])
     message = rf"{key} differs from this model's parameter in shape: \({V + 2}, {E}\) instead of \({V}, {E}\)"
