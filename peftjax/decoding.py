@@ -13,7 +13,7 @@ from flax import nnx
 from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import distributed
-from peftjax.core.errors import UserError
+from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModelConfig
 from peftjax.models.decoder import Decoder
 from peftjax.models.encoder_decoder import EncoderDecoder
@@ -92,8 +92,9 @@ def generate(
         The new token ids of each prompt, without the stop token.
 
     Raises:
-        UserError: A prompt is empty or holds a token without a row in the embedding, the model generates no text, a prompt and
-            the new tokens exceed its positions, or the logits are not finite.
+        UserError: A prompt is empty or holds a token without a row in the embedding, the model generates no text, or a prompt
+            and the new tokens exceed its positions.
+        NotFiniteError: The logits are NaN or infinite.
 
     Examples:
         >>> import peftjax
@@ -138,7 +139,7 @@ def generate(
     out, lengths, failed = map(distributed.whole, decoded)
     if failed.any():
         row = int(np.argmax(failed))
-        raise UserError(
+        raise NotFiniteError(
             f"generate: the logits after {lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may have "
             'diverged in training, or the dtype is too narrow: try dtype="float32"'
         )

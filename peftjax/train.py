@@ -95,12 +95,13 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
         )
-    pushes = options.push is not None and jax.process_index() == 0
-    if pushes:
-        check_push(options.push)  # before the training, not after it
+    if options.push is not None:
+        distributed.on_first(lambda: check_push(options.push))  # before the training, not after it
     train(config, Path(options.workdir))
-    if pushes:
-        print(push_adapter(Path(options.workdir) / "adapter", options.push))
+    if options.push is not None:
+        url = distributed.on_first(lambda: push_adapter(Path(options.workdir) / "adapter", options.push))
+        if jax.process_index() == 0:
+            print(url)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ Each process drives the accelerators it sees. Together, the processes run one pr
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
@@ -174,6 +176,44 @@ def meet(what: str) -> None:
     """
     if many():
         multihost_utils.sync_global_devices(what)
+
+
+def gather(value: Any) -> list[Any]:
+    """Gather a JSON value of every process.
+
+    Returns:
+        The values in process order.
+    """
+    text = json.dumps(value)
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([own.size]))[:, 0]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: own.size] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Run an action in process 0 while the other processes wait.
+
+    Returns:
+        The JSON value that the action returned, in every process.
+
+    Raises:
+        UserError: The action raised one; it is raised in every process.
+    """
+    outcome = {"value": None, "problem": ""}
+    if jax.process_index() == 0:
+        try:
+            outcome["value"] = action()
+        except UserError as error:
+            outcome["problem"] = str(error)
+    outcome = gather(outcome)[0]
+    if outcome["problem"]:
+        raise UserError(outcome["problem"])
+    return outcome["value"]
 
 
 def leave(code: int, *, wait: bool) -> NoReturn:

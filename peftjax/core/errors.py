@@ -1,4 +1,4 @@
-"""The error that users are meant to read."""
+"""The errors that users are meant to read."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message says on one line what happened, where, the value and the fix. The commands print it without a traceback
     (core/cli.py); any other exception is a bug of ours, and shows one.
     """
+
+
+class NotFiniteError(UserError):
+    """The loss, the gradient norm or the logits of a model are NaN or infinite."""

@@ -19,12 +19,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 
@@ -114,7 +113,7 @@ class Checkpoints:
         content = {
             "score": None if score is None or not math.isfinite(score) else float(score),
             "identity": dict(identity),
-            "data_states": _gather(dict(data_state)),
+            "data_states": distributed.gather(dict(data_state)),
             "leaves": {name: _describe(leaf) for name, leaf in state.items()},
             "fingerprint": fingerprint(dict(state)),
         }
@@ -183,14 +182,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             records = (_readable_about(self._directory / str(step)) for step in reversed(self._steps_here()))
             found = next((record["identity"] for record in records if record is not None), None)
-        return _gather(found)[0]
+        return distributed.gather(found)[0]
 
     def best_step(self) -> int | None:
         """The step with the highest score among the checkpoints on disk (the earliest of equals); None without scores."""
         self.wait()
         metrics = [self._manager.metrics(step) for step in self._steps_here() if step not in self._damaged]
         best = max((found for found in metrics if found is not None), key=_score, default=None)
-        return _gather(best and best["step"])[0]
+        return distributed.gather(best and best["step"])[0]
 
     def latest_step(self) -> int | None:
         """The newest step on disk that is not known to be damaged."""
@@ -242,7 +241,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """The complete checkpoints that process 0 knows of, so that all processes try the same ones."""
-        steps: list[int] = _gather(self._steps_here())[0]
+        steps: list[int] = distributed.gather(self._steps_here())[0]
         return steps
 
     def _intact(self) -> list[int]:
@@ -375,22 +374,9 @@ def _on_every_process(what: str, read: Callable[[], T]) -> T:
             problem = _reason(error)
         if problem:
             gc.collect()  # collect the abandoned reads while the warning is ignored
-    if problems := [problem for problem in _gather(problem) if problem]:
+    if problems := [problem for problem in distributed.gather(problem) if problem]:
         raise _DamagedError(f"{what}: {problems[0]}")
     return results[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    """The JSON values of all processes, in process order."""
-    text = json.dumps(value)
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([own.size]))[:, 0]
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: own.size] = own
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _reason(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters import active_view
 from peftjax.core import distributed, variables
+from peftjax.core.errors import NotFiniteError
 from peftjax.core.units import format_clock
 from peftjax.data.batches import Batches
 from peftjax.io.checkpoint import Checkpoints
@@ -28,7 +29,6 @@ from peftjax.training.run import Run, preempted
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, mesh_of, shardings, summary
-from peftjax.training.window import NotFiniteError
 
 
 @dataclasses.dataclass
@@ -163,8 +163,12 @@ def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemp
                 return
             if due.save(step) or stop:
                 for one in going:
-                    scores = one.run.evaluate(one.state, one.log) if due.eval(step) else {}
-                    one.run.save(one.state, step, scores, one.log, one.checkpoints)
+                    scores = evaluate(one) if due.eval(step) else {}
+                    if not one.member.failed:
+                        one.run.save(one.state, step, scores, one.log, one.checkpoints)
+                going = [one for one in going if not one.member.failed]
+                if not going:
+                    return
                 for one in going:
                     one.run.window.reopen()  # no run's speed counts the time that others took to save
             if due.log(step):
@@ -209,8 +213,22 @@ def log_step(one: Training, step: int, stopping: bool) -> None:
     try:
         one.run.log_step(step, one.log, stopping=stopping)
     except NotFiniteError as error:
-        one.member.failed = str(error)
-        say(f"{one.member.name} failed: {error}")
+        fail(one, error)
+
+
+def evaluate(one: Training) -> dict[str, float]:
+    """`Run.evaluate`; logits that are not finite end this member alone."""
+    try:
+        return one.run.evaluate(one.state, one.log)
+    except NotFiniteError as error:
+        fail(one, error)
+        return {}
+
+
+def fail(one: Training, error: NotFiniteError) -> None:
+    """End a member; the others go on."""
+    one.member.failed = str(error)
+    say(f"{one.member.name} failed: {error}")
 
 
 def say(text: str) -> None:

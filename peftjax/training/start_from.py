@@ -91,11 +91,16 @@ def describe(config: Config) -> str:
 
 def keep(config: Config, workdir: Path) -> None:
     """Copy the adapter of method.start_from into the workdir. One process calls this, before the first step."""
-    partial = workdir / f"{KEPT}.partial"
-    for left in (partial, workdir / KEPT):
+    source, kept, partial = Path(config.start_from).expanduser(), workdir / KEPT, workdir / f"{KEPT}.partial"
+    if source.resolve() == kept.resolve():
+        return
+    for left in (partial, kept):
         shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(Path(config.start_from).expanduser(), partial)
-    partial.rename(workdir / KEPT)
+    partial.mkdir()
+    for file in source.iterdir():  # the directory may hold more, such as the checkpoints of a trainer
+        if file.is_file() and file.suffix in (".json", ".safetensors"):
+            shutil.copyfile(file, partial / file.name)
+    partial.rename(kept)
 
 
 def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> Method:

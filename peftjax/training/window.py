@@ -5,12 +5,8 @@ import time
 
 import jax
 
-from peftjax.core.errors import UserError
+from peftjax.core.errors import NotFiniteError
 from peftjax.data.batches import HostBatch
-
-
-class NotFiniteError(UserError):
-    """The loss or the gradient norm of a run is not finite."""
 
 
 class Window:

@@ -109,3 +109,13 @@ def test_one_process_a_machine_takes_all_of_its_devices(
     monkeypatch.setattr("jax.local_device_count", lambda: 1)
     distributed.start(options())
     assert asked[0]["local_device_ids"] == devices
+
+
+def test_what_the_first_process_does_has_a_value_or_an_error_for_all() -> None:
+    assert distributed.on_first(lambda: {"url": [1, None]}) == {"url": [1, None]}
+
+    def fail() -> None:
+        raise UserError("not logged in")
+
+    with pytest.raises(UserError, match="not logged in"):
+        distributed.on_first(fail)

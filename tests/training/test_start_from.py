@@ -1,5 +1,6 @@
 """method.start_from: training that continues from an adapter in a directory."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
 from peftjax.training import config as configs
+from peftjax.training import start_from
 from peftjax.training.population import Member
 from peftjax.training.start_from import attach_trained, with_options
 from peftjax.training.trained import load_trained, measure
@@ -127,6 +129,20 @@ def test_parameters_that_a_directory_does_not_have_are_refused(tmp_path: Path) -
     made = from_adapter(tmp_path, path, "prefix", projection=True)
     with pytest.raises(UserError, match=r"method\.projection: True in the config, False in the adapter"):
         with_options(configs.validate(made))
+
+
+def test_the_workdir_keeps_the_files_of_the_adapter_alone_and_may_be_started_from(tmp_path: Path) -> None:
+    source, workdir = tmp_path / "trainer", tmp_path / "run"
+    (source / "checkpoint-10").mkdir(parents=True)
+    workdir.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin", "checkpoint-10/optimizer.pt"):
+        (source / name).write_text(name)
+    config = configs.Config(start_from=str(source))
+    kept = {"adapter_config.json": b"adapter_config.json", "adapter_model.safetensors": b"adapter_model.safetensors"}
+    for path in (source, source, workdir / start_from.KEPT):
+        start_from.keep(dataclasses.replace(config, start_from=str(path)), workdir)
+        assert files(workdir / start_from.KEPT) == kept
+    assert [path.name for path in workdir.iterdir()] == [start_from.KEPT]
 
 
 @pytest.mark.slow

@@ -15,11 +15,14 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from peftjax import methods, sharding, sweep, train
-from peftjax.core.errors import UserError
+from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.io.checkpoint import Checkpoints
+from peftjax.log import Log
 from peftjax.training import config as configs
 from peftjax.training import population
 from peftjax.training.population import Member
+from peftjax.training.run import Run
+from peftjax.training.step import TrainState
 from tests import runs
 from tests.test_train import config
 
@@ -160,6 +163,23 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert "failed: step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="every run of the sweep failed; the first: step"):
         sweep.sweep(rates[:1], tmp_path / "sweep")
+
+
+def test_a_run_whose_evaluation_is_not_finite_ends_alone(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.train.eval_every = 2
+    pair = [member(made, tmp_path / "sweep", seed=seed) for seed in (0, 1)]
+
+    def evaluate(run: Run, state: TrainState, log: Log) -> dict[str, float]:
+        if run.config.seed == 1 and state.step > 0:
+            raise NotFiniteError("generate: the logits are NaN")
+        return {}
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    found = sweep.sweep(pair, tmp_path / "sweep")
+    assert [one.get("failed") for one in found] == [None, "generate: the logits are NaN"]
+    assert [runs.checkpoints(one.workdir) != set() for one in pair] == [True, False]
 
 
 def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, tmp_path: Path) -> None:
