@@ -8,7 +8,7 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.data.chat_template import Message
 from peftjax.data.config import DataConfig
-from peftjax.data.fields import field_of
+from peftjax.data.fields import field_of, text_field
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -68,14 +68,11 @@ def alpaca_fields(record: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     """The instruction, the input (often empty) and the output of a record in Alpaca's format.
 
     Raises:
-        UserError: A field is missing or is not text.
+        UserError: A field is missing, or is neither text nor a number.
     """
-    fields = {key: field_of(record, key, 'format="alpaca"', name) for key in ("instruction", "output")}
-    fields["input"] = record.get("input") or ""
-    for key, value in fields.items():
-        if not isinstance(value, str):
-            raise UserError(f"{name}: field {key!r} must hold text, not {type(value).__name__}")
-    return fields["instruction"], fields["input"], fields["output"]
+    given = "" if record.get("input") is None else text_field(record, "input", 'format="alpaca"', name)
+    instruction, output = (text_field(record, key, 'format="alpaca"', name) for key in ("instruction", "output"))
+    return instruction, given, output
 
 
 def _chat(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Message]:

@@ -157,14 +157,35 @@ def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Pa
 def test_the_lines_of_a_csv_file_are_counted_through_line_breaks_in_values(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('a,b,c,d,e\n"1\n2",x,1,2.50,007\n\n3,"y, ""z""",-1,3,8\n')
     source = open_source(str(tmp_path / "a.csv"))
-    rows = [["1\n2", "x", 1, 2.5, "007"], ["3", 'y, "z"', -1, 3.0, "8"]]  # a column of numbers holds numbers
+    rows = [["1\n2", "x", 1, "2.50", "007"], ["3", 'y, "z"', -1, "3", "8"]]  # a column of numbers holds numbers
     assert read(source) == [dict(zip("abcde", row, strict=True)) for row in rows]
     assert names(source) == ["a.csv:2", "a.csv:5"]
 
 
 @pytest.mark.parametrize(
+    "column",
+    [
+        ["1", "-2.5", "1e-07"],
+        ["2.50", "1"],
+        ["1,000"],
+        ["nan"],
+        ["-0"],
+        ["9" * 5000],
+        ["0.1000000000000000055"],
+        ["1E5"],
+    ],
+)
+def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n" + "".join(f'"{text}"\n' for text in column))
+    values = [record["a"] for record in read(open_source(str(tmp_path / "a.csv")))]
+    assert [str(value) for value in values] == column
+    assert all(isinstance(value, str) for value in values) == (len(column) < 3)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the header has 'a' twice; rename one of these columns"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2"),
         ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
         ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),

@@ -283,6 +283,14 @@ def test_an_empty_text_carries_no_loss(tokenizer: Tokenizer, make_config: Callab
     assert not encode_record({"text": ""}, make_config().data, tokenizer, name="a:1").loss_mask.any()
 
 
+def test_numbers_are_read_as_their_text(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    row = {"text": 17, "instruction": 2.5, "input": 0, "output": -3}
+    text = {key: str(value) for key, value in row.items()}
+    for format_ in ("text", "alpaca"):
+        one, other = (encode_record(r, make_config(format=format_).data, tokenizer, name="a:1") for r in (row, text))
+        assert one.tokens.tolist() == other.tokens.tolist()
+
+
 def test_of_a_completion_record_the_completion_and_the_end_carry_a_loss(
     tokenizer: Tokenizer, make_config: Callable[..., Any]
 ) -> None:
@@ -382,7 +390,7 @@ COMPLETION = {"format": "completion"}
             r"a:7: .*'text' \(set by config\.data\.text_field\)\. Did .*'txt'\? Its fields: txt, id",
         ),
         ({}, {}, "Its fields: none"),
-        ({}, {"text": None}, "a:7: field 'text' must hold text, not NoneType"),
+        ({}, {"text": None}, "a:7: field 'text' must hold text or a number, not NoneType"),
         (COMPLETION, {"prompt": "x", "completions": "y"}, "no field 'completion' .*completion_field.*Did you mean"),
         (COMPLETION, {"prompt": ["x"], "completion": "y"}, "'prompt' must hold text or a number, not list"),
         ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),
