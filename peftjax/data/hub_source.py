@@ -72,17 +72,44 @@ def _download(repository: str, config: str, split: str, spec: str) -> list[pathl
 
 
 def _cached(repository: str, config: str, split: str, spec: str) -> list[pathlib.Path]:
-    """The files of a split that are already in the cache; empty if there are none."""
+    """The files of a split that are already in the cache; empty if it has no files of the dataset.
+
+    Raises:
+        UserError: There is no such split in the cache, or some of its files are missing.
+    """
     import huggingface_hub
+    from huggingface_hub.errors import (
+        CachedRepoTreeNotFoundError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+    )
 
     for revision in (None, CONVERTED):
         try:
             folder = huggingface_hub.snapshot_download(
                 repository, repo_type="dataset", revision=revision, local_files_only=True
             )
-            return [pathlib.Path(folder, file) for file in _choose(_parquet_files(folder), config, split, spec)]
-        except Exception:
+        except IncompleteSnapshotError as error:  # usual: only one split was downloaded
+            folder = error.snapshot_path
+        except (LocalEntryNotFoundError, HFValidationError):
             continue
+        there = _parquet_files(folder)
+        try:
+            tree = huggingface_hub.get_cached_repo_tree(repository, repo_type="dataset", revision=revision)
+            known = [file.path for file in tree if file.path.endswith(".parquet")]
+        except CachedRepoTreeNotFoundError:  # written by an older version of huggingface_hub
+            known = there
+        if not known:
+            continue
+        chosen = _choose(known, config, split, spec)
+        count = max(len(chosen), *(int(found[1]) for file in chosen if (found := re.search(r"-of-(\d+)", file))), 0)
+        if missing := count - len(set(chosen) & set(there)):
+            raise UserError(
+                f"source {spec!r}: the hub cannot be reached, and {missing} of the {count} files of this split are missing in "
+                f"the cache ({folder}). Repeat the command with network access to complete the download"
+            )
+        return [pathlib.Path(folder, file) for file in chosen]
     return []
 
 

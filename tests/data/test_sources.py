@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import RepoFile
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
 
 from peftjax.core.errors import UserError
 from peftjax.data.hub_source import CONVERTED
@@ -277,8 +279,8 @@ def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.Monke
 def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("no route to host\nand more")
+    def fail(*_: Any, local_files_only: bool = False, **__: Any) -> Any:
+        raise LocalEntryNotFoundError("") if local_files_only else ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
@@ -290,6 +292,31 @@ def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
     write_parquet(tmp_path, {"data/train-00000-of-00001.parquet": 1})
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     assert read(open_source("hf:owner/data/train")) == [{"n": 1}]
+    with pytest.raises(UserError, match="no split 'trian'"):
+        open_source("hf:owner/data/trian")
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_an_incomplete_split_in_the_cache_is_an_error(
+    tree: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, local_files_only: bool = False, **__: Any) -> Any:
+        raise IncompleteSnapshotError("", str(tmp_path)) if local_files_only else ConnectionError
+
+    def listing(*_: Any, **__: Any) -> Any:
+        if not tree:
+            raise CachedRepoTreeNotFoundError
+        names = [*(f"data/train-0000{i}-of-00003.parquet" for i in range(3)), "data/test-00000-of-00001.parquet"]
+        return [RepoFile(path=name, size=1, oid="") for name in names]
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", listing)
+    write_parquet(tmp_path, {f"data/train-0000{i}-of-00003.parquet": i for i in (0, 2)})
+    with pytest.raises(UserError, match=r"1 of the 3 files of this split are missing in the cache"):
+        open_source("hf:owner/data/train")
+    write_parquet(tmp_path, {"data/train-00001-of-00003.parquet": 1})
+    assert read(open_source("hf:owner/data/train")) == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
 def test_a_weight_stands_after_an_at_sign() -> None:
