@@ -93,7 +93,7 @@ def _sharegpt(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Me
             f'{name}: the field {field!r} must hold a list of turns {{"from": ..., "value": ...}}, not '
             f"{str(record[field])[:80]!r}"
         )
-    if unknown := [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]:
+    if unknown := [role for turn in turns if (role := turn["from"]) not in list(SHAREGPT_ROLES)]:  # of any type
         raise UserError(
             f'{name}: {unknown[0]!r} in "from" is not a ShareGPT role; the roles are {", ".join(SHAREGPT_ROLES)}'
         )
@@ -114,7 +114,10 @@ def _alpaca(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Mess
 def _listed(messages: Any) -> list[Message]:
     """A list of messages; TFDS stores a sequence of dicts as a dict of sequences. Empty if it is neither."""
     if isinstance(messages, Mapping):
-        return [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+        columns = list(messages.values())
+        if not all(isinstance(column, list | tuple) and len(column) == len(columns[0]) for column in columns):
+            return []
+        return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
     return list(messages) if isinstance(messages, list | tuple) else []
 
 

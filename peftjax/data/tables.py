@@ -89,6 +89,15 @@ class Listed:
         return f"{self._label}:{index + 1}"
 
 
+def json_problem(error: Exception) -> str:
+    """Why JSON that is well formed cannot be read: Python limits the depth of values and the digits of integers."""
+    if isinstance(error, RecursionError):
+        return "the values are nested too deeply"
+    if "integer string conversion" in str(error):
+        return f"an integer has more than {sys.get_int_max_str_digits()} digits; write it as text"
+    return str(error)
+
+
 def json_records(data: bytes, label: str) -> list[Any] | None:
     """The records of a JSON file: a list of objects, {"data": [...]}, or one object; None if the file is JSON Lines.
 

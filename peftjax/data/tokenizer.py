@@ -251,8 +251,8 @@ class Tokenizer:
 
 
 def _ids(value: Any) -> list[int]:
-    """A config's token ids as a list; the value may be None, a number or a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """A config's token ids as a list; the value may be a number or a list. Anything but integers is ignored."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def _load(directory: pathlib.Path) -> Any:
@@ -265,12 +265,13 @@ def _load(directory: pathlib.Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # one is that torch is not installed
     from transformers import AddedToken, AutoTokenizer
 
-    untyped = {  # transformers expects a "__type", which some files lack
-        name: AddedToken(**(token | {"special": True}))
-        for name, token in read_json_if_any(directory / "tokenizer_config.json").items()
-        if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
-    }
+    config = read_json_if_any(directory / "tokenizer_config.json")
     try:
+        untyped = {  # transformers expects a "__type", which some files lack
+            name: AddedToken(**(token | {"special": True}))
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
+        }
         theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **untyped)
     except Exception as error:  # of any kind: from the tokenizers library, for a missing package, from JSON
         raise UserError(

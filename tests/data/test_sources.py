@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def test_blank_lines_are_no_records_but_count_as_lines(tmp_path: Path) -> None:
         (b'{"a": 1,}', "(property name enclosed|Illegal trailing comma)"),  # as Python 3.13 says it
         (b"[1, 2]", "expected a JSON object .* found list"),
         (b'{"a": "\xff"}', "not valid UTF-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "an integer has more than 4300 digits; write it as text"),
+        (b'{"a": ' + b"[" * 100_000, "the values are nested too deeply"),
+        (b'{"a": "\xed\xa0\x80", "b": ' + b"[" * 990 + b"]" * 990 + b"}", "the values are nested too deeply"),
     ],
 )
 def test_a_broken_line_is_an_error_with_file_line_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
@@ -128,6 +132,11 @@ def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> N
         open_source(str(tmp_path / "data" / "trian.jsonl"))
     with pytest.raises(ValueError, match=r"no such file. Did you mean 'data'\?"):
         open_source(str(tmp_path / "dat" / "train.jsonl"))
+    if sys.version_info < (3, 13):
+        with pytest.raises(
+            UserError, match=r"'\*\*' can only .* Write \*\* between slashes, as in data/\*\*/\*\.jsonl"
+        ):
+            open_source(str(tmp_path / "data" / "**.jsonl"))
     with pytest.raises(ValueError, match=r"is a directory; none of its files ends in \.jsonl, .* Use images:.* or hf:"):
         open_source(str(tmp_path))
 
@@ -191,6 +200,8 @@ def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) 
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2"),
         ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
         ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),
+        ("a.json", "[" * 100_000, "source '*a.json' cannot be read: the values are nested too deeply"),
+        ("a.json", f"[{'9' * 5000}]", "source '*a.json' cannot be read: an integer has more than 4300 digits"),
         ("a.json", "3", "a.json: expected a list of JSON objects, found int"),
         ("a.json", '[{"a": 1}, 2]', r"a.json:2: expected a JSON object {...}, found int"),
         ("a.jsonl", "\ufeff{}\n".encode("utf-16-le"), "a.jsonl: the file is UTF-16; convert it to UTF-8"),
@@ -200,12 +211,13 @@ def test_a_broken_file_is_an_error_with_the_place(
     name: str, content: str | bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match="^" + re.escape(message)):
+    with pytest.raises(UserError, match="^" + re.escape(message).replace(r"\*", ".*")):
         read(open_source(str(tmp_path / name)))
 
 
 def test_a_lone_surrogate_becomes_the_replacement_character_with_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"a": ["\\ud83d\\ude00"]}\n' + '{"a": ["x\\ud83d"]}\n' * 2)
+    raw = b'{"a": ["x\xed\xa0\x80"]}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": ["\\ud83d\\ude00"]}\n{"a": ["x\\ud83d"]}\n' + raw)
     source = open_source(str(tmp_path / "a.jsonl"))
     assert source[0] == {"a": ["😀"]}
     with pytest.warns(UserWarning, match=r"^a\.jsonl:2: a lone surrogate .* is replaced by U\+FFFD"):

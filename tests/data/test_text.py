@@ -141,7 +141,10 @@ def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_dire
 
 
 def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Callable[..., Path]) -> None:
-    files = {"generation_config": {"eos_token_id": [6, 2]}, "config": {"bos_token_id": 1, "pad_token_id": 3}}
+    files = {
+        "generation_config": {"eos_token_id": [6, "3", 2], "bos_token_id": "3"},
+        "config": {"bos_token_id": 1, "pad_token_id": 3},
+    }
     tokenizer = load_tokenizer(make_directory(tokenizer_config={}, **files))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
 
@@ -182,6 +185,9 @@ def test_a_directory_without_a_tokenizer_is_an_error_that_says_how_to_make_one(t
     with pytest.raises(UserError, match=r"has no tokenizer: none of .*tokenizer\.json.*Write one with transformers"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": 5}}')
     with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
         load_tokenizer(tmp_path)
 
@@ -405,6 +411,13 @@ COMPLETION = {"format": "completion"}
         ),
         ({**COMPLETION, "prompt_template": "{a.c}"}, {"a": {"b": "x"}}, r"\{a\.c\} has no entry 'c'; found b"),
         ({"format": "chat"}, {"messages": "x"}, "a:7: the field 'messages' must hold a list of messages"),
+        ({"format": "chat"}, {"messages": {"role": "user", "content": "x"}}, "must hold a list of messages"),
+        ({"format": "chat"}, {"messages": {"role": 1, "content": 2}}, "must hold a list of messages"),
+        (
+            {"format": "sharegpt"},
+            {"conversations": [{"from": [], "value": "x"}]},
+            r'\[\] in "from" is not a ShareGPT role',
+        ),
         ({"format": "chat"}, {"messages": [{"from": "human"}]}, "must hold a list of messages .*'from'"),
     ],
 )
