@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -263,7 +264,7 @@ def _load(directory: pathlib.Path) -> Any:
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIR)"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # one is that torch is not installed
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
     config = read_json_if_any(directory / "tokenizer_config.json")
     try:
@@ -272,7 +273,7 @@ def _load(directory: pathlib.Path) -> Any:
             for name, token in config.items()
             if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
         }
-        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **untyped)
+        theirs = _from_pretrained(directory, "auto_map" in config, untyped)
     except Exception as error:  # of any kind: from the tokenizers library, for a missing package, from JSON
         raise UserError(
             f"the tokenizer in {directory} cannot be loaded by transformers: {' '.join(str(error).split())}"
@@ -282,6 +283,24 @@ def _load(directory: pathlib.Path) -> Any:
             f"the tokenizer in {directory} is a {type(theirs).__name__}, which has no tokenizer.json. Write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    return theirs
+
+
+def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str, Any]) -> Any:
+    """What transformers makes of a directory; of one with a tokenizer class of its own, what tokenizer.json describes."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+    except ValueError:  # transformers has no such class and would have to run the directory's code
+        if not own_code or not (directory / "tokenizer.json").is_file():
+            raise
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **options)
+    warnings.warn(
+        f"the tokenizer in {directory} has Python code of its own (auto_map in tokenizer_config.json), which is not run; "
+        "only tokenizer.json is used",
+        stacklevel=2,
+    )
     return theirs
 
 

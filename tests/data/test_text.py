@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -190,6 +191,20 @@ def test_a_directory_without_a_tokenizer_is_an_error_that_says_how_to_make_one(t
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": 5}}')
     with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("auto_map", [["mine.Slow", None], {"AutoTokenizer": [None, "mine.Fast"]}, None])
+def test_tokenizer_json_is_read_without_the_tokenizers_own_code(
+    auto_map: Any, make_directory: Callable[..., Path]
+) -> None:
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "Mine"}
+    folder = make_directory(tokenizer_config=expected | ({"auto_map": auto_map} if auto_map else {}))
+    (folder / "mine.py").write_text("raise SystemExit")
+    with pytest.warns(UserWarning, match="code of its own") if auto_map else contextlib.nullcontext() as warned:
+        tokenizer = load_tokenizer(folder)
+    assert not auto_map or len(warned) == 1
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
 
 
 def test_the_tokenizer_of_the_bundled_model_is_loaded_by_its_name() -> None:
