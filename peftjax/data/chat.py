@@ -214,8 +214,11 @@ def _all_replaced(value: Any, mark: str) -> Any:
 
 def _common(one: str, other: str) -> int:
     """The length of the common prefix of two texts."""
-    different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(different, min(len(one), len(other)))
+    same, limit = 0, min(len(one), len(other))
+    while same < limit:  # bisection: comparing slices is much faster than comparing characters one by one
+        middle = (same + limit + 1) // 2
+        same, limit = (middle, limit) if one[same:middle] == other[same:middle] else (same, middle - 1)
+    return same
 
 
 def _covered(spans: list[Span], offsets: list[Span]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.data.chat_template import Message
 from peftjax.data.config import DataConfig
-from peftjax.data.fields import field_of
+from peftjax.data.fields import field_of, text_field
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -68,14 +68,11 @@ def alpaca_fields(record: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     """The instruction, the input (often empty) and the output of a record in Alpaca's format.
 
     Raises:
-        UserError: A field is missing or is not text.
+        UserError: A field is missing, or is neither text nor a number.
     """
-    fields = {key: field_of(record, key, 'format="alpaca"', name) for key in ("instruction", "output")}
-    fields["input"] = record.get("input") or ""
-    for key, value in fields.items():
-        if not isinstance(value, str):
-            raise UserError(f"{name}: field {key!r} must hold text, not {type(value).__name__}")
-    return fields["instruction"], fields["input"], fields["output"]
+    given = "" if record.get("input") is None else text_field(record, "input", 'format="alpaca"', name)
+    instruction, output = (text_field(record, key, 'format="alpaca"', name) for key in ("instruction", "output"))
+    return instruction, given, output
 
 
 def _chat(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Message]:
@@ -96,7 +93,7 @@ def _sharegpt(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Me
             f'{name}: the field {field!r} must hold a list of turns {{"from": ..., "value": ...}}, not '
             f"{str(record[field])[:80]!r}"
         )
-    if unknown := [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]:
+    if unknown := [role for turn in turns if (role := turn["from"]) not in list(SHAREGPT_ROLES)]:  # of any type
         raise UserError(
             f'{name}: {unknown[0]!r} in "from" is not a ShareGPT role; the roles are {", ".join(SHAREGPT_ROLES)}'
         )
@@ -117,7 +114,10 @@ def _alpaca(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Mess
 def _listed(messages: Any) -> list[Message]:
     """A list of messages; TFDS stores a sequence of dicts as a dict of sequences. Empty if it is neither."""
     if isinstance(messages, Mapping):
-        return [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+        columns = list(messages.values())
+        if not all(isinstance(column, list | tuple) and len(column) == len(columns[0]) for column in columns):
+            return []
+        return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
     return list(messages) if isinstance(messages, list | tuple) else []
 
 

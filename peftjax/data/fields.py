@@ -76,6 +76,18 @@ def _steps(path: str) -> tuple[str, list[str]]:
     ]
 
 
+def text_field(record: Mapping[str, Any], field: str, setting: str, name: str) -> str:
+    """The text or number in a field, which config.data.`setting` names, as text.
+
+    Raises:
+      UserError: The record has no such field, or it holds something else.
+    """
+    value = field_of(record, field, setting, name)
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}")
+    return str(value)
+
+
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
     """The value of a field, which config.data.`setting` names.
 

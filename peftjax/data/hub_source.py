@@ -61,28 +61,60 @@ def _download(repository: str, config: str, split: str, spec: str) -> list[pathl
             f"source {spec!r}: {repository} has no Parquet files, and the hub has not converted it to Parquet"
         ) from error
     except Exception as error:  # offline; errors of the hub client's HTTP library also get here
-        if cached := _cached(repository, config, split, spec):
+        failed = (
+            f"source {spec!r}: downloading {repository} from the Hugging Face hub failed ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]})"
+        )
+        if cached := _cached(repository, config, split, spec, failed):
             return cached
         raise UserError(
-            f"source {spec!r}: downloading {repository} from the Hugging Face hub failed ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}). Download it on a machine with network access and give its directory: "
-            "hf:DIR/SPLIT"
+            f"{failed}. Download it on a machine with network access and give its directory: hf:DIR/SPLIT"
         ) from error
     return [pathlib.Path(root, file) for file in chosen]
 
 
-def _cached(repository: str, config: str, split: str, spec: str) -> list[pathlib.Path]:
-    """The files of a split that are already in the cache; empty if there are none."""
+def _cached(repository: str, config: str, split: str, spec: str, failed: str) -> list[pathlib.Path]:
+    """The files of a split that are already in the cache; empty if it has no files of the dataset.
+
+    Args:
+        failed: The beginning of the message: that the download failed, and why.
+
+    Raises:
+        UserError: There is no such split in the cache, or some of its files are missing.
+    """
     import huggingface_hub
+    from huggingface_hub.errors import (
+        CachedRepoTreeNotFoundError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+    )
 
     for revision in (None, CONVERTED):
         try:
             folder = huggingface_hub.snapshot_download(
                 repository, repo_type="dataset", revision=revision, local_files_only=True
             )
-            return [pathlib.Path(folder, file) for file in _choose(_parquet_files(folder), config, split, spec)]
-        except Exception:
+        except IncompleteSnapshotError as error:  # usual: only one split was downloaded
+            folder = error.snapshot_path
+        except (LocalEntryNotFoundError, HFValidationError):
             continue
+        there = _parquet_files(folder)
+        try:
+            tree = huggingface_hub.get_cached_repo_tree(repository, repo_type="dataset", revision=revision)
+            known = [file.path for file in tree if file.path.endswith(".parquet")]
+        except CachedRepoTreeNotFoundError:  # written by an older version of huggingface_hub
+            known = there
+        if not known:
+            continue
+        chosen = _choose(known, config, split, spec)
+        count = max(len(chosen), *(int(found[1]) for file in chosen if (found := re.search(r"-of-(\d+)", file))), 0)
+        if missing := count - len(set(chosen) & set(there)):
+            raise UserError(
+                f"{failed}, and {missing} of the {count} files of this split are missing in the cache, {folder}. Run the "
+                "command again with network access to complete the download"
+            )
+        return [pathlib.Path(folder, file) for file in chosen]
     return []
 
 

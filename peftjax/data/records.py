@@ -10,7 +10,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.chat import encode_chat, render
 from peftjax.data.config import DataConfig
 from peftjax.data.conversations import alpaca_fields, conversation_of, text_of
-from peftjax.data.fields import field_of, fill
+from peftjax.data.fields import fill, text_field
 from peftjax.data.tokenizer import Tokenizer
 
 # The maximum length of the prompt that is cut from a text record.
@@ -136,9 +136,7 @@ def _question_and_answer(
 
 
 def _encode_text(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str) -> Example:
-    text = field_of(record, data.text_field, "text_field", name)
-    if not isinstance(text, str):
-        raise UserError(f"{name}: field {data.text_field!r} must hold text, not {type(text).__name__}")
+    text = text_field(record, data.text_field, "text_field", name)
     ids = tokenizer.encode(text, bos=False, eos=False)
     tokens = tokenizer.end(tokenizer.begin(ids))
     return example(tokens, np.full(len(tokens), bool(ids)))

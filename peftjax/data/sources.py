@@ -34,7 +34,7 @@ from typing import Any, Protocol
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.data.hub_source import split_files
-from peftjax.data.tables import Csv, Listed, json_records
+from peftjax.data.tables import Csv, Listed, json_problem, json_records
 from peftjax.data.tfds_source import open_tfds
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet")
@@ -151,17 +151,16 @@ class JsonLines:
         text = self._data[start:] if end < 0 else self._data[start:end]
         try:
             record = json.loads(text)
+            repaired = _without_lone_surrogates(record) if _SURROGATE.search(text) else record
         except json.JSONDecodeError as error:
             raise UserError(f"{self.name(index)}: not valid JSON: {error.msg}, at column {error.colno}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.name(index)}: not valid UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.name(index)}: the JSON cannot be read: {json_problem(error)}") from error
         if not isinstance(record, dict):
             raise UserError(f"{self.name(index)}: expected a JSON object {{...}}, found {type(record).__name__}")
-        return self._repaired(record, index) if _SURROGATE.search(text) else record
-
-    def _repaired(self, record: Any, index: int) -> Any:
-        repaired = _without_lone_surrogates(record)
-        if repaired != record and not self._warned:
+        if repaired is not record and repaired != record and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{self.name(index)}: a lone surrogate (\\ud800 to \\udfff) is not a character; it is replaced by U+FFFD, here and "
@@ -174,7 +173,8 @@ class JsonLines:
         return f"{self._label}:{self._lines[index]}"
 
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON; two of them in a row may be one character
+# In JSON, escaped (two of them in a row may be one character) or as the bytes that json.loads decodes to one.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def _without_lone_surrogates(value: Any) -> Any:
@@ -265,7 +265,11 @@ def _files(spec: str) -> list[pathlib.Path]:
     if path.is_dir():
         return _files_in(path, spec)
     root = pathlib.Path(path.anchor)  # glob accepts only relative patterns
-    if files := sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file()):
+    try:
+        files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
+    except ValueError as error:  # "**" with other characters, before Python 3.13
+        raise UserError(f"source {spec!r}: {error}. Write ** between slashes, as in data/**/*.jsonl") from error
+    if files:
         return files
     raise _not_found(spec, path, "file")
 
@@ -307,8 +311,8 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
         source = _read_file(path, label)
     except UserError:
         raise
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are subclasses of the first two
-        raise UserError(f"source {str(path)!r} cannot be read: {error}") from error
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:  # pyarrow's are ValueError or OSError
+        raise UserError(f"source {str(path)!r} cannot be read: {json_problem(error)}") from error
     if not len(source):
         raise UserError(f"source {str(path)!r} is empty: it has no records")
     return source

@@ -14,7 +14,8 @@ from peftjax.core.errors import UserError
 class Csv:
     """The rows of a CSV file with a header, kept in memory.
 
-    The values of a column are int or float if all of them are written as decimal numbers without leading zeros, else text.
+    The values of a column are int or float if all of them are numbers as Python prints them, else text. So "2.50" or "007"
+    makes a column text, and `str` of a value is always the text in the file.
 
     Args:
         data: The file's content, UTF-8.
@@ -28,6 +29,8 @@ class Csv:
         rows, line = list[list[str]](), 1
         try:
             self._header: list[str] = next(reader, [])
+            if twice := [name for name in self._header if self._header.count(name) > 1]:
+                raise UserError(f"{label}:1: the header has {twice[0]!r} twice; rename one of these columns")
             line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(self._header):
@@ -52,10 +55,14 @@ class Csv:
 
 def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:
     """The values of a column as numbers, if all of them are."""
-    for number, pattern in ((int, r"-?(0|[1-9]\d*)"), (float, r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")):
-        if all(re.fullmatch(pattern, text, re.ASCII) for text in column):
-            return [number(text) for text in column]
-    return column
+    numbers = list[int | float]()
+    for text in column:
+        if not re.fullmatch(r"-?\d+(\.\d+)?(e[-+]?\d+)?", text, re.ASCII) or len(text) > 32:
+            return column
+        numbers.append(int(text) if text.lstrip("-").isdigit() else float(text))
+        if str(numbers[-1]) != text:
+            return column
+    return numbers
 
 
 class Listed:
@@ -80,6 +87,15 @@ class Listed:
 
     def name(self, index: int) -> str:
         return f"{self._label}:{index + 1}"
+
+
+def json_problem(error: Exception) -> str:
+    """Why JSON that is well formed cannot be read: Python limits the depth of values and the digits of integers."""
+    if isinstance(error, RecursionError):
+        return "the values are nested too deeply"
+    if "integer string conversion" in str(error):
+        return f"an integer has more than {sys.get_int_max_str_digits()} digits; write it as text"
+    return str(error)
 
 
 def json_records(data: bytes, label: str) -> list[Any] | None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -251,8 +252,8 @@ class Tokenizer:
 
 
 def _ids(value: Any) -> list[int]:
-    """A config's token ids as a list; the value may be None, a number or a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """A config's token ids as a list; the value may be a number or a list. Anything but integers is ignored."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def _load(directory: pathlib.Path) -> Any:
@@ -263,15 +264,16 @@ def _load(directory: pathlib.Path) -> Any:
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIR)"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # one is that torch is not installed
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
-    untyped = {  # transformers expects a "__type", which some files lack
-        name: AddedToken(**(token | {"special": True}))
-        for name, token in read_json_if_any(directory / "tokenizer_config.json").items()
-        if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
-    }
+    config = read_json_if_any(directory / "tokenizer_config.json")
     try:
-        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **untyped)
+        untyped = {  # transformers expects a "__type", which some files lack
+            name: AddedToken(**(token | {"special": True}))
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, dict) and "__type" not in token
+        }
+        theirs = _from_pretrained(directory, "auto_map" in config, untyped)
     except Exception as error:  # of any kind: from the tokenizers library, for a missing package, from JSON
         raise UserError(
             f"the tokenizer in {directory} cannot be loaded by transformers: {' '.join(str(error).split())}"
@@ -281,6 +283,24 @@ def _load(directory: pathlib.Path) -> Any:
             f"the tokenizer in {directory} is a {type(theirs).__name__}, which has no tokenizer.json. Write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    return theirs
+
+
+def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str, Any]) -> Any:
+    """What transformers makes of a directory; of one with a tokenizer class of its own, what tokenizer.json describes."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+    except ValueError:  # transformers has no such class and would have to run the directory's code
+        if not own_code or not (directory / "tokenizer.json").is_file():
+            raise
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **options)
+    warnings.warn(
+        f"the tokenizer in {directory} has Python code of its own (auto_map in tokenizer_config.json), which is not run; "
+        "only tokenizer.json is used",
+        stacklevel=2,
+    )
     return theirs
 
 

@@ -25,9 +25,13 @@ class Regression(TextLabelTask):
             raise UserError(f"task.labels={self.given_labels!r}: a regression has no classes; leave it empty")
 
     def label(self, value: Any, name: str) -> np.ndarray:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        try:
+            number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else np.nan
+        except (ValueError, OverflowError):  # a CSV file may hold a number as text, such as "2.50"
+            number = np.nan
+        if not np.isfinite(number):
             raise UserError(f"{name}: field {self.data.label_field!r} must hold a finite number, not {value!r}")
-        return np.asarray(value, np.float32)
+        return np.asarray(number, np.float32)
 
     def label_shape(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), jnp.float32)

@@ -1,5 +1,6 @@
 """Which tokens of a conversation are learned, whatever its chat template does."""
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from peftjax.core.errors import UserError
+from peftjax.data.chat import _common
 from peftjax.data.records import encode_prompt, encode_record
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -174,6 +176,14 @@ def test_sharegpt_and_alpaca_are_named_as_formats(
         assert prompt.prompt.startswith("Below is an instruction that describes a task")
         assert prompt.prompt.endswith(end + "\n\n### Response:\n")
         assert prompt.expected == "yes"
+
+
+def test_the_common_prefix_ends_at_the_first_different_character() -> None:
+    texts = ["", "a", "b", "ab", "abc", "abd", "x" * 999 + "y", "x" * 1000, "x" * 999 + "yz"]
+    for one, other in itertools.product(texts, texts):
+        n = _common(one, other)
+        assert one[:n] == other[:n]
+        assert one == other or one[n : n + 1] != other[n : n + 1]
 
 
 def test_what_cannot_be_learned_is_said_once_with_its_reason(learned: Callable[..., str]) -> None:

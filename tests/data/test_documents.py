@@ -83,7 +83,8 @@ def test_a_text_may_have_a_number(make_directory: Make) -> None:
     task = task_of(make("regression", label_field="score"), make_directory(as_bert))
     label = task.document({"text": "x", "score": 2.5}, "a:1").arrays["labels"]
     assert (label, label.dtype, task.labels) == (2.5, np.float32, ())
-    for wrong in ("2.5", True, float("nan"), None):
+    assert task.document({"text": "x", "score": "2.50"}, "a:1").arrays["labels"] == label  # as in a CSV file
+    for wrong in ("high", "nan", True, float("nan"), None):
         with pytest.raises(ValueError, match="a:1: field 'score' must hold a finite number, not "):
             task.document({"text": "x", "score": wrong}, "a:1")
 

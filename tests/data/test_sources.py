@@ -1,12 +1,15 @@
 import gzip
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import RepoFile
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
 
 from peftjax.core.errors import UserError
 from peftjax.data.hub_source import CONVERTED
@@ -56,6 +59,9 @@ def test_blank_lines_are_no_records_but_count_as_lines(tmp_path: Path) -> None:
         (b'{"a": 1,}', "(property name enclosed|Illegal trailing comma)"),  # as Python 3.13 says it
         (b"[1, 2]", "expected a JSON object .* found list"),
         (b'{"a": "\xff"}', "not valid UTF-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "an integer has more than 4300 digits; write it as text"),
+        (b'{"a": ' + b"[" * 100_000, "the values are nested too deeply"),
+        (b'{"a": "\xed\xa0\x80", "b": ' + b"[" * 990 + b"]" * 990 + b"}", "the values are nested too deeply"),
     ],
 )
 def test_a_broken_line_is_an_error_with_file_line_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
@@ -126,6 +132,11 @@ def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> N
         open_source(str(tmp_path / "data" / "trian.jsonl"))
     with pytest.raises(ValueError, match=r"no such file. Did you mean 'data'\?"):
         open_source(str(tmp_path / "dat" / "train.jsonl"))
+    if sys.version_info < (3, 13):
+        with pytest.raises(
+            UserError, match=r"'\*\*' can only .* Write \*\* between slashes, as in data/\*\*/\*\.jsonl"
+        ):
+            open_source(str(tmp_path / "data" / "**.jsonl"))
     with pytest.raises(ValueError, match=r"is a directory; none of its files ends in \.jsonl, .* Use images:.* or hf:"):
         open_source(str(tmp_path))
 
@@ -157,17 +168,40 @@ def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Pa
 def test_the_lines_of_a_csv_file_are_counted_through_line_breaks_in_values(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('a,b,c,d,e\n"1\n2",x,1,2.50,007\n\n3,"y, ""z""",-1,3,8\n')
     source = open_source(str(tmp_path / "a.csv"))
-    rows = [["1\n2", "x", 1, 2.5, "007"], ["3", 'y, "z"', -1, 3.0, "8"]]  # a column of numbers holds numbers
+    rows = [["1\n2", "x", 1, "2.50", "007"], ["3", 'y, "z"', -1, "3", "8"]]  # a column of numbers holds numbers
     assert read(source) == [dict(zip("abcde", row, strict=True)) for row in rows]
     assert names(source) == ["a.csv:2", "a.csv:5"]
 
 
 @pytest.mark.parametrize(
+    "column",
+    [
+        ["1", "-2.5", "1e-07"],
+        ["2.50", "1"],
+        ["1,000"],
+        ["nan"],
+        ["-0"],
+        ["9" * 5000],
+        ["0.1000000000000000055"],
+        ["1E5"],
+    ],
+)
+def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n" + "".join(f'"{text}"\n' for text in column))
+    values = [record["a"] for record in read(open_source(str(tmp_path / "a.csv")))]
+    assert [str(value) for value in values] == column
+    assert all(isinstance(value, str) for value in values) == (len(column) < 3)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the header has 'a' twice; rename one of these columns"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2"),
         ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
         ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),
+        ("a.json", "[" * 100_000, "source '*a.json' cannot be read: the values are nested too deeply"),
+        ("a.json", f"[{'9' * 5000}]", "source '*a.json' cannot be read: an integer has more than 4300 digits"),
         ("a.json", "3", "a.json: expected a list of JSON objects, found int"),
         ("a.json", '[{"a": 1}, 2]', r"a.json:2: expected a JSON object {...}, found int"),
         ("a.jsonl", "\ufeff{}\n".encode("utf-16-le"), "a.jsonl: the file is UTF-16; convert it to UTF-8"),
@@ -177,12 +211,13 @@ def test_a_broken_file_is_an_error_with_the_place(
     name: str, content: str | bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match="^" + re.escape(message)):
+    with pytest.raises(UserError, match="^" + re.escape(message).replace(r"\*", ".*")):
         read(open_source(str(tmp_path / name)))
 
 
 def test_a_lone_surrogate_becomes_the_replacement_character_with_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"a": ["\\ud83d\\ude00"]}\n' + '{"a": ["x\\ud83d"]}\n' * 2)
+    raw = b'{"a": ["x\xed\xa0\x80"]}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": ["\\ud83d\\ude00"]}\n{"a": ["x\\ud83d"]}\n' + raw)
     source = open_source(str(tmp_path / "a.jsonl"))
     assert source[0] == {"a": ["😀"]}
     with pytest.warns(UserWarning, match=r"^a\.jsonl:2: a lone surrogate .* is replaced by U\+FFFD"):
@@ -256,8 +291,8 @@ def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.Monke
 def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("no route to host\nand more")
+    def fail(*_: Any, local_files_only: bool = False, **__: Any) -> Any:
+        raise LocalEntryNotFoundError("") if local_files_only else ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
@@ -269,6 +304,33 @@ def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(
     write_parquet(tmp_path, {"data/train-00000-of-00001.parquet": 1})
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     assert read(open_source("hf:owner/data/train")) == [{"n": 1}]
+    with pytest.raises(UserError, match="no split 'trian'"):
+        open_source("hf:owner/data/trian")
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_an_incomplete_split_in_the_cache_is_an_error(
+    tree: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, local_files_only: bool = False, **__: Any) -> Any:
+        raise IncompleteSnapshotError("", str(tmp_path)) if local_files_only else ConnectionError
+
+    def listing(*_: Any, **__: Any) -> Any:
+        if not tree:
+            raise CachedRepoTreeNotFoundError
+        names = [*(f"data/train-0000{i}-of-00003.parquet" for i in range(3)), "data/test-00000-of-00001.parquet"]
+        return [RepoFile(path=name, size=1, oid="") for name in names]
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", listing)
+    write_parquet(tmp_path, {f"data/train-0000{i}-of-00003.parquet": i for i in (0, 2)})
+    with pytest.raises(
+        UserError, match=r"failed \(ConnectionError: \), and 1 of the 3 files of this split are missing in the cache"
+    ):
+        open_source("hf:owner/data/train")
+    write_parquet(tmp_path, {"data/train-00001-of-00003.parquet": 1})
+    assert read(open_source("hf:owner/data/train")) == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
 def test_a_weight_stands_after_an_at_sign() -> None:

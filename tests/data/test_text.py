@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -141,7 +142,10 @@ def test_without_pad_and_end_token_both_are_errors_that_say_what_to_do(make_dire
 
 
 def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Callable[..., Path]) -> None:
-    files = {"generation_config": {"eos_token_id": [6, 2]}, "config": {"bos_token_id": 1, "pad_token_id": 3}}
+    files = {
+        "generation_config": {"eos_token_id": [6, "3", 2], "bos_token_id": "3"},
+        "config": {"bos_token_id": 1, "pad_token_id": 3},
+    }
     tokenizer = load_tokenizer(make_directory(tokenizer_config={}, **files))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
 
@@ -184,6 +188,23 @@ def test_a_directory_without_a_tokenizer_is_an_error_that_says_how_to_make_one(t
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": 5}}')
+    with pytest.raises(UserError, match=r"^the tokenizer in .* cannot be loaded by transformers: [^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("auto_map", [["mine.Slow", None], {"AutoTokenizer": [None, "mine.Fast"]}, None])
+def test_tokenizer_json_is_read_without_the_tokenizers_own_code(
+    auto_map: Any, make_directory: Callable[..., Path]
+) -> None:
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "Mine"}
+    folder = make_directory(tokenizer_config=expected | ({"auto_map": auto_map} if auto_map else {}))
+    (folder / "mine.py").write_text("raise SystemExit")
+    with pytest.warns(UserWarning, match="code of its own") if auto_map else contextlib.nullcontext() as warned:
+        tokenizer = load_tokenizer(folder)
+    assert not auto_map or len(warned) == 1
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
 
 
 def test_the_tokenizer_of_the_bundled_model_is_loaded_by_its_name() -> None:
@@ -281,6 +302,14 @@ def test_a_text_carries_a_loss_everywhere_and_ends(tokenizer: Tokenizer, make_co
 
 def test_an_empty_text_carries_no_loss(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
     assert not encode_record({"text": ""}, make_config().data, tokenizer, name="a:1").loss_mask.any()
+
+
+def test_numbers_are_read_as_their_text(tokenizer: Tokenizer, make_config: Callable[..., Any]) -> None:
+    row = {"text": 17, "instruction": 2.5, "input": 0, "output": -3}
+    text = {key: str(value) for key, value in row.items()}
+    for format_ in ("text", "alpaca"):
+        one, other = (encode_record(r, make_config(format=format_).data, tokenizer, name="a:1") for r in (row, text))
+        assert one.tokens.tolist() == other.tokens.tolist()
 
 
 def test_of_a_completion_record_the_completion_and_the_end_carry_a_loss(
@@ -382,7 +411,7 @@ COMPLETION = {"format": "completion"}
             r"a:7: .*'text' \(set by config\.data\.text_field\)\. Did .*'txt'\? Its fields: txt, id",
         ),
         ({}, {}, "Its fields: none"),
-        ({}, {"text": None}, "a:7: field 'text' must hold text, not NoneType"),
+        ({}, {"text": None}, "a:7: field 'text' must hold text or a number, not NoneType"),
         (COMPLETION, {"prompt": "x", "completions": "y"}, "no field 'completion' .*completion_field.*Did you mean"),
         (COMPLETION, {"prompt": ["x"], "completion": "y"}, "'prompt' must hold text or a number, not list"),
         ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),
@@ -397,6 +426,13 @@ COMPLETION = {"format": "completion"}
         ),
         ({**COMPLETION, "prompt_template": "{a.c}"}, {"a": {"b": "x"}}, r"\{a\.c\} has no entry 'c'; found b"),
         ({"format": "chat"}, {"messages": "x"}, "a:7: the field 'messages' must hold a list of messages"),
+        ({"format": "chat"}, {"messages": {"role": "user", "content": "x"}}, "must hold a list of messages"),
+        ({"format": "chat"}, {"messages": {"role": 1, "content": 2}}, "must hold a list of messages"),
+        (
+            {"format": "sharegpt"},
+            {"conversations": [{"from": [], "value": "x"}]},
+            r'\[\] in "from" is not a ShareGPT role',
+        ),
         ({"format": "chat"}, {"messages": [{"from": "human"}]}, "must hold a list of messages .*'from'"),
     ],
 )
