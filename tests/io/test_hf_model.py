@@ -302,6 +302,8 @@ def test_a_quantization_config_without_quantized_tensors_is_ignored_with_a_warni
         assert len(warned) == 1
         np.testing.assert_array_equal(model(tiny.tokens() % VOCAB), dense(tiny.tokens() % VOCAB))
         assert isinstance(model.blocks.attention.query.kernel.get_value(), Nf4)
+        with pytest.warns(UserWarning, match="ignoring quantization_config"):
+            assert isinstance(make_random(directory).blocks.attention.query.kernel.get_value(), jax.Array)
 
 
 def test_an_index_that_lists_an_absent_file_is_an_error(tmp_path: Path) -> None:
