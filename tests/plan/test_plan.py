@@ -330,6 +330,8 @@ def test_methods_are_compared_with_the_configs_own() -> None:
     own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict()))
     assert list(own) == ["full", "lora", "lora, nf4", "ia3, nf4 (the config)"]
     assert [config.method.method for config in own.values()] == ["full", "lora", "lora", "ia3"]
+    own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict() | {"start_from": "adapter"}))
+    assert [config.start_from for config in own.values()] == ["", "", "", "adapter"]
 
 
 # --- The command ---
