@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.sites import Site, sites, tied_kernel
+from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
@@ -55,13 +56,15 @@ COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
     """The `keys` that duplicate a parameter of the base or another tensor of the file, regardless of wrappers.
 
+    If the base is sharded across processes, every process must call this function: they gather its parameters together.
+
     peft saves the embedding and the head beside a LoRA of them, and all their forms after a change of the vocabulary.
 
     Raises:
         UserError: Such a tensor differs from the parameter.
     """
-    unexplained, copies = {bare_key(key): key for key in keys}, set()
-    others = {bare_key(key): tensors[key] for key in tensors.keys() - set(unexplained.values())}
+    unexplained, copies = {bare_key(key): key for key in sorted(keys)}, set()
+    others = {bare_key(key): tensors[key] for key in sorted(tensors.keys() - set(unexplained.values()))}
     for bare, key in unexplained.items():
         originals = [bare.replace(".modules_to_save.", ".")]
         if bare.endswith(TOKENS):  # those of a tied head are the embedding's
@@ -99,12 +102,12 @@ def _where(one: np.ndarray, other: np.ndarray) -> str:
 
 
 def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
-    """One layer of a base parameter; None if the module does not have it."""
+    """One layer of a base parameter, gathered from all processes; None if the module does not have it."""
     if leaf in site.parameters:
         value = site.parameters[leaf].get_value()
         one: Any = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
-        return np.asarray(one.astype(one.dtype))  # decodes a quantized kernel
-    return np.asarray(tied_kernel(model)) if leaf == "kernel" else None
+        return distributed.whole(one.astype(one.dtype))  # decodes a quantized kernel
+    return distributed.whole(tied_kernel(model)) if leaf == "kernel" else None
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

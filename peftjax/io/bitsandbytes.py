@@ -14,6 +14,7 @@ A kernel [out, in] with n weights, in row-major order, is stored as
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -33,6 +34,8 @@ from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 _STATE = ".quant_state.bitsandbytes__"
 _NF4 = "bitsandbytes, nf4"
 _DENSE = ("F64", "F32", "F16", "BF16")  # every quantized format has tensors of other dtypes
+# Buffers of indices and masks in dense checkpoints; a mask is stored as bool or as uint8.
+_BUFFER = r"(.*\.)?(position_ids|token_type_ids|(attn|attention)\.(bias|masked_bias))"
 _MAPS = {"quant_map": CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
 _PARTS = ("weight", "absmax", "nested_absmax", *_MAPS)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -76,7 +79,7 @@ def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any
     """
     packed = any(_STATE in name for name in stored)
     claimed = _claimed(quantization) if quantization else ""
-    if not packed and claimed not in ("", _NF4) and any(tensor.dtype not in _DENSE for tensor in stored.values()):
+    if not packed and claimed not in ("", _NF4) and any(_is_quantized(name, stored[name].dtype) for name in stored):
         check_config(quantization, directory)
     if packed and claimed != _NF4:
         says = f"its quantization_config says {claimed}" if claimed else "it has no quantization_config"
@@ -89,6 +92,11 @@ def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any
             stacklevel=3,
         )
     return packed
+
+
+def _is_quantized(name: str, dtype: str) -> bool:
+    """Whether a tensor belongs to a quantized kernel, judged by its dtype."""
+    return dtype not in _DENSE and re.fullmatch(_BUFFER, name) is None
 
 
 def _claimed(quantization: Mapping[str, Any]) -> str:

@@ -5,11 +5,13 @@ from typing import Any
 
 from peftjax import models
 from peftjax.core.errors import UserError
-from peftjax.io import hf_files
+from peftjax.io import bitsandbytes, hf_files
+from peftjax.io.parts import text_tensors
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling
 from peftjax.models.base import ModelConfig
 from peftjax.models.heads import HeadOptions
+from peftjax.models.multimodal import WHOLES
 
 
 def read_config(
@@ -42,3 +44,28 @@ def read_config(
             f"{given}: a model of type {fields['model_type']!r} has no task head to choose; only encoders do"
         )
     return models.from_hf_config(fields, **options), quantization
+
+
+def stored_quantization(directory: Path) -> dict[str, Any]:
+    """Return the quantization_config that describes the weights of a directory; empty if they are dense.
+
+    The tensors decide, as in `load_model`, with a warning if config.json disagrees. If they cannot be read, config.json does.
+
+    Args:
+        directory: The model directory, with or without weights.
+
+    Raises:
+        UserError: The weights are quantized in another format than NF4.
+    """
+    fields = hf_files.read_json(directory / "config.json")
+    quantization: dict[str, Any] = fields.get("quantization_config") or {}
+    try:
+        tensors = hf_files.read_tensors(directory)
+    except UserError:  # the directory has no weights, or not all of them
+        return quantization
+    if fields.get("model_type") in WHOLES:
+        tensors = text_tensors(tensors)
+    if not bitsandbytes.is_packed(tensors, quantization, directory):
+        return {}
+    nested = any(name.endswith(".nested_absmax") for name in tensors)
+    return quantization | bitsandbytes.make_config(nested, (), "float32")

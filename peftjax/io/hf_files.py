@@ -19,10 +19,12 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
 # Files of which every tokenizer has one: of the tokenizers library, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
-# The files besides config.json and the weights: tokenizer, image preprocessing and generation settings.
+# The files besides config.json and the weights: tokenizer, image and video preprocessing, and generation settings.
 SIDE_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",

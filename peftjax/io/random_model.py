@@ -13,7 +13,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.entries import entries
 from peftjax.io.formats import encoders
-from peftjax.io.hf_config import read_config
+from peftjax.io.hf_config import read_config, stored_quantization
 from peftjax.io.hf_files import resolve
 from peftjax.io.resize import resized
 from peftjax.models.base import Model, ModelConfig
@@ -42,12 +42,12 @@ def make_random(
     The arguments are those of `load_model`.
 
     Raises:
-        UserError: As `load_model`, except that no weights are read.
+        UserError: As `load_model`, except that no weights are read; or the directory is quantized and `quantize` is None.
     """
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
-    if quantization and not quantize:
+    if quantization and not quantize and stored_quantization(directory):
         raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
     config = resized(config, resize_embeddings)
     model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))

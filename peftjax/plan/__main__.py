@@ -2,7 +2,7 @@
 
     python -m peftjax.plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--search=batch|length|rank] [--compare]
 
-The devices need not be attached, and only config.json of the model is read. The step is compiled by the device's own
+The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
 every line that depends on them says so. docs/plan.md explains the output.
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.plan import devices
 from peftjax.plan.plan import Plan
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
     shape = device.mesh_shape(config.mesh.sizes)
     directory = resolve(config.model.path, config.model.revision, files=("config.json",))
     hf_config = read_json(directory / "config.json")
+    hf_config["quantization_config"] = stored_quantization(directory)
     console = Console(highlight=False, soft_wrap=True)
     one = not (given.search or given.compare)
 

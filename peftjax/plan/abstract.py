@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.core import variables
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.io.bitsandbytes import check_config
 from peftjax.io.random_model import make_quantized
+from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model
 from peftjax.tasks import Task
@@ -38,7 +40,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     Args:
         config: The training config.
         task: Its task.
-        hf_config: The fields of the model's config.json.
+        hf_config: The fields of the model's config.json, with the quantization_config that describes its weights.
 
     Raises:
         UserError: The architecture is not supported, or the method does not fit the model.
@@ -56,11 +58,14 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         remat=config.model.remat,
         **task.head_options(config.model.new_head),
     )
+    if config.model.resize_embeddings:
+        family = resized(family, load_tokenizer(config.model.path, config.model.revision).vocab_size)
     method = config.method.tokenized(lambda text: [0])  # the tokens do not change any shape
 
     def make() -> Model:
         model = make_quantized(family, quantize or None, config.model.skip_quantize, config.seed)
-        method.check(model)
+        if not config.start_from:  # `check` rejects some options that an adapter file may have
+            method.check(model)
         # `attach` would require the data or the kernels that some adapters start from; they do not change any shape
         attach_unchecked(model, method, "default", rngs=nnx.Rngs(config.seed))
         return model

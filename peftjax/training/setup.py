@@ -18,6 +18,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import Batches, Batching, eval_batches, train_batches
+from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_kernels
@@ -99,10 +100,16 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
       source: The directory of an adapter that gives the initial values; None: new ones.
 
     Raises:
-      UserError: The options do not fit the model, examples with virtual tokens are too long for it, or the adapter in
-        `source` cannot be loaded.
+      UserError: The options do not fit the model, a token of method.text has no row in its embedding, examples with virtual
+        tokens are too long for it, or the adapter in `source` cannot be loaded.
     """
-    method, rngs = config.method.tokenized(lambda text: task.tokenizer.encode(text)), nnx.Rngs(config.seed)
+
+    def encode(text: str) -> list[int]:
+        ids = task.tokenizer.encode(text)
+        check_rows(ids, embedding_rows(model), task.tokenizer, f"method.text={text!r}")
+        return ids
+
+    method, rngs = config.method.tokenized(encode), nnx.Rngs(config.seed)
     if source is not None:
         method = start_from.attach_trained(model, method, source, rngs)
     else:

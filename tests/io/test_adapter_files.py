@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.adapters.registry import active
-from peftjax.core import variables
+from peftjax.core import distributed, variables
+from peftjax.core.fingerprint import fingerprint
 from peftjax.io import adapter_save
+from peftjax.io.adapter_check import copies_in
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 
@@ -352,6 +356,26 @@ def test_one_layer_may_be_a_number_or_a_list(layers: Any, tmp_path: Path) -> Non
     stored = {key: value for key, value in random_tensors().items() if ".layers.1." in key}
     model = load_adapter(tiny.model(), write(tmp_path / "a", stored, layers_to_transform=layers))
     assert model.blocks.attention.query.adapters.default.ranks == (0, 8, 0)
+
+
+def test_parameters_of_the_base_are_gathered_in_the_same_order_by_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, gathered = tiny.quantized(tiny.model(tie_word_embeddings=True)), list[str]()
+
+    def whole(array: jax.Array) -> np.ndarray:
+        gathered.append(fingerprint({"array": array}))
+        return np.asarray(array)
+
+    monkeypatch.setattr(distributed, "whole", whole)
+    table = np.asarray(model.embed.embedding.get_value())
+    query = np.asarray(model.blocks.attention.query.kernel.get_value().astype(jnp.float32)[1]).T
+    copies = {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    copies["model.layers.1.self_attn.q_proj.base_layer.weight"] = query
+    assert copies_in(model, copies, list(copies)) == set(copies)
+    assert copies_in(model, copies, list(copies)[::-1]) == set(copies)
+    assert len(gathered) == 6
+    assert gathered[:3] == gathered[3:]
 
 
 def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.core.fingerprint import fingerprint
-from peftjax.io import hf_files
+from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.io.save import save_model
@@ -214,6 +214,17 @@ def test_a_stack_of_which_some_layers_are_quantized_is_an_error(rewritten: Calla
         ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight is not quantized: the layers of a stack"
     ):
         load_model(directory)
+
+
+@pytest.mark.parametrize("buffer", ["embeddings.position_ids", "h.0.attn.bias", "h.0.attn.masked_bias", "position_ids"])
+def test_integer_buffers_do_not_make_a_dense_checkpoint_quantized(buffer: str, tmp_path: Path) -> None:
+    arrays = {"h.0.mlp.weight": np.zeros((2, 2), np.float32), buffer: np.zeros(4, np.uint8)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"ignoring quantization_config \(gptq\), because no tensor is quantized"):
+        assert not bitsandbytes.is_packed(hf_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
+    save_file(arrays | {"h.0.mlp.qweight": np.zeros(4, np.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
+        bitsandbytes.is_packed(hf_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
 
 
 def test_what_is_asked_for_must_be_what_is_stored(rewritten: Callable[..., Path]) -> None:

@@ -302,6 +302,8 @@ def test_a_quantization_config_without_quantized_tensors_is_ignored_with_a_warni
         assert len(warned) == 1
         np.testing.assert_array_equal(model(tiny.tokens() % VOCAB), dense(tiny.tokens() % VOCAB))
         assert isinstance(model.blocks.attention.query.kernel.get_value(), Nf4)
+        with pytest.warns(UserWarning, match="ignoring quantization_config"):
+            assert isinstance(make_random(directory).blocks.attention.query.kernel.get_value(), jax.Array)
 
 
 def test_an_index_that_lists_an_absent_file_is_an_error(tmp_path: Path) -> None:
@@ -515,9 +517,10 @@ def test_a_tensor_larger_than_a_shard_stands_alone(tmp_path: Path) -> None:
     assert_equal_bits(values(load_model(tmp_path / "saved")), values(model))
 
 
-def test_the_tokenizer_and_generation_files_of_the_source_are_copied(tmp_path: Path) -> None:
+def test_the_tokenizer_processor_and_generation_files_of_the_source_are_copied(tmp_path: Path) -> None:
     source = write(tmp_path / "m", random_tensors())
     names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    names |= {f"{kind}_config.json" for kind in ("preprocessor", "processor", "video_preprocessor")}
     for name in names | {"README.md", "pytorch_model.bin"}:
         (source / name).write_text(name)
     save_model(load_model(source), tmp_path / "saved", source=source)

@@ -16,6 +16,7 @@ from peftjax.io.random_model import make_random
 from peftjax.models import from_hf_config
 from peftjax.tasks import make_task
 from peftjax.training import config as configs
+from peftjax.training.setup import attach_method
 from tests import tiny
 from tests.runs import in_process
 
@@ -78,6 +79,23 @@ def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) 
     batch = next(train_batches(config.data, task, Batching(2), 0)).arrays
     assert 257 in batch["targets"]
     assert np.isfinite(task.loss(model, batch).loss)
+
+
+def test_the_text_of_a_soft_prompt_names_the_token_and_the_fix_works(extended: Path) -> None:
+    made = configs.defaults()
+    made.data.max_length = 8
+    made.model.path, made.method = str(extended), methods.make_config("prompt", init="text", text="a<tool>", tokens=2)
+    mesh = sharding.make_mesh({})
+    for resize in (False, True):
+        made.model.resize_embeddings = resize
+        config = configs.validate(made)
+        task = make_task(config.task, config.data, extended)
+        model = task.load_model(config.model, extended, mesh, 0)
+        if resize:
+            assert attach_method(config, task, model, mesh).text_ids[-1] == 257
+            continue
+        with pytest.raises(UserError, match=r"method\.text='a<tool>': token '<tool>' has the id 257, .* has 257 rows"):
+            attach_method(config, task, model, mesh)
 
 
 def test_generate_names_the_token_and_the_fix_works(extended: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import peftjax
 import tests.tiny as tiny
@@ -58,3 +60,19 @@ def test_it_needs_the_kernels_and_a_quantized_base(directory: Path) -> None:
     peftjax.save_model(model, directory.with_name("nf4"))
     with pytest.raises(ValueError, match="is already quantized; give the directory of the original model"):
         peftjax.load_kernels(directory.with_name("nf4"), model)
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_the_kernels_of_a_base_with_added_rows_are_those_that_are_stored(tmp_path: Path, multimodal: bool) -> None:
+    stored, base = tiny.model(**SIZES), tmp_path / "base"
+    peftjax.save_model(stored, base)
+    if multimodal:
+        text = tiny.CONFIG | SIZES
+        (base / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+        tensors = load_file(base / "model.safetensors")
+        save_file({f"language_model.{name}": array for name, array in tensors.items()}, base / "model.safetensors")
+    model = peftjax.load_model(base, quantize="nf4", resize_embeddings=54)
+    kernels, query = peftjax.load_kernels(base, model), "blocks.attention.query"
+    np.testing.assert_array_equal(kernels(query, 1), kernel(stored, f"{query}.kernel", 1))
+    adapters.attach(model, methods.Lora(rank=2, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
+    assert model(tiny.tokens()).shape[-1] == 54

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
@@ -127,6 +129,21 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
     assert single.blocks.attention.query.kernel.get_value().format == "nf4_single"
     nested = abstract_model(dense, SMALL | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}})
     assert nested.blocks.attention.query.kernel.get_value().format == "nf4"
+
+
+def test_added_embedding_rows_are_planned(tmp_path: Path) -> None:
+    directory, hf_config = tiny.directory(tmp_path / "model"), tiny.CONFIG | {"vocab_size": 200}
+    for resize, rows in ((False, 200), (True, 257)):
+        config = make_config(model__path=str(directory), model__resize_embeddings=resize)
+        assert abstract_model(config, hf_config).embed.in_features == rows
+
+
+def test_options_of_an_adapter_to_start_from_are_not_checked_as_new_ones() -> None:
+    method = methods.make_config("lora", rank=4, init="loftq").to_dict()
+    with pytest.raises(UserError, match="no kernel of this model is quantized"):
+        abstract_model(make_config(method=method, model__quantize=""), SMALL)
+    config = make_config(method=method | {"start_from": "adapter"}, model__quantize="")
+    assert adapters.attached(abstract_model(config, SMALL))["default"].rank == 4
 
 
 @pytest.mark.parametrize("fields", [{"init": "eva"}, {"init": "loftq"}, {"init": "pissa"}])
@@ -313,6 +330,8 @@ def test_methods_are_compared_with_the_configs_own() -> None:
     own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict()))
     assert list(own) == ["full", "lora", "lora, nf4", "ia3, nf4 (the config)"]
     assert [config.method.method for config in own.values()] == ["full", "lora", "lora", "ia3"]
+    own = variants.comparison(make_config(method=methods.make_config("ia3").to_dict() | {"start_from": "adapter"}))
+    assert [config.start_from for config in own.values()] == ["", "", "", "adapter"]
 
 
 # --- The command ---
@@ -350,6 +369,29 @@ def test_the_command_plans_in_another_process(written: Path, capsys: pytest.Capt
     record = json.loads(file.read_text())
     assert record["fits"] is True
     assert record["needed"] == sum(record["arguments"].values()) + record["temporaries"] + record["others"]
+
+
+def test_weights_that_are_there_decide_whether_the_base_is_quantized(
+    written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(command, "ask", lambda config, fields, *rest, **named: asked.append(fields) or alone)
+    arguments, file = [f"--config={written / 'config.py'}", "--device=cpu"], written / "model" / "config.json"
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(SMALL | {"quantization_config": nf4}))
+    command.main(arguments)
+    assert asked.pop()["quantization_config"] == nf4  # no weights: config.json decides
+    save_file({"model.norm.weight": np.zeros(2, np.float32)}, file.with_name("model.safetensors"))
+    with pytest.warns(UserWarning, match=r"ignoring quantization_config \(bitsandbytes, nf4\)"):
+        command.main(arguments)
+    assert not asked.pop()["quantization_config"]
+    kernel = "model.layers.0.mlp.up_proj.weight"
+    state = {f"{kernel}.{part}": np.zeros(2, np.uint8) for part in ("quant_state.bitsandbytes__nf4", "nested_absmax")}
+    save_file(state, file.with_name("model.safetensors"))
+    file.write_text(json.dumps(SMALL))
+    with pytest.warns(UserWarning, match="it has no quantization_config, but the tensors are in nf4"):
+        command.main(arguments)
+    assert asked.pop()["quantization_config"]["bnb_4bit_use_double_quant"]
 
 
 def test_of_a_hub_id_only_config_json_is_fetched(
