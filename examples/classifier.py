@@ -37,6 +37,7 @@ def make_tiny_bert(directory):
     peftjax.save_model(from_hf_config(config).make(nnx.Rngs(0)), directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers would build a BertTokenizer for this model_type
     (directory / "tokenizer_config.json").write_text(json.dumps(names))
 
 
