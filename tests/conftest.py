@@ -43,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ROOT / "tests" / "interop" in item.path.parents:
             item.add_marker("interop")
+    contract = [index for index, item in enumerate(items) if item.path.name == "test_contract.py"]
+    # Method by method: what one test compiles for a method, the next one uses in the same process.
+    for index, item in zip(contract, sorted((items[i] for i in contract), key=case), strict=True):
+        items[index] = item
+
+
+def case(item: pytest.Item) -> str:
+    """The method that a test of the contract is about."""
+    return (
+        str(item.callspec.params.get("name", ""))
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else ""
+    )
 
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -92,13 +92,15 @@ def start_together(
 
 def in_process(command: str, *arguments: str) -> int:
     """Run a command in this process, as `python -m peftjax.COMMAND` does; returns its exit code."""
-    given = sys.argv
-    sys.argv = [command, *arguments]
+    given, name = sys.argv, f"peftjax.{command}"
+    sys.argv, imported = [command, *arguments], sys.modules.pop(name, None)  # runpy warns of a module that is there
     try:
         with pytest.raises(SystemExit) as stop:
-            runpy.run_module(f"peftjax.{command}", run_name="__main__")
+            runpy.run_module(name, run_name="__main__")
     finally:
         sys.argv = given
+        if imported is not None:
+            sys.modules[name] = imported
     return int(stop.value.code or 0)
 
 

@@ -1,7 +1,7 @@
 """Read one parameter from its stored tensors onto its devices."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -55,13 +55,19 @@ def read_parameter(
 
     if not entry.stacked:
         return jax.jit(_made, static_argnums=(1, 2), out_shardings=made)(read(tensors[0]), order, encode)
-    stack = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole), out_shardings=made)()
+    stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, leaf.dtype, where)(), whole, made)
     options = sharding.compiler_options(mesh)
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=made, compiler_options=options)
     for layer, tensor in enumerate(tensors):
         # Without waiting, all layers would be read before the first is written.
         stack = jax.block_until_ready(put(stack, read(tensor), layer, order, encode))
     return stack
+
+
+@functools.lru_cache(maxsize=1024)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, placed: Any) -> Callable[[], jax.Array]:
+    """A compiled function that makes zeros on their devices, shared by all parameters of one shape."""
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=placed)
 
 
 def _put(stack: Any, value: Any, layer: jax.Array, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
