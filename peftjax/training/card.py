@@ -69,5 +69,5 @@ def _scores(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]
     if not found or found[-1]["step"] == 0:
         return []
     before: Mapping[str, Any] = found[0] if found[0]["step"] == 0 else {}
-    names = [name for name in found[-1] if name not in _PLACE]
-    return [(name.removeprefix("eval_"), before.get(name, math.nan), found[-1][name]) for name in names]
+    last = {name: value for name, value in found[-1].items() if name.removeprefix("eval_") not in _PLACE}
+    return [(name.removeprefix("eval_"), before.get(name, math.nan), value) for name, value in last.items()]

@@ -153,6 +153,7 @@ def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -
     assert "| Trainable parameters | 10,560 (28.23% of the base) |" in card
     assert "| Training data | `train.jsonl` |" in card
     assert "| Training | 2 steps of 8 sequences, at most 24 tokens each; seed 0 |" in card
+    assert "tokens |" not in card.partition("## Scores")[2]  # a size is not a score
     assert "Measured on `eval.jsonl`.\n\n| Metric | Before training | After |\n| --- | --- | --- |\n| loss | " in card
     assert 'peftjax.load_model("path/to/base-model")' in card
 
