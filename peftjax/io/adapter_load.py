@@ -22,10 +22,10 @@ from peftjax.io.adapter_base import check_base, remember_formats
 from peftjax.io.adapter_check import check_finite, copies_in, reason
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
+from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
-from peftjax.methods import METHODS
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 
@@ -101,11 +101,7 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
     """The method of a PEFT directory, and whether its file holds the task head."""
     _check_files(path)
     config = read_json(path / CONFIG)
-    classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
-    if (kind := config.get("peft_type")) not in classes:
-        raise UserError(
-            f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
-        )
+    method = method_class(config, path)
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):
@@ -117,7 +113,6 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
     if task in CLASSIFICATIONS or head_sites(model):
         # The task head is trained with every method, and peft lists every name that it may have.
         fields["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
-    method = classes[kind]
     bias = fields.get("bias")
     if (
         "bias" in method.hf_constants

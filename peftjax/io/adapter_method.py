@@ -1,7 +1,9 @@
 """The method of an adapter directory, from its adapter_config.json alone: without the tensors, and without a model."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
@@ -30,13 +32,22 @@ def read_method(path: Path) -> Method:
     config = read_json(path / CONFIG)
     if adapter_hub.is_hub(path):
         return from_hub(dict(config["config"]))
+    cls = method_class(config, path)
+    options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # load_adapter gives them
+        return cls.from_hf({field: value for field, value in config.items() if field in options})
+
+
+def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
+    """The class for the peft_type in the adapter_config.json of a PEFT directory.
+
+    Raises:
+        UserError: peftjax does not have the method.
+    """
     classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
     if (kind := config.get("peft_type")) not in classes:
         raise UserError(
             f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
         )
-    cls = classes[kind]
-    options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # load_adapter gives them
-        return cls.from_hf({field: value for field, value in config.items() if field in options})
+    return classes[kind]

@@ -92,7 +92,6 @@ def ordered(value: ArrayT, order: tuple[int, ...] | None) -> ArrayT:
 def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
     """Read a tensor onto the devices; each device's slice is read, converted and checked separately."""
     view = tensor.open()
-
     read = jax.make_array_from_callback(
         tensor.shape, placed, lambda index: finite.converted(view[index], dtype, tensor.name, tensor.file)
     )

@@ -54,9 +54,8 @@ def write_weights(
                 continue
             entry, layer = sources[key]
             stored_as = around.stored_name(key) if around else key
-            fetched = _fetch(
-                stored_as, values[entry.path], entry, layer
-            )  # in every process, to gather the shards of others
+            # in every process, to gather the shards of others
+            fetched = _fetch(stored_as, values[entry.path], entry, layer)
             arrays |= fetched if writing else {}
         where |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
