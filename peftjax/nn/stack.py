@@ -36,9 +36,16 @@ def make_stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
         layers: Number of blocks.
         rngs: Source of random weights.
     """
-    graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+    graphs: list[nnx.GraphDef] = []
+
+    def build(key: jax.Array) -> nnx.State:
+        graph, state = nnx.split(make(nnx.Rngs(key)))
+        graphs.append(graph)  # vmap calls this once; what it returns must be arrays
+        return state
+
     keys = jax.random.split(rngs.params(), layers)
-    block: M = nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
+    values = jax.vmap(build)(keys)
+    block: M = nnx.merge(graphs[0], values)
     for _, variable in nnx.to_flat_state(nnx.state(block)):
         variable.set_metadata(axes=("layers", *variable.axes))
     return block
