@@ -98,7 +98,7 @@ def load_model(
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
     stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
-    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    model = config.abstract()
     table = entries(model)
     encode: Mapping[str, Encode] = {} if packed else encoders(model, table, quantize, skip)
     matched = match(model, table, stored, directory)
@@ -168,4 +168,4 @@ def _with_stored_rows(model: Model, fields: Mapping[str, Any]) -> Model:
     if rows is None or not isinstance(config, LanguageModelConfig | BertConfig) or rows >= config.vocab:
         return model
     smaller = dataclasses.replace(config, vocab=rows)
-    return nnx.eval_shape(lambda: smaller.make(nnx.Rngs(0)))
+    return smaller.abstract()

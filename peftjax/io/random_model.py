@@ -50,7 +50,7 @@ def make_random(
     if quantization and not quantize and stored_quantization(directory):
         raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
     config = resized(config, resize_embeddings)
-    model = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    model = config.abstract()
     paths = list(variables.flat(model)[1])
     variables.update(model, make(config, paths, mesh or one_device(), seed, quantize, skip))
     return model

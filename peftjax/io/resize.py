@@ -49,7 +49,7 @@ def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
     config = resized(model.config, rows)
     if config is model.config:
         return model
-    larger = nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+    larger = config.abstract()
     shapes = variables.flat(larger)[1]
     values: dict[str, Any] = {}
     for path, variable in variables.flat(model)[1].items():

@@ -1,6 +1,7 @@
 """What every model family provides: a configuration, a forward pass, and the names Hugging Face uses for its parts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
@@ -62,9 +63,18 @@ class ModelConfig:
         """Build the model with random weights."""
         raise NotImplementedError
 
+    def abstract(self) -> "Model":
+        """Build the model with `jax.ShapeDtypeStruct` in place of arrays."""
+        return nnx.merge(*_abstract(self), copy=True)
+
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of a directory that transformers can load."""
         raise NotImplementedError
+
+
+@functools.lru_cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
