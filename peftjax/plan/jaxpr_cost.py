@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -15,9 +16,8 @@ Atom = core.Var | core.Literal  # an operand
 
 def bits(dtype: jnp.dtype) -> int:
     """Return the number of bits in which an element is stored: 4 for int4, 8 for bool."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).bits)
-    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * int(dtype.itemsize)
+    random_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return 8 * int(dtype.itemsize) if random_key else jax.dtypes.itemsize_bits(dtype)
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
