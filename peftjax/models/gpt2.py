@@ -37,6 +37,7 @@ class Gpt2(Decoder):
     """LayerNorm, attention without rotary embedding, a plain feed-forward layer."""
 
     config: Gpt2Config
+    norm_type: ClassVar = LayerNorm
     hf_prefix: ClassVar[str] = "transformer."
     hf_tied: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -79,9 +80,6 @@ class Gpt2(Decoder):
                 rngs=rngs,
             ),
         )
-
-    def make_norm(self) -> LayerNorm:
-        return LayerNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
     def hidden(
         self,
