@@ -63,16 +63,12 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        *,
-        attention_norm: RMSNorm | LayerNorm,
+        make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward_norm: RMSNorm | LayerNorm,
         feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward,
     ) -> None:
-        self.attention_norm, self.attention = attention_norm, attention
-        self.attention_residual = Residual()
-        self.feedforward_norm, self.feedforward = feedforward_norm, feedforward
-        self.feedforward_residual = Residual()
+        self.attention_norm, self.attention, self.attention_residual = make_norm(), attention, Residual()
+        self.feedforward_norm, self.feedforward, self.feedforward_residual = make_norm(), feedforward, Residual()
 
     def __call__(
         self,

@@ -51,22 +51,10 @@ class GemmaBlock(Block):
     """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))): [B, T, D] -> [B, T, D]."""
 
     def __init__(
-        self,
-        *,
-        attention_norm: RMSNorm | LayerNorm,
-        attention: Attention,
-        attention_out_norm: RMSNorm | LayerNorm,
-        feedforward_norm: RMSNorm | LayerNorm,
-        feedforward: GatedFeedForward,
-        feedforward_out_norm: RMSNorm | LayerNorm,
+        self, make_norm: Callable[[], RMSNorm | LayerNorm], attention: Attention, feedforward: GatedFeedForward
     ) -> None:
-        super().__init__(
-            attention_norm=attention_norm,
-            attention=attention,
-            feedforward_norm=feedforward_norm,
-            feedforward=feedforward,
-        )
-        self.attention_out_norm, self.feedforward_out_norm = attention_out_norm, feedforward_out_norm
+        super().__init__(make_norm, attention, feedforward)
+        self.attention_out_norm, self.feedforward_out_norm = make_norm(), make_norm()
 
     def after_attention(self, y: jax.Array) -> jax.Array:
         return self.attention_out_norm(y)
@@ -84,7 +72,7 @@ class Gemma(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> GemmaBlock:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return GemmaBlock(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -100,8 +88,6 @@ class Gemma(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            attention_out_norm=self.make_norm(),
-            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
                 config.embed,
                 config.mlp,
@@ -111,7 +97,6 @@ class Gemma(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_out_norm=self.make_norm(),
         )
 
     def embedded(self, tokens: jax.Array) -> jax.Array:

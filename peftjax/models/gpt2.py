@@ -55,7 +55,7 @@ class Gpt2(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=FusedAttention(
                 config.embed,
                 config.heads,
@@ -68,7 +68,6 @@ class Gpt2(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=FeedForward(
                 config.embed,
                 config.mlp,

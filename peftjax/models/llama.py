@@ -39,7 +39,7 @@ class Llama(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -52,7 +52,6 @@ class Llama(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
                 config.embed,
                 config.mlp,

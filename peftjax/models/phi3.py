@@ -35,7 +35,7 @@ class Phi3(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=FusedAttention(
                 config.embed,
                 config.heads,
@@ -46,7 +46,6 @@ class Phi3(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=FusedGatedFeedForward(
                 config.embed,
                 config.mlp,
