@@ -30,6 +30,10 @@ SPEEDS = ("tokens_per_second", "images_per_second")
 # Fields that differ between two runs of the same config. All others are bit-identical, also after a resume.
 MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 
+# The fields of a line that are not metrics: when it was written, and on how much data the metrics were measured.
+PLACE = ("step", "kind", "seconds")
+AMOUNTS = ("tokens", "examples", "prompts")
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _SHORT = {
@@ -74,7 +78,7 @@ class Log:
         Raises:
             UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line.
         """
-        self._total, self._resumed, self._enabled = total_steps, resume_step, enabled
+        self._total, self._enabled = total_steps, enabled
         self._printing = enabled and not quiet
         self._bar: _Bar | None = None
         self._events: _Events | None = None

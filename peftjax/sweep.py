@@ -28,7 +28,7 @@ from peftjax.core import cli, distributed
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.log import METRICS, read_metrics
+from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -36,7 +36,6 @@ from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_workdir, open_checkpoints
 
 RESULTS = "sweep.json"
-_PLACE = ("step", "kind", "seconds")  # the fields of a line of metrics.jsonl that are no metrics
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
 TOGETHER = ("seed:", "optim.", "method.alpha:", "method.lr_ratio:")
 
@@ -135,7 +134,7 @@ def outcome(member: Member) -> dict[str, Any]:
     scores: dict[str, float] = {}
     if not member.failed:
         for line in read_metrics(member.workdir / METRICS):
-            names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in _PLACE]
+            names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
             scores |= {name: line[name] for name in names}
     failed = {"failed": member.failed} if member.failed else {}
     return {"run": member.name, "values": member.values, "scores": scores, **failed}

@@ -53,9 +53,6 @@ class Totals(NamedTuple):
     correct: jax.Array
 
 
-Loss = Callable[[Any, Batch], Totals]  # (model, batch) -> sums over the batch's tokens or examples
-
-
 def chunked_cross_entropy(
     logits_fn: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,

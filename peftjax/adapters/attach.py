@@ -4,7 +4,7 @@ Each function changes the model it is given and returns it. Base parameters neve
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.merge import unmerge
-from peftjax.adapters.method import Method
+from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
 from peftjax.adapters.sites import adapters_named, head_sites, sites
 from peftjax.adapters.targeted import train_whole
@@ -20,8 +20,6 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Slot
-
-Kernels = Callable[[str, int | None], np.ndarray]  # of a module's path and a layer: the kernel, float32 [in, out]
 
 
 def attach(

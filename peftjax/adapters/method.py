@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
+
+Kernels = Callable[
+    [str, int | None], np.ndarray
+]  # (path of a module, layer, None if unstacked) -> its kernel [in, out]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Method:
         """Whether the adapters are initialized from the base's kernels before quantization."""
         return False
 
-    def begin(self, model: nnx.Module, name: str, kernels: Callable[[str, int | None], Any], rngs: nnx.Rngs) -> None:
+    def begin(self, model: nnx.Module, name: str, kernels: Kernels, rngs: nnx.Rngs) -> None:
         """Initialize the adapters called `name` from `kernels(path, layer)`, the unquantized kernels [in, out]."""
         raise NotImplementedError
 

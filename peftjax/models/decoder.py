@@ -1,6 +1,6 @@
 """What the decoder families share: the path from tokens to logits, the key/value cache and common config.json fields.
 
-A family provides its layers (`make_block`, `make_norm`) and overrides the few steps in which it differs: `embedded`,
+A family provides its layers (`make_block`) and overrides the few steps in which it differs: `embedded`,
 `with_positions`, `rotations`, `logits`.
 """
 
@@ -63,16 +63,12 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        *,
-        attention_norm: RMSNorm | LayerNorm,
+        make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward_norm: RMSNorm | LayerNorm,
         feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward,
     ) -> None:
-        self.attention_norm, self.attention = attention_norm, attention
-        self.attention_residual = Residual()
-        self.feedforward_norm, self.feedforward = feedforward_norm, feedforward
-        self.feedforward_residual = Residual()
+        self.attention_norm, self.attention, self.attention_residual = make_norm(), attention, Residual()
+        self.feedforward_norm, self.feedforward, self.feedforward_residual = make_norm(), feedforward, Residual()
 
     def __call__(
         self,
@@ -106,6 +102,7 @@ class Decoder(LanguageModel):
     """Decoder-only language model: int [B, T] -> logits [B, T, V] in the compute dtype.
 
     Attributes:
+        norm_type: Class of the norms.
         hf_names: The names of our modules in checkpoints and, unless it is a part of a multimodal model, in the transformers
             class.
         hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
@@ -113,6 +110,7 @@ class Decoder(LanguageModel):
 
     config: DecoderConfig
     blocks: Block
+    norm_type: ClassVar[type[RMSNorm | LayerNorm]] = RMSNorm
     hf_prefix: ClassVar[str] = "model."
     hf_names: ClassVar[Mapping[str, str]]
     hf_tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -143,10 +141,6 @@ class Decoder(LanguageModel):
         """Build one layer."""
         raise NotImplementedError
 
-    def make_norm(self) -> RMSNorm | LayerNorm:
-        """Build the norm after the last layer."""
-        raise NotImplementedError
-
     def embedded(self, tokens: jax.Array) -> jax.Array:
         """Embed the tokens, int [B, T] -> [B, T, D], before a soft prompt is prepended."""
         return self.embed(tokens)
@@ -162,6 +156,10 @@ class Decoder(LanguageModel):
         return lambda window: tables
 
     # --- The same for all families ---
+
+    def make_norm(self) -> RMSNorm | LayerNorm:
+        """Build a norm of the residual stream."""
+        return self.norm_type(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
     @property
     def hf_modules(self) -> Mapping[str, str]:
@@ -305,6 +303,32 @@ class Decoder(LanguageModel):
 
 
 # --- Fields of config.json that several families have ---
+
+
+def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
+    """Read the options of `DecoderConfig` that Llama and its relatives have in the same fields.
+
+    Args:
+        fields: The fields of config.json.
+        norm_eps: Default of the norms' epsilon.
+
+    Raises:
+        UserError: A field is missing, or its value is not supported.
+    """
+    embed, (heads, kv_heads) = fields.take("hidden_size"), read_heads(fields)
+    return {
+        "vocab": fields.take("vocab_size"),
+        "embed": embed,
+        "mlp": fields.take("intermediate_size"),
+        "layers": fields.take("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": fields.take("head_dim", embed // heads),
+        "max_positions": fields.take("max_position_embeddings"),
+        "norm_eps": fields.take("rms_norm_eps", norm_eps),
+        "init_stddev": fields.take("initializer_range", 0.02),
+        "hf": json.dumps(fields.config),
+    }
 
 
 def rope_fields(fields: Fields) -> dict[str, Any]:

@@ -5,9 +5,8 @@ capped, and layers with a window have their own rotary embedding.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,11 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, windows_by_type
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
-from peftjax.nn.norm import ZeroCenteredRMSNorm
+from peftjax.nn.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
 
@@ -52,22 +51,10 @@ class GemmaBlock(Block):
     """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))): [B, T, D] -> [B, T, D]."""
 
     def __init__(
-        self,
-        *,
-        attention_norm: ZeroCenteredRMSNorm,
-        attention: Attention,
-        attention_out_norm: ZeroCenteredRMSNorm,
-        feedforward_norm: ZeroCenteredRMSNorm,
-        feedforward: GatedFeedForward,
-        feedforward_out_norm: ZeroCenteredRMSNorm,
+        self, make_norm: Callable[[], RMSNorm | LayerNorm], attention: Attention, feedforward: GatedFeedForward
     ) -> None:
-        super().__init__(
-            attention_norm=attention_norm,
-            attention=attention,
-            feedforward_norm=feedforward_norm,
-            feedforward=feedforward,
-        )
-        self.attention_out_norm, self.feedforward_out_norm = attention_out_norm, feedforward_out_norm
+        super().__init__(make_norm, attention, feedforward)
+        self.attention_out_norm, self.feedforward_out_norm = make_norm(), make_norm()
 
     def after_attention(self, y: jax.Array) -> jax.Array:
         return self.attention_out_norm(y)
@@ -80,11 +67,12 @@ class Gemma(Decoder):
     """RMSNorm around the sublayers, rotary grouped-query attention with windows, GeGLU."""
 
     config: GemmaConfig
+    norm_type: ClassVar = ZeroCenteredRMSNorm
 
     def make_block(self, rngs: nnx.Rngs) -> GemmaBlock:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return GemmaBlock(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -100,8 +88,6 @@ class Gemma(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            attention_out_norm=self.make_norm(),
-            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
                 config.embed,
                 config.mlp,
@@ -111,12 +97,6 @@ class Gemma(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_out_norm=self.make_norm(),
-        )
-
-    def make_norm(self) -> ZeroCenteredRMSNorm:
-        return ZeroCenteredRMSNorm(
-            self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype)
         )
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
@@ -163,8 +143,8 @@ Gemma.hf_names = {
 }
 # Defaults of transformers for fields that config.json omits, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {"num_key_value_heads": 4, "max_position_embeddings": 8192},
-    "gemma3_text": {"num_key_value_heads": 4, "max_position_embeddings": 131072},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192},
+    "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072},
 }
 
 
@@ -176,10 +156,8 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     """
     kind = config["model_type"]
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=HARMLESS | {"cache_implementation"})
-    layers, max_positions, head_dim = (
-        fields.take("num_hidden_layers"), fields.take("max_position_embeddings"), fields.take("head_dim", 256)
-    )  # fmt: skip
-    heads, kv_heads = read_heads(fields)
+    shared = read_shared(fields, norm_eps=1e-6)
+    head_dim, max_positions = shared["head_dim"], shared["max_positions"]
     fields.no_dropout("attention_dropout")
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
@@ -192,17 +170,8 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         fields.only("attn_logit_softcapping", None)  # a field of Gemma 3 that transformers does not use
         attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
     result = GemmaConfig(
-        vocab=fields.take("vocab_size"),
-        embed=fields.take("hidden_size"),
-        mlp=fields.take("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=max_positions,
         rope=rope,
         local_rope=local_rope,
-        norm_eps=fields.take("rms_norm_eps", 1e-6),
         activation=activation,
         tied=fields.take("tie_word_embeddings", True),
         use_bias=fields.take("attention_bias", False),
@@ -210,9 +179,8 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         query_scale=fields.take("query_pre_attn_scalar", 256),
         attention_cap=attention_cap,
         logits_cap=logits_cap,
-        windows=_windows(fields, layers),
-        init_stddev=fields.take("initializer_range", 0.02),
-        hf=json.dumps(config),
+        windows=_windows(fields, shared["layers"]),
+        **shared,
         **options,
     )
     fields.done()

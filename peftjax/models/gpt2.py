@@ -37,6 +37,7 @@ class Gpt2(Decoder):
     """LayerNorm, attention without rotary embedding, a plain feed-forward layer."""
 
     config: Gpt2Config
+    norm_type: ClassVar = LayerNorm
     hf_prefix: ClassVar[str] = "transformer."
     hf_tied: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -54,7 +55,7 @@ class Gpt2(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=FusedAttention(
                 config.embed,
                 config.heads,
@@ -67,7 +68,6 @@ class Gpt2(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=FeedForward(
                 config.embed,
                 config.mlp,
@@ -79,9 +79,6 @@ class Gpt2(Decoder):
                 rngs=rngs,
             ),
         )
-
-    def make_norm(self) -> LayerNorm:
-        return LayerNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
     def hidden(
         self,

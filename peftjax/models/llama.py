@@ -5,7 +5,6 @@ Qwen3 (arXiv:2505.09388).
 """
 
 import dataclasses
-import json
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -13,11 +12,10 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, read_rope, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, windows_by_type
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
-from peftjax.nn.norm import RMSNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ class Llama(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=Attention(
                 config.embed,
                 config.heads,
@@ -54,7 +52,6 @@ class Llama(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=GatedFeedForward(
                 config.embed,
                 config.mlp,
@@ -65,9 +62,6 @@ class Llama(Decoder):
                 rngs=rngs,
             ),
         )
-
-    def make_norm(self) -> RMSNorm:
-        return RMSNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
 
 # --- Hugging Face: names of our modules, and config.json ---
@@ -110,33 +104,19 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
     """
     kind = config["model_type"]
     fields = Fields(config, defaults=_DEFAULTS[kind])
-    layers, embed, max_positions = (
-        fields.take(name) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings")
-    )
-    heads, kv_heads = read_heads(fields)
-    head_dim = fields.take("head_dim", embed // heads)
+    shared = read_shared(fields, norm_eps=1e-6)
     fields.no_dropout("attention_dropout")
     attention_bias = fields.take("attention_bias", False) if kind in ("llama", "qwen3") else False
     result = LlamaConfig(
-        vocab=fields.take("vocab_size"),
-        embed=embed,
-        mlp=fields.take("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        rope=read_rope(fields, head_dim, max_positions),
-        norm_eps=fields.take("rms_norm_eps", 1e-6),
+        rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         activation=fields.activation("hidden_act", "silu"),
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias or kind == "qwen2",
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False) if kind == "llama" else False,
         qk_norm=kind == "qwen3",
-        windows=_windows(fields, layers),
-        init_stddev=fields.take("initializer_range", 0.02),
-        hf=json.dumps(config),
+        windows=_windows(fields, shared["layers"]),
+        **shared,
         **options,
     )
     fields.done()

@@ -4,7 +4,6 @@ Abdin et al. 2024 (arXiv:2404.14219), section 2. Phi-3.5 mini, Phi-4 and Phi-4 m
 """
 
 import dataclasses
-import json
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -12,11 +11,10 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_heads, rope_fields
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_shared, rope_fields
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
-from peftjax.nn.norm import RMSNorm
 from peftjax.nn.rope import Rope
 from peftjax.nn.rope import from_hf as rope_from_hf
 
@@ -37,7 +35,7 @@ class Phi3(Decoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
         return Block(
-            attention_norm=self.make_norm(),
+            self.make_norm,
             attention=FusedAttention(
                 config.embed,
                 config.heads,
@@ -48,7 +46,6 @@ class Phi3(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward_norm=self.make_norm(),
             feedforward=FusedGatedFeedForward(
                 config.embed,
                 config.mlp,
@@ -58,9 +55,6 @@ class Phi3(Decoder):
                 rngs=rngs,
             ),
         )
-
-    def make_norm(self) -> RMSNorm:
-        return RMSNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
 
 # --- Hugging Face: names of our modules, and config.json ---
@@ -92,30 +86,16 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Co
         UserError: A field is missing or unknown, or its value is not supported.
     """
     fields = Fields(config, harmless=HARMLESS | {"auto_map"})
-    layers, embed, max_positions = (
-        fields.take(name) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings")
-    )
-    heads, kv_heads = read_heads(fields)
-    head_dim = fields.take("head_dim", embed // heads)
+    shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("attention_dropout", "resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():
         fields.implied(name, value)
     result = Phi3Config(
-        vocab=fields.take("vocab_size"),
-        embed=embed,
-        mlp=fields.take("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        rope=_rope(fields, head_dim, max_positions),
-        norm_eps=fields.take("rms_norm_eps", 1e-5),
+        rope=_rope(fields, shared["head_dim"], shared["max_positions"]),
         activation=fields.activation("hidden_act", "silu"),
         tied=fields.take("tie_word_embeddings", False),
-        windows=(fields.maybe("sliding_window") or 0,) * layers,
-        init_stddev=fields.take("initializer_range", 0.02),
-        hf=json.dumps(config),
+        windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],
+        **shared,
         **options,
     )
     fields.done()

@@ -74,8 +74,13 @@ class LayerNorm(SlottedLayer):
         """The base computation; `scale` and `bias` replace the layer's own."""
         scale = self.scale.get_value() if scale is None else scale
         bias = self.bias.get_value() if bias is None else bias
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        scaled = normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
-        return (scaled + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)).astype(x.dtype)
+        return layer_norm(x, scale, bias, self.eps)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, in float32; the result in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    scaled = normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    return (scaled + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)).astype(x.dtype)

@@ -5,8 +5,9 @@ Layers and microbatches are loops in this code base. The body of a loop counts a
 
 import math
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -15,9 +16,8 @@ Atom = core.Var | core.Literal  # an operand
 
 def bits(dtype: jnp.dtype) -> int:
     """Return the number of bits in which an element is stored: 4 for int4, 8 for bool."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).bits)
-    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * int(dtype.itemsize)
+    random_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return 8 * int(dtype.itemsize) if random_key else jax.dtypes.itemsize_bits(dtype)
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
@@ -40,8 +40,10 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     to memory only where `_materialized` says so; elsewhere a compiler fuses it into its consumer. A loop holds its
     results, such as the values of every layer that the backward pass reads, and the peak of one pass through its body.
     """
-    last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if _is_var(var)}
-    last |= dict.fromkeys((var for var in jaxpr.outvars if _is_var(var)), len(jaxpr.eqns))
+    last = {
+        var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if isinstance(var, core.Var)
+    }
+    last |= dict.fromkeys((var for var in jaxpr.outvars if isinstance(var, core.Var)), len(jaxpr.eqns))
     materialized = _materialized(jaxpr)
     held: dict[core.Var, int] = {}
     peak = 0
@@ -53,7 +55,7 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
         peak = max(peak, sum(held.values()) + (own + inside if _is_loop(equation) else max(own, inside)))
         held |= {var: size for var, size in made.items() if last.get(var, -1) > index}
         for var in equation.invars:
-            if _is_var(var) and last[var] == index:
+            if isinstance(var, core.Var) and last[var] == index:
                 held.pop(var, None)
     return peak
 
@@ -68,7 +70,7 @@ def _materialized(jaxpr: core.Jaxpr) -> set[core.Var]:
     readers: dict[core.Var, list[str]] = {}
     for equation in jaxpr.eqns:
         for var in equation.invars:
-            if _is_var(var):
+            if isinstance(var, core.Var):
                 readers.setdefault(var, []).append(equation.primitive.name)
     return {
         var
@@ -85,10 +87,6 @@ def _is_written(equation: core.JaxprEqn) -> bool:
     return equation.primitive.name.startswith(_WRITTEN) or any(
         _is_written(own) for body, _ in _inner(equation) for own in body.eqns
     )
-
-
-def _is_var(var: Atom) -> TypeGuard[core.Var]:
-    return isinstance(var, core.Var)
 
 
 def _shape(var: Atom) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from peftjax.core.units import format_bytes
 from peftjax.log import SPEEDS
 from peftjax.report.charts import Lines, main_scores
-from peftjax.report.data import ReportData
+from peftjax.report.data import ReportData, count_trained
 from peftjax.report.text import field_title, format_duration, format_number, format_percent
 
 
@@ -54,9 +54,8 @@ def _evaluation_cards(evaluations: Lines) -> Iterator[Card]:
 
 def _size_cards(data: ReportData) -> Iterator[Card]:
     base = [part for part in data.parts if not part.adapter]
-    parameters = sum(part.parameters for part in base)
+    trained, parameters = count_trained(data.parts)
     if data.parts:
-        trained = sum(part.parameters for part in data.parts if part.trained)
         note = f"{trained / parameters:.2%} of the {parameters:,} in the base" if parameters else ""
         yield Card("Trained parameters", f"{trained:,}", note)
     if data.adapter_file_bytes:

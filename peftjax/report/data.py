@@ -4,12 +4,11 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core.errors import UserError
@@ -131,15 +130,15 @@ def count_parts(leaves: Mapping[str, nnx.Variable], trains: type[nnx.Variable]) 
     )
 
 
+def count_trained(parts: Sequence[Part]) -> tuple[int, int]:
+    """Return the number of parameters that are trained, and the number of those in the base."""
+    trained = sum(part.parameters for part in parts if part.trained)
+    return trained, sum(part.parameters for part in parts if not part.adapter)
+
+
 def tree_bytes(tree: Any) -> int:
     """Return the bytes of all arrays in a tree. An array on several devices counts once; two int4 take one byte."""
-    return sum(math.ceil(leaf.size * _bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(tree))
-
-
-def _bits(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).bits)
-    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * jnp.dtype(dtype).itemsize
+    return sum(math.ceil(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(tree))
 
 
 def versions() -> dict[str, str]:

@@ -51,7 +51,6 @@ class Task:
       problem_type: transformers' name for what the head predicts.
       card_task: PEFT's task_type for it, used in model cards.
       unit: What the training speed counts.
-      loss_unit: The unit of the loss, for charts.
       generates: Whether the model answers prompts in text.
       packs: Whether several records may share a row.
       multi: Whether task.multi_label applies.
@@ -66,7 +65,6 @@ class Task:
     problem_type: str | None = None
     card_task: ClassVar[str]
     unit: str = "tokens"
-    loss_unit: ClassVar[str] = "mean of the examples"
     generates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     multi: ClassVar[bool] = False

@@ -12,7 +12,6 @@ from peftjax.totals import Totals
 class GenerationTask(Task):
     """A task that predicts tokens; its metrics follow from the sums of the loss."""
 
-    loss_unit: ClassVar[str] = "nats per token"
     generates: ClassVar[bool] = True
 
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.io.model_card import CARD, Training, make_card
-from peftjax.log import METRICS, read_metrics
+from peftjax.log import AMOUNTS, METRICS, PLACE, read_metrics
+from peftjax.report.data import Part, count_trained
 from peftjax.tasks import Task
 from peftjax.training.config import Config
 
-# The fields of a line of metrics.jsonl that are not metrics, but say when and on how much data they were measured.
-_PLACE = ("step", "kind", "seconds", "tokens", "examples", "prompts")
 
-
-def write_card(directory: Path, config: Config, task: Task, workdir: Path, step: int, parameters: str) -> None:
+def write_card(directory: Path, config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> None:
     """Write README.md next to an adapter.
 
     Args:
@@ -23,13 +21,14 @@ def write_card(directory: Path, config: Config, task: Task, workdir: Path, step:
       task: Its task.
       workdir: Its workdir, with metrics.jsonl.
       step: The number of completed steps.
-      parameters: The number of trainable parameters, as text.
+      parts: The parameters of its model.
     """
     lines = read_metrics(workdir / METRICS)
+    trained, base = count_trained(parts)
     training = Training(
         task=task.card_task,
         head=task.head_options(config.model.new_head),
-        facts={"Trainable parameters": parameters} | _facts(config, task, step),
+        facts={"Trainable parameters": f"{trained:,} ({trained / base:.2%} of the base)"} | _facts(config, task, step),
         scores=_scores(lines),
         data=_sources(config.data.eval),
     )
@@ -69,5 +68,5 @@ def _scores(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]
     if not found or found[-1]["step"] == 0:
         return []
     before: Mapping[str, Any] = found[0] if found[0]["step"] == 0 else {}
-    last = {name: value for name, value in found[-1].items() if name.removeprefix("eval_") not in _PLACE}
+    last = {name: value for name, value in found[-1].items() if name.removeprefix("eval_") not in (*PLACE, *AMOUNTS)}
     return [(name.removeprefix("eval_"), before.get(name, math.nan), value) for name, value in last.items()]

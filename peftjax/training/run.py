@@ -26,7 +26,7 @@ from peftjax.io.save import save_model
 from peftjax.log import Log
 from peftjax.methods import make_config
 from peftjax.models.base import Model
-from peftjax.report.data import ReportData, Sample, count_parts, tree_bytes, versions
+from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes, versions
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
 from peftjax.training import answers, optim, start_from
@@ -54,7 +54,6 @@ class Run:
       eval_step: The jitted evaluation step.
       window: The steps since the last line of the log.
       planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
-      trainable: The number of trainable parameters, as text.
       report: What the report shows beside the config and the metrics.
       timings: Seconds by what they were spent on.
     """
@@ -79,7 +78,6 @@ class Run:
         self.eval_step = make_eval_step(variables.flat(model)[0], task, mesh)
         self.window = Window(task.unit)
         self.planned = config.train.steps
-        self.trainable = ""
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
 
@@ -129,8 +127,7 @@ class Run:
                 start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
         parts = count_parts(leaves, self.method.trains)
-        trained = sum(part.parameters for part in parts if part.trained)
-        base = sum(part.parameters for part in parts if not part.adapter)
+        trained, base = count_trained(parts)
         default = configs.validate({"method": make_config(config.method.method).to_dict()})
         self.report = dataclasses.replace(
             ReportData.load(self.workdir) if state.step > 0 else self.report,
@@ -142,7 +139,6 @@ class Run:
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
         log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}")
-        self.trainable = f"{trained:,} ({trained / base:.2%} of the base)"
         log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
@@ -228,7 +224,8 @@ class Run:
             return self.workdir / "model"
         directory = save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
         if jax.process_index() == 0:
-            write_card(directory, self.config, self.task, self.workdir, int(state.step), self.trainable)
+            parts = count_parts(variables.flat(self.model)[1], self.method.trains)
+            write_card(directory, self.config, self.task, self.workdir, int(state.step), parts)
         return directory
 
     def finish(self, state: TrainState, log: Log) -> None:

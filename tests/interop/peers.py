@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,13 @@ def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=RATE)
 
 
-def train_theirs(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+def train_theirs(
+    model: Any, optimizer: torch.optim.Optimizer | None = None, steps: list[np.ndarray] | None = None
+) -> list[float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = optimizer or adamw(parameters), []
-    for ids in map(torch.tensor, batches()):
-        outputs = model(ids[:, :-1]).logits[:, -16:]
+    for ids in (torch.tensor(ids).long() for ids in steps or batches()):
+        outputs = model(ids[:, :-1]).logits[:, 1 - ids.shape[1] :]
         loss = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -179,29 +182,31 @@ def optimizer_for(model: Any, trainable: variables.FlatTree) -> Any:
     return optim.make_optimizer(config, STEPS, optim.decay_mask(trainable, axes))
 
 
-def our_batches() -> list[dict[str, np.ndarray]]:
-    weights = np.ones((4, 16), np.float32)
-    return [{"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights} for ids in batches()]
+def our_batches(steps: list[np.ndarray] | None = None) -> list[dict[str, np.ndarray]]:
+    weights = lambda ids: np.ones((len(ids), ids.shape[1] - 1), np.float32)  # noqa: E731
+    return [{"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights(ids)} for ids in steps or batches()]
 
 
-def train_by_hand(model: Any) -> list[float]:
+def train_by_hand(
+    model: Any, steps: list[dict[str, np.ndarray]] | None = None, loss: Callable = next_token_loss, chunk: int = 7
+) -> list[float]:
     """With value_and_grad, the loss and the optimizer alone."""
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
     optimizer = optimizer_for(model, trainable)
     state, losses = optimizer.init(trainable), []
 
     @jax.jit
-    def step(trainable: Any, state: Any, batch: Any) -> Any:
-        def loss(trainable: Any) -> jax.Array:
-            totals = next_token_loss(variables.join(graph, trainable, frozen), batch, 7)
+    def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
+        def mean(trainable: Any) -> jax.Array:
+            totals = loss(variables.join(graph, trainable, frozen), batch, chunk)
             return totals.loss / totals.tokens
 
-        value, gradients = jax.value_and_grad(loss)(trainable)
+        value, gradients = jax.value_and_grad(mean)(trainable)
         updates, state = optimizer.update(gradients, state, trainable)
         return jax.tree.map(jnp.add, trainable, updates), state, value
 
-    for batch in our_batches():
-        trainable, state, value = step(trainable, state, batch)
+    for batch in steps or our_batches():
+        trainable, state, value = step(trainable, state, frozen, batch)
         losses.append(float(value))
     variables.update(model, trainable)
     return losses

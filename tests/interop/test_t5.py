@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -21,7 +20,7 @@ from peftjax.core import variables
 from peftjax.decoding import generate
 from peftjax.nn.relative_bias import buckets_of_distances
 from peftjax.totals import seq2seq_loss
-from tests.interop.peers import STEPS, THEIRS, adamw, assert_close, assert_far, attached, optimizer_for, shake
+from tests.interop.peers import STEPS, THEIRS, adamw, assert_close, assert_far, attached, shake, train_by_hand
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
 torch.set_num_threads(1)
@@ -282,26 +281,11 @@ def test_steps_of_adamw_equal_those_of_torch_and_peft(method: str, t5s: Callable
         optimizer.step()
         expected.append(loss.item())
 
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
-    ours, losses = optimizer_for(model, trainable), []
-    state = ours.init(trainable)
-
-    @jax.jit
-    def step(trainable: Any, state: Any, batch: Any) -> Any:
-        def mean(trainable: Any) -> jax.Array:
-            totals = seq2seq_loss(variables.join(graph, trainable, frozen), batch, 7)
-            return totals.loss / totals.tokens
-
-        value, gradients = jax.value_and_grad(mean)(trainable)
-        updates, state = ours.update(gradients, state, trainable)
-        return jax.tree.map(jnp.add, trainable, updates), state, value
-
-    for batch, target in zip(batches, targets, strict=True):
-        batch = batch | {"targets": target, "loss_weights": np.ones(target.shape, np.float32)}
-        trainable, state, value = step(trainable, state, batch)
-        losses.append(float(value))
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    variables.update(model, trainable)
+    steps = [
+        batch | {"targets": target, "loss_weights": np.ones(target.shape, np.float32)}
+        for batch, target in zip(batches, targets, strict=True)
+    ]
+    np.testing.assert_allclose(train_by_hand(model, steps, seq2seq_loss), expected, rtol=1e-5)
     peftjax.save_adapter(model, tmp_path / "end")
     moved = peft.get_peft_model_state_dict(theirs)
     for key, value in load_file(tmp_path / "end" / "adapter_model.safetensors").items():

@@ -13,6 +13,7 @@ from peftjax.adapters.sites import Site
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.bottleneck.options import NON_LINEARITIES, BottleneckOptions
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.norm import layer_norm
 from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
 
@@ -117,9 +118,4 @@ def _affine(x: jax.Array, kernel: nnx.Variable, bias: nnx.Variable) -> jax.Array
 
 
 def _layer_norm(x: jax.Array, scale: nnx.Variable, shift: nnx.Variable) -> jax.Array:
-    """(x - mean) / sqrt(variance + eps) * scale + shift over the last axis, computed in float32, in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-    weight, bias = (jnp.broadcast_to(leaf.get_value(), x.shape) for leaf in (scale, shift))
-    return (normed * weight + bias).astype(x.dtype)
+    return layer_norm(x, scale.get_value(), shift.get_value(), NORM_EPS)

@@ -8,7 +8,7 @@ adapter reads u = norm(x + f(x)), and the block continues with norm(x + f(x) + B
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from flax import nnx
 
@@ -27,12 +27,6 @@ FLOWS = {
     "original_ln_after": True,
     "residual_before_ln": True,
 }
-
-
-def _width(model: nnx.Module) -> int:
-    """The width of the residual stream, D."""
-    assert isinstance(model, Model)
-    return model.config.embed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +48,7 @@ class Bottleneck(BottleneckOptions):
         for site in residuals:
             adopted = isinstance(site.module, AdoptedSublayer)
             if adopted or wanted[site.path.rsplit(".", 1)[-1]]:
-                width = site.module.width if isinstance(site.module, AdoptedSublayer) else _width(model)
+                width = site.module.width if adopted else cast(Model, model).config.embed
                 insert(site, name, BottleneckAdapter(self, site, width, self._chosen(len(site.names)), rngs))
 
     def _chosen(self, layers: int) -> tuple[bool, ...]:

@@ -42,7 +42,7 @@ class LoraLinear(RankedAdapter):
         self.bias: Any = nnx.data(None)
         self.bias_layers: Any = nnx.data(None)
         self.shift: Any = nnx.data(None)
-        self.dropout = Dropout(dropout, a.shape[:-2])
+        self.dropout = Dropout(dropout, scale.shape[:-1])
 
     def train_bias(self, bias: nnx.Variable, layers: LayerMask) -> None:
         """Use a trained bias in place of the layer's own."""

@@ -12,7 +12,7 @@ mix.py defines the ways. The results equal those of peft 0.21.2, with these exce
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.attach import attach_unchecked, detach
-from peftjax.adapters.registry import active, attached, use
+from peftjax.adapters.registry import ModelT, active, attached, use
 from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
@@ -29,11 +29,9 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.methods.lora.mix import APART, SPARSE, SPARSE_SVD, WAYS, Draw, Mixer, Part, bernoulli, rank_of
 from peftjax.methods.lora.patches import LoraPatches
 
-M = TypeVar("M", bound=nnx.Module)
-
 
 def combine(
-    model: M,
+    model: ModelT,
     names: Sequence[str],
     weights: Sequence[float],
     *,
@@ -44,7 +42,7 @@ def combine(
     rank: int | None = None,
     seed: int = 0,
     draw: Draw | None = None,
-) -> M:
+) -> ModelT:
     """Attach a LoRA under `name` that combines others, and make it the active adapter.
 
     Its scale is 1; its dropout and dtype are those of the first adapter.

@@ -5,21 +5,18 @@ change, so the adapter fits any base that is quantized in the same way; more ite
 Hugging Face PEFT's replace_lora_weights_loftq does the same to a loaded base, except that it assumes s = 1.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax.adapters.method import Kernels
 from peftjax.adapters.sites import Site
 from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.methods.lora.dora import DoraLinear
 from peftjax.methods.lora.init import of_kernel
 from peftjax.quant.base import Quantized
-
-# (path of a module, layer or None if it is not stacked) -> its kernel [in, out] before quantization
-Kernels = Callable[[str, int | None], np.ndarray]
 
 
 def begin(init: str, site: Site, adapter: LoraLinear, kernels: Kernels, key: jax.Array) -> None:

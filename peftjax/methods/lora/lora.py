@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
@@ -246,7 +247,7 @@ class Lora(Ranked):
     def unquantized(self) -> bool:
         return self.init.startswith("loftq")
 
-    def begin(self, model: nnx.Module, name: str, kernels: loftq.Kernels, rngs: nnx.Rngs) -> None:
+    def begin(self, model: nnx.Module, name: str, kernels: Kernels, rngs: nnx.Rngs) -> None:
         for site, adapter in adapters_named(model, name):
             if isinstance(site.module, Linear) and isinstance(adapter, LoraLinear):
                 loftq.begin(self.init, site, adapter, kernels, rngs.params())

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, transposed
-from peftjax.core.variables import PeftConstant
 from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.methods.lora.dora import DoraLinear
-from peftjax.nn.dropout import Dropout
 from peftjax.nn.patches import to_patches
 from peftjax.quant.matmul import matmul
 
@@ -27,12 +25,6 @@ class LoraPatches(LoraLinear):
     """
 
     names: ClassVar = {"lora_A.weight": HfLeaf("a", axes=(3, 2, 0, 1)), "lora_B.weight": transposed("b")}
-
-    def __init__(
-        self, ranks: tuple[int, ...], scale: PeftConstant, a: nnx.Variable, b: nnx.Variable, dropout: float = 0.0
-    ) -> None:
-        super().__init__(ranks, scale, a, b)
-        self.dropout = Dropout(dropout)
 
     def product(self, x: jax.Array, a: nnx.Variable, b: nnx.Variable) -> jax.Array:
         """s (patches(x) a) b: [B, H, W, C] -> [B, N, D]."""
