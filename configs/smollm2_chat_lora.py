@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 5
 
-    config.train.steps = 60
+    config.train.steps = 40
     config.train.batch_size = 4
     config.train.log_every = 5
     config.train.eval_batches = 4
