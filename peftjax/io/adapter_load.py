@@ -26,6 +26,7 @@ from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 
@@ -210,6 +211,9 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             stacklevel=3,
         )
     unexpected = set(tensors) - {tensor.key for tensor in expected}
+    if others := in_other_parts(unexpected):
+        warn_of_adapters(others, path / keys.weights)
+        unexpected -= set(others)
     unexpected -= copies_in(model, tensors, unexpected)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unexpected:
