@@ -19,12 +19,13 @@ from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, remember_formats
-from peftjax.io.adapter_check import check_finite, copies_in, reason
+from peftjax.io.adapter_check import copies_in, reason
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
+from peftjax.io.finite import check_finite
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,14 @@ def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=RATE)
 
 
-def train_theirs(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+def train_theirs(
+    model: Any, optimizer: torch.optim.Optimizer | None = None, steps: Sequence[np.ndarray] | None = None
+) -> list[float]:
+    """Train on token ids [B, T + 1] of each step, by default `batches`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = optimizer or adamw(parameters), []
-    for ids in map(torch.tensor, batches()):
-        outputs = model(ids[:, :-1]).logits[:, -16:]
+    for ids in map(torch.tensor, steps or batches()):
+        outputs = model(ids[:, :-1]).logits[:, 1 - ids.shape[1] :]
         loss = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -179,19 +183,21 @@ def optimizer_for(model: Any, trainable: variables.FlatTree) -> Any:
     return optim.make_optimizer(config, STEPS, optim.decay_mask(trainable, axes))
 
 
-def our_batches() -> list[dict[str, np.ndarray]]:
-    weights = np.ones((4, 16), np.float32)
-    return [{"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": weights} for ids in batches()]
+def our_batches(steps: Sequence[np.ndarray] | None = None) -> list[dict[str, np.ndarray]]:
+    return [
+        {"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": np.ones(ids[:, 1:].shape, np.float32)}
+        for ids in steps or batches()
+    ]
 
 
-def train_by_hand(model: Any) -> list[float]:
+def train_by_hand(model: Any, steps: Sequence[np.ndarray] | None = None) -> list[float]:
     """With value_and_grad, the loss and the optimizer alone."""
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
     optimizer = optimizer_for(model, trainable)
     state, losses = optimizer.init(trainable), []
 
     @jax.jit
-    def step(trainable: Any, state: Any, batch: Any) -> Any:
+    def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
             totals = next_token_loss(variables.join(graph, trainable, frozen), batch, 7)
             return totals.loss / totals.tokens
@@ -200,8 +206,8 @@ def train_by_hand(model: Any) -> list[float]:
         updates, state = optimizer.update(gradients, state, trainable)
         return jax.tree.map(jnp.add, trainable, updates), state, value
 
-    for batch in our_batches():
-        trainable, state, value = step(trainable, state, batch)
+    for batch in our_batches(steps):
+        trainable, state, value = step(trainable, state, frozen, batch)
         losses.append(float(value))
     variables.update(model, trainable)
     return losses
