@@ -165,12 +165,18 @@ def _fitted(
 
 
 def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
-    """Check that a base from which an initial update is to be subtracted is not quantized.
+    """Check that the initial update that is to be subtracted from the base can be computed.
 
     Raises:
-        UserError: It is.
+        UserError: The base is quantized, or the rank exceeds a dimension of a layer.
     """
-    if isinstance(method, Lora) and RESIDUAL.fullmatch(method.init) and (kinds := set(formats(model).values())):
+    if not isinstance(method, Lora) or not RESIDUAL.fullmatch(method.init):
+        return
+    try:
+        method.check(model)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: init_lora_weights={method.init!r}: {error}") from error
+    if kinds := set(formats(model).values()):
         raise UserError(
             f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base minus the initial update, which cannot be "
             f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
