@@ -2,8 +2,8 @@
 
     python -m peftjax.train --config=configs/smollm2_chat_lora.py --workdir=runs/chat [--config.model.path=DIR]
 
-Training takes a few minutes on a laptop without a GPU. The model (270 MB) is downloaded from the Hugging Face hub unless
-DIR contains it. The loss covers only the assistant's turns.
+Training takes a few minutes and 3 GB of memory on a laptop without a GPU. The model (270 MB) is downloaded from the
+Hugging Face hub unless DIR contains it. The loss covers only the assistant's turns.
 """
 
 from ml_collections import ConfigDict
