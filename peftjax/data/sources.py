@@ -3,7 +3,7 @@
 A string names a source:
 
     tfds:NAME[/CONFIG]/SPLIT    a TensorFlow dataset, with TFDS's split syntax: tfds:rewrite_dates/train[:90%]
-    hf:NAME[/CONFIG]/SPLIT      a dataset from the Hugging Face hub (OWNER/DATASET), or a directory with its Parquet files
+    hf:NAME[/CONFIG]/SPLIT      a dataset from the Hugging Face hub (OWNER/DATASET), or a directory with its files
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
     PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
     PATH.json                   a list of JSON objects, or JSON Lines; kept in memory
@@ -89,7 +89,7 @@ def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
         return open_tfds(spec, tfds_data_dir)
     if spec.startswith("images:"):
         return ImageFolder(spec)
-    files = split_files(spec) if spec.startswith("hf:") else _files(spec)
+    files = split_files(spec, SUFFIXES) if spec.startswith("hf:") else _files(spec)
     # Records of files with the same name in different folders need different names.
     short = len({file.name for file in files}) == len(files)
     opened = [_open_file(file, file.name if short else str(file)) for file in files]

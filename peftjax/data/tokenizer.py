@@ -1,12 +1,13 @@
 """The tokenizer of a model directory: text to token ids and back. transformers reads the files."""
 
+import contextlib
 import functools
 import itertools
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -198,7 +199,8 @@ class Tokenizer:
         cutting.enable_truncation(max_length)
 
         def encode(text: Text, pair: Text | None = None) -> tuple[tokenizers.Encoding, int]:
-            encoding = whole.encode(text, pair, is_pretokenized=words)
+            with self._reported(text):
+                encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
             return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length
 
@@ -239,7 +241,19 @@ class Tokenizer:
         return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        with self._reported(text):
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @contextlib.contextmanager
+    def _reported(self, text: Text) -> Iterator[None]:
+        """Report a failure of the tokenizers library, which raises plain exceptions, as an error in the tokenizer's files."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary lacks an entry "
+                "for text that it does not cover; set unk_token in tokenizer.json to a token of the vocabulary"
+            ) from error
 
     def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -306,8 +320,12 @@ def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str,
 
 def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer's post-processor adds before and after every text."""
-    for probe in itertools.chain(("a", "0", "."), map(tokenizer.id_to_token, range(tokenizer.get_vocab_size()))):
-        bare = tokenizer.encode(probe, add_special_tokens=False).ids
+    tokens = filter(None, map(tokenizer.id_to_token, range(tokenizer.get_vocab_size())))
+    for probe in itertools.chain(("a", "0", "."), tokens):
+        try:
+            bare = tokenizer.encode(probe, add_special_tokens=False).ids
+        except Exception:  # the library's only type: the vocabulary has no unknown token
+            continue
         if bare:
             whole = tokenizer.encode(probe).ids
             at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)

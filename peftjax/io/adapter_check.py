@@ -15,18 +15,6 @@ from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
 from peftjax.io.hf_files import enumerate_some
 
 
-def check_finite(tensor: np.ndarray, what: str) -> None:
-    """Check that a tensor has no NaN and no infinity.
-
-    Raises:
-        UserError: It has.
-    """
-    if wrong := int((~np.isfinite(tensor.astype(np.float32))).sum()):
-        raise UserError(
-            f"{what}: {wrong} of {tensor.size} values are NaN or infinite; the training diverged or the file is damaged"
-        )
-
-
 def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
     """Why the shape of a tensor differs from the model's; empty if that is not certain."""
     stored = tensors[tensor.key]

@@ -19,13 +19,15 @@ from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, remember_formats
-from peftjax.io.adapter_check import check_finite, copies_in, reason
+from peftjax.io.adapter_check import copies_in, reason
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
+from peftjax.io.finite import check_finite
 from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 
@@ -163,12 +165,18 @@ def _fitted(
 
 
 def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
-    """Check that a base from which an initial update is to be subtracted is not quantized.
+    """Check that the initial update that is to be subtracted from the base can be computed.
 
     Raises:
-        UserError: It is.
+        UserError: The base is quantized, or the rank exceeds a dimension of a layer.
     """
-    if isinstance(method, Lora) and RESIDUAL.fullmatch(method.init) and (kinds := set(formats(model).values())):
+    if not isinstance(method, Lora) or not RESIDUAL.fullmatch(method.init):
+        return
+    try:
+        method.check(model)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: init_lora_weights={method.init!r}: {error}") from error
+    if kinds := set(formats(model).values()):
         raise UserError(
             f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base minus the initial update, which cannot be "
             f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
@@ -210,6 +218,9 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             stacklevel=3,
         )
     unexpected = set(tensors) - {tensor.key for tensor in expected}
+    if others := in_other_parts(unexpected):
+        warn_of_adapters(others, path / keys.weights)
+        unexpected -= set(others)
     unexpected -= copies_in(model, tensors, unexpected)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unexpected:

@@ -1,4 +1,4 @@
-"""Convert the tensors of a checkpoint, and find those that hold NaN or Inf."""
+"""Convert the tensors of a checkpoint, and find the tensors of files that hold NaN or Inf."""
 
 from pathlib import Path
 
@@ -36,6 +36,20 @@ def converted(value: np.ndarray, dtype: np.dtype, name: str, file: Path) -> np.n
     raise UserError(
         f"{file}: {name} holds NaN or Inf: its training diverged or the file is damaged; use another checkpoint"
     )
+
+
+def check_finite(tensor: np.ndarray, what: str) -> None:
+    """Check that a tensor of any dtype holds neither NaN nor Inf in float32.
+
+    Raises:
+        UserError: It does.
+    """
+    values = np.asarray(tensor, np.float32, order="C")
+    if not is_finite(values):
+        raise UserError(
+            f"{what}: {(~np.isfinite(values)).sum()} of {values.size} values are NaN or infinite; the training diverged or "
+            "the file is damaged"
+        )
 
 
 def is_finite(value: np.ndarray) -> bool:

@@ -1,9 +1,7 @@
 """Load base models from Hugging Face directories, one tensor at a time."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -20,9 +18,8 @@ from peftjax.io.match import Stored, match, tied_as_stored
 from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
-from peftjax.io.resize import with_rows
-from peftjax.models.base import LanguageModelConfig, Model
-from peftjax.models.bert import BertConfig
+from peftjax.io.resize import with_rows, with_stored_rows
+from peftjax.models.base import Model
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import text_config
 
@@ -148,7 +145,7 @@ def load_kernels(
     if whole_of(model.config):
         tensors = text_tensors(tensors)
         fields = text_config(fields)
-    model = _with_stored_rows(model, fields)
+    model = with_stored_rows(model, fields)
     table = entries(model)
     stored = match(model, table, tensors, directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}
@@ -160,12 +157,3 @@ def load_kernels(
         return ordered(np.asarray(tensor.open()[...], np.float32), entry.order)
 
     return read
-
-
-def _with_stored_rows(model: Model, fields: Mapping[str, Any]) -> Model:
-    """The model, or its shapes with the vocabulary of config.json if rows were added to its embedding."""
-    config, rows = model.config, fields.get("vocab_size")
-    if rows is None or not isinstance(config, LanguageModelConfig | BertConfig) or rows >= config.vocab:
-        return model
-    smaller = dataclasses.replace(config, vocab=rows)
-    return smaller.abstract()

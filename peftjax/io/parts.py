@@ -2,15 +2,16 @@
 
 import collections
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftjax.core.errors import UserError
 from peftjax.io import hf_files
+from peftjax.io.adapter_keys import bare_key
 from peftjax.io.hf_files import StoredTensor
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
-from peftjax.models.multimodal import other_part, text_name
+from peftjax.models.multimodal import OTHERS, other_part, text_name
 
 
 def whole_of(config: ModelConfig) -> str:
@@ -25,10 +26,28 @@ def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 
 def warn_of_the_rest(tensors: Mapping[str, StoredTensor], directory: Path) -> None:
     """Warn that the other parts of a multimodal checkpoint are not loaded, and name them."""
-    parts = collections.Counter(other_part(name) for name in tensors if text_name(name) is None)
-    if parts:
-        named = ", ".join(f"{part} ({count} tensor{'s' * (count > 1)})" for part, count in sorted(parts.items()))
-        warnings.warn(f"{directory}: loading the text model only, without {named}", stacklevel=3)
+    if others := [name for name in tensors if text_name(name) is None]:
+        warnings.warn(f"{directory}: loading the text model only, without {_parts(others)}", stacklevel=3)
+
+
+def in_other_parts(keys: Iterable[str]) -> list[str]:
+    """Return the keys of an adapter file that belong to the parts of a multimodal model beside its text model."""
+    return sorted(key for key in keys if bare_key(key).split(".")[0] in OTHERS)
+
+
+def warn_of_adapters(keys: Iterable[str], file: Path) -> None:
+    """Warn that these tensors of an adapter file are not loaded, and name their parts."""
+    warnings.warn(
+        f"{file}: loading the adapters of the text model only, without those of {_parts(map(bare_key, keys))}; save_adapter does not "
+        "write these",
+        stacklevel=4,
+    )
+
+
+def _parts(names: Iterable[str]) -> str:
+    """The parts that tensors outside the text model belong to, with the number of tensors of each."""
+    parts = collections.Counter(other_part(name) for name in names)
+    return ", ".join(f"{part} ({count} tensor{'s' * (count > 1)})" for part, count in sorted(parts.items()))
 
 
 class Surroundings:

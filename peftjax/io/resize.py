@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 from peftjax.models.bert import BertConfig
 from peftjax.quant.base import Quantized
 
+_WithVocabulary = LanguageModelConfig | BertConfig
+
 
 def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
     """Return the configuration with a vocabulary of at least `rows` tokens; None: as it is.
@@ -25,7 +28,7 @@ def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
     """
     if rows is None:
         return config
-    if not isinstance(config, LanguageModelConfig | BertConfig):
+    if not isinstance(config, _WithVocabulary):
         raise UserError(f"resize_embeddings={rows} (model.resize_embeddings): the model reads no tokens; leave it out")
     if rows <= config.vocab:
         return config
@@ -63,6 +66,15 @@ def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
         values[path] = value
     variables.update(larger, values)
     return larger
+
+
+def with_stored_rows(model: Model, fields: Mapping[str, Any]) -> Model:
+    """Return the model, or its shapes with the vocabulary of config.json if rows were added to its embedding."""
+    config, rows = model.config, fields.get("vocab_size")
+    if rows is None or not isinstance(config, _WithVocabulary) or rows >= config.vocab:
+        return model
+    smaller = dataclasses.replace(config, vocab=rows)
+    return smaller.abstract()
 
 
 def _grown(value: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> jax.Array:

@@ -6,16 +6,19 @@ several older names for the same tensors, which end in those of the text model a
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from peftjax.core.errors import UserError
 
 IN_CLASS = "model.language_model."  # the text model in the transformers class, in place of "model."
-_HEAD = "lm_head."
-# Prefixes of the text model and of its head in checkpoint files; the last pair is that of a text model alone.
-_STORED = ((IN_CLASS, _HEAD), ("language_model.model.", "language_model.lm_head."), ("model.", _HEAD))
-_TEXT = tuple(f"model.{part}." for part in ("embed_tokens", "layers", "norm"))  # the parts of a text model
+# The names of the text model's tensors and of its head in checkpoint files: bare, in one or two containers, and with the
+# container named twice, as some versions of transformers 5 wrote them.
+_TEXT = re.compile(r"((?:model\.|language_model\.)+)((?:embed_tokens|layers|norm)\..*)")
+_HEAD = re.compile(r"(?:model\.|language_model\.)*(lm_head\..*)")
+# The other parts of the transformers classes.
+OTHERS = frozenset({"vision_tower", "visual", "multi_modal_projector", "image_newline"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +119,10 @@ def with_text(whole: str, changed: Mapping[str, Any]) -> dict[str, Any]:
 
 def text_name(name: str) -> str | None:
     """Return the name of a tensor of a multimodal checkpoint in a checkpoint of its text model alone; None: in neither."""
-    for prefix, head in _STORED:
-        if name.startswith(head):
-            return _HEAD + name.removeprefix(head)
-        if name.startswith(prefix):
-            ours = "model." + name.removeprefix(prefix)
-            return ours if ours.startswith(_TEXT) else None
-    return None
+    if head := _HEAD.fullmatch(name):
+        return head[1]
+    text = _TEXT.fullmatch(name)
+    return f"model.{text[2]}" if text else None
 
 
 def other_part(name: str) -> str:

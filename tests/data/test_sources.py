@@ -5,11 +5,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from huggingface_hub import RepoFile
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from peftjax.core.errors import UserError
 from peftjax.data.hub_source import CONVERTED
@@ -274,6 +280,7 @@ def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.Monke
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, repo_type, revision: branches[revision])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "README.md"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read(open_source("hf:owner/data/two/train")) == [{"n": 2}]
     options = {"repo_type": "dataset", "revision": CONVERTED, "allow_patterns": ["two/train/0000.parquet"]}
@@ -286,6 +293,97 @@ def test_a_split_of_a_dataset_of_the_hub_is_downloaded(monkeypatch: pytest.Monke
         open_source("hf:train")
     with pytest.raises(UserError, match=r"there is no directory .*/owner/data$"):
         open_source(f"hf:{tmp_path}/owner/data/train")
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  default: true
+  data_files:
+  - {split: train, path: [a/*.parquet, "b/**/x-?.parquet"]}
+  - {split: audio, path: "*.wav"}
+- config_name: lines
+  data_dir: lines
+  data_files: {dev: "1[0-9].jsonl"}
+- {config_name: whole, data_files: lines/10.jsonl}
+- {config_name: named, data_dir: named}
+- {config_name: tabs, data_files: "*.tsv", sep: "\\t"}
+---
+# Numbers
+"""
+
+
+def write_dataset(root: Path, card: str = CARD) -> None:
+    write_parquet(
+        root, {"a/2.parquet": 2, "a/1.parquet": 1, "b/c/d/x-1.parquet": 3, "a/b/0.parquet": 0, "b/x-10.parquet": 0}
+    )
+    write_parquet(root, {"named/squad_train.parquet": 7, "named/squad_dev-v2.parquet": 8})
+    (root / "lines").mkdir()
+    for number in (10, 11, 20):
+        (root / "lines" / f"{number}.jsonl").write_text(f'{{"n": {number}}}\n')
+    (root / "README.md").write_text(card)
+
+
+def test_the_configurations_of_readme_name_the_files_of_splits(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    for spec, numbers in {
+        "train": [1, 2, 3],
+        "main/train": [1, 2, 3],
+        "lines/validation": [10, 11],
+        "whole/train": [10],
+        "named/train": [7],
+        "named/dev": [8],
+    }.items():
+        assert [record["n"] for record in read(open_source(f"hf:{tmp_path}/{spec}"))] == numbers, spec
+    for spec, message in {
+        "test": "no split 'test'. It has train, audio",
+        "audio": "README.md gives split 'audio' no files that exist and can be read",
+        "tabs/train": "README.md: configuration 'tabs' sets sep, which is not supported",
+    }.items():
+        with pytest.raises(UserError, match=rf"^source 'hf:[^\n]*': {re.escape(message)}$"):
+            open_source(f"hf:{tmp_path}/{spec}")
+    for card, message in (
+        ("---\nconfigs: [1]\n---\n", "configs must be a list of entries"),
+        ("---\na: [\n---\n", "the metadata is not valid YAML"),
+        ("---\nconfigs:\n- data_files: [{split: train}]\n---\n", "data_files of configuration 'default' must name"),
+    ):
+        (tmp_path / "README.md").write_text(card)
+        with pytest.raises(UserError, match=rf"^source 'hf:[^\n]*': README\.md: {message}[^\n]*$"):
+            open_source(f"hf:{tmp_path}/train")
+    (tmp_path / "README.md").write_text("# Numbers")
+    with pytest.raises(UserError, match=r"name a configuration.* a, .*, named$"):
+        open_source(f"hf:{tmp_path}/train")
+    assert read(open_source(f"hf:{tmp_path}/lines/train")) == [{"n": 10}, {"n": 11}, {"n": 20}]  # no name has a split
+    assert read(open_source(f"hf:{tmp_path}/named/validation")) == [{"n": 8}]
+
+
+def test_on_the_hub_the_readme_comes_first_and_converted_files_before_other_formats(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path)
+    write_parquet(tmp_path, {"tabs/train/0000.parquet": 30})
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")]
+    branches = {None: [file for file in files if "tabs" not in file], CONVERTED: ["tabs/train/0000.parquet"]}
+
+    def listing(name: str, repo_type: str, revision: str | None) -> list[str]:
+        if revision not in branches:
+            raise RevisionNotFoundError("", response=Mock())
+        return branches[revision]
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", listing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "README.md"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert read(open_source("hf:owner/data/train")) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert read(open_source("hf:owner/data/tabs/train")) == [{"n": 30}]
+    del branches[CONVERTED]
+    with pytest.raises(UserError, match="sets sep, which is not supported"):
+        open_source("hf:owner/data/tabs/train")
+    branches[None] = ["lines/10.jsonl", "dataset_infos.json"]
+    assert read(open_source("hf:owner/data/lines/train")) == [{"n": 10}]
+    branches[None] = ["data.zip"]
+    with pytest.raises(UserError, match=r"has no files that end in \.jsonl, .* and the hub has not converted it"):
+        open_source("hf:owner/data/train")
 
 
 def test_without_network_a_dataset_comes_from_the_cache_or_is_an_error(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from peftjax.core.errors import UserError
 from peftjax.data.records import Example, encode_prompt, encode_record
@@ -205,6 +207,27 @@ def test_tokenizer_json_is_read_without_the_tokenizers_own_code(
     assert not auto_map or len(warned) == 1
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
     assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"x": 0, "y": 3}, unk_token="[UNK]"),
+        models.WordPiece({"x": 0, "y": 3}, unk_token="[UNK]"),
+        models.Unigram([("x", -1.0), ("y", -2.0)]),
+        models.BPE({"x": 0, "y": 1}, [], unk_token="[UNK]"),
+    ],
+)
+def test_a_vocabulary_without_its_unknown_token_is_an_error_only_for_text_that_needs_it(
+    model: models.Model, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("x") == tokenizer.cut(4)("x")[0].ids == [0]
+    for encode in (tokenizer.encode, tokenizer.cut(4)):
+        with pytest.raises(UserError, match=r"cannot encode 'zebra': .*set unk_token in tokenizer\.json"):
+            encode("zebra")
 
 
 def test_the_tokenizer_of_the_bundled_model_is_loaded_by_its_name() -> None:

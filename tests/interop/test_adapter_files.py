@@ -108,6 +108,24 @@ def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, 
     assert_close(logits(model), logits(theirs))
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"target_r": 8}, None),
+        ({"alpha_pattern": {"q_proj": 3}, "use_rslora": True, "lora_bias": True}, "alpha_pattern"),
+    ],
+)
+def test_options_that_peft_does_not_read_for_adalora_are_ignored(
+    options: dict[str, Any], warning: str | None, bases: Callable, tmp_path: Path
+) -> None:
+    config = peft.AdaLoraConfig(**{"init_r": 4, "target_r": 2, "total_step": 100, "target_modules": QV} | options)
+    theirs = adapted(bases("untied"), config)
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, warning)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+
+
 # --- Windows ---
 
 WINDOW = 5
@@ -156,6 +174,17 @@ def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases
         pytest.raises(ValueError, match="cannot be recomputed from nf4 kernels"),
     ):
         peftjax.load_adapter(peftjax.load_model(bases("wide"), quantize="nf4"), tmp_path / "a")
+
+
+def test_an_initial_update_of_more_ranks_than_a_layer_has_is_refused(bases: Callable, tmp_path: Path) -> None:
+    adapted(bases("untied"), lora(r=20, init_lora_weights="olora")).save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="minus the initial update"),
+        pytest.raises(
+            ValueError, match=r"init_lora_weights='olora': method\.rank=20 exceeds the smaller dimension \(16\)"
+        ),
+    ):
+        peftjax.load_adapter(peftjax.load_model(bases("untied")), tmp_path)
 
 
 def test_a_randomized_initial_update_is_refused_because_peft_draws_another_one_too(

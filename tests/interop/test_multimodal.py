@@ -123,18 +123,32 @@ def test_the_text_model_equals_theirs_is_saved_into_the_whole_and_adapted_as_in_
     peer.save_pretrained(tmp_path / "theirs")
     ours = peftjax.load_adapter(load(base), tmp_path / "theirs")
     np.testing.assert_allclose(logits(ours, VOCAB), logits(peer, VOCAB), atol=1e-4, rtol=1e-4)
+    peer = adapted(
+        base, peft.LoraConfig(r=4, target_modules=f"({language}|.*(vision_tower|visual).*(q_proj|proj|fc1))")
+    )
+    peer.save_pretrained(tmp_path / "all")
+    model, part = load(base), "visual" if "qwen" in base.name else "vision_tower"
+    with pytest.warns(UserWarning, match=rf"adapters of the text model only, without those of {part} \(\d+ tensors\)"):
+        peftjax.load_adapter(model, tmp_path / "all")
+    np.testing.assert_allclose(logits(model, VOCAB), logits(peer, VOCAB), atol=1e-4, rtol=1e-4)
 
 
-def test_the_names_of_transformers_5_and_a_flat_config_mean_the_same(base: Path, tmp_path: Path) -> None:
+def test_the_other_names_that_transformers_reads_and_a_flat_config_mean_the_same(base: Path, tmp_path: Path) -> None:
     expected = logits(load(base), VOCAB)
     directory = tmp_path / base.name
     shutil.copytree(base, directory)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(base)
-    save_file({key: value.numpy() for key, value in theirs.state_dict().items()}, directory / "model.safetensors")
+    held = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    text = "model.language_model."
+    for change in (
+        lambda key: key,  # of transformers 5
+        lambda key: key.replace(text, f"{text}model."),  # of some of its versions
+        lambda key: key.removeprefix("model."),  # of the class without a head
+    ):
+        save_file({change(key): value for key, value in held.items()}, directory / "model.safetensors")
+        np.testing.assert_array_equal(logits(load(directory), VOCAB), expected)
     if base.name in ("qwen2_vl", "qwen2_5_vl"):
         config = json.loads((base / "config.json").read_text())
-        text = CONFIGS[base.name]["text_config"]
-        (directory / "config.json").write_text(
-            json.dumps({key: value for key, value in config.items() if key != "text_config"} | text)
-        )
-    np.testing.assert_array_equal(logits(load(directory), VOCAB), expected)
+        flat = {key: value for key, value in config.items() if key != "text_config"} | CONFIGS[base.name]["text_config"]
+        (directory / "config.json").write_text(json.dumps(flat))
+        np.testing.assert_array_equal(logits(load(directory), VOCAB), expected)

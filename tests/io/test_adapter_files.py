@@ -233,6 +233,18 @@ def test_load_of_save_is_the_same_bit_for_bit(options: dict[str, Any], tied: boo
     np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
 
 
+@pytest.mark.parametrize("method", [methods.Lora(rank=4), methods.Houlsby(reduction_factor=4)])
+def test_names_may_have_dashes_and_dots(method: methods.Method, tmp_path: Path) -> None:
+    model = adapters.attach(tiny.model(), method, "my-adapter", rngs=nnx.Rngs(0))
+    model = tiny.randomize(adapters.attach(model, method, "my-adapter.v2", rngs=nnx.Rngs(1)))
+    adapters.use(model, "my-adapter.v2")
+    expected = model(tiny.tokens())
+    load_adapter(model, save_adapter(model, tmp_path / "a", "my-adapter.v2"), "v-2.x")
+    adapters.detach(model, "my-adapter.v2")
+    assert adapters.attached(model).keys() == {"my-adapter", "v-2.x"}
+    np.testing.assert_array_equal(model(tiny.tokens()), expected)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
 def test_any_stored_float_is_read(dtype: Any, tmp_path: Path) -> None:
     stored = {key: value.astype(dtype) for key, value in random_tensors().items()}

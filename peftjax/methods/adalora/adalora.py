@@ -8,7 +8,7 @@ importance is |parameter after the update * gradient|, with gradients before cli
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,10 @@ class AdaLora(Targeted):
     hf_constants: ClassVar = {"bias": "none", "init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Lora.hf_ignored | {"r"}
     hf_unsupported: ClassVar = Lora.hf_unsupported | {
-        "alpha_pattern", "ensure_weight_tying", "lora_bias", "trainable_token_indices", "use_dora", "use_rslora",
+        "ensure_weight_tying", "trainable_token_indices", "use_dora",
     }  # fmt: skip
-    hf_training: ClassVar = Lora.hf_training
+    # peft accepts LoRA's fields for the scale and the bias of an update, and does not read them.
+    hf_training: ClassVar = Lora.hf_training | {"alpha_pattern": {}, "lora_bias": False, "use_rslora": False}
     training_options: ClassVar = Targeted.training_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
     }  # fmt: skip
@@ -109,6 +110,11 @@ class AdaLora(Targeted):
             raise UserError(f"method.orthogonality must not be negative, got {self.orthogonality}")
         if wrong := [name for name, entries in self.rank_pattern if len(entries) != self.init_rank]:
             raise UserError(f"method.rank_pattern: {wrong[0]!r} needs {self.init_rank} entries (method.init_rank)")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        targeted, initial = (config.get(field) or default for field, default in (("target_r", 8), ("init_r", 12)))
+        return super().from_hf(config | {"target_r": min(targeted, initial)})  # peft starts from fewer ranks, too
 
     def check(self, model: nnx.Module) -> None:
         for site, _ in self.chosen(model):
