@@ -16,11 +16,13 @@ from peftjax.io.hf_files import enumerate_some
 
 
 def check_finite(tensor: np.ndarray, what: str) -> None:
-    """Check that a tensor has no NaN and no infinity.
+    """Check that a tensor holds floating-point numbers, none of them NaN or infinite.
 
     Raises:
-        UserError: It has.
+        UserError: It does not.
     """
+    if tensor.dtype.kind in "biu":
+        raise UserError(f"{what} has the dtype {tensor.dtype}; an adapter's parameters are floating-point numbers")
     if wrong := int((~np.isfinite(tensor.astype(np.float32))).sum()):
         raise UserError(
             f"{what}: {wrong} of {tensor.size} values are NaN or infinite; the training diverged or the file is damaged"
