@@ -1,6 +1,7 @@
 """Batched text generation in one compiled function, with a key/value cache."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +45,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} is negative; use 0 (greedy) or more")
+        if not math.isfinite(self.temperature):
+            raise UserError(f"temperature={self.temperature} is not finite; use 0 (greedy) or more")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is negative; use 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

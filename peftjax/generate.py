@@ -14,6 +14,7 @@ from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_method import read_method
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
     stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
     prompts = [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
     rows = tokenizer.vocab_size if options.resize_embeddings else None
+    if options.adapter:
+        read_method(Path(options.adapter))  # mistakes in its config are reported before any weights are read
     model = load_model(directory, dtype=options.dtype, quantize=options.quantize, resize_embeddings=rows)
     if not isinstance(model, LanguageModel):
         raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")

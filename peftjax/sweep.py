@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
@@ -31,9 +32,10 @@ from peftjax.core.files import write_atomically
 from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
+from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
-from peftjax.training.setup import check_workdir, open_checkpoints
+from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data
 
 RESULTS = "sweep.json"
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
@@ -93,6 +95,8 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     waiting = [member for member in runs if not finished(member)]
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
+    for population in populations(waiting):
+        check_member(population[0])
     groups = populations(waiting, most)
     with distributed.Preemption() as preemption:
         for number, population in enumerate(groups, 1):
@@ -108,6 +112,21 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     if all("failed" in one for one in found):
         raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
     return found
+
+
+def check_member(member: Member) -> None:
+    """Check what can be checked of a run before any weights are read; a message names the run. See `check_fit`."""
+    mesh = sharding.make_mesh(member.config.mesh.sizes)
+    try:
+        config = member.config
+        if config.start_from:
+            with open_checkpoints(config, member.workdir) as checkpoints:
+                config, _ = start_from.resolve(config, member.workdir, checkpoints)
+        task, data = open_data(config, mesh)
+        data.close()
+        check_fit(config, task, mesh)
+    except UserError as error:
+        raise UserError(f"{member.name}: {error}") from None
 
 
 def finished(member: Member) -> bool:

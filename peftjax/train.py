@@ -23,7 +23,14 @@ from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.run import Run, preempted
-from peftjax.training.setup import attach_method, base_fingerprint, check_workdir, open_checkpoints, open_data
+from peftjax.training.setup import (
+    attach_method,
+    base_fingerprint,
+    check_fit,
+    check_workdir,
+    open_checkpoints,
+    open_data,
+)
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
@@ -43,6 +50,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints, distributed.Preemption() as preemption:
         config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
+        check_fit(config, task, mesh)  # from shapes alone, before any weights are read
         model = task.load_model(config.model, task.directory, mesh, config.seed)  # streamed, sharded and quantized
         base = base_fingerprint(model)
         method = attach_method(config, task, model, mesh, source)

@@ -34,6 +34,8 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
     for name, value in fields.items():
         section, _, field = name.partition("__")
         made[section][field] = value
+    if not made.data.eval:
+        made.eval.exact_match = made.eval.samples = 0
     for name, numbers in (("train", range(40)), ("eval", range(40, 50))):
         records = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in numbers]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -127,6 +127,9 @@ def require(model: nnx.Module, name: str) -> None:
 def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
     """Activate some adapters and deactivate all others.
 
+    The model changes for all threads that use it. A program that answers with different adapters in several threads calls
+    `nnx.split` once after each `use` and gives each thread its own `nnx.merge(graph, state)`; the parts share their arrays.
+
     Args:
         model: The model; it is changed in place.
         names: One adapter, or several; where several share a slot, a later one wraps the earlier ones. None: the base
@@ -136,7 +139,7 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
         The model.
 
     Raises:
-        UserError: An adapter is not attached, or named twice.
+        UserError: An adapter is not attached, is merged, or is named twice.
 
     Examples:
         >>> import peftjax
@@ -149,6 +152,11 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:
         require(model, name)
+        if name in merged(model):
+            raise UserError(
+                f"use: adapter {name!r} is merged into the base, and would be applied twice; undo that first with "
+                f"unmerge(model, {name!r})"
+            )
     if len(set(names)) < len(names):
         raise UserError(f"use: {names} names an adapter twice")
     for site in sites(model):

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, matches, suggest, unmatched
+from peftjax.core.paths import first_match, matches, matching, suggest, unmatched
 from peftjax.models.base import LanguageModel, Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.layer import SlottedLayer
@@ -115,7 +115,18 @@ def choose(
     Raises:
         UserError: An entry matches nothing, a layer does not exist, or nothing is selected.
     """
-    candidates = list(candidates)
+    with matching(f"method.{what}", targets, exclude):
+        return _choose(list(candidates), targets, exclude, layers, what)
+
+
+def _choose(
+    candidates: list[Site],
+    targets: str | tuple[str, ...],
+    exclude: str | tuple[str, ...],
+    layers: tuple[int, ...],
+    what: str,
+) -> Chosen:
+    """`choose`, without a time limit."""
     names = [name for site in candidates for name in site.names]
     if not names:
         raise UserError(f"method.{what}={targets!r}: this model has no layer of a suitable kind with a slot")
@@ -148,7 +159,8 @@ def choose(
 
 def by_name(site: Site, table: tuple[tuple[str, Any], ...], default: Any) -> np.ndarray:
     """Return for every layer of a site the value of the first entry of `table` that matches its name, else `default`."""
-    found = [first_match(name, table) for name in site.names]
+    with matching("method.rank_pattern and alpha_pattern", *(key for key, _ in table)):
+        found = [first_match(name, table) for name in site.names]
     return np.array([default if value is None else value for value in found])
 
 
@@ -160,7 +172,9 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen)
     """
     names = [name for site, mask in chosen for name, used in zip(site.names, mask, strict=True) if used]
     for key, value in table:
-        if not any(first_match(name, ((key, value),)) is not None for name in names):
+        with matching(f"method.{option}", key):
+            matched = any(first_match(name, ((key, value),)) is not None for name in names)
+        if not matched:
             last = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(
                 f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}"

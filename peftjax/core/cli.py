@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
         if not mistake:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         wait = not isinstance(error, jax.errors.JaxRuntimeError)
         if not wait:
             print(

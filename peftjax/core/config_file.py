@@ -35,13 +35,13 @@ def run(given: str | Path) -> ConfigDict | Mapping[str, Any]:
         config = get_config(argument) if colon else get_config()
         if not isinstance(config, ConfigDict | Mapping):
             raise UserError(f"get_config() must return a ConfigDict, but returned {config!r}")
-    except Exception as error:  # the file may fail in any way; the user needs the place and the reason
+    except (Exception, SystemExit) as error:  # the file may fail in any way; the user needs the place and the reason
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{_place(path, error)}: {kind}{' '.join(str(error).split())}") from error
     return config
 
 
-def _place(path: Path, error: Exception) -> str:
+def _place(path: Path, error: BaseException) -> str:
     """The file and, if the error has one in it, the line."""
     if isinstance(error, SyntaxError):
         return f"{path}, line {error.lineno}"

@@ -1,8 +1,12 @@
 """Module and parameter names: spelling suggestions and patterns."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from peftjax.core.errors import UserError
+from peftjax.core.time_limit import time_limit
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -57,3 +61,21 @@ def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]
         for entry in entries
         if not any(matches(n, pattern if isinstance(pattern, str) else (entry,)) for n in names)
     ]
+
+
+@contextlib.contextmanager
+def matching(option: str, *patterns: object) -> Iterator[None]:
+    """The context in which names are matched with patterns that a user or a file gives.
+
+    Raises:
+        UserError: A pattern is not a regular expression, or matching takes too long.
+    """
+    given = ", ".join(repr(pattern) for pattern in patterns if pattern)
+    try:
+        with time_limit(
+            f"{option}: matching the names of the layers with {given} does not end; nested repetitions such as (.*)* "
+            "take exponential time: write them as one"
+        ):
+            yield
+    except re.error as error:
+        raise UserError(f"{option}: {given} is not a regular expression: {error}") from None

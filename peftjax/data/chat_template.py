@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
+from peftjax.core.time_limit import time_limit
 from peftjax.io.hf_files import read_json_if_any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -25,6 +26,7 @@ class ChatTemplate:
     def __init__(self, theirs: Any, directory: pathlib.Path):
         self._theirs, self._directory = theirs, directory
         self._said: set[str] = set()
+        self._endless = ""  # once it has reached the time limit, why: callers try several forms of a conversation
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
         self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
@@ -107,12 +109,20 @@ class ChatTemplate:
                 f"the chat template of {self._directory} does not use the tools of the records, so the model does not see "
                 "them"
             )
+        what = f"the chat template of {self._directory}"
+        if self._endless:
+            raise UserError(self._endless)
         try:
-            return self._theirs.apply_chat_template(
-                [dict(message) for message in messages], tools=tools, chat_template=template, **options
-            )
+            with time_limit(f"{what} does not end; look for a loop in it"):
+                return self._theirs.apply_chat_template(
+                    [dict(message) for message in messages], tools=tools, chat_template=template, **options
+                )
+        except UserError as error:
+            self._endless = str(error)
+            raise
         except Exception as error:  # of any kind: a template is code
-            raise UserError(f"the chat template of {self._directory} rejects the conversation: {error}") from error
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{what} rejects the conversation: {said}") from error
 
     def _text(self, tools: Tools) -> str:
         """The template; of several the one for tools if there are tools, or else the default."""

@@ -9,6 +9,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.data.config import DataConfig
 
+MOST_WIDE = 10_000  # characters, in the format of a field
+
 
 def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) -> str:
     """The template with the fields of a record inserted; messages call the record `name`.
@@ -54,6 +56,15 @@ class _Filled(string.Formatter):
             path = renamed.get(field_name, field_name)
             raise UserError(f"{self._name}: field {path!r} must hold text or a number, not {type(value).__name__}")
         return value, first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """A width or a precision in a template, such as {prompt:>999999999}, may not exhaust the memory."""
+        if wide := [number for number in re.findall(r"\d+", format_spec) if len(number) > 6 or int(number) > MOST_WIDE]:
+            raise UserError(
+                f"template {self._template!r}: the format {format_spec!r} asks for {wide[0]} characters; use at most "
+                f"{MOST_WIDE:,}"
+            )
+        return super().format_field(value, format_spec)
 
     def _entry(self, value: Any, step: str, path: str) -> Any:
         if isinstance(value, Mapping) and step in value:

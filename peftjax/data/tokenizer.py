@@ -15,7 +15,7 @@ import tokenizers
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.data.chat_template import ChatTemplate, Message, Tools
-from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, read_json_if_any, resolve
+from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, read_json_if_any, resolve
 
 Text = str | Sequence[str]  # a text, or its words
 
@@ -65,6 +65,7 @@ class Tokenizer:
 
     def __init__(self, directory: str | pathlib.Path):
         self.directory = pathlib.Path(directory)
+        check_files(self.directory, SIDE_FILES)
         model_config = read_json_if_any(self.directory / "config.json")
         generation_config = read_json_if_any(self.directory / "generation_config.json")
         self._theirs = _load(self.directory)

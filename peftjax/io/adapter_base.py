@@ -18,7 +18,7 @@ from peftjax.core import variables
 from peftjax.core.distributed import OnHost
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
-from peftjax.io.hf_files import enumerate_some
+from peftjax.io.hf_files import enumerate_some, parse_json
 from peftjax.quant.base import Quantized
 
 FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
@@ -64,7 +64,7 @@ def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, 
     Raises:
         UserError: They differ.
     """
-    recorded = json.loads(metadata.get(FINGERPRINTS, "{}"))
+    recorded = _recorded(metadata, FINGERPRINTS, path)
     own = base_fingerprints(model, name)
     differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf]]
     if differ:
@@ -76,7 +76,7 @@ def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, 
 
 def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:
     """Record the kernel formats that the adapter was trained on; warn if the model's are different."""
-    recorded, own = json.loads(metadata.get(FORMATS, "{}")), provenance.formats(model)
+    recorded, own = _recorded(metadata, FORMATS, path), provenance.formats(model)
     provenance.remember(model, name, recorded)
     if FORMATS in metadata and recorded != own:
         here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
@@ -85,3 +85,12 @@ def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping
             f"{here}), so its outputs are not the same here; merge() measures how much the kernels differ",
             stacklevel=3,
         )
+
+
+def _recorded(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, str]:
+    """The texts by path that a key of the metadata holds; empty if it is missing."""
+    where = f"{path}: {key} in the metadata of the weights"
+    recorded = parse_json(metadata.get(key, "{}"), where)
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        raise UserError(f"{where} must be an object of texts; save the adapter again")
+    return recorded

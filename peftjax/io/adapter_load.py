@@ -17,6 +17,7 @@ from peftjax.adapters.registry import ModelT, active
 from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
+from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
@@ -26,12 +27,13 @@ from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.hf_files import check_files, enumerate_some, read_header, read_json, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 
 PICKLE = "adapter_model.bin"
+PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
 NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
 GENERAL_FIELDS = {
@@ -150,7 +152,8 @@ def _fitted(
         UserError: The adapter needs a changed base that cannot be computed.
     """
     older = older_names(model, tensors)
-    method, removed = without_unmatched(with_names(method, model, older), model, with_older_names(tensors, older))
+    with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
+        method, removed = without_unmatched(with_names(method, model, older), model, with_older_names(tensors, older))
     if removed:
         warnings.warn(
             f"{path / CONFIG}: matches nothing in this model and is ignored: {'; '.join(removed)}", stacklevel=3
@@ -188,6 +191,7 @@ def _check_files(path: Path) -> None:
     """Check that a PEFT directory has its two files."""
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give the one that holds {CONFIG} and {WEIGHTS}")
+    check_files(path, (CONFIG, WEIGHTS))
     there = sorted(item.name for item in path.iterdir())
     if PICKLE in there and WEIGHTS not in there:
         raise UserError(

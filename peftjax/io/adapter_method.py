@@ -9,7 +9,7 @@ from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import read_json
+from peftjax.io.hf_files import check_files, read_json
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import from_hub
 
@@ -24,6 +24,7 @@ def read_method(path: Path) -> Method:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give one that holds {CONFIG}")
+    check_files(path, (CONFIG,))
     if not (path / CONFIG).is_file():
         there = sorted(item.name for item in path.iterdir())
         raise UserError(

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
 from peftjax.io import finite, hf_files
-from peftjax.io.hf_files import StoredTensor
+from peftjax.io.hf_files import StoredTensor, parse_json
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -284,10 +284,9 @@ def _slice(stored: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def _read_state(name: str, stored: np.ndarray) -> dict[str, Any]:
-    try:
-        state = json.loads(stored.tobytes())
-    except ValueError as error:
-        raise UserError(f"{name} does not hold valid JSON: {error}") from error
+    state = parse_json(stored.tobytes().decode("utf-8", "replace"), name)
+    if not isinstance(state, dict):
+        raise UserError(f"{name} must hold a JSON object, not a {type(state).__name__}")
     needed = ["blocksize", "dtype", "shape"]
     needed += ["nested_blocksize", "nested_offset"] if {"nested_blocksize", "nested_offset"} & {*state} else []
     if absent := [field for field in needed if field not in state]:

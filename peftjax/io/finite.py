@@ -39,11 +39,13 @@ def converted(value: np.ndarray, dtype: np.dtype, name: str, file: Path) -> np.n
 
 
 def check_finite(tensor: np.ndarray, what: str) -> None:
-    """Check that a tensor of any dtype holds neither NaN nor Inf in float32.
+    """Check that a tensor holds floating-point numbers, neither NaN nor Inf in float32.
 
     Raises:
-        UserError: It does.
+        UserError: It does not.
     """
+    if tensor.dtype.kind in "biu":
+        raise UserError(f"{what} has the dtype {tensor.dtype}; an adapter's parameters are floating-point numbers")
     values = np.asarray(tensor, np.float32, order="C")
     if not is_finite(values):
         raise UserError(

@@ -36,13 +36,9 @@ def read_config(
     # Not a part of the configuration: kernels may be merged or quantized differently before it is written again.
     quantization = fields.pop("quantization_config", None) or {}
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    if models.family(fields).heads:
-        options |= head | (read_pooling(directory) if head["head"] in (None, "none") else {})
-    elif any(head.values()):
-        given = ", ".join(f"{name}={value!r}" for name, value in head.items() if value)
-        raise UserError(
-            f"{given}: a model of type {fields['model_type']!r} has no task head to choose; only encoders do"
-        )
+    if models.family(fields).heads and head["head"] in (None, "none"):
+        options |= read_pooling(directory)
+    options |= head
     return models.from_hf_config(fields, **options), quantization
 
 

@@ -1,9 +1,11 @@
 """Hugging Face model directories: find or download them, and read their JSON and safetensors files."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.io.json_types import check_types
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
@@ -75,6 +78,8 @@ def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] 
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
     if name == "embedded" or not _is_hub_id(name):
         raise UserError(f"{name}: no such directory.{_near(directory)}")
+    if "/" not in name and (near := suggest(name, ["embedded"])):
+        raise UserError(f"{name}: no such directory.{near} For a model of this name on the hub, give OWNER/{name}")
     return _with_config(_download(name, revision, files))
 
 
@@ -116,6 +121,7 @@ def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
 
 
 def _with_config(directory: Path) -> Path:
+    check_files(directory)
     if (directory / "config.json").is_file():
         return directory
     if (directory / "adapter_config.json").is_file():
@@ -125,24 +131,80 @@ def _with_config(directory: Path) -> Path:
     raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {_listing(directory)}")
 
 
+def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
+    """Raises a UserError if a directory has a pipe or a broken link in the place of a file with such a name."""
+    for path in sorted(directory.iterdir()):  # glob leaves out a link to itself
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
+            check_regular(path)
+
+
 def _listing(directory: Path) -> str:
     names = sorted(entry.name for entry in directory.iterdir())
     return (", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "no files"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; the fields that `json_types` lists are of their types.
 
     Raises:
         UserError: The file is not valid JSON, or holds another kind of value.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    value = load_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    check_types(value, str(path), path.name)
     return value
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file that holds any kind of value.
+
+    Raises:
+        UserError: It is no regular file, or not valid JSON.
+    """
+    check_regular(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON from a file.
+
+    Raises:
+        UserError: It is not valid, is nested too deeply, or has a lone surrogate, which is not a character.
+    """
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} has a lone surrogate ({error.object[error.start]!r}), which is not a character; replace it"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where} is not valid JSON: its values are nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Raises a UserError for a name that is neither a regular file nor a directory: reading a pipe would wait forever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return
+        raise UserError(
+            f"{path} is a link to {path.readlink()}, which does not exist; replace it with the file"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; replace it with a regular file") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is a pipe, a socket or a device; replace it with a regular file")
 
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
@@ -219,6 +281,10 @@ def _read_sharded(directory: Path) -> dict[str, StoredTensor]:
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index} has no weight_map from tensor names to files")
     files = sorted(set(where.values()))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise UserError(
+            f"{index} names files outside of its directory: {enumerate_some(outside, 3)}; use plain file names"
+        )
     if absent := [file for file in files if not (directory / file).is_file()]:
         raise UserError(f"{index} lists files that do not exist: {enumerate_some(absent)}; download them again")
     headers = {file: read_header(directory / file) for file in files}

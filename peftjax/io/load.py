@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax.core import variables

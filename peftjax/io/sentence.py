@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.core.errors import UserError
-from peftjax.io.hf_files import read_json
+from peftjax.io.hf_files import load_json, read_json
 from peftjax.models.base import ModelConfig
 from peftjax.models.bert import BertConfig
 
@@ -56,12 +56,10 @@ def write_pooling(config: ModelConfig, directory: Path) -> None:
 
 
 def _modules(file: Path) -> list[dict[str, str]]:
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    modules = load_json(file)
     if not isinstance(modules, list) or not all(
-        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+        isinstance(module, dict) and all(isinstance(module.get(name), str) for name in ("type", "path"))
+        for module in modules
     ):
         raise UserError(f"{file} must hold a list of modules with type and path, as sentence-transformers writes it")
     return modules

@@ -10,6 +10,7 @@ from peftjax.core.paths import suggest
 from peftjax.models import bert, gemma, gpt2, llama, multimodal, phi3, t5, vit
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
+from peftjax.models.heads import HeadOptions
 
 __all__ = ["FAMILIES", "Family", "Model", "ModelConfig", "family", "from_hf_config"]
 
@@ -76,6 +77,13 @@ def from_hf_config(config: dict[str, Any], **options: Any) -> ModelConfig:
     Raises:
         UserError: The architecture, or the value of a field, is not supported.
     """
+    if not family(config).heads:
+        given = {name: value for name in HeadOptions.__annotations__ if (value := options.pop(name, None))}
+        if given:
+            said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise UserError(
+                f"{said}: a model of type {config['model_type']!r} has no task head to choose; only encoders do"
+            )
     if config.get("model_type") not in multimodal.WHOLES:
         return family(config).from_hf(config, **options)
     text = family(config).from_hf(multimodal.text_config(config), **options)

@@ -1,7 +1,6 @@
 """Feed-forward layers, plain and gated, and their activations."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,14 +10,36 @@ from flax import nnx
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
 
+
+# Functions of this module, not of jax.nn: those are compiled objects, which cannot be pickled with a model.
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x)."""
+    return jax.nn.silu(x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), with the cumulative distribution function Phi of the standard normal distribution."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """An approximation of `gelu` with tanh."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0)."""
+    return jax.nn.relu(x)
+
+
 # By their names in config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
 }
 
 

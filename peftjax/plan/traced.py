@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.plan import jaxpr_cost
-from peftjax.plan.abstract import StepArguments, abstract_model, abstract_step
 from peftjax.tasks import Task, make_task
+from peftjax.training.abstract import StepArguments, abstract_model, abstract_step
 from peftjax.training.config import Config
 
 

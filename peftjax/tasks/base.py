@@ -151,11 +151,19 @@ class Task:
         """
         rows = self.tokenizer.vocab_size if config.resize_embeddings else None
         model = load_base(config, directory, mesh, seed, resize_embeddings=rows, **self.head_options(config.new_head))
-        self.require(model, config.path)
+        self.accept(model, config.path)
+        return model
+
+    def accept(self, model: Model, path: str) -> None:
+        """Take a base model, whose leaves may be arrays or shapes, as the one that is trained.
+
+        Raises:
+          UserError: The model does not learn this kind of task, or has no row for the padding token.
+        """
+        self.require(model, path)
         self.rows = embedding_rows(model)
         if self.rows is not None:
             self.check(self.empty_row(), f"{self.directory}: padding")
-        return model
 
     def require(self, model: Model, path: str) -> None:
         """Raises a UserError for a model that does not learn this kind of task."""

@@ -124,6 +124,14 @@ class Config:
                 raise UserError(
                     f"eval.{name}={value}: task.kind={self.task.kind!r} does not generate text; set it to 0"
                 )
+            if value and not self.data.eval:
+                raise UserError(
+                    f"eval.{name}={value} answers prompts of data.eval, which names no source; set data.eval, or eval.{name}=0"
+                )
+        if self.model.new_head and TASKS[self.task.kind].head is None:
+            raise UserError(
+                f"model.new_head=True: a model for task.kind={self.task.kind!r} has no task head to replace; set it to False"
+            )
 
 
 SCHEMA = Schema(core_config.fields_of(Config), methods.method_defaults)

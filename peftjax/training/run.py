@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import distributed, variables
+from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
@@ -23,7 +25,7 @@ from peftjax.io.adapter_save import save_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
-from peftjax.log import Log
+from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes, versions
@@ -35,6 +37,7 @@ from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.outcome import concern
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
@@ -174,7 +177,11 @@ class Run:
         self.window.reopen()
 
     def evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
-        """The logged metrics on held-out records, with sample answers for the report; empty without held-out data."""
+        """The logged metrics on held-out records, with sample answers for the report; empty without held-out data.
+
+        Raises:
+          NotFiniteError: The loss is not finite before any training.
+        """
         config, step = self.config, int(state.step)
         if not config.data.eval:
             return {}
@@ -182,6 +189,11 @@ class Run:
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
         some = itertools.islice(batches, config.train.eval_batches or None)
         scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        if step == 0 and not math.isfinite(scores["eval_loss"]):
+            raise NotFiniteError(
+                f"step 0: eval_loss is {scores['eval_loss']} before any training, so the base model gives it, not the "
+                f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
+            )
         found = self._answers(state)
         scored = config.eval.exact_match > 0
         if scored:
@@ -240,6 +252,8 @@ class Run:
         log.message(f"{result}: {format_bytes(size)}")
         if jax.process_index() == 0:
             log.message(f"{write_report(self.workdir)}")
+            if warning := concern(read_metrics(self.workdir / METRICS)):
+                log.message(warning)
 
 
 def preempted(step: int, steps: int) -> distributed.Preempted:

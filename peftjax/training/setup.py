@@ -3,8 +3,10 @@
 Mistakes in the workdir, the config and the data are reported before a model is loaded.
 """
 
+import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +19,18 @@ from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
-from peftjax.data.batches import Batches, Batching, eval_batches, train_batches
+from peftjax.data.batches import Batches, Batching, eval_batches, eval_prompts, train_batches
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.io.checkpoint import Checkpoints
+from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_kernels
+from peftjax.io.save import MARK
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training import start_from
+from peftjax.training.abstract import abstract_model, abstract_step
 from peftjax.training.config import Config
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
@@ -82,6 +87,43 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     if config.data.eval:
         eval_batches(config.data, task, batching(config, mesh)).close()
     return task, batches
+
+
+def check_fit(config: Config, task: Task, mesh: Mesh) -> None:
+    """Check everything that config.json, the config and the first records decide, before any weights are read.
+
+    The model and its adapters are built as shapes. The first batch of each source is read, since it takes a whole pass to
+    notice that no record has a loss.
+
+    Raises:
+      UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
+        it, a token has no row in its embedding, the attention kernel does not support the batch, or a source has nothing
+        to learn from.
+    """
+    fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
+        model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
+    task.accept(model, config.model.path)
+    task.check_lengths(model, mesh)
+    if config.model.attention != "xla":
+        with jax.set_mesh(mesh):
+            step, arguments = abstract_step(config, task, model, mesh)
+            step.trace(*arguments)
+    with contextlib.closing(train_batches(config.data, task, batching(config, mesh), config.seed)) as batches:
+        next(batches)
+    check_held_out(config, task, mesh)
+
+
+def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
+    """Check the first held-out batch, if there are any, and the prompts to answer, before any weights are read."""
+    if not config.data.eval:
+        return
+    with contextlib.closing(eval_batches(config.data, task, batching(config, mesh))) as batches:
+        next(batches)
+    if count := config.eval.exact_match or config.eval.samples:
+        for prompt in eval_prompts(config.data, task, count):
+            check_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:

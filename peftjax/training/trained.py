@@ -16,7 +16,7 @@ from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
 from peftjax.training.evaluation import evaluate, make_eval_step
-from peftjax.training.setup import batching
+from peftjax.training.setup import batching, check_held_out
 
 
 def load_trained(config: Config, workdir: Path, mesh: Mesh) -> tuple[Model, Task]:
@@ -31,6 +31,7 @@ def load_trained(config: Config, workdir: Path, mesh: Mesh) -> tuple[Model, Task
         raise UserError(f"{result} not found; has training finished? python -m peftjax.train writes it at the end")
     base = resolve(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, base, config.train.loss_chunk)
+    check_held_out(config, task, mesh)
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
     model = task.load_model(options, result if full else base, mesh, config.seed)
     if not full:

@@ -1,6 +1,9 @@
 """Merging where a model lies on several devices. That what is merged computes the same: test_contract.py."""
 
+import copy
 import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,6 +15,7 @@ import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.distributed import OnHost
+from peftjax.core.errors import UserError
 from peftjax.report.data import tree_bytes
 
 EMBED, MLP = 256, 512
@@ -58,3 +62,37 @@ def test_every_kernel_stays_split_over_the_devices_and_none_is_ever_whole_on_one
 
     adapters.unmerge(model)
     assert (tiny.bits(model), shardings(model)) == (bits, before)
+
+
+def test_a_merged_adapter_cannot_be_activated_as_well() -> None:
+    model = adapters.attach(with_lora(""), methods.Lora(rank=2), "other", rngs=nnx.Rngs(1))
+    merged = adapters.merge(model, "default")
+    expected = merged(tiny.tokens())
+    for names in ("default", ("other", "default")):
+        with pytest.raises(UserError, match="'default' is merged into the base, and would be applied twice; undo"):
+            adapters.use(merged, names)
+    np.testing.assert_array_equal(merged(tiny.tokens()), expected)
+    adapters.use(adapters.unmerge(merged, "default"), ("other", "default"))
+
+
+def test_a_model_is_copied_and_pickled_with_its_adapters() -> None:
+    model = with_lora("nf4")
+    expected = model(tiny.tokens())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        np.testing.assert_array_equal(other(tiny.tokens()), expected)
+        assert adapters.attached(other) == adapters.attached(model)
+        adapters.use(other, None)
+        np.testing.assert_array_equal(model(tiny.tokens()), expected)
+
+
+def test_threads_answer_with_different_adapters_of_one_model() -> None:
+    model = tiny.randomize(adapters.attach(with_lora(""), methods.Lora(rank=2), "other", rngs=nnx.Rngs(1)), scale=0.05)
+    parts, expected = [], []
+    for name in ("default", "other", None):
+        parts.append(nnx.split(adapters.use(model, name)))
+        expected.append(np.asarray(model(tiny.tokens())))
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda index: nnx.merge(*parts[index % 3])(tiny.tokens()), range(12)))
+    for index, answer in enumerate(answers):
+        np.testing.assert_array_equal(answer, expected[index % 3])
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3

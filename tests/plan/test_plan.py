@@ -22,9 +22,10 @@ from peftjax import adapters, methods
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_save import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
-from peftjax.plan import abstract, advice, devices, measure, plan, search, tables, traced, variants, worker
+from peftjax.plan import advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device
 from peftjax.tasks import make_task
+from peftjax.training import abstract
 from peftjax.training import config as configs
 from tests import tiny
 

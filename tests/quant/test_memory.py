@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from peftjax import methods, sharding
-from peftjax.plan.abstract import abstract_model, abstract_step
 from peftjax.quant.base import Quantized
 from peftjax.tasks import make_task
 from peftjax.training import config as configs
+from peftjax.training.abstract import abstract_model, abstract_step
 
 WIDE = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,

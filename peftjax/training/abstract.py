@@ -35,8 +35,6 @@ class StepArguments(NamedTuple):
 def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> Model:
     """Return the model that `config` trains, quantized and with its adapters, as shapes.
 
-    Call it outside of `jax.set_mesh`: inside, `nnx.eval_shape` turns a quantized kernel into a plain array.
-
     Args:
         config: The training config.
         task: Its task.
@@ -70,7 +68,8 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         attach_unchecked(model, method, "default", rngs=nnx.Rngs(config.seed))
         return model
 
-    return nnx.eval_shape(make)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)  # with a mesh set, it would turn a quantized kernel into a plain array
 
 
 def abstract_step(config: Config, task: Task, model: Model, mesh: Mesh) -> tuple[jax.stages.Wrapped, StepArguments]:

@@ -1,0 +1,135 @@
+"""The types of the fields of Hugging Face's JSON files, by the file's name."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from peftjax.core.errors import UserError
+
+
+class Kind(NamedTuple):
+    """A kind of value.
+
+    Attributes:
+        name: How messages call it.
+        fits: Whether a value is of this kind.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _any_of(*tests: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(fits(value) for fits in tests)
+
+
+SIZE = Kind("an integer of at least 1", lambda value: _is_integer(value) and value >= 1)
+INTEGER = Kind("an integer", _is_integer)
+NUMBER = Kind("a finite number", _is_number)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("text", _is_text)
+TEXTS = Kind("a list of texts", _is_list_of(_is_text))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+TOKEN = Kind("text or an object", _any_of(_is_text, OBJECT.fits))
+TEMPLATE = Kind("text, an object or a list", _any_of(_is_text, OBJECT.fits, lambda value: isinstance(value, list)))
+NAMES = Kind("text or a list of texts", _any_of(_is_text, TEXTS.fits))
+LAYERS = Kind("an integer or a list of integers", _any_of(_is_integer, _is_list_of(_is_integer)))
+CHOICE = Kind("true, false or text", _any_of(FLAG.fits, _is_text))
+
+
+def _fields(kind: Kind, names: str) -> dict[str, Kind]:
+    return dict.fromkeys(names.split(), kind)
+
+
+TYPES: dict[str, dict[str, Kind]] = {
+    "config.json": _fields(
+        SIZE,
+        """d_ff d_kv d_model head_dim hidden_size intermediate_size max_position_embeddings n_ctx n_embd n_head n_inner
+        n_layer n_positions num_attention_heads num_channels num_decoder_layers num_heads num_hidden_layers
+        num_key_value_heads num_layers original_max_position_embeddings relative_attention_max_distance
+        relative_attention_num_buckets sliding_window_pattern type_vocab_size vocab_size""",
+    )
+    | _fields(INTEGER, "max_window_layers num_labels pooler_output_size sliding_window")
+    | _fields(
+        NUMBER,
+        """attention_dropout attention_probs_dropout_prob attn_logit_softcapping attn_pdrop classifier_dropout dropout_rate
+        embd_pdrop final_logit_softcapping hidden_dropout_prob initializer_factor initializer_range layer_norm_eps
+        layer_norm_epsilon partial_rotary_factor query_pre_attn_scalar resid_pdrop rms_norm_eps rope_local_base_freq
+        rope_theta""",
+    )
+    | _fields(
+        FLAG,
+        """add_cross_attention attention_bias is_decoder is_encoder_decoder is_gated_act mlp_bias qkv_bias
+        scale_attn_by_inverse_layer_idx scale_attn_weights scale_decoder_outputs tie_word_embeddings use_cache
+        use_sliding_window""",
+    )
+    | _fields(
+        TEXT,
+        """activation_function dense_act_fn feed_forward_proj hidden_act hidden_activation model_type pooler_act
+        position_embedding_type problem_type""",
+    )
+    | _fields(OBJECT, "id2label label2id quantization_config rope_parameters rope_scaling text_config vision_config")
+    | _fields(TEXTS, "architectures layer_types"),
+    "tokenizer_config.json": _fields(FLAG, "add_bos_token add_eos_token add_prefix_space clean_up_tokenization_spaces")
+    | _fields(TOKEN, "bos_token eos_token pad_token unk_token sep_token cls_token mask_token")
+    | _fields(TEMPLATE, "chat_template")
+    | _fields(TEXT, "tokenizer_class")
+    | _fields(OBJECT, "added_tokens_decoder"),
+    "special_tokens_map.json": _fields(TOKEN, "bos_token eos_token pad_token unk_token sep_token cls_token mask_token"),
+    "chat_template.json": _fields(TEMPLATE, "chat_template"),
+    "quantization_config": _fields(FLAG, "load_in_4bit load_in_8bit bnb_4bit_use_double_quant")
+    | _fields(TEXT, "quant_method bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_quant_storage")
+    | _fields(TEXTS, "llm_int8_skip_modules modules_to_not_convert"),
+    "model.safetensors.index.json": _fields(OBJECT, "weight_map"),
+    "adapter_config.json": _fields(
+        SIZE, "num_virtual_tokens token_dim num_layers num_attention_heads init_r target_r tfinal vector_length"
+    )
+    | _fields(NUMBER, "r lora_alpha lora_dropout alpha dropout module_dropout rank_dropout scaling")
+    | _fields(FLAG, "fan_in_fan_out inference_mode use_dora use_rslora")
+    | _fields(TEXT, "base_model_name_or_path bias peft_type peft_version revision task_type")
+    | _fields(OBJECT, "alpha_pattern rank_pattern")
+    | _fields(NAMES, "exclude_modules feedforward_modules target_modules")
+    | _fields(TEXTS, "modules_to_save")
+    | _fields(LAYERS, "layers_to_transform")
+    | _fields(CHOICE, "init_lora_weights"),
+}
+INNER = {"text_config": "config.json", "quantization_config": "quantization_config"}  # objects in config.json
+
+
+def check_types(values: Mapping[str, Any], where: str, file: str) -> None:
+    """Check the fields of a JSON file whose types are known; null stands for a field that is missing.
+
+    Args:
+        values: The fields.
+        where: The file, for messages.
+        file: A key of `TYPES`; other files are not checked.
+
+    Raises:
+        UserError: A value is of another type.
+    """
+    for name, kind in TYPES.get(file, {}).items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if not kind.fits(value):
+            text = repr(value)
+            shown = text if len(text) <= 80 else f"{text[:80]}..."
+            raise UserError(f"{where}: {name} must be {kind.name}, not {shown} ({type(value).__name__})")
+        if name in INNER and file == "config.json":
+            check_types(value, f"{where}: {name}", INNER[name])
