@@ -1,6 +1,7 @@
 """The commands from end to end, in this process, on a tiny model. Resuming is tested in test_resume.py."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peftjax.tasks import model as model_section
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
 from tests import tiny
-from tests.runs import in_process
+from tests.runs import files, in_process
 
 
 def config(root: Path, method: str = "lora", **fields: Any) -> Any:
@@ -56,6 +57,23 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     model = peftjax.load_adapter(load_model(made.model.path), workdir / "adapter")
     base = load_model(made.model.path)
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
+
+    shutil.rmtree(workdir / "checkpoints")
+    before = files(workdir)
+    for steps in (6, 9):
+        made.train.steps = steps
+        with pytest.raises(ValueError, match=r"holds the result of a run, .*adapter, but no checkpoint to resume from"):
+            train.train(configs.validate(made), workdir)
+    assert files(workdir) == before
+
+
+def test_an_empty_path_is_refused_by_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, *arguments, name in (
+        ("train", "--config=configs/quickstart.py", "workdir"), ("evaluate", "--workdir=run", "config"),
+        ("generate", "--model=embedded", "--prompt=a", "adapter"), ("report", "workdir"),
+    ):  # fmt: skip
+        assert in_process(command, *arguments, f"--{name}=") == 2
+        assert capsys.readouterr().err.startswith(f"error: --{name}= is empty; give a path")
 
 
 def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,15 @@ def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def require_value(options: argparse.Namespace, *names: str) -> None:
+    """Raises a UserError if one of the named options is given but empty, as after --workdir=$UNSET in a shell."""
+    for name in names:
+        if getattr(options, name) == "":
+            raise UserError(
+                f"--{name}= is empty; give a path, and check that the shell variable is set if you used one"
+            )
+
+
 def parse(
     argv: list[str],
     command: str,
@@ -116,4 +125,5 @@ def parse(
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     arguments = parser.parse_args([argument for argument in argv if argument not in overrides])
     arguments.overrides = overrides
+    require_value(arguments, "config", *(["workdir"] if workdir else []))
     return arguments

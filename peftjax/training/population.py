@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters import active_view
 from peftjax.core import distributed, variables
+from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.units import format_clock
 from peftjax.data.batches import Batches
@@ -120,6 +121,8 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
       The members in groups of one structure and one step: some may have been killed when others had saved already, and
       a method may have alpha in its structure.
     """
+    for member in population:
+        opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
     data = [open_data(member.config, mesh) for member in population]
     (task, _), config = data[0], population[0].config
     shared = task.load_model(config.model, task.directory, mesh, config.seed)
