@@ -29,6 +29,7 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.preemption import Preemption
 from peftjax.log import METRICS, read_metrics
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
@@ -91,7 +92,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     Raises:
       UserError: As for `train`, for any of the runs; or every run failed.
     """
-    with distributed.Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
+    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
         for member in runs:
             workdirs.check(member.workdir, member.config.model.path)
         waiting = [member for member in runs if not finished(member)]

@@ -16,6 +16,7 @@ from peftjax import sharding
 from peftjax.core import cli, distributed, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
+from peftjax.core.preemption import Preemption, stopped
 from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
 from peftjax.methods import Full
@@ -23,7 +24,7 @@ from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.config import Config
-from peftjax.training.run import Run, preempted
+from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
@@ -41,7 +42,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     """
     mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
     with (
-        distributed.Preemption() as preemption,
+        Preemption() as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
         open_checkpoints(config, workdir) as checkpoints,
@@ -78,7 +79,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                 scores = fresh or scores
                 if stop and step < steps:
                     checkpoints.wait()
-                    raise preempted(step, steps)
+                    raise stopped(step, steps, workdir / "checkpoints" / str(step))
             checkpoints.wait()
             run.finish(state, log)
     return scores

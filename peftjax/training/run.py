@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.adapters.method import Method
-from peftjax.core import distributed, variables
+from peftjax.core import variables
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
@@ -243,10 +243,3 @@ class Run:
         log.message(f"{result}: {format_bytes(size)}")
         if jax.process_index() == 0:
             log.message(f"{write_report(self.workdir)}")
-
-
-def preempted(step: int, steps: int) -> distributed.Preempted:
-    """What to raise once everything is saved."""
-    return distributed.Preempted(
-        f"stopped by SIGTERM after step {step} of {steps}; the state is saved, run the same command to resume"
-    )

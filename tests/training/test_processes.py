@@ -86,13 +86,16 @@ def test_when_one_process_is_killed_the_others_stop_and_say_so_and_the_run_can_g
     assert_same_numbers(metrics(workdir), metrics(alone))
 
 
-def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(world: Path, alone: Path) -> None:
-    workdir = world / "preempted"
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
+def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
+    world: Path, alone: Path, number: int, codes: list[int]
+) -> None:
+    workdir = world / f"preempted-{number}"
     children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
     wait_until(logged(workdir, 1), *children)
-    children[1].send_signal(signal.SIGTERM)
+    children[1].send_signal(number)
     results = ended(*children)
-    assert [code for code, _ in results] == [75, 75], results
+    assert [code for code, _ in results] == codes, results
     assert "the state is saved, run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
     assert "resuming after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
