@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from peftjax.core import distributed, signals
+from peftjax.core import debug_log, distributed, signals
 from peftjax.core.errors import UserError
 from peftjax.core.preemption import Interrupted, Preempted
 
@@ -24,6 +24,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     A warning is one line on stderr.
     """
     signals.restore()
+    debug_log.divert()
     keep_programs()
     wait = False  # whether to wait for the other processes
     saved = False  # whether all processes have saved and are ending

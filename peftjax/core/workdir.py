@@ -17,7 +17,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftjax.core import distributed
+import jax
+
+from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
 
 MARK = ".peftjax"
@@ -98,6 +100,7 @@ def claim(workdir: Path, base: str = "") -> Iterator[None]:
             raise UserError(f"--workdir={workdir}: {error}") from None
 
     distributed.on_first(take)
+    debug_log.open_in(workdir, jax.process_index())
     try:
         yield
     finally:
