@@ -1,6 +1,7 @@
 """The commands from end to end, in this process, on a tiny model. Resuming is tested in test_resume.py."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,24 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
     return made
 
 
-def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_path: Path) -> None:
-    made, workdir = config(tmp_path), tmp_path / "run"
+def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, workdir, synced = config(tmp_path), tmp_path / "run", set[Path]()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    if Path("/proc/self/fd").exists():
+        monkeypatch.setattr(os, "fsync", record)
     scores = train.train(configs.validate(made), workdir)
+    if Path("/proc/self/fd").exists():
+        names = {str(path.relative_to(workdir)) for path in synced}
+        assert {".", "metrics.jsonl", "config.json.partial", "adapter", "checkpoints", "checkpoints/6"} <= names
+        assert {"checkpoints/3/about/metadata", "checkpoints/6/_CHECKPOINT_METADATA"} <= names
+        assert {f".adapter.peftjax-tmp/adapter_{name}" for name in ("config.json", "model.safetensors")} <= names
     lines = read_metrics(workdir / "metrics.jsonl")
     before, after = (line for line in lines if line["kind"] == "eval")
     assert (before["step"], after["step"]) == (0, 6)

@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -27,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
+from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.fingerprint import fingerprint
 
 Json = dict[str, Any]
@@ -209,6 +211,8 @@ class Checkpoints:
         step, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                self._sync(step)
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -260,6 +264,13 @@ class Checkpoints:
             for path in self._directory.iterdir():
                 if _TEMPORARY in path.name:
                     path.rmtree()
+
+    def _sync(self, step: int) -> None:
+        """Write to disk what orbax does not: the record, and the names. tensorstore does so with the arrays."""
+        if (path := Path(self._directory / str(step))).is_dir():  # false for gs://
+            sync_files(path / _ABOUT)
+            sync_files(path)
+            sync_directory(path.parent)
 
     def _failed(self, step: int, error: Exception) -> OSError:
         self._manager.reload()  # orbax has dropped the steps that the failed save was to replace; they are still on disk

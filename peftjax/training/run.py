@@ -172,6 +172,7 @@ class Run:
     ) -> None:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
         score = -scores["eval_loss"] if scores else None
+        log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
         if self.config.checkpoint.adapter and step < self.config.train.steps:
             self.write_result(state)
@@ -234,6 +235,7 @@ class Run:
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""
         result = self.write_result(state)
+        log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
         self.report = dataclasses.replace(
             self.report, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(self.timings)
