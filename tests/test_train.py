@@ -13,6 +13,7 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods, train
+from peftjax.core.workdir import claim
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
@@ -219,6 +220,15 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; choose a directory that can be created"):
         train.train(configs.validate(made), tmp_path / "file" / "run")
+    before, bundled = files(tmp_path), made.copy_and_resolve_references()
+    bundled.model.path = "embedded"
+    with pytest.raises(ValueError, match=r"--workdir=.*model is the directory of the base model"):
+        train.train(configs.validate(made), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"holds other files \(eval.jsonl, file, model and 2 more\) and no run"):
+        train.train(configs.validate(bundled), tmp_path)
+    with claim(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process"):
+        train.train(configs.validate(made), tmp_path / "run")
+    assert files(tmp_path) == before
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
     with pytest.raises(ValueError, match=r"no such file\. Did you mean 'eval\.jsonl'"):
         train.train(configs.validate(made), tmp_path / "run")
