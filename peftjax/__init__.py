@@ -1,5 +1,8 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
+from peftjax.core import signals as _signals  # noqa: F401  # first: it handles signals while a command imports the rest
+
+# isort: split
 from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
 from peftjax.core.variables import PeftParam, trainable_mask

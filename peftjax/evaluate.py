@@ -10,6 +10,7 @@ import jax
 
 from peftjax import sharding
 from peftjax.core import cli, distributed
+from peftjax.core.files import write_atomically
 from peftjax.data.batches import eval_prompts
 from peftjax.training import answers
 from peftjax.training import config as configs
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         return
     for name, value in measured.items():
         print(f"{name:15} {value:.6g}")
-    (workdir / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n")
+    write_atomically(workdir / "evaluation.json", json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     options = make_parser().parse_args(argv)
+    cli.require_value(options, "model", "adapter")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     directory = resolve(options.model)
     tokenizer = load_tokenizer(directory)

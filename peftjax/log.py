@@ -147,6 +147,11 @@ class Log:
         elif self._printing:
             print(text, flush=True)
 
+    def sync(self) -> None:
+        """Write metrics.jsonl to disk, where a power cut does not lose it."""
+        if self._enabled:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Stop the progress bar and close the files. Further calls have no effect."""
         if self._bar:

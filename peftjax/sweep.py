@@ -26,16 +26,18 @@ from rich.table import Table
 
 from peftjax import sharding
 from peftjax.core import cli, distributed
+from peftjax.core import workdir as workdirs
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.preemption import Preemption
 from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
-from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data
+from peftjax.training.setup import check_fit, open_checkpoints, open_data
 
 RESULTS = "sweep.json"
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
@@ -91,24 +93,25 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     Raises:
       UserError: As for `train`, for any of the runs; or every run failed.
     """
-    check_workdir(workdir)
-    waiting = [member for member in runs if not finished(member)]
-    if len(waiting) < len(runs):
-        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
-    for population in populations(waiting):
-        check_member(population[0])
-    groups = populations(waiting, most)
-    with distributed.Preemption() as preemption:
+    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
+        for member in runs:
+            workdirs.check(member.workdir, member.config.model.path)
+        waiting = [member for member in runs if not finished(member)]
+        if len(waiting) < len(runs):
+            say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
+        for population in populations(waiting):
+            check_member(population[0])
+        groups = populations(waiting, most)
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
             say(f"population {number} of {len(groups)}{several}: {'; '.join(member.name for member in population)}")
             train_population(population, preemption)
-    distributed.meet("all runs of the sweep have ended")
-    found = sorted(
-        map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
-    )
-    if jax.process_index() == 0:
-        write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+        distributed.meet("all runs of the sweep have ended")
+        found = sorted(
+            map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
+        )
+        if jax.process_index() == 0:
+            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
     if all("failed" in one for one in found):
         raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
     return found

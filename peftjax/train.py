@@ -14,7 +14,9 @@ import jax
 
 from peftjax import sharding
 from peftjax.core import cli, distributed, variables
+from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
+from peftjax.core.preemption import Preemption, stopped
 from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
 from peftjax.methods import Full
@@ -22,15 +24,8 @@ from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.config import Config
-from peftjax.training.run import Run, preempted
-from peftjax.training.setup import (
-    attach_method,
-    base_fingerprint,
-    check_fit,
-    check_workdir,
-    open_checkpoints,
-    open_data,
-)
+from peftjax.training.run import Run
+from peftjax.training.setup import attach_method, base_fingerprint, check_fit, open_checkpoints, open_data
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
@@ -45,9 +40,13 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
         no longer finite.
     """
-    check_workdir(workdir)
     mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
-    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints, distributed.Preemption() as preemption:
+    with (
+        Preemption() as preemption,
+        workdirs.claim(workdir, config.model.path),
+        jax.set_mesh(mesh),
+        open_checkpoints(config, workdir) as checkpoints,
+    ):
         config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
         check_fit(config, task, mesh)  # from shapes alone, before any weights are read
@@ -81,7 +80,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                 scores = fresh or scores
                 if stop and step < steps:
                     checkpoints.wait()
-                    raise preempted(step, steps)
+                    raise stopped(step, steps, workdir / "checkpoints" / str(step))
             checkpoints.wait()
             run.finish(state, log)
     return scores

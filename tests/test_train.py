@@ -1,6 +1,8 @@
 """The commands from end to end, in this process, on a tiny model. Resuming is tested in test_resume.py."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods, train
+from peftjax.core.workdir import claim
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
@@ -18,7 +21,7 @@ from peftjax.tasks import model as model_section
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
 from tests import tiny
-from tests.runs import in_process
+from tests.runs import files, in_process
 
 
 def config(root: Path, method: str = "lora", **fields: Any) -> Any:
@@ -42,9 +45,24 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
     return made
 
 
-def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_path: Path) -> None:
-    made, workdir = config(tmp_path), tmp_path / "run"
+def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, workdir, synced = config(tmp_path), tmp_path / "run", set[Path]()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    if Path("/proc/self/fd").exists():
+        monkeypatch.setattr(os, "fsync", record)
     scores = train.train(configs.validate(made), workdir)
+    if Path("/proc/self/fd").exists():
+        names = {str(path.relative_to(workdir)) for path in synced}
+        assert {".", "metrics.jsonl", "config.json.partial", "adapter", "checkpoints", "checkpoints/6"} <= names
+        assert {"checkpoints/3/about/metadata", "checkpoints/6/_CHECKPOINT_METADATA"} <= names
+        assert {f".adapter.peftjax-tmp/adapter_{name}" for name in ("config.json", "model.safetensors")} <= names
     lines = read_metrics(workdir / "metrics.jsonl")
     before, after = (line for line in lines if line["kind"] == "eval")
     assert (before["step"], after["step"]) == (0, 6)
@@ -58,6 +76,23 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(tmp_pa
     model = peftjax.load_adapter(load_model(made.model.path), workdir / "adapter")
     base = load_model(made.model.path)
     assert np.abs(model(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
+
+    shutil.rmtree(workdir / "checkpoints")
+    before = files(workdir)
+    for steps in (6, 9):
+        made.train.steps = steps
+        with pytest.raises(ValueError, match=r"holds the result of a run, .*adapter, but no checkpoint to resume from"):
+            train.train(configs.validate(made), workdir)
+    assert files(workdir) == before
+
+
+def test_an_empty_path_is_refused_by_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, *arguments, name in (
+        ("train", "--config=configs/quickstart.py", "workdir"), ("evaluate", "--workdir=run", "config"),
+        ("generate", "--model=embedded", "--prompt=a", "adapter"), ("report", "workdir"),
+    ):  # fmt: skip
+        assert in_process(command, *arguments, f"--{name}=") == 2
+        assert capsys.readouterr().err.startswith(f"error: --{name}= is empty; give a path")
 
 
 def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +222,15 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; choose a directory that can be created"):
         train.train(configs.validate(made), tmp_path / "file" / "run")
+    before, bundled = files(tmp_path), made.copy_and_resolve_references()
+    bundled.model.path = "embedded"
+    with pytest.raises(ValueError, match=r"--workdir=.*model is the directory of the base model"):
+        train.train(configs.validate(made), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"holds other files \(eval.jsonl, file, model and 2 more\) and no run"):
+        train.train(configs.validate(bundled), tmp_path)
+    with claim(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process"):
+        train.train(configs.validate(made), tmp_path / "run")
+    assert files(tmp_path) == before
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
     with pytest.raises(ValueError, match=r"no such file\. Did you mean 'eval\.jsonl'"):
         train.train(configs.validate(made), tmp_path / "run")

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import jax
 
-from peftjax.core import distributed
+from peftjax.core import debug_log, distributed, signals
 from peftjax.core.errors import UserError
+from peftjax.core.preemption import Interrupted, Preempted
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -22,18 +23,21 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a preempted run with 75.
     A warning is one line on stderr.
     """
+    signals.restore()
+    debug_log.divert()
     keep_programs()
     wait = False  # whether to wait for the other processes
+    saved = False  # whether all processes have saved and are ending
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             code = main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except distributed.Preempted as stop:
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        code, saved = signals.INTERRUPTED, isinstance(stop, Interrupted)
+    except Preempted as stop:
         print(stop, file=sys.stderr)
-        code = distributed.PREEMPTED
+        code, saved = signals.PREEMPTED, True
     except Exception as error:
         mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
         if not mistake and not distributed.many():
@@ -48,7 +52,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
                 file=sys.stderr,
             )
         code = 2 if mistake else 1
-    if code not in (None, 0, distributed.PREEMPTED) and distributed.many():
+    if code and not saved and distributed.many():
         distributed.leave(code, wait=wait)
     sys.exit(code)
 
@@ -74,6 +78,15 @@ def keep_programs() -> None:
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
     del where, also  # a line of our code tells a user nothing
     print(f"warning: {message}", file=sys.stderr)
+
+
+def require_value(options: argparse.Namespace, *names: str) -> None:
+    """Raises a UserError if one of the named options is given but empty, as after --workdir=$UNSET in a shell."""
+    for name in names:
+        if getattr(options, name) == "":
+            raise UserError(
+                f"--{name}= is empty; give a path, and check that the shell variable is set if you used one"
+            )
 
 
 def parse(
@@ -116,4 +129,5 @@ def parse(
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     arguments = parser.parse_args([argument for argument in argv if argument not in overrides])
     arguments.overrides = overrides
+    require_value(arguments, "config", *(["workdir"] if workdir else []))
     return arguments

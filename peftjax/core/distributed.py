@@ -1,4 +1,4 @@
-"""Distributed runs: initialization, cross-process array transfers and preemption.
+"""Distributed runs: initialization and cross-process transfers of arrays.
 
 Each process drives the accelerators it sees. Together, the processes run one program over one mesh (`jax.distributed`).
 """
@@ -7,12 +7,10 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,15 +18,10 @@ from jax.experimental import multihost_utils
 
 from peftjax.core.errors import UserError
 
-PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead and the others exit
 
 # Variables that hold the number of processes: set by srun of SLURM, by mpirun of Open MPI, and by MPICH and its derivatives.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-class Preempted(BaseException):  # not an error: like KeyboardInterrupt, `except Exception` must not catch it
-    """The run was asked to stop and has saved its state; the command exits with `PREEMPTED`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -236,39 +229,3 @@ def leave(code: int, *, wait: bool) -> NoReturn:
         leaving.start()
         leaving.join(HEARTBEAT)
     os._exit(code)  # a regular exit would wait for the other processes, which wait for this one
-
-
-class Preemption:
-    """Context manager that turns SIGTERM, sent by a scheduler before preemption, into a stop between two steps.
-
-    In a distributed run, it is enough that one process receives the signal: JAX notifies the others, and all agree on a
-    step that none of them has passed. Further signals have no effect.
-    """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._steps = 0
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        # In a distributed run, JAX handles the signal.
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._signalled = True
-        if not self._steps:  # nothing to save yet
-            raise Preempted("stopped by SIGTERM before the first step; run the same command again to resume")
-
-    def reached(self) -> bool:
-        """Whether to save and stop after this step; every process must call this method after every step."""
-        self._steps += 1
-        return self._signalled or multihost_utils.reached_preemption_sync_point(self._steps)

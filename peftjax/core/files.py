@@ -1,5 +1,6 @@
-"""Atomic file writes."""
+"""Durable and atomic file writes: after a power cut, a file that was reported as written is there, as a whole."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,3 +24,26 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Write a directory's entries to disk. Without this, a power cut can undo the creation or the renaming of a file."""
+    with contextlib.suppress(OSError):  # file systems that cannot do this
+        _sync(path)
+
+
+def sync_files(directory: Path) -> None:
+    """Write the files in a directory and its entries to disk; not those of its subdirectories."""
+    for path in directory.iterdir():
+        if path.is_file():
+            _sync(path)
+    sync_directory(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

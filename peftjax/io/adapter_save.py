@@ -16,6 +16,7 @@ from peftjax.adapters.registry import attached, require
 from peftjax.adapters.sites import head_sites
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
+from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
@@ -198,10 +199,13 @@ def _write(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         for file, content in files.items():
             (scratch / file).write_bytes(content)
+        sync_files(scratch)
         if path.exists():
             for file in files:
                 (scratch / file).replace(path / file)
+            sync_directory(path)
         else:
             scratch.rename(path)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

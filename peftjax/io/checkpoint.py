@@ -12,9 +12,12 @@ import gc
 import hashlib
 import json
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -23,8 +26,9 @@ import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint import checkpoint_managers as policies
 
-from peftjax.core import distributed
+from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
+from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.fingerprint import fingerprint
 
 Json = dict[str, Any]
@@ -207,6 +211,8 @@ class Checkpoints:
         step, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                self._sync(step)
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -259,9 +265,17 @@ class Checkpoints:
                 if _TEMPORARY in path.name:
                     path.rmtree()
 
+    def _sync(self, step: int) -> None:
+        """Write to disk what orbax does not: the record, and the names. tensorstore does so with the arrays."""
+        if (path := Path(self._directory / str(step))).is_dir():  # false for gs://
+            sync_files(path / _ABOUT)
+            sync_files(path)
+            sync_directory(path.parent)
+
     def _failed(self, step: int, error: Exception) -> OSError:
         self._manager.reload()  # orbax has dropped the steps that the failed save was to replace; they are still on disk
-        return OSError(f"checkpoint {step} could not be written to {self._directory}: {_reason(error)}")
+        details = debug_log.record(error)
+        return OSError(f"checkpoint {step} could not be written to {self._directory}: {_reason(error)}{details}")
 
 
 class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # orbax ships no types
@@ -364,24 +378,26 @@ def _checksum(content: Json) -> str:
 
 def _on_every_process(what: str, read: Callable[[], T]) -> T:
     """The result of `read`. If it fails on any process, all of them raise `_DamagedError` and so stay in step."""
-    results, problem = [], ""
+    results, problem, details = [], "", ""
     with warnings.catch_warnings():
         # When one array cannot be read, orbax abandons its reads of the others, and Python warns about that.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             results.append(read())
         except Exception as error:
-            problem = _reason(error)
+            problem, details = _reason(error), debug_log.record(error)
         if problem:
             gc.collect()  # collect the abandoned reads while the warning is ignored
     if problems := [problem for problem in distributed.gather(problem) if problem]:
-        raise _DamagedError(f"{what}: {problems[0]}")
+        raise _DamagedError(f"{what}: {problems[0]}{details}")
     return results[0]
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error's root cause, short enough for a sentence."""
+    """What the operating system says of an error's root cause, or its first line, short enough for a sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore names it at the end of a long line
+        return os.strerror(int(number[1]))
     line = next(iter(str(error).strip().splitlines()), "")
     return line if isinstance(error, _DamagedError) else f"{type(error).__name__}: {line[:200]}"

@@ -10,6 +10,7 @@ from flax import nnx
 
 from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
+from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.hf_files import enumerate_some, resolve
@@ -84,7 +85,9 @@ def save_model(
                 shutil.copymode(config, file)  # safetensors makes them readable by the owner only
             for file in side_files:
                 shutil.copyfile(file, temporary / file.name)
+            sync_files(temporary)
             _replace(target, temporary)
+            sync_directory(target.parent)
     finally:
         if writing:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -17,8 +17,10 @@ def main(argv: list[str]) -> None:
         description="Write a run's report.html again, for example after an upgrade or while the run goes on.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="directory of the training run")
-    print(write_report(parser.parse_args(argv).workdir))
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run")
+    options = parser.parse_args(argv)
+    cli.require_value(options, "workdir")
+    print(write_report(Path(options.workdir)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftjax.core.files import write_atomically
 from peftjax.io.model_card import CARD, Training, make_card
 from peftjax.log import AMOUNTS, METRICS, PLACE, read_metrics
 from peftjax.report.data import Part, count_trained
@@ -32,7 +33,7 @@ def write_card(directory: Path, config: Config, task: Task, workdir: Path, step:
         scores=_scores(lines),
         data=_sources(config.data.eval),
     )
-    (directory / CARD).write_text(make_card(directory, training), encoding="utf-8", newline="\n")
+    write_atomically(directory / CARD, make_card(directory, training))
 
 
 def _facts(config: Config, task: Task, step: int) -> dict[str, str]:

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.adapters import active_view
-from peftjax.core import distributed, variables
+from peftjax.core import variables
+from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
+from peftjax.core.preemption import Preemption, stopped
 from peftjax.core.units import format_clock
 from peftjax.data.batches import Batches
 from peftjax.io.checkpoint import Checkpoints
@@ -25,7 +27,7 @@ from peftjax.models.base import Model
 from peftjax.totals import Batch
 from peftjax.training import start_from
 from peftjax.training.config import Config
-from peftjax.training.run import Run, preempted
+from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, mesh_of, shardings, summary
@@ -105,8 +107,9 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
     return population_step
 
 
-def train_population(population: Sequence[Member], preemption: distributed.Preemption) -> None:
+def train_population(population: Sequence[Member], preemption: Preemption) -> None:
     """Train the members to their end, each from its newest checkpoint if it has one."""
+    preemption.begin()
     mesh = sharding.make_mesh(population[0].config.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         for group in set_up(population, mesh, opened):
@@ -120,6 +123,8 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
       The members in groups of one structure and one step: some may have been killed when others had saved already, and
       a method may have alpha in its structure.
     """
+    for member in population:
+        opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
     data = [open_data(member.config, mesh) for member in population]
     (task, _), config = data[0], population[0].config
     shared = task.load_model(config.model, task.directory, mesh, config.seed)
@@ -138,7 +143,7 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     return list(groups.values())
 
 
-def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemption) -> None:
+def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
     """Train models of one structure, which are at the same step, to their end, and write the result of each."""
     due, total, start = group[0].run.due, group[0].run.config.train.steps, int(group[0].state.step)
     advance = make_advance(group)
@@ -176,7 +181,7 @@ def train_side_by_side(group: Sequence[Training], preemption: distributed.Preemp
             if stop and step < total:
                 for one in going:
                     one.checkpoints.wait()
-                raise preempted(step, total)
+                raise stopped(step, total, going[0].run.workdir.parent)
         for one in going:
             one.checkpoints.wait()
             one.run.finish(one.state, one.log)

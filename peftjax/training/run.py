@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.adapters.method import Method
-from peftjax.core import distributed, variables
+from peftjax.core import variables
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
@@ -171,6 +171,7 @@ class Run:
     ) -> None:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
         score = -scores["eval_loss"] if scores else None
+        log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
         if self.config.checkpoint.adapter and step < self.config.train.steps:
             self.write_result(state)
@@ -243,6 +244,7 @@ class Run:
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""
         result = self.write_result(state)
+        log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
         self.report = dataclasses.replace(
             self.report, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(self.timings)
@@ -254,10 +256,3 @@ class Run:
             log.message(f"{write_report(self.workdir)}")
             if warning := concern(read_metrics(self.workdir / METRICS)):
                 log.message(warning)
-
-
-def preempted(step: int, steps: int) -> distributed.Preempted:
-    """What to raise once everything is saved."""
-    return distributed.Preempted(
-        f"stopped by SIGTERM after step {step} of {steps}; the state is saved, run the same command to resume"
-    )

@@ -5,10 +5,10 @@ Mistakes in the workdir, the config and the data are reported before a model is 
 
 import contextlib
 import itertools
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 
 from peftjax import adapters, sharding
 from peftjax.adapters.method import Method
-from peftjax.core import variables
+from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import Batches, Batching, eval_batches, eval_prompts, train_batches
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import stored_quantization
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import read_json, resolve
 from peftjax.io.load import load_kernels
 from peftjax.io.save import MARK
 from peftjax.models.base import Model
@@ -37,32 +37,43 @@ from peftjax.training.config import Config
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raises a UserError if the workdir cannot be created or written: now, and not after an hour of loading."""
-    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is not writable" if place.is_dir() else "is a file"
-        raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written to")
-
-
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
     """The checkpoints of the run in a workdir. The run may be extended: train.steps may be higher than before.
 
     Raises:
-      UserError: The workdir holds a run with another configuration.
+      UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints are gone.
     """
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
     try:
         if (identity := checkpoints.identity()) is not None:
-            free = (*FREE, "train.steps:") if config.train.steps > identity["config"]["train"]["steps"] else FREE
-            differ = configs.differences(start_from.as_stored(config, identity["config"]), identity["config"])
-            raise_if_different(workdir, [line for line in differ if not line.startswith(free)])
+            raise_if_different(workdir, _differing(config, identity["config"]))
+        elif checkpoints.latest_step() is None:
+            distributed.on_first(lambda: _refuse_to_replace_result(config, workdir))
     except UserError:
         checkpoints.close()
         raise
     return checkpoints
+
+
+def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
+    """The fields in which a config differs from that of an earlier run, without those that may differ."""
+    free = (*FREE, "train.steps:") if config.train.steps > stored["train"]["steps"] else FREE
+    lines = configs.differences(start_from.as_stored(config, stored), stored)
+    return [line for line in lines if not line.startswith(free)]
+
+
+def _refuse_to_replace_result(config: Config, workdir: Path) -> None:
+    """Raises a UserError if a finished run, or one with another configuration, has left its result and no checkpoint."""
+    result = next((path for name in ("adapter", "model") if (path := workdir / name).exists()), None)
+    stored = workdir / "config.json"
+    same = stored.exists() and not _differing(config, read_json(stored))
+    if result is not None and not (same and not (workdir / "report.html").exists()):
+        raise UserError(
+            f"--workdir={workdir} holds the result of a run, {result}, but no checkpoint to resume from; training would "
+            "replace the result. Choose another workdir, or delete this one to start again"
+        )
 
 
 def raise_if_different(workdir: Path, differ: list[str]) -> None:

@@ -24,6 +24,7 @@ from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core import variables
 from peftjax.core.config_values import as_tuples
 from peftjax.core.errors import UserError
+from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.variables import DropoutKey
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
@@ -100,7 +101,9 @@ def keep(config: Config, workdir: Path) -> None:
     for file in source.iterdir():  # the directory may hold more, such as the checkpoints of a trainer
         if file.is_file() and file.suffix in (".json", ".safetensors"):
             shutil.copyfile(file, partial / file.name)
+    sync_files(partial)
     partial.rename(kept)
+    sync_directory(workdir)
 
 
 def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> Method:

@@ -1,8 +1,12 @@
 """Several real processes that train together: one run, whatever their number; and what becomes of it when one goes."""
 
+import contextlib
 import json
+import os
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.runs import ended, finish, logged, make_world, metrics, start, start_together, wait_until
+from peftjax.core.workdir import MARK
+from tests.runs import (
+    assert_same_run,
+    ended,
+    finish,
+    logged,
+    make_world,
+    metrics,
+    start,
+    start_together,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -86,13 +101,43 @@ def test_when_one_process_is_killed_the_others_stop_and_say_so_and_the_run_can_g
     assert_same_numbers(metrics(workdir), metrics(alone))
 
 
-def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(world: Path, alone: Path) -> None:
-    workdir = world / "preempted"
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_process_killed_at_a_random_moment_stops_the_others_and_the_run_resumes_to_the_same_bits(
+    world: Path, count: int
+) -> None:
+    """$PEFTJAX_KILLS: how many runs lose a process, for each number of processes."""
+    rng, undisturbed = random.Random(os.environ.get("PEFTJAX_KILLS_SEED", "0")), world / f"undisturbed-{count}"
+    children = start_together(world, undisturbed, count, *SHORT, *MESHES[count])
+    wait_until((undisturbed / MARK).exists, *children)  # all processes are connected
+    began = time.monotonic()
+    assert_all_well(children)
+    life = time.monotonic() - began
+    for repetition in range(int(os.environ.get("PEFTJAX_KILLS", "1"))):
+        workdir, victim = world / f"killed-{count}-{repetition}", rng.randrange(count)
+        children = start_together(world, workdir, count, *SHORT, *MESHES[count])
+        wait_until((workdir / MARK).exists, *children)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            children[victim].wait(rng.uniform(0, life))
+        children[victim].kill()
+        results = ended(*children)
+        for index, (code, output) in enumerate(results):
+            if index != victim and not (workdir / "report.html").exists():
+                assert code not in (0, 75), results
+                assert "error: " in output or "another task died" in output, output
+        assert_all_well(start_together(world, workdir, count, *SHORT, *MESHES[count]))
+        assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
+def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
+    world: Path, alone: Path, number: int, codes: list[int]
+) -> None:
+    workdir = world / f"preempted-{number}"
     children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
     wait_until(logged(workdir, 1), *children)
-    children[1].send_signal(signal.SIGTERM)
+    children[1].send_signal(number)
     results = ended(*children)
-    assert [code for code, _ in results] == [75, 75], results
+    assert [code for code, _ in results] == codes, results
     assert "the state is saved, run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
     assert "resuming after step" in finish(start(world, workdir, *SHORT, *other, devices=4))

@@ -90,6 +90,37 @@ def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path,
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_second_one_exits_at_once_also_during_a_save(world: Path, undisturbed: Path) -> None:
+    workdir = world / "interrupted"
+    child = start(world, workdir)
+    wait_until(logged(workdir, 13), child)
+    child.send_signal(signal.SIGINT)
+    ((code, output),) = ended(child)
+    assert code == 130, output
+    assert "finishing this step and saving; press Ctrl-C again to exit at once" in output
+    step = re.search(rf"interrupted after step (\d+) of {STEPS}; .* resume from {workdir}/checkpoints/(\1)\n", output)[
+        1
+    ]
+    assert step in checkpoints(workdir)
+
+    child = start(world, workdir)
+    unfinished = workdir / "checkpoints" / f"{3 * EVERY}.orbax-checkpoint-tmp"
+    wait_until(unfinished.exists, child)
+    began = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGINT):
+        child.send_signal(number)
+        time.sleep(0.01)  # two signals of one kind at once are one
+    ((code, output),) = ended(child)
+    assert code == 130, output
+    assert time.monotonic() - began < 5
+    assert "interrupted again; exiting at once. The last complete checkpoint is intact" in output
+    assert "Traceback" not in output
+
+    assert "resuming after step" in finish(start(world, workdir))
+    assert_same_run(workdir, undisturbed)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_with_the_same_bits(
     world: Path, undisturbed: Path
 ) -> None:

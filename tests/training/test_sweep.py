@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from peftjax import methods, sharding, sweep, train
 from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.core.workdir import MARK
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.training import config as configs
@@ -191,6 +192,19 @@ def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, t
     made.train.batch_size = 4
     with pytest.raises(ValueError, match=r"seed=0 holds a run with another configuration: train.batch_size: 4 here"):
         sweep.sweep([member(made, tmp_path / "sweep", seed=0)], tmp_path / "sweep")
+
+
+def test_a_member_whose_directory_holds_other_files_is_named_before_any_run_starts(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "train_population", lambda *_: pytest.fail("a run started"))
+    pair = [member(made, tmp_path / "sweep", seed=seed) for seed in (0, 1)]
+    pair[1].workdir.mkdir(parents=True)
+    (pair[1].workdir / "notes.txt").write_text("mine")
+    (tmp_path / "sweep" / MARK).write_text("")
+    with pytest.raises(UserError, match=r"seed=1 holds other files \(notes.txt\) and no run"):
+        sweep.sweep(pair, tmp_path / "sweep")
+    assert not pair[0].workdir.exists()
 
 
 def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:

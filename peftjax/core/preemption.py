@@ -1,0 +1,93 @@
+"""Stopping a run between two steps, with its state saved, after SIGTERM or Ctrl-C."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+from peftjax.core.signals import NUMBERS, received
+
+
+class Preempted(BaseException):  # not an error: like KeyboardInterrupt, `except Exception` must not catch it
+    """The run was asked to stop by SIGTERM and has saved its state; the command exits with 75."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop by Ctrl-C and has saved its state; the command exits with 130."""
+
+
+class Preemption:
+    """Context manager that turns SIGTERM, sent by a scheduler before preemption, and Ctrl-C into a stop between two steps.
+
+    In a distributed run, it is enough that one process receives the signal: JAX notifies the others, and all agree on a
+    step that none of them has passed. Further SIGTERMs have no effect; a second Ctrl-C ends the process at once. Before the
+    first step, a signal ends a single process at once. In the commands a thread does this (core/signals.py). In a user's
+    own program, handlers raise `Preempted` and `KeyboardInterrupt`.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if jax.distributed.is_initialized():  # JAX handles SIGTERM
+            received.forward = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        if not received.watching:
+            received.asked = 0
+            if threading.current_thread() is threading.main_thread():
+                numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else NUMBERS
+                self._before = {number: signal.signal(number, _notice) for number in numbers}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        received.unsaved, received.forward = False, None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def begin(self) -> None:
+        """Declare that the next step is the first one of a run: until it is done, there is nothing to save.
+
+        Raises:
+            Preempted, Interrupted: The signal came during the last step of the run before.
+        """
+        received.unsaved = False
+        if received.asked and not jax.distributed.is_initialized():
+            raise _stopped("between two runs; run the same command to resume")
+
+    def reached(self) -> bool:
+        """Whether to save and stop after this step; every process must call this method after every step."""
+        self._steps += 1
+        received.unsaved = True
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(self._steps)
+        return received.asked != 0
+
+
+def stopped(step: int, steps: int, saved: Path) -> Preempted | Interrupted:
+    """What to raise once the state is saved.
+
+    Args:
+        step: Number of completed steps.
+        steps: Number of steps of the whole run.
+        saved: The checkpoint, or the directory of several runs.
+    """
+    return _stopped(f"after step {step} of {steps}; the state is saved, run the same command to resume from {saved}")
+
+
+def _stopped(rest: str) -> Preempted | Interrupted:
+    if received.asked == signal.SIGINT:
+        return Interrupted(f"interrupted {rest}")
+    return Preempted(f"stopped by SIGTERM {rest}")
+
+
+def _notice(number: int, frame: FrameType | None) -> None:
+    del frame
+    if why := received.receive(number):
+        raise KeyboardInterrupt(why) if number == signal.SIGINT else Preempted(why)

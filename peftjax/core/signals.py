@@ -1,0 +1,118 @@
+"""SIGINT (Ctrl-C) and SIGTERM, which a run answers at any moment: from its first import to its end.
+
+`python -m peftjax.train` and `python -m peftjax.sweep` watch for signals in a thread, which starts when this module is imported:
+`peftjax/__init__.py` imports it first. A thread answers while the main thread imports, compiles or waits for a file, where a
+handler of Python would not run. It decides by what there is to lose:
+
+- Before the first step there is nothing to save, and the process exits.
+- Between the first step and the end, the signal is noted. The training loop saves and stops (core/preemption.py).
+- A second SIGINT ends the process. Checkpoints are complete or absent, so that the last complete one remains.
+
+This module imports only what Python has imported already.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
+INTERRUPTED = 130  # exit code after SIGINT, as shells report it
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_RUNS = ("peftjax.train", "peftjax.sweep")
+
+
+class Signals:
+    """The signals that this process has received.
+
+    Attributes:
+        asked: The first signal, by which the process was asked to stop; 0: none.
+        unsaved: Whether a run is under way that can save its state.
+        watching: Whether a thread watches for signals.
+        forward: What else to do when SIGINT is noted.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.unsaved = False
+        self.watching = False
+        self.forward: Callable[[], None] | None = None
+
+    def receive(self, number: int) -> str:
+        """Note a signal; returns why the process must stop at once, or "" if it need not."""
+        again, self.asked = self.asked, self.asked or number
+        if again:
+            # An impatient scheduler repeats SIGTERM; an impatient user knows what a second Ctrl-C does.
+            stop = number == signal.SIGINT
+            return "interrupted again; exiting at once. The last complete checkpoint is intact" if stop else ""
+        if not self.unsaved:
+            why = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+            return f"{why} before the first step; run the same command again to start or resume"
+        if number == signal.SIGINT:
+            _tell("finishing this step and saving; press Ctrl-C again to exit at once")
+            if self.forward:
+                self.forward()
+        return ""
+
+    def watch(self) -> None:
+        """Watch for signals in a thread from now on. A signal that the process was started to ignore stays ignored."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _leave_to_thread)
+        self.watching = True
+        threading.Thread(target=self._watch, args=(reading,), daemon=True, name="signals").start()
+
+    def _watch(self, reading: int) -> NoReturn:
+        while True:
+            for number in os.read(reading, 64):
+                if number in NUMBERS and (why := self.receive(number)):
+                    _exit(why, INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+
+received = Signals()
+
+
+def restore() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, in commands that have nothing to save."""
+    if signal.getsignal(signal.SIGINT) is _quit and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    del number, frame
+
+
+def _quit(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    _exit("interrupted", INTERRUPTED)
+
+
+def _exit(why: str, code: int) -> NoReturn:
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    _tell(why)
+    os._exit(code)  # the kernel releases the lock of the workdir
+
+
+def _tell(text: str) -> None:
+    os.write(2, f"{text}\n".encode())  # not print: the main thread may be in the middle of one
+
+
+def _start(arguments: list[str], started: list[Any]) -> None:
+    """Handle signals if Python was started with -m and one of our commands, whose package it is importing now."""
+    if arguments[:1] != ["-m"] or "-m" not in started:
+        return
+    module = str(started[started.index("-m") + 1])
+    if module in _RUNS:
+        received.watch()
+    elif module.startswith("peftjax.") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _quit)
+
+
+_start(sys.argv, sys.orig_argv)

@@ -1,0 +1,105 @@
+"""SIGINT and SIGTERM: what each means before, during and after the steps of a run. tests/training has them in real runs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from peftjax.core import preemption as preemptions
+from peftjax.core.preemption import Interrupted, Preempted, Preemption, stopped
+from peftjax.core.signals import Signals
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("unsaved", "numbers", "last"),
+    [
+        (False, [TERM], "stopped by SIGTERM before the first step"),
+        (False, [INT], "interrupted before the first step"),
+        (True, [TERM], ""),
+        (True, [TERM, TERM], ""),  # an impatient scheduler
+        (True, [INT], ""),
+        (True, [INT, TERM], ""),
+        (True, [INT, INT], "interrupted again; exiting at once"),
+        (True, [TERM, INT], "interrupted again; exiting at once"),
+    ],
+)
+def test_a_signal_stops_at_once_if_nothing_is_lost_or_if_it_is_the_second_ctrl_c(
+    unsaved: bool, numbers: list[int], last: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signals = Signals()
+    signals.unsaved = unsaved
+    *first, why = [signals.receive(number) for number in numbers]
+    assert not any(first)
+    assert why.startswith(last)
+    assert bool(why) == bool(last)
+    assert signals.asked == numbers[0]
+    assert capfd.readouterr().err.count("press Ctrl-C again") == (unsaved and numbers[0] == INT)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "before"), [(TERM, Preempted, Preempted), (INT, Interrupted, KeyboardInterrupt)]
+)
+def test_in_a_program_of_the_user_a_signal_raises_and_the_handlers_return(
+    number: int, kind: type[BaseException], before: type[BaseException]
+) -> None:
+    handler = signal.getsignal(number)
+    with Preemption() as preemption:
+        assert not preemption.reached()
+        os.kill(os.getpid(), number)
+        assert preemption.reached()
+        assert type(stopped(3, 9, Path("runs/3"))) is kind
+        assert "after step 3 of 9; the state is saved, run the same command to resume from runs/3" in str(
+            stopped(3, 9, Path("runs/3"))
+        )
+        with pytest.raises(kind, match="between two runs"):  # of a sweep
+            preemption.begin()
+    assert signal.getsignal(number) == handler
+    with Preemption(), pytest.raises(before, match="before the first step"):
+        signal.raise_signal(number)
+
+
+def test_in_a_distributed_run_ctrl_c_is_passed_on_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(preemptions.multihost_utils, "reached_preemption_sync_point", lambda step: bool(sent))
+    with Preemption() as preemption:
+        assert not preemption.reached()
+        assert signal.getsignal(TERM) == signal.SIG_DFL
+        monkeypatch.setattr(preemptions.os, "kill", lambda pid, number: sent.append((pid, number)))
+        signal.raise_signal(INT)
+        assert sent == [(os.getpid(), TERM)]
+        assert preemption.reached()
+        assert isinstance(stopped(2, 9, Path("runs/2")), Interrupted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the caught signals in /proc")
+@pytest.mark.parametrize(
+    ("command", "number", "code", "line"),
+    [
+        ("train", TERM, 75, "stopped by SIGTERM before the first step; run the same command again to start or resume"),
+        ("sweep", INT, 130, "interrupted before the first step; run the same command again to start or resume"),
+        ("generate", INT, 130, "interrupted"),
+    ],
+)
+def test_a_signal_during_the_imports_is_one_line_and_an_exit_code(
+    command: str, number: int, code: int, line: str
+) -> None:
+    arguments = [sys.executable, "-m", f"peftjax.{command}", "--help"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        status = Path(f"/proc/{child.pid}/status")
+        # SIGTERM is caught once the handlers are set; generate only changes the one for SIGINT
+        caught = 1 << (TERM if command != "generate" else INT) - 1
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught:
+            time.sleep(0.001)
+        time.sleep(0.5)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=60)
+    assert (child.returncode, output) == (code, f"{line}\n")
