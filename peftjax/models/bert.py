@@ -15,6 +15,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
+from peftjax.models.eager import compiled
 from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, linear, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.heads import LABELS, read_head
@@ -128,6 +129,7 @@ class Bert(Encoder):
             self.head_dropout = Dropout(config.head_dropout)
             self.classifier = linear(config, len(config.labels), rngs)
 
+    @compiled
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, token_types: jax.Array | None = None
     ) -> jax.Array:

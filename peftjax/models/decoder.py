@@ -17,6 +17,7 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models import multimodal
 from peftjax.models.base import LanguageModel, LanguageModelConfig
+from peftjax.models.eager import compiled
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import attention_mask, key_distances, with_first_keys, within_window
@@ -178,6 +179,7 @@ class Decoder(LanguageModel):
     def hf_part(self) -> bool:
         return bool(self.config.whole)
 
+    @compiled
     def __call__(
         self,
         tokens: jax.Array,

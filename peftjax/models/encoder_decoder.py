@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 
 from peftjax.models.base import LanguageModel, LanguageModelConfig
+from peftjax.models.eager import compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class EncoderDecoder(LanguageModel):
     prefix_layers: ClassVar[tuple[str, ...]]
     hf_task: ClassVar[str | None] = "SEQ_2_SEQ_LM"
 
+    @compiled
     def __call__(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
         """Return logits [B, T, V]. The arguments are those of `hidden`."""
         return self.logits(self.hidden(tokens, mask=mask, decoder_tokens=decoder_tokens))

@@ -14,6 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
+from peftjax.models.eager import compiled
 from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, linear, read_shared
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.heads import LABELS, read_head
@@ -130,6 +131,7 @@ class Vit(Encoder):
         else:
             self.classifier = linear(config, len(config.labels), rngs)
 
+    @compiled
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Return the head's logits, from the class token's state, or without a head the last hidden states."""
         states = self.hidden(pixels)
