@@ -92,15 +92,15 @@ def start_together(
 
 def in_process(command: str, *arguments: str) -> int:
     """Run a command in this process, as `python -m peftjax.COMMAND` does; returns its exit code."""
-    given, name = sys.argv, f"peftjax.{command}"
-    sys.argv, imported = [command, *arguments], sys.modules.pop(name, None)  # runpy warns of a module that is there
+    given, names = sys.argv, [f"peftjax.{command}", f"peftjax.{command}.__main__"]
+    sys.argv = [command, *arguments]
+    imported = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # of which runpy would warn
     try:
         with pytest.raises(SystemExit) as stop:
-            runpy.run_module(name, run_name="__main__")
+            runpy.run_module(names[0], run_name="__main__")
     finally:
         sys.argv = given
-        if imported is not None:
-            sys.modules[name] = imported
+        sys.modules |= imported
     return int(stop.value.code or 0)
 
 
