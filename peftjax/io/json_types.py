@@ -98,8 +98,9 @@ TYPES: dict[str, dict[str, Kind]] = {
     | _fields(TEXTS, "llm_int8_skip_modules modules_to_not_convert"),
     "model.safetensors.index.json": _fields(OBJECT, "weight_map"),
     "adapter_config.json": _fields(
-        SIZE, "num_virtual_tokens token_dim num_layers num_attention_heads init_r target_r tfinal vector_length"
+        SIZE, "num_virtual_tokens token_dim num_layers num_attention_heads init_r target_r vector_length"
     )
+    | _fields(INTEGER, "tinit tfinal")
     | _fields(NUMBER, "r lora_alpha lora_dropout alpha dropout module_dropout rank_dropout scaling")
     | _fields(FLAG, "fan_in_fan_out inference_mode use_dora use_rslora")
     | _fields(TEXT, "base_model_name_or_path bias peft_type peft_version revision task_type")
