@@ -18,6 +18,7 @@ from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
+from peftjax.report.outcome import concern
 from peftjax.report.text import format_duration, printable
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _render(workdir: Path) -> str:
         config=config,
         changed=_changed(config, _flat(data.default_config)),
         step=train[-1]["step"] if train else 0,
+        concern=concern(lines),
         cards=make_cards(train, evaluations, data),
         charts=make_charts(train, evaluations, config.get("task.kind", "causal_lm")),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),

@@ -29,6 +29,7 @@ from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes, versions
+from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
 from peftjax.training import answers, optim, start_from
@@ -37,7 +38,6 @@ from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
-from peftjax.training.outcome import concern
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
@@ -254,5 +254,5 @@ class Run:
         log.message(f"{result}: {format_bytes(size)}")
         if jax.process_index() == 0:
             log.message(f"{write_report(self.workdir)}")
-            if warning := concern(read_metrics(self.workdir / METRICS)):
-                log.message(warning)
+            if why := concern(read_metrics(self.workdir / METRICS)):
+                log.message(f"warning: {why}")

@@ -288,6 +288,14 @@ def test_odd_losses_make_a_page_and_those_that_are_not_finite_are_skipped(tmp_pa
             assert 0 <= y <= height
 
 
+def test_a_finished_run_whose_loss_rose_has_a_warning(tmp_path: Path) -> None:
+    worse = [eval_line(0, 0.1, 0.9), train_line(30), eval_line(30, 3.0, 0.0)]
+    warning = "Warning: eval_loss rose from 0.1 to 3; lower optim.learning_rate or check the data"
+    for steps, shown in ((30, True), (40, False)):
+        config = {"train": {"steps": steps}}
+        assert (warning in words(page(write_workdir(tmp_path / str(steps), config, worse)))) == shown
+
+
 @pytest.mark.parametrize(("last", "logarithmic"), [(0.1, True), (0.5, False), (0.0, False)])
 def test_a_loss_that_falls_far_has_a_logarithmic_axis(tmp_path: Path, last: float, logarithmic: bool) -> None:
     text = page(write_workdir(tmp_path, None, [train_line(1, loss=5.0), train_line(2, loss=last)]))

@@ -5,19 +5,19 @@ from typing import Any
 
 
 def concern(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A warning if a run learned nothing; empty if there is no sign of that.
+    """Why a run seems to have learned nothing; empty if there is no sign of that.
 
     Args:
         lines: The lines of metrics.jsonl.
     """
     trained = [line for line in lines if line["kind"] == "train"]
     scored = [line["eval_loss"] for line in lines if line["kind"] == "eval" and "eval_loss" in line]
-    if trained and trained[-1]["grad_norm"] == 0:
+    if trained and trained[-1].get("grad_norm") == 0:
         return (
-            f"warning: the gradient norm of step {trained[-1]['step']} is exactly 0, so nothing was learned; check which "
+            f"the gradient norm of step {trained[-1]['step']} is exactly 0, so nothing was learned; check which "
             "parameters are trainable and which tokens count in the loss"
         )
     name, losses = ("eval_loss", scored) if len(scored) > 1 else ("loss", [line["loss"] for line in trained])
     if len(losses) > 1 and losses[-1] > losses[0]:
-        return f"warning: {name} rose from {losses[0]:.4g} to {losses[-1]:.4g}; lower optim.learning_rate or check the data"
+        return f"{name} rose from {losses[0]:.4g} to {losses[-1]:.4g}; lower optim.learning_rate or check the data"
     return ""
