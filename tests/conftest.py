@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,10 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # compiled programs outlive the process: the second run of the tests does not compile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("PEFTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tests/interop imports torch, which is not part of the test extra; where it is missing, `make test-interop` finds no
 # test and fails

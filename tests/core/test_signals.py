@@ -14,6 +14,7 @@ import pytest
 from peftjax.core import preemption as preemptions
 from peftjax.core.preemption import Interrupted, Preempted, Preemption, stopped
 from peftjax.core.signals import Signals
+from tests.runs import wait_until
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -97,8 +98,7 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code(
         status = Path(f"/proc/{child.pid}/status")
         # SIGTERM is caught once the handlers are set; generate only changes the one for SIGINT
         caught = 1 << (TERM if command != "generate" else INT) - 1
-        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught:
-            time.sleep(0.001)
+        wait_until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught != 0, child)
         time.sleep(0.5)
         child.send_signal(number)
         output, _ = child.communicate(timeout=60)
