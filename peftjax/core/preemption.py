@@ -41,7 +41,8 @@ class Preemption:
             received.asked = 0
             if threading.current_thread() is threading.main_thread():
                 numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else NUMBERS
-                self._before = {number: signal.signal(number, _notice) for number in numbers}
+                heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+                self._before = {number: signal.signal(number, _notice) for number in heeded}
         return self
 
     def __exit__(
