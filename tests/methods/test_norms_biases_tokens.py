@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def test_trained_tokens_are_rows_of_the_embedding_and_columns_of_a_tied_head(tie
     expected = tiny.model(tie_word_embeddings=tied)
     table = expected.embed.embedding
     table.set_value(table.get_value().at[jnp.array(ids)].set(rows))
-    np.testing.assert_array_equal(model(tiny.tokens()), expected(tiny.tokens()))
+    with jax.disable_jit():  # one operation at a time: two compiled programs round differently
+        np.testing.assert_array_equal(model(tiny.tokens()), expected(tiny.tokens()))
     assert count_trainable(model) == rows.size
     assert ("default" in model.head.adapters.names()) == tied
 
@@ -82,7 +84,8 @@ def test_trained_tokens_of_a_tied_head_alone_leave_the_embedding() -> None:
     method = TrainableTokens(token_indices=(1, 2), targets=("lm_head",))
     model = tiny.randomize(attach_to(tiny.model(tie_word_embeddings=True), method))
     base = tiny.model(tie_word_embeddings=True)
-    changed = np.any(np.asarray(model(tiny.tokens()) != base(tiny.tokens())), axis=(0, 1))
+    with jax.disable_jit():  # one operation at a time: two compiled programs round differently
+        changed = np.any(np.asarray(model(tiny.tokens()) != base(tiny.tokens())), axis=(0, 1))
     assert set(np.flatnonzero(changed)) == {1, 2}
 
 
