@@ -22,6 +22,7 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.output import say
 from peftjax.core.units import format_bytes, format_clock
 
 METRICS = "metrics.jsonl"
@@ -126,7 +127,7 @@ class Log:
             self._bar.update(step, "  ".join(shown), left)
         elif self._printing:
             clock = format_clock(now - self._began) + (f", {format_clock(left)} left" if left else "")
-            print(self._place(step), *shown, clock, sep="  ", flush=True)
+            say("  ".join([self._place(step), *shown, clock]))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the scores of an evaluation.
@@ -145,7 +146,7 @@ class Log:
         if self._bar:
             self._bar.print(text)
         elif self._printing:
-            print(text, flush=True)
+            say(text)
 
     def sync(self) -> None:
         """Write metrics.jsonl to disk, where a power cut does not lose it."""

@@ -10,6 +10,7 @@ held, read and decoded once.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -126,8 +127,8 @@ def check_member(member: Member) -> None:
             with open_checkpoints(config, member.workdir) as checkpoints:
                 config, _ = start_from.resolve(config, member.workdir, checkpoints)
         task, data = open_data(config, mesh)
-        data.close()
-        check_fit(config, task, mesh)
+        with contextlib.closing(data):
+            check_fit(config, task, data, mesh)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from None
 

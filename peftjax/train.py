@@ -49,7 +49,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     ):
         config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
-        check_fit(config, task, mesh)  # from shapes alone, before any weights are read
+        check_fit(config, task, data, mesh)  # from shapes alone, before any weights are read
         model = task.load_model(config.model, task.directory, mesh, config.seed)  # streamed, sharded and quantized
         base = base_fingerprint(model)
         method = attach_method(config, task, model, mesh, source)

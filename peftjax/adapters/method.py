@@ -18,9 +18,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
 
-Kernels = Callable[
-    [str, int | None], np.ndarray
-]  # (path of a module, layer, None if unstacked) -> its kernel [in, out]
+# (path of a module, its layer or None if it is not stacked) -> its kernel, float32 [in, out]
+Kernels = Callable[[str, int | None], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax
 
 from peftjax.core import debug_log, distributed, signals
 from peftjax.core.errors import UserError
+from peftjax.core.output import say
 from peftjax.core.preemption import Interrupted, Preempted
 
 
@@ -33,10 +34,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             warnings.showwarning = _warn
             code = main(sys.argv[1:])
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        say(str(stop) or "interrupted", error=True)
         code, saved = signals.INTERRUPTED, isinstance(stop, Interrupted)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
+        say(str(stop), error=True)
         code, saved = signals.PREEMPTED, True
     except Exception as error:
         mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
@@ -44,13 +45,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
         if not mistake:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        say(f"error: {' '.join(str(error).splitlines())}", error=True)
         wait = not isinstance(error, jax.errors.JaxRuntimeError)
         if not wait:
-            print(
-                "If another process ended first, its own message says why.",
-                file=sys.stderr,
-            )
+            say("If another process ended first, its own message says why.", error=True)
         code = 2 if mistake else 1
     if code and not saved and distributed.many():
         distributed.leave(code, wait=wait)
@@ -77,7 +75,7 @@ def keep_programs() -> None:
 
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
     del where, also  # a line of our code tells a user nothing
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", error=True)
 
 
 def require_value(options: argparse.Namespace, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""debug.log: what the libraries beneath a run report about an error that the run itself reports as one line.
+"""debug.log: what the underlying libraries report about an error that the run itself reports as one line.
 
 When a file of a checkpoint is damaged or a disk is full, orbax and tensorstore log and print a traceback for every array, also
 from threads that go on after the error was handled. In the commands these go to a file in the workdir.
@@ -26,7 +26,8 @@ class _Log:
 
     def open(self, path: Path) -> None:
         if path != self.path and self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
         self.path = path
 
@@ -61,7 +62,7 @@ def record(error: BaseException) -> str:
 
 def divert() -> None:
     """Send the libraries' log records and stray tracebacks to the file, as soon as there is one. For commands only."""
-    if not isinstance(sys.stderr, _Stderr):
+    if sys.stderr is not None and not isinstance(sys.stderr, _Stderr):
         sys.stderr = _Stderr(sys.stderr)
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)

@@ -195,13 +195,13 @@ def on_first(action: Callable[[], Any]) -> Any:
         The JSON value that the action returned, in every process.
 
     Raises:
-        UserError: The action raised one; it is raised in every process.
+        UserError: The action raised one, or an OSError; it is raised in every process.
     """
     outcome = {"value": None, "problem": ""}
     if jax.process_index() == 0:
         try:
             outcome["value"] = action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome["problem"] = str(error)
     outcome = gather(outcome)[0]
     if outcome["problem"]:

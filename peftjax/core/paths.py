@@ -73,8 +73,8 @@ def matching(option: str, *patterns: object) -> Iterator[None]:
     given = ", ".join(repr(pattern) for pattern in patterns if pattern)
     try:
         with time_limit(
-            f"{option}: matching the names of the layers with {given} does not end; nested repetitions such as (.*)* "
-            "take exponential time: write them as one"
+            f"{option}: matching layer names against {given} takes too long; replace nested repetitions such as (.*)*, "
+            "which take exponential time"
         ):
             yield
     except re.error as error:

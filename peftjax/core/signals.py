@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM, which a run answers at any moment: from its first import to its end.
+"""SIGINT (Ctrl-C) and SIGTERM, handled from the first import to the end of a run.
 
 `python -m peftjax.train` and `python -m peftjax.sweep` watch for signals in a thread, which starts when this module is imported:
 `peftjax/__init__.py` imports it first. A thread answers while the main thread imports, compiles or waits for a file, where a
@@ -8,9 +8,10 @@ handler of Python would not run. It decides by what there is to lose:
 - Between the first step and the end, the signal is noted. The training loop saves and stops (core/preemption.py).
 - A second SIGINT ends the process. Checkpoints are complete or absent, so that the last complete one remains.
 
-This module imports only what Python has imported already.
+This module imports only the standard library, so that it is loaded at once.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -50,11 +51,11 @@ class Signals:
             return "interrupted again; exiting at once. The last complete checkpoint is intact" if stop else ""
         if not self.unsaved:
             why = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
-            return f"{why} before the first step; run the same command again to start or resume"
+            return f"{why} with nothing to save; run the same command again to start or resume"
         if number == signal.SIGINT:
-            _tell("finishing this step and saving; press Ctrl-C again to exit at once")
             if self.forward:
                 self.forward()
+            _tell("saving and stopping; press Ctrl-C again to exit at once")
         return ""
 
     def watch(self) -> None:
@@ -65,6 +66,7 @@ class Signals:
         for number in NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, _leave_to_thread)
+        os.register_at_fork(after_in_child=_forget)
         self.watching = True
         threading.Thread(target=self._watch, args=(reading,), daemon=True, name="signals").start()
 
@@ -84,6 +86,14 @@ def restore() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _forget() -> None:
+    """Handle signals as usual in a forked process, which has no such thread and shares the pipe."""
+    signal.set_wakeup_fd(-1)
+    for number in NUMBERS:
+        if signal.getsignal(number) is _leave_to_thread:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     del number, frame
 
@@ -94,14 +104,16 @@ def _quit(number: int, frame: FrameType | None) -> None:
 
 
 def _exit(why: str, code: int) -> NoReturn:
-    if os.isatty(1):
-        os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
     _tell(why)
     os._exit(code)  # the kernel releases the lock of the workdir
 
 
 def _tell(text: str) -> None:
-    os.write(2, f"{text}\n".encode())  # not print: the main thread may be in the middle of one
+    with contextlib.suppress(OSError):  # the terminal is gone, or what reads the output has been interrupted too
+        os.write(2, f"{text}\n".encode())  # not print: the main thread may be in the middle of one
 
 
 def _start(arguments: list[str], started: list[Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -29,8 +30,14 @@ def time_limit(message: str, seconds: float | None = None) -> Iterator[None]:
         yield
         return
     limit = SECONDS if seconds is None else seconds
+    began = time.thread_time()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if (
+            left := limit - (time.thread_time() - began)
+        ) > 0:  # the process was suspended, or waited for a busy machine
+            signal.setitimer(signal.ITIMER_REAL, left)
+            return
         raise UserError(f"{message} (stopped after {limit:g} s)")
 
     handler = signal.signal(signal.SIGALRM, stop)

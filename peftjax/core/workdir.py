@@ -100,8 +100,8 @@ def claim(workdir: Path, base: str = "") -> Iterator[None]:
             raise UserError(f"--workdir={workdir}: {error}") from None
 
     distributed.on_first(take)
-    debug_log.open_in(workdir, jax.process_index())
     try:
+        debug_log.open_in(workdir, jax.process_index())
         yield
     finally:
         for lock in held:
@@ -132,7 +132,11 @@ class _Lock:
                 )
             time.sleep(min(1.0, LEASE))
         self._descriptor = descriptor
-        self._write(f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
+        try:
+            self._write(f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def release(self) -> None:
         """Release the lock. A directory without other files loses its mark, and is removed if this lock created it."""
@@ -194,13 +198,19 @@ def _is_ours(workdir: Path) -> bool:
     """Whether a directory is new, empty, or a workdir; also one that was written before there were marks."""
     if not workdir.exists() or (workdir / MARK).is_file():
         return True
-    names = {path.name for path in workdir.iterdir()}
+    paths = [path for path in workdir.iterdir() if not _is_harmless(path.name)]
+    names = {path.name for path in paths}
     return (
         all(name == "metrics.jsonl" or name.startswith("events.") for name in names)  # killed before its config.json
         or "sweep.json" in names
         or _is_run(workdir)
-        or all(_is_run(path) for path in workdir.iterdir())  # an unfinished sweep
+        or all(_is_run(path) for path in paths)  # an unfinished sweep
     )
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether a name is that of a log, or of what file systems and file managers create: no run replaces these."""
+    return name.endswith((".log", ".out", ".err")) or name.startswith(".nfs") or name in ("lost+found", ".DS_Store")
 
 
 def _is_run(directory: Path) -> bool:
@@ -221,5 +231,5 @@ def _foreign_steps(checkpoints: Path) -> list[Path]:
 
 
 def _some(directory: Path) -> str:
-    names = sorted(path.name for path in directory.iterdir())
+    names = sorted(path.name for path in directory.iterdir() if not _is_harmless(path.name))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -100,7 +100,12 @@ def _by_split(data_files: Any, name: str) -> dict[str, list[str]]:
 
 def _matching(patterns: list[str], files: list[str]) -> list[str]:
     """The files that match glob patterns, in the order of the patterns."""
-    expressions = [re.compile(_expression(pattern)) for pattern in patterns]
+    expressions = []
+    for pattern in patterns:
+        try:
+            expressions.append(re.compile(_expression(pattern)))
+        except re.error as error:
+            raise UserError(f"{CARD}: {pattern!r} is not a valid file pattern: {error}") from None
     return list(dict.fromkeys(file for wanted in expressions for file in files if wanted.fullmatch(file)))
 
 

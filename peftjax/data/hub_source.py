@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
@@ -47,7 +47,9 @@ def _declares(folder: pathlib.Path, config: str) -> bool:
     """Whether the README.md of a directory declares a configuration."""
     with contextlib.suppress(UserError):  # it need not be the README.md of a dataset
         configs = read_configs(folder / CARD)
-        return isinstance(configs, list) and any(entry.get("config_name") == config for entry in configs)
+        return isinstance(configs, list) and any(
+            isinstance(entry, Mapping) and entry.get("config_name") == config for entry in configs
+        )
     return False
 
 

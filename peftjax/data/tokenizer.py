@@ -252,8 +252,8 @@ class Tokenizer:
             yield
         except Exception as error:
             raise UserError(
-                f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary lacks an entry "
-                "for text that it does not cover; set unk_token in tokenizer.json to a token of the vocabulary"
+                f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "
+                "probably has no token for unknown text; set unk_token in tokenizer.json to a token of the vocabulary"
             ) from error
 
     def _id(self, token: str) -> int | None:

@@ -92,5 +92,5 @@ def _recorded(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, st
     where = f"{path}: {key} in the metadata of the weights"
     recorded = parse_json(metadata.get(key, "{}"), where)
     if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
-        raise UserError(f"{where} must be an object of texts; save the adapter again")
+        raise UserError(f"{where} must be an object whose values are strings; save the adapter again")
     return recorded

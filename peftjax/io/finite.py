@@ -46,7 +46,8 @@ def check_finite(tensor: np.ndarray, what: str) -> None:
     """
     if tensor.dtype.kind in "biu":
         raise UserError(f"{what} has the dtype {tensor.dtype}; an adapter's parameters are floating-point numbers")
-    values = np.asarray(tensor, np.float32, order="C")
+    with np.errstate(over="ignore"):  # reported below
+        values = np.asarray(tensor, np.float32, order="C")
     if not is_finite(values):
         raise UserError(
             f"{what}: {(~np.isfinite(values)).sum()} of {values.size} values are NaN or infinite; the training diverged or "

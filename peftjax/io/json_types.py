@@ -43,14 +43,14 @@ SIZE = Kind("an integer of at least 1", lambda value: _is_integer(value) and val
 INTEGER = Kind("an integer", _is_integer)
 NUMBER = Kind("a finite number", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("text", _is_text)
-TEXTS = Kind("a list of texts", _is_list_of(_is_text))
+TEXT = Kind("a string", _is_text)
+TEXTS = Kind("a list of strings", _is_list_of(_is_text))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-TOKEN = Kind("text or an object", _any_of(_is_text, OBJECT.fits))
-TEMPLATE = Kind("text, an object or a list", _any_of(_is_text, OBJECT.fits, lambda value: isinstance(value, list)))
-NAMES = Kind("text or a list of texts", _any_of(_is_text, TEXTS.fits))
+TOKEN = Kind("a string or an object", _any_of(_is_text, OBJECT.fits))
+TEMPLATE = Kind("a string, an object or a list", _any_of(_is_text, OBJECT.fits, lambda value: isinstance(value, list)))
+NAMES = Kind("a string or a list of strings", _any_of(_is_text, TEXTS.fits))
 LAYERS = Kind("an integer or a list of integers", _any_of(_is_integer, _is_list_of(_is_integer)))
-CHOICE = Kind("true, false or text", _any_of(FLAG.fits, _is_text))
+CHOICE = Kind("true, false or a string", _any_of(FLAG.fits, _is_text))
 
 
 def _fields(kind: Kind, names: str) -> dict[str, Kind]:

@@ -72,9 +72,15 @@ class ModelConfig:
         raise NotImplementedError
 
 
+def as_shapes(make: Callable[[], "Model"]) -> "Model":
+    """Build a model with `jax.ShapeDtypeStruct` in place of arrays, without the shardings of the current mesh."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)  # with a mesh set, it would turn a quantized kernel into a plain array
+
+
 @functools.lru_cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
+    return nnx.split(as_shapes(lambda: config.make(nnx.Rngs(0))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from peftjax.io.bitsandbytes import check_config
 from peftjax.io.random_model import make_quantized
 from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
-from peftjax.models.base import Model
+from peftjax.models.base import Model, as_shapes
 from peftjax.tasks import Task
 from peftjax.training.config import Config
 from peftjax.training.split import split
@@ -68,8 +68,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         attach_unchecked(model, method, "default", rngs=nnx.Rngs(config.seed))
         return model
 
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.eval_shape(make)  # with a mesh set, it would turn a quantized kernel into a plain array
+    return as_shapes(make)
 
 
 def abstract_step(config: Config, task: Task, model: Model, mesh: Mesh) -> tuple[jax.stages.Wrapped, StepArguments]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.adapters import active_view
-from peftjax.core import variables
+from peftjax.core import output, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
@@ -239,7 +239,7 @@ def fail(one: Training, error: NotFiniteError) -> None:
 def say(text: str) -> None:
     """Print a line, from one process."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        output.say(text)
 
 
 def _own_leaves(run: Run) -> variables.FlatTree:

@@ -67,9 +67,11 @@ def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
 def _refuse_to_replace_result(config: Config, workdir: Path) -> None:
     """Raises a UserError if a finished run, or one with another configuration, has left its result and no checkpoint."""
     result = next((path for name in ("adapter", "model") if (path := workdir / name).exists()), None)
-    stored = workdir / "config.json"
-    same = stored.exists() and not _differing(config, read_json(stored))
-    if result is not None and not (same and not (workdir / "report.html").exists()):
+    if result is None:
+        return
+    stored = read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+    same = "train" in stored and not _differing(config, stored)
+    if not same or (workdir / "report.html").exists():
         raise UserError(
             f"--workdir={workdir} holds the result of a run, {result}, but no checkpoint to resume from; training would "
             "replace the result. Choose another workdir, or delete this one to start again"
@@ -100,7 +102,7 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     return task, batches
 
 
-def check_fit(config: Config, task: Task, mesh: Mesh) -> None:
+def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh) -> None:
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
     The model and its adapters are built as shapes. The first batch of each source is read, since it takes a whole pass to
@@ -121,8 +123,9 @@ def check_fit(config: Config, task: Task, mesh: Mesh) -> None:
         with jax.set_mesh(mesh):
             step, arguments = abstract_step(config, task, model, mesh)
             step.trace(*arguments)
-    with contextlib.closing(train_batches(config.data, task, batching(config, mesh), config.seed)) as batches:
-        next(batches)
+    start = data.get_state()
+    next(data)
+    data.set_state(start)
     check_held_out(config, task, mesh)
 
 

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from peftjax.core import preemption as preemptions
+from peftjax.core import signals as module
 from peftjax.core.preemption import Interrupted, Preempted, Preemption, stopped
 from peftjax.core.signals import Signals
 from tests.runs import wait_until
@@ -22,8 +23,8 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 @pytest.mark.parametrize(
     ("unsaved", "numbers", "last"),
     [
-        (False, [TERM], "stopped by SIGTERM before the first step"),
-        (False, [INT], "interrupted before the first step"),
+        (False, [TERM], "stopped by SIGTERM with nothing to save"),
+        (False, [INT], "interrupted with nothing to save"),
         (True, [TERM], ""),
         (True, [TERM, TERM], ""),  # an impatient scheduler
         (True, [INT], ""),
@@ -45,6 +46,32 @@ def test_a_signal_stops_at_once_if_nothing_is_lost_or_if_it_is_the_second_ctrl_c
     assert capfd.readouterr().err.count("press Ctrl-C again") == (unsaved and numbers[0] == INT)
 
 
+def test_a_signal_is_answered_although_nobody_reads_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module.os, "write", write)
+    signals, forwarded = Signals(), []
+    signals.unsaved, signals.forward = True, lambda: forwarded.append(INT)
+    assert signals.receive(INT) == ""
+    assert forwarded == [INT]
+
+
+def test_a_forked_process_handles_signals_as_usual() -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from peftjax.core.signals import received\n"
+        "received.watch()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os._exit(1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM\n"
+        "assert received.asked == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "before"), [(TERM, Preempted, Preempted), (INT, Interrupted, KeyboardInterrupt)]
 )
@@ -63,7 +90,7 @@ def test_in_a_program_of_the_user_a_signal_raises_and_the_handlers_return(
         with pytest.raises(kind, match="between two runs"):  # of a sweep
             preemption.begin()
     assert signal.getsignal(number) == handler
-    with Preemption(), pytest.raises(before, match="before the first step"):
+    with Preemption(), pytest.raises(before, match="with nothing to save"):
         signal.raise_signal(number)
 
 
@@ -85,8 +112,8 @@ def test_in_a_distributed_run_ctrl_c_is_passed_on_to_jax(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("command", "number", "code", "line"),
     [
-        ("train", TERM, 75, "stopped by SIGTERM before the first step; run the same command again to start or resume"),
-        ("sweep", INT, 130, "interrupted before the first step; run the same command again to start or resume"),
+        ("train", TERM, 75, "stopped by SIGTERM with nothing to save; run the same command again to start or resume"),
+        ("sweep", INT, 130, "interrupted with nothing to save; run the same command again to start or resume"),
         ("generate", INT, 130, "interrupted"),
     ],
 )

@@ -34,6 +34,7 @@ OURS: dict[str, Callable[[Path], object]] = {
     "killed before its config.json": lambda place: write(place, "metrics.jsonl", "events.out.tfevents.1", text=""),
     "its config.json lost": lambda place: write(place, "checkpoints/7/about/metadata"),
     "a sweep": lambda place: write(place, "sweep.json", "rank=4/adapter/adapter_config.json"),
+    "a log and a new volume's folder": lambda place: write(place, "train.log", "lost+found/part"),
     "an unfinished sweep": lambda place: write(place, "rank=4/config.json", "rank=8/config.json", text=RUN_CONFIG),
 }
 FOREIGN = {

@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_a_second_one_exits_at_once_also_during_a_save(world: P
     child.send_signal(signal.SIGINT)
     ((code, output),) = ended(child)
     assert code == 130, output
-    assert "finishing this step and saving; press Ctrl-C again to exit at once" in output
+    assert "saving and stopping; press Ctrl-C again to exit at once" in output
     step = re.search(rf"interrupted after step (\d+) of {STEPS}; .* resume from {workdir}/checkpoints/(\1)\n", output)[
         1
     ]
