@@ -301,7 +301,9 @@ def test_attaching_changes_no_bit_of_the_base_and_of_its_logits(name: str) -> No
     model = attached(name)
     assert tiny.bits(model) == tiny.bits(base)
     if CASES[name].noop:
-        np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
+        # One operation at a time where the adapter makes XLA fuse, and so round, the base's operations differently.
+        with jax.disable_jit(name == "trainable-tokens-tied"):
+            np.testing.assert_array_equal(model(tiny.tokens()), base(tiny.tokens()))
     elif CASES[name].method.neutral:
         np.testing.assert_allclose(model(tiny.tokens()), base(tiny.tokens()), atol=1e-5)
     else:
