@@ -74,13 +74,12 @@ def write_model(directory: Path, config: dict, dtype: str) -> None:
     """Write random weights, drawn from 65536 normal numbers, and norms of 1: one file per layer and one for the rest. Only
     one file is in memory at a time."""
     import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
-    from flax import nnx
     from safetensors.numpy import save_file
 
     from peftjax import models
     from peftjax.io import entries, hf_files
 
-    model = nnx.eval_shape(lambda: models.from_hf_config(config).make(nnx.Rngs(0)))
+    model = models.from_hf_config(config).abstract()
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for entry in entries.entries(model):
         for layer, key in enumerate(entry.keys):

@@ -65,7 +65,7 @@ def _encode(kernels: jax.Array, format_: str) -> Any:
 
 @functools.cache
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    graph = nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))[0]
+    graph = nnx.split(config.abstract())[0]
     return graph, jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
 
 

@@ -65,7 +65,7 @@ def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]
 
 @contextlib.contextmanager
 def matching(option: str, *patterns: object) -> Iterator[None]:
-    """The context in which names are matched with patterns that a user or a file gives.
+    """Context manager for matching names against patterns from a user or a file.
 
     Raises:
         UserError: A pattern is not a regular expression, or matching takes too long.

@@ -26,13 +26,8 @@ MARK = ".peftjax"
 LEASE = 120.0  # seconds after which a file server has released the locks of a host that is gone; NFSv4: 90 by default
 _NOTE = "This directory belongs to a run of peftjax. This file is its lock: do not delete it while the run is active.\n"
 _SECTIONS = {"model", "method", "data", "optim", "train", "checkpoint"}  # in the config.json of every version
-_STEP = {
-    "state",
-    "about",
-    "_CHECKPOINT_METADATA",
-    "descriptor",
-    "commit_success.txt",
-}  # in the directory of a checkpoint
+# What the directory of a checkpoint holds.
+_STEP = {"state", "about", "_CHECKPOINT_METADATA", "descriptor", "commit_success.txt"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 

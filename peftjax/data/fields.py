@@ -9,7 +9,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.data.config import DataConfig
 
-MOST_WIDE = 10_000  # characters, in the format of a field
+MAX_WIDTH = 10_000  # characters, in the format of a field
 
 
 def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) -> str:
@@ -58,11 +58,11 @@ class _Filled(string.Formatter):
         return value, first
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """A width or a precision in a template, such as {prompt:>999999999}, may not exhaust the memory."""
-        if wide := [number for number in re.findall(r"\d+", format_spec) if len(number) > 6 or int(number) > MOST_WIDE]:
+        """Format a value. Widths and precisions are limited: {prompt:>999999999} would exhaust the memory."""
+        if wide := [number for number in re.findall(r"\d+", format_spec) if len(number) > 6 or int(number) > MAX_WIDTH]:
             raise UserError(
                 f"template {self._template!r}: the format {format_spec!r} asks for {wide[0]} characters; use at most "
-                f"{MOST_WIDE:,}"
+                f"{MAX_WIDTH:,}"
             )
         return super().format_field(value, format_spec)
 

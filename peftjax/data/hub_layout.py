@@ -128,7 +128,7 @@ def inferred(files: Iterable[str], *, flat: bool = False) -> Layout:
 
     Args:
         files: The readable files.
-        flat: Whether folders are no configurations.
+        flat: Ignore the folders: all files belong to one configuration.
     """
     placed: dict[str, list[tuple[str, str, str]]] = {}
     for file in sorted(file for file in files if file.rpartition("/")[2] not in _METADATA):

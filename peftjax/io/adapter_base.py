@@ -88,7 +88,7 @@ def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping
 
 
 def _recorded(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, str]:
-    """The texts by path that a key of the metadata holds; empty if it is missing."""
+    """The strings by path that the metadata has under a key; empty if the key is missing."""
     where = f"{path}: {key} in the metadata of the weights"
     recorded = parse_json(metadata.get(key, "{}"), where)
     if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):

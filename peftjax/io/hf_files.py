@@ -132,7 +132,7 @@ def _with_config(directory: Path) -> Path:
 
 
 def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
-    """Raises a UserError if a directory has a pipe or a broken link in the place of a file with such a name."""
+    """Raises a UserError if a file of a directory whose name matches one of the patterns is a pipe or a broken link."""
     for path in sorted(directory.iterdir()):  # glob leaves out a link to itself
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
             check_regular(path)
@@ -144,10 +144,10 @@ def _listing(directory: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; the fields that `json_types` lists are of their types.
+    """Read a JSON object and check the types of the fields that `json_types` lists.
 
     Raises:
-        UserError: The file is not valid JSON, or holds another kind of value.
+        UserError: The file is not valid JSON, holds another kind of value, or a field has another type.
     """
     value = load_json(path)
     if not isinstance(value, dict):

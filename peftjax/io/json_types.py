@@ -57,6 +57,7 @@ def _fields(kind: Kind, names: str) -> dict[str, Kind]:
     return dict.fromkeys(names.split(), kind)
 
 
+_SPECIAL_TOKENS = _fields(TOKEN, "bos_token eos_token pad_token unk_token sep_token cls_token mask_token")
 TYPES: dict[str, dict[str, Kind]] = {
     "config.json": _fields(
         SIZE,
@@ -87,11 +88,11 @@ TYPES: dict[str, dict[str, Kind]] = {
     | _fields(OBJECT, "id2label label2id quantization_config rope_parameters rope_scaling text_config vision_config")
     | _fields(TEXTS, "architectures layer_types"),
     "tokenizer_config.json": _fields(FLAG, "add_bos_token add_eos_token add_prefix_space clean_up_tokenization_spaces")
-    | _fields(TOKEN, "bos_token eos_token pad_token unk_token sep_token cls_token mask_token")
+    | _SPECIAL_TOKENS
     | _fields(TEMPLATE, "chat_template")
     | _fields(TEXT, "tokenizer_class")
     | _fields(OBJECT, "added_tokens_decoder"),
-    "special_tokens_map.json": _fields(TOKEN, "bos_token eos_token pad_token unk_token sep_token cls_token mask_token"),
+    "special_tokens_map.json": _SPECIAL_TOKENS,
     "chat_template.json": _fields(TEMPLATE, "chat_template"),
     "quantization_config": _fields(FLAG, "load_in_4bit load_in_8bit bnb_4bit_use_double_quant")
     | _fields(TEXT, "quant_method bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_quant_storage")

@@ -1,4 +1,4 @@
-"""What the metrics of a finished run say against it."""
+"""Signs in the metrics of a run that it has learned nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

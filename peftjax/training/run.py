@@ -192,7 +192,7 @@ class Run:
         scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
-                f"step 0: eval_loss is {scores['eval_loss']} before any training, so the base model gives it, not the "
+                f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
         found = self._answers(state)

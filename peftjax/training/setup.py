@@ -87,9 +87,7 @@ def raise_if_different(workdir: Path, differ: list[str]) -> None:
 
 
 def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
-    """The task and its training batches.
-
-    The held-out data is opened as well, since all mistakes in the data are to be reported before a model is loaded.
+    """The task and its training batches. `check_fit` opens the held-out data.
 
     Raises:
       UserError: The model directory lacks what the task needs, or the data cannot be read.
@@ -97,21 +95,19 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     directory = resolve(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
     batches = train_batches(config.data, task, batching(config, mesh), config.seed)
-    if config.data.eval:
-        eval_batches(config.data, task, batching(config, mesh)).close()
     return task, batches
 
 
 def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh) -> None:
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
-    The model and its adapters are built as shapes. The first batch of each source is read, since it takes a whole pass to
-    notice that no record has a loss.
+    The model and its adapters are built as shapes. The first batch of the training data and of the held-out data is read:
+    where no record has a loss, no batch comes.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
-        it, a token has no row in its embedding, the attention kernel does not support the batch, or a source has nothing
-        to learn from.
+        it, a token has no row in its embedding, the attention kernel does not support the batch, the data
+        cannot be read, or it has nothing to learn from.
     """
     fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
     with warnings.catch_warnings():

@@ -25,6 +25,6 @@ def test_a_base_that_gives_nan_is_not_blamed_on_the_learning_rate(
 
     monkeypatch.setattr(model_section, "load_model", broken)
     with pytest.raises(
-        NotFiniteError, match="step 0: eval_loss is nan before any training, so the base model gives it"
+        NotFiniteError, match="step 0: eval_loss is nan before any training, so the cause is the base model"
     ):
         train.train(configs.validate(config(tmp_path, eval__exact_match=0, eval__samples=0)), tmp_path / "run")
