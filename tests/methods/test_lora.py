@@ -168,9 +168,9 @@ def test_a_tied_head_that_is_trained_whole_leaves_the_embedding_alone() -> None:
     with jax.disable_jit():  # one operation at a time: two compiled programs round differently
         base = logits(use(model, None))
         np.testing.assert_array_equal(logits(use(model, "default")), base)
-    head = model.head.adapters.default
-    head.kernel.set_value(2 * head.kernel.get_value())
-    np.testing.assert_allclose(logits(model), 2 * base, rtol=1e-5)
+        head = model.head.adapters.default
+        head.kernel.set_value(2 * head.kernel.get_value())
+        np.testing.assert_allclose(logits(model), 2 * base, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
