@@ -3,6 +3,9 @@
 from peftjax.core import signals as _signals  # noqa: F401  # first: it handles signals while a command imports the rest
 
 # isort: split
+import sys as _sys
+from types import ModuleType as _ModuleType
+
 from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
 from peftjax.core.variables import PeftParam, trainable_mask
@@ -89,3 +92,19 @@ __all__ = [
     "use",
 ]
 __version__ = "0.1.0"
+
+
+class _Package(_ModuleType):
+    """A package whose public functions stay what they are when a command of the same name is imported.
+
+    Importing the module `peftjax.generate` sets the attribute `generate` of the package to that module, which would replace
+    the function `peftjax.generate`. The module itself remains importable: `from peftjax.generate import main`.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        present = self.__dict__.get(name)
+        if not isinstance(value, _ModuleType) or present is None or isinstance(present, _ModuleType):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,6 @@
-"""Evaluate what a training run left in its workdir.
+"""Evaluate what a training run left in its workdir, with the config that the run wrote there.
 
-python -m peftjax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
+peftjax evaluate --workdir=runs/quickstart
 """
 
 import json
@@ -14,15 +14,15 @@ from peftjax.core.files import write_atomically
 from peftjax.data.batches import eval_prompts
 from peftjax.training import answers
 from peftjax.training import config as configs
-from peftjax.training.trained import load_trained, measure
+from peftjax.training.trained import load_trained, measure, run_config
 
 
 def main(argv: list[str]) -> None:
     summary = "Evaluate the trained model in a workdir."
-    options = cli.parse(argv, "evaluate", summary, configs.describe(), options=distributed.add_options)
-    config = configs.load(options.config, options.overrides)
-    distributed.start(options)
+    options = cli.parse(argv, "evaluate", summary, configs.describe(), of_run=True, options=distributed.add_options)
     workdir = Path(options.workdir)
+    config = run_config(workdir, options.config, options.overrides)
+    distributed.start(options)
     mesh = sharding.make_mesh(config.mesh.sizes)
     model, task = load_trained(config, workdir, mesh)
     with jax.set_mesh(mesh):

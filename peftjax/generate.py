@@ -24,7 +24,7 @@ from peftjax.quant import FORMATS
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m peftjax.generate", description="Generate text from prompts with a model and an adapter."
+        prog=cli.program("generate"), description="Generate text from prompts with a model and an adapter."
     )
     add = parser.add_argument
     add("--model", required=True, help='Hugging Face directory, hub id, or "embedded" for the bundled model')
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    options = make_parser().parse_args(argv)
+    options = cli.parse_options(make_parser(), argv)
     cli.require_value(options, "model", "adapter")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     directory = resolve(options.model)

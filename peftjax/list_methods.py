@@ -1,6 +1,6 @@
 """The command that lists all methods for one model: trainable parameters, their share of the base, adapter file size.
 
-    python -m peftjax.list_methods [--model=DIR] [--method=lora]
+    peftjax list-methods [--model=DIR] [--method=lora]
 
 All figures are counted from shapes: of a model directory only config.json is read. `--method` explains one method and its
 options.
@@ -140,7 +140,7 @@ def _documentation(documented: Any) -> str:
 def main(argv: list[str]) -> None:
     """Run the command: print the table of all methods, or explain one."""
     parser = argparse.ArgumentParser(
-        prog="python -m peftjax.list_methods",
+        prog=cli.program("list_methods"),
         description="List all methods with the parameters they would train on a model, or explain one method.",
     )
     parser.add_argument(
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
         help='model directory, Hugging Face Hub id, or "embedded" for the bundled demo model (default)',
     )
     parser.add_argument("--method", metavar="NAME", help="explain this method and its options instead")
-    given = parser.parse_args(argv)
+    given = cli.parse_options(parser, argv)
     console = Console()
     if given.method:
         explain(given.method, console)

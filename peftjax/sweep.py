@@ -1,9 +1,9 @@
 """Train one run for each combination of some fields' values, side by side where one program can train them.
 
-    python -m peftjax.sweep --config=configs/quickstart.py --workdir=runs/sweep \\
+    peftjax sweep --config=configs/quickstart.py --workdir=runs/sweep \\
         --sweep.optim.learning_rate=1e-3,3e-3 --sweep.method.rank=4,8
 
-Each run has its own directory in the workdir, with what `python -m peftjax.train` with these values would write: the same
+Each run has its own directory in the workdir, with what `peftjax train` with these values would write: the same
 files, and the same numbers up to rounding. The same command resumes an interrupted sweep. Runs that differ in nothing but
 `TOGETHER` are a population: one program computes the gradients of all of them under vmap, so that the frozen base is
 held, read and decoded once.
@@ -220,8 +220,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of the values of some fields."
-    fields = [argument for argument in argv if argument.startswith("--sweep.")]
-    rest = [argument for argument in argv if argument not in fields]
+    fields, rest = cli.config_fields(argv, "--sweep.")
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
     if options.together < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")

@@ -1,6 +1,6 @@
 """Train a model: load it, attach a method, train the method's parameters, and write an adapter that others can read.
 
-    python -m peftjax.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.learning_rate=1e-4]
+    peftjax train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.learning_rate=1e-4]
 
 The same command in the same workdir resumes an interrupted run; the result is bit-identical to that of a run that was
 never interrupted.

@@ -27,6 +27,7 @@ FLOORS = [
     ["training"],
     ["plan", "train", "evaluate", "generate", "sweep", "list_methods"],  # the commands
     ["__init__"],  # the public names
+    ["__main__"],  # the command `peftjax`
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -137,7 +138,8 @@ def test_transformers_is_imported_with_the_first_tokenizer_and_needs_no_torch() 
 import sys
 sys.modules["torch"] = None  # as where it is not installed
 import peftjax
-from peftjax import evaluate, generate, list_methods, sweep, train
+from peftjax import evaluate, list_methods, sweep, train
+from peftjax.generate import main
 from peftjax.plan import plan
 list_methods.main(["--method=ia3"])
 assert "transformers" not in sys.modules

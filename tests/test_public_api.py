@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,10 @@ def test_public_names_are_sorted_and_documented(module: Any) -> None:
 
 
 def test_generate_is_the_function_and_not_the_command() -> None:
+    command = importlib.import_module("peftjax.generate")
+    assert inspect.isfunction(command.main)
     assert inspect.isfunction(peftjax.generate)
+    assert peftjax.generate is command.generate
     model = tiny.model()
     assert peftjax.generate(model, [[5, 6]], max_new_tokens=2) == peftjax.generate(
         model, [[5, 6]], max_new_tokens=2, sampling=peftjax.Sampling()

@@ -13,6 +13,7 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods, train
+from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
@@ -20,6 +21,7 @@ from peftjax.models import from_hf_config
 from peftjax.tasks import model as model_section
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
+from peftjax.training.trained import result_of
 from tests import tiny
 from tests.runs import files, in_process
 
@@ -159,14 +161,13 @@ def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, workdir = config(tmp_path, train__steps=2), tmp_path / "run"
     scores = train.train(configs.validate(made), workdir)
-    (tmp_path / "config.py").write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(json.loads({configs.to_json(configs.validate(made))!r}))\n"
-    )
-    evaluate.main([f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"])
+    evaluate.main([f"--workdir={workdir}"])  # the run's own config.json says the rest
     written = json.loads((workdir / "evaluation.json").read_text())
     assert written["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
     assert written["exact_match"] == scores["exact_match"]
+    (tmp_path / "config.json").write_text(configs.to_json(configs.validate(made)))
+    evaluate.main([f"--config={tmp_path / 'config.json'}", f"--workdir={workdir}", "--config.eval.exact-match=2"])
+    assert json.loads((workdir / "evaluation.json").read_text())["prompts"] == 2
 
     capsys.readouterr()
     arguments = ["--prompt=1+1=", "--prompt=20+1=", "--max-new-tokens=3"]
@@ -175,6 +176,30 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     assert "> 1+1=\n" in printed
     assert "> 20+1=\n" in printed
     assert "tokens/s" in printed
+
+
+def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    made, workdir = configs.validate(config(tmp_path)), tmp_path / "sweep" / "one"
+
+    def refused(workdir: Path, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            evaluate.main([f"--workdir={workdir}"])
+
+    workdir.mkdir(parents=True)
+    refused(tmp_path / "swep", r"swep: no such directory\. Did you mean 'sweep'\? Give the workdir of a run")
+    refused(workdir, r"one: not the workdir of a run; it holds no files\. peftjax train writes config\.json there")
+    refused(tmp_path / "model", r"model: not the workdir of a run; it holds config\.json, ")
+    refused(tmp_path / "train.jsonl", r"train\.jsonl: this is a file")
+    (workdir / "config.json").write_text(configs.to_json(made))
+    refused(tmp_path / "sweep", r"sweep: this directory holds several runs; give one of them: one$")
+    refused(workdir, r"adapter not found: training has not finished\. Run peftjax train again to finish it")
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    refused(workdir, r"has not finished; its newest checkpoint is that of step 3 of 6\. Run peftjax train again")
+    (workdir / "adapter").mkdir()  # with checkpoint.adapter
+    with pytest.warns(UserWarning, match=r"training has not finished; this is the result of step 3 of 6"):
+        assert result_of(made, workdir) == workdir / "adapter"
+    (workdir / "checkpoints" / "6").mkdir()
+    assert result_of(made, workdir) == workdir / "adapter"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path: Path) -> None:

@@ -87,16 +87,46 @@ def require_value(options: argparse.Namespace, *names: str) -> None:
             )
 
 
+def program(command: str) -> str:
+    """How the user has started a command, for its usage message: `peftjax train` or `python -m peftjax.train`."""
+    started = Path(sys.argv[0])
+    console = started.name == "peftjax" or started.parts[-2:] == ("peftjax", "__main__.py")
+    return f"peftjax {command.replace('_', '-')}" if console else f"python -m peftjax.{command}"
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """`parser.parse_args(argv)`, where the names of options may have dashes for underscores, and underscores for dashes."""
+    declared = {option.replace("_", "-"): option for action in parser._actions for option in action.option_strings}
+
+    def respelled(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return declared.get(name.replace("_", "-"), name) + equals + value
+
+    return parser.parse_args([respelled(word) if word.startswith("--") else word for word in argv])
+
+
+def config_fields(argv: list[str], prefix: str = "--config.") -> tuple[list[str], list[str]]:
+    """The arguments that set config fields, such as "--config.train.eval-every=5", and all others.
+
+    In the names of the fields, dashes become underscores.
+    """
+    found = [word for word in argv if word.startswith(prefix)]
+    pairs = [word.partition("=") for word in found]
+    fields = ["--" + name[2:].replace("-", "_") + equals + value for name, equals, value in pairs]
+    return fields, [word for word in argv if word not in found]
+
+
 def parse(
     argv: list[str],
     command: str,
     summary: str,
     fields: str,
     *,
+    of_run: bool = False,
     workdir: bool = True,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The arguments of `python -m peftjax.COMMAND`: `config` (path), `overrides` (strings "--config.a.b=c") and `workdir`.
+    """The arguments of a command with a config: `config` (path), `overrides` (strings "--config.a.b=c") and `workdir`.
 
     A missing or unknown argument ends the process with code 2, as argparse does.
 
@@ -105,27 +135,31 @@ def parse(
       command: The name of the command.
       summary: What it does, for --help.
       fields: The description of all config fields, for --help.
+      of_run: Whether the command reads a run, whose config is the default for --config.
       workdir: Whether the command has --workdir.
       options: Adds the command's own options to the parser.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m peftjax.{command}",
+        prog=program(command),
         description=summary,
         epilog=fields,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    files = "Python file with get_config(), FILE.py:ARGUMENT, or a YAML or JSON file"
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config(), or FILE.py:ARGUMENT"
+        "--config",
+        required=not of_run,
+        metavar="FILE",
+        help=f"Config instead of the run's own: {files[0].lower() + files[1:]}" if of_run else files,
     )
     if workdir:
-        parser.add_argument(
-            "--workdir", required=True, metavar="DIR", help="Directory for everything that the run writes"
-        )
+        role = "Workdir of the run" if of_run else "Directory for everything that the run writes"
+        parser.add_argument("--workdir", required=True, metavar="DIR", help=role)
     if options is not None:
         options(parser)
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    arguments = parser.parse_args([argument for argument in argv if argument not in overrides])
+    overrides, rest = config_fields(argv)
+    arguments = parse_options(parser, rest)
     arguments.overrides = overrides
     require_value(arguments, "config", *(["workdir"] if workdir else []))
     return arguments

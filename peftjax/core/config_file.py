@@ -1,6 +1,7 @@
-"""Running a config file: Python with a function `get_config()` that returns a ConfigDict."""
+"""Reading a config file: Python with a function `get_config()`, or the same sections and fields in YAML or JSON."""
 
 import importlib.util
+import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,31 +9,73 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from peftjax.core import config_yaml
+from peftjax.core.config import flat
+from peftjax.core.config_values import Source
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 
+SUFFIXES = (".py", ".yaml", ".yml", ".json")
 
-def run(given: str | Path) -> ConfigDict | Mapping[str, Any]:
-    """What the `get_config()` of a file returns; the text after the colon of "FILE.py:TEXT" is its argument.
+
+def read(given: str | Path) -> tuple[dict[str, Any], Source]:
+    """The values of a config file, {"section.field": value}, and where they come from.
+
+    Args:
+      given: A path. For a Python file also "FILE.py:TEXT": the text is the argument of its `get_config`.
 
     Raises:
-      UserError: The file is missing or fails; the message has the line that failed.
+      UserError: The file is missing, malformed or fails; the message has the line if it is known.
     """
     file, colon, argument = str(given).rpartition(".py:")
     path = Path(file + ".py" if colon else given)
     if not path.is_file():
-        near = suggest(path.name, [other.name for other in path.parent.glob("*.py")])
+        near = suggest(path.name, [other.name for other in path.parent.glob("*") if other.suffix in SUFFIXES])
         raise UserError(f"--config={path}: no such file.{near}")
+    if path.suffix in (".yaml", ".yml"):
+        values, lines = config_yaml.read(path)
+        return values, Source(str(path), lines)
+    if path.suffix == ".json":
+        return _json(path), Source(str(path))
+    if path.suffix != ".py":
+        raise UserError(
+            f"--config={path}: a config is a Python, YAML or JSON file, so its name ends in .py, .yaml or .json"
+        )
+    return flat(_run(path, *([argument] if colon else []))), Source(str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, Mapping):
+        raise UserError(f"{path}: a config must be an object with sections, not {json.dumps(config)[:40]}")
+    return flat(config)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is given twice")
+    return dict(pairs)
+
+
+def _run(path: Path, *arguments: str) -> ConfigDict | Mapping[str, Any]:
+    """What the `get_config()` of a Python file returns."""
     spec = importlib.util.spec_from_file_location(f"peftjax_config_{path.stem}", path.absolute())
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: a config is a Python file, so its name ends in .py")
+    assert spec is not None  # for a name that ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         get_config = vars(module).get("get_config")
         if not callable(get_config):
             raise UserError("a config file needs a function get_config() that returns a ConfigDict")
-        config = get_config(argument) if colon else get_config()
+        config = get_config(*arguments)
         if not isinstance(config, ConfigDict | Mapping):
             raise UserError(f"get_config() must return a ConfigDict, but returned {config!r}")
     except (Exception, SystemExit) as error:  # the file may fail in any way; the user needs the place and the reason

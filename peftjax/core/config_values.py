@@ -5,6 +5,7 @@ names the field, its value and where it was set, with suggestions.
 """
 
 import ast
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,14 +17,31 @@ from peftjax.core.paths import suggest
 Values = dict[str, Any]
 
 
-def complete(values: Mapping[str, Any], schema: Schema, source: str) -> Values:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where values come from, for messages.
+
+    Attributes:
+      name: A file, or another origin.
+      lines: The lines of the fields that have one.
+    """
+
+    name: str
+    lines: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def of(self, field: str) -> str:
+        """The origin of a field, with its line if there is one."""
+        return f"{self.name}, line {self.lines[field]}" if field in self.lines else self.name
+
+
+def complete(values: Mapping[str, Any], schema: Schema, source: Source) -> Values:
     """All known fields: the given values, checked, and the defaults of the rest. `source` is named in messages."""
-    known = _known(values, schema, source)
+    known = _known(values, schema, source.of("method.name"))
     for name in values:
         if name not in known:
-            raise _unknown(name, known, source)
+            raise _unknown(name, known, source.of(name))
     return {
-        name: _checked(name, values[name], field, source) if name in values else field.default
+        name: _checked(name, values[name], field, source.of(name)) if name in values else field.default
         for name, field in known.items()
     }
 
@@ -42,7 +60,7 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
-            values = complete(rest | {name: text}, schema, source)
+            values = complete(rest | {name: text}, schema, Source(source))
         known = _known(values, schema, source)
         if name not in known:
             raise _unknown(name, known, source)

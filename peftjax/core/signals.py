@@ -1,6 +1,6 @@
 """SIGINT (Ctrl-C) and SIGTERM, handled from the first import to the end of a run.
 
-`python -m peftjax.train` and `python -m peftjax.sweep` watch for signals in a thread, which starts when this module is imported:
+The commands `train` and `sweep` watch for signals in a thread, which starts when this module is imported:
 `peftjax/__init__.py` imports it first. A thread answers while the main thread imports, compiles or waits for a file, where a
 handler of Python would not run. It decides by what there is to lose:
 
@@ -18,12 +18,12 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
 INTERRUPTED = 130  # exit code after SIGINT, as shells report it
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
-_RUNS = ("peftjax.train", "peftjax.sweep")
+_RUNS = ("train", "sweep")
 
 
 class Signals:
@@ -116,14 +116,29 @@ def _tell(text: str) -> None:
         os.write(2, f"{text}\n".encode())  # not print: the main thread may be in the middle of one
 
 
-def _start(arguments: list[str], started: list[Any]) -> None:
-    """Handle signals if Python was started with -m and one of our commands, whose package it is importing now."""
-    if arguments[:1] != ["-m"] or "-m" not in started:
-        return
-    module = str(started[started.index("-m") + 1])
-    if module in _RUNS:
+def _command(arguments: list[str], started: list[str]) -> str | None:
+    """The command whose package Python is importing; None if another program imports it.
+
+    Args:
+        arguments: sys.argv, which is ["-m", ...] until Python has found the module to run.
+        started: sys.orig_argv.
+    """
+    if arguments[:1] == ["-m"] and "-m" in started:
+        package, _, command = started[started.index("-m") + 1].partition(".")
+        if package != "peftjax":
+            return None
+        return command or (arguments[1:] or [""])[0]  # python -m peftjax train
+    if arguments and os.path.basename(arguments[0]) == "peftjax":  # noqa: PTH119  # pathlib is not loaded yet
+        return (arguments[1:] or [""])[0]
+    return None
+
+
+def _start(arguments: list[str], started: list[str]) -> None:
+    """Handle signals if this process runs one of our commands."""
+    command = _command(arguments, started)
+    if command in _RUNS:
         received.watch()
-    elif module.startswith("peftjax.") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    elif command is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _quit)
 
 

@@ -198,8 +198,8 @@ def _is_ours(workdir: Path) -> bool:
     return (
         all(name == "metrics.jsonl" or name.startswith("events.") for name in names)  # killed before its config.json
         or "sweep.json" in names
-        or _is_run(workdir)
-        or all(_is_run(path) for path in paths)  # an unfinished sweep
+        or is_run(workdir)
+        or all(is_run(path) for path in paths)  # an unfinished sweep
     )
 
 
@@ -208,7 +208,7 @@ def _is_harmless(name: str) -> bool:
     return name.endswith((".log", ".out", ".err")) or name.startswith(".nfs") or name in ("lost+found", ".DS_Store")
 
 
-def _is_run(directory: Path) -> bool:
+def is_run(directory: Path) -> bool:
     """Whether a run has written its config.json or a checkpoint into a directory."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """The command that plans a training run: does its train step fit a device, and how fast can it be?
 
-    python -m peftjax.plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--search=batch|length|rank] [--compare]
+    peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--search=batch|length|rank] [--compare]
 
 The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and

@@ -1,6 +1,6 @@
 """The command that rewrites a run's report.html.
 
-python -m peftjax.report --workdir=runs/quickstart
+peftjax report --workdir=runs/quickstart
 """
 
 import argparse
@@ -13,12 +13,12 @@ from peftjax.report.page import write_report
 def main(argv: list[str]) -> None:
     """Run the command: write the report and print its path."""
     parser = argparse.ArgumentParser(
-        prog="python -m peftjax.report",
+        prog=cli.program("report"),
         description="Write a run's report.html again, for example after an upgrade or while the run goes on.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run")
-    options = parser.parse_args(argv)
+    options = cli.parse_options(parser, argv)
     cli.require_value(options, "workdir")
     print(write_report(Path(options.workdir)))
 

@@ -1,7 +1,8 @@
 """The whole configuration: its sections, loading it from a file, and comparing it with that of an earlier run.
 
-A config file is Python with `get_config() -> ConfigDict`, usually `peftjax.core.config.defaults()` and a few changes.
-`load` runs it, applies `--config.a.b=value` overrides, and returns a `Config`, whose fields are checked and typed.
+A config file is Python with `get_config() -> ConfigDict`, usually `peftjax.core.config.defaults()` and a few changes; or
+YAML or JSON with the fields that differ from the defaults. `load` reads it, applies `--config.a.b=value` overrides, and
+returns a `Config`, whose fields are checked and typed.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from peftjax.adapters.method import Method
 from peftjax.core import config as core_config
 from peftjax.core import config_file, config_values
 from peftjax.core.config import Field, Schema, defaults, field, flat, section
+from peftjax.core.config_values import Source
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.sharding import MeshConfig
@@ -139,16 +141,18 @@ core_config.declare(SCHEMA)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The config of a Python file, completed by the defaults and overridden.
+    """The config of a file, completed by the defaults and overridden.
 
     Args:
-      path: A Python file with a function `get_config()`; in "FILE.py:TEXT", the text is its argument.
+      path: A Python file with a function `get_config()` (in "FILE.py:TEXT", the text is its argument), or a YAML or JSON file
+        with the same sections and fields, such as the config.json of a run.
       overrides: Strings "--config.optim.learning_rate=1e-3"; see `config_values.override`.
 
     Raises:
       UserError: The file fails, or a field is unknown, of the wrong type or out of range.
     """
-    values = config_values.complete(flat(config_file.run(path)), SCHEMA, str(path))
+    given, source = config_file.read(path)
+    values = config_values.complete(given, SCHEMA, source)
     return _make(config_values.override(values, overrides, SCHEMA), str(path))
 
 
@@ -158,7 +162,7 @@ def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> 
     Raises:
       UserError: A field is unknown, of the wrong type or out of range.
     """
-    return _make(config_values.complete(flat(config), SCHEMA, source), source)
+    return _make(config_values.complete(flat(config), SCHEMA, Source(source)), source)
 
 
 def changed(config: Config, fields: Mapping[str, Any]) -> Config:

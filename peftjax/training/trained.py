@@ -1,6 +1,8 @@
-"""The model that a finished run left in its workdir."""
+"""The config and the model that a run left in its workdir."""
 
 import dataclasses
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -8,30 +10,95 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+from peftjax.core.workdir import is_run
 from peftjax.data.batches import eval_batches
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import enumerate_some, resolve
 from peftjax.methods import Full
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
+from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.evaluation import evaluate, make_eval_step
 from peftjax.training.setup import batching, check_held_out
 
+CONFIG = "config.json"  # the resolved config, in the workdir
 
-def load_trained(config: Config, workdir: Path, mesh: Mesh) -> tuple[Model, Task]:
+
+def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The config of the run in a workdir, with overrides.
+
+    Args:
+      workdir: The workdir.
+      file: A config file to use instead of the run's config.json.
+      overrides: Strings "--config.optim.learning_rate=1e-3".
+
+    Raises:
+      UserError: The directory does not hold a run, or the config is invalid.
+    """
+    if file is not None:
+        return configs.load(file, overrides)
+    if not is_run(workdir):
+        raise UserError(f"--workdir={workdir}: {_why_not(workdir)}")
+    return configs.load(workdir / CONFIG, overrides)
+
+
+def _why_not(workdir: Path) -> str:
+    """Why a directory is not the workdir of a run, and what to give instead."""
+    if workdir.is_file():
+        return "this is a file; give the workdir of a run of peftjax train"
+    if not workdir.is_dir():
+        near = [path.name for path in workdir.parent.glob("*") if path.is_dir()]
+        return f"no such directory.{suggest(workdir.name, near)} Give the workdir of a run of peftjax train"
+    if runs := sorted(path.name for path in workdir.iterdir() if path.is_dir() and is_run(path)):
+        return f"this directory holds several runs; give one of them: {enumerate_some(runs, 6)}"
+    there = sorted(path.name for path in workdir.iterdir())
+    return f"not the workdir of a run; it holds {enumerate_some(there, 6) or 'no files'}. peftjax train writes {CONFIG} there"
+
+
+def result_of(config: Config, workdir: Path) -> Path:
+    """The directory of the trained adapter, or in full fine-tuning of the model.
+
+    If training goes on, an adapter of its newest checkpoint may be there already (checkpoint.adapter); a warning says so.
+
+    Raises:
+      UserError: There is none yet.
+    """
+    result = workdir / ("model" if isinstance(config.method, Full) else "adapter")
+    saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+    newest, steps = max(saved, default=0), config.train.steps
+    if not result.is_dir():
+        so_far = f"; its newest checkpoint is that of step {newest} of {steps}" if newest else ""
+        raise UserError(
+            f"{result} not found: training has not finished{so_far}. Run peftjax train again to finish it; with "
+            "checkpoint.adapter=True it also writes the adapter with every checkpoint"
+        )
+    if 0 < newest < steps:
+        warnings.warn(
+            f"--workdir={workdir}: training has not finished; this is the result of step {newest} of {steps}",
+            stacklevel=2,
+        )
+    return result
+
+
+def load_trained(config: Config, workdir: Path, mesh: Mesh, *, held_out: bool = True) -> tuple[Model, Task]:
     """The trained model on the mesh, in evaluation mode, and its task.
+
+    Args:
+      config: The config of the run.
+      workdir: Its workdir.
+      mesh: The devices.
+      held_out: Whether the held-out data is to be read; it is then checked before the weights are read.
 
     Raises:
       UserError: The run has not finished.
     """
-    full = isinstance(config.method, Full)
-    result = workdir / ("model" if full else "adapter")
-    if not result.is_dir():
-        raise UserError(f"{result} not found; has training finished? python -m peftjax.train writes it at the end")
+    full, result = isinstance(config.method, Full), result_of(config, workdir)
     base = resolve(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, base, config.train.loss_chunk)
-    check_held_out(config, task, mesh)
+    if held_out:
+        check_held_out(config, task, mesh)
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
     model = task.load_model(options, result if full else base, mesh, config.seed)
     if not full:

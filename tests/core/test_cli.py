@@ -127,3 +127,17 @@ def test_help_lists_the_fields_with_their_defaults(capsys):
     assert "python -m peftjax.train" in out
     assert "optim.learning_rate=0.0001" in out
     assert "Peak learning rate" in out
+
+
+def test_dashes_and_underscores_are_alike_in_the_names_of_options():
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--num_processes", type=int)
+        parser.add_argument("--max-new-tokens")
+
+    argv = ["--config=a_b-c.py", "--workdir", "run-a_b", "--num-processes=2", "--max_new_tokens=a-b_c"]
+    arguments = cli.parse([*argv, "--config.train.eval-every=a-b"], "train", "Trains.", "", options=options)
+    assert (arguments.config, arguments.workdir) == ("a_b-c.py", "run-a_b")
+    assert (arguments.num_processes, arguments.max_new_tokens) == (2, "a-b_c")
+    assert arguments.overrides == ["--config.train.eval_every=a-b"]
+    swept = cli.config_fields(["--sweep.train.eval-every=1,2", "--together=2"], "--sweep.")
+    assert swept == (["--sweep.train.eval_every=1,2"], ["--together=2"])

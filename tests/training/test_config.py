@@ -276,10 +276,10 @@ def test_what_stands_behind_a_colon_is_the_argument(tmp_path):
         config.load(f"{tmp_path / 'b.py'}:mrpc")
 
 
-def test_a_config_that_is_not_a_python_file_is_refused(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("seed: 1")
-    with pytest.raises(UserError, match=r"ends in \.py"):
+def test_a_config_that_is_no_python_yaml_or_json_file_is_refused(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("seed = 1")
+    with pytest.raises(UserError, match=r"ends in \.py, \.yaml or \.json"):
         config.load(path)
 
 

@@ -1,0 +1,82 @@
+"""The command `peftjax`: `peftjax train ...` is the same as `python -m peftjax.train ...`.
+
+Only the module of the chosen command is imported.
+"""
+
+import importlib
+from typing import NamedTuple, NoReturn
+
+import peftjax
+from peftjax.core import cli
+from peftjax.core.errors import UserError
+from peftjax.core.paths import suggest
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        module: The module with its `main`.
+        summary: What it does, in one line.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("peftjax.train", "Train a model with the method of a config; run it again to resume"),
+    "evaluate": Command("peftjax.evaluate", "Evaluate the trained model in a workdir"),
+    "generate": Command("peftjax.generate", "Generate text from prompts with a model and an adapter"),
+    "sweep": Command("peftjax.sweep", "Train one run for each combination of the values of some fields"),
+    "plan": Command(
+        "peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"
+    ),
+    "list-methods": Command("peftjax.list_methods", "List all methods with the parameters they would train on a model"),
+    "report": Command("peftjax.report.__main__", "Write a run's report.html again"),
+}
+
+
+def usage() -> str:
+    """The text of `peftjax --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: peftjax COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`peftjax COMMAND --help` lists the options of a command, `peftjax --version` prints the version.",
+        ]
+    )
+
+
+def dispatch(argv: list[str]) -> int | None:
+    """Run the command named by the first argument; returns its exit code.
+
+    Raises:
+        UserError: There is no such command.
+    """
+    first = argv[0] if argv else "--help"
+    if first in ("-h", "--help"):
+        print(usage())
+        return 0
+    if first == "--version":
+        print(f"peftjax {peftjax.__version__}")
+        return 0
+    name = first.replace("_", "-")
+    if name not in COMMANDS:
+        hint = suggest(name, COMMANDS) or f" The commands are {', '.join(COMMANDS)}"
+        raise UserError(f"peftjax {first}: no such command.{hint}")
+    code: int | None = importlib.import_module(COMMANDS[name].module).main(argv[1:])
+    return code
+
+
+def main() -> NoReturn:
+    """Run `peftjax` with the arguments of this process."""
+    cli.run(dispatch)
+
+
+if __name__ == "__main__":
+    main()

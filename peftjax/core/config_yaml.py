@@ -1,0 +1,83 @@
+"""Config files in YAML: a mapping of sections, each a mapping of fields.
+
+Plain scalars are read as in YAML 1.2: `1e-4` is a number, and `no` and `on` are strings. PyYAML by itself reads YAML 1.1,
+in which the first is a string and the others are booleans.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from peftjax.core.config import flat
+from peftjax.core.errors import UserError
+
+_SCALARS = (  # (tag, pattern, the characters that a value begins with); the first one that matches counts
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL", "~nN"),
+    ("null", r"", ("",)),
+    ("merge", r"<<", "<"),
+)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # not those of SafeLoader
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values of a YAML file, {"section.field": value}, and the line of each.
+
+    Raises:
+      UserError: The file is not valid YAML, or no mapping; the message has the line if it is known.
+    """
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}, {}
+        lines = _lines(root, path)
+        return flat(loader.construct_document(root)), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _lines(root: yaml.Node, path: Path) -> dict[str, int]:
+    """The line of each section and field."""
+    lines: dict[str, int] = {}
+    for section, (line, value) in _entries(root, path).items():
+        lines[section] = line
+        if isinstance(value, yaml.MappingNode):
+            lines |= {f"{section}.{name}": line for name, (line, _) in _entries(value, path).items()}
+    return lines
+
+
+def _entries(node: yaml.Node, path: Path) -> dict[str, tuple[int, yaml.Node]]:
+    """The line and the value of each key of a mapping.
+
+    Raises:
+      UserError: It is no mapping, or a key is no string or is given twice.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        line = node.start_mark.line + 1
+        raise UserError(f"{path}, line {line}: a config must be a mapping with sections, such as model: {{path: DIR}}")
+    entries: dict[str, tuple[int, yaml.Node]] = {}
+    for key, value in node.value:
+        line, name = key.start_mark.line + 1, key.value
+        if not isinstance(name, str) or key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            raise UserError(f"{path}, line {line}: the name of a section or a field must be a string, not {name!r}")
+        if name in entries:
+            raise UserError(f"{path}, line {line}: {name} is given twice, first on line {entries[name][0]}")
+        entries[name] = line, value
+    return entries
