@@ -14,7 +14,8 @@ from peftjax.core.files import write_atomically
 from peftjax.data.batches import eval_prompts
 from peftjax.training import answers
 from peftjax.training import config as configs
-from peftjax.training.trained import load_trained, measure, run_config
+from peftjax.training.setup import check_held_out
+from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
 
 
 def main(argv: list[str]) -> None:
@@ -23,8 +24,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(options.workdir)
     config = run_config(workdir, options.config, options.overrides)
     distributed.start(options)
-    mesh = sharding.make_mesh(config.mesh.sizes)
-    model, task = load_trained(config, workdir, mesh)
+    mesh, result, task = sharding.make_mesh(config.mesh.sizes), result_of(config, workdir), open_task(config)
+    check_held_out(config, task, mesh)  # before any weights are read
+    model = load_trained(config, task, result, mesh)
     with jax.set_mesh(mesh):
         measured = measure(config, model, task, mesh)
         if count := config.eval.exact_match or config.eval.samples:

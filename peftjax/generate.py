@@ -1,80 +1,204 @@
-"""Generate text from prompts.
+"""Generate text from prompts, with what a training run left or with any model and adapter.
 
-python -m peftjax.generate --model=DIR --adapter=DIR --prompt="..." [--prompt="..."]
+    peftjax generate --workdir=runs/quickstart --prompt="..." [--prompt="..."]
+    peftjax generate --adapter=DIR [--model=DIR] --prompt="..."
+
+The format of the prompts in training is applied: the prompt template, or the chat template. --raw turns it off.
 """
 
 import argparse
+import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+from jax.sharding import Mesh
+
+from peftjax import sharding
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.core.output import say
+from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_rows, embedding_rows
-from peftjax.data.tokenizer import load_tokenizer
+from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import Sampling, generate
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.adapter_method import read_method
+from peftjax.io.adapter_method import read_base, read_method
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
+from peftjax.training.trained import load_trained, open_task, result_of, run_config
+
+
+class Source(NamedTuple):
+    """What generates.
+
+    Attributes:
+        name: The option that names it, for messages.
+        tokenizer: Its tokenizer.
+        prompts: The format of the prompts in training; None if it is unknown.
+        load: Reads the weights.
+        mesh: The devices; None: one device.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    prompts: PromptFormat | None
+    load: Callable[[], LanguageModel]
+    mesh: Mesh | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog=cli.program("generate"), description="Generate text from prompts with a model and an adapter."
+        prog=cli.program("generate"),
+        description="Generate text from prompts, with a trained run or a model and an adapter.",
     )
     add = parser.add_argument
-    add("--model", required=True, help='Hugging Face directory, hub id, or "embedded" for the bundled model')
+    add(
+        "--workdir",
+        help="Workdir of a training run, instead of --model and --adapter; --config.FIELD=VALUE changes its config",
+    )
+    add("--config", metavar="FILE", help="With --workdir: config instead of the run's own")
+    add(
+        "--model",
+        help='Hugging Face directory, hub id, or "embedded" for the bundled model (default: the adapter\'s base)',
+    )
     add("--adapter", help="Adapter directory in the format of Hugging Face PEFT")
     add("--prompt", action="append", required=True, help="Prompt; repeatable, all are answered in one batch")
-    add("--chat", action="store_true", help="Render each prompt as a user message with the chat template")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--chat", action="store_true", help="Render each prompt as a user message with the chat template"
+    )
+    formats.add_argument(
+        "--raw", action="store_true", help="Continue each prompt as it is, without the format of the training"
+    )
     add("--max-new-tokens", type=int, default=64, help="Maximum number of generated tokens (default: 64)")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0: greedy (default)")
     add("--top-k", type=int, default=0, help="Sample among the k most likely tokens; 0: all (default)")
     add("--top-p", type=float, default=1.0, help="Sample among the most likely tokens of this total probability")
     add("--seed", type=int, default=0, help="Random seed")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
-    add("--quantize", choices=tuple(FORMATS), help="Quantization format of the frozen weights")
+    add(
+        "--quantize",
+        choices=tuple(FORMATS),
+        help="Quantization format of the frozen weights (default: the run's, or none)",
+    )
     add("--resize-embeddings", action="store_true", help="Add embedding rows for tokens that have none")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Compute dtype")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="Compute dtype (default: the run's, or float32)")
     return parser
 
 
-def main(argv: list[str]) -> None:
-    options = cli.parse_options(make_parser(), argv)
-    cli.require_value(options, "model", "adapter")
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    directory = resolve(options.model)
-    tokenizer = load_tokenizer(directory)
-    stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
-    prompts = [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
-    rows = tokenizer.vocab_size if options.resize_embeddings else None
-    if options.adapter:
-        read_method(Path(options.adapter))  # mistakes in its config are reported before any weights are read
-    model = load_model(directory, dtype=options.dtype, quantize=options.quantize, resize_embeddings=rows)
-    if not isinstance(model, LanguageModel):
-        raise UserError(f"--model={options.model} is a {type(model).__name__}, which does not generate text")
-    for prompt in prompts:
-        check_rows(prompt, embedding_rows(model), tokenizer, "--prompt")
-    if options.adapter:
-        load_adapter(model, Path(options.adapter))
+def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
+    """The model that a training run left.
 
-    answer = partial(
-        generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
-    )
-    answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
-    started = time.perf_counter()
-    answers = answer(stop=stop)
-    taken = time.perf_counter() - started
+    Raises:
+        UserError: The directory holds no run, the run has not finished, or its task generates no text.
+    """
+    workdir = Path(options.workdir)
+    own = {"dtype": options.dtype, "quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
+    overrides = [*overrides, *(f"--config.model.{name}={value}" for name, value in own.items() if value is not None)]
+    config = run_config(workdir, options.config, overrides)
+    result, task = result_of(config, workdir), open_task(config)
+    if not task.generates:
+        raise UserError(f"--workdir={workdir}: task.kind={task.kind!r} generates no text; use peftjax evaluate")
+    mesh = sharding.make_mesh(config.mesh.sizes)
+    prompts = PromptFormat.of(task.kind, config.data)
+
+    def load() -> LanguageModel:
+        model = load_trained(config, task, result, mesh)
+        assert isinstance(model, LanguageModel)  # the task generates
+        return model
+
+    return Source(f"--workdir={workdir}", task.tokenizer, prompts, load, mesh)
+
+
+def open_model(options: argparse.Namespace) -> Source:
+    """A model, with or without an adapter.
+
+    Raises:
+        UserError: There is no such model or adapter, or neither is named.
+    """
+    adapter = Path(options.adapter) if options.adapter else None
+    if adapter:
+        read_method(adapter)  # mistakes in its config are reported before any weights are read
+    directory = resolve(options.model) if options.model else _base_of(adapter)
+    tokenizer = load_tokenizer(directory)
+
+    def load() -> LanguageModel:
+        rows = tokenizer.vocab_size if options.resize_embeddings else None
+        model = load_model(directory, options.dtype or "float32", options.quantize, resize_embeddings=rows)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"--model={directory} is a {type(model).__name__}, which does not generate text")
+        return load_adapter(model, adapter) if adapter else model
+
+    name = f"--adapter={adapter}" if adapter else f"--model={options.model}"
+    return Source(name, tokenizer, read_prompt_format(adapter or directory), load)
+
+
+def _base_of(adapter: Path | None) -> Path:
+    """The directory of the base model that an adapter names."""
+    if adapter is None:
+        raise UserError("nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR")
+    try:
+        return resolve(*read_base(adapter))
+    except UserError as error:
+        raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
+
+
+def encode(source: Source, options: argparse.Namespace) -> list[list[int]]:
+    """The tokens of the prompts; says which format was applied."""
+    tokenizer, prompts = source.tokenizer, source.prompts
+    if options.raw or options.chat or prompts is None:
+        return [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
+    if applied := prompts.describe(tokenizer):
+        say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
+    return [prompts.encode(prompt, tokenizer, "--prompt") for prompt in options.prompt]
+
+
+def main(argv: list[str]) -> None:
+    overrides, rest = cli.config_fields(argv)
+    options = cli.parse_options(make_parser(), rest)
+    cli.require_value(options, "model", "adapter", "workdir", "config")
+    _check(options, overrides)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    source = open_run(options, overrides) if options.workdir else open_model(options)
+    tokenizer = source.tokenizer
+    stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
+    prompts = encode(source, options)
+    with jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext():
+        model = source.load()
+        for prompt in prompts:
+            check_rows(prompt, embedding_rows(model), tokenizer, "--prompt")
+        answer = partial(
+            generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
+        )
+        answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
+        started = time.perf_counter()
+        answers = answer(stop=stop)
+        taken = time.perf_counter() - started
     for prompt, tokens in zip(options.prompt, answers, strict=True):
         print(f"\n> {prompt}\n{tokenizer.decode(tokens)}")
     count, plural = sum(map(len, answers)), "s" if len(prompts) > 1 else ""
     print(
         f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises a UserError for options that exclude each other."""
+    if options.workdir and (options.model or options.adapter):
+        raise UserError(
+            "--workdir names both the model and the adapter of a run; remove --model and --adapter, or remove --workdir. "
+            "For a base model that was moved, give --config.model.path=DIR"
+        )
+    if not options.workdir and (options.config or overrides):
+        given = overrides[0] if overrides else f"--config={options.config}"
+        raise UserError(f"{given} changes the config of a run; give the run with --workdir=DIR")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import peftjax
 from peftjax import evaluate, methods, train
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
+from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
@@ -154,12 +155,13 @@ def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     train.train(configs.validate(made), workdir)
     assert not (workdir / "adapter").exists()
     tuned, base = load_model(workdir / "model"), load_model(made.model.path)
+    assert read_prompt_format(workdir / "model") == PromptFormat("causal_lm", "completion", "{prompt}", "prompt")
     assert (workdir / "model" / "tokenizer.json").exists()
     assert np.abs(tuned(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made, workdir = config(tmp_path, train__steps=2), tmp_path / "run"
+    made, workdir = config(tmp_path, train__steps=2, data__prompt_template="Q {prompt}"), tmp_path / "run"
     scores = train.train(configs.validate(made), workdir)
     evaluate.main([f"--workdir={workdir}"])  # the run's own config.json says the rest
     written = json.loads((workdir / "evaluation.json").read_text())
@@ -169,13 +171,52 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     evaluate.main([f"--config={tmp_path / 'config.json'}", f"--workdir={workdir}", "--config.eval.exact-match=2"])
     assert json.loads((workdir / "evaluation.json").read_text())["prompts"] == 2
 
-    capsys.readouterr()
-    arguments = ["--prompt=1+1=", "--prompt=20+1=", "--max-new-tokens=3"]
-    assert not in_process("generate", f"--model={made.model.path}", f"--adapter={workdir / 'adapter'}", *arguments)
-    printed = capsys.readouterr().out
-    assert "> 1+1=\n" in printed
-    assert "> 20+1=\n" in printed
-    assert "tokens/s" in printed
+    def answers(*arguments: str) -> tuple[str, list[str]]:
+        """What is said before the answers, and the answers."""
+        capsys.readouterr()
+        assert not in_process("generate", *arguments, "--max_new_tokens=3")
+        said, *answered = capsys.readouterr().out.split("\n> ")
+        *answered, last = [text.split("\n", 1) for text in answered]
+        assert "tokens/s" in last[1]
+        return said, [text for _, text in answered] + [last[1].rsplit("\n\n", 1)[0] + "\n"]
+
+    prompts, adapter = ["--prompt=1+1=", "--prompt=20+1="], f"--adapter={workdir / 'adapter'}"
+    said, expected = answers(f"--workdir={workdir}", *prompts)
+    assert said == f"applying the prompt template 'Q {{prompt}}', as in the training of {workdir}; --raw turns it off\n"
+    said, found = answers(adapter, *prompts)  # the adapter names its base, and has the template beside it
+    assert said.startswith("applying the prompt template 'Q {prompt}', as in the training of")
+    assert found == expected
+    raw = ["--raw", "--prompt=Q 1+1=", "--prompt=Q 20+1="]
+    assert answers(f"--model={made.model.path}", adapter, *raw) == ("", expected)
+    assert answers(f"--model={made.model.path}", *prompts)[0] == ""
+    (workdir / "adapter" / "peftjax.json").unlink()  # as one that save_adapter or peft has written
+    assert answers(adapter, *raw[1:]) == ("", expected)
+
+
+def test_generate_refuses_what_does_not_say_what_to_generate_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = configs.validate(config(tmp_path, "full", eval__exact_match=0, eval__samples=0))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(configs.to_json(made))
+    tiny_lora = peftjax.attach(load_model(made.model.path), peftjax.Lora(rank=2), rngs=nnx.Rngs(0))
+    for name, base in (("lost", str(tmp_path / "modl")), ("nameless", None)):
+        peftjax.save_adapter(tiny_lora, tmp_path / name, base=base)
+    for arguments, message in (
+        ([], "nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR"),
+        (["--workdir=run", "--adapter=a"], "--workdir names both the model and the adapter of a run; remove --model and"),
+        (["--model=embedded", "--config.seed=1"], "--config.seed=1 changes the config of a run; give the run with --workdir"),
+        ([f"--workdir={tmp_path}"], "this directory holds several runs; give one of them: run"),
+        (
+            [f"--workdir={tmp_path / 'run'}", "--config.task.kind=regression"],
+            "run: task.kind='regression' generates no text; use peftjax evaluate",
+        ),
+        ([f"--adapter={tmp_path / 'lost'}"], f"lost without --model: {tmp_path / 'modl'}: no such directory. Did you mean"),
+        ([f"--adapter={tmp_path / 'nameless'}"], "adapter_config.json does not name the base model; give --model=DIR"),
+    ):  # fmt: skip
+        assert in_process("generate", *arguments, "--prompt=a") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:

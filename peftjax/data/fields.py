@@ -31,6 +31,19 @@ def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) 
         raise UserError(f"{name}: template {template!r}: {error}") from error
 
 
+def fields_in(template: str) -> dict[str, str]:
+    """What a template inserts, with the field of the record that has it: {"answers[text][0]": "answers"}.
+
+    Raises:
+      UserError: The template is malformed.
+    """
+    try:
+        paths = [path for _, path, _, _ in string.Formatter().parse(template) if path is not None]
+    except ValueError as error:
+        raise UserError(f"template {template!r}: {error}. Write {{{{ or }}}} for a literal brace") from error
+    return {path: _steps(path)[0] for path in paths}
+
+
 class _Filled(string.Formatter):
     """Looks up {field}, {field[entry]} and {field.entry} in a record.
 

@@ -40,6 +40,20 @@ def read_method(path: Path) -> Method:
         return cls.from_hf({field: value for field, value in config.items() if field in options})
 
 
+def read_base(path: Path) -> tuple[str, str | None]:
+    """Read the base model that an adapter directory names, and its revision.
+
+    Raises:
+        UserError: The directory holds no adapter, or does not name its base.
+    """
+    read_method(path)
+    config = read_json(path / CONFIG)
+    base = config.get("model_name" if adapter_hub.is_hub(path) else "base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path / CONFIG} does not name the base model")
+    return base, config.get("revision")
+
+
 def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
     """The class for the peft_type in the adapter_config.json of a PEFT directory.
 

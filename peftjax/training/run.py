@@ -21,6 +21,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
+from peftjax.data.prompt_format import PromptFormat
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import enumerate_some
@@ -233,13 +234,21 @@ class Run:
         """Write the adapter with its model card, or in full fine-tuning the model; returns its directory."""
         self.sync(state)
         if self.method.trains is nnx.Param:
-            save_model(self.model, self.workdir / "model", source=self.task.directory)
-            return self.workdir / "model"
+            directory = self.workdir / "model"
+            save_model(self.model, directory, source=self.task.directory)
+            self._save_prompt_format(directory)
+            return directory
         directory = save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
         if jax.process_index() == 0:
             parts = count_parts(variables.flat(self.model)[1], self.method.trains)
             write_card(directory, self.config, self.task, self.workdir, int(state.step), parts)
+        self._save_prompt_format(directory)
         return directory
+
+    def _save_prompt_format(self, directory: Path) -> None:
+        """Write peftjax.json beside the result, from one process, if the task answers prompts."""
+        if self.task.generates and jax.process_index() == 0:
+            PromptFormat.of(self.task.kind, self.config.data).save(directory)
 
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""

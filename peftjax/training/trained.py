@@ -21,7 +21,7 @@ from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.evaluation import evaluate, make_eval_step
-from peftjax.training.setup import batching, check_held_out
+from peftjax.training.setup import batching
 
 CONFIG = "config.json"  # the resolved config, in the workdir
 
@@ -82,29 +82,29 @@ def result_of(config: Config, workdir: Path) -> Path:
     return result
 
 
-def load_trained(config: Config, workdir: Path, mesh: Mesh, *, held_out: bool = True) -> tuple[Model, Task]:
-    """The trained model on the mesh, in evaluation mode, and its task.
+def open_task(config: Config) -> Task:
+    """The task of a config, with the tokenizer of its base model."""
+    return make_task(
+        config.task, config.data, resolve(config.model.path, config.model.revision), config.train.loss_chunk
+    )
+
+
+def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
+    """The trained model on the mesh, in evaluation mode.
 
     Args:
       config: The config of the run.
-      workdir: Its workdir.
+      task: Its task, from `open_task`.
+      result: What it left, from `result_of`.
       mesh: The devices.
-      held_out: Whether the held-out data is to be read; it is then checked before the weights are read.
-
-    Raises:
-      UserError: The run has not finished.
     """
-    full, result = isinstance(config.method, Full), result_of(config, workdir)
-    base = resolve(config.model.path, config.model.revision)
-    task = make_task(config.task, config.data, base, config.train.loss_chunk)
-    if held_out:
-        check_held_out(config, task, mesh)
+    full = isinstance(config.method, Full)
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
-    model = task.load_model(options, result if full else base, mesh, config.seed)
+    model = task.load_model(options, result if full else task.directory, mesh, config.seed)
     if not full:
         load_adapter(model, result)
     sharding.place(model, mesh)
-    return model, task
+    return model
 
 
 def measure(config: Config, model: Model, task: Task, mesh: Mesh) -> dict[str, float]:

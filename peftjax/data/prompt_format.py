@@ -1,0 +1,138 @@
+"""The format of the prompts that a model was trained on, which is kept in a file beside the adapter.
+
+peftjax.json, in the directory of an adapter or of a whole model:
+
+    {"prompt": {"task": "causal_lm", "format": "completion", "template": "Q: {question}\\nA:", "prompt_field": "prompt"}}
+
+Hugging Face PEFT, AdapterHub and transformers ignore this file.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from peftjax.core.errors import UserError
+from peftjax.core.files import write_atomically
+from peftjax.data.config import DataConfig
+from peftjax.data.fields import fields_in, fill
+from peftjax.data.records import encode_prompt
+from peftjax.data.tokenizer import Tokenizer
+from peftjax.io.hf_files import read_json_if_any
+
+FILE = "peftjax.json"
+_CHATS = ("chat", "sharegpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How a record became a prompt in training.
+
+    Attributes:
+        task: The task type, "causal_lm" or "seq2seq".
+        format: The value of data.format. For seq2seq, the template is used with every format.
+        template: The value of data.prompt_template.
+        prompt_field: The value of data.prompt_field: the field that {prompt} stands for.
+    """
+
+    task: str
+    format: str
+    template: str
+    prompt_field: str
+
+    @classmethod
+    def of(cls, task: str, data: DataConfig) -> "PromptFormat":
+        """Return the format of a run's config."""
+        return cls(task, data.format, data.prompt_template, data.prompt_field)
+
+    def save(self, directory: Path) -> None:
+        """Write the file into the directory of an adapter or a model."""
+        write_atomically(directory / FILE, json.dumps({"prompt": dataclasses.asdict(self)}, indent=2) + "\n")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether data.prompt_template makes the prompt."""
+        return self.task == "seq2seq" or self.format == "completion"
+
+    def describe(self, tokenizer: Tokenizer) -> str:
+        """Say what `encode` does to a prompt; "" if it is continued as it is."""
+        if self.has_template:
+            return "" if self.template == "{prompt}" else f"the prompt template {self.template!r}"
+        if self.format in _CHATS or (self.format == "alpaca" and tokenizer.template):
+            return "the chat template, with the prompt as a user message"
+        return "Alpaca's prompt, with the prompt as the instruction" if self.format == "alpaca" else ""
+
+    def encode(self, prompt: str, tokenizer: Tokenizer, name: str) -> list[int]:
+        """Convert a prompt to the tokens that generation continues, as for the prompts of an evaluation.
+
+        Args:
+            prompt: The text for the field of the template or for the user message. For a template with several fields, and
+                optionally for Alpaca's, a JSON object with the fields.
+            tokenizer: The tokenizer.
+            name: What messages call the prompt.
+
+        Raises:
+            UserError: The prompt lacks a field of the template, or the tokenizer has no chat template.
+        """
+        if not self.has_template and self.format != "alpaca":
+            return tokenizer.encode_prompt(prompt, chat=self.format in _CHATS)
+        data = DataConfig(
+            format=self.format,
+            prompt_template=self.template,
+            prompt_field=self.prompt_field,
+            completion_template="",
+        )
+        record = self._record(prompt, name)
+        if self.task == "seq2seq":
+            return tokenizer.encode(fill(self.template, record, data, name))
+        return encode_prompt(record, data, tokenizer, name=name).tokens
+
+    def _record(self, prompt: str, name: str) -> dict[str, Any]:
+        """The record with a prompt."""
+        if not self.has_template:
+            given = _object(prompt)
+            return (given if "instruction" in given else {"instruction": prompt}) | {"output": ""}
+        renamed = {"prompt": self.prompt_field}
+        fields = {
+            renamed.get(path, path): renamed.get(field, field) for path, field in fields_in(self.template).items()
+        }
+        if len(fields) == 1:
+            return {next(iter(fields)): prompt}
+        record, names = _object(prompt), list(dict.fromkeys(fields.values()))
+        if missing := [field for field in names if field not in record]:
+            example = json.dumps(record | dict.fromkeys(missing, "..."))
+            raise UserError(
+                f"{name}={prompt[:60]!r} lacks {', '.join(missing)}, which the prompt template {self.template!r} inserts; give "
+                f"a JSON object, {name}='{example}', or --raw to continue the text as it is"
+            )
+        return record
+
+
+def read_prompt_format(directory: Path) -> PromptFormat | None:
+    """Read the format that is kept in a directory; None if there is none.
+
+    Raises:
+        UserError: The file is not what this version of peftjax writes.
+    """
+    found = read_json_if_any(directory / FILE).get("prompt")
+    names = [field.name for field in dataclasses.fields(PromptFormat)]
+    if found is None:
+        return None
+    if (
+        not isinstance(found, dict)
+        or sorted(found) != sorted(names)
+        or not all(isinstance(v, str) for v in found.values())
+    ):
+        raise UserError(
+            f'{directory / FILE}: "prompt" must be an object with the texts {", ".join(names)}; use --raw to ignore it'
+        )
+    return PromptFormat(**found)
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in a text; empty if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
