@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU d
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
-	$(BIN)/python -m peftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/peftjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint test-core
 

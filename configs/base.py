@@ -1,4 +1,4 @@
-"""All defaults. `python -m peftjax.train --help` lists the fields and their meaning."""
+"""All defaults. `peftjax train --help` lists the fields and their meaning."""
 
 from ml_collections import ConfigDict
 

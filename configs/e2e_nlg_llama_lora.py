@@ -1,6 +1,6 @@
 """LoRA on a Llama that writes a sentence from facts about a restaurant (E2E NLG, Novikova et al. 2017).
 
-    python -m peftjax.train --config=configs/e2e_nlg_llama_lora.py --workdir=runs/e2e --config.model.path=DIR
+    peftjax train --config=configs/e2e_nlg_llama_lora.py --workdir=runs/e2e --config.model.path=DIR
 
 The data are JSON lines {"mr": "name[The Vaults], eatType[pub], ...", "ref": "The Vaults pub ..."} under data/e2e_nlg.
 """

@@ -1,6 +1,6 @@
 """LoRA on RoBERTa-base for a task of GLUE (Wang et al. 2018, arXiv:1804.07461):
 
-    python -m peftjax.train --config=configs/glue_roberta_lora.py:mrpc --workdir=runs/mrpc
+    peftjax train --config=configs/glue_roberta_lora.py:mrpc --workdir=runs/mrpc
 
 The task after the colon is one of TASKS. The data are TFDS's `glue/mrpc`. To use other files with the same fields, set
 --config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl; another encoder, --config.model.path=DIR; another method,

@@ -1,6 +1,6 @@
 """QLoRA of LLaMA 65B, rank 64, on one 48 GB GPU: one sequence of 512 tokens.
 
-    python -m peftjax.plan --config=configs/plan_llama_65b_qlora.py --device=a6000
+    peftjax plan --config=configs/plan_llama_65b_qlora.py --device=a6000
 
 model.path contains only the config.json of huggyllama/llama-65b, which is enough for a plan. To train, set it to
 that hub id or to a directory with the weights, and set the data.

@@ -1,6 +1,6 @@
 """QLoRA of Llama 3.1 70B on 16 TPU chips with 16 GB each: 16 sequences of 2048 tokens.
 
-    python -m peftjax.plan --config=configs/plan_llama_70b_qlora.py --device=v5e:4x4
+    peftjax plan --config=configs/plan_llama_70b_qlora.py --device=v5e:4x4
 
 model.path contains only the config.json of meta-llama/Llama-3.1-70B, which is enough for a plan. To train, set it to
 that hub id or to a directory with the weights, and set the data.

@@ -1,6 +1,6 @@
 """QLoRA of LLaMA 7B on one 24 GB GPU: 4 sequences of 1024 tokens.
 
-    python -m peftjax.plan --config=configs/plan_llama_7b_qlora.py --device=rtx4090
+    peftjax plan --config=configs/plan_llama_7b_qlora.py --device=rtx4090
 
 model.path contains only the config.json of huggyllama/llama-7b, which is enough for a plan. To train, set it to
 that hub id or to a directory with the weights, and set the data.

@@ -1,6 +1,6 @@
 """QLoRA of Llama 3.1 8B on one TPU chip with 16 GB: one sequence of 2048 tokens.
 
-    python -m peftjax.plan --config=configs/plan_llama_8b_qlora.py --device=v5e:1x1
+    peftjax plan --config=configs/plan_llama_8b_qlora.py --device=v5e:1x1
 
 model.path contains only the config.json of meta-llama/Llama-3.1-8B, which is enough for a plan. To train, set it to
 that hub id or to a directory with the weights, and set the data.

@@ -1,6 +1,6 @@
 """LoRA on a Llama that continues plays (Tiny Shakespeare, one speech per record).
 
-python -m peftjax.train --config=configs/shakespeare_llama_lora.py --workdir=runs/plays --config.model.path=DIR
+peftjax train --config=configs/shakespeare_llama_lora.py --workdir=runs/plays --config.model.path=DIR
 """
 
 from ml_collections import ConfigDict

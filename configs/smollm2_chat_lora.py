@@ -1,6 +1,6 @@
 """LoRA on SmolLM2-135M-Instruct: answer questions about dates with the ISO date only.
 
-    python -m peftjax.train --config=configs/smollm2_chat_lora.py --workdir=runs/chat [--config.model.path=DIR]
+    peftjax train --config=configs/smollm2_chat_lora.py --workdir=runs/chat [--config.model.path=DIR]
 
 Training takes a few minutes and 3 GB of memory on a laptop without a GPU. The model (270 MB) is downloaded from the
 Hugging Face hub unless DIR contains it. The loss covers only the assistant's turns.

@@ -1,6 +1,6 @@
 """LoRA on a ViT that classifies flowers, from one folder of images per class.
 
-    python -m peftjax.train --config=configs/vit_folder_lora.py --workdir=runs/flowers
+    peftjax train --config=configs/vit_folder_lora.py --workdir=runs/flowers
 
 The images are data/flowers/train/CLASS/NAME.jpg and data/flowers/eval/CLASS/NAME.jpg. They are also in TFDS:
 --config.data.train=tfds:tf_flowers/train[:90%] --config.data.eval=tfds:tf_flowers/train[90%:]

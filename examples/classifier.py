@@ -3,7 +3,7 @@
     python examples/classifier.py [--model=path/to/bert --data=reviews.jsonl]
 
 The data format is JSON lines {"text": ..., "label": ...}. By default, a tiny BERT with random weights learns whether a text
-has more even than odd digits. python -m peftjax.train with task.kind="classification" does the same from a config.
+has more even than odd digits. peftjax train with task.kind="classification" does the same from a config.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/qlora_hf_model.py [--model=DIR --data=FILE.jsonl --dtype=bfloat16]
 
 By default, the bundled model, which was trained on Python's documentation, is fine-tuned on Python code. The data format is
-JSON lines {"text": ...}. For longer runs, several devices or checkpoints, use python -m peftjax.train with
+JSON lines {"text": ...}. For longer runs, several devices or checkpoints, use peftjax train with
 --config.model.quantize=nf4.
 """
 

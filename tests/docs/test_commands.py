@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from peftjax.__main__ import COMMANDS
 from peftjax.core.config import defaults, flat
 from peftjax.training import config as configs
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
-COMMANDS = {
-    "train": "peftjax.train",
-    "evaluate": "peftjax.evaluate",
-    "generate": "peftjax.generate",
-    "sweep": "peftjax.sweep",
-    "list_methods": "peftjax.list_methods",
-    "plan": "peftjax.plan.__main__",
-    "report": "peftjax.report.__main__",
-}
 SECTIONS = "model|task|data|optim|train|eval|checkpoint|mesh"
 FILES = {"train.jsonl", "train.py", "model.safetensors"}  # look like fields
 
@@ -30,19 +22,34 @@ def lines(page: Path) -> Iterator[str]:
     for block in blocks(page, "bash"):
         code = re.sub(r"\\\n\s*", " ", block.code)
         yield from re.sub(r"'[^']*'", lambda quoted: " ".join(quoted[0].split()), code).splitlines()
-    yield from re.findall(r"`(python -m peftjax[^`]*)`", page.read_text())
+    yield from re.findall(r"`((?:python -m peftjax\.|peftjax )[^`]*)`", page.read_text())
+
+
+def called(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The commands that a line calls, as `peftjax train` or `python -m peftjax.train`, with the words that follow."""
+    for place, word in enumerate(words):
+        if word.startswith("peftjax."):
+            yield word.removeprefix("peftjax.").replace("_", "-"), words[place + 1 :]
+        elif (
+            word.rpartition("/")[2] == "peftjax"
+            and words[place - 1 : place] in ([], ["--"])
+            and words[1:] != ["--help"]
+        ):
+            yield words[place + 1], words[place + 2 :]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_have_these_options_and_fields(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in lines(page):
         words = shlex.split(line, comments=True)
-        for command in [word.removeprefix("peftjax.") for word in words if word.startswith("peftjax.")]:
+        for command, following in called(words):
+            if command == "COMMAND":
+                continue
             assert command in COMMANDS, line
-            arguments = [word for word in words[words.index(f"peftjax.{command}") :] if word.startswith("--")]
+            arguments = [word for word in following if word.startswith("--")]
             options = {word.partition("=")[0] for word in arguments if not re.match(r"--(config|sweep)\.", word)}
             with pytest.raises(SystemExit):
-                importlib.import_module(COMMANDS[command]).main(["--help"])
+                importlib.import_module(COMMANDS[command].module).main(["--help"])
             told = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert options <= told | {"--help"}, line
             check_fields(arguments)
@@ -60,6 +67,15 @@ def check_fields(arguments: list[str]) -> None:
             separator = ";" if ";" in values else ","
             changes.append(f"--config.{field}={values.split(separator)[0]}")
     configs.load(ROOT / file, changes)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "_config.yaml" in page.read_text()], ids=name)
+def test_configs_in_yaml_are_valid(page: Path, tmp_path: Path) -> None:
+    texts = [block.code for block in blocks(page, "yaml") if block.code.startswith("# my_config.yaml")]
+    assert texts
+    for text in texts:
+        (tmp_path / "my_config.yaml").write_text(text)
+        assert configs.load(tmp_path / "my_config.yaml") != configs.validate({})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

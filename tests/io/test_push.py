@@ -141,7 +141,7 @@ def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -
     train.main([*arguments, "--push=ada/adapter"])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     uploaded = hub.files["ada/adapter"]
-    assert uploaded.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert uploaded.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "peftjax.json"}
     assert uploaded["README.md"].decode() == card.replace("ORG/NAME", "ada/adapter")
     assert metadata(card) == {  # the base is a local directory, and no repository of the hub
         "library_name": "peft",
