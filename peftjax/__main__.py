@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 import peftjax
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.core.output import say
 from peftjax.core.paths import suggest
 
 
@@ -60,10 +61,10 @@ def dispatch(argv: list[str]) -> int | None:
     """
     first = argv[0] if argv else "--help"
     if first in ("-h", "--help"):
-        print(usage())
+        say(usage())
         return 0
     if first == "--version":
-        print(f"peftjax {peftjax.__version__}")
+        say(f"peftjax {peftjax.__version__}")
         return 0
     name = first.replace("_", "-")
     if name not in COMMANDS:
