@@ -10,7 +10,8 @@ from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
-from peftjax.decoding import Sampling, generate
+from peftjax.decoding import Sampling
+from peftjax.generation import generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.load import load_kernels, load_model
@@ -43,6 +44,7 @@ from peftjax.methods import (
 )
 from peftjax.methods.lora.combine import combine
 from peftjax.nn.adopt import adopt
+from peftjax.trainer import train
 from peftjax.training import config as _config  # noqa: F401  # declares the fields for `peftjax.core.config.defaults`
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "rows",
     "save_adapter",
     "save_model",
+    "train",
     "trainable_mask",
     "unmerge",
     "use",

@@ -98,13 +98,6 @@ def generate(
         UserError: A prompt is empty or holds a token without a row in the embedding, the model generates no text, or a prompt
             and the new tokens exceed its positions.
         NotFiniteError: The logits are NaN or infinite.
-
-    Examples:
-        >>> import peftjax
-        >>> model = peftjax.load_model("embedded")
-        >>> answers = peftjax.generate(model, [[5, 6, 7], [8]], max_new_tokens=4)
-        >>> [len(answer) for answer in answers]
-        [4, 4]
     """
     generators = Decoder | EncoderDecoder | Rows
     if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder

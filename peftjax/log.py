@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,6 +66,7 @@ class Log:
         enabled: bool = True,
         tensorboard: bool = True,
         quiet: bool = False,
+        on_line: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """
         Args:
@@ -75,11 +76,12 @@ class Log:
             enabled: Write and print; False on every process but the first.
             tensorboard: Also write TensorBoard events, into `workdir`.
             quiet: Do not print.
+            on_line: Called with each line of metrics.jsonl after it was written.
 
         Raises:
             UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line.
         """
-        self._total, self._enabled = total_steps, enabled
+        self._total, self._enabled, self._on_line = total_steps, enabled, on_line
         self._printing = enabled and not quiet
         self._bar: _Bar | None = None
         self._events: _Events | None = None
@@ -167,10 +169,13 @@ class Log:
     def _write(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
         plain = {name: np.asarray(value).item() for name, value in numbers.items()}
         seconds = round(time.perf_counter() - self._began, 3)
-        self._file.write(_line({"step": step, "kind": kind, "seconds": seconds, **plain}))
+        entry = {"step": step, "kind": kind, "seconds": seconds, **plain}
+        self._file.write(_line(entry))
         self._file.flush()  # the line survives if the process is killed from here on
         if self._events:
             self._events.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
+        if self._on_line:
+            self._on_line(entry)
 
     def _place(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"

@@ -24,17 +24,23 @@ from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.config import Config
+from peftjax.training.hooks import NO_HOOKS, Hooks, Trained
 from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, check_fit, open_checkpoints, open_data
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
+def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
     """Run the training that a config describes, from the newest checkpoint in the workdir if there is one.
 
+    Args:
+      config: The config.
+      workdir: Directory for everything that the run writes.
+      hooks: What a program adds to the config.
+
     Returns:
-      The metrics of the last evaluation.
+      The trained model, the metrics of the last evaluation, and where the result is.
 
     Raises:
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
@@ -49,12 +55,14 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     ):
         config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
-        check_fit(config, task, data, mesh)  # from shapes alone, before any weights are read
-        model = task.load_model(config.model, task.directory, mesh, config.seed)  # streamed, sharded and quantized
+        check_fit(config, task, data, mesh, hooks.model)  # from shapes alone, before any weights are read
+        model = hooks.model or task.load_model(
+            config.model, task.directory, mesh, config.seed
+        )  # streamed, sharded and quantized
         base = base_fingerprint(model)
         method = attach_method(config, task, model, mesh, source)
-        objective, tx, trainable, frozen = parts = split(config, task, model, method)
-        run = Run(config, workdir, mesh, task, data, method, model, parts, base)
+        objective, tx, trainable, frozen = parts = split(config, task, model, method, hooks.optimizer)
+        run = Run(config, workdir, mesh, task, data, method, model, parts, base, hooks)
         state = run.resume(init_state(trainable, tx, config.seed), checkpoints)
 
         @partial(jax.jit, donate_argnums=0, **jit_options(state))
@@ -63,7 +71,9 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
             return apply(tx, state, gradients), summary(gradients, totals)
 
         start, scores = int(state.step), dict[str, float]()
-        with Log(workdir, total_steps=steps, resume_step=start, enabled=jax.process_index() == 0) as log:
+        with Log(
+            workdir, total_steps=steps, resume_step=start, enabled=jax.process_index() == 0, on_line=hooks.on_metrics
+        ) as log:
             run.introduce(state, log)
             if start == 0:
                 scores = run.evaluate(state, log)
@@ -82,8 +92,8 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                     checkpoints.wait()
                     raise stopped(step, steps, workdir / "checkpoints" / str(step))
             checkpoints.wait()
-            run.finish(state, log)
-    return scores
+            result = run.finish(state, log)
+    return Trained(model, scores, result)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

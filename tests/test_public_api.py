@@ -341,11 +341,11 @@ def test_public_names_are_sorted_and_documented(module: Any) -> None:
             assert not value.__doc__.startswith(f"{name}("), f"{name} has no docstring but its signature"
 
 
-def test_generate_is_the_function_and_not_the_command() -> None:
-    command = importlib.import_module("peftjax.generate")
-    assert inspect.isfunction(command.main)
-    assert inspect.isfunction(peftjax.generate)
-    assert peftjax.generate is command.generate
+def test_generate_and_train_are_the_functions_and_not_the_commands() -> None:
+    for name in ("generate", "train"):
+        command = importlib.import_module(f"peftjax.{name}")
+        assert inspect.isfunction(command.main)
+        assert inspect.isfunction(getattr(peftjax, name))
     model = tiny.model()
     assert peftjax.generate(model, [[5, 6]], max_new_tokens=2) == peftjax.generate(
         model, [[5, 6]], max_new_tokens=2, sampling=peftjax.Sampling()

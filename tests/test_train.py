@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, methods, train
+from peftjax import evaluate, methods
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
@@ -20,6 +20,7 @@ from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.tasks import model as model_section
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
 from peftjax.training.trained import result_of
@@ -60,7 +61,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
 
     if Path("/proc/self/fd").exists():
         monkeypatch.setattr(os, "fsync", record)
-    scores = train.train(configs.validate(made), workdir)
+    scores = train(configs.validate(made), workdir).scores
     if Path("/proc/self/fd").exists():
         names = {str(path.relative_to(workdir)) for path in synced}
         assert {".", "metrics.jsonl", "config.json.partial", "adapter", "checkpoints", "checkpoints/6"} <= names
@@ -85,7 +86,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
     for steps in (6, 9):
         made.train.steps = steps
         with pytest.raises(ValueError, match=r"holds the result of a run, .*adapter, but no checkpoint to resume from"):
-            train.train(configs.validate(made), workdir)
+            train(configs.validate(made), workdir)
     assert files(workdir) == before
 
 
@@ -110,7 +111,7 @@ def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys:
     with pytest.raises(
         ValueError, match=r"bert' is a Bert, which does not support task.kind='causal_lm'; it supports classif"
     ):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     assert in_process("generate", f"--model={tmp_path / 'bert'}", "--prompt=one") == 2
     assert "bert is a Bert, which does not generate text" in capsys.readouterr().err
 
@@ -124,7 +125,7 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
         run_module, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
     )
     made = config(tmp_path, checkpoint__adapter=True, data__eval=())
-    train.train(configs.validate(made), tmp_path / "run")
+    train(configs.validate(made), tmp_path / "run")
     assert written == [tmp_path / "run" / "adapter"] * 2  # at steps 3 and 6
     peftjax.load_adapter(load_model(made.model.path), written[0])
 
@@ -145,14 +146,14 @@ def test_any_methods_run_leaves_an_adapter_that_changes_the_model(
 ) -> None:
     made = config(tmp_path, method, train__steps=2, data__eval=())
     made.method = methods.make_config(method, **options)
-    train.train(configs.validate(made), tmp_path / "run")
+    train(configs.validate(made), tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path), tmp_path / "run" / "adapter")
     assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4
 
 
 def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0, eval__samples=0), tmp_path / "run"
-    train.train(configs.validate(made), workdir)
+    train(configs.validate(made), workdir)
     assert not (workdir / "adapter").exists()
     tuned, base = load_model(workdir / "model"), load_model(made.model.path)
     assert read_prompt_format(workdir / "model") == PromptFormat("causal_lm", "completion", "{prompt}", "prompt")
@@ -162,7 +163,7 @@ def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
 
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, workdir = config(tmp_path, train__steps=2, data__prompt_template="Q {prompt}"), tmp_path / "run"
-    scores = train.train(configs.validate(made), workdir)
+    scores = train(configs.validate(made), workdir).scores
     evaluate.main([f"--workdir={workdir}"])  # the run's own config.json says the rest
     written = json.loads((workdir / "evaluation.json").read_text())
     assert written["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
@@ -256,13 +257,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path:
     with pytest.raises(
         ValueError, match=r"step [23]: (loss|grad_norm) is (nan|inf). Records of its batch: train.jsonl:\d+"
     ):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
 def test_without_held_out_records_nothing_is_evaluated(tmp_path: Path) -> None:
     made = config(tmp_path, data__eval=(), train__steps=2)
-    assert train.train(configs.validate(made), tmp_path / "run") == {}
+    assert train(configs.validate(made), tmp_path / "run") == {}
     assert all(line["kind"] == "train" for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
@@ -270,13 +271,13 @@ def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path
     made = config(tmp_path)
     made.method.targets = "q_porj"
     with pytest.raises(ValueError, match="'q_porj' matches no layer"):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
     made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0, eval__samples=0)
-    train.train(configs.validate(made), tmp_path / "run")
+    train(configs.validate(made), tmp_path / "run")
     model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
     assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32
     assert model.blocks.attention.query.kernel.dtype == jnp.bfloat16
@@ -287,20 +288,20 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     monkeypatch.setattr(model_section, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--workdir=.*run: .*file is a file; choose a directory that can be created"):
-        train.train(configs.validate(made), tmp_path / "file" / "run")
+        train(configs.validate(made), tmp_path / "file" / "run")
     before, bundled = files(tmp_path), made.copy_and_resolve_references()
     bundled.model.path = "embedded"
     with pytest.raises(ValueError, match=r"--workdir=.*model is the directory of the base model"):
-        train.train(configs.validate(made), tmp_path / "model")
+        train(configs.validate(made), tmp_path / "model")
     with pytest.raises(ValueError, match=r"holds other files \(eval.jsonl, file, model and 2 more\) and no run"):
-        train.train(configs.validate(bundled), tmp_path)
+        train(configs.validate(bundled), tmp_path)
     with claim(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process"):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     assert files(tmp_path) == before
     made.data.eval = (str(tmp_path / "evil.jsonl"),)
     with pytest.raises(ValueError, match=r"no such file\. Did you mean 'eval\.jsonl'"):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     made.data.prompt_template = "{promt}"
     with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run").exists()

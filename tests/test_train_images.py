@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import peftjax
-from peftjax import evaluate, methods, train
+from peftjax import evaluate, methods
 from peftjax.log import MEASURED, read_metrics
 from peftjax.models import from_hf_config
+from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
 
@@ -57,7 +58,7 @@ def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same
     make_config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, run = make_config(targets="all-linear", dropout=0.1), tmp_path / "run"
-    scores = train.train(made, run)
+    scores = train(made, run).scores
     lines = read_metrics(run / "metrics.jsonl")
     before, after = (line for line in lines if line["kind"] == "eval")
     assert after["eval_loss"] == scores["eval_loss"] < before["eval_loss"]
@@ -75,7 +76,7 @@ def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "again" / "adapter")
-    assert train.train(made, tmp_path / "again") == scores
+    assert train(made, tmp_path / "again") == scores
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, tmp_path / "again"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
@@ -90,7 +91,7 @@ def test_a_bottleneck_adapter_is_evaluated_as_it_was_trained(make_config: Callab
     made, run = make_config("houlsby"), tmp_path / "run"
     fields = {"model.remat": "block", "train.accumulate": 2, "mesh.data": 2, "data.workers": 2}
     made = configs.changed(made, fields)
-    scores = train.train(made, run)
+    scores = train(made, run).scores
     assert scores["accuracy"] == 1.0
     (tmp_path / "config.py").write_text(
         "import json\nfrom ml_collections import ConfigDict\n"
@@ -108,9 +109,9 @@ def test_a_saved_model_takes_along_how_images_are_prepared(world: Path, tmp_path
 
 def test_what_needs_words_is_refused(make_config: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs batches .* got pixels, labels, loss_weights: choose another init"):
-        train.train(make_config(init="eva"), tmp_path / "run")
+        train(make_config(init="eva"), tmp_path / "run")
     with pytest.raises(ValueError, match="needs one token embedding with a slot, and this model has 0"):
-        train.train(make_config("prompt"), tmp_path / "run")
+        train(make_config("prompt"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"task\.kind='image_classification' does not generate text; set it to 0"):
         configs.changed(make_config(), {"eval.samples": 2})
     assert not (tmp_path / "run" / "config.json").exists()

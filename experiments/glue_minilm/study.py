@@ -25,12 +25,13 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from peftjax import adapters, sharding, train
+from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.io.hf_files import resolve
 from peftjax.methods import make_config
 from peftjax.tasks import make_task
 from peftjax.tasks import metrics as scores
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import trained
 from peftjax.training.config import Config
@@ -118,7 +119,7 @@ def sizes(config: Config) -> dict[str, float]:
 def measure(options: argparse.Namespace, task: str, method: str, rate: float) -> dict[str, Any]:
     """Train once, and the scores on both files."""
     config, workdir = run_config(options, task, method, rate), Path(tempfile.mkdtemp())
-    validation = train.train(config, workdir)
+    validation = train(config, workdir).scores
     result = {"rate": rate, "validation": validation, "test": held_out(config, workdir, options, task)}
     shutil.rmtree(workdir)
     return result

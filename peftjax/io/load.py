@@ -18,7 +18,7 @@ from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows, with_stored_rows
-from peftjax.models.base import Model
+from peftjax.models.base import Model, Origin
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import text_config
 
@@ -109,7 +109,21 @@ def load_model(
     }
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and dropout keys
     variables.update(model, values, make(config, rest, mesh, seed))
-    return with_rows(model, resize_embeddings, mesh)
+    model = with_rows(model, resize_embeddings, mesh)
+    model.origin = Origin(
+        str(path),
+        {
+            "revision": revision,
+            "dtype": dtype,
+            "param_dtype": param_dtype or "",
+            "quantize": quantize or "",
+            "skip_quantize": tuple(skip),
+            "remat": remat,
+            "resize_embeddings": resize_embeddings is not None,
+            "new_head": new_head,
+        },
+    )
+    return model
 
 
 def load_kernels(

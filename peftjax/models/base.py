@@ -99,6 +99,28 @@ class LanguageModelConfig(ModelConfig):
     tied_if_equal: ClassVar[tuple[str, str] | None] = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a model was loaded from, and the options of `load_model`.
+
+    It is part of a model's graph definition. All origins are equal, so that models from different directories share their
+    compiled programs.
+
+    Attributes:
+        path: The directory or hub id.
+        options: The options, by the name of their field in the section `model` of a config.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+
 class Model(nnx.Module):
     """A model that reads and writes Hugging Face checkpoints.
 
@@ -107,11 +129,13 @@ class Model(nnx.Module):
 
     Attributes:
         config: Sizes and options.
+        origin: Where it was loaded from; None if it was not loaded.
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
     """
 
     config: ModelConfig
+    origin: Origin | None = None
     __call__: Callable[..., Any]  # each kind of model has its own inputs
     output_layers: ClassVar[tuple[str, ...]] = ()
     task_head: ClassVar[tuple[str, ...]] = ()

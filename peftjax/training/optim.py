@@ -27,6 +27,7 @@ from peftjax.core.config import field
 from peftjax.core.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+CUSTOM = "custom"  # the optax transformation given to `peftjax.train`
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -34,7 +35,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    name: str = field("adamw", "Optimizer", choices=OPTIMIZERS)
+    name: str = field(
+        "adamw", "Optimizer; custom: the one given to peftjax.train in Python", choices=(*OPTIMIZERS, CUSTOM)
+    )
     learning_rate: float = field(1e-4, "Peak learning rate", low=0)
     schedule: str = field("cosine", "Learning rate schedule after the warmup", choices=SCHEDULES)
     warmup_steps: int = field(0, "Steps over which the learning rate rises from 0", low=0)
@@ -134,9 +137,17 @@ def make_optimizer(config: OptimConfig, steps: int, decay_mask: Mapping[str, Any
       config: The section `optim`.
       steps: The number of updates.
       decay_mask: A tree of booleans as `decay_mask` returns it.
+
+    Raises:
+      UserError: The optimizer is a custom one.
     """
+    if config.name == CUSTOM:
+        raise UserError(
+            f"optim.name={CUSTOM!r} stands for an optimizer given to peftjax.train(..., optimizer=...) in Python; here, use "
+            f"{' or '.join(map(repr, OPTIMIZERS))}"
+        )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    return _in_float32(
+    return in_float32(
         optax.chain(
             *clip,
             _direction(config),
@@ -171,7 +182,7 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
     return optax.trace(config.momentum, accumulator_dtype=stored) if config.momentum else optax.identity()
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` applied to float32 copies of gradients and parameters; its state and its updates are float32."""
 
     def init(params: optax.Params) -> optax.OptState:

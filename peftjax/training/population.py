@@ -27,6 +27,7 @@ from peftjax.models.base import Model
 from peftjax.totals import Batch
 from peftjax.training import start_from
 from peftjax.training.config import Config
+from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
 from peftjax.training.split import Parts, split
@@ -136,7 +137,7 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
         model: Model = nnx.clone(shared)
         method = attach_method(config, task, model, mesh, source)
         parts = split(config, task, model, method)
-        run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base)
+        run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base, NO_HOOKS)
         state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
         structure = nnx.split(active_view(model))[0]
         groups.setdefault((int(state.step), structure), []).append(Training(member, run, parts, state, checkpoints))

@@ -39,6 +39,7 @@ from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.hooks import Hooks
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
@@ -53,6 +54,7 @@ class Run:
         trainable leaves are those of a state as of the last `sync`, and are invalid after the next step.
       frozen: The frozen leaves by path.
       base: The fingerprint of the base.
+      hooks: What a program adds to the config.
       due: What is due after which step.
       schedule: The learning rate by step.
       eval_step: The jitted evaluation step.
@@ -73,10 +75,11 @@ class Run:
         model: Model,
         parts: Parts,
         base: str,
+        hooks: Hooks,
     ) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.task, self.batches, self.method, self.model = task, batches, method, model
-        self.frozen, self.base = parts.frozen, base
+        self.frozen, self.base, self.hooks = parts.frozen, base, hooks
         self.due = Due(config)
         self.schedule = optim.make_schedule(config.optim, config.train.steps)
         self.eval_step = make_eval_step(variables.flat(model)[0], task, mesh)
@@ -153,7 +156,7 @@ class Run:
             log.message(start_from.describe(config))
         if state.step > 0:
             log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
-        if self.planned < config.train.steps:
+        if self.planned < config.train.steps and not self.hooks.optimizer:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
@@ -165,13 +168,14 @@ class Run:
         if self.due.log(step) or self.due.save(step) or stopping:
             numbers = self.window.close()
             if self.due.log(step):
-                log.step(step, numbers | {"learning_rate": float(self.schedule(step - 1))})
+                rate = {} if self.hooks.optimizer else {"learning_rate": float(self.schedule(step - 1))}
+                log.step(step, numbers | rate)
 
     def save(
         self, state: TrainState, step: int, scores: Mapping[str, float], log: Log, checkpoints: Checkpoints
     ) -> None:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
-        score = -scores["eval_loss"] if scores else None
+        score = -scores["eval_loss"] if "eval_loss" in scores else None
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
         if self.config.checkpoint.adapter and step < self.config.train.steps:
@@ -184,10 +188,23 @@ class Run:
         Raises:
           NotFiniteError: The loss is not finite before any training.
         """
-        config, step = self.config, int(state.step)
-        if not config.data.eval:
+        step, started = int(state.step), time.perf_counter()
+        scores, shown = self._held_out(state) if self.config.data.eval else ({}, [])
+        if self.hooks.on_evaluate:
+            self.sync(state)
+            scores |= self.hooks.scores(self.model, step, scores)
+        self.timings["evaluation"] += time.perf_counter() - started
+        if not scores:
             return {}
-        started = time.perf_counter()
+        self.save_report()  # a resumed run cannot answer as the untrained model any more
+        log.evaluation(step, scores)
+        for item in shown if step in (0, self.config.train.steps) else ():
+            log.message(f"  {item.line(self.config.eval.exact_match > 0)}")
+        return scores
+
+    def _held_out(self, state: TrainState) -> tuple[dict[str, float], list[answers.Answer]]:
+        """The metrics on held-out records, and the sample answers."""
+        config, step = self.config, int(state.step)
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
         some = itertools.islice(batches, config.train.eval_batches or None)
         scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
@@ -209,12 +226,7 @@ class Run:
             self.report = dataclasses.replace(self.report, after=samples)
         else:
             self.report = dataclasses.replace(self.report, before=samples)
-        self.timings["evaluation"] += time.perf_counter() - started
-        self.save_report()  # a resumed run cannot answer as the untrained model any more
-        log.evaluation(step, scores)
-        for item in shown if step in (0, config.train.steps) else ():
-            log.message(f"  {item.line(scored)}")
-        return scores
+        return scores, shown
 
     def _answers(self, state: TrainState) -> list[answers.Answer]:
         config = self.config
@@ -250,8 +262,8 @@ class Run:
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)
 
-    def finish(self, state: TrainState, log: Log) -> None:
-        """Write the result and the report, and print where they are."""
+    def finish(self, state: TrainState, log: Log) -> Path:
+        """Write the result and the report, and print where they are; returns the directory of the result."""
         result = self.write_result(state)
         log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
@@ -265,3 +277,4 @@ class Run:
             log.message(f"{write_report(self.workdir)}")
             if why := concern(read_metrics(self.workdir / METRICS)):
                 log.message(f"warning: {why}")
+        return result

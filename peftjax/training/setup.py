@@ -98,11 +98,11 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     return task, batches
 
 
-def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh) -> None:
+def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Model | None = None) -> None:
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
     The model and its adapters are built as shapes. The first batch of the training data and of the held-out data is read:
-    where no record has a loss, no batch comes.
+    where no record has a loss, no batch comes. `given` is the base model if it is already loaded.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
@@ -113,7 +113,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
         model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
-    task.accept(model, config.model.path)
+    task.accept(given or model, config.model.path)
     task.check_lengths(model, mesh)
     if config.model.attention != "xla":
         with jax.set_mesh(mesh):

@@ -30,14 +30,25 @@ class Parts(NamedTuple):
     frozen: variables.FlatTree
 
 
-def split(config: Config, task: Task, model: Model, method: Method) -> Parts:
-    """Split a model with its method attached; its leaves may be arrays or shapes. Leaves it in evaluation mode."""
+def split(
+    config: Config, task: Task, model: Model, method: Method, optimizer: optax.GradientTransformation | None = None
+) -> Parts:
+    """Split a model with its method attached; its leaves may be arrays or shapes. Leaves it in evaluation mode.
+
+    Args:
+      config: The config.
+      task: Its task.
+      model: The model.
+      method: The attached method.
+      optimizer: An optimizer to use instead of the one of `config.optim`.
+    """
     use_kernel(model, config.model.attention)
     model.train()
     _, leaves = variables.flat(model)
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
     model.eval()
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    tx = method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
+    given = optim.in_float32(optimizer) if optimizer else None
+    tx = method.optimizer(given or optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     return Parts(Objective(graph, task.loss, method.penalty, keys), tx, trainable, frozen)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import peftjax
-from peftjax import train
 from peftjax.log import read_metrics
+from peftjax.train import main as train_main
 from tests.interop.peers import THEIRS, assert_close, assert_far, load_into_theirs, logits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def test_a_real_checkpoint_learns_answers_otherwise_and_its_adapter_loads_into_p
         "eval.max_new_tokens": 12,
     }
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
-    train.main([f"--config={ROOT / 'configs' / f'{config}.py'}", f"--workdir={workdir}", *overrides])
+    train_main([f"--config={ROOT / 'configs' / f'{config}.py'}", f"--workdir={workdir}", *overrides])
 
     before, after = (line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "eval")
     assert after["eval_loss"] < before["eval_loss"] - 0.3

@@ -10,10 +10,10 @@ from flax import nnx
 from huggingface_hub import constants
 
 import peftjax
-from peftjax import train
 from peftjax.core.errors import UserError
 from peftjax.io.model_card import make_card
 from peftjax.io.push import check_push
+from peftjax.train import main as train_main
 from peftjax.training import card as card_module
 from peftjax.training import config as configs
 from tests import hub as stand_in
@@ -131,14 +131,14 @@ def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -
     )
     arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="must be ORG/NAME"):
-        train.main([*arguments, "--push=adapter"])
+        train_main([*arguments, "--push=adapter"])
     with pytest.raises(
         UserError, match=r"--push=ada/a uploads adapters, and method\.name='full' trains the whole model"
     ):
-        train.main([*arguments, "--push=ada/a", "--config.method.name=full"])
+        train_main([*arguments, "--push=ada/a", "--config.method.name=full"])
     assert not (tmp_path / "run").exists()  # told before the training
 
-    train.main([*arguments, "--push=ada/adapter"])
+    train_main([*arguments, "--push=ada/adapter"])
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     uploaded = hub.files["ada/adapter"]
     assert uploaded.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "peftjax.json"}

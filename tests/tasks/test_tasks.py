@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, methods, train
+from peftjax import evaluate, methods
 from peftjax.io.hf_files import read_json
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
+from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
 
@@ -96,7 +97,7 @@ def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(
     kind: str, labels: tuple[str, ...], measured: set[str], models: Callable, tmp_path: Path
 ) -> None:
     made, workdir = config(tmp_path, models(BERT), kind, labels), tmp_path / "run"
-    scores = train.train(configs.validate(made), workdir)
+    scores = train(configs.validate(made), workdir).scores
     before, after = (line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "eval")
     assert scores.keys() == {"eval_loss", "eval_labels"} | measured
     assert after["eval_loss"] < before["eval_loss"]
@@ -124,22 +125,22 @@ def assert_evaluated(made: Any, workdir: Path) -> None:
 def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(models: Callable, tmp_path: Path) -> None:
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), train__steps=2)
     made.method = methods.make_config("full")
-    train.train(configs.validate(made), tmp_path / "run")
+    train(configs.validate(made), tmp_path / "run")
     stored = read_json(tmp_path / "run" / "model" / "config.json")
     assert stored["architectures"] == ["BertForSequenceClassification"]
     assert stored["id2label"] == {"0": "without", "1": "with"}
     assert stored["problem_type"] == "single_label_classification"
 
     made.model.path, made.task.labels = str(tmp_path / "run" / "model"), ()  # its own head, and classes
-    train.train(configs.validate(made), tmp_path / "again")
+    train(configs.validate(made), tmp_path / "again")
     made.task.labels = ("with", "without")
     with pytest.raises(ValueError, match=r"the checkpoint's head has \('without', 'with'\); use those, or replace it"):
-        train.train(configs.validate(made), tmp_path / "other")
+        train(configs.validate(made), tmp_path / "other")
     made.task.kind, made.task.labels = "regression", ()
     with pytest.raises(ValueError, match="labels=1, but the checkpoint's head has 2"):
-        train.train(configs.validate(made), tmp_path / "other")
+        train(configs.validate(made), tmp_path / "other")
     made.task.kind, made.task.labels, made.model.new_head = "classification", ("x", "y", "without", "with"), True
-    train.train(configs.validate(made), tmp_path / "new")
+    train(configs.validate(made), tmp_path / "new")
     assert list(read_json(tmp_path / "new" / "model" / "config.json")["id2label"].values()) == [
         "x",
         "y",
@@ -154,7 +155,7 @@ def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: C
         tmp_path, models(T5), "seq2seq", eval__exact_match=6, eval__samples=2, eval__max_new_tokens=8,
         eval__metrics=("exact_match", "bleu", "rouge_l"),
     )  # fmt: skip
-    scores = train.train(configs.validate(made), tmp_path / "run")
+    scores = train(configs.validate(made), tmp_path / "run").scores
     before, after = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval")
     assert after["eval_loss"] < before["eval_loss"]
     answers = {"exact_match", "bleu", "rouge_l", "prompts"}
@@ -182,4 +183,4 @@ def test_what_does_not_go_with_the_task_is_an_error(
 ) -> None:
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), **fields)
     with pytest.raises(ValueError, match=message):
-        train.train(configs.validate(made), tmp_path / "run")
+        train(configs.validate(made), tmp_path / "run")

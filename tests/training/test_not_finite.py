@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from peftjax import train
 from peftjax.core.errors import NotFiniteError
 from peftjax.tasks import model as model_section
+from peftjax.train import train
 from peftjax.training import config as configs
 from tests.test_train import config
 
@@ -27,4 +27,4 @@ def test_a_base_that_gives_nan_is_not_blamed_on_the_learning_rate(
     with pytest.raises(
         NotFiniteError, match="step 0: eval_loss is nan before any training, so the cause is the base model"
     ):
-        train.train(configs.validate(config(tmp_path, eval__exact_match=0, eval__samples=0)), tmp_path / "run")
+        train(configs.validate(config(tmp_path, eval__exact_match=0, eval__samples=0)), tmp_path / "run")

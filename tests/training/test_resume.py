@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from peftjax import train
+from peftjax.train import train
 from peftjax.training import config as configs
 from tests.runs import (
     EVERY,
@@ -138,7 +138,7 @@ def refused(world: Path, workdir: Path, *overrides: str) -> str:
     before = files(workdir)
     config = configs.load(world / "config.py", overrides)
     with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
-        train.train(config, workdir)
+        train(config, workdir)
     assert files(workdir) == before
     return str(caught.value)
 
@@ -185,11 +185,11 @@ def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
     )  # fmt: skip
     config = configs.load(world / "config.py", overrides)
     with pytest.raises(ValueError, match=message):  # with which the command exits with 2
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     last = max(map(int, checkpoints(tmp_path / "run")))
     assert 0 < last < 12
     data.write_text("\n".join(lines) + "\n")
-    train.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, 13))
 
 

@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import methods, sharding, sweep, train
+from peftjax import methods, sharding, sweep
 from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.population import Member
@@ -45,7 +46,7 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
 
     # with a frozen A, which no checkpoint holds
     made, workdir = from_adapter(tmp_path, adapter, dropout=0.1, freeze_a=True), tmp_path / "run"
-    train.train(configs.validate(made), workdir)
+    train(configs.validate(made), workdir)
     printed = (
         f"starting from the adapter in {adapter} with a new optimizer state; targets=('v_proj', 'q_proj'), rank=2, "
     )
@@ -65,18 +66,18 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     assert "| Started from | `adapter` |" in (workdir / "adapter" / "README.md").read_text()
 
     made.train.steps = 3
-    train.train(configs.validate(made), tmp_path / "straight")
+    train(configs.validate(made), tmp_path / "straight")
     shutil.rmtree(adapter)
-    train.train(configs.validate(made), workdir)
+    train(configs.validate(made), workdir)
     assert "resuming after step 2 of 3" in capsys.readouterr().out
     assert last_arrays(workdir) == last_arrays(tmp_path / "straight")
     assert files(workdir / "adapter") == files(tmp_path / "straight" / "adapter")
     made.method.rank = 4
     with pytest.raises(UserError, match=r"another configuration: method\.rank: 4 here, 2 there\."):
-        train.train(configs.validate(made), workdir)
+        train(configs.validate(made), workdir)
     made.method.rank, made.method.start_from = 8, "elsewhere"
     with pytest.raises(UserError, match=r"method\.start_from: 'elsewhere' here, '.*adapter' there"):
-        train.train(configs.validate(made), workdir)
+        train(configs.validate(made), workdir)
 
 
 def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defaults(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from peftjax import methods, sharding, sweep, train
+from peftjax import methods, sharding, sweep
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.workdir import MARK
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import population
 from peftjax.training.population import Member
@@ -129,7 +130,7 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     found = sweep.sweep(several, tmp_path / "sweep")
     assert "population 1 of 1, 3 side by side" in capsys.readouterr().out
     for one in several[1:]:
-        train.train(one.config, tmp_path / "alone" / one.name)
+        train(one.config, tmp_path / "alone" / one.name)
         assert_same_run(one.workdir, tmp_path / "alone" / one.name)
     assert found == json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     losses = [one["scores"]["eval_loss"] for one in found]
@@ -232,7 +233,7 @@ def test_what_a_method_holds_in_its_structure_or_in_the_base_is_not_mixed_up(
     pair = [member(made, tmp_path / "sweep", **{field: value}) for value in values]
     sweep.sweep(pair, tmp_path / "sweep")
     for one in pair:
-        train.train(one.config, tmp_path / "alone" / one.name)
+        train(one.config, tmp_path / "alone" / one.name)
         result = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
         assert_same_result(one.workdir, tmp_path / "alone" / one.name, result)
 

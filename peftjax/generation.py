@@ -1,0 +1,114 @@
+"""`peftjax.generate`: texts from texts, or token ids from token ids."""
+
+from collections.abc import Sequence
+from typing import overload
+
+from flax import nnx
+
+from peftjax import decoding
+from peftjax.core.errors import UserError
+from peftjax.data.token_rows import check_rows, embedding_rows
+from peftjax.data.tokenizer import Tokenizer
+from peftjax.decoding import Sampling
+from peftjax.models.base import Model
+
+GREEDY = Sampling()
+
+
+@overload
+def generate(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    /,
+    *,
+    max_new_tokens: int = ...,
+    stop: Sequence[int] = ...,
+    sampling: Sampling = ...,
+    seed: int = ...,
+) -> list[list[int]]: ...
+@overload
+def generate(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    text: str,
+    /,
+    *,
+    chat: bool = ...,
+    max_new_tokens: int = ...,
+    stop: Sequence[int] = ...,
+    sampling: Sampling = ...,
+    seed: int = ...,
+) -> str: ...
+@overload
+def generate(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    texts: list[str] | tuple[str, ...],
+    /,
+    *,
+    chat: bool = ...,
+    max_new_tokens: int = ...,
+    stop: Sequence[int] = ...,
+    sampling: Sampling = ...,
+    seed: int = ...,
+) -> list[str]: ...
+def generate(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]] | Tokenizer,
+    texts: str | list[str] | tuple[str, ...] | None = None,
+    /,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+) -> list[list[int]] | str | list[str]:
+    """Generate a continuation of each prompt, or an answer to it, with the active adapters.
+
+    `generate(model, tokenizer, "text")` returns a text, and a list of texts for a list of texts.
+    `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left to a multiple
+    of 32 tokens, so that few lengths are compiled.
+
+    Args:
+        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
+        prompts: Token ids, at least one per prompt; or the tokenizer of the texts.
+        texts: One prompt, or several.
+        chat: Whether each text is a user message, to be rendered with the chat template.
+        max_new_tokens: Maximum number of new tokens per prompt.
+        stop: Token ids that end an answer. Texts also end with the tokenizer's `eos_ids`.
+        sampling: How the next token is chosen; by default the most likely one.
+        seed: Random seed for sampling.
+
+    Returns:
+        The answers, without the stop token.
+
+    Raises:
+        UserError: A prompt is empty or holds a token without a row in the embedding, the tokenizer has no chat template, the
+            model generates no text, or a prompt and the new tokens exceed its positions.
+        NotFiniteError: The logits are NaN or infinite.
+
+    Examples:
+        >>> import peftjax
+        >>> model, tokenizer = peftjax.load_model("embedded"), peftjax.load_tokenizer("embedded")
+        >>> answer = peftjax.generate(model, tokenizer, "March 7th, 2024 ->", max_new_tokens=4)
+        >>> answers = peftjax.generate(model, [[5, 6, 7], [8]], max_new_tokens=4)
+        >>> [len(answer) for answer in answers]
+        [4, 4]
+    """
+    if not isinstance(prompts, Tokenizer):
+        if texts is not None or chat:
+            raise UserError("generate: texts need a tokenizer: generate(model, tokenizer, texts)")
+        return decoding.generate(model, prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+    if texts is None:
+        raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
+    tokenizer, several = prompts, [texts] if isinstance(texts, str) else list(texts)
+    tokens = [tokenizer.encode_prompt(text, chat) for text in several]
+    rows = embedding_rows(model) if isinstance(model, Model) else None
+    for text, ids in zip(several, tokens, strict=True):
+        check_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
+    out = decoding.generate(
+        model, tokens, max_new_tokens=max_new_tokens, stop=[*tokenizer.eos_ids, *stop], sampling=sampling, seed=seed
+    )
+    answers = [tokenizer.decode(ids) for ids in out]
+    return answers[0] if isinstance(texts, str) else answers

@@ -1,0 +1,155 @@
+"""`peftjax.train`: the training of the train command, from Python."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from peftjax.adapters.method import Method
+from peftjax.adapters.registry import Registry, registry_of
+from peftjax.core import distributed
+from peftjax.core import workdir as workdirs
+from peftjax.core.errors import UserError
+from peftjax.core.files import write_atomically
+from peftjax.models.base import Model
+from peftjax.training import config as configs
+from peftjax.training import optim
+from peftjax.training.config import Config
+from peftjax.training.hooks import Hooks, Trained
+
+Records = Iterable[Mapping[str, Any]]
+Data = str | Path | Sequence[str | Path] | Records
+
+
+def train(
+    model: str | Path | Model | None,
+    method: Method | Config | ConfigDict | Mapping[str, Any],
+    data: Data | None = None,
+    *,
+    workdir: str | Path,
+    eval_data: Data | None = None,
+    config: Mapping[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    on_evaluate: Callable[[Model, int], Mapping[str, float]] | None = None,
+) -> Trained:
+    """Train a model with a PEFT method, as the train command does.
+
+    The run logs, evaluates, saves checkpoints and writes the adapter and a report into `workdir`. Calling this function
+    again with the same arguments resumes an interrupted run. `peftjax evaluate` and `peftjax generate` work with its
+    workdir.
+
+    Args:
+        model: The base model: a directory, a hub id, "embedded" for the bundled model, or a model from `load_model`, to
+            which the method is attached in place. None: the one of the config.
+        method: The method, such as `peftjax.Lora(rank=16)`, or a whole config.
+        data: The training data: one or several sources in the notation of `data.train`, such as "train.jsonl", or
+            the records themselves, which are written to train.jsonl in the workdir. None: that of the config.
+        workdir: Directory for everything that the run writes.
+        eval_data: The held-out data, given in the same ways.
+        config: Values of config fields by name, as on the command line: {"train.steps": 100, "data.format": "chat"}.
+        optimizer: An optax optimizer with its learning rate, to use instead of the one of the section `optim`. It sees
+            float32 gradients and parameters as {path: array}.
+        on_metrics: Called with each line of metrics.jsonl, a dict with "step", "kind" ("train" or "eval") and the metrics;
+            in a run of several processes, by process 0 only.
+        on_evaluate: Called with the model and the number of completed steps at each evaluation, on every process.
+            The scores that it returns are logged and reported with the others.
+
+    Returns:
+        The trained model with its adapter, the scores of the last evaluation, and the directory of the adapter.
+
+    Raises:
+        UserError: The arguments, the model and the data do not fit together, or `workdir` holds another run.
+        NotFiniteError: The loss or the gradient is not finite.
+
+    Examples:
+        >>> import peftjax
+        >>> records = [{"text": "one two three"}, {"text": "two three four"}] * 8
+        >>> fields = {"train.steps": 2, "train.batch_size": 4, "data.max_length": 16}
+        >>> trained = peftjax.train("embedded", peftjax.Lora(rank=4), records, workdir="run", config=fields)
+        ... # doctest: +ELLIPSIS
+        embedded: ...
+        >>> trained.path.name
+        'adapter'
+    """
+    from peftjax.train import train as run  # imports orbax
+
+    directory, fields = Path(workdir), dict(config or {})
+    if isinstance(model, Model):
+        fields = _model_fields(model, fields) | fields
+    elif model is not None:
+        fields["model.path"] = str(model)
+    for name, given in (("train", data), ("eval", eval_data)):
+        if given is not None:
+            fields[f"data.{name}"] = _sources(given, directory, name)
+    if optimizer is not None:
+        fields["optim.name"] = optim.CUSTOM
+    loaded = model if isinstance(model, Model) else None
+    return run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
+
+
+def _config(method: Method | Config | ConfigDict | Mapping[str, Any], fields: Mapping[str, Any]) -> Config:
+    """The config of a method or a config, with other values of some fields."""
+    if isinstance(method, Method):
+        return configs.changed(Config(method=method), fields)
+    if isinstance(method, Config):
+        return configs.changed(method, fields)
+    if isinstance(method, ConfigDict | Mapping):
+        return configs.changed(configs.validate(method), fields)
+    raise UserError(f"train: method must be a method such as peftjax.Lora(rank=16), or a config, not {method!r}")
+
+
+def _model_fields(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the section `model` for a model that is loaded already."""
+    if model.origin is None:
+        raise UserError(
+            "train: this model was not loaded with peftjax.load_model; give the directory of its files instead"
+        )
+    if (registry := registry_of(model)) != Registry():
+        names = [name for name, _ in registry.methods]
+        raise UserError(f"train: the model has adapters attached already: {names}; detach them, or load the base again")
+    fields = {"model.path": model.origin.path} | {
+        f"model.{name}": value for name, value in model.origin.options.items()
+    }
+    if differ := [name for name, value in fields.items() if given.get(name, value) != value]:
+        raise UserError(
+            f"train: {', '.join(differ)} cannot change for a loaded model; give the directory, or pass it to load_model"
+        )
+    return fields
+
+
+def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
+    """The sources of data, in the notation of the config. Records are written to a file in the workdir."""
+    if isinstance(data, str | Path):
+        return (str(data),)
+    items = list(data)
+    if items and all(isinstance(item, str | Path) for item in items):
+        return tuple(map(str, items))
+    lines = "".join(_line(item, f"{name} record {index}") for index, item in enumerate(items))
+    path = directory / f"{name}.jsonl"
+    with workdirs.claim(directory):
+        distributed.on_first(lambda: _write(path, lines))
+    return (str(path),)
+
+
+def _line(record: Any, name: str) -> str:
+    """A record as a line of JSON."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"train: {name} is {record!r}; a record is a dict, or give the names of files")
+    try:
+        return json.dumps(dict(record)) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train: {name} cannot be written as JSON: {error}") from None
+
+
+def _write(path: Path, lines: str) -> None:
+    """Write the records, unless the run in the workdir has other ones."""
+    if path.exists() and path.read_text(encoding="utf-8") != lines:
+        raise UserError(
+            f"{path} holds other records, those of an earlier run; choose another workdir, or delete this one"
+        )
+    if not path.exists():
+        write_atomically(path, lines)

@@ -1,0 +1,67 @@
+"""What a Python program adds to the config of a run, and what it gets back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from peftjax.core.errors import UserError
+from peftjax.models.base import Model
+
+
+class Trained(NamedTuple):
+    """What a finished run leaves.
+
+    Attributes:
+      model: The trained model with its adapter, in evaluation mode.
+      scores: The metrics of the last evaluation; empty without one.
+      path: The directory of the adapter, or in full fine-tuning of the model.
+    """
+
+    model: Model
+    scores: dict[str, float]
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a Python program adds to the config of a run; `peftjax.train` describes each of them.
+
+    Attributes:
+      model: A loaded base model, to use instead of loading the one of the config.
+      optimizer: An optimizer, to use instead of the one of `config.optim`.
+      on_metrics: Called by process 0 with each line of metrics.jsonl.
+      on_evaluate: Called at each evaluation; it returns additional scores.
+    """
+
+    model: Model | None = None
+    optimizer: optax.GradientTransformation | None = None
+    on_metrics: Callable[[dict[str, Any]], None] | None = None
+    on_evaluate: Callable[[Model, int], Mapping[str, float]] | None = None
+
+    def scores(self, model: Model, step: int, others: Mapping[str, float]) -> dict[str, float]:
+        """The scores that `on_evaluate` returns.
+
+        Args:
+          model: The model as of the step.
+          step: The number of completed steps.
+          others: The scores that there are already.
+
+        Raises:
+          UserError: It does not return a mapping of numbers, or returns a score that there is already.
+        """
+        assert self.on_evaluate is not None
+        scores = self.on_evaluate(model, step)
+        if not isinstance(scores, Mapping) or not all(
+            np.isscalar(value) or np.ndim(value) == 0 for value in scores.values()
+        ):
+            raise UserError(f"on_evaluate must return a mapping from names to numbers, not {scores!r}")
+        if taken := sorted(scores.keys() & others.keys()):
+            raise UserError(f"on_evaluate returned {taken}, which the evaluation computes itself; use other names")
+        return {name: float(value) for name, value in scores.items()}
+
+
+NO_HOOKS = Hooks()

@@ -1,0 +1,122 @@
+"""`peftjax.train`: the training of the train command from Python, with records, a loaded model, an optimizer and callbacks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import peftjax
+from peftjax import evaluate
+from peftjax.core.errors import UserError
+from peftjax.log import read_metrics
+from peftjax.train import train as train_by_config
+from peftjax.training import config as configs
+
+RECORDS = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(24)]
+FIELDS: dict[str, Any] = {
+    "data.format": "completion",
+    "data.max_length": 32,
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "train.log_every": 2,
+    "train.eval_every": 2,
+    "optim.learning_rate": 1e-2,
+    "optim.schedule": "constant",
+    "optim.clip_norm": 0.0,
+}
+LORA = peftjax.Lora(rank=2, targets=("q_proj", "v_proj"))
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_it_is_the_training_of_the_config_and_evaluate_reads_its_workdir(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, Any]] = []
+    trained = peftjax.train(
+        "embedded", LORA, RECORDS[:16], eval_data=RECORDS[16:], workdir=tmp_path / "run", config=FIELDS,
+        on_metrics=lines.append,
+    )  # fmt: skip
+    assert lines == read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["step"], line["kind"]) for line in lines] == [
+        (0, "eval"), (2, "train"), (2, "eval"), (4, "train"), (4, "eval"),
+    ]  # fmt: skip
+    assert trained.path == tmp_path / "run" / "adapter"
+
+    sources = {f"data.{name}": (str(tmp_path / "run" / f"{name}.jsonl"),) for name in ("train", "eval")}
+    same = train_by_config(configs.changed(configs.Config(method=LORA), FIELDS | sources), tmp_path / "same")
+    assert trained.scores == same.scores
+    assert (trained.path / WEIGHTS).read_bytes() == (same.path / WEIGHTS).read_bytes()
+
+    capsys.readouterr()
+    evaluate.main([f"--workdir={tmp_path / 'run'}"])
+    assert f"{trained.scores['eval_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_loaded_model_with_an_optax_optimizer_trains_as_the_config_that_describes_them_and_resumes(
+    tmp_path: Path,
+) -> None:
+    described = peftjax.train("embedded", LORA, RECORDS, workdir=tmp_path / "described", config=FIELDS)
+    steps = []
+
+    def norm(model: Any, step: int) -> dict[str, float]:
+        steps.append(step)
+        leaves = nnx.to_flat_state(nnx.state(model, peftjax.PeftParam))
+        return {"norm": np.sqrt(sum(np.square(leaf.get_value()).sum() for _, leaf in leaves))}
+
+    def own(count: int) -> Any:
+        model = peftjax.load_model("embedded")
+        trained = peftjax.train(
+            model, LORA, RECORDS, workdir=tmp_path / "own", config=FIELDS | {"train.steps": count},
+            optimizer=optax.adamw(1e-2, weight_decay=0.0), on_evaluate=norm,
+        )  # fmt: skip
+        assert trained.model is model
+        return trained
+
+    first, last = own(2), own(4)
+    assert steps == [0, 2, 4]
+    assert 0 < first.scores["norm"] < last.scores["norm"]
+    tokens = np.arange(8)[None]
+    np.testing.assert_allclose(last.model(tokens), described.model(tokens), atol=1e-5)
+    assert np.abs(last.model(tokens) - peftjax.use(last.model, None)(tokens)).max() > 1e-3
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["kind"] == "train"]
+              for name in ("described", "own")]  # fmt: skip
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def refused(tmp_path: Path, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        peftjax.train(*arguments, workdir=tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "adapter").exists()
+    return str(error.value)
+
+
+def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
+    model = peftjax.load_model("embedded")
+    assert "model.dtype cannot change for a loaded model" in refused(
+        tmp_path, model, LORA, RECORDS, config={"model.dtype": "bfloat16"}
+    )
+    peftjax.attach(model, LORA, "mine", rngs=nnx.Rngs(0))
+    assert "has adapters attached already: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
+    assert "method must be a method such as peftjax.Lora" in refused(tmp_path, "embedded", "lora", "train.jsonl")
+    assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
+    assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
+    assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])
+    assert "optim.name='custom' stands for an optimizer given to peftjax.train" in refused(
+        tmp_path, "embedded", LORA, RECORDS, config=FIELDS | {"optim.name": "custom"}
+    )
+    assert "train.jsonl holds other records" in refused(tmp_path, "embedded", LORA, RECORDS[1:], config=FIELDS)
+
+
+def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
+    model, tokenizer = peftjax.load_model("embedded"), peftjax.load_tokenizer("embedded")
+    texts = ["March 7th, 2024 ->", "7 March 2024 ->"]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
+    ids = peftjax.generate(model, prompts, max_new_tokens=4, stop=tokenizer.eos_ids)
+    answers = peftjax.generate(model, tokenizer, texts, max_new_tokens=4)
+    assert answers == [tokenizer.decode(each) for each in ids]
+    assert peftjax.generate(model, tokenizer, texts[0], max_new_tokens=4) == answers[0]
+    with pytest.raises(UserError, match="texts need a tokenizer"):
+        peftjax.generate(model, prompts, texts)  # type: ignore[call-overload]
