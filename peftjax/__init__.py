@@ -3,8 +3,11 @@
 from peftjax.core import signals as _signals  # noqa: F401  # first: it handles signals while a command imports the rest
 
 # isort: split
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
+from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling, generate
@@ -89,3 +92,8 @@ __all__ = [
     "use",
 ]
 __version__ = "0.1.0"
+
+if not _TYPE_CHECKING:  # a type checker would take it to define every name
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"module 'peftjax' has no attribute {name!r}.{_suggest(name, __all__)}")

@@ -21,7 +21,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
-from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
@@ -32,9 +32,8 @@ from peftjax.report.data import ReportData, Sample, count_parts, count_trained, 
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, optim, start_from
+from peftjax.training import answers, card, optim, start_from
 from peftjax.training import config as configs
-from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
@@ -235,11 +234,12 @@ class Run:
         if self.method.trains is nnx.Param:
             save_model(self.model, self.workdir / "model", source=self.task.directory)
             return self.workdir / "model"
-        directory = save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
+        training = None
         if jax.process_index() == 0:
             parts = count_parts(variables.flat(self.model)[1], self.method.trains)
-            write_card(directory, self.config, self.task, self.workdir, int(state.step), parts)
-        return directory
+            training = card.describe(self.config, self.task, self.workdir, int(state.step), parts)
+        base = start_from.base_name(self.model, self.config)
+        return write_adapter(self.model, self.workdir / "adapter", "default", base, training)
 
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""

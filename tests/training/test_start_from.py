@@ -17,6 +17,7 @@ from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
+from peftjax.tasks.model import ModelConfig
 from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.population import Member
@@ -115,9 +116,12 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
 )
 def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, tmp_path: Path) -> None:
     source = tiny.randomize(peftjax.attach(tiny.model(), method, rngs=nnx.Rngs(0)))
-    path, model = peftjax.save_adapter(source, tmp_path / "adapter"), tiny.model()
+    path, model = peftjax.save_adapter(source, tmp_path / "adapter", base="owner/base"), tiny.model()
     assert attach_trained(model, method, path, nnx.Rngs(1)) == read_method(path)
     assert list(attached(model)) == ["default"]
+    for given, recorded in (("embedded", "owner/base"), ("owner/copy", "owner/copy")):
+        config = configs.Config(model=ModelConfig(path=given))
+        assert start_from.base_name(model, config).name == recorded
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
     assert theirs == ours  # what a step trains, by path
