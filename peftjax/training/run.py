@@ -28,11 +28,13 @@ from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
-from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes, versions
+from peftjax.report.classes import collapse
+from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
+from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, card, optim, start_from
+from peftjax.training import answers, card, optim, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.due import Due
@@ -135,6 +137,7 @@ class Run:
             ReportData.load(self.workdir) if state.step > 0 else self.report,
             parts=parts,
             optimizer_bytes=tree_bytes(state.optimizer),
+            origin=origin(self.workdir),
             versions=versions(),
             default_config=json.loads(configs.to_json(default)),
         )
@@ -188,12 +191,16 @@ class Run:
         started = time.perf_counter()
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
         some = itertools.islice(batches, config.train.eval_batches or None)
-        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        scores = measured.scores
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
+        self.report = dataclasses.replace(
+            self.report, classes=predictions.summarize(config.data, self.task, measured, step)
+        )
         found = self._answers(state)
         scored = config.eval.exact_match > 0
         if scored:
@@ -226,6 +233,8 @@ class Run:
     def save_report(self) -> None:
         """Write report.json, from one process."""
         if jax.process_index() == 0:
+            counts = self.batches.summary()
+            self.report = dataclasses.replace(self.report, counts=counts, padding=self.batches.padding())
             self.report.save(self.workdir)
 
     def write_result(self, state: TrainState) -> Path:
@@ -254,5 +263,6 @@ class Run:
         log.message(f"{result}: {format_bytes(size)}")
         if jax.process_index() == 0:
             log.message(f"{write_report(self.workdir)}")
-            if why := concern(read_metrics(self.workdir / METRICS)):
-                log.message(f"warning: {why}")
+            for why in (concern(read_metrics(self.workdir / METRICS)), collapse(self.report.classes)):
+                if why:
+                    log.message(f"warning: {why}")

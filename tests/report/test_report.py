@@ -1,6 +1,8 @@
 """The report: what stands on the page, what must never be on it, and that odd data does not break it."""
 
+import base64
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -27,6 +29,7 @@ from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_byte
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration, format_number
 
+SCRIPT = Path(svg.__file__).with_name("charts.js").read_text(encoding="utf-8")
 NASTY = '<script>alert(1)</script> & "quoted" </div>{{ 7*7 }} \x1b[31m \ud800'
 CONFIG = {
     "method": {"name": "lora", "rank": 16},
@@ -84,17 +87,29 @@ def page(workdir: Path) -> str:
 
 
 def check_tags(text: str) -> None:
-    """Every element is closed in its place, and none loads anything."""
+    """Every element is closed in its place, and none loads anything; the only script is the page's own, after the charts."""
 
     class Checker(HTMLParser):
         open: tuple[str, ...] = ()
+        scripts = 0
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            assert tag not in ("script", "link", "img", "iframe", "object")
-            assert not {"src", "href", "srcset"} & {name for name, _ in attributes}
+            assert tag not in ("link", "img", "iframe", "object")
+            assert not {"src", "srcset"} & {name for name, _ in attributes}
+            assert not [name for name, _ in attributes if name.startswith("on")]
+            links = [value or "" for name, value in attributes if name == "href"]
+            assert all(tag == "a" and re.fullmatch(r"\.\./sweep\.html|[\w.%-]+/report\.html", link) for link in links)
             assert all(value and value[0] == "#" for name, value in attributes if name == "xlink:href")
-            if tag not in ("meta", "wbr"):
+            if tag not in ("meta", "wbr", "input"):
                 self.open = (*self.open, tag)
+            if tag == "script":
+                self.scripts += 1
+                assert attributes == []
+                assert self.open == ("html", "body", "script")
+
+        def handle_data(self, data: str) -> None:
+            if self.open[-1:] == ("script",):
+                assert data == SCRIPT
 
         def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
             pass
@@ -107,11 +122,14 @@ def check_tags(text: str) -> None:
     checker.feed(text)
     checker.close()
     assert checker.open == ()
+    assert checker.scripts == ("data-curves" in text)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in text
 
 
 def words(text: str) -> str:
     """What a reader sees: no tags, single spaces."""
-    body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
@@ -153,7 +171,7 @@ def test_answers_are_marked_and_paired_by_prompt(full: str) -> None:
 
 
 def test_text_is_escaped(full: str) -> None:
-    assert "<script" not in full
+    assert full.count("<script") == 1  # the page's own
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in full
     assert "{{ 7*7 }}" in full  # not evaluated either
     assert "\\x1b[31m" in full
