@@ -75,10 +75,11 @@ class Classes:
         """
         values = dict(fields)
         for name, kind in (("scores", ClassScore), ("examples", Prediction), ("confusions", None)):
-            items = values.get(name, ())
-            if not isinstance(items, list | tuple):
+            items = values.get(name)
+            if isinstance(items, list):
+                values[name] = tuple(kind(**item) if kind else tuple(item) for item in items)
+            elif name in values:
                 raise TypeError(f"classes.{name} is not a list")
-            values[name] = tuple(kind(**item) if kind else tuple(item) for item in items)
         return cls(**values)  # type: ignore[arg-type]
 
 

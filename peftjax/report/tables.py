@@ -26,7 +26,7 @@ def data_rows(data: ReportData, config: Mapping[str, Any]) -> list[tuple[str, st
         "empty": "Dropped, nothing to learn from",
         "rows": "Rows",
         "tokens": "Tokens",
-        "loss_tokens": "Tokens in the loss",
+        "loss_tokens": "Tokens in the loss" if config.get("task.kind") in ("causal_lm", "seq2seq") else "Labels",
     }
     counts = data.counts
     if data.padding is None:  # images
