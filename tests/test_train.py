@@ -60,7 +60,14 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
     scores = train.train(configs.validate(made), workdir)
     if Path("/proc/self/fd").exists():
         names = {str(path.relative_to(workdir)) for path in synced}
-        assert {".", "metrics.jsonl", "config.json.partial", ".adapter.peftjax-tmp", "checkpoints", "checkpoints/6"} <= names
+        assert {
+            ".",
+            "metrics.jsonl",
+            "config.json.partial",
+            ".adapter.peftjax-tmp",
+            "checkpoints",
+            "checkpoints/6",
+        } <= names
         assert {"checkpoints/3/about/metadata", "checkpoints/6/_CHECKPOINT_METADATA"} <= names
         files_of = ("adapter_config.json", "adapter_model.safetensors", "README.md")
         assert {f".adapter.peftjax-tmp/{name}" for name in files_of} <= names
