@@ -40,6 +40,7 @@ class Prediction:
         predicted: The predicted class, or classes.
         correct: Whether they are equal.
         probability: The probability of the predicted class; None if there may be several.
+        image: A JPEG file in base64; empty for a text.
     """
 
     record: str
@@ -48,6 +49,7 @@ class Prediction:
     predicted: str
     correct: bool
     probability: float | None = None
+    image: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,6 +145,11 @@ class Task:
         del record, name
         return ""
 
+    def pictured(self, record: Mapping[str, Any], name: str) -> bytes:
+        """The JPEG file that the report shows of a record; empty if there is none."""
+        del record, name
+        return b""
+
     # --- The model ---
 
     def load_model(self, config: ModelConfig, directory: Path, mesh: Mesh, seed: int) -> Model:

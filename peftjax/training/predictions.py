@@ -1,5 +1,6 @@
 """What the report shows of the predictions of a classification task."""
 
+import base64
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,6 +53,7 @@ def _examples(
             _named(task, predicted[index]),
             bool(right[index]),
             float(certain[index]) if labels.ndim == 1 else None,
+            base64.b64encode(task.pictured(there[records[index]], records[index])).decode(),
         )
         for index in chosen
     ]

@@ -105,13 +105,15 @@ def check_tags(text: str) -> None:
         scripts = 0
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            assert tag not in ("link", "img", "iframe", "object")
-            assert not {"src", "srcset"} & {name for name, _ in attributes}
+            assert tag not in ("link", "iframe", "object")
+            assert "srcset" not in {name for name, _ in attributes}
+            sources = [value or "" for name, value in attributes if name == "src"]
+            assert all(tag == "img" and re.fullmatch(r"data:image/jpeg;base64,[^:]*", source) for source in sources)
             assert not [name for name, _ in attributes if name.startswith("on")]
             links = [value or "" for name, value in attributes if name == "href"]
             assert all(tag == "a" and re.fullmatch(r"\.\./sweep\.html|[\w.%-]+/report\.html", link) for link in links)
             assert all(value and value[0] == "#" for name, value in attributes if name == "xlink:href")
-            if tag not in ("meta", "wbr", "input"):
+            if tag not in ("meta", "wbr", "input", "img"):
                 self.open = (*self.open, tag)
             if tag == "script":
                 self.scripts += 1
@@ -135,7 +137,7 @@ def check_tags(text: str) -> None:
     assert checker.open == ()
     assert checker.scripts == ("data-curves" in text)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in text
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in text
 
 
 def words(text: str) -> str:
@@ -197,14 +199,14 @@ def test_text_is_escaped(full: str) -> None:
 def test_nasty_text_is_escaped_wherever_it_can_stand(tmp_path: Path) -> None:
     config = {"model": {"path": NASTY}, "data": {"train": [NASTY], "too_long": NASTY}, "a": {NASTY: NASTY}}
     scores = (ClassScore(NASTY, 1, 1, 1, 1, 2), ClassScore("no", 0, 0, 0, 1, 0))
-    classes = Classes(1, scores, ((0, 0, 1), (1, 0, 1)), (Prediction(*[NASTY] * 4, True),))
+    classes = Classes(1, scores, ((0, 0, 1), (1, 0, 1)), (Prediction(*[NASTY] * 4, True, 0.5, NASTY.replace(":", "")),))
     origin = {NASTY: NASTY}
     data = ReportData(
         title=NASTY, versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),),
         classes=classes, origin=origin,
     )  # fmt: skip
     text = page(write_workdir(tmp_path, config, None, data))
-    assert text.count("&lt;script&gt;") >= 19
+    assert text.count("&lt;script&gt;") >= 21
     assert "Warning: the model predicts &#39;&lt;script&gt;" in text
     assert "<script" not in text
 

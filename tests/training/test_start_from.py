@@ -42,7 +42,7 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
 ) -> None:
     first = peftjax.Lora(rank=2, alpha=4.0, targets=("v_proj", "q_proj"), dropout=0.2)
     given = peftjax.attach(peftjax.load_model(tiny.directory(tmp_path / "model")), first, rngs=nnx.Rngs(0))
-    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "first" / "adapter")
+    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "first" / "adapter", base="owner/base")
 
     # with a frozen A, which no checkpoint holds
     made, workdir = from_adapter(tmp_path, adapter, dropout=0.1, freeze_a=True), tmp_path / "run"
@@ -63,7 +63,9 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
     counts = {name: value for name, value in last_arrays(workdir).items() if name.endswith("count")}
     assert {int(np.frombuffer(value, np.int32)[0]) for value in counts.values()} == {2}
-    assert "| Started from | `adapter` |" in (workdir / "adapter" / "README.md").read_text()
+    card = (workdir / "adapter" / "README.md").read_text()
+    assert "| Started from | `adapter` |" in card
+    assert "base_model: owner/base\n" in card  # the base is a local copy
 
     made.train.steps = 3
     train.train(configs.validate(made), tmp_path / "straight")
