@@ -5,9 +5,11 @@ from peftjax.core import signals as _signals  # noqa: F401  # first: it handles 
 # isort: split
 import sys as _sys
 from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
+from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.decoding import Sampling
@@ -111,3 +113,7 @@ class _Package(_ModuleType):
 
 
 _sys.modules[__name__].__class__ = _Package
+if not _TYPE_CHECKING:  # a type checker would take it to define every name
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"module 'peftjax' has no attribute {name!r}.{_suggest(name, __all__)}")

@@ -145,7 +145,8 @@ def _base_of(adapter: Path | None) -> Path:
     if adapter is None:
         raise UserError("nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR")
     try:
-        return resolve(*read_base(adapter))
+        base = read_base(adapter)
+        return resolve(base.name, base.revision)
     except UserError as error:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 

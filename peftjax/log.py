@@ -33,7 +33,7 @@ MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 
 # The fields of a line that are not metrics: when it was written, and on how much data the metrics were measured.
 PLACE = ("step", "kind", "seconds")
-AMOUNTS = ("tokens", "examples", "prompts")
+AMOUNTS = ("tokens", "labels", "examples", "prompts")
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

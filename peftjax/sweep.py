@@ -33,6 +33,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
 from peftjax.log import METRICS, PLACE, read_metrics
+from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training import start_from
@@ -40,7 +41,6 @@ from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, open_checkpoints, open_data
 
-RESULTS = "sweep.json"
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
 TOGETHER = ("seed:", "optim.", "method.alpha:", "method.lr_ratio:")
 
@@ -79,7 +79,7 @@ def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir:
 
 
 def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs and write sweep.json.
+    """Train the unfinished runs and write sweep.json and sweep.html.
 
     A run whose loss is not finite ends there; the others go on.
 
@@ -113,6 +113,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         )
         if jax.process_index() == 0:
             write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+            write_sweep_page(workdir)
     if all("failed" in one for one in found):
         raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
     return found
@@ -231,6 +232,7 @@ def main(argv: list[str]) -> None:
     if jax.process_index() == 0:
         Console(width=None if sys.stdout.isatty() else 200).print(table(found))
         print(workdir / RESULTS)
+        print(workdir / SWEEP_PAGE)
 
 
 if __name__ == "__main__":

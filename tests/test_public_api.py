@@ -350,3 +350,19 @@ def test_generate_and_train_are_the_functions_and_not_the_commands() -> None:
     assert peftjax.generate(model, [[5, 6]], max_new_tokens=2) == peftjax.generate(
         model, [[5, 6]], max_new_tokens=2, sampling=peftjax.Sampling()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("LoRA", " Did you mean 'Lora'?"),
+        ("IA3", " Did you mean 'Ia3'?"),
+        ("Prefix_Tuning", " Did you mean 'PrefixTuning' or 'PTuning' or 'PromptTuning'?"),
+        ("zzz", ""),
+    ],
+)
+def test_a_misspelled_name_is_an_attribute_error_with_suggestions(name: str, suggestion: str) -> None:
+    with pytest.raises(AttributeError) as error:
+        getattr(peftjax, name)
+    assert str(error.value) == f"module 'peftjax' has no attribute {name!r}.{suggestion}"
+    assert not hasattr(peftjax, "__wrapped__")

@@ -64,9 +64,17 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
     scores = train(configs.validate(made), workdir).scores
     if Path("/proc/self/fd").exists():
         names = {str(path.relative_to(workdir)) for path in synced}
-        assert {".", "metrics.jsonl", "config.json.partial", "adapter", "checkpoints", "checkpoints/6"} <= names
+        assert {
+            ".",
+            "metrics.jsonl",
+            "config.json.partial",
+            ".adapter.peftjax-tmp",
+            "checkpoints",
+            "checkpoints/6",
+        } <= names
         assert {"checkpoints/3/about/metadata", "checkpoints/6/_CHECKPOINT_METADATA"} <= names
-        assert {f".adapter.peftjax-tmp/adapter_{name}" for name in ("config.json", "model.safetensors")} <= names
+        files_of = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+        assert {f".adapter.peftjax-tmp/{name}" for name in files_of} <= names
     lines = read_metrics(workdir / "metrics.jsonl")
     before, after = (line for line in lines if line["kind"] == "eval")
     assert (before["step"], after["step"]) == (0, 6)
@@ -120,9 +128,9 @@ def test_an_adapter_is_written_with_every_checkpoint_if_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    save = run_module.save_adapter
+    save = run_module.write_adapter
     monkeypatch.setattr(
-        run_module, "save_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
+        run_module, "write_adapter", lambda *args, **options: written.append(save(*args, **options)) or written[-1]
     )
     made = config(tmp_path, checkpoint__adapter=True, data__eval=())
     train(configs.validate(made), tmp_path / "run")

@@ -1,5 +1,8 @@
 """The train and evaluate commands on a ViT and folders of images."""
 
+import base64
+import html
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import peftjax
 from peftjax import evaluate, methods
 from peftjax.log import MEASURED, read_metrics
 from peftjax.models import from_hf_config
+from peftjax.report.data import ReportData
 from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
@@ -72,6 +76,15 @@ def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same
     assert "Images per second" in page
     assert "Accuracy" in page
     assert "token" not in page.split("<body>")[1].split("<details>")[0].lower()
+
+    classes = ReportData.load(run).classes
+    assert classes is not None
+    assert [example.correct for example in classes.examples] == [True] * 3
+    for example in classes.examples:
+        assert example.record.startswith(f"{example.expected}/")
+        with Image.open(io.BytesIO(base64.b64decode(example.image))) as image:
+            np.testing.assert_allclose(np.asarray(image).mean((0, 1)), COLORS[example.expected], atol=25)
+        assert f'<img src="data:image/jpeg;base64,{html.escape(example.image)}"' in page
 
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")

@@ -1,4 +1,4 @@
-"""The base that an adapter was trained on: the formats of its kernels, and how far they are from this model's."""
+"""The base that an adapter was trained on: its name, the formats of its kernels, and how far they are from this model's."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.adapters.registry import registry_of, set_registry
+from peftjax.adapters.registry import BaseName, registry_of, set_registry
 from peftjax.core import variables
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
@@ -22,6 +22,17 @@ def formats(model: nnx.Module) -> dict[str, str]:
 def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:
     """Record with the model the formats of the kernels, by path, that adapter `name` was trained on."""
     set_registry(model, registry_of(model).with_formats(name, recorded))
+
+
+def base_name(model: nnx.Module, name: str) -> BaseName | None:
+    """Return what the file that adapter `name` was loaded from calls the base; None if it does not name it."""
+    return dict(registry_of(model).bases).get(name)
+
+
+def remember_base(model: nnx.Module, name: str, base: BaseName | None) -> None:
+    """Record with the model what the file of adapter `name` calls the base, if it names it."""
+    if base is not None:
+        set_registry(model, registry_of(model).with_base(name, base))
 
 
 def moved(model: nnx.Module, name: str) -> dict[str, float]:

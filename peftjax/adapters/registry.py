@@ -34,6 +34,19 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseName:
+    """What an adapter file calls the base model.
+
+    Attributes:
+        name: The hub id or directory.
+        revision: Branch, tag or commit of a hub id.
+    """
+
+    name: str
+    revision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Registry:
     """The adapters of a model.
 
@@ -44,12 +57,14 @@ class Registry:
         active: Names of the active adapters, innermost first.
         merges: Merges, newest first.
         trained_on: (name, ((path, format), ...)): the quantized kernels that an adapter was trained on, and their formats.
+        bases: (name, base) of each adapter that was loaded from a file that names its base.
     """
 
     methods: tuple[tuple[str, Method], ...] = ()
     active: tuple[str, ...] = ()
     merges: tuple[Merge, ...] = ()
     trained_on: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    bases: tuple[tuple[str, BaseName], ...] = ()
 
     def with_method(self, name: str, method: Method) -> "Registry":
         """Add an attached adapter."""
@@ -60,6 +75,11 @@ class Registry:
         others = tuple(item for item in self.trained_on if item[0] != name)
         return dataclasses.replace(self, trained_on=(*others, (name, tuple(sorted(formats.items())))))
 
+    def with_base(self, name: str, base: BaseName) -> "Registry":
+        """Record what the file of an adapter calls its base."""
+        others = tuple(item for item in self.bases if item[0] != name)
+        return dataclasses.replace(self, bases=(*others, (name, base)))
+
     def without(self, name: str) -> "Registry":
         """Remove an adapter that is not merged."""
         assert name not in [merge.name for merge in self.merges]
@@ -68,6 +88,7 @@ class Registry:
             methods=tuple(item for item in self.methods if item[0] != name),
             active=tuple(other for other in self.active if other != name),
             trained_on=tuple(item for item in self.trained_on if item[0] != name),
+            bases=tuple(item for item in self.bases if item[0] != name),
         )
 
 

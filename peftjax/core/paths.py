@@ -10,16 +10,20 @@ from peftjax.core.time_limit import time_limit
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Suggest known names similar to `word`.
+    """Suggest known names similar to `word`, whatever their case.
 
     Args:
         word: Unknown name.
         known: Valid names.
 
     Returns:
-        " Did you mean 'x' or 'y'?" with up to three suggestions, or "" if no name is similar.
+        " Did you mean 'x' or 'y'?" with up to three suggestions, or "" if no name is similar. If a name differs in case alone,
+        it is the only suggestion.
     """
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    lower = {name: name.lower() for name in known}
+    similar = difflib.get_close_matches(word.lower(), list(dict.fromkeys(lower.values())), n=3, cutoff=0.6)
+    wanted = similar[:1] if similar[:1] == [word.lower()] else similar
+    near = [name for one in wanted for name in lower if lower[name] == one][:3]
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
 

@@ -8,7 +8,7 @@ step sees the same records, and one state serves them all. `data.workers` thread
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -123,14 +123,18 @@ class Batches(Iterator[HostBatch]):
         """
         return dict(self._counts)
 
+    def padding(self) -> float | None:
+        """The fraction of the positions in the rows that hold padding; None for images, or before the first batch."""
+        positions = self._counts["rows"] * self._data.max_length
+        return 1 - self._counts["tokens"] / positions if positions and self._unit == "tokens" else None
+
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
         c, data = self._counts, self._data
         if self._unit != "tokens":
             return f"{self._title}: {c['records']:,} {self._unit} read"
         fate = {"truncate": f"cut to {data.max_length:,}", "drop": "left out", "error": "refused"}[data.too_long]
-        filled = c["tokens"] / (c["rows"] * data.max_length) if c["rows"] else 0.0
-        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows, {filled:.0%} full"]
+        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows, {1 - (self.padding() or 0):.0%} full"]
         if c["too_long"]:
             parts.append(f"{c['too_long']:,} were longer than {data.max_length:,} tokens ({fate})")
         if c["empty"]:
@@ -220,6 +224,27 @@ def eval_prompts(data: DataConfig, encoder: Encoder, count: int) -> list[Prompt]
     if not any(prompts):
         raise nothing_left("config.data.eval", data)
     return [prompt for prompt in prompts if prompt is not None]
+
+
+def find_records(data: DataConfig, encoder: Encoder, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Records of data.eval by name.
+
+    Args:
+      data: The section `data` of the config.
+      encoder: The task.
+      names: Their names, as in `HostBatch.records` and in this order.
+    """
+    held_out = Concatenated(_open(data, "eval", encoder)[2])
+    found: dict[str, dict[str, Any]] = {}
+    wanted = iter(names)
+    name = next(wanted, None)
+    for index in range(len(held_out)):
+        if name is None:
+            break
+        if held_out.name(index) == name:
+            found[name] = held_out[index]
+            name = next(wanted, None)
+    return found
 
 
 def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], list[float | None], list[Source]]:

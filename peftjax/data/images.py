@@ -175,6 +175,15 @@ def _channels(value: Any, name: str, file: str) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+def thumbnail(value: Any, side: int = 160) -> bytes:
+    """A small JPEG file of the image that a record holds; `open_image` says of which values."""
+    image = open_image(value)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
 def open_image(value: Any) -> "Image":
     """The RGB image that a record holds, opened as transformers opens a file.
 

@@ -1,6 +1,7 @@
 """The record of the base in an adapter file: fingerprints of its weights, and the formats of its quantized kernels.
 
-Both are in the metadata of the safetensors file, as JSON objects by parameter path. A file that peft wrote has neither.
+Both are in the metadata of the safetensors file, as JSON objects by parameter path. A file that peft wrote has neither. The
+name of the base is in adapter_config.json.
 """
 
 import json
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters import provenance
-from peftjax.adapters.registry import parameters_before
+from peftjax.adapters.registry import BaseName, parameters_before
 from peftjax.core import variables
 from peftjax.core.distributed import OnHost
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
-from peftjax.io.hf_files import enumerate_some, parse_json
+from peftjax.io.adapter_hub import CONFIG, is_hub
+from peftjax.io.hf_files import enumerate_some, parse_json, read_json
 from peftjax.quant.base import Quantized
 
 FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
@@ -85,6 +87,16 @@ def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping
             f"{here}), so its outputs are not the same here; merge() measures how much the kernels differ",
             stacklevel=3,
         )
+
+
+def recorded_name(directory: Path) -> BaseName | None:
+    """Return what the adapter_config.json in a directory calls the base; None if it does not name it."""
+    config = read_json(directory / CONFIG)
+    name = config.get("model_name" if is_hub(directory) else "base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    revision = config.get("revision")
+    return BaseName(name, revision if isinstance(revision, str) else None)
 
 
 def _recorded(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, str]:

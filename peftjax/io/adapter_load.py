@@ -12,14 +12,14 @@ from flax import nnx
 from peftjax.adapters import detach, use
 from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
-from peftjax.adapters.provenance import formats
+from peftjax.adapters.provenance import formats, remember_base
 from peftjax.adapters.registry import ModelT, active
 from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
-from peftjax.io.adapter_base import check_base, remember_formats
+from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
@@ -95,6 +95,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         if not any_base:
             check_base(model, name, path, metadata)
         remember_formats(model, name, path, metadata)
+        remember_base(model, name, recorded_name(path))
     except Exception:
         use(detach(model, name), before)
         raise

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.adapters.method import Method
+from peftjax.adapters.registry import BaseName
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
+from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_tensors import CONFIG
 from peftjax.io.hf_files import check_files, read_json
 from peftjax.methods import METHODS
@@ -40,18 +42,16 @@ def read_method(path: Path) -> Method:
         return cls.from_hf({field: value for field, value in config.items() if field in options})
 
 
-def read_base(path: Path) -> tuple[str, str | None]:
-    """Read the base model that an adapter directory names, and its revision.
+def read_base(path: Path) -> BaseName:
+    """Read which base model an adapter directory names.
 
     Raises:
         UserError: The directory holds no adapter, or does not name its base.
     """
     read_method(path)
-    config = read_json(path / CONFIG)
-    base = config.get("model_name" if adapter_hub.is_hub(path) else "base_model_name_or_path")
-    if not base:
+    if (base := recorded_name(path)) is None:
         raise UserError(f"{path / CONFIG} does not name the base model")
-    return base, config.get("revision")
+    return base
 
 
 def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:

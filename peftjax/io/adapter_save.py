@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import save
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.registry import attached, require
+from peftjax.adapters.provenance import base_name
+from peftjax.adapters.registry import BaseName, attached, require
 from peftjax.adapters.sites import head_sites
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
@@ -20,6 +21,7 @@ from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
+from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.models.base import Model
 
@@ -32,13 +34,15 @@ def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, 
     """Write an adapter as a directory that Hugging Face PEFT, or AdapterHub for a bottleneck adapter, can load.
 
     A new directory appears complete or not at all. In an existing directory each of the adapter's files is replaced
-    atomically, and other files are kept.
+    atomically, and other files are kept. The directory of a model from `load_model` also gets a model card, README.md. A
+    README.md that was written or edited by somebody is kept.
 
     Args:
         model: The model.
         path: The directory.
         name: Name of the adapter.
-        base: The base_model_name_or_path to record: the hub id or directory of the base model.
+        base: The base_model_name_or_path to record: the hub id or directory of the base model. Default: the one in the
+            file that the adapter was loaded from, or the path that the model was loaded from.
 
     Returns:
         The directory.
@@ -53,16 +57,37 @@ def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, 
         >>> model = peftjax.attach(model, peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
         >>> path = peftjax.save_adapter(model, "my-adapter")
     """
+    named = BaseName(base) if base is not None else base_name(model, name)
+    if named is None and isinstance(model, Model) and model.origin:
+        named = BaseName(model.origin.path, model.origin.options["revision"])
+    return write_adapter(model, path, name, named)
+
+
+def write_adapter(
+    model: nnx.Module, path: str | Path, name: str, base: BaseName | None, training: Training | None = None
+) -> Path:
+    """Write an adapter directory as `save_adapter` does.
+
+    Args:
+        model: The model.
+        path: The directory.
+        name: Name of the adapter.
+        base: The name of the base to record; None: none.
+        training: What the model card says about the training; needed in the first process only.
+
+    Raises:
+        UserError: As `save_adapter`.
+    """
     method = _method(model, name)
     tensors = adapter_tensors(model, name)
     metadata = base_record(model, base_fingerprints(model, name))
     if isinstance(method, Bottleneck):
-        files = _hub_files(model, method, name, base, tensors, metadata)
+        files = _hub_files(model, method, name, base.name if base else None, tensors, metadata)
     else:
         files = {WEIGHTS: _weights(tensors, metadata), CONFIG: _json(_peft_config(model, method, name, base))}
     path = Path(path)
     if jax.process_index() == 0:
-        _write(path, files)
+        _write(path, files, training, card=isinstance(model, Model) and may_replace(path / CARD))
     distributed.meet("save_adapter")  # once it returns, every process can read the directory
     return path
 
@@ -101,13 +126,13 @@ def _method(model: nnx.Module, name: str) -> Method:
 # --- The files ---
 
 
-def _peft_config(model: nnx.Module, method: Method, name: str, base: str | None) -> dict[str, Any]:
+def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | None) -> dict[str, Any]:
     """PEFT's adapter_config.json."""
     config = {
         "peft_type": method.peft_type,
         "task_type": task_type(model),
-        "base_model_name_or_path": base,
-        "revision": None,
+        "base_model_name_or_path": base.name if base else None,
+        "revision": base.revision if base else None,
         "inference_mode": True,
         "auto_mapping": None,
     } | method.to_hf(model, name)
@@ -191,18 +216,20 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
     return 8 + length + -length % 8 + end
 
 
-def _write(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files next to `path` first, then move them there."""
+def _write(path: Path, files: Mapping[str, bytes], training: Training | None, *, card: bool) -> None:
+    """Write the files, with a model card if `card`, next to `path` first, then move them there."""
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
     scratch.mkdir(parents=True)
     try:
         for file, content in files.items():
             (scratch / file).write_bytes(content)
+        if card:
+            (scratch / CARD).write_text(with_mark(make_card(scratch, training)), encoding="utf-8")
         sync_files(scratch)
         if path.exists():
-            for file in files:
-                (scratch / file).replace(path / file)
+            for written in scratch.iterdir():
+                written.replace(path / written.name)
             sync_directory(path)
         else:
             scratch.rename(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
-from peftjax.io.model_card import CARD, REPOSITORY, make_card
+from peftjax.io.model_card import CARD, REPOSITORY, make_card, without_mark
 
 
 def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -39,7 +39,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
     files = {
         path.name: path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")
     }
-    card = files.pop(CARD).read_text(encoding="utf-8") if CARD in files else make_card(directory)
+    card = without_mark(files.pop(CARD).read_text(encoding="utf-8")) if CARD in files else make_card(directory)
     check_push(repo_id)
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     operations.append(CommitOperationAdd(CARD, card.replace(REPOSITORY, repo_id).encode()))

@@ -1,4 +1,4 @@
-"""The command that rewrites a run's report.html.
+"""The command that rewrites a run's report.html, or a sweep's sweep.html.
 
 peftjax report --workdir=runs/quickstart
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftjax.core import cli
 from peftjax.report.page import write_report
+from peftjax.report.sweep_page import RESULTS, write_sweep_page
 
 
 def main(argv: list[str]) -> None:
@@ -17,10 +18,11 @@ def main(argv: list[str]) -> None:
         description="Write a run's report.html again, for example after an upgrade or while the run goes on.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run, or of a sweep")
     options = cli.parse_options(parser, argv)
     cli.require_value(options, "workdir")
-    print(write_report(Path(options.workdir)))
+    workdir = Path(options.workdir)
+    print(write_sweep_page(workdir) if (workdir / RESULTS).exists() else write_report(workdir))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peftjax.log import SPEEDS
-from peftjax.report.svg import MANY, Bounds, Curve, draw
+from peftjax.report.points import curve_points
+from peftjax.report.svg import MANY, Bounds, Curve, Drawing, draw
 from peftjax.report.text import field_title, format_number, format_percent
 
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -17,6 +18,11 @@ Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 _SCORES = (
     "exact_match", "rouge_l", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "token_accuracy",
 )  # fmt: skip
+
+# Texts of values, by the names that charts.js has for them.
+_FORMATS: Mapping[str, Callable[[float], str]] = {
+    "number": format_number, "percent": format_percent, "count": "{:,.0f}".format,
+}  # fmt: skip
 
 _WIDE, _NARROW = (990, 280), (468, 180)  # sizes in pixels: the page's whole width, and half of it
 
@@ -28,15 +34,17 @@ class Chart(NamedTuple):
         title: The title.
         note: The unit, and whether the axis is logarithmic.
         legend: Each curve with its last value as text; a faint curve has none.
-        svg: The svg element.
-        narrow: For a chart of the page's whole width, an svg element for small screens; otherwise empty.
+        points: The values, from `curve_points`.
+        drawing: The drawing.
+        narrow: For a chart of the page's whole width, a drawing for small screens; otherwise None.
     """
 
     title: str
     note: str
     legend: list[tuple[Curve, str]]
-    svg: str
-    narrow: str
+    points: str
+    drawing: Drawing
+    narrow: Drawing | None
 
 
 def main_scores(evaluations: Lines) -> list[str]:
@@ -66,12 +74,12 @@ def make_charts(train: Lines, evaluations: Lines, task: str) -> list[Chart]:
     norm, *speeds = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", *SPEEDS))
     charts = [
         _chart("Loss", loss, last_step, unit, log=True, bounds=(None, None), wide=bool(scores)),
-        _chart(score_title, scores, last_step, "held out", bounds=(min(lowest, 0), 1), text=format_percent),
+        _chart(score_title, scores, last_step, "held out", bounds=(min(lowest, 0), 1), form="percent"),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
     ]
     for name, speed in zip(SPEEDS, speeds, strict=True):
-        charts.append(_chart(field_title(name), speed, last_step, text="{:,.0f}".format))
+        charts.append(_chart(field_title(name), speed, last_step, form="count"))
     return [chart for chart in charts if chart]
 
 
@@ -88,7 +96,8 @@ def _curves(name: str, lines: Lines, field: str, color: str = "first", smooth: b
         return [Curve(name, color, steps, values)]
     window = np.ones(2 * (len(points) // 50 + 2) + 1)
     means = np.convolve(values, window, "same") / np.convolve(np.ones(len(points)), window, "same")
-    return [Curve("each logged step", color, steps, values, faint=True), Curve(name, color, steps, means.tolist())]
+    raw = Curve("each logged step", color, steps, values, faint=True)
+    return [raw, Curve(name, color, steps, means.tolist(), mean=True)]
 
 
 def _chart(
@@ -97,15 +106,16 @@ def _chart(
     last_step: int,
     note: str = "",
     *,
-    text: Callable[[float], str] = format_number,
+    form: str = "number",
     log: bool = False,
     bounds: Bounds = (0, None),
     wide: bool = False,
 ) -> Chart | None:
     """The chart of some curves, or None if there are none. log: use a logarithmic axis if the values are positive and span
-    more than a factor of 30. The other arguments are those of `draw`."""
+    more than a factor of 30. form: a key of `_FORMATS`. The other arguments are those of `draw`."""
     if not curves:
         return None
+    text = _FORMATS[form]
     values = [value for curve in curves for value in curve.values]
     log = log and min(values) > 0 and max(values) > 30 * min(values)
     drawn = functools.partial(draw, title, curves, last_step, bounds=bounds, text=text, log=log)
@@ -113,6 +123,7 @@ def _chart(
         title,
         ", ".join(filter(None, [note, "logarithmic" if log else ""])),
         [(curve, "" if curve.faint else text(curve.values[-1])) for curve in curves],
+        curve_points(title, curves, form),
         drawn(size=_WIDE if wide else _NARROW),
-        drawn(size=_NARROW) if wide else "",
+        drawn(size=_NARROW) if wide else None,
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.variables import PeftParam
+from peftjax.report.classes import Classes
 
 DATA, PAGE = "report.json", "report.html"
 
@@ -70,7 +70,12 @@ class ReportData:
         adapter_file_bytes: Size of the adapter file.
         before: Answers before the first step.
         after: Answers to the same prompts after the last step, paired with `before` by record and prompt.
+        classes: The predictions of the last evaluation of a classification task.
+        counts: The counts of the training data, from `Batches.summary`.
+        padding: The fraction of the positions in its rows that hold padding.
+        sweep: Whether the run belongs to a sweep, whose page is in the parent directory.
         timings: Seconds by activity.
+        origin: The command, the workdir, and the git commit.
         versions: Versions of the software, and the device.
         default_config: The defaults of the fields in config.json.
     """
@@ -81,7 +86,12 @@ class ReportData:
     adapter_file_bytes: int = 0
     before: tuple[Sample, ...] = ()
     after: tuple[Sample, ...] = ()
+    classes: Classes | None = None
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    padding: float | None = None
+    sweep: bool = False
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -102,6 +112,8 @@ class ReportData:
         try:
             for name, kind in (("parts", Part), ("before", Sample), ("after", Sample)):
                 values[name] = tuple(kind(**fields) for fields in values.get(name, ()))
+            if values.get("classes") is not None:
+                values["classes"] = Classes.from_json(values["classes"])
             return cls(**values)
         except TypeError as error:
             raise UserError(f"{path}: {error}; remove the file and run the training command again") from None
@@ -141,13 +153,16 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.ceil(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(tree))
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, jax and flax, and the devices of this process."""
-    import flax
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
 
-    count, kind = jax.device_count(), jax.devices()[0].device_kind
-    found = {"Python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__}
-    return found | {"device": f"{count} x {kind}" if count > 1 else kind}
+    Raises:
+        UserError: The file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -156,10 +171,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file does not hold one.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object but {type(values).__name__}")
     return values

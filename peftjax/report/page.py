@@ -1,28 +1,23 @@
 """report.html: one run on one self-contained page.
 
 It is made from the files of the workdir: config.json, metrics.jsonl, and report.json (`ReportData`) with what the other two
-lack. The page itself is template.html.j2.
+lack. The page itself is run.html.j2.
 """
 
-import functools
-import importlib.resources
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.core.units import format_bytes
 from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
+from peftjax.report.classes import collapse
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
+from peftjax.report.html import render
 from peftjax.report.outcome import concern
-from peftjax.report.text import format_duration, printable
-
-if TYPE_CHECKING:
-    import jinja2
+from peftjax.report.tables import confusion_matrix, data_rows, most_confused
 
 _CONFIG = "config.json"
 
@@ -50,30 +45,22 @@ def _render(workdir: Path) -> str:
     data = ReportData.load(workdir)
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
-    return _template().render(
-        name=workdir.resolve().name,
+    return render(
+        "run.html.j2",
+        title=data.title or workdir.resolve().name,
         data=data,
         config=config,
         changed=_changed(config, _flat(data.default_config)),
         step=train[-1]["step"] if train else 0,
-        concern=concern(lines),
+        concerns=[why for why in (concern(lines), collapse(data.classes)) if why],
         cards=make_cards(train, evaluations, data),
         charts=make_charts(train, evaluations, config.get("task.kind", "causal_lm")),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),
+        matrix=confusion_matrix(data.classes),
+        confused=most_confused(data.classes),
+        rows=data_rows(data, config),
         samples=_paired(data),
     )
-
-
-def _template() -> "jinja2.Template":
-    import jinja2
-
-    source = importlib.resources.files("peftjax.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"bytes": format_bytes, "duration": format_duration, "printable": printable}
-    environment.filters["json"] = functools.partial(json.dumps, ensure_ascii=False)
-    return environment.from_string(source)
 
 
 def _paired(data: ReportData) -> list[tuple[Sample, Sample | None, Sample | None]]:

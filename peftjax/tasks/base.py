@@ -140,6 +140,16 @@ class Task:
             f"eval.exact_match and eval.samples: task.kind={self.kind!r} does not generate text; set them to 0"
         )
 
+    def shown(self, record: Mapping[str, Any], name: str) -> str:
+        """The text that the report shows of a record; empty if there is none."""
+        del record, name
+        return ""
+
+    def pictured(self, record: Mapping[str, Any], name: str) -> bytes:
+        """The JPEG file that the report shows of a record; empty if there is none."""
+        del record, name
+        return b""
+
     # --- The model ---
 
     def load_model(self, config: ModelConfig, directory: Path, mesh: Mesh, seed: int) -> Model:

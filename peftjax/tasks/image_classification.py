@@ -69,6 +69,9 @@ class ImageClassification(LabelledTask):
         labels, weights = np.asarray(label, np.int32), np.ones((), np.float32)
         return Document({"pixels": pixels, "labels": labels, "loss_weights": weights}, 1)
 
+    def pictured(self, record: Mapping[str, Any], name: str) -> bytes:
+        return images.thumbnail(field_of(record, self.data.image_field, "image_field", name))
+
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             "pixels": jax.ShapeDtypeStruct((*self._sides, images.CHANNELS), jnp.float32),

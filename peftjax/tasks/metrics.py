@@ -53,6 +53,32 @@ def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def by_class(
+    logits: np.ndarray, labels: np.ndarray
+) -> tuple[list[float], list[float], list[float], list[int], list[int]]:
+    """The precision, recall and F1 of each class, and the numbers of its examples and of its predictions, each [C].
+
+    Precision and recall are 0 where nothing is divided by nothing.
+
+    Args:
+      logits: [N, C].
+      labels: int [N], or [N, C], 0 or 1.
+    """
+    from sklearn import metrics
+
+    count = logits.shape[-1]
+    if labels.ndim == 1:
+        true, predicted = labels, logits.argmax(-1)
+        predictions = np.bincount(predicted, minlength=count)
+    else:
+        true, predicted = labels > 0, logits > 0
+        predictions = predicted.sum(0)
+    precision, recall, f1, examples = metrics.precision_recall_fscore_support(
+        true, predicted, labels=range(count), average=None, zero_division=0
+    )
+    return precision.tolist(), recall.tolist(), f1.tolist(), examples.tolist(), predictions.tolist()
+
+
 def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """pearson and spearman, the correlations of the numbers and of their ranks; NaN if either is constant.
 

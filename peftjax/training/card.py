@@ -5,19 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftjax.core.files import write_atomically
-from peftjax.io.model_card import CARD, Training, make_card
+from peftjax.io.model_card import Training
 from peftjax.log import AMOUNTS, METRICS, PLACE, read_metrics
 from peftjax.report.data import Part, count_trained
 from peftjax.tasks import Task
 from peftjax.training.config import Config
 
 
-def write_card(directory: Path, config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> None:
-    """Write README.md next to an adapter.
+def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> Training:
+    """What the card says about the training of a run.
 
     Args:
-      directory: The directory of the adapter.
       config: The config of the run.
       task: Its task.
       workdir: Its workdir, with metrics.jsonl.
@@ -26,14 +24,13 @@ def write_card(directory: Path, config: Config, task: Task, workdir: Path, step:
     """
     lines = read_metrics(workdir / METRICS)
     trained, base = count_trained(parts)
-    training = Training(
+    return Training(
         task=task.card_task,
         head=task.head_options(config.model.new_head),
         facts={"Trainable parameters": f"{trained:,} ({trained / base:.2%} of the base)"} | _facts(config, task, step),
         scores=_scores(lines),
         data=_sources(config.data.eval),
     )
-    write_atomically(directory / CARD, make_card(directory, training))
 
 
 def _facts(config: Config, task: Task, step: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,23 @@ from peftjax.data.batches import HostBatch
 from peftjax.tasks import Task
 from peftjax.tasks.base import Outputs
 from peftjax.totals import Batch, Totals
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    Attributes:
+      scores: The metrics.
+      logits: The logits of all labels that count; None where the metrics follow from sums.
+      labels: These labels.
+      records: The names of the records, one for each label; empty if a record has several, or with several processes.
+    """
+
+    scores: dict[str, float]
+    logits: np.ndarray | None
+    labels: np.ndarray | None
+    records: list[str]
+
 
 EvalStep = Callable[[variables.FlatTree, variables.FlatTree, Batch], Outputs]
 
@@ -41,21 +59,23 @@ def evaluate(
     frozen: variables.FlatTree,
     batches: Iterable[HostBatch],
     mesh: Mesh,
-) -> dict[str, float]:
+) -> Evaluation:
     """The metrics of the task over all batches.
 
     Raises:
       UserError: The batches have nothing with a loss.
     """
-    sums, labelled = np.zeros(3), []
+    sums, labelled, records = np.zeros(3), [], list[str]()
     for batch in batches:
         outputs = jax.device_get(eval_step(trainable, frozen, sharding.shard_batch(batch.arrays, mesh)))
         sums += np.array(outputs.totals, float)
         if outputs.labelled is not None:
             logits, labels, weights = outputs.labelled
             labelled.append((logits[weights > 0], labels[weights > 0]))
+            if weights.ndim == 1 and jax.process_count() == 1:  # the rows of several processes may be in another order
+                records += batch.records
     totals = Totals(*sums)
     if totals.tokens == 0:
         raise UserError("data.eval: no token or label of the held-out records counts in the loss")
     logits, labels = (np.concatenate(parts) for parts in zip(*labelled, strict=True)) if labelled else (None, None)
-    return task.metrics(totals, logits, labels)
+    return Evaluation(task.metrics(totals, logits, labels), logits, labels, records)

@@ -24,6 +24,7 @@ from peftjax.data.batches import Batches
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.models.base import Model
+from peftjax.report.data import ReportData
 from peftjax.totals import Batch
 from peftjax.training import start_from
 from peftjax.training.config import Config
@@ -138,6 +139,7 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
         method = attach_method(config, task, model, mesh, source)
         parts = split(config, task, model, method)
         run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base, NO_HOOKS)
+        run.report = ReportData(sweep=True)
         state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
         structure = nnx.split(active_view(model))[0]
         groups.setdefault((int(state.step), structure), []).append(Training(member, run, parts, state, checkpoints))

@@ -22,20 +22,21 @@ from peftjax.core.files import write_atomically
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
 from peftjax.data.prompt_format import PromptFormat
-from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
-from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes, versions
+from peftjax.report.classes import collapse
+from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
+from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, optim, start_from
+from peftjax.training import answers, card, optim, predictions, start_from
 from peftjax.training import config as configs
-from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import evaluate, make_eval_step
@@ -140,6 +141,7 @@ class Run:
             ReportData.load(self.workdir) if state.step > 0 else self.report,
             parts=parts,
             optimizer_bytes=tree_bytes(state.optimizer),
+            origin=origin(self.workdir),
             versions=versions(),
             default_config=json.loads(configs.to_json(default)),
         )
@@ -207,12 +209,16 @@ class Run:
         config, step = self.config, int(state.step)
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
         some = itertools.islice(batches, config.train.eval_batches or None)
-        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        scores = measured.scores
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
+        self.report = dataclasses.replace(
+            self.report, classes=predictions.summarize(config.data, self.task, measured, step)
+        )
         found = self._answers(state)
         scored = config.eval.exact_match > 0
         if scored:
@@ -240,6 +246,8 @@ class Run:
     def save_report(self) -> None:
         """Write report.json, from one process."""
         if jax.process_index() == 0:
+            counts = self.batches.summary()
+            self.report = dataclasses.replace(self.report, counts=counts, padding=self.batches.padding())
             self.report.save(self.workdir)
 
     def write_result(self, state: TrainState) -> Path:
@@ -248,19 +256,16 @@ class Run:
         if self.method.trains is nnx.Param:
             directory = self.workdir / "model"
             save_model(self.model, directory, source=self.task.directory)
-            self._save_prompt_format(directory)
-            return directory
-        directory = save_adapter(self.model, self.workdir / "adapter", base=self.config.model.path)
-        if jax.process_index() == 0:
-            parts = count_parts(variables.flat(self.model)[1], self.method.trains)
-            write_card(directory, self.config, self.task, self.workdir, int(state.step), parts)
-        self._save_prompt_format(directory)
-        return directory
-
-    def _save_prompt_format(self, directory: Path) -> None:
-        """Write peftjax.json beside the result, from one process, if the task answers prompts."""
+        else:
+            training = None
+            if jax.process_index() == 0:
+                parts = count_parts(variables.flat(self.model)[1], self.method.trains)
+                training = card.describe(self.config, self.task, self.workdir, int(state.step), parts)
+            base = start_from.base_name(self.model, self.config)
+            directory = write_adapter(self.model, self.workdir / "adapter", "default", base, training)
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)
+        return directory
 
     def finish(self, state: TrainState, log: Log) -> Path:
         """Write the result and the report, and print where they are; returns the directory of the result."""
@@ -275,6 +280,7 @@ class Run:
         log.message(f"{result}: {format_bytes(size)}")
         if jax.process_index() == 0:
             log.message(f"{write_report(self.workdir)}")
-            if why := concern(read_metrics(self.workdir / METRICS)):
-                log.message(f"warning: {why}")
+            for why in (concern(read_metrics(self.workdir / METRICS)), collapse(self.report.classes)):
+                if why:
+                    log.message(f"warning: {why}")
         return result

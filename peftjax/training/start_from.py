@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import methods
-from peftjax.adapters import detach
+from peftjax.adapters import detach, provenance
 from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.adapters.method import Method
-from peftjax.adapters.registry import attached
+from peftjax.adapters.registry import BaseName, attached
 from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core import variables
 from peftjax.core.config_values import as_tuples
@@ -29,6 +29,7 @@ from peftjax.core.variables import DropoutKey
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
 from peftjax.io.checkpoint import Checkpoints
+from peftjax.io.model_card import hub_id
 from peftjax.models.base import Model
 from peftjax.training.config import Config
 
@@ -126,8 +127,18 @@ def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> 
             _copy(sources[site.path], adapter, f"{path}: the adapter of {site.names[0]}")
         else:
             assert site.path in heads  # the directory has no task head: that of the base is the initial one
+    provenance.remember_base(model, "default", provenance.base_name(model, _SOURCE))
     detach(model, _SOURCE)
     return method
+
+
+def base_name(model: Model, config: Config) -> BaseName:
+    """The name of the base to record with the trained adapter.
+
+    It is model.path; if that is a local directory and the adapter of method.start_from names a base on the hub, that name.
+    """
+    given, theirs = BaseName(config.model.path, config.model.revision), provenance.base_name(model, "default")
+    return theirs if theirs and hub_id(theirs.name) and not hub_id(given.name) else given
 
 
 def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:

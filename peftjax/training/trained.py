@@ -112,4 +112,4 @@ def measure(config: Config, model: Model, task: Task, mesh: Mesh) -> dict[str, f
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}
     batches = eval_batches(config.data, task, batching(config, mesh))
-    return evaluate(make_eval_step(graph, task, mesh), task, {}, values, batches, mesh)
+    return evaluate(make_eval_step(graph, task, mesh), task, {}, values, batches, mesh).scores

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
 from peftjax import adapters, methods
+from peftjax.adapters import provenance
 from peftjax.adapters.registry import active
 from peftjax.core import distributed, variables
 from peftjax.core.fingerprint import fingerprint
@@ -22,6 +23,7 @@ from peftjax.io import adapter_save
 from peftjax.io.adapter_check import copies_in
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
+from peftjax.io.model_card import CARD, without_mark
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,7 +90,7 @@ def test_the_file_holds_the_keys_shapes_and_metadata_of_the_format(tmp_path: Pat
         assert metadata.keys() == {"format", "peftjax.base", "peftjax.formats"}
         assert metadata["format"] == "pt"
         assert {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} == expected  # noqa: SIM118
-    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS, CARD}
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -578,3 +580,41 @@ def test_a_name_that_is_taken_is_refused_before_anything_changes(tmp_path: Path)
         load_adapter(model, write(tmp_path / "a", random_tensors()))
     assert active(model) == ("default",)
     assert all(np.array_equal(value, held[path]) for path, value in values(model).items())
+
+
+# --- The name of the base, and the model card ---
+
+
+def test_a_loaded_adapter_keeps_the_name_of_its_base_until_another_is_given(tmp_path: Path) -> None:
+    def named(path: Path) -> tuple[Any, Any]:
+        config = json.loads((path / CONFIG).read_text())
+        return config["base_model_name_or_path"], config["revision"]
+
+    path = save_adapter(attached(rank=2, targets=("q_proj",)), tmp_path / "a", base="owner/base")
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps(config | {"revision": "v1"}))
+    model = load_adapter(load_adapter(tiny.model(attention_bias=True), path), path, "other")
+    adapters.detach(model, "default")
+    for name in ("other", "again"):  # also after a detour through a second file
+        path = save_adapter(model, tmp_path / name, name)
+        assert named(path) == ("owner/base", "v1")
+        assert "base_model: owner/base\n" in (path / CARD).read_text()
+        model = load_adapter(tiny.model(attention_bias=True), path, "again")
+    assert named(save_adapter(model, tmp_path / "mine", "again", base="my/base")) == ("my/base", None)
+    unnamed = save_adapter(attached(rank=2, targets=("q_proj",)), tmp_path / "unnamed")
+    assert named(unnamed) == (None, None)
+    assert provenance.base_name(load_adapter(tiny.model(attention_bias=True), unnamed), "default") is None
+
+
+def test_a_card_is_replaced_unless_somebody_wrote_or_edited_it(tmp_path: Path) -> None:
+    path = save_adapter(attached(rank=2, targets=("q_proj",)), tmp_path / "a")
+    first = (path / CARD).read_text()
+    save_adapter(attached(rank=2, targets=("q_proj",)), path, base="owner/base")
+    second = (path / CARD).read_text()
+    assert "an unknown base model" in first
+    assert "adapter for owner/base" in second
+    for mine in ("# Mine\n", second.replace("Lora adapter", "My adapter"), without_mark(second), second + "More.\n"):
+        assert mine != second
+        (path / CARD).write_text(mine)
+        save_adapter(attached(rank=2, targets=("q_proj",)), path)
+        assert (path / CARD).read_text() == mine

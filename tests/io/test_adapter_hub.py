@@ -14,6 +14,7 @@ from peftjax import adapters, methods
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
+from peftjax.io.model_card import CARD
 from peftjax.methods.bottleneck import Bottleneck
 
 E, L = 32, 3  # embed, layers
@@ -41,7 +42,7 @@ def non_linearity(model: Any) -> str:
 
 def test_the_directory_holds_the_keys_shapes_and_fields_of_the_format(tmp_path: Path) -> None:
     path = saved(tmp_path, methods.Pfeiffer(norm_before=True, norm_after=True, learned_scale="scalar", leave_out=(1,)))
-    assert sorted(file.name for file in path.iterdir()) == [WEIGHTS, CONFIG]
+    assert sorted(file.name for file in path.iterdir()) == [CARD, WEIGHTS, CONFIG]
     shapes = {
         "adapter_norm_before.weight": (E,),  # the same tensor as the next; the library has it twice
         "adapter_norm_before.bias": (E,),

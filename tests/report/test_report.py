@@ -1,12 +1,15 @@
 """The report: what stands on the page, what must never be on it, and that odd data does not break it."""
 
+import base64
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
 from peftjax.report import svg
+from peftjax.report.classes import Classes, ClassScore, Prediction
 from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration, format_number
 
+SCRIPT = Path(svg.__file__).with_name("charts.js").read_text(encoding="utf-8")
 NASTY = '<script>alert(1)</script> & "quoted" </div>{{ 7*7 }} \x1b[31m \ud800'
 CONFIG = {
     "method": {"name": "lora", "rank": 16},
@@ -47,6 +52,15 @@ DATA = ReportData(
     after=(Sample("a:1", "prompt one", "2001-01-01", "2001-01-01", True), Sample("a:2", NASTY, NASTY, NASTY, True)),
     timings={"compile": 12.5},
     versions={"jax": "0.0.1"},
+    counts={"records": 4000, "too_long": 12, "empty": 3, "rows": 3985, "tokens": 90_000, "loss_tokens": 30_000},
+    padding=0.4125,
+    origin={"command": "peftjax train --config=a.py", "workdir": "/runs/a", "git commit": "0123abc-dirty"},
+    classes=Classes(
+        30,
+        (ClassScore("no", 0.5, 1.0, 2 / 3, 2, 4), ClassScore(NASTY, 1.0, 0.5, 2 / 3, 4, 2)),
+        ((0, 0, 2), (1, 0, 2), (1, 1, 2)),
+        (Prediction("b:1", NASTY, "no", NASTY, False, 0.75), Prediction("b:2", "", "no", "no", True, 0.5)),
+    ),
     default_config={**CONFIG, "method": {"name": "lora", "rank": 8}},
 )
 
@@ -84,17 +98,31 @@ def page(workdir: Path) -> str:
 
 
 def check_tags(text: str) -> None:
-    """Every element is closed in its place, and none loads anything."""
+    """Every element is closed in its place, and none loads anything; the only script is the page's own, after the charts."""
 
     class Checker(HTMLParser):
         open: tuple[str, ...] = ()
+        scripts = 0
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            assert tag not in ("script", "link", "img", "iframe", "object")
-            assert not {"src", "href", "srcset"} & {name for name, _ in attributes}
+            assert tag not in ("link", "iframe", "object")
+            assert "srcset" not in {name for name, _ in attributes}
+            sources = [value or "" for name, value in attributes if name == "src"]
+            assert all(tag == "img" and re.fullmatch(r"data:image/jpeg;base64,[^:]*", source) for source in sources)
+            assert not [name for name, _ in attributes if name.startswith("on")]
+            links = [value or "" for name, value in attributes if name == "href"]
+            assert all(tag == "a" and re.fullmatch(r"\.\./sweep\.html|[\w.%-]+/report\.html", link) for link in links)
             assert all(value and value[0] == "#" for name, value in attributes if name == "xlink:href")
-            if tag not in ("meta", "wbr"):
+            if tag not in ("meta", "wbr", "input", "img"):
                 self.open = (*self.open, tag)
+            if tag == "script":
+                self.scripts += 1
+                assert attributes == []
+                assert self.open == ("html", "body", "script")
+
+        def handle_data(self, data: str) -> None:
+            if self.open[-1:] == ("script",):
+                assert data == SCRIPT
 
         def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
             pass
@@ -107,11 +135,14 @@ def check_tags(text: str) -> None:
     checker.feed(text)
     checker.close()
     assert checker.open == ()
+    assert checker.scripts == ("data-curves" in text)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in text
 
 
 def words(text: str) -> str:
     """What a reader sees: no tags, single spaces."""
-    body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
@@ -136,6 +167,11 @@ def test_every_section_is_there(full: str) -> None:
         "Loss nats per token", "Scores", "Learning rate", "Gradient norm", "Answers before and after",
         "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak usage 1.0 MiB", "compile 12 s",
         "Changed from the defaults 1 of 5 fields", "jax 0.0.1", "method lora, rank 16",
+        "Parameters, memory, data and time", "Records read 4,000 Longer than the limit 12 Dropped, nothing to learn from 3",
+        "Rows 3,985 Tokens 90,000", "Padding 41.2%",
+        "command peftjax train --config=a.py workdir /runs/a git commit 0123abc-dirty",
+        "Classes held-out data, step 30", "Confusion matrix", "no 2 ·", "no 50% 100% 66.7% 2",
+        "75% , expected no", "Correct predictions b:2 no 50%",
     ):  # fmt: skip
         assert expected in seen
     assert "Not finished" not in seen
@@ -153,7 +189,7 @@ def test_answers_are_marked_and_paired_by_prompt(full: str) -> None:
 
 
 def test_text_is_escaped(full: str) -> None:
-    assert "<script" not in full
+    assert full.count("<script") == 1  # the page's own
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quoted&#34;" in full
     assert "{{ 7*7 }}" in full  # not evaluated either
     assert "\\x1b[31m" in full
@@ -161,12 +197,17 @@ def test_text_is_escaped(full: str) -> None:
 
 
 def test_nasty_text_is_escaped_wherever_it_can_stand(tmp_path: Path) -> None:
-    config = {"model": {"path": NASTY}, "data": {"train": [NASTY]}, "a": {NASTY: NASTY}}
+    config = {"model": {"path": NASTY}, "data": {"train": [NASTY], "too_long": NASTY}, "a": {NASTY: NASTY}}
+    scores = (ClassScore(NASTY, 1, 1, 1, 1, 2), ClassScore("no", 0, 0, 0, 1, 0))
+    classes = Classes(1, scores, ((0, 0, 1), (1, 0, 1)), (Prediction(*[NASTY] * 4, True, 0.5, NASTY.replace(":", "")),))
+    origin = {NASTY: NASTY}
     data = ReportData(
-        title=NASTY, versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),)
-    )
+        title=NASTY, versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),),
+        classes=classes, origin=origin,
+    )  # fmt: skip
     text = page(write_workdir(tmp_path, config, None, data))
-    assert text.count("&lt;script&gt;") >= 8
+    assert text.count("&lt;script&gt;") >= 21
+    assert "Warning: the model predicts &#39;&lt;script&gt;" in text
     assert "<script" not in text
 
 
@@ -241,6 +282,39 @@ def test_charts_have_the_colors_of_the_page_and_ids_of_their_own(full: str) -> N
     assert not re.search(r"(fill|stroke): #", full)
     ids = re.findall(r' id="([^"]*)"', full)
     assert len(ids) == len(set(ids))
+
+
+def chart_data(text: str) -> dict[str, Any]:
+    """What the script gets, by the titles of the charts: the curves, and the frames of the drawings."""
+    figures = re.findall(r'<figure [^>]*data-curves="([^"]*)">(.*?)</figure>', text, flags=re.DOTALL)
+    found = {}
+    for values, inside in figures:
+        frames = [json.loads(frame) for frame in re.findall(r'data-frame="([^"]*)"', inside)]
+        (title,) = re.findall(r"<h3>(.*?)</h3>", inside)
+        found[title] = json.loads(unescape(values)) | {"frames": frames}
+    return found
+
+
+@pytest.mark.parametrize("last", [0.1, 0.05], ids=["linear", "logarithmic"])
+def test_the_script_has_the_values_of_the_curves_and_the_place_of_the_axes(tmp_path: Path, last: float) -> None:
+    text = page(write_workdir(tmp_path, CONFIG, [*LINES[:-1], eval_line(30, last, 0.9375)]))
+    found = chart_data(text)
+    training, held_out = found["Loss"]["curves"]
+    assert training["steps"] == list(range(1, 31))
+    assert training["values"] == [float(f"{3 / step:.5g}") for step in range(1, 31)]
+    assert (held_out["name"], held_out["steps"], held_out["values"]) == ("held out", [0, 30], [3.0, last])
+    narrow, wide = found["Loss"]["frames"]
+    assert narrow[1] < wide[1]
+    left, right, top, bottom, end, low, high, log = wide
+    assert (end, log) == (30, last < 0.1)
+    scale = math.log if log else float
+    (points,) = curves(charts(text)["Loss"])  # of the wide drawing, which is the second
+    for (x, y), step, value in zip(points, training["steps"], training["values"], strict=True):
+        assert x == pytest.approx(left + step / end * (right - left), abs=0.1)
+        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
+        assert y == pytest.approx(bottom + share * (top - bottom), abs=0.1)
+    assert found["Scores"]["format"] == "percent"
+    assert [curve["name"] for curve in found["Gradient norm"]["curves"]] == ["gradient norm"]
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path, full: str) -> None:
@@ -323,6 +397,12 @@ def test_a_long_noisy_run_makes_a_small_page_with_its_extremes_and_a_running_mea
     peak = min(raw, key=lambda point: point[1])
     assert (peak[0] - left) / (right - left) == pytest.approx(12_345 / 20_000, abs=1e-3)
     assert min(y for _, y in mean) > (peak[1] + bottom) / 2
+    assert text.count('class="mean"') == 3  # of the loss, the gradient norm, and the speed
+    (curve,) = chart_data(text)["Gradient norm"]["curves"]
+    assert curve["noisy"]
+    assert curve["steps"] == list(range(1, 20_001, 20))
+    assert curve["values"][1] == pytest.approx(noise[-21], rel=1e-4)
+    assert curve["means"][1] == pytest.approx(noise[-40:-20].mean(), rel=1e-4)
 
 
 def test_numbers_are_short() -> None:

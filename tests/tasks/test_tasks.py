@@ -15,6 +15,7 @@ from peftjax import evaluate, methods
 from peftjax.io.hf_files import read_json
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
+from peftjax.report.data import ReportData
 from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
@@ -103,10 +104,42 @@ def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_labels"] == (80 if kind == "token_classification" else 20)
     assert (workdir / "report.html").is_file()
+    assert_reported(kind, labels, tmp_path, workdir, scores)
     task = "TOKEN_CLS" if kind == "token_classification" else "SEQ_CLS"
     assert read_json(workdir / "adapter" / "adapter_config.json")["task_type"] == task
 
     assert_evaluated(made, workdir)
+
+
+def assert_reported(kind: str, labels: tuple[str, ...], root: Path, workdir: Path, scores: dict[str, float]) -> None:
+    """The report has the predictions of the last evaluation."""
+    data = ReportData.load(workdir)
+    assert data.counts["records"] == 12 * 16
+    assert data.padding == pytest.approx(1 - data.counts["tokens"] / (12 * 16 * 16))
+    assert data.origin["workdir"] == str(workdir)
+    classes = data.classes
+    if kind == "regression":
+        assert classes is None
+        return
+    assert classes is not None
+    assert (classes.step, tuple(score.name for score in classes.scores)) == (12, labels)
+    if kind != "multi_label":
+        right = sum(count for true, predicted, count in classes.confusions if true == predicted)
+        assert right / scores["eval_labels"] == pytest.approx(scores["accuracy"])
+    if kind == "token_classification":  # each word has a prediction
+        assert classes.examples == ()
+        return
+    lines = (root / "eval.jsonl").read_text().splitlines()
+    assert 1 <= len(classes.examples) <= 9
+    for example in classes.examples:
+        record = json.loads(lines[int(example.record.rpartition(":")[2]) - 1])
+        names = [labels[record["label"]]] if kind == "classification" else record["label"]
+        assert (example.text, example.expected) == (record["text"], ", ".join(names) or "none")
+        assert example.correct == (example.predicted == example.expected)
+        assert (example.probability is None) == (kind == "multi_label")
+    marks = [example.correct for example in classes.examples]
+    assert marks == sorted(marks)  # the wrong ones first
+    assert sum(marks) == min(3, round(20 * scores["accuracy"]))
 
 
 def assert_evaluated(made: Any, workdir: Path) -> None:

@@ -240,6 +240,7 @@ def test_an_unknown_method_is_refused_where_it_was_named(load):
     message = error_of(load, "pass", "--config.method.name=lorra")
     assert message.startswith("--config.method.name=lorra: method.name: 'lorra' is not a method. Did you mean 'lora'")
     assert "some_config.py: method.name" in error_of(load, "config.method.name = 'lorra'")
+    assert "'LoRa' is not a method. Did you mean 'lora'? Methods" in error_of(load, "config.method.name = 'LoRa'")
 
 
 def test_a_file_that_is_not_there_is_refused_with_a_near_name(tmp_path):

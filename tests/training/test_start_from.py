@@ -17,6 +17,7 @@ from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
+from peftjax.tasks.model import ModelConfig
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import start_from
@@ -42,7 +43,7 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
 ) -> None:
     first = peftjax.Lora(rank=2, alpha=4.0, targets=("v_proj", "q_proj"), dropout=0.2)
     given = peftjax.attach(peftjax.load_model(tiny.directory(tmp_path / "model")), first, rngs=nnx.Rngs(0))
-    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "first" / "adapter")
+    adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "first" / "adapter", base="owner/base")
 
     # with a frozen A, which no checkpoint holds
     made, workdir = from_adapter(tmp_path, adapter, dropout=0.1, freeze_a=True), tmp_path / "run"
@@ -63,7 +64,9 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
     counts = {name: value for name, value in last_arrays(workdir).items() if name.endswith("count")}
     assert {int(np.frombuffer(value, np.int32)[0]) for value in counts.values()} == {2}
-    assert "| Started from | `adapter` |" in (workdir / "adapter" / "README.md").read_text()
+    card = (workdir / "adapter" / "README.md").read_text()
+    assert "| Started from | `adapter` |" in card
+    assert "base_model: owner/base\n" in card  # the base is a local copy
 
     made.train.steps = 3
     train(configs.validate(made), tmp_path / "straight")
@@ -116,9 +119,12 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
 )
 def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, tmp_path: Path) -> None:
     source = tiny.randomize(peftjax.attach(tiny.model(), method, rngs=nnx.Rngs(0)))
-    path, model = peftjax.save_adapter(source, tmp_path / "adapter"), tiny.model()
+    path, model = peftjax.save_adapter(source, tmp_path / "adapter", base="owner/base"), tiny.model()
     assert attach_trained(model, method, path, nnx.Rngs(1)) == read_method(path)
     assert list(attached(model)) == ["default"]
+    for given, recorded in (("embedded", "owner/base"), ("owner/copy", "owner/copy")):
+        config = configs.Config(model=ModelConfig(path=given))
+        assert start_from.base_name(model, config).name == recorded
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
     assert theirs == ours  # what a step trains, by path

@@ -163,6 +163,9 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert (rates[1].workdir / "adapter").exists()
     assert not (rates[0].workdir / "adapter").exists()
     assert "failed: step" in capsys.readouterr().out
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert page.count("<a href=") == 1  # the other run has no report
+    assert '<a href="../sweep.html">' in (rates[1].workdir / "report.html").read_text()
     with pytest.raises(ValueError, match="every run of the sweep failed; the first: step"):
         sweep.sweep(rates[:1], tmp_path / "sweep")
 

@@ -1,0 +1,71 @@
+"""What the report shows of the predictions of a classification task."""
+
+import base64
+from collections.abc import Sequence
+
+import numpy as np
+
+from peftjax.data.batches import find_records
+from peftjax.data.config import DataConfig
+from peftjax.report.classes import Classes, Prediction, score_classes
+from peftjax.tasks import Task
+from peftjax.training.evaluation import Evaluation
+
+WRONG, RIGHT = 6, 3  # numbers of examples
+
+
+def summarize(data: DataConfig, task: Task, found: Evaluation, step: int) -> Classes | None:
+    """The scores by class of an evaluation with some of its predictions; None if the task has no classes.
+
+    Args:
+      data: The section `data` of the config.
+      task: The task.
+      found: The evaluation.
+      step: The number of completed steps.
+    """
+    if not task.labels or found.logits is None or found.labels is None:
+        return None
+    examples = _examples(data, task, found.logits, found.labels, found.records)
+    return score_classes(task.labels, found.logits, found.labels, step, examples)
+
+
+def _examples(
+    data: DataConfig, task: Task, logits: np.ndarray, labels: np.ndarray, records: Sequence[str]
+) -> list[Prediction]:
+    """The wrong predictions of which the model is most certain, and right ones spread over the data."""
+    if len(records) != len(logits):  # one prediction for each word, or rows of several processes
+        return []
+    if labels.ndim == 1:
+        predicted, certain = logits.argmax(-1), _softmax(logits).max(-1)
+        right = predicted == labels
+    else:
+        predicted, certain = logits > 0, np.abs(logits).min(-1)
+        right = (predicted == (labels > 0)).all(-1)
+    wrong, fine = np.flatnonzero(~right), np.flatnonzero(right)
+    wrong = wrong[np.argsort(-certain[wrong], kind="stable")][:WRONG]
+    chosen = [*wrong, *fine[np.linspace(0, len(fine) - 1, min(RIGHT, len(fine))).astype(int)]]
+    there = find_records(data, task, [records[index] for index in sorted(chosen)])
+    return [
+        Prediction(
+            records[index],
+            task.shown(there[records[index]], records[index]),
+            _named(task, labels[index]),
+            _named(task, predicted[index]),
+            bool(right[index]),
+            float(certain[index]) if labels.ndim == 1 else None,
+            base64.b64encode(task.pictured(there[records[index]], records[index])).decode(),
+        )
+        for index in chosen
+    ]
+
+
+def _named(task: Task, label: np.ndarray) -> str:
+    """The name of a class [], or of all classes that apply [C]."""
+    if label.ndim == 0:
+        return task.labels[int(label)]
+    return ", ".join(task.labels[index] for index in np.flatnonzero(label)) or "none"
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
