@@ -11,6 +11,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.time_limit import time_limit
 from peftjax.io.hf_files import read_json_if_any
 
+LONGEST = 10_000_000  # characters that a shorter conversation may become
+
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Tools = Sequence[Any] | None  # JSON schemas of functions that the assistant can call
 
@@ -103,6 +105,8 @@ class ChatTemplate:
         return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
 
     def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
+        from peftjax.data.template_size import LIMIT, largest_constant  # with jinja2, which not every command needs
+
         template = self._text(tools)
         if tools and not re.search(r"\btools\b", template):
             self.warn(
@@ -113,10 +117,20 @@ class ChatTemplate:
         if self._endless:
             raise UserError(self._endless)
         try:
+            if (size := largest_constant(template)) > LIMIT:
+                raise UserError(
+                    f"{what} repeats or pads a text or list to {size:g} characters or elements; at most {LIMIT:,} are possible"
+                )
             with time_limit(f"{what} does not end; look for a loop in it"):
-                return self._theirs.apply_chat_template(
+                rendered = self._theirs.apply_chat_template(
                     [dict(message) for message in messages], tools=tools, chat_template=template, **options
                 )
+            if isinstance(rendered, str) and len(rendered) > LONGEST > len(repr((messages, tools))):
+                raise UserError(
+                    f"{what} makes {len(rendered):,} characters of a conversation of {len(repr(messages)):,}; at most "
+                    f"{LONGEST:,} are possible"
+                )
+            return rendered
         except UserError as error:
             self._endless = str(error)
             raise
