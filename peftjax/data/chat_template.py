@@ -28,7 +28,9 @@ class ChatTemplate:
     def __init__(self, theirs: Any, directory: pathlib.Path):
         self._theirs, self._directory = theirs, directory
         self._said: set[str] = set()
-        self._endless = ""  # once it has reached the time limit, why: callers try several forms of a conversation
+        self._endless = (
+            ""  # once it has reached a limit on time or memory, why: callers try several forms of a conversation
+        )
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
         self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
@@ -125,18 +127,18 @@ class ChatTemplate:
                 rendered = self._theirs.apply_chat_template(
                     [dict(message) for message in messages], tools=tools, chat_template=template, **options
                 )
-            if isinstance(rendered, str) and len(rendered) > LONGEST > len(repr((messages, tools))):
-                raise UserError(
-                    f"{what} makes {len(rendered):,} characters of a conversation of {len(repr(messages)):,}; at most "
-                    f"{LONGEST:,} are possible"
-                )
-            return rendered
         except UserError as error:
             self._endless = str(error)
             raise
         except Exception as error:  # of any kind: a template is code
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{what} rejects the conversation: {said}") from error
+        if isinstance(rendered, str) and len(rendered) > LONGEST > len(repr((messages, tools))):
+            raise UserError(
+                f"{what} makes {len(rendered):,} characters of a conversation of {len(repr(messages)):,}; at most {LONGEST:,} are "
+                "possible"
+            )
+        return rendered
 
     def _text(self, tools: Tools) -> str:
         """The template; of several the one for tools if there are tools, or else the default."""

@@ -132,8 +132,8 @@ TEXTS = [
     ("chat_template.jinja", "{{ 10 ** (10 ** 10) }}", "to inf characters"),
     (
         "chat_template.jinja",
-        "{% set n = 2 * 10**7 %}{{ messages[0].content * n }}",
-        "makes 40,000,000 characters of a ",
+        "{% set n = 4 * 10**6 %}{{ messages[0].role * n }}",
+        "makes 16,000,000 characters of a ",
     ),
     (
         "chat_template.jinja",
