@@ -17,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 STOPPED = 75  # exit code of a command that was stopped by SIGTERM, saved its state and should run again
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that was stopped by Ctrl-C
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL for the other processes after a failure
 
 
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int:
         argv: Command line without the program name.
 
     Returns:
-        0 if all processes succeeded, 75 if one was stopped and none failed, else the exit code of the first failure.
+        0 if all processes succeeded, 75 (or 130 after Ctrl-C) if one was stopped and none failed, else the exit code of the
+        first failure.
     """
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -39,8 +41,15 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     processes: list[subprocess.Popen[bytes]] = []
+    stops = {STOPPED}  # exit codes of processes that were asked to stop
+
+    def forward(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            stops.add(INTERRUPTED)
+        send(processes, number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: send(processes, number))
+        signal.signal(number, forward)
     address = f"127.0.0.1:{free_port()}"
     for index, environment in enumerate(environments):
         flags = [f"--coordinator={address}", f"--num_processes={options.processes}", f"--process_id={index}"]
@@ -51,7 +60,7 @@ def main(argv: list[str]) -> int:
     printers = [threading.Thread(target=show, args=(index, process)) for index, process in enumerate(processes)]
     for printer in printers:
         printer.start()
-    code = wait(processes)
+    code = wait(processes, stops)
     for printer in printers:
         printer.join()
     return code
@@ -145,14 +154,14 @@ def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
         process.send_signal(number)  # no effect on a process that has exited
 
 
-def wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def wait(processes: list[subprocess.Popen[bytes]], stops: Collection[int] = (STOPPED,)) -> int:
     """Wait until all processes have exited and return the exit code of the launcher.
 
-    If one fails, the others receive SIGTERM, and SIGKILL after `GRACE` seconds.
+    If one fails, the others receive SIGTERM, and SIGKILL after `GRACE` seconds. The exit codes in `stops` are no failures.
     """
     failed, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:  # a list, so that every process is polled
-        if not failed and (failed := first_failure(processes)):
+        if not failed and (failed := first_failure(processes, stops)):
             print(f"a process failed with exit code {failed}; stopping the others", file=sys.stderr, flush=True)
             send(processes, signal.SIGTERM)
             deadline = time.monotonic() + GRACE
@@ -162,14 +171,18 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # orphaned child processes
-    stopped = any(process.returncode == STOPPED for process in processes)
-    return failed or first_failure(processes) or (STOPPED if stopped else 0)
+    return failed or first_failure(processes, stops) or max(exit_codes(processes))
 
 
-def first_failure(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Return the exit code of the first failed process as a shell reports it (128 + n for signal n), or 0."""
+def first_failure(processes: list[subprocess.Popen[bytes]], stops: Collection[int]) -> int:
+    """Return the exit code of the first failed process, or 0."""
+    return next((code for code in exit_codes(processes) if code and code not in stops), 0)
+
+
+def exit_codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the exit codes of the processes that have exited as a shell reports them: 128 + n for signal n."""
     codes = (process.returncode for process in processes)
-    return next((code if code > 0 else 128 - code for code in codes if code not in (None, 0, STOPPED)), 0)
+    return [code if code >= 0 else 128 - code for code in codes if code is not None]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.options import probability
 from peftjax.adapters.ranks import Ranked
 from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
@@ -39,10 +38,6 @@ class Lycoris(Ranked):
     hf_constants: ClassVar = {"init_weights": True, "use_effective_conv2d": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {"use_effective_conv2d"}  # for convolutions
     hf_training: ClassVar = {"init_weights": True}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        probability(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
 
     def scales(self, site: Site, ranks: np.ndarray) -> jax.Array:
         """alpha / rank of each layer, float32 [*stack]; 0 in a layer that is left out."""

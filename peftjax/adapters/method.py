@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from peftjax.adapters.options import from_file
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
@@ -160,7 +161,8 @@ class Method:
             )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
-        return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in values.items()})
+        given = {option: from_file(option, value) for option, value in values.items()}
+        return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in given.items()})
 
 
 def no_such_option(cls: type[Method], option: str) -> str:

@@ -9,10 +9,31 @@ from peftjax.core.errors import UserError
 REGEX = set("*+?()[]{}|^$\\")
 
 
+class Unusual(float):
+    """A number in an adapter file that peft computes with, and that no new adapter may have: an alpha of 0 or below, or a
+    dropout rate of 1."""
+
+
+def from_file(option: str, value: Any) -> Any:
+    """The value of an option in an adapter file, marked where it is `Unusual`."""
+    if option == "alpha_pattern" and isinstance(value, Mapping):
+        return {name: from_file("alpha", item) for name, item in value.items()}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and ((option == "alpha" and value <= 0) or (option.endswith("dropout") and value == 1)):
+        return Unusual(value)
+    return value
+
+
+def unusual(value: Any) -> bool:
+    """Whether the value of an option is `Unusual`, or a table with such a value."""
+    return isinstance(value, Unusual) or (isinstance(value, tuple) and any(map(unusual, value)))
+
+
 def positive(**options: float) -> None:
     """Require finite numbers above 0."""
     for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        low = -math.inf if isinstance(value, Unusual) else 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < math.inf:
             raise UserError(f"method.{option} must be a number above 0, got {value!r}")
 
 
@@ -26,7 +47,7 @@ def positive_integer(**options: int) -> None:
 def probability(**options: float) -> None:
     """Require dropout rates: at least 0 and below 1."""
     for option, value in options.items():
-        if not 0.0 <= value < 1.0:
+        if not 0.0 <= value < 1.0 and not isinstance(value, Unusual):
             raise UserError(f"method.{option} must be at least 0 and below 1, got {value!r}")
 
 

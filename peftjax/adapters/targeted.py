@@ -1,7 +1,7 @@
 """Methods that sit in layers chosen by name, and layers that are trained whole."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import names_or_pattern, split_names
+from peftjax.adapters.options import names_or_pattern, probability, split_names
 from peftjax.adapters.sites import Chosen, Site, choose, head_sites, insert, sites, tied_kernel
 from peftjax.core.errors import UserError
 from peftjax.models.base import Model
 from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Conv1D, Linear
+
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Targeted(Method):
             layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers),
             modules_to_save=split_names(self.modules_to_save),
         )
+        probability(**{name: getattr(self, name) for name in DROPOUTS if hasattr(self, name)})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
             raise UserError(
                 f"method.layers_to_transform={self.layers_to_transform} needs targets that are names; "
@@ -99,6 +102,11 @@ class Targeted(Method):
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained whole: those of modules_to_save and of a classification head."""
+        for entry, (outside, outer) in nested(model, self.modules_to_save).items():
+            if not outside:
+                raise UserError(
+                    f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained whole; remove {entry!r}"
+                )
         has_values = {
             name: bool(site.parameters) or isinstance(site.module, Linear)  # a tied head has the embedding's
             for site in sites(model)
@@ -121,6 +129,9 @@ class Targeted(Method):
             config["target_modules"] = sorted(
                 {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
             )
+        if found := nested(model, self.modules_to_save):  # peft could not load the file
+            entries = [found[entry][0] if entry in found else (entry,) for entry in self.modules_to_save]
+            config["modules_to_save"] = [name for names in entries for name in names]
         if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
             config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in self.chosen(model))
         return config
@@ -132,10 +143,38 @@ class Targeted(Method):
         return super().from_hf(config)
 
 
+def nested(model: nnx.Module, entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+    """The entries of modules_to_save that mean a module inside another one that is trained whole.
+
+    Returns:
+        For each of them, the full names of those of its modules that are not inside another one, and the entry that means
+        an outer module.
+    """
+    meant: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
+    for site in sites(model):
+        for name in site.names:
+            for module in _and_containers(name):
+                for entry in entries:
+                    if module.endswith(entry):
+                        meant.setdefault(entry, {})[module] = None
+    by_module = {module: entry for entry, modules in meant.items() for module in modules}
+    found = {}
+    for entry, modules in meant.items():
+        outer = {module: next(filter(by_module.get, _and_containers(module))) for module in modules}
+        if inner := [module for module in modules if outer[module] != module]:
+            found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
+    return found
+
+
+def _and_containers(name: str) -> list[str]:
+    """The name of a module and those of the modules that contain it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
 def is_saved(name: str, entry: str) -> bool:
     """Whether an entry of modules_to_save means a layer: its name, or that of a module that contains it, ends in the entry."""
-    parts = name.split(".")
-    return any(".".join(parts[: depth + 1]).endswith(entry) for depth in range(len(parts)))
+    return any(module.endswith(entry) for module in _and_containers(name))
 
 
 def chosen_names(chosen: Chosen) -> list[str]:

@@ -33,12 +33,20 @@ class _Log:
 
     def write(self, text: str) -> bool:
         """Append text; returns False if there is no file. What cannot be written, to a full disk, is lost."""
+        self.append(text)
+        return self.path is not None
+
+    def append(self, text: str) -> bool:
+        """Append text; returns whether it is in the file."""
         if self.path is None:
             return False
-        with contextlib.suppress(OSError):
+        try:
             if self._file is None:
                 self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             self._file.write(text)
+            self._file.flush()
+        except OSError:
+            return False
         return True
 
 
@@ -54,10 +62,9 @@ def record(error: BaseException) -> str:
     """Write the traceback of an error that is reported as one line.
 
     Returns:
-        "; details in PATH" to append to that line, or "" without a file.
+        "; details in PATH" to append to that line, or "" if there is no file or it cannot be written.
     """
-    written = _log.write("".join(traceback.format_exception(error)))
-    return f"; details in {_log.path}" if written and _log.path is not None and _log.path.exists() else ""
+    return f"; details in {_log.path}" if _log.append("".join(traceback.format_exception(error))) else ""
 
 
 def divert() -> None:

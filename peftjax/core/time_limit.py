@@ -1,23 +1,28 @@
-"""A limit on the time that a pattern or a template from a file may take."""
+"""A limit on the time and the memory that a pattern or a template from a file may take."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from peftjax.core.errors import UserError
+from peftjax.core.units import format_bytes
 
 SECONDS = 10.0
+MEMORY = 2 * 2**30  # bytes by which the process may grow in a body that takes a while
+_INTERVAL = 0.1  # seconds between two looks at the memory
 
 
 @contextlib.contextmanager
 def time_limit(message: str, seconds: float | None = None) -> Iterator[None]:
-    """Interrupt the body of a `with` statement that takes too long, also inside `re`.
+    """Interrupt the body of a `with` statement that takes too long or too much memory, also inside `re`.
 
-    The limit needs a signal, which only the main thread can handle: in other threads there is none. A timer that the
-    program has set itself is restored.
+    The limit needs a signal, which only the main thread can handle: in other threads there is none. Training therefore reads the
+    first record of every source in the main thread. A timer that the program has set itself is restored.
 
     Args:
         message: What takes too long, and what to do about it.
@@ -30,20 +35,28 @@ def time_limit(message: str, seconds: float | None = None) -> Iterator[None]:
         yield
         return
     limit = SECONDS if seconds is None else seconds
-    began = time.thread_time()
+    began, memory = time.thread_time(), _resident()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if (
-            left := limit - (time.thread_time() - began)
-        ) > 0:  # the process was suspended, or waited for a busy machine
-            signal.setitimer(signal.ITIMER_REAL, left)
-            return
-        raise UserError(f"{message} (stopped after {limit:g} s)")
+        used = time.thread_time() - began  # less than the wall time if the process is suspended or the machine is busy
+        if used >= limit:
+            raise UserError(f"{message} (stopped after {limit:g} s)")
+        if used >= _INTERVAL / 2 and (grown := _resident() - memory) > MEMORY:
+            raise UserError(f"{message} (stopped after it took {format_bytes(grown)} of memory)")
+        signal.setitimer(signal.ITIMER_REAL, min(_INTERVAL, limit - used))
 
     handler = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, limit)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, min(_INTERVAL, limit))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, left, interval)
         signal.signal(signal.SIGALRM, handler)
+
+
+def _resident() -> int:
+    """The bytes of memory that this process has in use; 0 where that is not known."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return 0

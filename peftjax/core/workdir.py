@@ -92,7 +92,11 @@ def claim(workdir: Path, base: str = "") -> Iterator[None]:
             check(workdir, base)
             held.append(_Lock(workdir))
         except OSError as error:
-            raise UserError(f"--workdir={workdir}: {error}") from None
+            place = error.filename or workdir
+            raise UserError(
+                f"--workdir={workdir}: cannot write to {place}: {error.strerror or error}; make it writable, free some space, or "
+                "choose another workdir"
+            ) from None
 
     distributed.on_first(take)
     try:

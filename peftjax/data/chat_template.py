@@ -11,6 +11,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.time_limit import time_limit
 from peftjax.io.hf_files import read_json_if_any
 
+LONGEST = 10_000_000  # characters that a shorter conversation may become
+
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Tools = Sequence[Any] | None  # JSON schemas of functions that the assistant can call
 
@@ -26,7 +28,9 @@ class ChatTemplate:
     def __init__(self, theirs: Any, directory: pathlib.Path):
         self._theirs, self._directory = theirs, directory
         self._said: set[str] = set()
-        self._endless = ""  # once it has reached the time limit, why: callers try several forms of a conversation
+        self._endless = (
+            ""  # once it has reached a limit on time or memory, why: callers try several forms of a conversation
+        )
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
         self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
@@ -103,6 +107,8 @@ class ChatTemplate:
         return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
 
     def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
+        from peftjax.data.template_size import LIMIT, largest_constant  # with jinja2, which not every command needs
+
         template = self._text(tools)
         if tools and not re.search(r"\btools\b", template):
             self.warn(
@@ -113,8 +119,12 @@ class ChatTemplate:
         if self._endless:
             raise UserError(self._endless)
         try:
+            if (size := largest_constant(template)) > LIMIT:
+                raise UserError(
+                    f"{what} repeats or pads a text or list to {size:g} characters or elements; at most {LIMIT:,} are possible"
+                )
             with time_limit(f"{what} does not end; look for a loop in it"):
-                return self._theirs.apply_chat_template(
+                rendered = self._theirs.apply_chat_template(
                     [dict(message) for message in messages], tools=tools, chat_template=template, **options
                 )
         except UserError as error:
@@ -123,6 +133,12 @@ class ChatTemplate:
         except Exception as error:  # of any kind: a template is code
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{what} rejects the conversation: {said}") from error
+        if isinstance(rendered, str) and len(rendered) > LONGEST > len(repr((messages, tools))):
+            raise UserError(
+                f"{what} makes {len(rendered):,} characters of a conversation of {len(repr(messages)):,}; at most {LONGEST:,} are "
+                "possible"
+            )
+        return rendered
 
     def _text(self, tools: Tools) -> str:
         """The template; of several the one for tools if there are tools, or else the default."""

@@ -13,7 +13,7 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
-from peftjax.adapters.targeted import Targeted, chosen_names, is_saved
+from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key
 from peftjax.methods.adalora import AdaLora
@@ -89,6 +89,18 @@ def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[
     if not isinstance(method, Boft) or len(stored) != 1 or stored == {method.factors}:
         return method, None
     return dataclasses.replace(method, factors=stored.pop()), f"boft_n_butterfly_factor={method.factors}"
+
+
+def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]]:
+    """Return the method with modules_to_save as the outermost modules that it means, and the entries that mean others too.
+
+    peft trains the outermost modules. It writes the others as it found them, and cannot load such a file.
+    """
+    if not isinstance(method, Targeted) or not (found := nested(model, method.modules_to_save)):
+        return method, []
+    entries = [found[entry][0] if entry in found else (entry,) for entry in method.modules_to_save]
+    saved = tuple(name for names in entries for name in names)
+    return dataclasses.replace(method, modules_to_save=saved), list(found)
 
 
 def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) -> tuple[Method, list[str]]:

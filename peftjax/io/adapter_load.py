@@ -21,7 +21,7 @@ from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
-from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_unmatched
+from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_nested, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import task_type
@@ -154,7 +154,14 @@ def _fitted(
     """
     older = older_names(model, tensors)
     with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
-        method, removed = without_unmatched(with_names(method, model, older), model, with_older_names(tensors, older))
+        method, inner = without_nested(with_names(method, model, older), model)
+        method, removed = without_unmatched(method, model, with_older_names(tensors, older))
+    if inner:
+        warnings.warn(
+            f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} means modules inside others that are trained "
+            "whole, and is ignored for those",
+            stacklevel=3,
+        )
     if removed:
         warnings.warn(
             f"{path / CONFIG}: matches nothing in this model and is ignored: {'; '.join(removed)}", stacklevel=3

@@ -19,7 +19,7 @@ from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.sites import Chosen, Site
 from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
-from peftjax.core.paths import suggest
+from peftjax.core.paths import matching, suggest
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Base
 
@@ -50,14 +50,18 @@ class Ia3(Targeted):
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
-        names = chosen_names(chosen)
+        with matching("method.feedforward", self.feedforward):
+            self._check_feedforward(chosen_names(chosen))
+        return chosen
+
+    def _check_feedforward(self, names: list[str]) -> None:
+        """Raises a UserError if an entry of `feedforward` means none of the targets."""
         for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
             if not any(_means(self.feedforward if entry == self.feedforward else (entry,), name) for name in names):
                 last = sorted({name.rsplit(".", 1)[-1] for name in names})
                 raise UserError(
                     f"method.feedforward: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}"
                 )
-        return chosen
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "Ia3Linear":
         del rngs

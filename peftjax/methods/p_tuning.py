@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.adapters.options import one_of, positive_integer
+from peftjax.adapters.options import one_of, positive_integer, probability
 from peftjax.adapters.sites import insert
 from peftjax.adapters.soft_prompt import Dense, InputPrompt, PromptAdapter, uniform
 from peftjax.core.errors import UserError
@@ -49,6 +49,7 @@ class PTuning(InputPrompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive_integer(layers=self.layers)
+        probability(dropout=self.dropout)
         one_of(("mlp", "lstm", "none"), encoder=self.encoder)
         if self.hidden < 0:
             raise UserError(f"method.hidden must be 0 (the model's width) or more, got {self.hidden}")

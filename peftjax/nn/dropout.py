@@ -22,17 +22,17 @@ class Dropout(nnx.Module):
     single evaluation of a loss. A new module is in evaluation mode; `model.train()` and `model.eval()` switch it.
 
     Attributes:
-        rate: The probability that an element is dropped, in [0, 1).
+        rate: The probability that an element is dropped, in [0, 1].
         deterministic: True in evaluation mode.
         key: Key data, uint32 [*stack, 2]; None if the rate is 0.
 
     Raises:
-        UserError: The rate is outside [0, 1).
+        UserError: The rate is outside [0, 1].
     """
 
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
-        if not 0.0 <= rate < 1.0:
-            raise UserError(f"dropout must be at least 0 and below 1, got {rate}")
+        if not 0.0 <= rate <= 1.0:
+            raise UserError(f"dropout must be between 0 and 1, got {rate}")
         self.rate = rate
         self.deterministic = True
         axes = ("layers", None) if stack else (None,)
@@ -46,6 +46,8 @@ class Dropout(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.key is None:
             return x
+        if self.rate == 1.0:  # nothing to divide by
+            return jnp.zeros_like(x)
         keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.core.memory import host_memory
 from peftjax.core.paths import suggest
 from peftjax.plan.chips import CHIPS, Chip
 
@@ -118,7 +119,7 @@ def find(name: str) -> Device:
     kind, _, rest = name.lower().partition(":")
     if kind == "cpu":
         count = _parse_count(name, rest, _MAX_CPUS)
-        return Device(f"cpu:{count}" if count > 1 else kind, kind, count, "cpu", _host_memory() // count, None)
+        return Device(f"cpu:{count}" if count > 1 else kind, kind, count, "cpu", host_memory() // count, None)
     if kind not in CHIPS:
         raise UserError(f"--device={name}: no such device.{suggest(kind, [*CHIPS, 'cpu'])} Available: {_listing()}")
     chip = CHIPS[kind]
@@ -158,11 +159,6 @@ def _topology(device: Device, chip: Chip) -> Sequence[jax.Device]:
     target = chip.gpu.target(device.memory, chip.bandwidth)
     shape = f"1x1x{device.count}"  # slices x hosts x GPUs
     return list(topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices)
-
-
-def _host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _nvcc() -> list[Path]:

@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from peftjax.core import variables
 from peftjax.io.adapter_save import weights_bytes
 from peftjax.models.base import LanguageModel, Model
-from peftjax.plan import hlo_cost, jaxpr_cost
+from peftjax.plan import hlo_cost
 from peftjax.plan.advice import advice
 from peftjax.plan.chips import GIB
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
 from peftjax.plan.traced import TracedStep, state_bytes, trace_step
 from peftjax.plan.variants import full_fine_tuning
+from peftjax.training import jaxpr_cost
 from peftjax.training.config import Config
 
 _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}

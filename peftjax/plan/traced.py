@@ -1,7 +1,6 @@
 """A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.models.base import Model
-from peftjax.plan import jaxpr_cost
 from peftjax.tasks import Task, make_task
-from peftjax.training.abstract import StepArguments, abstract_model, abstract_step
+from peftjax.training import jaxpr_cost
+from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
 from peftjax.training.config import Config
 
 
@@ -93,23 +92,15 @@ def _argument_bytes(config: Config, model: Model, arguments: StepArguments) -> d
     base = {path for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
     full = config.method.trains is nnx.Param
     sizes = {
-        "frozen base": _bytes_per_device([leaf for path, leaf in frozen.items() if path in base]),
-        "adapters' frozen parts": _bytes_per_device([leaf for path, leaf in frozen.items() if path not in base]),
-        "parameters, all trained" if full else "adapters": _bytes_per_device(state.trainable),
-        "optimizer state": _bytes_per_device((state.step, state.optimizer, state.key)),
-        "batch": _bytes_per_device(batch),
+        "frozen base": bytes_per_device([leaf for path, leaf in frozen.items() if path in base]),
+        "adapters' frozen parts": bytes_per_device([leaf for path, leaf in frozen.items() if path not in base]),
+        "parameters, all trained" if full else "adapters": bytes_per_device(state.trainable),
+        "optimizer state": bytes_per_device((state.step, state.optimizer, state.key)),
+        "batch": bytes_per_device(batch),
     }
     return {name: size for name, size in sizes.items() if size}
 
 
 def _gradient_bytes(config: Config, arguments: StepArguments) -> int:
     """Gradients have the parameters' dtype; accumulated ones are float32."""
-    return _bytes_per_device(arguments.state.trainable, bits=32 if config.train.accumulate > 1 else None)
-
-
-def _bytes_per_device(tree: Any, bits: int | None = None) -> int:
-    """Bytes of the leaves' shards on one device. bits: per element; None for those of each leaf's dtype (4 for int4)."""
-    return sum(
-        -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * (bits or jaxpr_cost.bits(leaf.dtype)) // 8)
-        for leaf in jax.tree.leaves(tree)
-    )
+    return bytes_per_device(arguments.state.trainable, bits=32 if config.train.accumulate > 1 else None)

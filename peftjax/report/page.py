@@ -10,6 +10,7 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
@@ -29,12 +30,16 @@ def write_report(workdir: Path) -> Path:
         workdir: The directory of the run. Files that are missing are left out of the report.
 
     Raises:
-        UserError: The directory holds none of the files, or one of them cannot be read.
+        UserError: The directory holds none of the files, or only the config.json of something else, such as a model; or one
+            of them cannot be read.
     """
     if not any((workdir / name).exists() for name in (_CONFIG, METRICS, DATA)):
         raise UserError(
             f"--workdir={workdir} holds none of {_CONFIG}, {METRICS} and {DATA}: no run has written there; check the path"
         )
+    marked = any((workdir / name).exists() for name in (MARK, METRICS, DATA))
+    if not marked and not isinstance(read_object(workdir / _CONFIG).get("method"), dict):
+        raise UserError(f"--workdir={workdir}: its {_CONFIG} is not that of a run; check the path")
     write_atomically(workdir / PAGE, _render(workdir))
     return workdir / PAGE
 

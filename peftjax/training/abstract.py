@@ -1,5 +1,6 @@
 """The train step of a config from shapes alone: a model, a state and a batch without any weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,7 @@ from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model, as_shapes
 from peftjax.tasks import Task
+from peftjax.training import jaxpr_cost
 from peftjax.training.config import Config
 from peftjax.training.split import split
 from peftjax.training.step import TrainState, abstract_state, make_train_step
@@ -95,4 +97,12 @@ def _placed(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         value,
         sharding.placement(value, axes, mesh),
+    )
+
+
+def bytes_per_device(tree: Any, bits: int | None = None) -> int:
+    """Bytes of the leaves' shards on one device. bits: per element; None for those of each leaf's dtype (4 for int4)."""
+    return sum(
+        -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * (bits or jaxpr_cost.bits(leaf.dtype)) // 8)
+        for leaf in jax.tree.leaves(tree)
     )

@@ -32,6 +32,7 @@ from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.abstract import abstract_model, abstract_step
 from peftjax.training.config import Config
+from peftjax.training.memory import check_batch, check_step
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
@@ -90,12 +91,13 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     """The task and its training batches. `check_fit` opens the held-out data.
 
     Raises:
-      UserError: The model directory lacks what the task needs, or the data cannot be read.
+      UserError: The model directory lacks what the task needs, a batch does not fit the memory, or the data cannot be read.
     """
     directory = resolve(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
-    batches = train_batches(config.data, task, batching(config, mesh), config.seed)
-    return task, batches
+    share = batching(config, mesh)
+    check_batch(config, task, share.process_count)
+    return task, train_batches(config.data, task, share, config.seed)
 
 
 def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Model | None = None) -> None:
@@ -106,8 +108,8 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Mode
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
-        it, a token has no row in its embedding, the attention kernel does not support the batch, the data
-        cannot be read, or it has nothing to learn from.
+        it, a token has no row in its embedding, the attention kernel does not support the batch, a step cannot fit the
+        memory, the data cannot be read, or it has nothing to learn from.
     """
     fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
     with warnings.catch_warnings():
@@ -115,9 +117,10 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Mode
         model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
     task.accept(given or model, config.model.path)
     task.check_lengths(model, mesh)
-    if config.model.attention != "xla":
-        with jax.set_mesh(mesh):
-            step, arguments = abstract_step(config, task, model, mesh)
+    with jax.set_mesh(mesh):
+        step, arguments = abstract_step(config, task, model, mesh)
+        check_step(config, task, model, mesh, step, arguments)
+        if config.model.attention != "xla":
             step.trace(*arguments)
     start = data.get_state()
     next(data)

@@ -19,6 +19,7 @@ from peftjax.adapters import detach, provenance
 from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.adapters.method import Method
+from peftjax.adapters.options import unusual
 from peftjax.adapters.registry import BaseName, attached
 from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core import variables
@@ -61,13 +62,19 @@ def with_options(config: Config) -> Config:
     """The config, in which an option that was left at its default has the value of the adapter of method.start_from.
 
     Raises:
-      UserError: The directory does not hold an adapter, or an option differs from the adapter's.
+      UserError: The directory does not hold an adapter, an option differs from the adapter's, or the adapter has a value
+        that a new adapter may not have.
     """
     if not config.start_from:
         return config
     theirs = read_method(Path(config.start_from).expanduser())
     method = _completed(config.method, theirs)
     _require_agreement(method, theirs, config.start_from)
+    if found := [f"{name}={value!r}" for name, value in vars(method).items() if unusual(value)]:
+        raise UserError(
+            f"method.start_from={config.start_from}: the adapter has {', '.join(found)}. It can be loaded, but not trained "
+            "further: method.dropout must be below 1 (set it in the config), and every alpha above 0"
+        )
     return dataclasses.replace(config, method=method)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from peftjax.data.batches import Batches
 from peftjax.tasks import model as model_section
+from peftjax.training import memory
 from tests import runs, tiny
 
 CONFIG = """
@@ -83,6 +85,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "config.model.attention = 'splash'": ("attention='splash'", "multiple of 128"),
     "config.model.attention = 'cudnn'": ("attention='cudnn'", "choose 'xla'"),
     "config.model.path = '{root}/small'": ("small: padding", "'<eos>'", "256 rows", "model.resize_embeddings=True"),
+    "config.train.batch_size = 10**12": ("train.batch_size=1000000000000", "the batch alone takes", "lower"),
     "config.data.train = ('{root}/silent.jsonl',)": ("silent.jsonl", "data.max_length"),
     "config.data.eval = ('{root}/silent.jsonl',)": ("silent.jsonl", "data.max_length"),
     "config.data.prompt_template = '{{prompt:>999999999}}'": ("{prompt:>999999999}", "at most 10,000"),
@@ -99,6 +102,16 @@ CASES: dict[str, tuple[str, ...]] = {
 def test_train_refuses(lines: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_of("train", root, lines.format(root=root), capsys)
     for words in CASES[lines]:
+        assert words in line, line
+
+
+def test_a_batch_beyond_the_memory_is_refused_before_it_is_read(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "most_memory", lambda devices: 2**28)
+    monkeypatch.setattr(Batches, "__next__", None)
+    line = error_of("train", root, "config.train.batch_size = 40_000", capsys)
+    for words in ("train.batch_size=40000", "data.max_length=24", "256 MiB of memory", "lower"):
         assert words in line, line
 
 

@@ -34,8 +34,9 @@ def adapter(model: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """No weights are read, except in tests that load an adapter; what never ends is stopped after a second."""
+    """No weights are read, except in tests that load an adapter; what never ends is stopped after a second, or 128 MiB."""
     monkeypatch.setattr(time_limit, "SECONDS", 1.0)
+    monkeypatch.setattr(time_limit, "MEMORY", 2**27)
 
     def load_model(*arguments: Any, **options: Any) -> None:
         raise AssertionError("weights are read")
@@ -119,6 +120,25 @@ TEXTS = [
         "chat_template.jinja",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "does not end; look for a loop in it (stopped after 1 s)",
+    ),
+    (
+        "chat_template.jinja",
+        "{{ 'x' * 10**10 }}",
+        "repeats or pads a text or list to 1e+10 characters or elements; at most",
+    ),
+    ("chat_template.jinja", "{{ (7 * ('%9999999999d' % 1)) ~ 2 }}", "to 7e+10 characters"),
+    ("chat_template.jinja", "{{ messages[0].content | center(10**9) }}", "to 1e+09 characters"),
+    ("chat_template.jinja", "{{ '{:>9999999999}'.format(1) }}", "to 1e+10 characters"),
+    ("chat_template.jinja", "{{ 10 ** (10 ** 10) }}", "to inf characters"),
+    (
+        "chat_template.jinja",
+        "{% set n = 4 * 10**6 %}{{ messages[0].role * n }}",
+        "makes 16,000,000 characters of a ",
+    ),
+    (
+        "chat_template.jinja",
+        "{% set x = namespace(y='x') %}{% for n in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+        "does not end; look for a loop in it (stopped after it took",
     ),
 ]
 
@@ -217,3 +237,6 @@ def test_patterns_in_a_call_are_bounded(adapter: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             peftjax.attach(base, peftjax.Lora(rank=2, **options), rngs=nnx.Rngs(0))
+    for feedforward, words in (("(.*)*q", "takes too long"), ("(q", "is not a regular expression")):
+        with pytest.raises(UserError, match=f"method.feedforward: .*{words}"):
+            peftjax.attach(base, peftjax.Ia3(targets=("q_proj",), feedforward=feedforward), rngs=nnx.Rngs(0))

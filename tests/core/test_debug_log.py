@@ -59,7 +59,10 @@ def test_the_libraries_write_to_the_file_and_everything_else_to_stderr(
         assert words in text
     assert debug_log.record(OSError("full")) == f"; details in {tmp_path / 'debug.log'}"
     assert (tmp_path / "debug.log").read_text().endswith("OSError: full\n")
-    debug_log.open_in(tmp_path / "gone", 1)  # as on a full disk
+    debug_log.open_in(tmp_path / "gone", 1)
+    assert debug_log.record(OSError("full")) == ""
+    (tmp_path / "debug.2.log").symlink_to("/dev/full")  # it can be opened, as on a full disk
+    debug_log.open_in(tmp_path, 2)
     assert debug_log.record(OSError("full")) == ""
     gc.collect()
 

@@ -70,6 +70,18 @@ def test_any_other_directory_is_refused_and_left_as_it_is(kind: str, tmp_path: P
     assert files(tmp_path) == before
 
 
+def test_a_lock_that_cannot_be_written_names_the_file_and_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(mark: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(mark))
+
+    monkeypatch.setattr(workdirs, "_try_lock", full)
+    message = rf"--workdir=.*: cannot write to .*{MARK}: No space left on device; make it writable, free some space, or"
+    with pytest.raises(UserError, match=message), claim(tmp_path):
+        pytest.fail("claimed")
+
+
 def test_the_directory_of_the_base_model_is_refused_with_those_inside_and_around_it(tmp_path: Path) -> None:
     model = write(tmp_path / "zoo" / "model", "config.json")
     (model / "empty").mkdir()

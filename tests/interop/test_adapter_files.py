@@ -22,6 +22,7 @@ from tests.interop.peers import (
     adapted,
     assert_close,
     assert_far,
+    load_into_theirs,
     load_theirs,
     logits,
     save_base,
@@ -99,6 +100,49 @@ def test_entries_that_match_nothing_are_named_and_the_rest_computes_the_same(
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
     assert count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+UNUSUAL: dict[str, Any] = {
+    "alpha 0": lora(lora_alpha=0, modules_to_save=["norm"]),
+    "alpha below 0": lora(lora_alpha=-8, lora_dropout=1.0),
+    "alpha of some modules": lora(alpha_pattern={"v_proj": 0}),
+    "adalora": peft.AdaLoraConfig(lora_alpha=-8, lora_dropout=1.0, target_modules=list(QV), total_step=9),
+    "loha": peft.LoHaConfig(alpha=0, rank_dropout=1.0, module_dropout=1.0, target_modules=list(QV), modules_to_save=["norm"]),
+    "vera": peft.VeraConfig(r=4, vera_dropout=1.0, target_modules=["q_proj", "o_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_values_that_a_new_adapter_may_not_have_are_read_from_files(name: str, bases: Callable, tmp_path: Path) -> None:
+    theirs = adapted(bases("untied"), UNUSUAL[name])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load(bases("untied"), tmp_path / "theirs", None)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+    back = load_into_theirs(bases("untied"), peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours"))
+    assert_close(logits(theirs), logits(back.eval()))
+
+
+@pytest.mark.parametrize("saved", [["mlp", "down_proj"], ["down_proj", "layers.1.mlp"]])
+def test_modules_to_save_inside_others_are_ignored_as_peft_ignores_them(
+    saved: list[str], bases: Callable, tmp_path: Path
+) -> None:
+    theirs = adapted(bases("untied"), lora(modules_to_save=saved))
+    base = load_theirs(bases("untied")).state_dict()
+    for (
+        name,
+        value,
+    ) in theirs.named_parameters():  # the copies that peft writes are not used, so training leaves them alone
+        layer = re.search(r"layers\.(\d+)\.mlp\.down_proj", name)
+        if layer and "modules_to_save" in name and (saved[0] == "mlp" or layer[1] == "1"):
+            value.data = base[f"model.{layer[0]}.weight"].clone()
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(KeyError, match="down_proj"):
+        load_into_theirs(bases("untied"), tmp_path / "theirs")
+    model = load(bases("untied"), tmp_path / "theirs", "modules_to_save 'down_proj' means modules inside others")
+    assert_close(logits(model), logits(theirs))
+    back = load_into_theirs(bases("untied"), peftjax.save_adapter(model, tmp_path / "ours"))
+    assert_close(logits(back.eval()), logits(theirs))
 
 
 def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:

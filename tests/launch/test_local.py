@@ -87,6 +87,19 @@ def test_sigterm_reaches_all_and_75_means_run_again() -> None:
     assert ended(launched) == (75, [])
 
 
+def test_ctrl_c_reaches_all_and_is_not_called_a_failure() -> None:
+    script = """
+        signal.signal(signal.SIGINT, lambda *_: (time.sleep(process / 2), print("saved"), sys.exit(130)))
+        print("ready")
+        time.sleep(60)
+    """
+    launched = launch(script, "--processes=2")
+    assert launched.stdout is not None
+    assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    launched.send_signal(signal.SIGINT)
+    assert ended(launched) == (130, ["[0] saved", "[1] saved"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """LoRA's options: what each does to the model, and what each refuses. What every method promises: test_contract.py."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from peftjax.adapters import active_view, attach, count_trainable, detach, merge
 from peftjax.adapters.adapter import over_layers
 from peftjax.adapters.registry import active
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
+from peftjax.nn.dropout import Dropout
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 ALL = L * ((E + E) + 2 * (E + KV) + (E + E) + 3 * (E + F))  # in + out of every Linear but the head
@@ -406,6 +409,10 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"bias": "lora_only"}, r"method.bias='lora_only': no layer that it applies to has a bias"),
         ({"modules_to_save": ("lm_hed",)}, r"method.modules_to_save: 'lm_hed' matches no layer of this model. Did you mean 'lm_head'"),
         ({"modules_to_save": ("attention_adapters",)}, r"model.layers.0.attention_adapters has no parameters of its own"),
+        (
+            {"modules_to_save": ("mlp", "down_proj")},
+            r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained whole; remove 'down_proj'",
+        ),
         ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"all of them are in modules_to_save"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
@@ -442,3 +449,17 @@ def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options:
 def test_options_that_mean_nothing_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lora(**options)
+
+
+def test_an_adapter_file_may_drop_out_everything_and_its_gradient_stays_finite() -> None:
+    method = Lora.from_hf({"r": 2, "lora_alpha": 0, "lora_dropout": 1.0, "target_modules": ["q_proj"]})
+    assert (method.alpha, method.dropout) == (0.0, 1.0)
+    dropout = Dropout(method.dropout)
+    dropout.train()
+    value, gradient = jax.value_and_grad(lambda x: dropout(x).sum())(jnp.ones(3))
+    assert (value, gradient.tolist()) == (0.0, [0.0] * 3)
+    for value in (2.0, -0.5, math.inf):
+        with pytest.raises(UserError, match="must be"):
+            Lora.from_hf({"lora_dropout": value, "target_modules": ["q_proj"]})
+    with pytest.raises(UserError, match="alpha must be a number above 0, got -inf"):
+        Lora.from_hf({"lora_alpha": -math.inf, "target_modules": ["q_proj"]})

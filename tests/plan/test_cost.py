@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import sharding
-from peftjax.plan import hlo_cost, jaxpr_cost
+from peftjax.plan import hlo_cost
+from peftjax.training import jaxpr_cost
 
 LAYERS, ROWS, WIDTH = 6, 8, 64
 
@@ -43,6 +44,15 @@ def test_live_bytes_are_the_gradient_and_what_the_backward_pass_keeps(traced: An
     kept, gradient = 4 * LAYERS * ROWS * WIDTH, 4 * LAYERS * WIDTH * WIDTH
     once = 4 * (WIDTH * WIDTH + 4 * ROWS * WIDTH)  # within a trip
     assert gradient + kept <= jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) <= gradient + kept + once
+
+
+def test_stored_bytes_are_what_the_backward_pass_keeps_and_at_most_what_the_compiler_needs(
+    traced: Any, compiled: Any
+) -> None:
+    stored = jaxpr_cost.stored_bytes(traced.jaxpr.jaxpr)
+    gradient = 4 * LAYERS * WIDTH * WIDTH  # stacked by the loop of the backward pass
+    assert stored == max(4 * LAYERS * ROWS * WIDTH, gradient)
+    assert stored <= compiled.memory_analysis().temp_size_in_bytes + gradient
 
 
 def test_int4_takes_half_a_byte() -> None:

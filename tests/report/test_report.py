@@ -438,9 +438,13 @@ def test_a_report_json_that_is_not_ours_is_refused(tmp_path: Path, text: str, me
     assert message in str(error.value)
 
 
-def test_an_empty_workdir_is_refused(tmp_path: Path) -> None:
+def test_an_empty_workdir_and_the_directory_of_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run has written there"):
         write_report(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"its config\.json is not that of a run"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_command_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,14 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
         resolved(rank=2, dora=True)
     with pytest.raises(UserError, match=r"holds an adapter of the method 'lora', but method\.name='ia3'; set method"):
         resolved("ia3")
+    edited = json.loads((path / "adapter_config.json").read_text()) | {"lora_alpha": 0, "lora_dropout": 1.0}
+    (path / "adapter_config.json").write_text(json.dumps(edited))
+    with pytest.raises(
+        UserError, match=r"adapter: the adapter has alpha=0\.0. It can be loaded, but not trained further"
+    ):
+        resolved(dropout=0.5)
+    with pytest.raises(UserError, match=r"method\.dropout must be at least 0 and below 1, got 1\.0"):
+        resolved(dropout=1.0)
     made = from_adapter(tmp_path, tmp_path / "adaptor")
     with pytest.raises(UserError, match="adaptor: no such directory"):
         with_options(configs.validate(made))

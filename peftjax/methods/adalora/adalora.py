@@ -114,7 +114,11 @@ class AdaLora(Targeted):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         targeted, initial = (config.get(field) or default for field, default in (("target_r", 8), ("init_r", 12)))
-        return super().from_hf(config | {"target_r": min(targeted, initial)})  # peft starts from fewer ranks, too
+        alpha = config.get("lora_alpha")
+        if isinstance(alpha, int | float) and alpha <= 0:
+            alpha = initial  # as in peft
+        targeted = min(targeted, initial)  # peft starts from fewer ranks, too
+        return super().from_hf(config | {"target_r": targeted, "lora_alpha": alpha})
 
     def check(self, model: nnx.Module) -> None:
         for site, _ in self.chosen(model):

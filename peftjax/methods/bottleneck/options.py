@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import one_of, positive
+from peftjax.adapters.options import one_of, positive, probability
 from peftjax.core.errors import UserError
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -82,6 +82,7 @@ class BottleneckOptions(Method):
     def __post_init__(self) -> None:
         self._replace(leave_out=tuple(self.leave_out))
         positive(reduction_factor=self.reduction_factor)
+        probability(dropout=self.dropout)
         one_of(NON_LINEARITIES, non_linearity=self.non_linearity)
         one_of(LEARNED_SCALES, learned_scale=self.learned_scale)
         one_of(INITS, init=self.init)

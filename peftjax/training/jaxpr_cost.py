@@ -60,6 +60,24 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     return peak
 
 
+def stored_bytes(jaxpr: core.Jaxpr) -> int:
+    """Return a lower bound of the memory of the program's intermediate values: what one of its loops stores, at most.
+
+    A loop's stacked results, such as the values of every layer that the backward pass reads, exist together when it ends.
+    Arrays of one size count once, because a compiler may find two of them to be equal. Loops of one trip, arrays that
+    nothing reads, and those that are sent to another memory do not count.
+    """
+    most, read = 0, {var for equation in jaxpr.eqns for var in equation.invars if isinstance(var, core.Var)}
+    read |= {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] > 1:
+            stacked = equation.outvars[equation.params["num_carry"] :]
+            kept = {_bytes(var) for var in stacked if var in read and _aval(var).memory_space != jax.memory.Space.Host}
+            most = max(most, sum(kept))
+        most = max([most, *(stored_bytes(body) for body, _ in _inner(equation))])
+    return most
+
+
 def _is_loop(equation: core.JaxprEqn) -> bool:
     """Whether an operation is a loop of more than one trip."""
     return equation.primitive.name == "while" or equation.params.get("length", 1) > 1

@@ -1,0 +1,85 @@
+"""Whether a batch and its train step can fit the memory, from shapes, before any weights are read.
+
+The bounds are low: what is refused here cannot run. What is not refused may still need more memory than there is;
+`python -m peftjax.plan` compiles the step and says exactly.
+"""
+
+import jax
+from jax.sharding import Mesh
+
+from peftjax.core.errors import UserError
+from peftjax.core.memory import host_memory, most_memory, swap_space
+from peftjax.core.units import format_bytes
+from peftjax.models.base import Model
+from peftjax.report.data import tree_bytes
+from peftjax.tasks import Task
+from peftjax.training import jaxpr_cost
+from peftjax.training.abstract import StepArguments, bytes_per_device
+from peftjax.training.config import Config
+
+
+def check_batch(config: Config, task: Task, processes: int) -> None:
+    """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads its part of them."""
+    needed = config.train.batch_size // processes * tree_bytes(task.row_shapes())
+    if needed > (memory := host_memory() + swap_space()):
+        raise UserError(
+            f"{_describe(config, task)}: the batch alone takes {format_bytes(needed)}, and this machine has "
+            f"{format_bytes(memory)} of memory; lower {_smaller(task)}"
+        )
+
+
+def check_step(
+    config: Config, task: Task, model: Model, mesh: Mesh, step: jax.stages.Wrapped, arguments: StepArguments
+) -> None:
+    """Raises a UserError if a train step needs more memory than a device has, whatever the compiler does.
+
+    Counted are the arguments of the step, of which nothing is freed before its end, and the arrays that its loops store for
+    the backward pass. The step is traced only if they might not fit, because that takes about half a second.
+
+    Args:
+      config: The config.
+      task: Its task.
+      model: The model as shapes.
+      mesh: The devices, of which all processes know their own.
+      step: The step, from `abstract_step`.
+      arguments: Its arguments as shapes.
+    """
+    memory = most_memory(mesh.local_devices)
+    if memory is None:
+        return
+    state = bytes_per_device((arguments.state, arguments.frozen))
+    given = state + bytes_per_device(arguments.batch)
+    if given + _rough_bytes(config, task, model) // mesh.size < memory:
+        return
+    stored = jaxpr_cost.stored_bytes(step.trace(*arguments).jaxpr.jaxpr) // mesh.size  # at best, all devices share them
+    if given + stored <= memory:
+        return
+    there = f"{format_bytes(memory)} of memory"
+    if state > memory:
+        raise UserError(
+            f"model.path={config.model.path!r}: the weights and the optimizer's state take {format_bytes(state)} per device, "
+            f"and there are {there}; quantize the model (model.quantize), or shard it over more devices (mesh.fsdp)"
+        )
+    microbatches = ", or raise train.accumulate" if config.train.batch_size > config.train.accumulate else ""
+    raise UserError(
+        f"{_describe(config, task)}: a step takes at least {format_bytes(given + stored)} per device, "
+        f"{format_bytes(given + stored - state)} of it for the batch, and there are {there}; lower {_smaller(task)}"
+        f"{microbatches}"
+    )
+
+
+def _rough_bytes(config: Config, task: Task, model: Model) -> int:
+    """More bytes than the backward pass of a microbatch usually needs; it only decides whether to count them."""
+    rows = config.train.batch_size // config.train.accumulate
+    length, sizes = task.positions(model) + model.virtual, model.config
+    each = 4 * sizes.heads * length + 24 * (sizes.embed + sizes.mlp)  # per position and layer: scores and activations
+    return 4 * rows * length * sizes.layers * each
+
+
+def _describe(config: Config, task: Task) -> str:
+    length = f" and data.max_length={config.data.max_length}" if task.unit == "tokens" else ""
+    return f"train.batch_size={config.train.batch_size}{length}"
+
+
+def _smaller(task: Task) -> str:
+    return "train.batch_size or data.max_length" if task.unit == "tokens" else "train.batch_size"
