@@ -92,10 +92,10 @@ class Padding:
         text = ", ".join([f"batches are padded to {_either(first)} tokens", *targets])
         if preview is None:
             return text
-        subject = f"the first {len(preview.lengths)} have" if len(preview.lengths) > 1 else "the first has"
-        text = f"{text}; {subject} {_either(sorted(set(preview.lengths)))}, {preview.fill:.0%} of them real"
-        advice = "; data.pack=True would waste less on padding" if self._packs and preview.fill < POOR else ""
-        return text + advice
+        which = f"the first {len(preview.lengths)}" if len(preview.lengths) > 1 else "the first"
+        found = _either(sorted(set(preview.lengths)))
+        advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
+        return f"{text}; {which} to {found}, {preview.fill:.0%} of these tokens are real{advice}"
 
 
 def pad(document: Row, empty: Row) -> Arrays:
