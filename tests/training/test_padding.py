@@ -46,7 +46,7 @@ def test_padding_to_the_longest_example_changes_no_loss_and_no_parameter(
     made = configs.defaults()
     made.model.path, made.method, made.data.train = (
         str(model),
-        methods.make_config("lora"),
+        methods.make_config("lora", dropout=0.1),
         (str(tmp_path / "train.jsonl"),),
     )
     made.task.kind, made.task.labels = kind, ("no", "yes") if kind == "classification" else ()
