@@ -29,7 +29,7 @@ from peftjax.training.setup import attach_method, batching, open_data
 from peftjax.training.split import split
 from peftjax.training.step import init_state, make_train_step
 
-STEPS, ROUNDS, RECORDS = 3, 3, 50
+STEPS, ROUNDS, RECORDS = 2, 3, 50
 MINILM = {
     "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536,
     "num_hidden_layers": 6, "num_attention_heads": 12, "max_position_embeddings": 512,
@@ -100,7 +100,7 @@ def main() -> None:
         labels = {"task__kind": "classification", "task__labels": ("no", "yes"), "data__prompt_template": "{text}"}
         sentences = make_config(Path(root), MINILM, (3, 24), train__batch_size=32, data__max_length=128, **labels)
         measure("Sentences, MiniLM-L6", sentences)
-        instructions = make_config(Path(root), SMOLLM2, (20, 60), train__batch_size=8, data__max_length=512)
+        instructions = make_config(Path(root), SMOLLM2, (20, 60), train__batch_size=2, data__max_length=512)
         measure("Instructions, SmolLM2-135M", instructions)
 
 

@@ -88,14 +88,14 @@ class Padding:
         if not self.lengths:
             return ""
         first, *others = self.lengths.values()
-        targets = [f"targets to {_either(allowed)}" for allowed in others]
-        text = ", ".join([f"batches are padded to {_either(first)} tokens", *targets])
+        targets = "".join(f" (targets to {_either(allowed)})" for allowed in others)
+        text = f"batches are padded to {_either(first)} tokens{targets}"
         if preview is None:
             return text
         which = f"the first {len(preview.lengths)}" if len(preview.lengths) > 1 else "the first"
-        found = _either(sorted(set(preview.lengths)))
+        found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(first) > 1 else ""
         advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
-        return f"{text}; {which} to {found}, {preview.fill:.0%} of these tokens are real{advice}"
+        return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are real{advice}"
 
 
 def pad(document: Row, empty: Row) -> Arrays:

@@ -90,7 +90,7 @@ def test_packed_rows_keep_their_length_and_targets_have_lengths_of_their_own(
     shapes = [{name: array.shape[1] for name, array in next(batches).arrays.items()} for _ in range(2)]
     names = ("decoder_tokens", "targets", "loss_weights")
     assert shapes == [{"tokens": 64, "mask": 64} | dict.fromkeys(names, length) for length in (32, 128)]
-    assert batches.padding_text() == "batches are padded to 32, 64 or 100 tokens, targets to 32, 128 or 130"
+    assert batches.padding_text() == "batches are padded to 32, 64 or 100 tokens (targets to 32, 128 or 130)"
 
 
 def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: str, tokenizer: Tokenizer) -> None:
@@ -100,11 +100,14 @@ def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: s
     batches.preview(3)
     assert json.dumps(batches.get_state()) == before
     real = (12 + 33 + 90 + 20 + 31 + 32) / (2 * (64 + 100 + 32))
-    start = "batches are padded to 32, 64 or 100 tokens; the first"
-    assert batches.padding_text() == f"{start} 3 to 32, 64 or 100, {real:.0%} of these tokens are real"
+    start = "batches are padded to 32, 64 or 100 tokens, the first"
+    assert batches.padding_text() == f"{start} 3 to 32, 64 or 100; {real:.0%} of the tokens in the first 3 are real"
     batches.preview(1)
     advice = "data.pack=True would reduce the padding"
-    assert batches.padding_text() == f"{start} to 64, {45 / 128:.0%} of these tokens are real; {advice}"
+    assert batches.padding_text() == f"{start} to 64; {45 / 128:.0%} of the tokens in the first are real; {advice}"
+    short = train(make(file, max_length=30), tokenizer)
+    short.preview(1)
+    assert short.padding_text() == f"batches are padded to 30 tokens; {35 / 60:.0%} of the tokens in the first are real"
     next(batches)
     assert f"4 records in 4 rows, {(75 + 45) / 328:.0%} full" in batches.summary_text()
 
