@@ -1,9 +1,13 @@
 """The batches of a training run and of an evaluation: shuffled, mixed, packed or padded, counted, and resumable.
 
-    sources -> endless shuffled (mixed) order -> documents, some left out -> rows of max_length -> HostBatch
+    sources -> endless shuffled (mixed) order -> documents, some left out -> rows -> HostBatch
+
+Packed rows have max_length tokens. Otherwise the rows of a batch have the length of its longest document, rounded up to
+one of a few lengths.
 
 Every process goes through the same global stream and keeps its rows of each batch: whatever the number of processes, a
-step sees the same records, and one state serves them all. `data.workers` threads read and tokenize ahead.
+step sees the same records at the same length, and one state serves them all. `data.workers` threads read and tokenize
+ahead.
 """
 
 import collections
@@ -18,12 +22,15 @@ from peftjax.core.errors import UserError
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import Encoder, Row
+from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
 from peftjax.data.sources import Concatenated, Source, open_source, split_weight
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
 
 # What is counted, in the order of the summary.
-COUNTS = ("records", "too_long", "empty", "rows", "tokens", "loss_tokens")
+COUNTS = ("records", "too_long", "empty", "rows", "positions", "tokens", "loss_tokens")
+
+PREVIEWED = 32_768  # tokens, with padding; enough to tell how full rows are, and read in less than a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Batching:
       accumulate: Microbatches of a batch.
       process_index: The number of this process.
       process_count: The number of processes.
+      multiple: The lengths of rows differ from the maximum length by a multiple of this, as in `padding.lengths`.
     """
 
     size: int
     accumulate: int = 1
     process_index: int = 0
     process_count: int = 1
+    multiple: int = 1
 
     def own_rows(self) -> np.ndarray:
         """The rows of this process: a part of every microbatch, so that this has the same rows for any number of processes.
@@ -80,9 +89,18 @@ class Batches(Iterator[HostBatch]):
     """
 
     def __init__(
-        self, title: str, data: DataConfig, unit: str, stream: grain.IterDataset, lengths: list[tuple[str, int]]
+        self,
+        title: str,
+        data: DataConfig,
+        encoder: Encoder,
+        batching: Batching,
+        documents: grain.IterDataset,
+        lengths: list[tuple[str, int]],
     ):
-        self._title, self._data, self._unit = title, data, unit
+        self._title, self._data, self._unit = title, data, encoder.unit
+        self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
+        self._preview: Preview | None = None
+        stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self._iterator = iter(stream)
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -113,19 +131,47 @@ class Batches(Iterator[HostBatch]):
             )
             raise UserError(f"the data has changed since the checkpoint was saved: it was {there}, now it is {here}")
         self._iterator.set_state(state["position"])
-        self._counts = dict(state["counts"])
+        full = (
+            state["counts"]["rows"] * self._data.max_length
+        )  # earlier versions padded all rows, and did not count this
+        self._counts = dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"]
+
+    def preview(self, most: int) -> None:
+        """Read the first batches and go back, so that `padding_text` can describe them.
+
+        Args:
+          most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one length.
+
+        Raises:
+          UserError: A record cannot be read, or no record has anything to learn from.
+        """
+        start, before = self.get_state(), dict(self._counts)
+        lengths: list[int] = []
+        positions = 0
+        while not lengths or (self._padding.lengths and len(lengths) < most and positions < PREVIEWED):
+            lengths.append(self._padding.positions(next(self).arrays))
+            positions = self._counts["positions"] - before["positions"]
+        self._preview = Preview(lengths, (self._counts["tokens"] - before["tokens"]) / positions)
+        self.set_state(start)
+
+    def padding_text(self) -> str:
+        """The lengths that batches are padded to, as a sentence that also describes the batches of `preview`.
+
+        Empty if all batches have one length.
+        """
+        return self._padding.describe(self._preview)
 
     def summary(self) -> dict[str, int]:
         """Counts over all processes.
 
         records: read; too_long: of these, longer than max_length; empty: left out, without a loss; rows: filled;
-        tokens: in the rows, without padding; loss_tokens: targets with a loss.
+        positions: in the rows, with padding; tokens: without padding; loss_tokens: targets with a loss.
         """
         return dict(self._counts)
 
     def padding(self) -> float | None:
         """The fraction of the positions in the rows that hold padding; None for images, or before the first batch."""
-        positions = self._counts["rows"] * self._data.max_length
+        positions = self._counts["positions"]
         return 1 - self._counts["tokens"] / positions if positions and self._unit == "tokens" else None
 
     def summary_text(self) -> str:
@@ -191,11 +237,11 @@ def train_batches(data: DataConfig, encoder: Encoder, batching: Batching, seed: 
     lengths = _lengths(specs, sources)
     named = lengths if given else [(", ".join(specs), len(parts[0]))]
     kept = Kept(read(order, data.workers), data, named, {})
-    return Batches("train", data, encoder.unit, _batched(kept, data, encoder, batching), lengths)
+    return Batches("train", data, encoder, batching, kept, lengths)
 
 
 def eval_batches(data: DataConfig, encoder: Encoder, batching: Batching) -> EvalBatches:
-    """One pass over data.eval, in batches of the same shape for training and evaluation; every process gets as many.
+    """One pass over data.eval, in batches of as many rows as in training; every process gets as many batches.
 
     Raises:
       UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
@@ -204,8 +250,7 @@ def eval_batches(data: DataConfig, encoder: Encoder, batching: Batching) -> Eval
     held_out, rest = Concatenated(sources), dict[str, int]()
     order = grain.MapDataset.source(Encoded(held_out, 0, data, encoder))
     kept = Kept(read(order, data.workers), data, [(", ".join(specs), len(held_out))], rest)
-    batches = _batched(kept, data, encoder, batching)
-    return EvalBatches("eval", data, encoder.unit, batches, _lengths(specs, sources), rest=rest)
+    return EvalBatches("eval", data, encoder, batching, kept, _lengths(specs, sources), rest=rest)
 
 
 def eval_prompts(data: DataConfig, encoder: Encoder, count: int) -> list[Prompt]:
@@ -268,19 +313,22 @@ def _lengths(specs: list[str], sources: list[Source]) -> list[tuple[str, int]]:
     return [(spec, len(source)) for spec, source in zip(specs, sources, strict=True)]
 
 
-def _batched(documents: grain.IterDataset, data: DataConfig, encoder: Encoder, batching: Batching) -> grain.IterDataset:
+def _batched(documents: grain.IterDataset, data: DataConfig, padding: Padding, batching: Batching) -> grain.IterDataset:
     """Pairs of this process's part of each batch and the counts of the whole batch."""
-    own, empty = batching.own_rows(), encoder.empty_row()
+    own = batching.own_rows()
 
     def to_batch(rows: list[Row]) -> tuple[HostBatch, dict[str, int]]:
-        notes = [note for row in rows for note in row["notes"]]
-        counts: collections.Counter[str] = collections.Counter(rows=len(rows))
+        notes = [note for row in rows for note in (row["notes"] if data.pack else [row["notes"]])]
+        empty = padding.fit(rows)
+        counts: collections.Counter[str] = collections.Counter(
+            rows=len(rows), positions=len(rows) * padding.positions(empty)
+        )
         for note in notes:
             counts.update(note.counts | {"tokens": note.tokens, "loss_tokens": note.loss_tokens})
         filled = rows + [empty] * (batching.size - len(rows))
-        mine = [filled[row] for row in own]
+        mine = [pad(filled[row], empty) for row in own]
         arrays = {name: np.stack([row[name] for row in mine]) for name in empty}
         return HostBatch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
 
-    rows = (packing.pack if data.pack else packing.pad)(documents, empty)
+    rows = packing.pack(documents, padding.empty) if data.pack else documents
     return rows.batch(batching.size, batch_fn=to_batch)

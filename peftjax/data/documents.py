@@ -27,14 +27,31 @@ class Document:
     too_long: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Arrays of a document with one entry for each token of the same text; they are padded to the same length.
+
+    Attributes:
+      names: The names of the arrays.
+      ratio: The ratio of two neighboring lengths.
+    """
+
+    names: tuple[str, ...]
+    ratio: int = 2
+
+
 class Encoder(Protocol):
     """Turns records into documents. A task is one.
 
     Attributes:
       unit: What a document consists of, such as "tokens" or "images".
+      packs: Whether several documents may share a row.
+      texts: The texts of a document, which may have any length up to that of a row; the first one is its main input.
     """
 
     unit: str
+    packs: bool
+    texts: tuple[Text, ...]
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         """The example in a record; messages call the record `name`."""

@@ -1,7 +1,7 @@
-"""Rows of a fixed length from documents: several documents packed into a row, or one document and padding.
+"""Rows of a fixed length from documents, several packed into each row.
 
-A document is a dict of arrays, most of them [n]. A row has the same arrays as [T], with the values of an empty row as
-padding. Packed rows of a causal language model have two more:
+A document is a dict of arrays [n]. A row has the same arrays as [T], with the values of an empty row as padding, and two
+more:
 
     positions      int32    position in the document, from 0
     segments       int32    number of the document in the row, from 1; 0 for padding
@@ -15,21 +15,6 @@ from peftjax.data.documents import Row
 
 # Rows that are filled at the same time. More rows waste less space, but a restored stream tokenizes more again.
 OPEN_ROWS = 32
-
-
-def pad(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:
-    """Return one row per document: its arrays, padded with those of `empty`, a row without a document."""
-
-    def to_row(document: Row) -> Row:
-        row: Row = {name: array.copy() for name, array in empty.items()}
-        for name, array in row.items():
-            if array.ndim:
-                array[: len(document[name])] = document[name]
-            else:
-                array[...] = document[name]
-        return row | {"notes": [document["notes"]]}
-
-    return documents.map(to_row)
 
 
 def pack(documents: grain.IterDataset, empty: Row) -> grain.IterDataset:

@@ -10,6 +10,8 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.nn.dropout import Dropout
 
+SPLASH_BLOCK = 128  # positions
+
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None) -> jax.Array:
     """Causal attention by cuDNN: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], in bfloat16 or float16.
@@ -41,10 +43,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, int
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
-    if length % (128 * parts) or k.shape[1] != length:
+    if length % (SPLASH_BLOCK * parts) or k.shape[1] != length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
-            f"attention='splash' takes sequences whose length is a multiple of 128{each}, but this one has {length}"
+            f"attention='splash' takes sequences whose length is a multiple of {SPLASH_BLOCK}{each}, but this one has {length}"
         )
     heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
     masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)

@@ -18,8 +18,9 @@ class Dropout(nnx.Module):
     """Zero each element of x with probability `rate` and divide the rest by 1 - rate; in evaluation mode return x.
 
     The key is part of the state, one per layer of a stack. A scan slices it, and rematerialization draws the same mask
-    again. `variables.with_dropout_keys` replaces the keys before each training step; `training_view` does so for a
-    single evaluation of a loss. A new module is in evaluation mode; `model.train()` and `model.eval()` switch it.
+    again. For x [B, T, D], the mask of a position does not depend on T. `variables.with_dropout_keys` replaces the keys
+    before each training step; `training_view` does so for a single evaluation of a loss. A new module is in evaluation
+    mode; `model.train()` and `model.eval()` switch it.
 
     Attributes:
         rate: The probability that an element is dropped, in [0, 1].
@@ -48,8 +49,12 @@ class Dropout(nnx.Module):
             return x
         if self.rate == 1.0:  # nothing to divide by
             return jnp.zeros_like(x)
-        keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        key, keep = jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate
+        if x.ndim == 3:  # drawn as [T, B, D], so that padding does not change the mask of the positions before it
+            kept = jax.random.bernoulli(key, keep, (x.shape[1], x.shape[0], x.shape[2])).swapaxes(0, 1)
+        else:
+            kept = jax.random.bernoulli(key, keep, x.shape)
+        return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
 
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:

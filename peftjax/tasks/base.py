@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Document, Row
+from peftjax.data.documents import Document, Row, Text
 from peftjax.data.records import Prompt
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +51,7 @@ class Task:
       problem_type: transformers' name for what the head predicts.
       card_task: PEFT's task_type for it, used in model cards.
       unit: What the training speed counts.
+      texts: The arrays of a row whose length is that of a text; without packing they are as short as a batch allows.
       generates: Whether the model answers prompts in text.
       packs: Whether several records may share a row.
       multi: Whether task.multi_label applies.
@@ -65,8 +66,9 @@ class Task:
     problem_type: str | None = None
     card_task: ClassVar[str]
     unit: str = "tokens"
+    texts: tuple[Text, ...] = ()
     generates: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
+    packs: bool = False
     multi: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     rows: int | None = None
@@ -126,11 +128,11 @@ class Task:
                 check_rows(arrays[tokens], self.rows, self.tokenizer, name)
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one row, without the batch dimension."""
+        """Shapes and dtypes of the longest row, without the batch dimension."""
         raise NotImplementedError
 
     def empty_row(self) -> Row:
-        """A row of padding: the tokenizer's padding token in the token arrays, zeros elsewhere."""
+        """The longest row of padding: the tokenizer's padding token in the token arrays, zeros elsewhere."""
         fill: dict[str, int] = dict.fromkeys(("tokens", "decoder_tokens"), self.tokenizer.pad_id)
         return {name: np.full(each.shape, fill.get(name, 0), each.dtype) for name, each in self.row_shapes().items()}
 

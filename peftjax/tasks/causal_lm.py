@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from peftjax.data.documents import Arrays, Document, filled, over
+from peftjax.data.documents import Arrays, Document, Text, filled, over
 from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
@@ -23,7 +23,8 @@ class CausalLM(GenerationTask):
     kind: ClassVar[str] = "causal_lm"
     card_task: ClassVar[str] = "CAUSAL_LM"
     model_class: ClassVar[type[Model]] = Decoder
-    packs: ClassVar[bool] = True
+    packs: bool = True
+    texts: tuple[Text, ...] = (Text(("tokens", "targets", "loss_weights")),)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         example, limit = encode_record(record, self.data, self.tokenizer, name=name), self.data.max_length

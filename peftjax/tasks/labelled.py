@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.data.documents import Arrays, Document, over
+from peftjax.data.documents import Arrays, Document, Text, over
 from peftjax.data.fields import field_of, fill
 from peftjax.models.base import Model
 from peftjax.models.bert import Bert
@@ -54,6 +54,7 @@ class TextLabelTask(LabelledTask):
 
     model_class: ClassVar[type[Model]] = Bert
     head: ClassVar[str | None] = "sequence_classification"
+    texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask")),)
 
     @functools.cached_property
     def _cut(self) -> Callable[..., Any]:

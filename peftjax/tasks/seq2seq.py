@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.data.documents import Document, over
+from peftjax.data.documents import Document, Text, over
 from peftjax.data.fields import fill
 from peftjax.data.records import Prompt
 from peftjax.models.base import Model
@@ -26,6 +26,11 @@ class Seq2Seq(GenerationTask):
     kind: ClassVar[str] = "seq2seq"
     card_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     model_class: ClassVar[type[Model]] = EncoderDecoder
+    # Every pair of lengths is a program of its own, so targets have half as many lengths.
+    texts: tuple[Text, ...] = (
+        Text(("tokens", "mask")),
+        Text(("decoder_tokens", "targets", "loss_weights"), ratio=4),
+    )
 
     @functools.cached_property
     def _cut(self) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.data.documents import Document, over
+from peftjax.data.documents import Document, Text, over
 from peftjax.data.fields import field_of
 from peftjax.models.base import Model
 from peftjax.models.bert import Bert
@@ -32,6 +32,7 @@ class TokenClassification(LabelledTask):
     card_task: ClassVar[str] = "TOKEN_CLS"
     model_class: ClassVar[type[Model]] = Bert
     head: ClassVar[str | None] = "token_classification"
+    texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask", "labels", "loss_weights")),)
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -21,6 +21,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.core.units import format_clock
 from peftjax.data.batches import Batches
+from peftjax.data.padding import pad_alike
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.models.base import Model
@@ -199,11 +200,16 @@ def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
     for one, leaves in zip(group, own, strict=True):
         one.run.frozen, one.run.eval_step = {**shared, **leaves}, first.eval_step
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
+    empty = first.task.empty_row()
     population_step = make_population_step([one.parts for one in group], [one.state for one in group])
 
     def advance(step: int) -> None:
         batches = {seed: next(stream) for seed, stream in streams.items()}
-        placed = {seed: first.shard(batch) for seed, batch in batches.items()}
+        alike = pad_alike([batch.arrays for batch in batches.values()], empty)
+        placed = {
+            seed: first.shard(dataclasses.replace(batch, arrays=arrays))
+            for (seed, batch), arrays in zip(batches.items(), alike, strict=True)
+        }
         seeds = [one.run.config.seed for one in group]
         results = population_step([one.state for one in group], shared, own, [placed[seed] for seed in seeds])
         for one, seed, (state, metrics) in zip(group, seeds, results, strict=True):

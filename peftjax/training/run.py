@@ -154,6 +154,8 @@ class Run:
             log.message(
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
+        if padding := self.batches.padding_text():
+            log.message(padding)
         if config.start_from and state.step == 0:
             log.message(start_from.describe(config))
         if state.step > 0:

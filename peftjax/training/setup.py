@@ -27,6 +27,7 @@ from peftjax.io.hf_files import read_json, resolve
 from peftjax.io.load import load_kernels
 from peftjax.io.save import MARK
 from peftjax.models.base import Model
+from peftjax.nn.attention_kernels import SPLASH_BLOCK
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training import start_from
@@ -103,8 +104,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
 def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Model | None = None) -> None:
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
-    The model and its adapters are built as shapes. The first batch of the training data and of the held-out data is read:
-    where no record has a loss, no batch comes. `given` is the base model if it is already loaded.
+    The model and its adapters are built as shapes. The first batches of the training data and the first batch of the
+    held-out data are read: where no record has a loss, no batch comes. `given` is the base model if it is already loaded.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
@@ -122,9 +123,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Mode
         check_step(config, task, model, mesh, step, arguments)
         if config.model.attention != "xla":
             step.trace(*arguments)
-    start = data.get_state()
-    next(data)
-    data.set_state(start)
+    data.preview(config.train.steps)
     check_held_out(config, task, mesh)
 
 
@@ -140,8 +139,9 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:
-    """How the processes share out the rows of a batch."""
-    return Batching(config.train.batch_size, config.train.accumulate, **sharding.batch_share(mesh))
+    """How the processes share out the rows of a batch, and which lengths the mesh and the attention kernel can divide."""
+    multiple = mesh.shape["sequence"] * (SPLASH_BLOCK if config.model.attention == "splash" else 1)
+    return Batching(config.train.batch_size, config.train.accumulate, multiple=multiple, **sharding.batch_share(mesh))
 
 
 def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: Path | None = None) -> Method:

@@ -256,7 +256,7 @@ def test_an_evaluation_has_every_record_once_in_batches_of_one_shape(
     assert sum(batch.arrays["loss_weights"].sum() for batch in batches) == sum(lengths) - 10
     assert evaluation.summary() == {
         "records": 10, "too_long": 0, "empty": 0, "rows": evaluation.summary()["rows"],
-        "tokens": sum(lengths), "loss_tokens": sum(lengths) - 10,
+        "positions": 16 * evaluation.summary()["rows"], "tokens": sum(lengths), "loss_tokens": sum(lengths) - 10,
     }  # fmt: skip
     with pytest.raises(StopIteration):
         next(evaluation)
