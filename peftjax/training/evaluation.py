@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.data.batches import HostBatch
+from peftjax.data.batches import Batches, HostBatch
 from peftjax.tasks import Task
 from peftjax.tasks.base import Outputs
 from peftjax.totals import Batch, Totals
+from peftjax.training.config import Config
 
 EvalStep = Callable[[variables.FlatTree, variables.FlatTree, Batch], Outputs]
 
@@ -32,6 +33,20 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
         return task.evaluate(model, {name: value[0] for name, value in batch.items()})
 
     return eval_step
+
+
+def count_batches(config: Config, batches: Batches, limit: int = 0) -> int | None:
+    """The number of batches of an evaluation, as far as it is known before they are read.
+
+    Args:
+      config: The config of the run.
+      batches: Those of data.eval.
+      limit: Their maximum number; 0: no limit.
+    """
+    if config.data.pack:  # how many records fit a row depends on their lengths
+        return limit or None
+    count = -(-batches.record_count() // config.train.batch_size)
+    return min(limit or count, count)
 
 
 def evaluate(

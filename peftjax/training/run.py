@@ -19,6 +19,7 @@ from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
+from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
 from peftjax.io.adapter_save import save_adapter
@@ -37,7 +38,7 @@ from peftjax.training import config as configs
 from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
-from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.evaluation import count_batches, evaluate, make_eval_step
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
@@ -123,6 +124,7 @@ class Run:
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print what is trained on what, and write config.json and the start of the report's data."""
         config = self.config
+        log.progress.left.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
@@ -156,11 +158,12 @@ class Run:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
-        """Check the steps since the last check, if a line of the log or a checkpoint is due, and write the line.
+        """Count a step; check those since the last check, if a line of the log or a checkpoint is due, and write the line.
 
         Raises:
           NotFiniteError: The loss or the gradient norm is not finite.
         """
+        log.progress.advance(step)
         if self.due.log(step) or self.due.save(step) or stopping:
             numbers = self.window.close()
             if self.due.log(step):
@@ -172,9 +175,10 @@ class Run:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
         score = -scores["eval_loss"] if scores else None
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
-        checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
-        if self.config.checkpoint.adapter and step < self.config.train.steps:
-            self.write_result(state)
+        with log.progress.phase(SAVING):
+            checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
+            if self.config.checkpoint.adapter and step < self.config.train.steps:
+                self.write_result(state)
         self.window.reopen()
 
     def evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
@@ -183,19 +187,25 @@ class Run:
         Raises:
           NotFiniteError: The loss is not finite before any training.
         """
-        config, step = self.config, int(state.step)
-        if not config.data.eval:
+        if not self.config.data.eval:
             return {}
+        with log.progress.phase(EVALUATING):
+            return self._evaluate(state, log)
+
+    def _evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
+        config, step = self.config, int(state.step)
         started = time.perf_counter()
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
         some = itertools.islice(batches, config.train.eval_batches or None)
-        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        total = count_batches(config, batches, config.train.eval_batches)
+        counted = log.progress.track(some, "batches", total)
+        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, counted, self.mesh)
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
-        found = self._answers(state)
+        found = self._answers(state, log)
         scored = config.eval.exact_match > 0
         if scored:
             scores |= answers.score(found, config.eval.metrics)
@@ -211,18 +221,18 @@ class Run:
         self.timings["evaluation"] += time.perf_counter() - started
         self.save_report()  # a resumed run cannot answer as the untrained model any more
         log.evaluation(step, scores)
-        for item in shown if step in (0, config.train.steps) else ():
-            log.message(f"  {item.line(scored)}")
+        if shown and step in (0, config.train.steps):
+            log.panel(f"samples at step {step}", answers.table(shown, scored))
         return scores
 
-    def _answers(self, state: TrainState) -> list[answers.Answer]:
+    def _answers(self, state: TrainState, log: Log) -> list[answers.Answer]:
         config = self.config
         count = config.eval.exact_match or config.eval.samples
         if not count:
             return []
         self.sync(state)
         prompts = eval_prompts(config.data, self.task, count)
-        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens)
+        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens, log.progress)
 
     def save_report(self) -> None:
         """Write report.json, from one process."""
@@ -243,7 +253,8 @@ class Run:
 
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""
-        result = self.write_result(state)
+        with log.progress.phase(SAVING):
+            result = self.write_result(state)
         log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
         self.report = dataclasses.replace(

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.progress import EVALUATING, Progress
 from peftjax.data.batches import eval_batches
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import resolve
@@ -15,7 +16,7 @@ from peftjax.methods import Full
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
-from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.evaluation import count_batches, evaluate, make_eval_step
 from peftjax.training.setup import batching, check_held_out
 
 
@@ -40,9 +41,12 @@ def load_trained(config: Config, workdir: Path, mesh: Mesh) -> tuple[Model, Task
     return model, task
 
 
-def measure(config: Config, model: Model, task: Task, mesh: Mesh) -> dict[str, float]:
+def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}
     batches = eval_batches(config.data, task, batching(config, mesh))
-    return evaluate(make_eval_step(graph, task, mesh), task, {}, values, batches, mesh)
+    progress = progress or Progress(enabled=False)
+    with progress.phase(EVALUATING):
+        counted = progress.track(batches, "batches", count_batches(config, batches))
+        return evaluate(make_eval_step(graph, task, mesh), task, {}, values, counted, mesh)
