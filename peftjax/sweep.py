@@ -103,7 +103,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         groups = populations(waiting, most)
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
-            say(f"population {number} of {len(groups)}{several}: {'; '.join(member.name for member in population)}")
+            say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
             train_population(population, preemption)
         distributed.meet("all runs of the sweep have ended")
         found = sorted(

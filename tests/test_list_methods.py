@@ -28,7 +28,7 @@ def test_every_method_has_a_row_or_a_reason(capsys: pytest.CaptureFixture[str]) 
     list_methods.main(["--model", "embedded"])
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    assert all(sum(line[:1] == [name] for line in lines) == 2 for name in methods.METHODS)  # its numbers, its equation
+    assert all(sum(line[:1] == [name] for line in lines) >= 2 for name in methods.METHODS)  # its numbers, its equation
     assert "100.00%" in printed  # full
     assert [line[-1] for line in lines if line[:1] in (["lora"], ["prompt"])][:2] == ["yes", "no"]
     assert "y = x W + s (x A) B, with W frozen, A random and B zero at initialization" in " ".join(printed.split())

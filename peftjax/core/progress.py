@@ -62,9 +62,9 @@ class Progress:
         try:
             yield
         finally:
-            self._show(before)
             if name == EVALUATING:
                 self.left.evaluated(self._done, time.perf_counter() - began)
+            self._show(before)
 
     def advance(self, step: int) -> None:
         """Count a step that has been dispatched. The first one ends the compilation."""
@@ -137,7 +137,7 @@ class Progress:
     def _show(self, phase: str) -> None:
         self._phase = phase
         if self._display:
-            self._display.label(phase)
+            self._display.label(phase, self.left.after(self._done))
 
 
 class _Clock(progress.ProgressColumn):
@@ -174,9 +174,9 @@ class _Display(progress.Progress):
     def reach(self, step: int, phase: str, left: float | None, at_once: bool) -> None:
         self.update(self._run, completed=step, description=phase, left=left, refresh=at_once)
 
-    def label(self, phase: str) -> None:
-        for task in self.tasks if not self._steps else self.tasks[:1]:
-            self.update(task.id, description=phase)
+    def label(self, phase: str, left: float | None) -> None:
+        for task in self.tasks[:1] if self._steps else self.tasks:
+            self.update(task.id, description=phase, left=left)
 
     def numbers(self, text: str) -> None:
         self._text = text

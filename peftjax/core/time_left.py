@@ -47,7 +47,8 @@ class TimeLeft:
         """Return the seconds left after a step; None before any step is known to be computed."""
         if self._step_seconds is None:
             return None
-        evaluations = len(self._evaluations) - bisect.bisect_right(self._evaluations, step)
+        done = bisect.bisect_right if self._evaluated[0] == step else bisect.bisect_left  # the one after this step
+        evaluations = len(self._evaluations) - done(self._evaluations, step)
         return (self._total - step) * self._step_seconds + evaluations * self._evaluated[1]
 
     def _now(self) -> float:

@@ -254,7 +254,10 @@ class Run:
     def finish(self, state: TrainState, log: Log) -> None:
         """Write the result and the report, and print where they are."""
         with log.progress.phase(SAVING):
-            result = self.write_result(state)
+            self._finish(state, log)
+
+    def _finish(self, state: TrainState, log: Log) -> None:
+        result = self.write_result(state)
         log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
         self.report = dataclasses.replace(

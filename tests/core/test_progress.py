@@ -116,6 +116,7 @@ def test_the_time_left_includes_the_evaluations_to_come(clock: Callable[[float],
     assert left.after(2) == 8 * 2 + 3 * 50
     clock(4)
     left.computed(4)
+    assert left.after(4) == 6 * 2 + 3 * 50
     for seconds in (3, 2):  # two runs of a sweep
         clock(seconds)
         left.evaluated(4, seconds)
@@ -124,4 +125,6 @@ def test_the_time_left_includes_the_evaluations_to_come(clock: Callable[[float],
     left.computed(5)  # evaluations do not count as steps
     assert left.after(5) == 5 * 2 + 2 * 5
     assert left.after(9) == 2 + 5
+    assert left.after(10) == 5
+    left.evaluated(10, 5)
     assert left.after(10) == 0

@@ -294,7 +294,7 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
     assert code == 75, output
-    assert "the state is saved, run the same command to resume" in output
+    assert "and the position in the data; run the same command to resume" in output
     split = (*swept, "--config.mesh.fsdp=2")
     results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
     assert [code for code, _ in results] == [0, 0], results
