@@ -76,24 +76,26 @@ class Progress:
         self.left.computed(step)
         self._reach(step, at_once=True)
 
-    def track(self, items: Iterable[Item], unit: str, total: int | None = None, each: int = 1) -> Iterator[Item]:
+    def track(
+        self, items: Iterable[Item], unit: str, total: int, size: Callable[[Item], int] = lambda _: 1
+    ) -> Iterator[Item]:
         """Yield the items, with a bar that counts them.
 
         Args:
             items: What a phase works through.
             unit: What is counted, such as "batches".
-            total: Number of units, if it is known.
-            each: Number of units in an item.
+            total: Number of units.
+            size: Number of units in an item.
         """
         if not self._display:
             yield from items
             return
         phase = self._phase
-        with self._display.bar(unit, total, each) as count:
+        with self._display.bar(unit, total) as count:
             self._show(phase if unit in self._compiled else COMPILING)
             for item in items:
                 yield item
-                count()
+                count(size(item))
                 self._compiled.add(unit)
                 self._show(phase)
 
@@ -187,10 +189,10 @@ class _Display(progress.Progress):
         self.stop()
 
     @contextlib.contextmanager
-    def bar(self, unit: str, total: int | None, each: int) -> Iterator[Callable[[], None]]:
-        """Show a bar in the `with` block. Yields a function that counts `each` units."""
+    def bar(self, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar in the `with` block. Yields a function that counts a number of units."""
         task = self.add_task(unit, total=total, left=None)
         try:
-            yield lambda: self.advance(task, each)
+            yield lambda count: self.advance(task, count)
         finally:
             self.remove_task(task)

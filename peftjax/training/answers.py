@@ -48,7 +48,8 @@ def answer(
         check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
     answers = []
     with progress.phase(GENERATING):
-        for start in progress.track(range(0, len(prompts), BATCH), "prompts", len(prompts), BATCH):
+        starts = range(0, len(prompts), BATCH)
+        for start in progress.track(starts, "prompts", len(prompts), lambda start: min(BATCH, len(prompts) - start)):
             part = list(prompts[start : start + BATCH])
             filled = part + [part[-1]] * (min(BATCH, len(prompts)) - len(part))  # one batch shape, one compilation
             outputs = generate(

@@ -1,6 +1,7 @@
 """The loss and the metrics of a model on held-out records."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import jax
@@ -11,11 +12,11 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.progress import Progress
 from peftjax.data.batches import Batches, HostBatch
 from peftjax.tasks import Task
 from peftjax.tasks.base import Outputs
 from peftjax.totals import Batch, Totals
-from peftjax.training.config import Config
 
 EvalStep = Callable[[variables.FlatTree, variables.FlatTree, Batch], Outputs]
 
@@ -35,18 +36,11 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     return eval_step
 
 
-def count_batches(config: Config, batches: Batches, limit: int = 0) -> int | None:
-    """The number of batches of an evaluation, as far as it is known before they are read.
-
-    Args:
-      config: The config of the run.
-      batches: Those of data.eval.
-      limit: Their maximum number; 0: no limit.
-    """
-    if config.data.pack:  # how many records fit a row depends on their lengths
-        return limit or None
-    count = -(-batches.record_count() // config.train.batch_size)
-    return min(limit or count, count)
+def counted(batches: Batches, limit: int, progress: Progress) -> Iterator[HostBatch]:
+    """At most `limit` batches (0: all), with a bar that counts them; without a limit it counts their records."""
+    if limit:
+        return progress.track(itertools.islice(batches, limit), "batches", limit)
+    return progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
 
 
 def evaluate(

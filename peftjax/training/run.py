@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -38,7 +37,7 @@ from peftjax.training import config as configs
 from peftjax.training.card import write_card
 from peftjax.training.config import Config
 from peftjax.training.due import Due
-from peftjax.training.evaluation import count_batches, evaluate, make_eval_step
+from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
@@ -196,10 +195,8 @@ class Run:
         config, step = self.config, int(state.step)
         started = time.perf_counter()
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
-        some = itertools.islice(batches, config.train.eval_batches or None)
-        total = count_batches(config, batches, config.train.eval_batches)
-        counted = log.progress.track(some, "batches", total)
-        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, counted, self.mesh)
+        some = counted(batches, config.train.eval_batches, log.progress)
+        scores = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "

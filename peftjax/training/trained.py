@@ -16,7 +16,7 @@ from peftjax.methods import Full
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
-from peftjax.training.evaluation import count_batches, evaluate, make_eval_step
+from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.setup import batching, check_held_out
 
 
@@ -48,5 +48,4 @@ def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Prog
     batches = eval_batches(config.data, task, batching(config, mesh))
     progress = progress or Progress(enabled=False)
     with progress.phase(EVALUATING):
-        counted = progress.track(batches, "batches", count_batches(config, batches))
-        return evaluate(make_eval_step(graph, task, mesh), task, {}, values, counted, mesh)
+        return evaluate(make_eval_step(graph, task, mesh), task, {}, values, counted(batches, 0, progress), mesh)

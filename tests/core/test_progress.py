@@ -62,7 +62,7 @@ def test_every_phase_of_a_run_is_named_and_every_step_counted(
             assert "evaluating" in frames[1]
             assert "batches" in frames[1]
             with progress.phase(GENERATING):
-                frames = [seen() for _ in progress.track((0, 64), "prompts", 70, 64)]
+                frames = [seen() for _ in progress.track((64, 6), "prompts", 70, int)]
                 assert ["64/70" in frame for frame in frames] == [False, True]
             assert "batches" not in seen()
         for step in (11, 12, 13):
