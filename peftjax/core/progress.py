@@ -13,6 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from peftjax.core.output import say
+from peftjax.core.signals import received
 from peftjax.core.terminal import is_terminal, make_console
 from peftjax.core.time_left import TimeLeft
 from peftjax.core.units import format_clock
@@ -47,6 +48,7 @@ class Progress:
         self._display: _Display | None = None
         if enabled and is_terminal(sys.stdout):
             self._display = _Display(total, done)
+            received.tell = self.print  # what is written to stderr would be overwritten by the bars
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +130,7 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is. Further messages are printed below it."""
         if self._display:
+            received.tell = None
             self._display.end(self._done)
             self._display = None
 

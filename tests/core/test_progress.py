@@ -9,6 +9,7 @@ import pytest
 from rich.text import Text
 
 from peftjax.core.progress import EVALUATING, GENERATING, SAVING, Progress
+from peftjax.core.signals import received
 from peftjax.core.terminal import Clipped, make_console
 from peftjax.core.time_left import TimeLeft
 
@@ -69,10 +70,14 @@ def test_every_phase_of_a_run_is_named_and_every_step_counted(
             progress.advance(step)
             assert "training" in (frame := seen())
             assert f"{step}/30" in frame
+        assert received.tell
+        received.tell("saving and stopping")  # above the bar, which would overwrite it on stderr
+        assert "saving and stopping\n" in terminal.getvalue()
         with progress.phase(SAVING):
             assert "saving" in seen()
         assert "training" in seen()
     assert "stopped" in terminal.getvalue()
+    assert received.tell is None
 
 
 def test_messages_arrive_as_they_are_on_a_terminal_and_in_a_file(
