@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Self, TypeVar
 
 from rich import progress
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Column
@@ -111,9 +112,9 @@ class Progress:
     def print(self, text: str) -> None:
         """Print a message, above the bars."""
         if self._display:
-            self._display.console.print(
-                text, overflow="ignore", crop=False
-            )  # breaks lines between words, never in a path
+            console = self._display.console
+            long = any(cell_len(word) > console.width for word in text.split())  # a path, which must not be broken
+            console.print(text, soft_wrap=long)
         elif self._enabled:
             say(text)
 

@@ -89,10 +89,13 @@ def test_messages_arrive_as_they_are_on_a_terminal_and_in_a_file(
         with Progress(3) as progress:
             progress.print(NOTATION)
             progress.print(path)
+            progress.print("sentence " * 20)
             progress.report(NOTATION, NOTATION)
             progress.print_panel(NOTATION, Text(NOTATION))
         assert where.getvalue().count(NOTATION) == 4
         assert path in where.getvalue()
+    lines = terminal.getvalue().splitlines()
+    assert sum(set(line.split()) == {"sentence"} for line in lines) == 2  # lines end between words
     assert "\x1b" not in where.getvalue()
     assert "╭" not in where.getvalue()
 
