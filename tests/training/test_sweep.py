@@ -162,6 +162,7 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert "is nan" in found[1]["failed"]
     assert 0 < found[0]["scores"]["loss"] < 10
     assert (rates[1].workdir / "adapter").exists()
+    assert sweep.best_result(found, tmp_path / "sweep") == rates[1].workdir / "adapter"
     assert not (rates[0].workdir / "adapter").exists()
     assert "failed: step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="every run of the sweep failed; the first: step"):
@@ -207,6 +208,17 @@ def test_a_member_whose_directory_holds_other_files_is_named_before_any_run_star
     with pytest.raises(UserError, match=r"seed=1 holds other files \(notes.txt\) and no run"):
         sweep.sweep(pair, tmp_path / "sweep")
     assert not pair[0].workdir.exists()
+
+
+def test_amounts_of_data_are_not_scores(made: Any, tmp_path: Path) -> None:
+    one = member(made, tmp_path, seed=0)
+    amounts = {"eval_tokens": 7, "eval_labels": 3, "prompts": 2}
+    with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
+        log.step(1, {"loss": 1.0, "grad_norm": 2.0})
+        log.evaluation(1, {"eval_loss": 0.5, "accuracy": 0.75} | amounts)
+    found = sweep.outcome(one)
+    assert found["scores"] == {"loss": 1.0, "eval_loss": 0.5, "accuracy": 0.75}
+    assert found["amounts"] == amounts
 
 
 def printed(found: list[dict[str, Any]]) -> list[str]:
