@@ -11,6 +11,7 @@ import jax
 from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core.files import write_atomically
+from peftjax.core.progress import Progress
 from peftjax.data.batches import eval_prompts
 from peftjax.training import answers
 from peftjax.training import config as configs
@@ -27,15 +28,15 @@ def main(argv: list[str]) -> None:
     mesh, result, task = sharding.make_mesh(config.mesh.sizes), result_of(config, workdir), open_task(config)
     check_held_out(config, task, mesh)  # before any weights are read
     model = load_trained(config, task, result, mesh)
-    with jax.set_mesh(mesh):
-        measured = measure(config, model, task, mesh)
+    with jax.set_mesh(mesh), Progress(enabled=jax.process_index() == 0) as progress:
+        measured = measure(config, model, task, mesh, progress)
         if count := config.eval.exact_match or config.eval.samples:
             prompts = eval_prompts(config.data, task, count)
-            found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens)
+            found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens, progress)
             if scored := config.eval.exact_match > 0:
                 measured |= answers.score(found, config.eval.metrics)
-            for item in found[: config.eval.samples] if jax.process_index() == 0 else ():
-                print(item.line(scored))
+            if config.eval.samples:
+                progress.print_panel("samples", answers.table(found[: config.eval.samples], scored))
     if jax.process_index() != 0:
         return
     for name, value in measured.items():

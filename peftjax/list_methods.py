@@ -9,8 +9,9 @@ options.
 import argparse
 import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,13 @@ from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from peftjax import adapters, methods
+from peftjax.adapters.adapter import MethodAdapter
+from peftjax.adapters.sites import adapters_named
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.core.terminal import make_console
 from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_files import read_json, resolve
@@ -42,6 +45,7 @@ class Row(NamedTuple):
         trained: Number of trainable parameters.
         share: Their share of the base's parameters.
         file_bytes: Size of the tensors in the adapter file; 0 if the method has no adapter file.
+        merges: Whether the adapter can be merged into the base's weights; None if the method trains these themselves.
         refused: Why the method does not fit the model; empty if it does.
     """
 
@@ -49,6 +53,7 @@ class Row(NamedTuple):
     trained: int
     share: float
     file_bytes: int
+    merges: bool | None
     refused: str
 
 
@@ -60,59 +65,81 @@ def row(config: ModelConfig, name: str) -> Row:
         name: Name of the method.
     """
     counted = {"base": 0, "trained": 0}
+    merges: bool | None = None
 
     def attached() -> dict[str, jax.Array]:
+        nonlocal merges
         method = methods.METHODS[name](**_REQUIRED.get(name, {}))
         model = config.make(nnx.Rngs(0))
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         if method.trains is nnx.Param:
             return {}
         adapters.attach(model, method, rngs=nnx.Rngs(0))
-        counted["trained"] = adapters.count_trainable(model)
+        counted["trained"], merges = adapters.count_trainable(model), _merges(model)
         return adapter_tensors(model, "default")
 
     try:
         tensors = jax.eval_shape(attached)
     except UserError as error:
-        return Row(name, 0, 0.0, 0, str(error))
+        return Row(name, 0, 0.0, 0, None, str(error))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tensors.values())
-    return Row(name, counted["trained"], counted["trained"] / counted["base"], size, "")
+    return Row(name, counted["trained"], counted["trained"] / counted["base"], size, merges, "")
+
+
+def _merges(model: nnx.Module) -> bool:
+    """Whether what the attached adapters do can be written into the weights."""
+    return all(type(adapter).merged is not MethodAdapter.merged for _, adapter in adapters_named(model, "default"))
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Return the table of some methods, each with its equation."""
-    shown = Table(box=box.SIMPLE, expand=True, padding=(0, 1, 0, 0))
+    """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
+    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
     for heading in ("trainable", "of base", "file size"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("", ratio=1)
+    shown.add_column("merges")
+    notes = itertools.count(1)
     for found in rows:
         if found.refused:
-            shown.add_row(found.name, "-", "-", "-", "does not fit, see below")
-        else:
-            size = format_bytes(found.file_bytes) if found.file_bytes else "full model"
-            equation = Text(_equation(methods.METHODS[found.name]))
-            shown.add_row(found.name, f"{found.trained:,}", f"{found.share:.2%}", size, equation)
+            shown.add_row(found.name, "-", "-", "-", f"does not fit [{next(notes)}]")
+            continue
+        size = format_bytes(found.file_bytes) if found.file_bytes else "full model"
+        merges = "-" if found.merges is None else "yes" if found.merges else "no"
+        shown.add_row(found.name, f"{found.trained:,}", f"{found.share:.2%}", size, merges)
     return shown
 
 
-def _equation(cls: type) -> str:
-    """The equation in the first line of a method's file: of "LoRA: y = x W + s (x A) B, with W frozen", the middle."""
-    name, _, rest = _documentation(inspect.getmodule(cls)).partition("\n")[0].partition(": ")
-    return (rest or name).partition(", ")[0].rstrip(".")
+def equations(names: Iterable[str]) -> Table:
+    """Return a table of what some methods compute."""
+    shown = Table.grid(padding=(0, 2, 0, 0))
+    for name in names:
+        shown.add_row(name, _equation(methods.METHODS[name]))
+    return shown
+
+
+def _equation(cls: type[adapters.Method]) -> str:
+    """What a method computes, from a line of its documentation.
+
+    This is the first line of its file: "LoRA: y = x W + s (x A) B, with ..." after the colon. Of methods that share a file,
+    it is the first line of the class.
+    """
+    module = inspect.getmodule(cls)
+    shared = sum(inspect.getmodule(other) is module for other in methods.METHODS.values()) > 1
+    name, _, rest = _documentation(cls if shared else module).partition("\n")[0].partition(": ")
+    return (rest or name).rstrip(".")
 
 
 def print_methods(config: ModelConfig, console: Console) -> None:
-    """Print the table of all methods with their default options, and why some of them do not fit the model."""
+    """Print the table of all methods with their default options, what they compute, and why some do not fit the model."""
     rows = [row(config, name) for name in sorted(methods.METHODS)]
     console.print(table(rows))
+    console.print(equations(found.name for found in rows))
+    console.print()
     for name, options in _REQUIRED.items():
         given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        console.print(f"{name} is counted with {given}.", highlight=False, markup=False, soft_wrap=True)
-    for found in rows:
-        if found.refused:
-            reason = f"{found.name} does not fit with its default options: {found.refused}"
-            console.print(reason, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name} is counted with {given}.")
+    for number, found in enumerate((found for found in rows if found.refused), 1):
+        console.print(f"[{number}] {found.name} does not fit with its default options: {found.refused}")
 
 
 def explain(name: str, console: Console) -> None:
@@ -120,7 +147,7 @@ def explain(name: str, console: Console) -> None:
     cls = methods.method_class(name)
     declaring = cls.__mro__[: cls.__mro__.index(adapters.Method)]  # options are explained where they are declared
     texts = [_documentation(part) for part in (inspect.getmodule(cls), *declaring)]
-    console.print("\n\n".join(texts), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n\n".join(texts), soft_wrap=True)
     defaults = Table("option", "default", box=box.SIMPLE)
     for field in dataclasses.fields(cls):
         defaults.add_row(field.name, _default(field))
@@ -151,7 +178,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--method", metavar="NAME", help="explain this method and its options instead")
     given = cli.parse_options(parser, argv)
-    console = Console()
+    console = make_console()
     if given.method:
         explain(given.method, console)
         return

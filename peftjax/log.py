@@ -8,6 +8,7 @@ metrics.jsonl contains one JSON object per line, ordered by step:
 JSON has no non-finite numbers, so these are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from rich.console import RenderableType
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.core.output import say
+from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clock
 
 METRICS = "metrics.jsonl"
@@ -53,8 +55,11 @@ class Log:
     and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals that of
     an uninterrupted run, except for the fields in `MEASURED`.
 
-    On a terminal, a progress bar shows the latest training metrics, and each evaluation prints one line. Otherwise, as in
-    CI or with redirected output, every logged step prints one plain line.
+    On a terminal, the latest training metrics are shown below a progress bar, and each evaluation prints one line.
+    Otherwise, as in CI or with redirected output, every logged step prints one plain line.
+
+    Attributes:
+        progress: The progress bar, and what is printed.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Log:
         tensorboard: bool = True,
         quiet: bool = False,
         on_line: Callable[[dict[str, Any]], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """
         Args:
@@ -77,18 +83,16 @@ class Log:
             tensorboard: Also write TensorBoard events, into `workdir`.
             quiet: Do not print.
             on_line: Called with each line of metrics.jsonl after it was written.
+            progress: That of several runs that train together; by default, the log has its own.
 
         Raises:
             UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line.
         """
-        self._total, self._enabled, self._on_line = total_steps, enabled, on_line
-        self._printing = enabled and not quiet
-        self._bar: _Bar | None = None
+        self._total, self._enabled, self._quiet, self._on_line = total_steps, enabled, quiet, on_line
         self._events: _Events | None = None
-        self._first: tuple[int, float] | None = (
-            None  # first step logged by this process and its time, to estimate the time left
-        )
+        self._own = contextlib.ExitStack()  # what ends with this log
         if not enabled:
+            self.progress = progress or Progress(enabled=False)
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS
@@ -98,9 +102,8 @@ class Log:
         self._began = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         if tensorboard:
             self._events = _Events(workdir, purge=(resume_step + 1 if resume_step else 0) if logged else None)
-        if self._printing and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self._bar = _Bar(total_steps, resume_step)
         self._file = path.open("a", encoding="utf-8")
+        self.progress = progress or self._own.enter_context(Progress(total_steps, resume_step, enabled=not quiet))
 
     def __enter__(self) -> Self:
         return self
@@ -120,16 +123,14 @@ class Log:
         if not self._enabled:
             return
         now, memory = time.perf_counter(), peak_memory()
-        self._first = self._first or (step, now)
         self._write(step, "train", {**numbers, "peak_memory_bytes": memory})
-        done = step - self._first[0]
-        left = (self._total - step) * (now - self._first[1]) / done if done else None
+        self.progress.computed(step)
+        if self._quiet:
+            return
+        left = self.progress.left.after(step)
         shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]
-        if self._bar:
-            self._bar.update(step, "  ".join(shown), left)
-        elif self._printing:
-            clock = format_clock(now - self._began) + (f", {format_clock(left)} left" if left else "")
-            say("  ".join([self._place(step), *shown, clock]))
+        clock = format_clock(now - self._began) + (f", {format_clock(left)} left" if left else "")
+        self.progress.report("  ".join(shown), "  ".join([self._place(step), *shown, clock]))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the scores of an evaluation.
@@ -141,14 +142,18 @@ class Log:
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
-        self.message("  ".join([self._place(step), "evaluation", *_shown(numbers, numbers)]))
+        scores = [name for name in numbers if not is_amount(name)]
+        self.message("  ".join([self._place(step), "evaluation", *_shown(numbers, scores)]))
 
     def message(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
-        if self._bar:
-            self._bar.print(text)
-        elif self._printing:
-            say(text)
+        if not self._quiet:
+            self.progress.print(text)
+
+    def panel(self, title: str, content: RenderableType) -> None:
+        """Print something with a title, above the progress bar if there is one."""
+        if not self._quiet:
+            self.progress.print_panel(title, content)
 
     def sync(self) -> None:
         """Write metrics.jsonl to disk, where a power cut does not lose it."""
@@ -157,9 +162,7 @@ class Log:
 
     def close(self) -> None:
         """Stop the progress bar and close the files. Further calls have no effect."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self._own.close()
         if self._events:
             self._events.close()
             self._events = None
@@ -179,6 +182,11 @@ class Log:
 
     def _place(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"
+
+
+def is_amount(name: str) -> bool:
+    """Whether a field of a line says on how much data the metrics were measured."""
+    return name.removeprefix("eval_") in AMOUNTS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -229,38 +237,6 @@ def peak_memory() -> int:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)
     return peak or _peak_resident()
-
-
-class _Bar:
-    """Progress bar at the bottom of the terminal."""
-
-    def __init__(self, total: int, done: int) -> None:
-        from rich import progress
-        from rich.console import Console
-        from rich.table import Column
-
-        self._progress = progress.Progress(
-            progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),  # fills the remaining width
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[numbers]}", markup=False),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("{task.fields[left]}", markup=False),
-            console=Console(file=sys.stdout, highlight=False),
-            expand=True,
-            refresh_per_second=2,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task("", total=total, completed=done, numbers="compiling", left="")
-
-    def update(self, step: int, numbers: str, left: float | None) -> None:
-        text = "" if left is None else f"{format_clock(left)} left"
-        self._progress.update(self._task, completed=step, numbers=numbers, left=text, refresh=True)
-
-    def print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, emoji=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        self._progress.stop()
 
 
 class _Events:

@@ -14,16 +14,12 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from peftjax import sharding
 from peftjax.core import cli, distributed
@@ -32,7 +28,8 @@ from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
-from peftjax.log import METRICS, PLACE, read_metrics
+from peftjax.core.terminal import make_console
+from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
@@ -40,6 +37,7 @@ from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, open_checkpoints, open_data
+from peftjax.training.sweep_table import make_table, short_name, value_text
 
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
 TOGETHER = ("seed:", "optim.", "method.alpha:", "method.lr_ratio:")
@@ -71,7 +69,7 @@ def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir:
         own = [f"--config.{name}={text}" for name, text in zip(swept, combination, strict=True)]
         config = configs.load(path, [*overrides, *own])
         values = {name: _value(config, name) for name in swept}
-        name = ",".join(f"{_short(field, swept)}={_told(value)}" for field, value in values.items())
+        name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in values.items())
         if name in found:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
         found[name] = Member(values, config, workdir / quote(name, safe=",=+ "))
@@ -105,7 +103,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         groups = populations(waiting, most)
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
-            say(f"population {number} of {len(groups)}{several}: {'; '.join(member.name for member in population)}")
+            say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
             train_population(population, preemption)
         distributed.meet("all runs of the sweep have ended")
         found = sorted(
@@ -154,28 +152,23 @@ def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
 
 
 def outcome(member: Member) -> dict[str, Any]:
-    """The values of a run with the metrics of its last evaluation and its last loss, or why it failed."""
-    scores: dict[str, float] = {}
+    """The values of a run, the scores and amounts of data of its last evaluation, and its last loss; or why it failed."""
+    found: dict[str, float] = {}
     if not member.failed:
         for line in read_metrics(member.workdir / METRICS):
             names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
-            scores |= {name: line[name] for name in names}
+            found |= {name: line[name] for name in names}
+    scores, amounts = (
+        {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
+    )
     failed = {"failed": member.failed} if member.failed else {}
-    return {"run": member.name, "values": member.values, "scores": scores, **failed}
+    return {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts, **failed}
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """The outcomes as a table, one run per row."""
-    made = Table(box=box.SIMPLE)
-    fields = list(found[0]["values"])
-    scores = list(dict.fromkeys(name for one in found for name in one["scores"]))
-    for name in [_short(field, fields) for field in fields] + scores:
-        made.add_column(name, justify="right")
-    for one in found:
-        values = [_told(value) for value in one["values"].values()]
-        numbers = [f"{one['scores'][name]:.4g}" if name in one["scores"] else "" for name in scores]
-        made.add_row(*values, *(["not finite"] + [""] * (len(scores) - 1) if "failed" in one else numbers))
-    return made
+def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
+    """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
+    directory = workdir / found[0]["run"]
+    return directory / ("adapter" if (directory / "adapter").exists() else "model")
 
 
 def _alike(one: Config, other: Config) -> bool:
@@ -190,16 +183,6 @@ def _alike(one: Config, other: Config) -> bool:
 def _value(config: Config, field: str) -> Any:
     """The value of a field, by its dotted name."""
     return flat(configs.to_dict(config))[field]
-
-
-def _short(field: str, fields: Iterable[str]) -> str:
-    """The field without its section, unless that is ambiguous."""
-    leaf = field.rpartition(".")[2]
-    return leaf if [other.rpartition(".")[2] for other in fields].count(leaf) == 1 else field
-
-
-def _told(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -230,9 +213,10 @@ def main(argv: list[str]) -> None:
     distributed.start(options)
     found = sweep(runs, workdir, options.together)
     if jax.process_index() == 0:
-        Console(width=None if sys.stdout.isatty() else 200).print(table(found))
-        print(workdir / RESULTS)
-        print(workdir / SWEEP_PAGE)
+        make_console().print(make_table(found))
+        print(f"results: {workdir / RESULTS}")
+        print(f"page: {workdir / SWEEP_PAGE}")
+        print(f"best {(best := best_result(found, workdir)).name}: {best}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,13 @@ def test_a_row_is_what_the_method_trains_and_writes(name: str, tmp_path: Path) -
 def test_every_method_has_a_row_or_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     list_methods.main(["--model", "embedded"])
     printed = capsys.readouterr().out
-    assert all(f" {name} " in printed for name in methods.METHODS)
+    lines = [line.split() for line in printed.splitlines()]
+    assert all(sum(line[:1] == [name] for line in lines) >= 2 for name in methods.METHODS)  # its numbers, its equation
     assert "100.00%" in printed  # full
+    assert [line[-1] for line in lines if line[:1] in (["lora"], ["prompt"])][:2] == ["yes", "no"]
+    assert "y = x W + s (x A) B, with W frozen, A random and B zero at initialization" in " ".join(printed.split())
+    assert "Adapters that read f(x), in both sublayers of a block" in " ".join(printed.split())
+    assert "[1] bitfit does not fit with its default options: method.targets='all-biases'" in printed
 
 
 def test_the_options_of_a_method_are_printed_with_their_equation(capsys: pytest.CaptureFixture[str]) -> None:

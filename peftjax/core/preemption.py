@@ -79,7 +79,8 @@ def stopped(step: int, steps: int, saved: Path) -> Preempted | Interrupted:
         steps: Number of steps of the whole run.
         saved: The checkpoint, or the directory of several runs.
     """
-    return _stopped(f"after step {step} of {steps}; the state is saved, run the same command to resume from {saved}")
+    what = "the trainable parameters, the optimizer state and the position in the data"
+    return _stopped(f"after step {step} of {steps}; saved {what}; run the same command to resume from {saved}")
 
 
 def _stopped(rest: str) -> Preempted | Interrupted:

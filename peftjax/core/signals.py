@@ -34,6 +34,7 @@ class Signals:
         unsaved: Whether a run is under way that can save its state.
         watching: Whether a thread watches for signals.
         forward: What else to do when SIGINT is noted.
+        tell: Prints that the run will stop, where progress bars are shown; otherwise, stderr has it.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Signals:
         self.unsaved = False
         self.watching = False
         self.forward: Callable[[], None] | None = None
+        self.tell: Callable[[str], None] | None = None
 
     def receive(self, number: int) -> str:
         """Note a signal; returns why the process must stop at once, or "" if it need not."""
@@ -55,7 +57,8 @@ class Signals:
         if number == signal.SIGINT:
             if self.forward:
                 self.forward()
-            _tell("saving and stopping; press Ctrl-C again to exit at once")
+            with contextlib.suppress(OSError):  # the terminal is gone
+                (self.tell or _tell)("saving and stopping; press Ctrl-C again to exit at once")
         return ""
 
     def watch(self) -> None:

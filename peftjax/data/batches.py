@@ -179,13 +179,21 @@ class Batches(Iterator[HostBatch]):
         c, data = self._counts, self._data
         if self._unit != "tokens":
             return f"{self._title}: {c['records']:,} {self._unit} read"
-        fate = {"truncate": f"cut to {data.max_length:,}", "drop": "left out", "error": "refused"}[data.too_long]
-        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows, {1 - (self.padding() or 0):.0%} full"]
-        if c["too_long"]:
-            parts.append(f"{c['too_long']:,} were longer than {data.max_length:,} tokens ({fate})")
-        if c["empty"]:
-            parts.append(f"{c['empty']:,} had nothing to learn from and were left out")
-        return "; ".join([*parts, f"{c['tokens']:,} tokens, {c['loss_tokens']:,} of them targets"])
+        too_long, dropped = c["too_long"], c["empty"]
+        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows"]
+        if data.too_long == "drop":
+            dropped += too_long
+        elif too_long:
+            parts.append(f"{too_long:,} cut to {data.max_length:,} tokens")
+        why = [f"{too_long:,} longer than {data.max_length:,} tokens"] * (data.too_long == "drop" and too_long > 0)
+        why += [f"{c['empty']:,} without a loss"] * (c["empty"] > 0)
+        parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
+        parts += [f"{self.padding() or 0.0:.0%} padding", f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"]
+        return ", ".join(parts)
+
+    def record_count(self) -> int:
+        """Number of records in the sources."""
+        return sum(length for _, length in self._lengths)
 
     def close(self) -> None:
         """End the threads that read ahead."""

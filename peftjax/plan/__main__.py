@@ -10,6 +10,7 @@ every line that depends on them says so. docs/plan.md explains the output.
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.terminal import make_console
 from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.plan import devices
@@ -61,17 +63,17 @@ def main(argv: list[str]) -> int:
     directory = resolve(config.model.path, config.model.revision, files=("config.json",))
     hf_config = read_json(directory / "config.json")
     hf_config["quantization_config"] = stored_quantization(directory)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     one = not (given.search or given.compare)
 
     def probe(other: Config) -> Plan:
-        with Console(stderr=True).status(f"compiling for {device.name}"):
+        with make_console(file=sys.stderr).status(f"compiling for {device.name}"):
             return ask(other, hf_config, device, advise=one)
 
     result: Any
     missing = device.missing()
     if missing and not one:
-        console.print(f"{missing}\n", style="yellow", markup=False)
+        console.print(f"{missing}\n", style="yellow")
     if given.search:
         fits, result = _search(console, config, given.search, shape["data"] * shape["fsdp"], probe)
     elif given.compare:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import jax
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +22,7 @@ _TIMES = {"products": "compute time", "memory": "memory access time", "links": "
 
 
 def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
-    """Print a plan. missing: how to install the compiler, if it is not installed."""
+    """Print a plan to a console from `make_console`. missing: how to install the compiler, if it is not installed."""
     _print_setup(console, config, plan, missing)
     console.print()
     console.print(verdict(plan))
@@ -38,40 +37,44 @@ def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
 def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> None:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
-    console.print(f"[bold]{escape(config.model.path)}[/]: {_count(plan.base_parameters)} parameters, {_format(config)}")
+    base = f"{_count(plan.base_parameters)} parameters, {_format(config)}"
+    console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
     console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
         console.print(f"compiled by {plan.compiler}, jax {jax.__version__}")
     else:
         console.print(
-            f"[yellow]not compiled: {escape(missing)}. Lines marked as estimates do not come from a compiler.[/]"
+            f"not compiled: {missing}. Lines marked as estimates do not come from a compiler.", style="yellow"
         )
 
 
-def verdict(plan: Plan) -> str:
+def verdict(plan: Plan) -> Text:
     """Return the line that says whether the step fits."""
     certainty = "" if plan.compiler else "estimate: "
     sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device"
     if plan.fits:
-        return f"{certainty}[bold green]fits[/]: {sizes}, {format_bytes(plan.memory - plan.needed)} free"
-    return f"{certainty}[bold red]does not fit[/]: {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+        free = f": {sizes}, {format_bytes(plan.memory - plan.needed)} free"
+        return Text.assemble(certainty, ("fits", "bold green"), free)
+    excess = f": {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+    return Text.assemble(certainty, ("does not fit", "bold red"), excess)
 
 
-def _notes(config: Config, plan: Plan) -> list[str]:
+def _notes(config: Config, plan: Plan) -> list[Text]:
     notes = []
     if plan.refused:
-        notes.append(f"The compiler rejected the program: {escape(plan.refused)}")
+        notes.append(Text(f"The compiler rejected the program: {plan.refused}"))
     elif plan.fits and devices.find(plan.device).platform == "cuda" and plan.needed > 0.74 * plan.memory:
         notes.append(
-            "By default, jax uses only 75% of a GPU's memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=.98 for the run."
+            Text("By default, jax uses only 75% of a GPU's memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=.98 for the run.")
         )
     parts = math.prod(plan.mesh.get(axis, 1) for axis in ("data", "fsdp"))
     if (rows := config.train.batch_size // config.train.accumulate) % parts:
-        notes.append(
-            f"[yellow]{rows} sequences cannot be split over {parts} devices, so each device computes all of them; make "
-            f"train.batch_size / train.accumulate a multiple of {parts}.[/]"
+        uneven = (
+            f"{rows} sequences cannot be split over {parts} devices, so each device computes all of them; make "
+            f"train.batch_size / train.accumulate a multiple of {parts}."
         )
+        notes.append(Text(uneven, "yellow"))
     return notes
 
 
@@ -112,7 +115,7 @@ def _step_table(plan: Plan, config: Config) -> Table:
         for name, value in times.items():
             bound = name == longest
             origin = "data sheet (bottleneck)" if bound else "data sheet"
-            table.add_row(_TIMES[name], f"{'[bold]' * bound}{_clock(value)}", origin)
+            table.add_row(_TIMES[name], Text(_clock(value), "bold" if bound else ""), origin)
         speed = f"{plan.positions / times[longest]:,.0f} tokens/s"
         table.add_row("throughput, at most", speed, "roofline" if compiled else "roofline, estimate")
     table.add_section()
@@ -140,7 +143,7 @@ def search_table(kind: str, probes: Sequence[tuple[int, Plan | UserError]]) -> T
     table = _table(kind, "needs", "of", "")
     for value, plan in sorted(probes, key=lambda item: item[0]):
         if isinstance(plan, UserError):
-            table.add_row(str(value), "-", "-", Text(str(plan)))
+            table.add_row(str(value), "-", "-", str(plan))
         else:
             table.add_row(str(value), format_bytes(plan.needed), format_bytes(plan.memory), _fits(plan))
     return table
@@ -151,7 +154,7 @@ def compare_table(plans: Mapping[str, Plan | UserError]) -> Table:
     table = _table("method", "trainable", "adapter file", "memory", "products", "")
     for name, plan in plans.items():
         if isinstance(plan, UserError):
-            table.add_row(name, "-", "-", "-", "-", Text(str(plan)))
+            table.add_row(name, "-", "-", "-", "-", str(plan))
             continue
         file = format_bytes(plan.adapter_bytes) if plan.adapter_bytes else "full model"
         trainable, flops = _count(plan.trained_parameters), f"{_count(plan.flops)}FLOP"
@@ -159,8 +162,9 @@ def compare_table(plans: Mapping[str, Plan | UserError]) -> Table:
     return table
 
 
-def _fits(plan: Plan) -> str:
-    return ("[green]fits[/]" if plan.fits else "[red]does not fit[/]") + ("" if plan.compiler else " (estimate)")
+def _fits(plan: Plan) -> Text:
+    fits = ("fits", "green") if plan.fits else ("does not fit", "red")
+    return Text.assemble(fits, "" if plan.compiler else " (estimate)")
 
 
 def _table(first: str, *others: str) -> Table:

@@ -68,17 +68,17 @@ class TextLabelTask(LabelledTask):
         """Shape and dtype of `label`."""
         raise NotImplementedError
 
-    def texts(self, record: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+    def parts(self, record: Mapping[str, Any], name: str) -> tuple[str, str | None]:
         """The text of a record, and the second of a pair of texts."""
         pair = self.data.pair_template
         first = fill(self.data.prompt_template, record, self.data, name)
         return first, fill(pair, record, self.data, name) if pair else None
 
     def shown(self, record: Mapping[str, Any], name: str) -> str:
-        return "\n".join(text for text in self.texts(record, name) if text is not None)
+        return "\n".join(text for text in self.parts(record, name) if text is not None)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
-        encoding, length = self._cut(*self.texts(record, name))
+        encoding, length = self._cut(*self.parts(record, name))
         label = self.label(field_of(record, self.data.label_field, "label_field", name), name)
         arrays = text_inputs(encoding) | {"labels": label, "loss_weights": np.ones((), np.float32)}
         return Document(arrays, len(encoding.ids), over(length, self.data.max_length))

@@ -1,6 +1,7 @@
 """The loss and the metrics of a model on held-out records."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.data.batches import HostBatch
+from peftjax.core.progress import Progress
+from peftjax.data.batches import Batches, HostBatch
 from peftjax.tasks import Task
 from peftjax.tasks.base import Outputs
 from peftjax.totals import Batch, Totals
@@ -50,6 +52,13 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
         return task.evaluate(model, {name: value[0] for name, value in batch.items()})
 
     return eval_step
+
+
+def counted(batches: Batches, limit: int, progress: Progress) -> Iterator[HostBatch]:
+    """At most `limit` batches (0: all), with a bar that counts them; without a limit it counts their records."""
+    if limit:
+        return progress.track(itertools.islice(batches, limit), "batches", limit)
+    return progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
 
 
 def evaluate(

@@ -19,6 +19,7 @@ from peftjax.core import output, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
+from peftjax.core.progress import Progress
 from peftjax.core.units import format_clock
 from peftjax.data.batches import Batches
 from peftjax.data.padding import pad_alike
@@ -151,17 +152,19 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
     """Train models of one structure, which are at the same step, to their end, and write the result of each."""
     due, total, start = group[0].run.due, group[0].run.config.train.steps, int(group[0].state.step)
     advance = make_advance(group)
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
+        progress = opened.enter_context(Progress(total, start, enabled=first))
         for one in group:
-            first = jax.process_index() == 0
-            log = Log(one.run.workdir, total_steps=total, resume_step=start, enabled=first, quiet=True)
+            log = Log(
+                one.run.workdir, total_steps=total, resume_step=start, enabled=first, quiet=True, progress=progress
+            )
             one.log = opened.enter_context(log)
             one.run.introduce(one.state, one.log)
             if not start:
                 one.run.evaluate(one.state, one.log)
         for one in group:
             one.run.window.reopen()
-        began = time.perf_counter()
         for step in range(start + 1, total + 1):
             advance(step)
             stop = preemption.reached()
@@ -181,7 +184,7 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
                 for one in going:
                     one.run.window.reopen()  # no run's speed counts the time that others took to save
             if due.log(step):
-                say(_progress(going, step, start, total, time.perf_counter() - began))
+                _report(going, step, progress)
             if stop and step < total:
                 for one in going:
                     one.checkpoints.wait()
@@ -257,9 +260,12 @@ def _own_leaves(run: Run) -> variables.FlatTree:
     return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
 
 
-def _progress(going: Sequence[Training], step: int, start: int, total: int, seconds: float) -> str:
-    """The lowest and the highest loss, and the remaining time."""
+def _report(going: Sequence[Training], step: int, progress: Progress) -> None:
+    """Print the lowest and the highest loss, and the remaining time."""
     ranked = sorted((float(one.loss), one.member.name) for one in going)
     ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
-    clock = f"{format_clock(seconds)}, {format_clock(seconds / (step - start) * (total - step))} left"
-    return "  ".join([f"step {step:>{len(str(total))}}/{total}", f"loss {' to '.join(ends)}", clock])
+    loss, total = f"loss {' to '.join(ends)}", going[0].run.config.train.steps
+    clock = format_clock(time.perf_counter() - progress.began)
+    if (left := progress.left.after(step)) is not None:
+        clock += f", {format_clock(left)} left"
+    progress.report(loss, "  ".join([f"step {step:>{len(str(total))}}/{total}", loss, clock]))

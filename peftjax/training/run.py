@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -19,6 +18,7 @@ from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
+from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
 from peftjax.data.prompt_format import PromptFormat
@@ -39,7 +39,7 @@ from peftjax.training import answers, card, optim, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.due import Due
-from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
@@ -128,6 +128,7 @@ class Run:
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print what is trained on what, and write config.json and the start of the report's data."""
         config = self.config
+        log.progress.left.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
@@ -164,11 +165,12 @@ class Run:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
-        """Check the steps since the last check, if a line of the log or a checkpoint is due, and write the line.
+        """Count a step; check those since the last check, if a line of the log or a checkpoint is due, and write the line.
 
         Raises:
           NotFiniteError: The loss or the gradient norm is not finite.
         """
+        log.progress.advance(step)
         if self.due.log(step) or self.due.save(step) or stopping:
             numbers = self.window.close()
             if self.due.log(step):
@@ -181,9 +183,10 @@ class Run:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
         score = -scores["eval_loss"] if "eval_loss" in scores else None
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
-        checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
-        if self.config.checkpoint.adapter and step < self.config.train.steps:
-            self.write_result(state)
+        with log.progress.phase(SAVING):
+            checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
+            if self.config.checkpoint.adapter and step < self.config.train.steps:
+                self.write_result(state)
         self.window.reopen()
 
     def evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
@@ -192,8 +195,12 @@ class Run:
         Raises:
           NotFiniteError: The loss is not finite before any training.
         """
+        with log.progress.phase(EVALUATING):
+            return self._evaluate(state, log)
+
+    def _evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
         step, started = int(state.step), time.perf_counter()
-        scores, shown = self._held_out(state) if self.config.data.eval else ({}, [])
+        scores, shown = self._held_out(state, log) if self.config.data.eval else ({}, [])
         if self.hooks.on_evaluate:
             self.sync(state)
             scores |= self.hooks.scores(self.model, step, scores)
@@ -202,15 +209,15 @@ class Run:
             return {}
         self.save_report()  # a resumed run cannot answer as the untrained model any more
         log.evaluation(step, scores)
-        for item in shown if step in (0, self.config.train.steps) else ():
-            log.message(f"  {item.line(self.config.eval.exact_match > 0)}")
+        if shown and step in (0, self.config.train.steps):
+            log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
         return scores
 
-    def _held_out(self, state: TrainState) -> tuple[dict[str, float], list[answers.Answer]]:
+    def _held_out(self, state: TrainState, log: Log) -> tuple[dict[str, float], list[answers.Answer]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
         batches = eval_batches(config.data, self.task, batching(config, self.mesh))
-        some = itertools.islice(batches, config.train.eval_batches or None)
+        some = counted(batches, config.train.eval_batches, log.progress)
         measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
         scores = measured.scores
         if step == 0 and not math.isfinite(scores["eval_loss"]):
@@ -221,7 +228,7 @@ class Run:
         self.report = dataclasses.replace(
             self.report, classes=predictions.summarize(config.data, self.task, measured, step)
         )
-        found = self._answers(state)
+        found = self._answers(state, log)
         scored = config.eval.exact_match > 0
         if scored:
             scores |= answers.score(found, config.eval.metrics)
@@ -236,14 +243,14 @@ class Run:
             self.report = dataclasses.replace(self.report, before=samples)
         return scores, shown
 
-    def _answers(self, state: TrainState) -> list[answers.Answer]:
+    def _answers(self, state: TrainState, log: Log) -> list[answers.Answer]:
         config = self.config
         count = config.eval.exact_match or config.eval.samples
         if not count:
             return []
         self.sync(state)
         prompts = eval_prompts(config.data, self.task, count)
-        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens)
+        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens, log.progress)
 
     def save_report(self) -> None:
         """Write report.json, from one process."""
@@ -271,6 +278,10 @@ class Run:
 
     def finish(self, state: TrainState, log: Log) -> Path:
         """Write the result and the report, and print where they are; returns the directory of the result."""
+        with log.progress.phase(SAVING):
+            return self._finish(state, log)
+
+    def _finish(self, state: TrainState, log: Log) -> Path:
         result = self.write_result(state)
         log.sync()
         size = sum(file.stat().st_size for file in result.glob("*.safetensors"))

@@ -11,6 +11,7 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import eval_batches
 from peftjax.io.adapter_load import load_adapter
@@ -20,7 +21,7 @@ from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training.config import Config
-from peftjax.training.evaluation import evaluate, make_eval_step
+from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.setup import batching
 
 CONFIG = "config.json"  # the resolved config, in the workdir
@@ -107,9 +108,11 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     return model
 
 
-def measure(config: Config, model: Model, task: Task, mesh: Mesh) -> dict[str, float]:
+def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}
     batches = eval_batches(config.data, task, batching(config, mesh))
-    return evaluate(make_eval_step(graph, task, mesh), task, {}, values, batches, mesh).scores
+    progress = progress or Progress(enabled=False)
+    with progress.phase(EVALUATING):
+        return evaluate(make_eval_step(graph, task, mesh), task, {}, values, counted(batches, 0, progress), mesh).scores

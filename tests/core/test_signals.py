@@ -84,8 +84,9 @@ def test_in_a_program_of_the_user_a_signal_raises_and_the_handlers_return(
         os.kill(os.getpid(), number)
         assert preemption.reached()
         assert type(stopped(3, 9, Path("runs/3"))) is kind
-        assert "after step 3 of 9; the state is saved, run the same command to resume from runs/3" in str(
-            stopped(3, 9, Path("runs/3"))
+        assert str(stopped(3, 9, Path("runs/3"))).endswith(
+            " after step 3 of 9; saved the trainable parameters, the optimizer state and the position in the data; "
+            "run the same command to resume from runs/3"
         )
         with pytest.raises(kind, match="between two runs"):  # of a sweep
             preemption.begin()

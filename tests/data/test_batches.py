@@ -308,9 +308,9 @@ def test_a_long_record_is_cut_and_counted(uneven: str, tokenizer: Tokenizer, mak
     assert counts["tokens"] == batch.real_tokens
     assert counts["loss_tokens"] == batch.arrays["loss_weights"].sum()
     assert batches.summary_text() == (
-        f"train: 4 records in 3 rows, {batch.real_tokens / 48:.0%} full; 1 were longer than 16 tokens (cut to 16); "
-        "1 had nothing to learn from and were left out; "
-        f"{batch.real_tokens} tokens, {int(batch.arrays['loss_weights'].sum())} of them targets"
+        "train: 4 records in 3 rows, 1 cut to 16 tokens, 1 dropped (1 without a loss), "
+        f"{1 - batch.real_tokens / 48:.0%} padding, "
+        f"loss on {int(batch.arrays['loss_weights'].sum())} of {batch.real_tokens} tokens"
     )
 
 
@@ -318,7 +318,7 @@ def test_a_long_record_can_be_left_out(uneven: str, tokenizer: Tokenizer, make_c
     config = make_config(train=(uneven,), shuffle=False, batch_size=2, too_long="drop")
     batches = train_batches(config, tokenizer)
     assert next(batches).records == ["a.jsonl:1", "a.jsonl:4"]
-    assert "1 were longer than 16 tokens (left out); 1 had nothing to learn from" in batches.summary_text()
+    assert "2 dropped (1 longer than 16 tokens, 1 without a loss), " in batches.summary_text()
 
 
 def test_a_long_record_can_be_an_error_that_names_it(uneven: str, tokenizer: Tokenizer, make_config: Make) -> None:

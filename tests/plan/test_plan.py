@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
+from peftjax.core.terminal import make_console
 from peftjax.io.adapter_save import save_adapter, weights_bytes
 from peftjax.plan import __main__ as command
 from peftjax.plan import advice, devices, measure, plan, search, tables, traced, variants, worker
@@ -73,7 +73,7 @@ def together() -> plan.Plan:
 
 def printed(config: Any, found: plan.Plan, missing: str = "") -> str:
     file = io.StringIO()
-    tables.show(Console(file=file, width=100, highlight=False), config, found, missing)
+    tables.show(make_console(file=file), config, found, missing)
     return file.getvalue()
 
 

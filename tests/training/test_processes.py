@@ -138,7 +138,7 @@ def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
     children[1].send_signal(number)
     results = ended(*children)
     assert [code for code, _ in results] == codes, results
-    assert "the state is saved, run the same command to resume" in results[0][1]
+    assert "and the position in the data; run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
     assert "resuming after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
     assert_same_numbers(metrics(workdir), metrics(alone))

@@ -83,7 +83,7 @@ def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path,
         child.send_signal(number)
     ((code, output),) = ended(child)
     assert code == 75, output
-    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}; the state is saved", output)[1])
+    step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}; saved the trainable parameters", output)[1])
     assert str(step) in checkpoints(workdir)
     assert metrics(workdir)[-1]["step"] == step
     assert f"resuming after step {step} of {STEPS}" in finish(start(world, workdir))
@@ -99,9 +99,9 @@ def test_ctrl_c_saves_and_a_second_one_exits_at_once_also_during_a_save(world: P
     ((code, output),) = ended(child)
     assert code == 130, output
     assert "saving and stopping; press Ctrl-C again to exit at once" in output
-    step = re.search(rf"interrupted after step (\d+) of {STEPS}; .* resume from {workdir}/checkpoints/(\1)\n", output)[
-        1
-    ]
+    step = re.search(
+        rf"interrupted after step (\d+) of {STEPS}; saved .* resume from {workdir}/checkpoints/(\1)\n", output
+    )[1]
     assert step in checkpoints(workdir)
 
     child = start(world, workdir)

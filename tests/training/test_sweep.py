@@ -1,6 +1,7 @@
 """Sweeps: many runs at once leave what each of them would have left alone."""
 
 import contextlib
+import io
 import json
 import signal
 from functools import partial
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 from safetensors.numpy import load_file
 
 from peftjax import methods, sharding, sweep
 from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.core.terminal import make_console
 from peftjax.core.workdir import MARK
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
@@ -25,6 +26,7 @@ from peftjax.training import population
 from peftjax.training.population import Member
 from peftjax.training.run import Run
 from peftjax.training.step import TrainState
+from peftjax.training.sweep_table import make_table
 from tests import runs
 from tests.test_train import config
 
@@ -161,6 +163,7 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert "is nan" in found[1]["failed"]
     assert 0 < found[0]["scores"]["loss"] < 10
     assert (rates[1].workdir / "adapter").exists()
+    assert sweep.best_result(found, tmp_path / "sweep") == rates[1].workdir / "adapter"
     assert not (rates[0].workdir / "adapter").exists()
     assert "failed: step" in capsys.readouterr().out
     page = (tmp_path / "sweep" / "sweep.html").read_text()
@@ -211,19 +214,63 @@ def test_a_member_whose_directory_holds_other_files_is_named_before_any_run_star
     assert not pair[0].workdir.exists()
 
 
-def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
-    values = [{"optim.learning_rate": rate, "method.targets": ("q_proj", "v_proj")} for rate in (1e-3, 1.0)]
-    found = [
-        {"run": "a", "values": values[0], "scores": {"loss": 0.25, "eval_loss": 0.5}},
-        {"run": "b", "values": values[1], "scores": {}, "failed": "step 3: loss is nan"},
-    ]
-    console = Console(width=80)
+def test_amounts_of_data_are_not_scores(made: Any, tmp_path: Path) -> None:
+    one = member(made, tmp_path, seed=0)
+    amounts = {"eval_tokens": 7, "eval_labels": 3, "prompts": 2}
+    with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
+        log.step(1, {"loss": 1.0, "grad_norm": 2.0})
+        log.evaluation(1, {"eval_loss": 0.5, "accuracy": 0.75} | amounts)
+    found = sweep.outcome(one)
+    assert found["scores"] == {"loss": 1.0, "eval_loss": 0.5, "accuracy": 0.75}
+    assert found["amounts"] == amounts
+
+
+def printed(found: list[dict[str, Any]]) -> list[str]:
+    """The lines of the table, in 80 columns."""
+    console = make_console(file=io.StringIO())
     with console.capture() as capture:
-        console.print(sweep.table(found))
-    lines = [line.split() for line in capture.get().splitlines()]
-    assert ["learning_rate", "targets", "loss", "eval_loss"] in lines
-    assert ["0.001", "q_proj+v_proj", "0.25", "0.5"] in lines
-    assert ["1.0", "q_proj+v_proj", "not", "finite"] in lines
+        console.print(make_table(found), width=80)
+    return [" ".join(line.split()) for line in capture.get().splitlines() if line.strip(" ─")]
+
+
+def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
+    values = [
+        {"optim.learning_rate": rate, "method.rank": 4, "method.targets": targets}
+        for rate, targets in ((1e-3, ("q_proj", "[red]")), (1e-3, "all"), (1.0, "all"))
+    ]
+    scores = {"loss": 0.25, "eval_loss": 0.5, "perplexity": 1.6, "token_accuracy": 0.75}
+    found: list[dict[str, Any]] = [
+        {"run": "a", "values": values[0], "scores": scores},
+        {"run": "b", "values": values[1], "scores": scores | {"eval_loss": 0.625}},
+        {"run": "c", "values": values[2], "scores": {}, "failed": "step 3: loss is nan"},
+    ]
+    assert printed(found) == [
+        "learning_rate targets loss token accuracy",
+        "0.001 q_proj+[red] 0.5 0.75",
+        "0.001 all 0.625 0.75",
+        "1.0 all not finite",
+    ]
+
+
+def test_the_table_has_means_and_deviations_over_seeds() -> None:
+    found: list[dict[str, Any]] = [
+        {"run": f"{rate}{seed}", "values": {"optim.learning_rate": rate, "seed": seed}, "scores": scores}
+        for rate, seed, scores in (
+            (0.1, 0, {"eval_loss": 0.25, "accuracy": 0.75}),
+            (0.2, 0, {"eval_loss": 0.5, "accuracy": 0.5}),
+            (0.2, 1, {"eval_loss": 0.5, "accuracy": 0.5}),
+            (0.1, 1, {"eval_loss": 1.25, "accuracy": 0.25}),
+            (0.3, 0, {"eval_loss": 2.0, "accuracy": 0.25}),
+        )
+    ]
+    found.append({"run": "e", "values": {"optim.learning_rate": 0.3, "seed": 1}, "scores": {}, "failed": "nan"})
+    assert printed(found) == [
+        "learning_rate seeds loss accuracy",
+        "0.2 2 0.5 ± 0 0.5 ± 0",
+        "0.1 2 0.75 ± 0.71 0.5 ± 0.35",
+        "0.3 1 of 2 2 0.25",
+        "mean ± standard deviation over the seeds",
+    ]
 
 
 @pytest.mark.slow
@@ -263,7 +310,7 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
     assert code == 75, output
-    assert "the state is saved, run the same command to resume" in output
+    assert "and the position in the data; run the same command to resume" in output
     split = (*swept, "--config.mesh.fsdp=2")
     results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
     assert [code for code, _ in results] == [0, 0], results

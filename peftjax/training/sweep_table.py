@@ -1,0 +1,75 @@
+"""The outcomes of a sweep as a table that fits a terminal of 80 columns."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from peftjax.report.charts import main_scores
+
+SEED = "seed"
+
+Outcome = Mapping[str, Any]  # an entry of sweep.json
+
+
+def make_table(found: Sequence[Outcome]) -> Table:
+    """The outcomes, lowest loss first: the fields that vary, the loss and the main score.
+
+    Runs that differ only in their seeds share a row, with the mean of their scores and its standard deviation.
+    """
+    values: dict[str, list[Any]] = {name: [one["values"][name] for one in found] for name in found[0]["values"]}
+    varied = [name for name, given in values.items() if name != SEED and any(value != given[0] for value in given)]
+    groups: dict[str, list[Outcome]] = {}
+    for one in found:
+        groups.setdefault(repr([one["values"][name] for name in varied]), []).append(one)
+    scores = _scores(found)
+    several = any(len(group) > 1 for group in groups.values())
+    caption = "mean ± standard deviation over the seeds" if several else None
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    for name in [*(short_name(field, values) for field in varied), *["seeds"] * several]:
+        table.add_column(name, justify="right", overflow="fold")
+    for name in scores:
+        table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right", no_wrap=True)
+    ranked = sorted(groups.values(), key=lambda group: _mean(_finite(group, scores[0])))
+    for group in ranked:
+        going = [one for one in group if "failed" not in one]
+        count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
+        cells = [_score(_finite(group, name)) for name in scores] if going else ["not finite"]
+        table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
+    return table
+
+
+def short_name(field: str, fields: Iterable[str]) -> str:
+    """The field without its section, unless that is ambiguous."""
+    leaf = field.rpartition(".")[2]
+    return leaf if [other.rpartition(".")[2] for other in fields].count(leaf) == 1 else field
+
+
+def value_text(value: Any) -> str:
+    """A value of a field as text, also for the name of a directory."""
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _scores(found: Sequence[Outcome]) -> list[str]:
+    """The loss that orders the runs, and the most telling score."""
+    there = {name for one in found for name in one["scores"]}
+    loss = "eval_loss" if "eval_loss" in there else "loss"
+    return [loss, *main_scores([dict.fromkeys(there)])[:1]]
+
+
+def _finite(group: Iterable[Outcome], name: str) -> list[float]:
+    return [one["scores"][name] for one in group if name in one["scores"]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.inf
+
+
+def _score(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{_mean(values):.4g}{deviation}"
