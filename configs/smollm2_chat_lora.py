@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.data.pack = True
 
     config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 5
+    config.optim.warmup_fraction = 1 / 8
 
     config.train.steps = 40
     config.train.batch_size = 4

@@ -22,10 +22,16 @@ from peftjax.log import Log
 from peftjax.methods import Full
 from peftjax.totals import Batch
 from peftjax.training import config as configs
-from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.run import Run
-from peftjax.training.setup import attach_method, base_fingerprint, check_fit, open_checkpoints, open_data
+from peftjax.training.setup import (
+    attach_method,
+    base_fingerprint,
+    check_fit,
+    open_checkpoints,
+    open_data,
+    resolve_config,
+)
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
@@ -40,15 +46,15 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
         no longer finite.
     """
-    mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
+    mesh = sharding.make_mesh(config.mesh.sizes)
     with (
         Preemption() as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
         open_checkpoints(config, workdir) as checkpoints,
     ):
-        config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
+        config, source = resolve_config(config, task, data, workdir, checkpoints)
         check_fit(config, task, data, mesh)  # from shapes alone, before any weights are read
         model = task.load_model(config.model, task.directory, mesh, config.seed)  # streamed, sharded and quantized
         base = base_fingerprint(model)
@@ -62,7 +68,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
             gradients, totals = accumulate(objective, state, frozen, batch)  # value_and_grad, scanned over microbatches
             return apply(tx, state, gradients), summary(gradients, totals)
 
-        start, scores = int(state.step), dict[str, float]()
+        start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
         with Log(workdir, total_steps=steps, resume_step=start, enabled=jax.process_index() == 0) as log:
             run.introduce(state, log)
             if start == 0:
@@ -75,7 +81,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                 stop = preemption.reached()
                 run.log_step(step, log, stopping=stop)
                 fresh = run.evaluate(state, log) if run.due.eval(step) else {}
-                if run.due.save(step) or stop:
+                if run.save_is_due(step) or stop:
                     run.save(state, step, fresh, log, checkpoints)
                 scores = fresh or scores
                 if stop and step < steps:

@@ -32,7 +32,7 @@ from peftjax.report.data import ReportData, Sample, count_parts, count_trained, 
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, optim, start_from
+from peftjax.training import answers, duration, optim, precision, start_from
 from peftjax.training import config as configs
 from peftjax.training.card import write_card
 from peftjax.training.config import Config
@@ -137,7 +137,7 @@ class Run:
             parts=parts,
             optimizer_bytes=tree_bytes(state.optimizer),
             versions=versions(),
-            default_config=json.loads(configs.to_json(default)),
+            default_config=json.loads(configs.to_json(self._resolved(default))),
         )
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
@@ -148,12 +148,19 @@ class Run:
             log.message(
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
+        log.message(duration.describe(config, self.task, self.batches))
         if config.start_from and state.step == 0:
             log.message(start_from.describe(config))
         if state.step > 0:
             log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
         if self.planned < config.train.steps:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
+
+    def _resolved(self, default: Config) -> Config:
+        """The default config with what it stands for in this run: the report shows which values of the run differ."""
+        same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=self.config.train.steps))
+        resolved = precision.resolve(duration.in_steps(same, lambda: 0), self.task.hf_config)
+        return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Check the steps since the last check, if a line of the log or a checkpoint is due, and write the line.
@@ -166,6 +173,10 @@ class Run:
             if self.due.log(step):
                 log.step(step, numbers | {"learning_rate": float(self.schedule(step - 1))})
 
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step; every process must call this method after every step."""
+        return self.due.save(step) or self.due.save_by_time(step)
+
     def save(
         self, state: TrainState, step: int, scores: Mapping[str, float], log: Log, checkpoints: Checkpoints
     ) -> None:
@@ -173,6 +184,7 @@ class Run:
         score = -scores["eval_loss"] if scores else None
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
+        self.due.saved()
         if self.config.checkpoint.adapter and step < self.config.train.steps:
             self.write_result(state)
         self.window.reopen()
