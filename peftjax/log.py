@@ -108,6 +108,11 @@ class Log:
     ) -> None:
         self.close()
 
+    @property
+    def prints(self) -> bool:
+        """Whether messages are printed."""
+        return self._printing
+
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the training metrics of a step.
 

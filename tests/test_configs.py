@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftjax.core.errors import UserError
+from peftjax.data.fields import fill
 from peftjax.training import config as configs
 from peftjax.training import duration
 from peftjax.training.config import DEFAULT_STEPS
@@ -28,13 +29,28 @@ def test_a_config_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"])
+FIELDS = {
+    **dict.fromkeys(("cola", "sst2"), ("sentence",)),
+    **dict.fromkeys(("mrpc", "stsb", "rte", "wnli"), ("sentence1", "sentence2")),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+}
+
+
+@pytest.mark.parametrize("task", FIELDS)
 def test_a_task_of_glue_has_its_config(task: str) -> None:
     config = configs.load(f"{GLUE}:{task}")
     assert config.data.train == (f"tfds:glue/{task}/train",)
     assert (config.task.kind, len(config.task.labels)) == (
         ("regression", 0) if task == "stsb" else ("classification", 3 if task == "mnli" else 2)
     )
+    record = {field: f"the {field}" for field in FIELDS[task]} | {"label": 0, "idx": 7}  # as in a local file
+    texts = [config.data.prompt_template, *filter(None, [config.data.pair_template])]
+    assert [fill(text, record, config.data, "a.jsonl:1") for text in texts] == [
+        f"the {field}" for field in FIELDS[task]
+    ]
+    assert config.data.label_field == "label"
     config = duration.in_steps(config, lambda: 3200)
     assert (config.train.steps, config.train.eval_every, config.optim.warmup_steps) == (300, 100, 18)
 

@@ -38,7 +38,7 @@ def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) ->
         return len(fills), True
     if len(fills) <= packing.OPEN_ROWS:  # none is complete: further records would fill them
         found = sum(fills)
-    return max(1, round(found * len(source) / len(sample))), False
+    return round(found * len(source) / len(sample)), False
 
 
 def _fill(row: Row) -> float:

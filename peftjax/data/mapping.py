@@ -73,7 +73,7 @@ def load_function(spec: str) -> Callable[[Record], Any]:
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"data.map={spec}: {place} has no function {name!r}.{suggest(name, functions)}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _from_file(place: str, spec: str) -> ModuleType:

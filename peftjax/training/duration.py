@@ -73,6 +73,8 @@ def describe(config: Config, task: Task, batches: Batches) -> str:
         rows, exact = count_rows(batches.source, config.data, task, GLANCED)
     except UserError:  # reported when the record is read
         return text
+    if not rows:
+        return text
     epochs = f"{steps * size / rows:.3g}"
     about = "" if exact else "about "
     return f"{text}: {about}{epochs} {'epoch' if epochs == '1' else 'epochs'} of {rows:,} {unit if rows > 1 else unit[:-1]}"

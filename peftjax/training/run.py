@@ -148,7 +148,8 @@ class Run:
             log.message(
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
-        log.message(duration.describe(config, self.task, self.batches))
+        if log.prints:  # with packing, records are tokenized for it
+            log.message(duration.describe(config, self.task, self.batches))
         if config.start_from and state.step == 0:
             log.message(start_from.describe(config))
         if state.step > 0:
