@@ -68,7 +68,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.epochs and self.steps != DEFAULT_STEPS:
             raise UserError(
-                f"train.epochs={self.epochs:g} and train.steps={self.steps} both give the length of the run; set one of them"
+                f"train.epochs={self.epochs:g} and train.steps={self.steps} both give the length of the run; set "
+                f"train.epochs=0, or leave train.steps at its default, {DEFAULT_STEPS}"
             )
         if self.batch_size % self.accumulate:
             raise UserError(

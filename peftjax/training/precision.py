@@ -35,8 +35,8 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     """
     if config.model.dtype != "auto":
         return config
-    model = stored["model"]
-    return _with(config, model["dtype"], config.model.param_dtype or model["param_dtype"])
+    model = stored.get("model", {})
+    return _with(config, model.get("dtype", "float32"), config.model.param_dtype or model.get("param_dtype", ""))
 
 
 def _with(config: Config, dtype: str, param_dtype: str) -> Config:
