@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
 
     config.optim.learning_rate = 1e-2
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 20
+    config.optim.warmup_fraction = 1 / 30
 
     config.train.steps = 600
     config.train.batch_size = 16

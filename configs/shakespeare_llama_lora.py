@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.max_length = 256
     config.data.pack = True
     config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 20
+    config.optim.warmup_fraction = 1 / 15
     config.train.steps = 300
     config.train.batch_size = 8
     config.train.log_every = 20

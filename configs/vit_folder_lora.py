@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data.eval = ("images:data/flowers/eval",)
     config.data.workers = 4  # threads that open and resize images
     config.optim.learning_rate = 2e-3
-    config.optim.warmup_steps = 20
+    config.optim.warmup_fraction = 0.05
     config.train.steps = 400
     config.train.batch_size = 32
     config.train.eval_every = 100

@@ -113,6 +113,11 @@ class Log:
     ) -> None:
         self.close()
 
+    @property
+    def prints(self) -> bool:
+        """Whether messages are printed."""
+        return self._enabled and not self._quiet
+
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the training metrics of a step.
 

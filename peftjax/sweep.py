@@ -14,7 +14,8 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,10 +34,10 @@ from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
-from peftjax.training import start_from
+from peftjax.training import duration, precision
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
-from peftjax.training.setup import check_fit, open_checkpoints, open_data
+from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.sweep_table import make_table, short_name, value_text
 
 # Fields that may differ within a population: they change neither the structure of the model nor the data.
@@ -95,6 +96,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
         for member in runs:
             workdirs.check(member.workdir, member.config.model.path)
+        resolve(runs)
         waiting = [member for member in runs if not finished(member)]
         if len(waiting) < len(runs):
             say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
@@ -117,16 +119,35 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
     return found
 
 
+def resolve(runs: Iterable[Member]) -> None:
+    """Put all lengths in the runs' configs in steps and take the dtype of started runs, so that runs can be compared."""
+    counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
+
+    def rows(config: Config) -> int:
+        key = (config.model.path, config.model.revision, config.task, config.data)
+        if key not in counted:
+            task, data = open_data(config, sharding.make_mesh(config.mesh.sizes))
+            with contextlib.closing(data):
+                counted[key] = duration.rows_of_epoch(config, task, data)
+        return counted[key]
+
+    for member in runs:
+        try:
+            member.config = duration.in_steps(member.config, partial(rows, member.config))
+            with open_checkpoints(member.config, member.workdir) as checkpoints:
+                if (identity := checkpoints.identity()) is not None:
+                    member.config = precision.as_stored(member.config, identity["config"])
+        except UserError as error:
+            raise UserError(f"{member.name}: {error}") from None
+
+
 def check_member(member: Member) -> None:
     """Check what can be checked of a run before any weights are read; a message names the run. See `check_fit`."""
     mesh = sharding.make_mesh(member.config.mesh.sizes)
     try:
-        config = member.config
-        if config.start_from:
-            with open_checkpoints(config, member.workdir) as checkpoints:
-                config, _ = start_from.resolve(config, member.workdir, checkpoints)
-        task, data = open_data(config, mesh)
-        with contextlib.closing(data):
+        task, data = open_data(member.config, mesh)
+        with contextlib.closing(data), open_checkpoints(member.config, member.workdir) as checkpoints:
+            config, _ = resolve_config(member.config, task, data, member.workdir, checkpoints)
             check_fit(config, task, data, mesh)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from None
@@ -135,6 +156,7 @@ def check_member(member: Member) -> None:
 def finished(member: Member) -> bool:
     """Whether the run is finished. Raises a UserError if its directory holds a run with another configuration."""
     with open_checkpoints(member.config, member.workdir) as checkpoints:
+        check_workdir(member.config, member.workdir, checkpoints)
         done = checkpoints.latest_step() == member.config.train.steps
     return done and (member.workdir / "report.html").exists()
 

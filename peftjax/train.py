@@ -22,11 +22,17 @@ from peftjax.log import Log
 from peftjax.methods import Full
 from peftjax.totals import Batch
 from peftjax.training import config as configs
-from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks, Trained
 from peftjax.training.run import Run
-from peftjax.training.setup import attach_method, base_fingerprint, check_fit, open_checkpoints, open_data
+from peftjax.training.setup import (
+    attach_method,
+    base_fingerprint,
+    check_fit,
+    open_checkpoints,
+    open_data,
+    resolve_config,
+)
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
@@ -46,19 +52,18 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
         no longer finite.
     """
-    mesh, steps = sharding.make_mesh(config.mesh.sizes), config.train.steps
+    mesh = sharding.make_mesh(config.mesh.sizes)
     with (
         Preemption() as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
         open_checkpoints(config, workdir) as checkpoints,
     ):
-        config, source = start_from.resolve(config, workdir, checkpoints)
         task, data = open_data(config, mesh)
+        config, source = resolve_config(config, task, data, workdir, checkpoints)
         check_fit(config, task, data, mesh, hooks.model)  # from shapes alone, before any weights are read
-        model = hooks.model or task.load_model(
-            config.model, task.directory, mesh, config.seed
-        )  # streamed, sharded and quantized
+        # streamed, sharded and quantized
+        model = hooks.model or task.load_model(config.model, task.directory, mesh, config.seed)
         base = base_fingerprint(model)
         method = attach_method(config, task, model, mesh, source)
         objective, tx, trainable, frozen = parts = split(config, task, model, method, hooks.optimizer)
@@ -70,10 +75,9 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
             gradients, totals = accumulate(objective, state, frozen, batch)  # value_and_grad, scanned over microbatches
             return apply(tx, state, gradients), summary(gradients, totals)
 
-        start, scores = int(state.step), dict[str, float]()
-        with Log(
-            workdir, total_steps=steps, resume_step=start, enabled=jax.process_index() == 0, on_line=hooks.on_metrics
-        ) as log:
+        start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
+        first = jax.process_index() == 0
+        with Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log:
             run.introduce(state, log)
             if start == 0:
                 scores = run.evaluate(state, log)
@@ -85,7 +89,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
                 stop = preemption.reached()
                 run.log_step(step, log, stopping=stop)
                 fresh = run.evaluate(state, log) if run.due.eval(step) else {}
-                if run.due.save(step) or stop:
+                if run.save_is_due(step) or stop:
                     run.save(state, step, fresh, log, checkpoints)
                 scores = fresh or scores
                 if stop and step < steps:

@@ -36,6 +36,7 @@ def config(root: Path, method: str = "lora", **fields: Any) -> Any:
     made.data.format, made.data.max_length = "completion", 24
     made.optim.learning_rate = 1e-2
     made.train.steps, made.train.batch_size, made.train.log_every = 6, 8, 2
+    made.train.eval_every = 0
     made.eval.exact_match, made.eval.samples, made.eval.max_new_tokens = 3, 2, 4
     made.checkpoint.every = 3
     for name, value in fields.items():

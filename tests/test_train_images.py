@@ -52,6 +52,7 @@ def make_config(world: Path) -> Callable[..., Any]:
         made.data.train, made.data.eval = (f"images:{world}/train",), (f"images:{world}/eval",)
         made.optim.learning_rate = 2e-2
         made.train.steps, made.train.batch_size, made.train.log_every = 6, 8, 2
+        made.train.eval_every = 0
         made.checkpoint.every = 3
         return configs.validate(made)
 

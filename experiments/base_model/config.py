@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.optim.learning_rate = 4e-3
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 100
+    config.optim.warmup_fraction = 0.04
     config.optim.weight_decay = 0.1
     config.optim.b2 = 0.95
 

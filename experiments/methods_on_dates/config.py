@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.data.max_length = 64
     config.data.pack = True
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 10
+    config.optim.warmup_fraction = 0.1
     config.train.steps = 100
     config.train.batch_size = 8
     config.train.loss_chunk = 64

@@ -12,8 +12,9 @@ config file a ConfigDict to change. `config_file` and `config_values` turn such 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 from ml_collections import ConfigDict
 
@@ -31,6 +32,9 @@ class Field:
       high: The largest allowed number.
       of_method: Whether it is an option of a PEFT method, which the method's own class checks further. There, a string
         and a tuple may stand for each other (one pattern, several names), a dict for a tuple of pairs, and anything for None.
+      interval: Whether it is an interval: a number of steps, or text as `Interval.parse` reads it.
+      instead_of: The field of the same section in whose place it may be set; empty means none. On the command line each
+        of the two replaces the other.
     """
 
     default: Any
@@ -39,6 +43,30 @@ class Field:
     low: float = -math.inf
     high: float = math.inf
     of_method: bool = False
+    interval: bool = False
+    instead_of: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An interval in units other than steps.
+
+    Attributes:
+      amount: How many units.
+      of_run: Whether the unit is a run; otherwise it is an epoch.
+    """
+
+    amount: float
+    of_run: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The interval in "10%" (of the run) or in "0.5 epochs"; None if it is neither, or not positive."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|epochs?)\s*", text)
+        if not match or not float(match[1]):
+            return None
+        of_run = match[2] == "%"
+        return cls(float(match[1]) / 100 if of_run else float(match[1]), of_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +83,25 @@ class Schema:
 
 
 def field(
-    default: Any, meaning: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    interval: bool = False,
+    instead_of: str = "",
 ) -> Any:
     """A dataclass field with the specification of a configuration field."""
-    return dataclasses.field(default=default, metadata={"field": Field(default, meaning, choices, low, high)})
+    made = Field(default, meaning, choices, low, high, interval=interval, instead_of=instead_of)
+    return dataclasses.field(default=default, metadata={"field": made})
+
+
+def replaced_by(given: Collection[str], fields: Mapping[str, Field]) -> list[str]:
+    """The fields that some given ones replace and that are not given themselves, by dotted name."""
+    pairs = [(name, f"{name.rpartition('.')[0]}.{each.instead_of}") for name, each in fields.items() if each.instead_of]
+    both = [*pairs, *((other, name) for name, other in pairs)]
+    return [other for name, other in both if name in given and other not in given]
 
 
 def section(cls: type) -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peftjax.core.config import Field, Schema
+from peftjax.core.config import Field, Interval, Schema, replaced_by
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 
@@ -53,10 +53,13 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
       values: What `complete` returned.
       overrides: Strings "--config.optim.learning_rate=1e-3". The text is read as the field's type: true or false, an
         int, a float, a string as it stands, a tuple as comma-separated elements or a Python literal, "none" for None.
-        Another method.name first replaces the section `method` by that method's defaults.
+        Another method.name first replaces the section `method` by that method's defaults, and a field that may be set
+        in place of another one resets it.
       schema: The known fields.
     """
     parsed = [_split(item) for item in overrides]
+    for name in replaced_by([name for name, _, _ in parsed], schema.fields):
+        values[name] = schema.fields[name].default
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
@@ -96,6 +99,8 @@ def _split(item: str) -> tuple[str, str, str]:
 def _parse(text: str, field: Field) -> Any:
     """The text of an override as the field's type, or as it stands where that fails: `_checked` then refuses it."""
     default = field.default
+    if field.interval:
+        return int(text) if text.strip().isdecimal() else text
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(default, int | float):
@@ -148,6 +153,8 @@ def _checked(name: str, value: Any, field: Field, source: str) -> Any:
 
 def _fits(value: Any, field: Field) -> bool:
     default = field.default
+    if field.interval:
+        return type(value) is int or (isinstance(value, str) and Interval.parse(value) is not None)
     if default is None:
         return field.of_method or value is None or isinstance(value, str)
     if field.of_method and isinstance(default, str | tuple):
@@ -158,6 +165,8 @@ def _fits(value: Any, field: Field) -> bool:
 
 
 def _expected(field: Field) -> str:
+    if field.interval:
+        return "a number of steps, a percentage of the run such as '10%', or epochs such as '0.5 epochs'"
     if field.of_method and isinstance(field.default, str | tuple):
         return "a string or a tuple"
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}

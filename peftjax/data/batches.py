@@ -22,6 +22,7 @@ from peftjax.core.errors import UserError
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import Encoder, Row
+from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
 from peftjax.data.sources import Concatenated, Source, open_source, split_weight
@@ -86,6 +87,9 @@ class Batches(Iterator[HostBatch]):
     """An iterator over batches that counts what it returned and can be set back to an earlier position.
 
     State, summary and counts cover the batches that were returned, not those that threads prepared ahead.
+
+    Attributes:
+      source: All training records, of which an epoch has each once; None for a mixture with weights.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Batches(Iterator[HostBatch]):
         self._preview: Preview | None = None
         stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
+        self.source: Source | None = None
         self._iterator = iter(stream)
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
 
@@ -245,7 +250,9 @@ def train_batches(data: DataConfig, encoder: Encoder, batching: Batching, seed: 
     lengths = _lengths(specs, sources)
     named = lengths if given else [(", ".join(specs), len(parts[0]))]
     kept = Kept(read(order, data.workers), data, named, {})
-    return Batches("train", data, encoder, batching, kept, lengths)
+    batches = Batches("train", data, encoder, batching, kept, lengths)
+    batches.source = None if given else parts[0]
+    return batches
 
 
 def eval_batches(data: DataConfig, encoder: Encoder, batching: Batching) -> EvalBatches:
@@ -311,7 +318,8 @@ def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], li
     pairs = [split_weight(spec) for spec in given]
     if which == "eval" and any(weight is not None for _, weight in pairs):
         raise UserError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
-    sources = [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec, _ in pairs]
+    opened = [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec, _ in pairs]
+    sources: list[Source] = [Mapped(source, data.map) for source in opened] if data.map else opened
     for source in sources:
         encoder.document(source[0], source.name(0))
     return [spec for spec, _ in pairs], [weight for _, weight in pairs], sources

@@ -16,6 +16,11 @@ class DataConfig:
     )
     eval: tuple[str, ...] = field((), "Held-out sources, in the same notation")
     tfds_data_dir: str = field("", "Directory of prepared TFDS datasets; empty: the default of TFDS")
+    map: str = field(
+        "",
+        "Function that turns each record into another one before its fields are read: MODULE:FUNCTION or FILE.py:FUNCTION; "
+        "empty: none",
+    )
     format: str = field(
         "text",
         "Record format for causal_lm: a single text, a prompt and its completion, chat messages, or the fields of ShareGPT "

@@ -29,7 +29,7 @@ from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
 from peftjax.training import config as configs
-from peftjax.training import start_from
+from peftjax.training import precision, start_from
 from peftjax.training.config import Config
 
 _SUMMARY = """\
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     directory = resolve(config.model.path, config.model.revision, files=("config.json",))
     hf_config = read_json(directory / "config.json")
     hf_config["quantization_config"] = stored_quantization(directory)
+    config = precision.resolve(config, hf_config, device.platform)
     console = make_console(soft_wrap=True)
     one = not (given.search or given.compare)
 

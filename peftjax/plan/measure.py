@@ -19,7 +19,7 @@ from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
 from peftjax.plan.traced import TracedStep, state_bytes, trace_step
 from peftjax.plan.variants import full_fine_tuning
-from peftjax.training import jaxpr_cost
+from peftjax.training import jaxpr_cost, precision
 from peftjax.training.config import Config
 
 _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}
@@ -37,6 +37,7 @@ def measure(config: Config, hf_config: Mapping[str, Any], device: Device, *, adv
     Raises:
         UserError: The model, the method and the config do not go together.
     """
+    config = precision.resolve(config, hf_config, device.platform)
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
     step = trace_step(config, hf_config, mesh)

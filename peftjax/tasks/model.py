@@ -1,12 +1,15 @@
 """The section `model` of the configuration, and the base model that it describes."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from peftjax.core.config import field
+from peftjax.io.hf_files import read_json
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.models.base import Model
@@ -18,9 +21,15 @@ class ModelConfig:
 
     path: str = field("embedded", 'Hugging Face directory or hub id; "embedded" for the bundled model')
     revision: str | None = field(None, "Branch, tag or commit of a hub id; none: the default branch")
-    dtype: str = field("float32", "Compute dtype", choices=("float32", "bfloat16"))
+    dtype: str = field(
+        "auto",
+        "Compute dtype; auto: bfloat16 on TPUs and GPUs if that is the dtype in the model's config.json, otherwise float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
     param_dtype: str = field(
-        "", "Dtype of the base parameters; empty: model.dtype", choices=("", "float32", "bfloat16")
+        "",
+        "Dtype of the base parameters; empty: model.dtype, or float32 in full fine-tuning with dtype auto",
+        choices=("", "float32", "bfloat16"),
     )
     quantize: str = field(
         "", "Quantization format of the frozen weights; empty: not quantized", choices=("", "nf4", "nf4_single", "int8")
@@ -49,6 +58,22 @@ class ModelConfig:
     )
 
 
+def auto_dtype(hf_config: Mapping[str, Any], platform: str | None = None) -> str:
+    """The dtype for model.dtype="auto": bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
+
+    On CPUs, float32 is faster.
+
+    Args:
+      hf_config: The fields of the model's config.json.
+      platform: "cpu", or another one for an accelerator; default: that of JAX.
+    """
+    text = hf_config.get("text_config")  # of a multimodal model
+    parts = [hf_config, *([text] if isinstance(text, Mapping) else [])]
+    stored = next((part[name] for part in parts for name in ("dtype", "torch_dtype") if part.get(name)), None)
+    accelerated = (platform or jax.default_backend()) != "cpu"
+    return "bfloat16" if accelerated and stored == "bfloat16" else "float32"
+
+
 def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **options: Any) -> Model:
     """The base model in a directory without adapters, sharded over the mesh.
 
@@ -62,7 +87,7 @@ def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **opt
     make = make_random if config.init == "random" else load_model
     return make(
         directory,
-        config.dtype,
+        auto_dtype(read_json(directory / "config.json")) if config.dtype == "auto" else config.dtype,
         config.quantize or None,
         param_dtype=config.param_dtype or None,
         remat=config.remat,

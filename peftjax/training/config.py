@@ -43,19 +43,36 @@ __all__ = [
 ]
 
 
+DEFAULT_STEPS = 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long the training is, how large its steps are, and when it logs and evaluates."""
 
-    steps: int = field(1000, "Number of optimizer updates", low=1)
+    steps: int = field(DEFAULT_STEPS, "Number of optimizer updates", low=1)
+    epochs: float = field(
+        0.0, "Number of passes over data.train, in place of steps; 0: steps", low=0, instead_of="steps"
+    )
     batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
     accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
     loss_chunk: int = field(128, "Positions of a sequence whose logits are in memory at the same time", low=1)
     log_every: int = field(10, "Steps between two lines of metrics", low=1)
-    eval_every: int = field(0, "Steps between two evaluations; 0: only after the last step", low=0)
+    eval_every: int | str = field(
+        "10%",
+        "Interval between two evaluations: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs'); "
+        "0: only after the last step",
+        low=0,
+        interval=True,
+    )
     eval_batches: int = field(0, "Batches per evaluation; 0: all held-out records", low=0)
 
     def __post_init__(self) -> None:
+        if self.epochs and self.steps != DEFAULT_STEPS:
+            raise UserError(
+                f"train.epochs={self.epochs:g} and train.steps={self.steps} both give the length of the run; set "
+                f"train.epochs=0, or leave train.steps at its default, {DEFAULT_STEPS}"
+            )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}"
@@ -81,7 +98,17 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are saved, and which of them are kept."""
 
-    every: int = field(100, "Steps between two checkpoints", low=1)
+    every: int | str = field(
+        100,
+        "Interval between two checkpoints: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs')",
+        low=1,
+        interval=True,
+    )
+    minutes: float = field(
+        10.0,
+        "Minutes between two checkpoints if `every` takes longer, checked at each line of the log; 0: no limit",
+        low=0,
+    )
     keep: int = field(2, "Number of most recent checkpoints to keep", low=1)
     keep_best: bool = field(True, "Also keep the checkpoint with the lowest evaluation loss")
     adapter: bool = field(False, "Also write adapter/ with every checkpoint, not only at the end")
@@ -112,7 +139,7 @@ class Config:
     start_from: str = dataclasses.field(default="", metadata={"fields": {}})  # method.start_from
 
     def __post_init__(self) -> None:
-        if self.optim.warmup_steps > self.train.steps:
+        if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be at most train.steps={self.train.steps}"
             )
@@ -177,6 +204,9 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
       UserError: As `validate`.
     """
     values = to_dict(config)
+    for name in core_config.replaced_by(fields, SCHEMA.fields):
+        head, _, leaf = name.partition(".")
+        values[head][leaf] = SCHEMA.fields[name].default
     for name, value in fields.items():
         head, _, leaf = name.partition(".")
         if name == "method.name":

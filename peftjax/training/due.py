@@ -1,31 +1,55 @@
 """At which steps a run logs, evaluates and saves."""
 
-import dataclasses
+import time
+from collections.abc import Callable
 
+from peftjax.core import distributed
 from peftjax.training.config import Config
 
 
-@dataclasses.dataclass(frozen=True)
 class Due:
-    """What is due after a step. All of it is due after the last one."""
+    """What is due after a step. All of it is due after the last one.
 
-    config: Config
+    Args:
+      config: A config whose lengths are in steps.
+      clock: A clock in seconds. In a distributed run, that of process 0 decides.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config, self._clock = config, clock
+        self._saved = clock()
 
     def log(self, step: int) -> bool:
         """Whether a line of metrics is."""
-        return self._last(step) or _every(step, self.config.train.log_every)
+        return self._last(step) or _every(step, self._config.train.log_every)
 
     def eval(self, step: int) -> bool:
         """Whether an evaluation is."""
-        return self._last(step) or _every(step, self.config.train.eval_every)
+        return self._last(step) or _every(step, self._config.train.eval_every)
 
     def save(self, step: int) -> bool:
-        """Whether a checkpoint is: also after every evaluation."""
-        return self.eval(step) or _every(step, self.config.checkpoint.every)
+        """Whether a checkpoint is by the number of the step: also after every evaluation."""
+        return self.eval(step) or _every(step, self._config.checkpoint.every)
+
+    def save_by_time(self, step: int) -> bool:
+        """Whether a checkpoint is, because the last one is checkpoint.minutes old.
+
+        Asked after a line of the log, for which the processes have waited for the device anyway; there they agree on the
+        answer. Every process must call this method after the same steps.
+        """
+        minutes = self._config.checkpoint.minutes
+        if not minutes or not self.log(step):
+            return False
+        return any(distributed.gather(self._clock() - self._saved >= 60 * minutes)[:1])
+
+    def saved(self) -> None:
+        """Measure the time from now on."""
+        self._saved = self._clock()
 
     def _last(self, step: int) -> bool:
-        return step == self.config.train.steps
+        return step == self._config.train.steps
 
 
-def _every(step: int, count: int) -> bool:
+def _every(step: int, count: int | str) -> bool:
+    assert isinstance(count, int)  # resolved by `duration.in_steps`
     return count > 0 and step % count == 0

@@ -15,6 +15,7 @@ moment and no update.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,10 @@ class OptimConfig:
     learning_rate: float = field(1e-4, "Peak learning rate", low=0)
     schedule: str = field("cosine", "Learning rate schedule after the warmup", choices=SCHEDULES)
     warmup_steps: int = field(0, "Steps over which the learning rate rises from 0", low=0)
+    warmup_fraction: float = field(
+        0.0, "Warmup as a fraction of all steps, in place of warmup_steps; 0: warmup_steps", low=0, high=1,
+        instead_of="warmup_steps",
+    )  # fmt: skip
     final_fraction: float = field(0.0, "Final learning rate as a fraction of the peak", low=0, high=1)
     weight_decay: float = field(0.0, "Decoupled weight decay; not applied to norms and biases", low=0)
     b1: float = field(0.9, "Decay rate of the first moment (adamw, lion)", low=0, high=1)
@@ -52,18 +57,28 @@ class OptimConfig:
     )
     clip_norm: float = field(1.0, "Maximum global norm of the gradient; 0: no clipping", low=0)
 
-    def __post_init__(self) -> None:  # what the bounds of the fields cannot say: open intervals
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.warmup_fraction:
+            raise UserError(
+                f"optim.warmup_steps={self.warmup_steps} and optim.warmup_fraction={self.warmup_fraction:g} both give the "
+                "length of the warmup; set one of them"
+            )
+        # what the bounds of the fields cannot say: open intervals
         for name, value in (("b1", self.b1), ("b2", self.b2), ("momentum", self.momentum)):
             if value == 1:
                 raise UserError(f"optim.{name}=1 must be less than 1")
         if self.eps == 0:  # 0 would divide 0 by 0: LoRA's A has no gradient while B is zero
             raise UserError("optim.eps=0 must be more than 0, for example 1e-8")
 
+    def warmup(self, steps: int) -> int:
+        """The steps of the warmup in a run of so many steps; a fraction is rounded up, as in transformers."""
+        return math.ceil(round(self.warmup_fraction * steps, 6)) if self.warmup_fraction else self.warmup_steps
+
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate lr(s) of update s = 0, 1, ..., steps - 1.
 
-    With w = warmup_steps and f = final_fraction:
+    With w = config.warmup(steps) and f = final_fraction:
 
         s <  w:   learning_rate * s / w
         s >= w:   learning_rate * (f + (1 - f) * shape(x)),   x = (s - w) / (steps - w)
@@ -77,7 +92,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     Returns:
       A function from a step, an int or an int32 array, to a float32 scalar.
     """
-    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
+    peak, warmup, final = config.learning_rate, config.warmup(steps), config.final_fraction
 
     def schedule(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

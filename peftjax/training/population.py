@@ -28,11 +28,10 @@ from peftjax.log import Log
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.totals import Batch
-from peftjax.training import start_from
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.run import Run
-from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data
+from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
 from peftjax.training.split import Parts, split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, mesh_of, shardings, summary
 
@@ -129,14 +128,17 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     """
     for member in population:
         opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
-    data = [open_data(member.config, mesh) for member in population]
-    (task, _), config = data[0], population[0].config
+    prepared = []
+    for member in population:
+        task, batches = open_data(member.config, mesh)
+        checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
+        config, source = resolve_config(member.config, task, batches, member.workdir, checkpoints)
+        prepared.append((member, config, source, task, batches, checkpoints))
+    _, config, _, task, *_ = prepared[0]
     shared = task.load_model(config.model, task.directory, mesh, config.seed)
     base = base_fingerprint(shared)
     groups: dict[Any, list[Training]] = {}
-    for member, (task, batches) in zip(population, data, strict=True):
-        checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
-        config, source = start_from.resolve(member.config, member.workdir, checkpoints)
+    for member, config, source, task, batches, checkpoints in prepared:
         model: Model = nnx.clone(shared)
         method = attach_method(config, task, model, mesh, source)
         parts = split(config, task, model, method)
@@ -173,7 +175,7 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
             going = [one for one in group if not one.member.failed]
             if not going:
                 return
-            if due.save(step) or stop:
+            if group[0].run.save_is_due(step) or stop:
                 for one in going:
                     scores = evaluate(one) if due.eval(step) else {}
                     if not one.member.failed:
@@ -181,6 +183,7 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
                 going = [one for one in going if not one.member.failed]
                 if not going:
                     return
+                due.saved()
                 for one in going:
                     one.run.window.reopen()  # no run's speed counts the time that others took to save
             if due.log(step):

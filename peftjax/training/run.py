@@ -35,7 +35,7 @@ from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.tasks import Task
-from peftjax.training import answers, card, optim, predictions, start_from
+from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.due import Due
@@ -144,7 +144,7 @@ class Run:
             optimizer_bytes=tree_bytes(state.optimizer),
             origin=origin(self.workdir),
             versions=versions(),
-            default_config=json.loads(configs.to_json(default)),
+            default_config=json.loads(configs.to_json(self._resolved(default))),
         )
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
@@ -155,6 +155,8 @@ class Run:
             log.message(
                 f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
             )
+        if log.prints:  # with packing, records are tokenized for it
+            log.message(duration.describe(config, self.task, self.batches))
         if padding := self.batches.padding_text():
             log.message(padding)
         if config.start_from and state.step == 0:
@@ -163,6 +165,12 @@ class Run:
             log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
         if self.planned < config.train.steps and not self.hooks.optimizer:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
+
+    def _resolved(self, default: Config) -> Config:
+        """The default config with what it stands for in this run: the report shows which values of the run differ."""
+        same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=self.config.train.steps))
+        resolved = precision.resolve(duration.in_steps(same, lambda: 0), self.task.hf_config)
+        return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Count a step; check those since the last check, if a line of the log or a checkpoint is due, and write the line.
@@ -177,6 +185,10 @@ class Run:
                 rate = {} if self.hooks.optimizer else {"learning_rate": float(self.schedule(step - 1))}
                 log.step(step, numbers | rate)
 
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step; every process must call this method after every step."""
+        return self.due.save(step) or self.due.save_by_time(step)
+
     def save(
         self, state: TrainState, step: int, scores: Mapping[str, float], log: Log, checkpoints: Checkpoints
     ) -> None:
@@ -185,6 +197,7 @@ class Run:
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         with log.progress.phase(SAVING):
             checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
+            self.due.saved()
             if self.config.checkpoint.adapter and step < self.config.train.steps:
                 self.write_result(state)
         self.window.reopen()

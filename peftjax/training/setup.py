@@ -30,38 +30,60 @@ from peftjax.models.base import Model
 from peftjax.nn.attention_kernels import SPLASH_BLOCK
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
-from peftjax.training import start_from
+from peftjax.training import duration, precision, start_from
 from peftjax.training.abstract import abstract_model, abstract_step
 from peftjax.training.config import Config
 from peftjax.training.memory import check_batch, check_step
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
-FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.")
+FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.", "train.eval_every:")
+# The same where train.steps is raised: the schedule spans the new number of steps.
+FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:")
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-    """The checkpoints of the run in a workdir. The run may be extended: train.steps may be higher than before.
+    """The checkpoints of the run in a workdir."""
+    return Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+
+
+def resolve_config(
+    config: Config, task: Task, data: Batches, workdir: Path, checkpoints: Checkpoints
+) -> tuple[Config, Path | None]:
+    """The config with all lengths in steps, a dtype, and the method's options, as it is written to the workdir.
+
+    Returns:
+      The config, and the directory of the adapter to start from; see `start_from.resolve`.
+
+    Raises:
+      UserError: A length is in epochs and the data has none; the workdir holds another run, see `check_workdir`; or the
+        adapter to start from does not fit, see `start_from.resolve`.
+    """
+    config = duration.in_steps(config, lambda: duration.rows_of_epoch(config, task, data))
+    if (identity := checkpoints.identity()) is not None:
+        config = precision.as_stored(config, identity["config"])
+    config = precision.resolve(config, task.hf_config)
+    check_workdir(config, workdir, checkpoints)
+    return start_from.resolve(config, workdir, checkpoints)
+
+
+def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> None:
+    """Check that a config, whose lengths are in steps, is that of the run in the workdir, if there is one.
+
+    The run may be extended: train.steps may be higher than before.
 
     Raises:
       UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints are gone.
     """
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-    )
-    try:
-        if (identity := checkpoints.identity()) is not None:
-            raise_if_different(workdir, _differing(config, identity["config"]))
-        elif checkpoints.latest_step() is None:
-            distributed.on_first(lambda: _refuse_to_replace_result(config, workdir))
-    except UserError:
-        checkpoints.close()
-        raise
-    return checkpoints
+    if (identity := checkpoints.identity()) is not None:
+        raise_if_different(workdir, _differing(config, identity["config"]))
+    elif checkpoints.latest_step() is None:
+        distributed.on_first(lambda: _refuse_to_replace_result(config, workdir))
 
 
 def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
     """The fields in which a config differs from that of an earlier run, without those that may differ."""
-    free = (*FREE, "train.steps:") if config.train.steps > stored["train"]["steps"] else FREE
+    free = FREE_LONGER if config.train.steps > stored["train"]["steps"] else FREE
+    config = precision.as_stored(config, stored)
     lines = configs.differences(start_from.as_stored(config, stored), stored)
     return [line for line in lines if not line.startswith(free)]
 
@@ -148,7 +170,7 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
     """Attach the method of a config to a model on a mesh; returns it with its texts tokenized.
 
     Args:
-      config: The config, from `start_from.resolve`.
+      config: The config, from `resolve_config`.
       task: Its task.
       model: The base model; it is changed in place.
       mesh: The devices.

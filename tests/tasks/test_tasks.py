@@ -76,6 +76,7 @@ def config(root: Path, model: Path, kind: str, labels: tuple[str, ...] = (), **f
     made.data.completion_template = "{text}"
     made.optim.learning_rate = 2e-2
     made.train.steps, made.train.batch_size, made.train.log_every, made.checkpoint.every = 12, 16, 4, 6
+    made.train.eval_every = 0
     for name, value in fields.items():
         section, _, field = name.partition("__")
         made[section][field] = value

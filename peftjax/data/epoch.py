@@ -1,0 +1,65 @@
+"""The number of rows in one pass over the training data."""
+
+from typing import Any
+
+import grain
+import numpy as np
+
+from peftjax.data import packing
+from peftjax.data.config import DataConfig
+from peftjax.data.documents import Encoder, Row
+from peftjax.data.sources import Source
+from peftjax.data.stream import Encoded, Kept, read
+
+
+def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) -> tuple[int, bool]:
+    """The rows of one epoch, and whether the number is exact.
+
+    Without packing, a record is a row. With packing, and where long records are dropped, records are tokenized to count
+    the rows: all of them, or `most`, evenly spread over the source, from which the number is estimated.
+
+    Args:
+      source: All training records.
+      data: The section `data`.
+      encoder: Turns records into documents.
+      most: The number of records to tokenize.
+
+    Raises:
+      UserError: A record cannot be read.
+    """
+    if not data.pack and data.too_long != "drop":
+        return len(source), True
+    sample = _Sample(source, min(most, len(source)))
+    order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
+    kept: grain.IterDataset = Kept(read(order, data.workers), data, [("config.data.train", len(sample))], {})
+    fills = [_fill(row) for row in packing.pack(kept, encoder.empty_row())] if data.pack else [1.0 for _ in kept]
+    found: float = len(fills)
+    if len(sample) == len(source):
+        return len(fills), True
+    if len(fills) <= packing.OPEN_ROWS:  # none is complete: further records would fill them
+        found = sum(fills)
+    return round(found * len(source) / len(sample)), False
+
+
+def _fill(row: Row) -> float:
+    """The part of a packed row that is not padding."""
+    return float(np.count_nonzero(row["segments"])) / len(row["segments"])
+
+
+class _Sample:
+    """Some records of a source, evenly spread over it."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[self._index(index)]
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._index(index))
+
+    def _index(self, index: int) -> int:
+        return index * len(self._source) // self._count

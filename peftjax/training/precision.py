@@ -1,0 +1,43 @@
+"""model.dtype="auto" as a dtype."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from peftjax.tasks.model import auto_dtype
+from peftjax.training.config import Config
+
+
+def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None = None) -> Config:
+    """The config with a dtype in place of model.dtype="auto", as `auto_dtype` determines it.
+
+    Full fine-tuning in bfloat16 keeps its parameters in float32, unless model.param_dtype is given: an update that is
+    smaller than the rounding of a parameter would be lost.
+
+    Args:
+      config: The config.
+      hf_config: The fields of the model's config.json.
+      platform: "cpu", or another one for an accelerator; default: that of JAX.
+    """
+    if config.model.dtype != "auto":
+        return config
+    dtype = auto_dtype(hf_config, platform)
+    full = config.method.trains is nnx.Param and dtype == "bfloat16"
+    return _with(config, dtype, config.model.param_dtype or ("float32" if full else ""))
+
+
+def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The config with the dtype of the stored config of an earlier run in place of model.dtype="auto".
+
+    A resumed run computes in the dtype in which it started, on any device.
+    """
+    if config.model.dtype != "auto":
+        return config
+    model = stored.get("model", {})
+    return _with(config, model.get("dtype", "float32"), config.model.param_dtype or model.get("param_dtype", ""))
+
+
+def _with(config: Config, dtype: str, param_dtype: str) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=param_dtype))
