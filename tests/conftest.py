@@ -1,5 +1,6 @@
 """What must be set before jax is imported, here and in the processes that tests start; and the shared fixtures."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -34,6 +35,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # compiled programs outlive the process: the second run of the tests does not compile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("PEFTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Tracing makes many objects, few of which are garbage: looking for it less often saves a twentieth of the time.
+gc.set_threshold(50_000, 50, 100)
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -23,6 +23,7 @@ from tests.runs import (
     ended,
     files,
     finish,
+    fork,
     kill_when,
     logged,
     make_world,
@@ -55,22 +56,22 @@ def test_the_undisturbed_run_learns_and_is_logged_at_every_step(undisturbed: Pat
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_never_was(world: Path, undisturbed: Path) -> None:
     workdir = world / "killed"
 
-    kill_when(start(world, workdir), logged(workdir, 3))  # before the first checkpoint
+    kill_when(fork(world, workdir), logged(workdir, 3))  # before the first checkpoint
     assert checkpoints(workdir) == set()
 
     between = logged(workdir, EVERY + 2)
-    kill_when(start(world, workdir), lambda: between() and checkpoints(workdir) == {str(EVERY)})
+    kill_when(fork(world, workdir), lambda: between() and checkpoints(workdir) == {str(EVERY)})
     assert checkpoints(workdir) == {str(EVERY)}
 
     unfinished = workdir / "checkpoints" / f"{3 * EVERY}.orbax-checkpoint-tmp"
-    kill_when(start(world, workdir), unfinished.exists)  # in the middle of a save
+    kill_when(fork(world, workdir), unfinished.exists)  # in the middle of a save
     assert unfinished.exists()
     assert str(3 * EVERY) not in checkpoints(workdir)
 
     last = workdir / "checkpoints" / str(STEPS)
-    kill_when(start(world, workdir), last.exists)  # all is saved, and the adapter not yet written
+    kill_when(fork(world, workdir), last.exists)  # all is saved, and the adapter not yet written
 
-    output = finish(start(world, workdir))
+    output = finish(fork(world, workdir))
     assert f"resuming after step {STEPS} of {STEPS}" in output
     assert_same_run(workdir, undisturbed)
 
@@ -227,13 +228,13 @@ def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_
 ) -> None:
     often = ("--config.checkpoint.every=1", "--config.train.eval_every=0", "--config.optim.schedule=constant")
     overrides = (*often, "--config.train.steps=150")
-    finish(start(world, tmp_path / "undisturbed", *overrides))
+    finish(fork(world, tmp_path / "undisturbed", *overrides))
     began = time.monotonic()
-    finish(start(world, tmp_path / "measured", *often, "--config.train.steps=12"))  # how far a life goes at most
+    finish(fork(world, tmp_path / "measured", *often, "--config.train.steps=12"))  # how far a life goes at most
     life, workdir, rng = time.monotonic() - began, tmp_path / "killed", random.Random(0)
     kills = 0
     while kills < 25:
-        child = start(world, workdir, *overrides)
+        child = fork(world, workdir, *overrides)
         try:
             child.wait(rng.uniform(0, life))
         except subprocess.TimeoutExpired:
@@ -241,7 +242,7 @@ def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_
         child.kill()
         ((code, output),) = ended(child)
         assert code in (0, -signal.SIGKILL), output
-    assert "resuming after step" in finish(start(world, workdir, *overrides))
+    assert "resuming after step" in finish(fork(world, workdir, *overrides))
     assert_same_run(workdir, tmp_path / "undisturbed")
 
 
