@@ -23,7 +23,7 @@ from peftjax.tasks import model as model_section
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
-from peftjax.training.trained import result_of
+from peftjax.training.trained import result_of, run_config
 from tests import tiny
 from tests.runs import files, in_process
 
@@ -178,7 +178,8 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     assert written["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
     assert written["exact_match"] == scores["exact_match"]
     (tmp_path / "config.json").write_text(configs.to_json(configs.validate(made)))
-    evaluate.main([f"--config={tmp_path / 'config.json'}", f"--workdir={workdir}", "--config.eval.exact-match=2"])
+    given = [f"--config={tmp_path / 'config.json'}", f"--workdir={workdir}", "--config.eval.exact-match=2"]
+    evaluate.main([*given, "--config.train.epochs=3"])  # no warning: the run has the steps of its own config.json
     assert json.loads((workdir / "evaluation.json").read_text())["prompts"] == 2
 
     def answers(*arguments: str) -> tuple[str, list[str]]:
@@ -251,6 +252,11 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
         assert result_of(made, workdir) == workdir / "adapter"
     (workdir / "checkpoints" / "6").mkdir()
     assert result_of(made, workdir) == workdir / "adapter"
+    (workdir / "config.json").write_text(configs.to_json(configs.changed(made, {"model.dtype": "bfloat16"})))
+    (tmp_path / "config.json").write_text(configs.to_json(made))
+    assert made.model.dtype == "auto"
+    assert run_config(workdir, str(tmp_path / "config.json")).model.dtype == "bfloat16"  # that of the run
+    assert run_config(tmp_path / "none", str(tmp_path / "config.json")) == made
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path: Path) -> None:

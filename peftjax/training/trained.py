@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,11 +16,12 @@ from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import eval_batches
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
 from peftjax.methods import Full
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
+from peftjax.training import precision
 from peftjax.training.config import Config
 from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.setup import batching
@@ -32,17 +34,25 @@ def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] 
 
     Args:
       workdir: The workdir.
-      file: A config file to use instead of the run's config.json.
+      file: A config file to use instead of the run's config.json. There, model.dtype="auto" means the dtype of the
+        run.
       overrides: Strings "--config.optim.learning_rate=1e-3".
 
     Raises:
       UserError: The directory does not hold a run, or the config is invalid.
     """
     if file is not None:
-        return configs.load(file, overrides)
+        config = configs.load(file, overrides)
+        stored = _stored(workdir)
+        return precision.as_stored(config, stored) if stored else config
     if not is_run(workdir):
         raise UserError(f"--workdir={workdir}: {_why_not(workdir)}")
     return configs.load(workdir / CONFIG, overrides)
+
+
+def _stored(workdir: Path) -> dict[str, Any]:
+    """The run's config.json; empty if there is none."""
+    return read_json_if_any(workdir / CONFIG) if is_run(workdir) else {}
 
 
 def _why_not(workdir: Path) -> str:
@@ -68,7 +78,8 @@ def result_of(config: Config, workdir: Path) -> Path:
     """
     result = workdir / ("model" if isinstance(config.method, Full) else "adapter")
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
-    newest, steps = max(saved, default=0), config.train.steps
+    newest = max(saved, default=0)
+    steps = _stored(workdir).get("train", {}).get("steps", config.train.steps)  # those of a file may be epochs
     if not result.is_dir():
         so_far = f"; its newest checkpoint is that of step {newest} of {steps}" if newest else ""
         raise UserError(
