@@ -77,6 +77,10 @@ def train(
     """
     from peftjax.train import train as run  # imports orbax
 
+    if not isinstance(config or {}, Mapping):
+        raise UserError(f"train: config must be a mapping such as {{'train.steps': 100}}, not {config!r}")
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise UserError(f"train: optimizer must be an optax optimizer such as optax.adamw(1e-4), not {optimizer!r}")
     directory, fields = Path(workdir), dict(config or {})
     if isinstance(model, Model):
         fields = _model_fields(model, fields) | fields
@@ -125,6 +129,8 @@ def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
     """The sources of data, in the notation of the config. Records are written to a file in the workdir."""
     if isinstance(data, str | Path):
         return (str(data),)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise UserError(f"train: the {name} data must be a list of records, or names of files, not {repr(data)[:60]}")
     items = list(data)
     if items and all(isinstance(item, str | Path) for item in items):
         return tuple(map(str, items))
@@ -146,10 +152,11 @@ def _line(record: Any, name: str) -> str:
 
 
 def _write(path: Path, lines: str) -> None:
-    """Write the records, unless the run in the workdir has other ones."""
-    if path.exists() and path.read_text(encoding="utf-8") != lines:
+    """Write the records, unless the run in the workdir has other ones. Those of a call that was refused are replaced."""
+    if path.exists() and path.read_text(encoding="utf-8") == lines:
+        return
+    if path.exists() and workdirs.is_run(path.parent):
         raise UserError(
             f"{path} holds other records, those of an earlier run; choose another workdir, or delete this one"
         )
-    if not path.exists():
-        write_atomically(path, lines)
+    write_atomically(path, lines)

@@ -1,5 +1,6 @@
 """`peftjax.train`: the training of the train command from Python, with records, a loaded model, an optimizer and callbacks."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from peftjax.core.errors import UserError
 from peftjax.log import read_metrics
 from peftjax.train import train as train_by_config
 from peftjax.training import config as configs
+from peftjax.training.config import Config
+from peftjax.training.hooks import Hooks
 
 RECORDS = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(24)]
 FIELDS: dict[str, Any] = {
@@ -104,10 +107,32 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
     assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])
-    assert "optim.name='custom' stands for an optimizer given to peftjax.train" in refused(
+    for data in ({"text": ["a", "b"]}, 7):
+        assert "the train data must be a list of records, or names of files" in refused(
+            tmp_path, "embedded", LORA, data
+        )
+    assert "optimizer must be an optax optimizer" in refused(tmp_path, "embedded", LORA, RECORDS, optimizer="adam")
+    assert "config must be a mapping" in refused(tmp_path, "embedded", LORA, RECORDS, config=["train.steps"])
+    assert "the record has no field 'prompt'" in refused(tmp_path, "embedded", LORA, [{"txt": "a"}] * 4, config=FIELDS)
+    assert "optim.name='custom' stands for an optimizer given to peftjax.train" in refused(  # the records are replaced
         tmp_path, "embedded", LORA, RECORDS, config=FIELDS | {"optim.name": "custom"}
     )
+    (tmp_path / "run" / "config.json").write_text(configs.to_json(Config()))  # a run has started
     assert "train.jsonl holds other records" in refused(tmp_path, "embedded", LORA, RECORDS[1:], config=FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "must return a mapping from names to numbers, not None"),
+        ({"bleu": "high"}, "must return a mapping from names to numbers, not {'bleu': 'high'}"),
+        ({"step": 1}, "returned ['step'], which the log has already"),
+        ({"eval_loss": 1}, "returned ['eval_loss'], which the log has already"),
+    ],
+)
+def test_scores_of_a_callback_are_numbers_with_names_of_their_own(returned: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        Hooks(on_evaluate=lambda model, step: returned).scores(nnx.Module(), 0, {"eval_loss": 2.0})  # type: ignore[arg-type]
 
 
 def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:

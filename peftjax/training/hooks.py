@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import optax
 
 from peftjax.core.errors import UserError
+from peftjax.log import PLACE
 from peftjax.models.base import Model
 
 
@@ -54,14 +54,14 @@ class Hooks:
           UserError: It does not return a mapping of numbers, or returns a score that there is already.
         """
         assert self.on_evaluate is not None
-        scores = self.on_evaluate(model, step)
-        if not isinstance(scores, Mapping) or not all(
-            np.isscalar(value) or np.ndim(value) == 0 for value in scores.values()
-        ):
-            raise UserError(f"on_evaluate must return a mapping from names to numbers, not {scores!r}")
-        if taken := sorted(scores.keys() & others.keys()):
-            raise UserError(f"on_evaluate returned {taken}, which the evaluation computes itself; use other names")
-        return {name: float(value) for name, value in scores.items()}
+        given = self.on_evaluate(model, step)
+        try:
+            scores = {name: float(value) for name, value in given.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"on_evaluate must return a mapping from names to numbers, not {given!r}") from None
+        if taken := sorted(scores.keys() & {*others, *PLACE}):
+            raise UserError(f"on_evaluate returned {taken}, which the log has already; use other names")
+        return scores
 
 
 NO_HOOKS = Hooks()
