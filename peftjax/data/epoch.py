@@ -11,12 +11,16 @@ from peftjax.data.documents import Encoder, Row
 from peftjax.data.sources import Source
 from peftjax.data.stream import Encoded, Kept, read
 
+PROBED = 16  # records whose size tells how many can be tokenized
+TYPICAL = 2_000  # characters of a record; of longer ones, fewer are tokenized
+
 
 def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) -> tuple[int, bool]:
     """The rows of one epoch, and whether the number is exact.
 
-    Without packing, a record is a row. With packing, and where long records are dropped, records are tokenized to count
-    the rows: all of them, or `most`, evenly spread over the source, from which the number is estimated.
+    Without packing, a record is a row. With packing, and where long texts are dropped, records are tokenized to count
+    the rows: all of them, or `most` (fewer if they are longer than `TYPICAL`), evenly spread over the source, from which the
+    number is estimated.
 
     Args:
       source: All training records.
@@ -27,8 +31,11 @@ def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) ->
     Raises:
       UserError: A record cannot be read.
     """
-    if not data.pack and data.too_long != "drop":
+    if not data.pack and (data.too_long != "drop" or encoder.unit != "tokens"):
         return len(source), True
+    probe = _Sample(source, min(PROBED, len(source)))
+    size = sum(len(str(probe[index])) for index in range(len(probe))) / len(probe)
+    most = max(1, int(most * min(1.0, TYPICAL / size)))
     sample = _Sample(source, min(most, len(source)))
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
     kept: grain.IterDataset = Kept(read(order, data.workers), data, [("config.data.train", len(sample))], {})
