@@ -90,6 +90,7 @@ class Batches(Iterator[HostBatch]):
 
     Attributes:
       source: All training records, of which an epoch has each once; None for a mixture with weights.
+      row: A row of padding as short as batches can be; after `preview`, as long as the rows of its longest batch.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Batches(Iterator[HostBatch]):
         self._title, self._data, self._unit = title, data, encoder.unit
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
+        self.row = self._padding.fit([])
         stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
@@ -154,7 +156,10 @@ class Batches(Iterator[HostBatch]):
         lengths: list[int] = []
         positions = 0
         while not lengths or (self._padding.lengths and len(lengths) < most and positions < PREVIEWED):
-            lengths.append(self._padding.positions(next(self).arrays))
+            arrays = next(self).arrays
+            if not lengths or self._padding.positions(arrays) > max(lengths):
+                self.row = {name: array[0].copy() for name, array in arrays.items()}
+            lengths.append(self._padding.positions(arrays))
             positions = self._counts["positions"] - before["positions"]
         self._preview = Preview(lengths, (self._counts["tokens"] - before["tokens"]) / positions)
         self.set_state(start)

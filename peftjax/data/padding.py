@@ -71,10 +71,10 @@ class Padding:
         self.lengths = {text: lengths(most, text.ratio, multiple) for text, most in longest.items()}
 
     def fit(self, documents: Sequence[Row]) -> Row:
-        """A row of padding into which each of the documents fits."""
+        """A row of padding into which each of the documents fits; without documents, the shortest one."""
         row = dict(self.empty)
         for text, allowed in self.lengths.items():
-            longest = max(len(document[text.names[0]]) for document in documents)
+            longest = max((len(document[text.names[0]]) for document in documents), default=0)
             length = next(length for length in allowed if length >= longest)
             row |= {name: row[name][:length] for name in text.names}
         return row

@@ -76,12 +76,17 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
 
 
 def abstract_step(
-    config: Config, task: Task, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation | None = None
+    config: Config,
+    task: Task,
+    model: Model,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation | None = None,
+    row: Mapping[str, Any] | None = None,
 ) -> tuple[jax.stages.Wrapped, StepArguments]:
     """Return the jitted train step that `config` describes, and its arguments as shapes with shardings.
 
     Call it inside `jax.set_mesh(mesh)`. The model's leaves get their shardings in place. `optimizer` replaces the one of
-    `config.optim`, as in `split`.
+    `config.optim`, as in `split`. `row` has the shapes of a row by name; by default the longest one.
     """
     _, leaves = variables.flat(model)
     variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
@@ -89,9 +94,9 @@ def abstract_step(
     state = abstract_state(trainable, tx)
     microbatches = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
     batch: Batch = {}
-    for name, row in task.row_shapes().items():
-        shape = (*microbatches, *row.shape)  # [A, B, ...]
-        batch[name] = _placed(jax.ShapeDtypeStruct(shape, row.dtype), sharding.batch_axes(len(row.shape)), mesh)
+    for name, each in (row or task.row_shapes()).items():
+        shape = (*microbatches, *each.shape)  # [A, B, ...]
+        batch[name] = _placed(jax.ShapeDtypeStruct(shape, each.dtype), sharding.batch_axes(len(each.shape)), mesh)
     step = make_train_step(objective, tx, state)
     return cast(jax.stages.Wrapped, step), StepArguments(state, frozen, batch)
 

@@ -141,12 +141,17 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
         model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
     task.accept(hooks.model or model, config.model.path)
     task.check_lengths(model, mesh)
-    with jax.set_mesh(mesh):
-        step, arguments = abstract_step(config, task, model, mesh, hooks.optimizer)
-        check_step(config, task, model, mesh, step, arguments)
-        if config.model.attention != "xla":
-            step.trace(*arguments)
+
+    def check(*, trace: bool) -> None:
+        with jax.set_mesh(mesh):
+            step, arguments = abstract_step(config, task, model, mesh, hooks.optimizer, data.row)
+            check_step(config, task, model, mesh, step, arguments)
+            if trace:
+                step.trace(*arguments)
+
+    check(trace=config.model.attention != "xla")  # all lengths of rows divide alike
     data.preview(config.train.steps)
+    check(trace=False)  # the first batches are longer than the shortest that are possible
     check_held_out(config, task, mesh)
 
 

@@ -1,5 +1,7 @@
 """A step that cannot fit the memory is refused from shapes; one that might fit is not."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from peftjax.tasks import make_task
 from peftjax.training import config as configs
 from peftjax.training import memory
 from peftjax.training.abstract import abstract_model, abstract_step, bytes_per_device
+from peftjax.training.setup import check_fit, open_data
 from tests import tiny
+from tests.test_train import config
 
 INPUTS = 4 * 3 * 64 * 64 * 32  # float32 inputs [B, T, D] of 3 layers
 
@@ -72,3 +76,27 @@ def test_the_devices_of_a_host_share_its_memory() -> None:
     devices = jax.local_devices()
     assert most_memory(devices[:1]) >= host_memory() >= 2**28
     assert most_memory(devices[:4]) == most_memory(devices[:1]) // 4
+
+
+def test_examples_are_counted_as_long_as_batches_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, data__eval=(), data__max_length=64, train__batch_size=64, model__remat="block")
+    made.method = methods.make_config("lora", rank=2)
+    monkeypatch.setattr(memory, "bytes_per_device", lambda tree: 0)  # what is left are the inputs of the layers
+    monkeypatch.setattr(
+        memory, "most_memory", lambda devices: INPUTS // 2
+    )  # those of 32 positions, the shortest length
+
+    def check() -> None:
+        mesh, valid = sharding.make_mesh(), configs.validate(made)
+        task, batches = open_data(valid, mesh)
+        with contextlib.closing(batches):
+            check_fit(valid, task, batches, mesh)
+
+    check()
+    made.data.pack = True
+    with pytest.raises(UserError, match=r"data\.max_length=64: a step takes at least"):
+        check()
+    made.data.pack = False
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a" * 60, "completion": "b"}) + "\n")
+    with pytest.raises(UserError, match=r"data\.max_length=64: a step takes at least"):
+        check()
