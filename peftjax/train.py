@@ -61,7 +61,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
     ):
         task, data = open_data(config, mesh)
         config, source = resolve_config(config, task, data, workdir, checkpoints)
-        check_fit(config, task, data, mesh, hooks.model)  # from shapes alone, before any weights are read
+        check_fit(config, task, data, mesh, hooks)  # from shapes alone, before any weights are read
         # streamed, sharded and quantized
         model = hooks.model or task.load_model(config.model, task.directory, mesh, config.seed)
         base = base_fingerprint(model)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -74,14 +75,17 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     return as_shapes(make)
 
 
-def abstract_step(config: Config, task: Task, model: Model, mesh: Mesh) -> tuple[jax.stages.Wrapped, StepArguments]:
+def abstract_step(
+    config: Config, task: Task, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation | None = None
+) -> tuple[jax.stages.Wrapped, StepArguments]:
     """Return the jitted train step that `config` describes, and its arguments as shapes with shardings.
 
-    Call it inside `jax.set_mesh(mesh)`. The model's leaves get their shardings in place.
+    Call it inside `jax.set_mesh(mesh)`. The model's leaves get their shardings in place. `optimizer` replaces the one of
+    `config.optim`.
     """
     _, leaves = variables.flat(model)
     variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
-    objective, tx, trainable, frozen = split(config, task, model, config.method)
+    objective, tx, trainable, frozen = split(config, task, model, config.method, optimizer)
     state = abstract_state(trainable, tx)
     microbatches = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
     batch: Batch = {}

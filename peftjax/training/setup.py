@@ -33,6 +33,7 @@ from peftjax.training import config as configs
 from peftjax.training import duration, precision, start_from
 from peftjax.training.abstract import abstract_model, abstract_step
 from peftjax.training.config import Config
+from peftjax.training.hooks import NO_HOOKS, Hooks
 from peftjax.training.memory import check_batch, check_step
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
@@ -123,11 +124,11 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     return task, train_batches(config.data, task, share, config.seed)
 
 
-def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Model | None = None) -> None:
+def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hooks = NO_HOOKS) -> None:
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
     The model and its adapters are built as shapes. The first batches of the training data and the first batch of the
-    held-out data are read: where no record has a loss, no batch comes. `given` is the base model if it is already loaded.
+    held-out data are read: where no record has a loss, no batch comes. `hooks` may give the loaded base and the optimizer.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
@@ -138,10 +139,10 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, given: Mode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
         model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
-    task.accept(given or model, config.model.path)
+    task.accept(hooks.model or model, config.model.path)
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
-        step, arguments = abstract_step(config, task, model, mesh)
+        step, arguments = abstract_step(config, task, model, mesh, hooks.optimizer)
         check_step(config, task, model, mesh, step, arguments)
         if config.model.attention != "xla":
             step.trace(*arguments)
