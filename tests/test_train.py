@@ -210,7 +210,7 @@ def test_generate_refuses_what_does_not_say_what_to_generate_with(
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(configs.to_json(made))
     tiny_lora = peftjax.attach(load_model(made.model.path), peftjax.Lora(rank=2), rngs=nnx.Rngs(0))
-    for name, base in (("lost", str(tmp_path / "modl")), ("nameless", None)):
+    for name, base in (("lost", str(tmp_path / "modl")), ("nameless", "")):
         peftjax.save_adapter(tiny_lora, tmp_path / name, base=base)
     for arguments, message in (
         ([], "nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR"),
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path:
 
 def test_without_held_out_records_nothing_is_evaluated(tmp_path: Path) -> None:
     made = config(tmp_path, data__eval=(), train__steps=2)
-    assert train(configs.validate(made), tmp_path / "run") == {}
+    assert train(configs.validate(made), tmp_path / "run").scores == {}
     assert all(line["kind"] == "train" for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 

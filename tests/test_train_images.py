@@ -90,7 +90,7 @@ def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "again" / "adapter")
-    assert train(made, tmp_path / "again") == scores
+    assert train(made, tmp_path / "again").scores == scores
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, tmp_path / "again"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)

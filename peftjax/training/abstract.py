@@ -81,7 +81,7 @@ def abstract_step(
     """Return the jitted train step that `config` describes, and its arguments as shapes with shardings.
 
     Call it inside `jax.set_mesh(mesh)`. The model's leaves get their shardings in place. `optimizer` replaces the one of
-    `config.optim`.
+    the config.
     """
     _, leaves = variables.flat(model)
     variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})

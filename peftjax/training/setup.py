@@ -128,7 +128,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
     """Check everything that config.json, the config and the first records decide, before any weights are read.
 
     The model and its adapters are built as shapes. The first batches of the training data and the first batch of the
-    held-out data are read: where no record has a loss, no batch comes. `hooks` may give the loaded base and the optimizer.
+    held-out data are read: where no record has a loss, no batch comes.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for

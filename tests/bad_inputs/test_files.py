@@ -133,7 +133,7 @@ TEXTS = [
     (
         "chat_template.jinja",
         "{% set n = 4 * 10**6 %}{{ messages[0].role * n }}",
-        "makes 16,000,000 characters of a ",
+        "characters to 16,000,000; the limit is 10,000,000",
     ),
     (
         "chat_template.jinja",

@@ -115,7 +115,7 @@ def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: s
         f"batches are padded to 30 tokens; {35 / 60:.0%} of the tokens in the first batch are real"
     )
     next(batches)
-    assert f"4 records in 4 rows, {(75 + 45) / 328:.0%} full" in batches.summary_text()
+    assert f"4 records in 4 rows, 0 dropped, {1 - (75 + 45) / 328:.0%} padding" in batches.summary_text()
 
 
 def test_a_state_from_before_rows_had_several_lengths_is_restored(file: str, tokenizer: Tokenizer) -> None:

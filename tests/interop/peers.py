@@ -21,7 +21,6 @@ from peftjax import sharding
 from peftjax.adapters import Method
 from peftjax.adapters import attached as attached_methods
 from peftjax.core import variables
-from peftjax.core.config import defaults
 from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training.step import Objective, init_state, make_train_step
@@ -176,8 +175,7 @@ def train_theirs(
 
 
 def optimizer_for(model: Any, trainable: variables.FlatTree) -> Any:
-    config = defaults().optim
-    config.learning_rate, config.weight_decay, config.clip_norm, config.schedule = RATE, DECAY, 1.0, "constant"
+    config = optim.OptimConfig(learning_rate=RATE, weight_decay=DECAY, clip_norm=1.0, schedule="constant")
     axes = {path: leaf.axes for path, leaf in variables.flat(model)[1].items()}
     return optim.make_optimizer(config, STEPS, optim.decay_mask(trainable, axes))
 

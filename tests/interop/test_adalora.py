@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 import peftjax
 from peftjax import methods, sharding
 from peftjax.core import variables
-from peftjax.core.config import defaults
 from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training.step import Objective, init_state, make_train_step
@@ -65,8 +64,7 @@ def train_ours(model: Any) -> None:
     sharding.place(model, mesh)
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
-    config = defaults().optim
-    config.learning_rate, config.weight_decay, config.clip_norm, config.schedule = RATE, 0.0, 0.0, "constant"
+    config = optim.OptimConfig(learning_rate=RATE, clip_norm=0.0, schedule="constant")
     decay = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     optimizer = OURS.optimizer(optim.make_optimizer(config, 5, decay), leaves)
     state = init_state(trainable, optimizer, seed=0)

@@ -4,15 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 import torch
 from transformers import optimization
 
-from peftjax.training import config as configuration
-from peftjax.training.optim import decay_mask, make_optimizer, make_schedule
+from peftjax.training.optim import OptimConfig, decay_mask, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.interop
 
@@ -21,10 +19,8 @@ SHAPES = {"a": (16, 4), "b": (4, 24), "bias": (24,), "large": (130, 150)}
 AXES = {"a": ("embed", "rank"), "b": ("rank", "mlp"), "bias": ("mlp",), "large": ("embed", "mlp")}
 
 
-def make_config(**changes: Any) -> ml_collections.ConfigDict:
-    config = configuration.defaults().optim
-    config.update({"learning_rate": 1e-3, "schedule": "constant", "clip_norm": 0.0} | changes)
-    return config
+def make_config(**changes: Any) -> OptimConfig:
+    return OptimConfig(**{"learning_rate": 1e-3, "schedule": "constant", "clip_norm": 0.0} | changes)
 
 
 def make_arrays(seed: int) -> dict[str, np.ndarray]:
@@ -40,7 +36,7 @@ def gradients_at(step: int) -> dict[str, np.ndarray]:
     return {name: scale * g * (0 if name == "a" and step == 0 else 1) for name, g in gradients.items()}
 
 
-def run_ours(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+def run_ours(config: OptimConfig) -> dict[str, np.ndarray]:
     params: dict[str, Any] = {name: jnp.asarray(x) for name, x in make_arrays(0).items()}
     params["frozen"] = optax.MaskedNode()
     tx = make_optimizer(config, STEPS, decay_mask(params, AXES))

@@ -21,7 +21,6 @@ from safetensors.numpy import load_file
 import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.core.config import defaults
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.checkpoint import Checkpoints
@@ -254,9 +253,12 @@ LOSS = functools.partial(next_token_loss, chunk=8)
 
 
 def optimizer_for(trainable: variables.FlatTree, leaves: dict[str, Any]) -> optax.GradientTransformation:
-    config = defaults().optim
-    config.learning_rate, config.weight_decay, config.schedule = 1e-2, 0.01, "constant"
-    config.eps = 1e-3  # far above rounding: a gradient of almost 0 must not get a random sign
+    config = optim.OptimConfig(
+        learning_rate=1e-2,
+        weight_decay=0.01,
+        schedule="constant",
+        eps=1e-3,  # far above rounding: a gradient of almost 0 must not get a random sign
+    )
     return optim.make_optimizer(
         config, 10, optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     )

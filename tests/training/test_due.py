@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from peftjax import train
 from peftjax.core import distributed
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training.due import Due
 from tests.runs import checkpoints, files, last_arrays, metrics
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_due_by_steps_and_at_a_line_of_the_log_once_the_last_one
 def test_checkpoints_by_time_change_no_other_bit(tmp_path: Path) -> None:
     for name, minutes in (("steps", 0.0), ("time", 1e-9)):
         fields = {"checkpoint__every": 6, "checkpoint__minutes": minutes, "checkpoint__keep": 9}
-        train.train(configs.validate(config(tmp_path, **fields)), tmp_path / name)
+        train(configs.validate(config(tmp_path, **fields)), tmp_path / name)
     assert checkpoints(tmp_path / "steps") == {"6"}
     assert checkpoints(tmp_path / "time") == {"2", "4", "6"}  # the lines of the log
     assert metrics(tmp_path / "steps") == metrics(tmp_path / "time")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from peftjax import sharding, sweep, train
+from peftjax import sharding, sweep
 from peftjax.core.errors import UserError
 from peftjax.data.batches import Batching, train_batches
 from peftjax.data.epoch import count_rows
+from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import duration
 from peftjax.training.config import Config
@@ -113,7 +114,7 @@ def test_a_mixture_has_no_epochs(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train\.jsonl@1 is a mixture with weights, which has no epochs; give train\.steps"
     ):
-        train.train(one, tmp_path / "run")
+        train(one, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -123,21 +124,21 @@ def test_a_run_in_epochs_is_one_in_steps_and_resumes_and_is_extended(
     fields = {"data__eval": (), "optim__warmup_fraction": 0.25, "train__eval_every": "10%"}
     by_epochs = config(tmp_path, train__epochs=1.0, **fields)
     by_epochs.train.steps = 1000
-    train.train(configs.validate(by_epochs), tmp_path / "run")
+    train(configs.validate(by_epochs), tmp_path / "run")
     assert "5 steps of 8 examples: 1 epoch of 40 examples" in capsys.readouterr().out
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (stored["train"]["steps"], stored["train"]["epochs"], stored["optim"]["warmup_steps"]) == (5, 0, 2)
     in_steps = config(tmp_path, train__steps=5, optim__warmup_steps=2, data__eval=())
-    train.train(configs.validate(in_steps), tmp_path / "run")  # the same run, finished
+    train(configs.validate(in_steps), tmp_path / "run")  # the same run, finished
     assert "resuming after step 5 of 5" in capsys.readouterr().out
 
     by_epochs.train.epochs = 2.0  # twice as long, with twice the warmup
-    train.train(configs.validate(by_epochs), tmp_path / "run")
+    train(configs.validate(by_epochs), tmp_path / "run")
     assert "train.steps was raised from 5 to 10" in capsys.readouterr().out
-    train.train(configs.validate(by_epochs), tmp_path / "run")
+    train(configs.validate(by_epochs), tmp_path / "run")
     by_epochs.optim.warmup_fraction = 0.5
     with pytest.raises(UserError, match=r"another configuration: optim\.warmup_steps: 5 here, 3 there"):
-        train.train(configs.validate(by_epochs), tmp_path / "run")
+        train(configs.validate(by_epochs), tmp_path / "run")
 
 
 def test_the_runs_of_a_sweep_over_epochs_are_put_in_steps_and_their_data_is_opened_once(

@@ -11,7 +11,15 @@ import pytest
 
 from peftjax.core.errors import UserError
 from peftjax.training import config as configuration
-from peftjax.training.optim import OPTIMIZERS, SCHEDULES, OptimConfig, decay_mask, make_optimizer, make_schedule
+from peftjax.training.optim import (
+    CUSTOM,
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimConfig,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
 
 FROZEN = optax.MaskedNode()
 
@@ -325,5 +333,5 @@ def test_a_value_out_of_range_is_named(changes: dict[str, Any], message: str) ->
 
 
 def test_the_config_offers_exactly_what_there_is() -> None:
-    assert configuration.SCHEMA.fields["optim.name"].choices == OPTIMIZERS
+    assert configuration.SCHEMA.fields["optim.name"].choices == (*OPTIMIZERS, CUSTOM)
     assert configuration.SCHEMA.fields["optim.schedule"].choices == SCHEDULES

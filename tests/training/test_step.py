@@ -15,7 +15,6 @@ from flax import nnx
 
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.core.config import defaults
 from peftjax.totals import next_token_loss
 from peftjax.training import optim
 from peftjax.training import step as step_module
@@ -31,8 +30,7 @@ def trained_once(microbatches: int, *, dropout: float = 0.0, step: int = 0) -> t
     model.train()
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
-    config = defaults().optim
-    config.name, config.learning_rate, config.momentum, config.clip_norm = "sgd", 1.0, 0.0, 0.0
+    config = optim.OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=0.0)
     optimizer = optim.make_optimizer(config, 10, dict.fromkeys(trainable, False))
     state = init_state(trainable, optimizer, seed=0)._replace(step=jax.numpy.array(step, "int32"))
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
