@@ -14,6 +14,7 @@ from peftjax.core import distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.models.base import Model
 from peftjax.training import config as configs
 from peftjax.training import optim
@@ -88,7 +89,14 @@ def train(
     if optimizer is not None:
         fields["optim.name"] = optim.CUSTOM
     loaded = model if isinstance(model, Model) else None
-    return run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
+    trained = run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
+    return trained if trained.scores else trained._replace(scores=_last_scores(directory))
+
+
+def _last_scores(directory: Path) -> dict[str, float]:
+    """The scores of the last evaluation in the log of a run that had finished before."""
+    lines = [line for line in read_metrics(directory / METRICS) if line["kind"] == "eval"]
+    return {name: value for name, value in lines[-1].items() if name not in PLACE} if lines else {}
 
 
 def _config(method: Method | Config | ConfigDict | Mapping[str, Any], fields: Mapping[str, Any]) -> Config:
