@@ -4,7 +4,7 @@
 
 DIR holds the checkpoint, 13.5 GB in bfloat16. If there is none, another process writes random weights in LLaMA 7B's shape
 there. The script loads it and quantizes each kernel to NF4 as it is read, attaches a rank-16 LoRA to all linear layers and
-takes AdamW steps on one sequence of 32 random tokens, always the same, with the train step of `python -m peftjax.train`.
+takes AdamW steps on one sequence of 32 random tokens, always the same, with the train step of `peftjax train`.
 It prints the peak resident memory of the process (VmHWM in /proc, so Linux only), including Python and the compiler,
 relative to 8 GiB and to the checkpoint's bytes.
 """

@@ -4,8 +4,8 @@
 
 Prints the bytes of arguments, temporaries and outputs on each device, their total and the memory left. --base=bfloat16
 compiles the same step over a base that is not quantized; --text writes the compiled program to a file. The step is the one
-that `python -m peftjax.train` runs, built from shapes alone. The device need not be attached: TPU cases need the extra
-`tpu`, GPU cases the extra `cuda-plan`. `python -m peftjax.plan` prints more, for any config.
+that `peftjax train` runs, built from shapes alone. The device need not be attached: TPU cases need the extra
+`tpu`, GPU cases the extra `cuda-plan`. `peftjax plan` prints more, for any config.
 """
 
 import json
@@ -47,7 +47,7 @@ def sizes(model: str) -> dict[str, Any]:
 
 
 def make_config(fields: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """The config of `python -m peftjax.train --config=configs/base.py` with these fields and overrides."""
+    """The config of `peftjax train --config=configs/base.py` with these fields and overrides."""
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     base = HERE.parent / "configs" / "base.py"
     return configs.load(base, [*given, *overrides])

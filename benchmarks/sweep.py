@@ -1,4 +1,4 @@
-"""The time of one step of several LoRAs trained together by `python -m peftjax.sweep`, relative to separate steps.
+"""The time of one step of several LoRAs trained together by `peftjax sweep`, relative to separate steps.
 
     PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4]
 

@@ -28,13 +28,13 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("peftjax.train", "Train a model with the method of a config; run it again to resume"),
     "evaluate": Command("peftjax.evaluate", "Evaluate the trained model in a workdir"),
-    "generate": Command("peftjax.generate", "Generate text from prompts with a model and an adapter"),
+    "generate": Command("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
     "sweep": Command("peftjax.sweep", "Train one run for each combination of the values of some fields"),
     "plan": Command(
         "peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"
     ),
-    "list-methods": Command("peftjax.list_methods", "List all methods with the parameters they would train on a model"),
-    "report": Command("peftjax.report.__main__", "Write a run's report.html again"),
+    "list-methods": Command("peftjax.list_methods", "List all methods with the parameters they would train in a model"),
+    "report": Command("peftjax.report.__main__", "Rewrite the report.html of a run, or the sweep.html of a sweep"),
 }
 
 

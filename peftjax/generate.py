@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir",
         help="Workdir of a training run, instead of --model and --adapter; --config.FIELD=VALUE changes its config",
     )
-    add("--config", metavar="FILE", help="With --workdir: config instead of the run's own")
+    add("--config", metavar="FILE", help="With --workdir: config to use instead of the run's own")
     add(
         "--model",
         help='Hugging Face directory, hub id, or "embedded" for the bundled model (default: the adapter\'s base)',

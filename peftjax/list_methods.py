@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
     """Run the command: print the table of all methods, or explain one."""
     parser = argparse.ArgumentParser(
         prog=cli.program("list_methods"),
-        description="List all methods with the parameters they would train on a model, or explain one method.",
+        description="List all methods with the parameters they would train in a model, or explain one method.",
     )
     parser.add_argument(
         "--model",

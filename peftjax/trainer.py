@@ -14,6 +14,7 @@ from peftjax.core import distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.models.base import Model
 from peftjax.training import config as configs
 from peftjax.training import optim
@@ -44,15 +45,15 @@ def train(
 
     Args:
         model: The base model: a directory, a hub id, "embedded" for the bundled model, or a model from `load_model`, to
-            which the method is attached in place. None: the one of the config.
+            which the method is attached in place. None: the model of the config.
         method: The method, such as `peftjax.Lora(rank=16)`, or a whole config.
         data: The training data: one or several sources in the notation of `data.train`, such as "train.jsonl", or
-            the records themselves, which are written to train.jsonl in the workdir. None: that of the config.
+            the records themselves, which are written to train.jsonl in the workdir. None: the data of the config.
         workdir: Directory for everything that the run writes.
         eval_data: The held-out data, given in the same ways.
         config: Values of config fields by name, as on the command line: {"train.steps": 100, "data.format": "chat"}.
-        optimizer: An optax optimizer with its learning rate, to use instead of the one of the section `optim`. It sees
-            float32 gradients and parameters as {path: array}.
+        optimizer: An optax optimizer with its learning rate, which replaces the section `optim` of the config. It receives
+            gradients and parameters in float32, as a dict from paths to arrays.
         on_metrics: Called with each line of metrics.jsonl, a dict with "step", "kind" ("train" or "eval") and the metrics;
             in a run of several processes, by process 0 only.
         on_evaluate: Called with the model and the number of completed steps at each evaluation, on every process.
@@ -92,7 +93,14 @@ def train(
     if optimizer is not None:
         fields["optim.name"] = optim.CUSTOM
     loaded = model if isinstance(model, Model) else None
-    return run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
+    trained = run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
+    return trained if trained.scores else trained._replace(scores=_last_scores(directory))
+
+
+def _last_scores(directory: Path) -> dict[str, float]:
+    """The scores of the last evaluation in the log of a run that had finished before."""
+    lines = [line for line in read_metrics(directory / METRICS) if line["kind"] == "eval"]
+    return {name: value for name, value in lines[-1].items() if name not in PLACE} if lines else {}
 
 
 def _config(method: Method | Config | ConfigDict | Mapping[str, Any], fields: Mapping[str, Any]) -> Config:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/glue_minilm/study.py --model=DIR --data=DIR [--task=cola] [--method=lora]
 
-Every run is one of `python -m peftjax.train` with configs/glue_roberta_lora.py:TASK and the few changes of `run_config`.
+Every run is one of `peftjax train` with configs/glue_roberta_lora.py:TASK and the few changes of `run_config`.
 The rate of a method is the best of its `RATES` on the validation file; the result is what that run's model scores on
 the test file. Writes results.json, table.md and methods.png beside this file; runs that results.json has already are
 not done again, so it may be stopped at any time and started again.

@@ -151,7 +151,7 @@ def parse(
         "--config",
         required=not of_run,
         metavar="FILE",
-        help=f"Config instead of the run's own: {files[0].lower() + files[1:]}" if of_run else files,
+        help=f"Config to use instead of the run's own: {files}" if of_run else files,
     )
     if workdir:
         role = "Workdir of the run" if of_run else "Directory for everything that the run writes"

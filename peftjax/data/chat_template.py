@@ -121,7 +121,7 @@ class ChatTemplate:
         try:
             if (size := largest_constant(template)) > LIMIT:
                 raise UserError(
-                    f"{what} repeats or pads a text or list to {size:g} characters or elements; at most {LIMIT:,} are possible"
+                    f"{what} repeats or pads a text or list to {size:g} characters or elements; the limit is {LIMIT:,}"
                 )
             with time_limit(f"{what} does not end; look for a loop in it"):
                 rendered = self._theirs.apply_chat_template(
@@ -135,8 +135,7 @@ class ChatTemplate:
             raise UserError(f"{what} rejects the conversation: {said}") from error
         if isinstance(rendered, str) and len(rendered) > LONGEST > len(repr((messages, tools))):
             raise UserError(
-                f"{what} makes {len(rendered):,} characters of a conversation of {len(repr(messages)):,}; at most {LONGEST:,} are "
-                "possible"
+                f"{what} renders a conversation of {len(repr(messages)):,} characters to {len(rendered):,}; the limit is {LONGEST:,}"
             )
         return rendered
 

@@ -92,7 +92,7 @@ class Padding:
         text = f"batches are padded to {_either(first)} tokens{targets}"
         if preview is None:
             return text
-        which = f"the first {len(preview.lengths)}" if len(preview.lengths) > 1 else "the first"
+        which = f"the first {len(preview.lengths)} batches" if len(preview.lengths) > 1 else "the first batch"
         found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(first) > 1 else ""
         advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
         return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are real{advice}"

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Run the command: write the report and print its path."""
     parser = argparse.ArgumentParser(
         prog=cli.program("report"),
-        description="Write a run's report.html again, for example after an upgrade or while the run goes on.",
+        description="Rewrite a run's report.html or a sweep's sweep.html, for example after an upgrade or during the run.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run, or of a sweep")

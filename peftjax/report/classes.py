@@ -114,8 +114,8 @@ def collapse(classes: Classes | None) -> str:
     if len(predicted) > 1 or sum(score.examples > 0 for score in classes.scores) < 2:
         return ""
     total = sum(score.examples for score in classes.scores)
-    what = f"predicts {predicted[0].name!r} and nothing else" if predicted else "predicts no class"
+    what = f"{predicted[0].name!r} for all" if predicted else "no class for any of the"
     return (
-        f"the model {what} for all {total:,} held-out labels; check optim.learning_rate and the balance of the classes, or "
+        f"the model predicts {what} {total:,} held-out labels; check optim.learning_rate and the balance of the classes, or "
         "train longer"
     )

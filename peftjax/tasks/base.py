@@ -209,7 +209,8 @@ class Task:
         virtual, length, most = model.virtual, self.data.max_length, model.config.max_positions
         what = f"data.max_length={length}" + f" and {virtual} virtual tokens" * (virtual > 0)
         if length + virtual > most:
-            raise UserError(f"{what} exceed the model's {most} positions; lower data.max_length or method.tokens")
+            verb = "exceed" if virtual else "exceeds"
+            raise UserError(f"{what} {verb} the model's {most} positions; lower data.max_length or method.tokens")
         return {what: length + virtual}
 
     def check_lengths(self, model: Model, mesh: Mesh) -> None:

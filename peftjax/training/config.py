@@ -61,7 +61,7 @@ class TrainConfig:
     eval_every: int | str = field(
         "10%",
         "Interval between two evaluations: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs'); "
-        "0: only after the last step",
+        "0: only before the first and after the last step",
         low=0,
         interval=True,
     )

@@ -1,7 +1,7 @@
 """Whether a batch and its train step can fit the memory, from shapes, before any weights are read.
 
 The bounds are low: what is refused here cannot run. What is not refused may still need more memory than there is;
-`python -m peftjax.plan` compiles the step and says exactly.
+`peftjax plan` compiles the step and gives the exact amount.
 """
 
 import jax

@@ -124,7 +124,7 @@ TEXTS = [
     (
         "chat_template.jinja",
         "{{ 'x' * 10**10 }}",
-        "repeats or pads a text or list to 1e+10 characters or elements; at most",
+        "repeats or pads a text or list to 1e+10 characters or elements; the limit is",
     ),
     ("chat_template.jinja", "{{ (7 * ('%9999999999d' % 1)) ~ 2 }}", "to 7e+10 characters"),
     ("chat_template.jinja", "{{ messages[0].content | center(10**9) }}", "to 1e+09 characters"),
@@ -133,7 +133,7 @@ TEXTS = [
     (
         "chat_template.jinja",
         "{% set n = 4 * 10**6 %}{{ messages[0].role * n }}",
-        "makes 16,000,000 characters of a ",
+        "characters to 16,000,000; the limit is 10,000,000",
     ),
     (
         "chat_template.jinja",

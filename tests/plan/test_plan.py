@@ -155,7 +155,7 @@ def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: di
 
 
 def test_more_positions_than_the_model_has_are_refused() -> None:
-    with pytest.raises(UserError, match="exceed the model's 64 positions"):
+    with pytest.raises(UserError, match="exceeds the model's 64 positions"):
         measure.measure(make_config(data__max_length=65), SMALL, devices.find("cpu"))
 
 
@@ -427,7 +427,7 @@ def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) 
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     monkeypatch.setattr("subprocess.run", run)
-    with pytest.raises(UserError, match="exceed the model's 64 positions"):
+    with pytest.raises(UserError, match="exceeds the model's 64 positions"):
         worker.ask(make_config(data__max_length=100), SMALL, devices.find("cpu"))
 
 

@@ -106,7 +106,7 @@ def test_a_length_that_the_mesh_does_not_divide_is_refused_by_name(tmp_path: Pat
         task.check_lengths(model, mesh)
     task.check_lengths(adapters.detach(model), mesh)
     task = make_task(TaskConfig(), DataConfig(max_length=65), tmp_path)
-    with pytest.raises(UserError, match=r"data\.max_length=65 exceed the model's 64 positions"):
+    with pytest.raises(UserError, match=r"data\.max_length=65 exceeds the model's 64 positions"):
         task.check_lengths(model, mesh)
     images = make_task(TaskConfig(kind="image_classification", labels=("a", "b")), DataConfig(), tmp_path)
     with pytest.raises(UserError, match=r"patches and the class token: 5 positions are not a multiple of mesh\.seq"):
