@@ -33,6 +33,7 @@ def test_a_real_checkpoint_learns_answers_otherwise_and_its_adapter_loads_into_p
         "data.max_length": 96,
         "optim.warmup_steps": 2,
         "train.steps": 12,
+        "train.eval_every": 0,
         "train.eval_batches": 2,
         "eval.samples": 2,
         "eval.max_new_tokens": 12,
