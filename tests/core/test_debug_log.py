@@ -76,7 +76,7 @@ from peftjax.io.checkpoint import Checkpoints
 workdir = pathlib.Path(sys.argv[1])
 debug_log.divert()
 debug_log.open_in(workdir, 0)
-state = {f"{n}": jax.random.normal(jax.random.key(n), (64, 64)) for n in range(20)}
+state = {f"{n}": jax.random.normal(jax.random.key(n), (128, 128)) for n in range(20)}
 abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in state.items()}
 with Checkpoints(workdir / "checkpoints", keep=3, keep_best=False) as checkpoints:
     for step in (1, 2):
@@ -86,7 +86,8 @@ for file in (workdir / "checkpoints" / "2" / "state").rglob("d/*"):
 with Checkpoints(workdir / "checkpoints", keep=3, keep_best=False) as checkpoints:
     assert checkpoints.restore(abstract).step == 1
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    most = (workdir / "debug.log").stat().st_size + 2**17  # room for the log, not for 1.3 MB of arrays
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     checkpoints.save(3, state, {}, identity={})
     try:
         checkpoints.wait()
