@@ -23,7 +23,7 @@ from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.population import Member
 from peftjax.training.start_from import attach_trained, with_options
-from peftjax.training.trained import load_trained, measure
+from peftjax.training.trained import load_trained, measure, open_task
 from tests import tiny
 from tests.runs import files, last_arrays, metrics
 from tests.test_train import config
@@ -58,8 +58,9 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     start = next(line for line in metrics(workdir) if line["kind"] == "eval")
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        model, task = load_trained(configs.validate(made), tmp_path / "first", mesh)
-        measured = measure(configs.validate(made), model, task, mesh)
+        one = configs.validate(made)
+        task = open_task(one)
+        measured = measure(one, load_trained(one, task, adapter, mesh), task, mesh)
     assert start["step"] == 0
     assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
     counts = {name: value for name, value in last_arrays(workdir).items() if name.endswith("count")}
