@@ -1,14 +1,16 @@
 """Several real processes that train together: one run, whatever their number; and what becomes of it when one goes."""
 
 import contextlib
+import functools
 import json
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,6 +47,28 @@ def alone(world: Path) -> Path:
     return world / "alone"
 
 
+class Together(NamedTuple):
+    """An undisturbed run of several processes: its workdir, what they printed, and its seconds once all were connected."""
+
+    workdir: Path
+    outputs: list[str]
+    life: float
+
+
+@pytest.fixture(scope="module")
+def together(world: Path) -> Callable[[int], Together]:
+    @functools.cache
+    def run(count: int) -> Together:
+        workdir = world / f"together-{count}"
+        children = start_together(world, workdir, count, *SHORT, *MESHES[count])
+        wait_until((workdir / MARK).exists, *children)
+        began = time.monotonic()
+        outputs = assert_all_well(children)
+        return Together(workdir, outputs, time.monotonic() - began)
+
+    return run
+
+
 def assert_same_numbers(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [(line["step"], line["kind"]) for line in found] == [(line["step"], line["kind"]) for line in expected]
     for line, other in zip(found, expected, strict=True):
@@ -59,9 +83,10 @@ def assert_all_well(children: list[subprocess.Popen[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_together_as_one_would_alone(world: Path, alone: Path, count: int) -> None:
-    workdir = world / f"together-{count}"
-    outputs = assert_all_well(start_together(world, workdir, count, *SHORT, *MESHES[count]))
+def test_processes_train_together_as_one_would_alone(
+    together: Callable[[int], Together], alone: Path, count: int
+) -> None:
+    workdir, outputs, _ = together(count)
     assert_same_numbers(metrics(workdir), metrics(alone))
     assert "step 8/8" in outputs[0]
     assert not any("step " in output for output in outputs[1:])  # one of them logs
@@ -103,15 +128,10 @@ def test_when_one_process_is_killed_the_others_stop_and_say_so_and_the_run_can_g
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_any_process_killed_at_a_random_moment_stops_the_others_and_the_run_resumes_to_the_same_bits(
-    world: Path, count: int
+    world: Path, together: Callable[[int], Together], count: int
 ) -> None:
     """$PEFTJAX_KILLS: how many runs lose a process, for each number of processes."""
-    rng, undisturbed = random.Random(os.environ.get("PEFTJAX_KILLS_SEED", "0")), world / f"undisturbed-{count}"
-    children = start_together(world, undisturbed, count, *SHORT, *MESHES[count])
-    wait_until((undisturbed / MARK).exists, *children)  # all processes are connected
-    began = time.monotonic()
-    assert_all_well(children)
-    life = time.monotonic() - began
+    rng, (undisturbed, _, life) = random.Random(os.environ.get("PEFTJAX_KILLS_SEED", "0")), together(count)
     for repetition in range(int(os.environ.get("PEFTJAX_KILLS", "1"))):
         workdir, victim = world / f"killed-{count}-{repetition}", rng.randrange(count)
         children = start_together(world, workdir, count, *SHORT, *MESHES[count])
