@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from peftjax.core.workdir import MARK
 from tests.runs import (
+    USERS,
     assert_same_run,
     ended,
     finish,
@@ -153,7 +154,7 @@ def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
     world: Path, alone: Path, number: int, codes: list[int]
 ) -> None:
     workdir = world / f"preempted-{number}"
-    children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
+    children = start_together(world, workdir, 2, *SHORT, *MESHES[2], flags=USERS)  # as the next run
     wait_until(logged(workdir, 1), *children)
     children[1].send_signal(number)
     results = ended(*children)
