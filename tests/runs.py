@@ -1,5 +1,7 @@
 """Real runs of the commands in processes of their own: to start, to watch, to kill, and to compare."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -143,8 +145,10 @@ def finish(child: Child) -> str:
 def wait_until(seen: Callable[[], bool], *children: Child) -> None:
     """Returns as soon as something is seen. Looked for all the time: what is to be hit lasts a few milliseconds."""
     deadline = time.monotonic() + PATIENCE
-    while not seen():
-        for child in children:
+    for count in itertools.count():
+        if seen():
+            return
+        for child in children if count % 100 == 0 else ():  # asking takes longer than looking
             assert child.poll() is None, child.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -162,7 +166,16 @@ def kill_when(child: Child, seen: Callable[[], bool]) -> None:
 
 def logged(workdir: Path, step: int, kind: str = "train") -> Callable[[], bool]:
     path, text = workdir / "metrics.jsonl", f'"step": {step}, "kind": "{kind}"'
-    return lambda: path.exists() and text in path.read_text()
+    size, found = -1, False
+
+    def seen() -> bool:
+        nonlocal size, found
+        with contextlib.suppress(FileNotFoundError):
+            before, size = size, path.stat().st_size
+            found = found or (size != before and text in path.read_text())  # read only when it has grown
+        return found
+
+    return seen
 
 
 def checkpoints(workdir: Path) -> set[str]:
