@@ -71,7 +71,9 @@ def stored_bytes(jaxpr: core.Jaxpr) -> int:
     read |= {var for var in jaxpr.outvars if isinstance(var, core.Var)}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] > 1:
-            stacked = equation.outvars[equation.params["num_carry"] :]
+            ((body, _),) = _inner(equation)
+            pairs = zip(equation.outvars, body.outvars, strict=True)  # the carry, then what each trip adds to a stack
+            stacked = [var for var, one in pairs if len(_shape(var)) > len(_shape(one))]
             kept = {_bytes(var) for var in stacked if var in read and _aval(var).memory_space != jax.memory.Space.Host}
             most = max(most, sum(kept))
         most = max([most, *(stored_bytes(body) for body, _ in _inner(equation))])
