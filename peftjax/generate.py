@@ -25,8 +25,10 @@ from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import Sampling, generate
+from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.adapter_method import read_base, read_method
+from peftjax.io.adapter_method import read_method
+from peftjax.io.adapter_tensors import CONFIG
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
@@ -145,7 +147,8 @@ def _base_of(adapter: Path | None) -> Path:
     if adapter is None:
         raise UserError("nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR")
     try:
-        base = read_base(adapter)
+        if (base := recorded_name(adapter)) is None:
+            raise UserError(f"{adapter / CONFIG} does not name the base model")
         return resolve(base.name, base.revision)
     except UserError as error:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None

@@ -25,7 +25,7 @@ from rich.console import RenderableType
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import Progress
-from peftjax.core.units import format_bytes, format_clock
+from peftjax.core.units import format_bytes, format_clocks
 
 METRICS = "metrics.jsonl"
 SPEEDS = ("tokens_per_second", "images_per_second")
@@ -132,9 +132,8 @@ class Log:
         self.progress.computed(step)
         if self._quiet:
             return
-        left = self.progress.left.after(step)
         shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]
-        clock = format_clock(now - self._began) + (f", {format_clock(left)} left" if left else "")
+        clock = format_clocks(now - self._began, self.progress.left.after(step) or None)
         self.progress.report("  ".join(shown), "  ".join([self._place(step), *shown, clock]))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -53,8 +53,9 @@ class Fork:
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        self.wait(timeout)
-        return self._output.read_text(), None
+        with self:
+            self.wait(timeout)
+            return self._output.read_text(), None
 
     def send_signal(self, number: int) -> None:
         if self._process.exitcode is None:

@@ -129,9 +129,8 @@ class Targeted(Method):
             config["target_modules"] = sorted(
                 {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
             )
-        if found := nested(model, self.modules_to_save):  # peft could not load the file
-            entries = [found[entry][0] if entry in found else (entry,) for entry in self.modules_to_save]
-            config["modules_to_save"] = [name for names in entries for name in names]
+        if (saved := outermost(model, self.modules_to_save)) != self.modules_to_save:  # peft could not load nested ones
+            config["modules_to_save"] = list(saved)
         if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
             config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in self.chosen(model))
         return config
@@ -164,6 +163,12 @@ def nested(model: nnx.Module, entries: Iterable[str]) -> dict[str, tuple[tuple[s
         if inner := [module for module in modules if outer[module] != module]:
             found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
     return found
+
+
+def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
+    """The entries of modules_to_save, with those that are `nested` replaced by their modules that are not inside others."""
+    found = nested(model, entries)
+    return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
 
 
 def _and_containers(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from peftjax.core.output import say
 from peftjax.core.signals import received
 from peftjax.core.terminal import is_terminal, make_console
 from peftjax.core.time_left import TimeLeft
-from peftjax.core.units import format_clock
+from peftjax.core.units import format_clocks
 
 COMPILING, TRAINING, EVALUATING, GENERATING, SAVING = "compiling", "training", "evaluating", "generating", "saving"
 
@@ -150,8 +150,7 @@ class _Clock(progress.ProgressColumn):
     """The time that has passed, and the time left."""
 
     def render(self, task: progress.Task) -> Text:
-        left: float | None = task.fields["left"]
-        return Text(format_clock(task.elapsed or 0.0) + ("" if left is None else f", {format_clock(left)} left"))
+        return Text(format_clocks(task.elapsed or 0.0, task.fields["left"]))
 
 
 class _Display(progress.Progress):

@@ -14,3 +14,8 @@ def format_clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_clocks(passed: float, left: float | None) -> str:
+    """Format the seconds that have passed, and those left if they are known: "0:42, 1:10 left"."""
+    return format_clock(passed) + ("" if left is None else f", {format_clock(left)} left")

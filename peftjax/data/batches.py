@@ -138,9 +138,8 @@ class Batches(Iterator[HostBatch]):
             )
             raise UserError(f"the data has changed since the checkpoint was saved: it was {there}, now it is {here}")
         self._iterator.set_state(state["position"])
-        full = (
-            state["counts"]["rows"] * self._data.max_length
-        )  # earlier versions padded all rows, and did not count this
+        # Earlier versions padded every row to max_length and did not count positions.
+        full = state["counts"]["rows"] * self._data.max_length
         self._counts = dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"]
 
     def preview(self, most: int) -> None:

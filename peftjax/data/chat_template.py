@@ -28,9 +28,8 @@ class ChatTemplate:
     def __init__(self, theirs: Any, directory: pathlib.Path):
         self._theirs, self._directory = theirs, directory
         self._said: set[str] = set()
-        self._endless = (
-            ""  # once it has reached a limit on time or memory, why: callers try several forms of a conversation
-        )
+        # Why it was stopped, once it has reached a limit on time or memory: callers try several forms of a conversation.
+        self._endless = ""
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
         self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")

@@ -5,22 +5,16 @@ Jinja computes constants when it compiles a template, in one operation, which no
 
 import functools
 import math
+import operator
 import re
 
 import jinja2
 from jinja2 import ext, nodes, parser
 
 LIMIT = 1_000_000  # characters of a text, or elements of a list, that constants build
-_PADDING = (
-    "center",
-    "ljust",
-    "rjust",
-    "zfill",
-    "indent",
-    "wordwrap",
-    "lipsum",
-    "format",
-)  # filters and methods with a width
+# Filters and methods with a width.
+_PADDING = {"center", "ljust", "rjust", "zfill", "indent", "wordwrap", "lipsum", "format"}
+_OPERATORS = {nodes.Add: operator.add, nodes.Sub: operator.sub, nodes.Mul: operator.mul, nodes.Pow: operator.pow}
 
 
 class _Generation(ext.Extension):
@@ -77,15 +71,10 @@ def _number(node: nodes.Node | None) -> float | None:
         left, right = _number(node.left), _number(node.right)
         if left is None or right is None:
             return None
-        if isinstance(node, nodes.Pow):
-            return left**right if left > 0 else None
-        return (
-            left + right
-            if isinstance(node, nodes.Add)
-            else left - right
-            if isinstance(node, nodes.Sub)
-            else left * right
-        )
+        if isinstance(node, nodes.Pow) and left <= 0:  # may be complex
+            return None
+        result: float = _OPERATORS[type(node)](left, right)
+        return result
     except OverflowError:
         return math.inf
 

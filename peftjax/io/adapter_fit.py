@@ -13,7 +13,7 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
-from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested
+from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key
 from peftjax.methods.adalora import AdaLora
@@ -98,9 +98,7 @@ def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]
     """
     if not isinstance(method, Targeted) or not (found := nested(model, method.modules_to_save)):
         return method, []
-    entries = [found[entry][0] if entry in found else (entry,) for entry in method.modules_to_save]
-    saved = tuple(name for names in entries for name in names)
-    return dataclasses.replace(method, modules_to_save=saved), list(found)
+    return dataclasses.replace(method, modules_to_save=outermost(model, method.modules_to_save)), list(found)
 
 
 def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) -> tuple[Method, list[str]]:

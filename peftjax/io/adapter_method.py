@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.registry import BaseName
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
-from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_tensors import CONFIG
 from peftjax.io.hf_files import check_files, read_json
 from peftjax.methods import METHODS
@@ -40,18 +38,6 @@ def read_method(path: Path) -> Method:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
         return cls.from_hf({field: value for field, value in config.items() if field in options})
-
-
-def read_base(path: Path) -> BaseName:
-    """Read which base model an adapter directory names.
-
-    Raises:
-        UserError: The directory holds no adapter, or does not name its base.
-    """
-    read_method(path)
-    if (base := recorded_name(path)) is None:
-        raise UserError(f"{path / CONFIG} does not name the base model")
-    return base
 
 
 def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:

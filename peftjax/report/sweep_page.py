@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.log import AMOUNTS
+from peftjax.log import is_amount
 from peftjax.report.data import PAGE, read_json
 from peftjax.report.html import render
 
@@ -52,9 +52,7 @@ def write_sweep_page(workdir: Path) -> Path:
         ranked_by=next((name for run in runs for name in ("eval_loss", "loss") if name in run.scores), ""),
         fields=list(dict.fromkeys(field for run in runs for field in run.values)),
         scores=[
-            score
-            for score in dict.fromkeys(score for run in runs for score in run.scores)
-            if score.removeprefix("eval_") not in AMOUNTS
+            score for score in dict.fromkeys(score for run in runs for score in run.scores) if not is_amount(score)
         ],
     )
     write_atomically(workdir / SWEEP_PAGE, page)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.io.model_card import Training
-from peftjax.log import AMOUNTS, METRICS, PLACE, read_metrics
+from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.data import Part, count_trained
 from peftjax.tasks import Task
 from peftjax.training.config import Config
+from peftjax.training.optim import CUSTOM
 
 
 def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> Training:
@@ -38,12 +39,13 @@ def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
     rows, size = (
         ("sequences", f", at most {data.max_length:,} tokens each") if task.unit == "tokens" else (task.unit, "")
     )
+    custom = optim.name == CUSTOM  # an optax transformation, which the section does not describe
     schedule = f"{optim.schedule} schedule" + (f", {optim.warmup_steps:,} warmup steps" if optim.warmup_steps else "")
     facts = {
         "Task": f"`{config.task.kind}`",
         "Training data": _sources(data.train),
         "Training": f"{step:,} steps of {config.train.batch_size:,} {rows}{size}; seed {config.seed}",
-        "Optimizer": f"{optim.name}, learning rate {optim.learning_rate:g}, {schedule}",
+        "Optimizer": "custom" if custom else f"{optim.name}, learning rate {optim.learning_rate:g}, {schedule}",
         "Precision": model.dtype + (f", base in {model.quantize}" if model.quantize else ""),
     }
     return facts | ({"Started from": f"`{Path(config.start_from).name}`"} if config.start_from else {})
@@ -66,5 +68,5 @@ def _scores(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]
     if not found or found[-1]["step"] == 0:
         return []
     before: Mapping[str, Any] = found[0] if found[0]["step"] == 0 else {}
-    last = {name: value for name, value in found[-1].items() if name.removeprefix("eval_") not in (*PLACE, *AMOUNTS)}
+    last = {name: value for name, value in found[-1].items() if name not in PLACE and not is_amount(name)}
     return [(name.removeprefix("eval_"), before.get(name, math.nan), value) for name, value in last.items()]

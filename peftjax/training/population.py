@@ -20,7 +20,7 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.core.progress import Progress
-from peftjax.core.units import format_clock
+from peftjax.core.units import format_clocks
 from peftjax.data.batches import Batches
 from peftjax.data.padding import pad_alike
 from peftjax.io.checkpoint import Checkpoints
@@ -268,7 +268,5 @@ def _report(going: Sequence[Training], step: int, progress: Progress) -> None:
     ranked = sorted((float(one.loss), one.member.name) for one in going)
     ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
     loss, total = f"loss {' to '.join(ends)}", going[0].run.config.train.steps
-    clock = format_clock(time.perf_counter() - progress.began)
-    if (left := progress.left.after(step)) is not None:
-        clock += f", {format_clock(left)} left"
+    clock = format_clocks(time.perf_counter() - progress.began, progress.left.after(step))
     progress.report(loss, "  ".join([f"step {step:>{len(str(total))}}/{total}", loss, clock]))

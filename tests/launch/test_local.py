@@ -74,28 +74,24 @@ def test_a_process_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch)
     assert (deaf.returncode, failing.returncode) == (-signal.SIGKILL, -signal.SIGABRT)
 
 
-def test_sigterm_reaches_all_and_75_means_run_again() -> None:
-    script = """
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if process else 0))
-        print("ready")
-        time.sleep(60)
-    """
-    launched = launch(script, "--processes=2")
+def launch_ready(handler: str) -> subprocess.Popen[str]:
+    """Two processes that have set a handler and wait for a signal."""
+    launched = launch(f"{handler}\nprint('ready')\ntime.sleep(60)", "--processes=2")
     assert launched.stdout is not None
     assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    return launched
+
+
+def test_sigterm_reaches_all_and_75_means_run_again() -> None:
+    launched = launch_ready("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if process else 0))")
     launched.send_signal(signal.SIGTERM)
     assert ended(launched) == (75, [])
 
 
 def test_ctrl_c_reaches_all_and_is_not_called_a_failure() -> None:
-    script = """
-        signal.signal(signal.SIGINT, lambda *_: (time.sleep(process / 2), print("saved"), sys.exit(130)))
-        print("ready")
-        time.sleep(60)
-    """
-    launched = launch(script, "--processes=2")
-    assert launched.stdout is not None
-    assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    launched = launch_ready(
+        'signal.signal(signal.SIGINT, lambda *_: (time.sleep(process / 2), print("saved"), sys.exit(130)))'
+    )
     launched.send_signal(signal.SIGINT)
     assert ended(launched) == (130, ["[0] saved", "[1] saved"])
 
