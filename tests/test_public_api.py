@@ -82,6 +82,8 @@ tx = optax.chain(optax.masked(optax.adamw(1e-4), mask), optax.masked(optax.set_t
 
 LOOPS = {"split": SPLIT, "optimizer": OPTIMIZER, "mask": MASK, "masked": MASK.replace(PARTITION, MASKED)}
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 
 def packed_batch() -> dict[str, jax.Array]:
     """Two documents in each row."""
@@ -132,7 +134,7 @@ def run(loop: str, directory: Path, rate: float = 0.1, quantize: str = "None", p
     return Run(values, len(scope["traces"]), nnx.merge(scope["graph"], state, scope[others]), before)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["split", "optimizer", "mask", slow("masked")])
 def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, directory: Path) -> None:
     done = run(loop, directory)
     assert done.losses[-1] < done.losses[0] - 0.3
@@ -144,19 +146,20 @@ def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, d
     assert done.traces <= (1 if loop == "split" else 2)
 
 
-@pytest.mark.parametrize("loop", ["optimizer", "mask"])
+@pytest.mark.parametrize("loop", ["optimizer", slow("mask")])
 def test_without_dropout_the_loops_compute_the_same_losses(loop: str, directory: Path) -> None:
     expected = run("split", directory, rate=0).losses
     np.testing.assert_allclose(run(loop, directory, rate=0).losses, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("loop", ["split", "optimizer", "mask"])
+@pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask")])
 def test_dropout_is_active_in_every_loop(loop: str, directory: Path) -> None:
     without, dropped = run(loop, directory, rate=0).losses, run(loop, directory).losses
     assert dropped[0] == pytest.approx(without[0], rel=1e-6)  # LoRA starts as a no-op
     assert all(abs(a - b) > 1e-4 for a, b in zip(dropped[1:], without[1:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["split", "optimizer"])
 def test_a_loop_trains_on_an_nf4_base_and_on_packed_documents(loop: str, directory: Path) -> None:
     done = run(loop, directory, quantize='"nf4"', packed=True)

@@ -290,6 +290,7 @@ def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
     made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0, eval__samples=0)
     train(configs.validate(made), tmp_path / "run")

@@ -101,6 +101,7 @@ def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_a_bottleneck_adapter_is_evaluated_as_it_was_trained(make_config: Callable[..., Any], tmp_path: Path) -> None:
     made, run = make_config("houlsby"), tmp_path / "run"
     fields = {"model.remat": "block", "train.accumulate": 2, "mesh.data": 2, "data.workers": 2}

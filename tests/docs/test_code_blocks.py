@@ -39,6 +39,7 @@ def given() -> dict[str, Any]:
     return {"tokens": tiny.tokens(), "batch": tiny.batch(), "config": defaults(), "make_config": make_config}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_the_python_code_of_a_page_runs(page: Path, world: Path, workplace: Path) -> None:
     namespace, code = given(), blocks(page, "python")

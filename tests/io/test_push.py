@@ -127,6 +127,7 @@ def test_a_directory_that_holds_no_adapter_is_not_uploaded(hub: stand_in.Hub, tm
     assert not hub.asked
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_card_and_uploads_it(hub: stand_in.Hub, tmp_path: Path) -> None:
     made = config(tmp_path, train__steps=2, eval__exact_match=0, eval__samples=0)
     (tmp_path / "config.py").write_text(

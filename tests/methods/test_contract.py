@@ -215,6 +215,7 @@ CASES = {
 FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft")}
 FIELDS["trainable-tokens-tied"] = {"tie_word_embeddings": True}
 QUICK = ("full", "lora", "lora-everything", "prompt", "prefix", "ia3")
+QUICKEST = ("full", "lora", "prefix", "ia3")  # also in what compiles much
 FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.values()  # the first case of each method
 OF_EACH = [
     name for name in CASES if name in {*FIRST, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"}
@@ -229,7 +230,7 @@ def marked(names: Iterable[str], *others: Any, quick: Iterable[str] = QUICK) -> 
     ]
 
 
-ALL, HEAVY = marked(CASES), marked(OF_EACH)
+ALL, HEAVY = marked(CASES), marked(OF_EACH, quick=QUICKEST)
 PEFT = marked(name for name in CASES if name != "full")
 PEFT_OF_EACH = marked(name for name in OF_EACH if name != "full")
 
@@ -335,7 +336,11 @@ def trained(name: str, dtype: str = "float32") -> Trained:
 
 
 NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-pissa"} - {"full"}]
-IN_EACH = [*marked(OF_EACH, "float32"), *marked(OF_EACH, "bfloat16"), *marked(NF4, "nf4", quick=("lora", "prefix"))]
+IN_EACH = [
+    *marked(OF_EACH, "float32", quick=QUICKEST),
+    *marked(OF_EACH, "bfloat16", quick=("lora", "prefix")),
+    *marked(NF4, "nf4", quick=("lora",)),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), IN_EACH)
@@ -399,12 +404,17 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
-MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32")
-MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16")
-MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32")
+MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32", quick=QUICKEST)
+MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16", quick=("lora",))
+MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32", quick=("lora",))
 MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4")
-MESHES += marked(("full", "lora", "houlsby", "prefix", "prompt", "oft"), {"sequence": 2, "tensor": 2}, "float32")
-MESHES += marked(("lora",), {"data": 2, "sequence": 2, "tensor": 2}, "nf4")
+MESHES += marked(
+    ("full", "lora", "houlsby", "prefix", "prompt", "oft"),
+    {"sequence": 2, "tensor": 2},
+    "float32",
+    quick=("lora", "prefix"),
+)
+MESHES += marked(("lora",), {"data": 2, "sequence": 2, "tensor": 2}, "nf4", quick=())
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,16 @@ def config(root: Path, model: Path, kind: str, labels: tuple[str, ...] = (), **f
     return made
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "labels", "measured"),
     [
         ("classification", ("without", "with"), {"accuracy", "f1", "matthews"}),
-        ("multi_label", ("a", "b", "c"), {"accuracy", "micro_f1", "macro_f1"}),
-        ("regression", (), {"pearson", "spearman"}),
-        ("token_classification", ("a", "b", "c"), {"accuracy", "macro_f1", "matthews"}),
+        slow("multi_label", ("a", "b", "c"), {"accuracy", "micro_f1", "macro_f1"}),
+        slow("regression", (), {"pearson", "spearman"}),
+        slow("token_classification", ("a", "b", "c"), {"accuracy", "macro_f1", "matthews"}),
     ],
 )
 def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(
@@ -156,6 +160,7 @@ def assert_evaluated(made: Any, workdir: Path) -> None:
     np.testing.assert_allclose(list(again.values()), [scores[name] for name in again], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(models: Callable, tmp_path: Path) -> None:
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), train__steps=2)
     made.method = methods.make_config("full")
@@ -184,6 +189,7 @@ def test_full_fine_tuning_leaves_a_classifier_with_the_names_of_its_classes(mode
     assert_evaluated(made, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: Callable, tmp_path: Path) -> None:
     made = config(
         tmp_path, models(T5), "seq2seq", eval__exact_match=6, eval__samples=2, eval__max_new_tokens=8,

@@ -30,9 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["causal_lm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("classification", "seq2seq"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
 def test_padding_to_the_longest_example_changes_no_loss_and_no_parameter(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from peftjax.train import train
 from peftjax.training import config as configs
 from tests.runs import (
     EVERY,
+    QUICK,
     STEPS,
+    USERS,
     assert_same_run,
     checkpoints,
     ended,
@@ -76,6 +79,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_never_was(w
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path, undisturbed: Path) -> None:
     workdir = world / "preempted"
     child = start(world, workdir)
@@ -122,6 +126,7 @@ def test_ctrl_c_saves_and_a_second_one_exits_at_once_also_during_a_save(world: P
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_with_the_same_bits(
     world: Path, undisturbed: Path
 ) -> None:
@@ -171,7 +176,11 @@ def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: P
     ("line", "message"),
     [
         ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not valid JSON: .* at column \d+"),
-        ('{"prompt": "1 and 2 "}', r"train\.jsonl:150: the record has no field 'completion'"),
+        pytest.param(
+            '{"prompt": "1 and 2 "}',
+            r"train\.jsonl:150: the record has no field 'completion'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
@@ -223,18 +232,19 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturb
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_was(
+def test_a_run_killed_at_12_random_moments_ends_with_the_bits_of_one_that_never_was(
     world: Path, tmp_path: Path
 ) -> None:
     often = ("--config.checkpoint.every=1", "--config.train.eval_every=0", "--config.optim.schedule=constant")
-    overrides = (*often, "--config.train.steps=150")
-    finish(fork(world, tmp_path / "undisturbed", *overrides))
+    run = partial(fork, world, flags=QUICK)
+    overrides = (*often, "--config.train.steps=75")
+    finish(run(tmp_path / "undisturbed", *overrides))
     began = time.monotonic()
-    finish(fork(world, tmp_path / "measured", *often, "--config.train.steps=12"))  # how far a life goes at most
+    finish(run(tmp_path / "measured", *often, "--config.train.steps=12"))  # how far a life goes at most
     life, workdir, rng = time.monotonic() - began, tmp_path / "killed", random.Random(0)
     kills = 0
-    while kills < 25:
-        child = fork(world, workdir, *overrides)
+    while kills < 12:
+        child = run(workdir, *overrides)
         try:
             child.wait(rng.uniform(0, life))
         except subprocess.TimeoutExpired:
@@ -242,7 +252,7 @@ def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_
         child.kill()
         ((code, output),) = ended(child)
         assert code in (0, -signal.SIGKILL), output
-    assert "resuming after step" in finish(fork(world, workdir, *overrides))
+    assert "resuming after step" in finish(run(workdir, *overrides))
     assert_same_run(workdir, tmp_path / "undisturbed")
 
 
@@ -257,9 +267,10 @@ def test_a_run_killed_at_25_random_moments_ends_with_the_bits_of_one_that_never_
 def test_other_ways_to_train_resume_exactly_too(
     world: Path, tmp_path: Path, overrides: tuple[str, ...], devices: int, result: str
 ) -> None:
-    finish(start(world, tmp_path / "undisturbed", *overrides, devices=devices))
-    workdir = tmp_path / "killed"
-    kill_when(start(world, workdir, *overrides, devices=devices), logged(workdir, EVERY + 4))
-    kill_when(start(world, workdir, *overrides, devices=devices), logged(workdir, 3 * EVERY))  # as a save begins
-    finish(start(world, workdir, *overrides, devices=devices))
+    flags = QUICK.replace(USERS, f"--xla_force_host_platform_device_count={devices}")
+    workdir, run = tmp_path / "killed", partial(fork, world, flags=flags)
+    finish(run(tmp_path / "undisturbed", *overrides))
+    kill_when(run(workdir, *overrides), logged(workdir, EVERY + 4))
+    kill_when(run(workdir, *overrides), logged(workdir, 3 * EVERY))  # as a save begins
+    finish(run(workdir, *overrides))
     assert_same_run(workdir, tmp_path / "undisturbed", result)
