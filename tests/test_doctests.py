@@ -20,6 +20,8 @@ from peftjax import losses
 NAMES = {"jax": jax, "jnp": jnp, "nnx": nnx, "np": np, "optax": optax, "peftjax": peftjax}
 PACKAGE = Path(peftjax.__file__).parent
 
+SLOW = {"peftjax.losses.seq2seq", "peftjax.io.load.load_kernels", "peftjax.trainer.train"}  # they compile whole models
+
 
 def modules() -> Iterator[ModuleType]:
     """The modules with an example; the others need not be imported."""
@@ -34,7 +36,10 @@ def examples() -> list[doctest.DocTest]:
     return [test for test in found.values() if test.examples]
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda test: test.name)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(test, id=test.name, marks=pytest.mark.slow if test.name in SLOW else ()) for test in examples()],
+)
 def test_the_example_prints_what_its_docstring_says(
     example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """What every method promises. A new method joins by an entry in CASES.
 
 The promises that compile much are checked for the first case of each method. But for a few methods all of it is slow
-(make test-slow).
+(make test-slow), and so is most of what compiles much.
 """
 
 import dataclasses

@@ -27,7 +27,15 @@ def kernel(model: Any, path: str, layer: int) -> np.ndarray:
     return np.asarray(variables.flat(model)[1][path].get_value().astype(jnp.float32)[layer])
 
 
-@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"init": "loftq_niter_8"}, {"dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 8.0},
+        pytest.param({"init": "loftq_niter_8"}, marks=pytest.mark.slow),
+        pytest.param({"dora": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_update_is_the_best_approximation_of_what_quantizing_took_away(directory: Path, options: dict) -> None:
     exact, model = peftjax.load_model(directory), peftjax.load_model(directory, quantize="nf4")
     before = tiny.bits(model)

@@ -207,6 +207,7 @@ def classification_loss(model: Any, batch: Any) -> Totals:
     return Totals(losses.sum(), jnp.float32(len(losses)), (logits.argmax(-1) == batch["labels"]).sum().astype(float))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folder: Path) -> None:
     model = peftjax.attach(peftjax.load_model(folder / "classifier"), peftjax.Lora(rank=2), rngs=nnx.Rngs(1))
     names = {path for path, leaf in variables.flat(model)[1].items() if type(leaf) is variables.PeftParam}

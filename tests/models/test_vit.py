@@ -129,6 +129,7 @@ def classification_loss(model: Any, batch: Any) -> Totals:
     return Totals(losses.sum(), jnp.float32(len(losses)), (logits.argmax(-1) == batch["labels"]).sum().astype(float))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folder: Path) -> None:
     method = peftjax.Lora(rank=2, dropout=0.1, targets=r".*(_proj|fc[12]|projection)")
     model = peftjax.attach(peftjax.load_model(folder / "classifier"), method, rngs=nnx.Rngs(1))
