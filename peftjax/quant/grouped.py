@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from peftjax.quant.base import Quantized, product
@@ -110,10 +111,15 @@ def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.
     return jax.lax.scan(step, zeros, blocks)[0].astype(kernel.dtype)
 
 
-# --- jax.lax.ragged_dot ---
+# --- jax.lax.ragged_dot, which supports vmap over some axes only ---
 
 
+@sequential_vmap
 def _ragged(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    return _ragged_dot(x, kernel, owner, used)
+
+
+def _ragged_dot(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     del used  # unused blocks are zero
     rows = x.shape[1]
     sizes = jnp.zeros(len(kernel), jnp.int32).at[owner].add(rows)
@@ -124,12 +130,16 @@ def _ragged(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) 
     return y.astype(x.dtype).reshape(*x.shape[:2], -1)
 
 
+@sequential_vmap
 def _ragged_transposed(gradient: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
-    return _ragged(gradient, kernel.swapaxes(1, 2), owner, used)
+    return _ragged_dot(gradient, kernel.swapaxes(1, 2), owner, used)
 
 
+@sequential_vmap
 def _ragged_of_kernel(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
 ) -> jax.Array:
-    pull: Callable[[jax.Array], tuple[jax.Array]] = jax.vjp(lambda kernel: _ragged(x, kernel, owner, used), kernel)[1]
+    pull: Callable[[jax.Array], tuple[jax.Array]] = jax.vjp(lambda kernel: _ragged_dot(x, kernel, owner, used), kernel)[
+        1
+    ]
     return pull(gradient)[0]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import peftjax
@@ -56,6 +57,30 @@ def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path
         UserError, match='cannot hold quantized experts; load the unquantized model with quantize="nf4"'
     ):
         peftjax.save_model(model, tmp_path / "saved")
+
+
+def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    with pytest.raises(
+        UserError, match=r"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which ia3 cannot adapt"
+    ):
+        peftjax.attach(model, peftjax.Ia3(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+    for options, what in (
+        ({"dora": True}, "dora=True is not supported for experts"),
+        ({"init": "pissa"}, "init='pissa'"),
+    ):
+        with pytest.raises(UserError, match=f"method.{what}.*; leave model.layers.0.mlp.experts.down_proj out"):
+            peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
+
+
+def test_all_linear_leaves_routers_out_and_takes_experts_for_lora_only(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    lora = {site.path.removeprefix("blocks.") for site, _ in peftjax.Lora().chosen(model)}
+    other = {site.path.removeprefix("blocks.") for site, _ in peftjax.Oft(block_size=8).chosen(model)}
+    assert lora - other == {"feedforward.experts.gate_up", "feedforward.experts.down"}
+    assert other == {f"attention.{name}" for name in ("query", "key", "value", "out")} | {
+        f"feedforward.shared.{name}" for name in ("gate", "up", "down")
+    }
 
 
 def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
