@@ -114,7 +114,7 @@ def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.
 # --- jax.lax.ragged_dot, which supports vmap over some axes only ---
 
 
-@sequential_vmap
+@sequential_vmap  # type: ignore[untyped-decorator]
 def _ragged(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     return _ragged_dot(x, kernel, owner, used)
 
@@ -130,12 +130,12 @@ def _ragged_dot(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Arr
     return y.astype(x.dtype).reshape(*x.shape[:2], -1)
 
 
-@sequential_vmap
+@sequential_vmap  # type: ignore[untyped-decorator]
 def _ragged_transposed(gradient: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     return _ragged_dot(gradient, kernel.swapaxes(1, 2), owner, used)
 
 
-@sequential_vmap
+@sequential_vmap  # type: ignore[untyped-decorator]
 def _ragged_of_kernel(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
 ) -> jax.Array:
