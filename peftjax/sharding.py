@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("tensor",),
     "rank": ("fsdp", "sequence"),
 }
 
@@ -187,6 +188,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))  # type: ignore[arg-type]
+
+
+def on_current_mesh(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """Return how the current mesh shards an array with these logical axes."""
+    return partition(axes, shape, jax.sharding.get_abstract_mesh())  # type: ignore[arg-type]
 
 
 def parts(axis: str, size: int) -> int:

@@ -16,7 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from peftjax.core import variables
 from peftjax.io.save import save_model
 from peftjax.models import from_hf_config
+from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Linear
+from peftjax.nn.moe import Router
 from peftjax.quant import FORMATS
 from peftjax.report.data import tree_bytes
 
@@ -52,15 +54,22 @@ def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **field
 def quantized(model: Any, format_: str = "nf4") -> Any:
     """The model with every linear kernel but the head's in a number format, as `load_model(quantize=...)` has it."""
     for path, module in nnx.iter_modules(model):
-        kernel = getattr(module, "kernel", None) if isinstance(module, Linear) else None
-        if kernel is not None and ".".join(map(str, path)) not in model.output_layers:
+        kernel = getattr(module, "kernel", None) if isinstance(module, Linear | ExpertLinear) else None
+        if (
+            kernel is not None
+            and not isinstance(module, Router)
+            and ".".join(map(str, path)) not in model.output_layers
+        ):
             kernel.set_value(_encode(kernel.get_value(), format_))
     return model
 
 
 @partial(jax.jit, static_argnums=1)
 def _encode(kernels: jax.Array, format_: str) -> Any:
-    return jax.vmap(FORMATS[format_])(kernels)  # of all layers
+    encode = FORMATS[format_]
+    for _ in kernels.shape[:-2]:  # of all layers and experts
+        encode = jax.vmap(encode)
+    return encode(kernels)
 
 
 @functools.cache

@@ -124,8 +124,8 @@ class Override(MethodAdapter):
         for leaf, value in values.items():
             setattr(self, leaf, PeftParam(value, axes=axes[leaf]))
 
-    def apply(self, base: Base, x: jax.Array) -> jax.Array:
-        return base(x, **self._replaced({leaf: base.parameter(leaf) for leaf in self.leaves}))
+    def apply(self, base: Base, *inputs: Any) -> jax.Array:
+        return base(*inputs, **self._replaced({leaf: base.parameter(leaf) for leaf in self.leaves}))
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         return dict(self.hf) if layer in self.layers else {}

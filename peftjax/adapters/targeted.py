@@ -13,9 +13,12 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern, probability, split_names
 from peftjax.adapters.sites import Chosen, Site, choose, head_sites, insert, sites, tied_kernel
 from peftjax.core.errors import UserError
+from peftjax.core.paths import matches, matching
 from peftjax.models.base import Model
+from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Conv1D, Linear
+from peftjax.nn.moe import Router
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
@@ -26,7 +29,8 @@ class Targeted(Method):
 
     Attributes:
         targets (str or tuple, default "all-linear"): The layers that get an adapter: "all-linear" (every Linear but
-            the head), a tuple of names or name endings, comma-separated names, or a regular expression for full names.
+            the head and routers, and for LoRA also experts), a tuple of names or name endings, comma-separated names, or a
+            regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
         modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their
@@ -82,6 +86,8 @@ class Targeted(Method):
         """The sites that get an adapter."""
         layers = [site for site in sites(model) if isinstance(site.module, self.fits)]
         targets = self.targets
+        if targets != self.every:
+            self._check_experts(model)
         if targets == self.every:
             layers, targets = [site for site in layers if self.in_every(site, model)], ".*"
         chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
@@ -98,7 +104,24 @@ class Targeted(Method):
     def in_every(self, site: Site, model: nnx.Module) -> bool:
         """Whether the word `every` includes a site."""
         outputs = model.output_layers if isinstance(model, Model) else ()
-        return isinstance(site.module, Linear) and site.path not in outputs
+        linear = isinstance(site.module, Linear | ExpertLinear) and not isinstance(site.module, Router)
+        return linear and site.path not in outputs
+
+    def _check_experts(self, model: nnx.Module) -> None:
+        """Refuse targets that name experts, if the method cannot adapt them."""
+        with matching("method.targets", self.targets, self.exclude):
+            named = [
+                name
+                for site in sites(model)
+                if isinstance(site.module, ExpertLinear) and not isinstance(site.module, self.fits)
+                for name in site.names
+                if matches(name, self.targets) and not (self.exclude and matches(name, self.exclude))
+            ]
+        if named:
+            raise UserError(
+                f"method.targets={self.targets!r} names experts ({named[0]}), which {self.method} cannot adapt; use lora, or "
+                "name other layers"
+            )
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained whole: those of modules_to_save and of a classification head."""

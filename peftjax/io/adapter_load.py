@@ -21,6 +21,7 @@ from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
+from peftjax.io.adapter_experts import with_all_experts
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_nested, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
@@ -84,6 +85,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
     else:
         method, has_head = _read_method(path, model)
         tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+        method, tensors = with_all_experts(method, tensors, model)
         method, tensors = _fitted(method, tensors, model, path)
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))

@@ -12,6 +12,8 @@ from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.adapters.soft_prompt import SoftPrompt
 from peftjax.io import adapter_hub
 from peftjax.methods.bottleneck import Bottleneck
+from peftjax.methods.lora.experts import LoraExperts
+from peftjax.models.base import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # peft wraps the model, but keeps a soft prompt beside it
@@ -33,7 +35,7 @@ class Layout:
 
     def key(self, module: str, suffix: str) -> str:
         """Return the key of one tensor of a module's adapter."""
-        return f"{self.prefix}{module}{self.infix}{suffix}"
+        return f"{self.prefix}{module}{self.infix}{suffix}".removesuffix(".")
 
     def head_key(self, module: str, suffix: str) -> str:
         """Return the key of one tensor of a task head."""
@@ -86,6 +88,7 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
     found: dict[str, AdapterTensor] = {}
     keys = layout(model, name)
     heads = [site.path for site in head_sites(model)]
+    modules = _wrappers(model, name)
     for site, adapter in adapters_named(model, name):
         key_of = keys.head_key if site.path in heads else keys.key
         written = adapter.exported() if exported else adapter
@@ -93,9 +96,30 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
             found.setdefault(key, AdapterTensor(key, written, None, leaf))  # the same in every layer that shares it
         for layer, hf in zip(site.layers, site.names, strict=True):
             for suffix, leaf in written.hf_leaves(layer).items():
-                key = key_of(hf, suffix)
+                key = key_of(modules.get(hf, hf), suffix)
                 found[key] = AdapterTensor(key, written, layer, leaf)
     return list(found.values())
+
+
+def _wrappers(model: nnx.Module, name: str) -> dict[str, str]:
+    """The modules of peft that hold LoRAs of experts, by the experts' name.
+
+    peft wraps the module of all experts once for each of its parameters, those that come first innermost.
+    """
+    found: dict[str, str] = {}
+    order = list(model.hf_experts) if isinstance(model, Model) else []
+    names = {
+        hf
+        for site, adapter in adapters_named(model, name)
+        if isinstance(adapter, LoraExperts)
+        for layer, hf in zip(site.layers, site.names, strict=True)
+        if adapter.hf_leaves(layer)
+    }
+    for hf in names:
+        container, _, last = hf.rpartition(".")
+        outer = sum(f"{container}.{other}" in names for other in order[order.index(last) + 1 :])
+        found[hf] = container + ".base_layer" * outer
+    return found
 
 
 def adapter_tensors(model: nnx.Module, name: str = "default") -> dict[str, jax.Array]:

@@ -8,8 +8,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core import variables
 from peftjax.models.base import Model
+from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Linear
+from peftjax.nn.moe import Router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +70,19 @@ def entries(model: Model) -> list[Entry]:
         stacked = variable.axes[0] == "layers"
         layers = range(variable.shape[0] if stacked else 1)
         modules = tuple(in_class[module_path].format(layer) for layer in layers)
-        keys = tuple(f"{in_file[module_path]}.{suffix}".format(layer) for layer in layers)
+        keys = tuple(f"{in_file[module_path]}.{suffix}".removesuffix(".").format(layer) for layer in layers)
         result.append(Entry(path, modules, keys, tuple(variable.shape), tuple(variable.axes), stacked, order))
     return result
 
 
 def is_linear(model: Model, entry: Entry) -> bool:
-    """Whether the parameter is the kernel of a linear layer, which may be quantized."""
-    return isinstance(module_at(model, entry.module), Linear) and entry.path.endswith(".kernel")
+    """Whether the parameter is the kernel of a linear layer, or of experts, which may be quantized."""
+    return isinstance(module_at(model, entry.module), Linear | ExpertLinear) and entry.path.endswith(".kernel")
+
+
+def is_router(model: Model, entry: Entry) -> bool:
+    """Whether the parameter is a router's, which is never quantized."""
+    return isinstance(module_at(model, entry.module), Router)
 
 
 def module_at(model: Model, path: str) -> nnx.Module:

@@ -1,15 +1,17 @@
 """Which kernels of a model are quantized, and the functions that quantize them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, suggest, unmatched
 from peftjax.io.bitsandbytes import Packed, Unpack
-from peftjax.io.entries import Entry, is_linear
+from peftjax.io.entries import Entry, is_linear, is_router
 from peftjax.io.hf_files import StoredTensor
 from peftjax.models.base import Model
 from peftjax.quant import FORMATS
+from peftjax.quant import quantize as encode
 from peftjax.quant.base import Quantized
 
 Encode = Callable[[Any], Quantized]  # from a kernel [in, out]; an `Unpack`: from the arrays of a stored kernel
@@ -38,7 +40,7 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
     chosen: dict[str, Encode] = {}
     names: list[str] = []
     for entry in table:
-        if not is_linear(model, entry) or entry.module in model.output_layers:
+        if not is_linear(model, entry) or entry.module in model.output_layers or is_router(model, entry):
             continue
         modules = entry.hf_modules
         names += modules
@@ -48,7 +50,8 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
                 f"skip (model.skip_quantize): {skipped[0]} is one of several layers that share one format; name them all"
             )
         if not skipped:
-            chosen[entry.path] = FORMATS[quantize]
+            of_experts = len(entry.shape) - entry.stacked > 2
+            chosen[entry.path] = partial(encode, format_=quantize) if of_experts else FORMATS[quantize]
     if missing := unmatched(names, tuple(skip)):
         last = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise UserError(

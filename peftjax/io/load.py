@@ -10,6 +10,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import entries, is_linear
+from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config
 from peftjax.io.hf_files import StoredTensor, resolve
@@ -96,6 +97,7 @@ def load_model(
     config = tied_as_stored(config, stored)
     model = config.abstract()
     table = entries(model)
+    stored = with_experts(model, table, stored)
     encode: Mapping[str, Encode] = {} if packed else encoders(model, table, quantize, skip)
     matched = match(model, table, stored, directory)
     if packed:
@@ -160,7 +162,7 @@ def load_kernels(
         fields = text_config(fields)
     model = with_stored_rows(model, fields)
     table = entries(model)
-    stored = match(model, table, tensors, directory)
+    stored = match(model, table, with_experts(model, table, tensors), directory)
     of_module = {entry.module: entry for entry in table if is_linear(model, entry)}
 
     def read(module: str, layer: int | None) -> np.ndarray:

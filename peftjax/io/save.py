@@ -111,6 +111,11 @@ def _quantization_config(model: Model) -> dict[str, Any]:
             f"{other[0]} is in {type(kernels[other[0]]).__name__.lower()}, which Hugging Face directories cannot hold "
             '(bitsandbytes\' int8 rounds the activations too); load the unquantized model with quantize="int8" instead'
         )
+    if experts := [path for path, value in kernels.items() if value.ndim > 3]:
+        raise UserError(
+            f"{experts[0]} is quantized, and Hugging Face directories cannot hold quantized experts; load the unquantized "
+            f'model with quantize="{kernels[experts[0]].format}" instead'
+        )
     if not kernels:
         return {}
     nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from peftjax.core import variables
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import Entry, entries
+from peftjax.io.experts import split_experts
 from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model
 from peftjax.quant.base import Quantized
@@ -56,7 +57,8 @@ def write_weights(
             stored_as = around.stored_name(key) if around else key
             # in every process, to gather the shards of others
             fetched = _fetch(stored_as, values[entry.path], entry, layer)
-            arrays |= fetched if writing else {}
+            for stored_key, array in fetched.items() if writing else ():
+                arrays |= split_experts(model, stored_key, array)
         where |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
         if writing:

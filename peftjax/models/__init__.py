@@ -7,7 +7,7 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.models import bert, gemma, gpt2, llama, multimodal, phi3, t5, vit
+from peftjax.models import bert, gemma, gpt2, llama, mixtral, multimodal, phi3, qwen_moe, t5, vit
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.heads import HeadOptions
@@ -35,6 +35,9 @@ FAMILIES = {
     "mistral": Family(llama.from_hf),
     "qwen2": Family(llama.from_hf),
     "qwen3": Family(llama.from_hf),
+    "mixtral": Family(mixtral.from_hf),
+    "qwen2_moe": Family(qwen_moe.from_hf),
+    "qwen3_moe": Family(qwen_moe.from_hf),
     "roberta": Family(bert.from_hf, bert.HEADS),
     "gpt2": Family(gpt2.from_hf),
     "phi3": Family(phi3.from_hf),

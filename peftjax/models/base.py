@@ -132,6 +132,8 @@ class Model(nnx.Module):
         origin: Where it was loaded from; None if it was not loaded.
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
+        hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of those of all
+            experts.
     """
 
     config: ModelConfig
@@ -139,6 +141,7 @@ class Model(nnx.Module):
     __call__: Callable[..., Any]  # each kind of model has its own inputs
     output_layers: ClassVar[tuple[str, ...]] = ()
     task_head: ClassVar[tuple[str, ...]] = ()
+    hf_experts: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     @property
     def virtual(self) -> int:

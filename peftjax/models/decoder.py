@@ -25,6 +25,7 @@ from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
+from peftjax.nn.moe import MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -66,7 +67,7 @@ class Block(nnx.Module):
         self,
         make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward,
+        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts,
     ) -> None:
         self.attention_norm, self.attention, self.attention_residual = make_norm(), attention, Residual()
         self.feedforward_norm, self.feedforward, self.feedforward_residual = make_norm(), feedforward, Residual()

@@ -40,6 +40,30 @@ OWN: dict[str, frozenset[str]] = {
         num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps
         rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache use_sliding_window vocab_size
     """),
+    "mixtral": _names("""
+        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
+        intermediate_size max_position_embeddings num_attention_heads num_experts num_experts_per_tok
+        num_key_value_heads num_local_experts original_max_position_embeddings output_router_logits
+        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
+        router_aux_loss_coef router_jitter_noise tie_word_embeddings use_cache vocab_size
+    """),
+    "qwen2_moe": _names("""
+        attention_dropout bos_token_id decoder_sparse_step eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings max_window_layers mlp_only_layers
+        moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok
+        num_key_value_heads original_max_position_embeddings output_router_logits pad_token_id
+        partial_rotary_factor qkv_bias rms_norm_eps rope_parameters rope_scaling rope_theta
+        router_aux_loss_coef shared_expert_intermediate_size tie_word_embeddings use_cache
+        use_sliding_window vocab_size
+    """),
+    "qwen3_moe": _names("""
+        attention_bias attention_dropout bos_token_id decoder_sparse_step eos_token_id head_dim
+        hidden_act hidden_size initializer_range intermediate_size max_position_embeddings
+        mlp_only_layers moe_intermediate_size norm_topk_prob num_attention_heads num_experts
+        num_experts_per_tok num_key_value_heads original_max_position_embeddings output_router_logits
+        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
+        router_aux_loss_coef tie_word_embeddings use_cache use_sliding_window vocab_size
+    """),
     "gpt2": _names("""
         activation_function add_cross_attention attn_pdrop bos_token_id classifier_dropout embd_pdrop
         eos_token_id hidden_dropout hidden_size initializer_range layer_norm_epsilon max_position_embeddings

@@ -16,6 +16,7 @@ from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, rea
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
+from peftjax.nn.moe import MixtureOfExperts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +53,20 @@ class Llama(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
-            feedforward=GatedFeedForward(
-                config.embed,
-                config.mlp,
-                activation=ACTIVATIONS[config.activation],
-                use_bias=config.mlp_bias,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
+            feedforward=self.make_feedforward(rngs),
+        )
+
+    def make_feedforward(self, rngs: nnx.Rngs) -> GatedFeedForward | MixtureOfExperts:
+        """Build the feed-forward layer of one block."""
+        config = self.config
+        return GatedFeedForward(
+            config.embed,
+            config.mlp,
+            activation=ACTIVATIONS[config.activation],
+            use_bias=config.mlp_bias,
+            stddev=config.init_stddev,
+            dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
         )
 
 

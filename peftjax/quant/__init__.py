@@ -19,11 +19,12 @@ FORMATS: dict[str, Callable[[jax.Array], Quantized]] = {
 
 
 def quantize(kernel: jax.Array, format_: str) -> Quantized:
-    """Quantize a kernel [in, out], or a stack of kernels [L, in, out] one after another.
+    """Quantize a kernel [in, out], or the kernels of a stack [*stack, in, out] one after another.
 
     Args:
         kernel: float32, bfloat16 or float16.
         format_: A key of `FORMATS`.
     """
-    encode = FORMATS[format_]
-    return jax.lax.map(encode, kernel) if kernel.ndim > 2 else encode(kernel)
+    if kernel.ndim > 2:
+        return jax.lax.map(partial(quantize, format_=format_), kernel)
+    return FORMATS[format_](kernel)

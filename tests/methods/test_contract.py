@@ -89,6 +89,10 @@ CASES = {
         methods.Lora(rank=4, init="olora", dora=True, rslora=True, targets=("q_proj",)), L * (4 * (E + E) + E),
         noop=False, encoded=True,
     ),
+    "lora-experts": Case(
+        methods.Lora(rank=3, targets=("q_proj", "gate_up_proj", "down_proj"), rank_pattern={"layers.1.mlp.experts.down_proj": 2}),
+        L * 3 * (E + E) + 4 * (L * 3 * (E + 2 * F) + (3 + 2 + 3) * (F + E)),
+    ),
     "prompt": Case(methods.PromptTuning(tokens=5), 5 * E, noop=False, merges=False),
     "p-tuning": Case(
         methods.PTuning(tokens=5, hidden=6), 5 * E + (E + 1) * 6 + 7 * 6 + 7 * E, noop=False, merges=False,
@@ -213,12 +217,15 @@ CASES = {
     "parallel": Case(methods.ParallelAdapter(learned_scale="scalar"), L * (2 * E * 16 + 16 + E + 1), merges=False),
 }  # fmt: skip
 FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft")}
+FIELDS["lora-experts"] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 FIELDS["trainable-tokens-tied"] = {"tie_word_embeddings": True}
 QUICK = ("full", "lora", "lora-everything", "prompt", "prefix", "ia3")
 QUICKEST = ("full", "lora", "prefix", "ia3")  # also in what compiles much
 FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.values()  # the first case of each method
 OF_EACH = [
-    name for name in CASES if name in {*FIRST, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"}
+    name
+    for name in CASES
+    if name in {*FIRST, "lora-everything", "lora-experts", "lora-dora", "lora-pissa", "prefix-projection"}
 ]
 
 

@@ -26,6 +26,7 @@ from flax import nnx
 from peftjax.adapters.ranks import within
 from peftjax.adapters.sites import Site
 from peftjax.nn.embedding import Embedding
+from peftjax.nn.experts import ExpertLinear
 
 INITS = re.compile(r"kaiming|gaussian|orthogonal|eva|olora|(pissa|loftq)(_niter_\d+)?")
 RESIDUAL = re.compile(r"olora|pissa.*")
@@ -34,7 +35,7 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: nnx.Rngs) -> Pair:
-    """Initial A [*stack, in, R] and B [*stack, R, out] of a site, float32, zero beyond each layer's rank.
+    """Initial A [*stack, in, R] and B [*stack, R, out] of a site, or of its experts, float32, zero beyond each layer's rank.
 
     For an embedding A is zero and B normal with any `init`, as in peft.
 
@@ -46,22 +47,24 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
         rngs: Random keys.
     """
     key, owner, rank = rngs.params(), site.module, int(ranks.max())
-    a_shape, b_shape = (*site.stack, owner.in_features, rank), (*site.stack, rank, owner.out_features)
-    by_layer = lambda values, ndim: jnp.asarray(values, jnp.float32).reshape(*site.stack, *[1] * ndim)  # noqa: E731
+    stack = (*site.stack, owner.experts) if isinstance(owner, ExpertLinear) else site.stack
+    a_shape, b_shape = (*stack, owner.in_features, rank), (*stack, rank, owner.out_features)
+    beside = [1] * (len(a_shape) - len(site.stack))
+    by_layer = lambda values: jnp.asarray(values, jnp.float32).reshape(*site.stack, *beside)  # noqa: E731
     if isinstance(owner, Embedding):
         a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
     elif init in ("kaiming", "eva") or init.startswith("loftq"):
         bound = owner.in_features**-0.5
         a, b = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound), jnp.zeros(b_shape)
     elif init == "gaussian":
-        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1), 2)
+        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1))
         b = jnp.zeros(b_shape)
     else:
         keys = jax.random.split(key, len(ranks))
         pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]
         a = jnp.stack([pair[0] for pair in pairs]).reshape(a_shape)
         b = jnp.stack([pair[1] for pair in pairs]).reshape(b_shape)
-    active = within(ranks, site.stack)
+    active = within(ranks, site.stack).reshape(*site.stack, *[1] * (len(stack) - len(site.stack)), rank)
     return a * active[..., None, :], b * active[..., None]
 
 

@@ -11,6 +11,7 @@ LoRA-FA  A keeps its initial value: Zhang et al. 2023 (arXiv:2308.03303). The pa
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -25,26 +26,28 @@ from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
 from peftjax.adapters.sites import Chosen, Site, adapters_named
-from peftjax.adapters.targeted import Targeted
+from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.biases import train_biases
 from peftjax.methods.lora.dora import DoraEmbedding, DoraLinear, DoraResidual
+from peftjax.methods.lora.experts import LoraExperts
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
 from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
 from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
 from peftjax.nn.embedding import Embedding
+from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Linear
 from peftjax.nn.patches import PatchEmbedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora(Ranked):
-    """Options of LoRA. Targets can be Linear and Embedding layers and the patch embedding of an image model.
+    """Options of LoRA. Targets can be Linear and Embedding layers, experts, and the patch embedding of an image model.
 
     Attributes:
         dropout (float, default 0.0): Dropout rate of the adapter's input.
@@ -86,7 +89,7 @@ class Lora(Ranked):
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
-    fits: ClassVar = (Linear, Embedding, PatchEmbedding)
+    fits: ClassVar = (Linear, Embedding, PatchEmbedding, ExpertLinear)
     hf_fields: ClassVar = Targeted.hf_fields | {
         "rank": ("r", 8),
         "alpha": ("lora_alpha", 8),
@@ -102,11 +105,11 @@ class Lora(Ranked):
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {
-        "runtime_config", "megatron_core", "qalora_group_size",
+        "runtime_config", "megatron_core", "qalora_group_size", "target_parameters",
     }  # fmt: skip
     hf_unsupported: ClassVar = frozenset({
         "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
-        "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+        "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
     })  # fmt: skip
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
@@ -175,14 +178,15 @@ class Lora(Ranked):
         scales = self.alphas(site) / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         by_layer = jnp.asarray(scales, jnp.float32).reshape(*site.stack, 1)
         a, b = (factor.astype(self.dtype) for factor in initial(self.init, site, ranks, scales, rngs))
-        a_axes = site.lead(inputs, "rank")
+        lead = ("expert",) if isinstance(site.module, ExpertLinear) else ()
+        a_axes = site.lead(*lead, inputs, "rank")
         if isinstance(site.module, PatchEmbedding):
             a, a_axes = a.reshape(*site.module.kernel.shape[:-1], -1), (None, None, None, "rank")
         adapter = self._kind(site.module)(
             tuple(int(rank) for rank in ranks),
             PeftConstant(within(ranks, site.stack) * by_layer, axes=site.lead("rank")),
             (PeftConstant if self.freeze_a else PeftParam)(a, axes=a_axes),
-            PeftParam(b, axes=site.lead("rank", outputs)),
+            PeftParam(b, axes=site.lead(*lead, "rank", outputs)),
             0.0 if isinstance(site.module, Embedding) else self.dropout,  # peft has no dropout for embeddings
         )
         if isinstance(adapter, DoraLinear):
@@ -193,6 +197,8 @@ class Lora(Ranked):
         return adapter
 
     def _kind(self, layer: nnx.Module) -> type[LoraLinear]:
+        if isinstance(layer, ExpertLinear):
+            return LoraExperts
         if isinstance(layer, Embedding):
             return DoraEmbedding if self.dora else LoraEmbedding
         if isinstance(layer, PatchEmbedding):
@@ -202,12 +208,17 @@ class Lora(Ranked):
         return DoraLinear if self.dora else LoraLinear
 
     def _check_other(self, site: Site) -> None:
-        """Refuse the options that an embedding of tokens or patches does not have."""
+        """Refuse the options that experts and an embedding of tokens or patches do not have."""
+        of_experts = isinstance(site.module, ExpertLinear)
         of_tokens = isinstance(site.module, Embedding)
         refused = {
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
             "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
-            "init": (RESIDUAL.fullmatch(self.init), "starts from a Linear's kernel"),
+            "dora": (self.dora and of_experts, "is not supported for experts"),
+            "init": (
+                self.init not in ("kaiming", "gaussian") if of_experts else RESIDUAL.fullmatch(self.init),
+                "starts from a Linear's kernel",
+            ),
         }
         for option, (given, why) in refused.items():
             if given:
@@ -261,7 +272,7 @@ class Lora(Ranked):
             return inner
 
         def rate(path: str, leaf: nnx.Variable) -> str:
-            axes = tuple(axis for axis in leaf.axes if axis != "layers")
+            axes = tuple(axis for axis in leaf.axes if axis not in ("layers", "expert"))
             embedding = path.endswith(".b") and "vocab" in leaves.get(f"{path[:-1]}a", leaf).axes
             return "fast" if len(axes) == 1 or (axes[0] == "rank" and not embedding) else "plain"
 
@@ -279,7 +290,25 @@ class Lora(Ranked):
             "rank_pattern": {key: rank * twice for key, rank in self.rank_pattern},
             "alpha_pattern": {key: alpha * times for key, alpha in self.alpha_pattern},
         }
-        return super().to_hf(model, name) | doubled
+        return super().to_hf(model, name) | doubled | self._expert_fields(model)
+
+    def _expert_fields(self, model: nnx.Module) -> dict[str, Any]:
+        """The fields that differ if experts or their routers are adapted: to peft these are parameters, without dropout."""
+        modules: list[str] = []
+        parameters: list[str] = []
+        for site, mask in self.chosen(model):
+            named = chosen_names([(site, mask)])
+            if isinstance(site.module, ExpertLinear) or site.path.endswith(".router"):
+                suffix = "" if isinstance(site.module, ExpertLinear) else ".weight"
+                short = ".".join(named[0].split(".")[-2:])
+                parameters += [f"{name}{suffix}" for name in ([short] if mask.all() else named)]
+            else:
+                modules += named
+        if not parameters:
+            return {}
+        if self.targets == self.every and not (self.exclude or self.layers_to_transform):
+            modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
+        return {"target_modules": modules, "target_parameters": sorted(parameters), "lora_dropout": 0.0}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
@@ -303,4 +332,16 @@ class Lora(Ranked):
                 "and is not supported; convert the adapter to plain LoRA first (save_pretrained with "
                 "path_initial_model_for_weight_conversion)"
             )
-        return super().from_hf(config)
+        return super().from_hf(_with_parameters(config))
+
+
+def _with_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields with target_parameters among target_modules: experts, and the weights of routers."""
+    if not (parameters := config.get("target_parameters")):
+        return config
+    names = [entry.removesuffix(".weight") if "." in entry else f"experts.{entry}" for entry in parameters]
+    modules = config.get("target_modules") or []
+    if not isinstance(modules, str):
+        return config | {"target_modules": [*modules, *names]}
+    ends = "|".join(re.escape(name) for name in names)
+    return config | {"target_modules": rf"(?:{modules})|(?:.*\.)?(?:{ends})"}

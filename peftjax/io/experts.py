@@ -1,0 +1,123 @@
+"""Experts in checkpoints: a tensor for each expert, or one for all of them.
+
+transformers 5 computes with one tensor per layer, `mlp.experts.gate_up_proj`, [E, 2F, D], but writes what transformers 4
+reads: `mlp.experts.7.gate_proj.weight`, [F, D], and `up_proj` for every expert. Both are read; the second is written.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from peftjax.core.errors import UserError
+from peftjax.io.bitsandbytes import Packed
+from peftjax.io.entries import Entry
+from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.models.base import Model
+
+Stored = StoredTensor | Packed
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredExperts(StoredTensor):
+    """The tensor [E, P * rows, columns] of all experts, made of tensors [rows, columns] when it is read.
+
+    Attributes:
+        parts: The tensors of every expert, E tuples of P.
+    """
+
+    parts: tuple[tuple[StoredTensor, ...], ...]
+
+    def open(self) -> "_View":
+        return _View(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """Reads a part of `StoredExperts`: the slices of it that are asked for, and nothing else."""
+
+    whole: StoredExperts
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        full = (slice(None),) * 3
+        experts, rows, columns = full if index is Ellipsis else (*index, *full)[:3]
+        return np.stack([self._expert(parts, rows, columns) for parts in self.whole.parts[experts]])
+
+    def _expert(self, parts: Sequence[StoredTensor], rows: slice, columns: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.whole.shape[1])
+        height = parts[0].shape[0]
+        taken = [
+            part.open()[max(start - height * i, 0) : max(stop - height * i, 0), columns]
+            for i, part in enumerate(parts)
+            if start < height * (i + 1) and stop > height * i
+        ]
+        return np.concatenate(taken)
+
+
+def single_names(model: Model, key: str) -> list[list[str]]:
+    """The names of the tensors of single experts for a tensor of all experts: for each expert, those of its parts.
+
+    Empty if the tensor is not one of experts.
+    """
+    container, _, last = key.rpartition(".")
+    names = model.hf_experts.get(last)
+    if names is None or not container.endswith(".experts"):
+        return []
+    count: int = vars(model.config)["experts"]
+    return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(count)]
+
+
+def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
+    """Replace the tensors of single experts by one tensor for all of them.
+
+    Args:
+        model: The model.
+        table: Its `entries`.
+        stored: The tensors of its checkpoint, by their names there.
+
+    Raises:
+        UserError: Experts are missing, differ in shape, or are quantized.
+    """
+    if not model.hf_experts:
+        return stored
+    found = {model.hf_stored(name): name for name in stored}
+    result = dict(stored)
+    for key in (key for entry in table for key in entry.keys):
+        names = single_names(model, key)
+        if not names or not any(name in found for of_expert in names for name in of_expert):
+            continue
+        every = [name for of_expert in names for name in of_expert]
+        if missing := [name for name in every if name not in found]:
+            raise UserError(f"experts are missing: {enumerate_some(missing)}; config.json says {len(names)} experts")
+        parts = [[result.pop(found[name]) for name in of_expert] for of_expert in names]
+        result[key] = _joined(key, parts)
+    return result
+
+
+def _joined(key: str, parts: Sequence[Sequence[Stored]]) -> StoredExperts:
+    first = parts[0][0]
+    for part in (part for of_expert in parts for part in of_expert):
+        if isinstance(part, Packed):
+            raise UserError(
+                f"{part.name} is stored in NF4, which is not supported for experts; load the directory of the original "
+                'model with quantize="nf4"'
+            )
+        if part.shape != first.shape or len(part.shape) != 2:
+            raise UserError(f"{part.name} is stored as {list(part.shape)}, and {first.name} as {list(first.shape)}")
+    assert isinstance(first, StoredTensor)
+    shape = (len(parts), len(parts[0]) * first.shape[0], first.shape[1])
+    given: Any = tuple(tuple(of_expert) for of_expert in parts)
+    return StoredExperts(first.file, key, first.dtype, shape, given)
+
+
+def split_experts(model: Model, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of single experts, from one of all experts; another tensor is returned as it is."""
+    names = single_names(model, key)
+    if not names:
+        return {key: array}
+    return {
+        name: part
+        for of_expert, own in zip(names, array, strict=True)
+        for name, part in zip(of_expert, np.split(own, len(of_expert)), strict=True)
+    }

@@ -1,0 +1,66 @@
+"""Mixtral: a Mistral with a mixture of experts in every layer. Jiang et al. 2024 (arXiv:2401.04088), section 2.1."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from flax import nnx
+
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import read_rope, read_shared
+from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtralConfig(MoeConfig):
+    """Sizes and options of a Mixtral."""
+
+    def make(self, rngs: nnx.Rngs) -> "Mixtral":
+        return Mixtral(self, rngs)
+
+
+class Mixtral(MoeLlama):
+    """RMSNorm, rotary grouped-query attention, and the weighted sum of the chosen SwiGLU experts."""
+
+    @property
+    def hf_renamed(self) -> Mapping[str, str]:
+        return {path: self.hf_stored(name) for path, name in self.hf_names.items() if ".mlp." in name}
+
+    def hf_stored(self, name: str) -> str:
+        return super().hf_stored(name).replace(".mlp.", ".block_sparse_moe.")
+
+
+# --- Hugging Face: names of our modules, and config.json ---
+
+Mixtral.hf_names = MOE_NAMES
+Mixtral.hf_experts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> MixtralConfig:
+    """Read a config.json of model_type mixtral, in the format of transformers 4 or 5.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    defaults = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+    fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
+    shared = read_shared(fields, norm_eps=1e-5)
+    fields.no_dropout("attention_dropout", "router_jitter_noise")
+    result = MixtralConfig(
+        rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
+        activation=fields.activation("hidden_act", "silu"),
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        normalized=True,
+        expert_mlp=shared["mlp"],
+        windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],
+        **read_experts(fields, experts=8, choices=2),
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result

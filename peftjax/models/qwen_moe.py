@@ -1,0 +1,95 @@
+"""Qwen2-MoE and Qwen3-MoE: Qwen2 with many small experts and a shared one, and Qwen3 with many small experts.
+
+Qwen2 (arXiv:2407.10671), section 2.2.2; Qwen3 (arXiv:2505.09388), section 2.
+"""
+
+import dataclasses
+from typing import Any, Unpack
+
+from flax import nnx
+
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import read_rope, read_shared, windows_by_type
+from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenMoeConfig(MoeConfig):
+    """Sizes and options of a Qwen2-MoE or Qwen3-MoE."""
+
+    def make(self, rngs: nnx.Rngs) -> "QwenMoe":
+        return QwenMoe(self, rngs)
+
+
+class QwenMoe(MoeLlama):
+    """RMSNorm, rotary grouped-query attention, and the weighted sum of the chosen SwiGLU experts and a shared one."""
+
+
+# --- Hugging Face: names of our modules, and config.json ---
+
+QwenMoe.hf_names = MOE_NAMES | {
+    "blocks.feedforward.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
+    "blocks.feedforward.shared.up": "model.layers.{}.mlp.shared_expert.up_proj",
+    "blocks.feedforward.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
+    "blocks.feedforward.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
+}
+QwenMoe.hf_experts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+# Defaults of transformers for fields that config.json omits, by model_type.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {"num_key_value_heads": 4, "moe_intermediate_size": 768},
+}
+_EXPERTS = {"qwen2_moe": (60, 4), "qwen3_moe": (128, 8)}
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMoeConfig:
+    """Read a config.json of model_type qwen2_moe or qwen3_moe, in the format of transformers 4 or 5.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    kind = config["model_type"]
+    defaults = {"max_position_embeddings": 32768} | _DEFAULTS[kind]
+    fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
+    shared = read_shared(fields, norm_eps=1e-6)
+    fields.no_dropout("attention_dropout")
+    fields.only("decoder_sparse_step", 1)  # other values, and mlp_only_layers, make some layers dense
+    fields.only("mlp_only_layers", [])
+    attention_bias = fields.take("attention_bias", False) if kind == "qwen3_moe" else False
+    experts, choices = _EXPERTS[kind]
+    result = QwenMoeConfig(
+        rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
+        activation=fields.activation("hidden_act", "silu"),
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=attention_bias if kind == "qwen3_moe" else fields.take("qkv_bias"),
+        out_bias=attention_bias,
+        mlp_bias=False,
+        qk_norm=kind == "qwen3_moe",
+        normalized=fields.take("norm_topk_prob", False),
+        expert_mlp=fields.take("moe_intermediate_size"),
+        shared_mlp=fields.take("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+        windows=_windows(fields, shared["layers"]),
+        **read_experts(fields, experts, choices),
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
+    """All layers of Qwen3-MoE; of Qwen2-MoE as layer_types says, else every second layer before max_window_layers."""
+    window, used = fields.maybe("sliding_window") or 4096, fields.take("use_sliding_window", False)
+    if fields.kind == "qwen3_moe":
+        return (window if used else 0,) * layers
+    last, types = fields.take("max_window_layers", 28), fields.maybe("layer_types")
+    if types is None:
+        types = ["sliding_attention" if used and i < last and i % 2 == 0 else "full_attention" for i in range(layers)]
+    return windows_by_type(types, layers, window if used else 0)

@@ -1,0 +1,122 @@
+"""Linear layers of experts, and the order in which they get their rows: sorted by expert, in blocks of one expert each."""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from peftjax.nn.layer import HfLeaves, SlottedLayer
+from peftjax.nn.linear import OUTPUT
+from peftjax.nn.slot import Slot
+from peftjax.quant.grouped import grouped_matmul
+
+SMALLEST, LARGEST = 8, 512  # rows of a block
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["owner", "used", "source", "position"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """N tokens with K experts each, in n blocks of rows that belong to one expert each. No token is dropped.
+
+    An expert's last block is filled with zeros. As many blocks as any routing may need are allocated; the last may be unused.
+
+    Attributes:
+        owner: int [n], the expert of each block.
+        used: int [], the number of blocks in use.
+        source: int [n * rows], the token in each row; N where the row is empty.
+        position: int [N, K], the row of each token and choice; n * rows for an expert that is elsewhere.
+        rows: Rows of a block.
+    """
+
+    owner: jax.Array
+    used: jax.Array
+    source: jax.Array
+    position: jax.Array
+    rows: int
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Copy tokens [N, D] to their rows: [n, rows, D]."""
+        taken = jnp.take(x, self.source, axis=0, mode="fill", fill_value=0)
+        return taken.reshape(len(self.owner), self.rows, -1)
+
+    def combine(self, y: jax.Array, weights: jax.Array) -> jax.Array:
+        """Sum the rows [n, rows, D] of each token, multiplied by weights [N, K]: [N, D] in the dtype of y."""
+        taken = jnp.take(y.reshape(-1, y.shape[-1]), self.position, axis=0, mode="fill", fill_value=0)  # [N, K, D]
+        return jnp.einsum("nkd,nk->nd", taken, weights, preferred_element_type=jnp.float32).astype(y.dtype)
+
+
+def make_groups(chosen: jax.Array, experts: int, first: jax.Array | int = 0) -> Groups:
+    """Sort tokens by expert.
+
+    Args:
+        chosen: int [N, K], the experts of each token.
+        experts: Number of experts here.
+        first: The first expert here; others are elsewhere.
+    """
+    tokens, choices = chosen.shape
+    pairs = tokens * choices
+    rows = min(max(-(-pairs // experts // 8) * 8, SMALLEST), LARGEST)  # about as many as an expert gets
+    local = chosen.reshape(-1) - first
+    expert = jnp.where((local >= 0) & (local < experts), local, experts)  # the last number: elsewhere
+    counts = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
+    blocks = -(-counts[:experts] // rows)
+    ends, before = jnp.cumsum(blocks), jnp.cumsum(counts) - counts
+    most = pairs // rows + experts
+    starts = jnp.append((ends - blocks) * rows, most * rows)  # first row of each expert
+    order = jnp.argsort(expert, stable=True)
+    by_expert = expert[order]
+    row = jnp.minimum(starts[by_expert] + jnp.arange(pairs) - before[by_expert], most * rows)
+    return Groups(
+        owner=jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), experts - 1).astype(jnp.int32),
+        used=ends[-1],
+        source=jnp.full(most * rows, tokens).at[row].set(order // choices, mode="drop"),
+        position=jnp.zeros(pairs, row.dtype).at[order].set(row).reshape(chosen.shape),
+        rows=rows,
+    )
+
+
+class ExpertLinear(SlottedLayer):
+    """x W_e in the rows of each expert e: [n, rows, in] -> [n, rows, out] in the dtype of x.
+
+    Attributes:
+        kernel: [E, in, out].
+
+    Args:
+        experts: Number of experts, E.
+        in_features: Input width.
+        out_features: Output width.
+        axes: Logical axes of one kernel.
+        stddev: Standard deviation of random kernels.
+        dtype: Dtype of the parameters.
+        rngs: Source of random weights.
+    """
+
+    # Checkpoints have no module for it: this is the name of a parameter of the module of all experts.
+    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", (0, 2, 1))}
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        stddev: float = 0.02,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.experts, self.in_features, self.out_features, self.axes = experts, in_features, out_features, axes
+        value = stddev * jax.random.normal(rngs.params(), (experts, in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(value.astype(dtype), axes=("expert", *axes))
+        self.adapters = Slot()
+
+    def __call__(self, x: jax.Array, groups: Groups) -> jax.Array:
+        return checkpoint_name(self.adapters(self, self.dense, x, groups), OUTPUT)
+
+    def dense(self, x: jax.Array, groups: Groups, kernel: jax.Array | None = None) -> jax.Array:
+        """The base computation; `kernel` replaces the layer's own."""
+        return grouped_matmul(x, self.kernel.get_value() if kernel is None else kernel, groups.owner, groups.used)

@@ -1,0 +1,200 @@
+"""Mixture of experts: a router gives each token to a few of many feed-forward layers.
+
+Shazeer et al. 2017 (arXiv:1701.06538), section 2; Fedus et al. 2021 (arXiv:2101.03961), section 2.2, for the loss that
+balances the load. No token is dropped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.nn.experts import ExpertLinear, make_groups
+from peftjax.nn.feedforward import GatedFeedForward
+from peftjax.nn.linear import Linear
+from peftjax.quant.base import Quantized
+
+
+class Router(Linear):
+    """A Linear that decides which experts compute, or how much they count: [..., D] -> [..., E].
+
+    The target "all-linear" leaves it out, and `quantize` does not quantize it.
+    """
+
+
+def route(
+    logits: jax.Array,
+    choices: int,
+    *,
+    sigmoid: bool = False,
+    normalized: bool = True,
+    correction: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Choose the experts with the largest scores, softmax(logits) or sigmoid(logits), computed in float32.
+
+    Args:
+        logits: [..., E].
+        choices: Number of experts per token, K.
+        sigmoid: Whether the scores are sigmoids.
+        normalized: Whether to divide the chosen scores by their sum.
+        correction: [E], added to the scores for the choice only (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+
+    Returns:
+        Their scores, float32 [..., K], and their indices, int [..., K].
+    """
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
+    preferred = scores if correction is None else scores + jnp.broadcast_to(correction, scores.shape)
+    chosen = jax.lax.top_k(preferred, choices)[1]
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if normalized:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return weights, chosen
+
+
+def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None = None) -> jax.Array:
+    """E sum_e f_e P_e, with f_e the mean number of choices of expert e per token, and P_e its mean probability.
+
+    Eq. 4 to 6 of Fedus et al. 2021, over the tokens of all layers together, as in transformers.
+
+    Args:
+        logits: The router's logits, [L, B, T, E].
+        choices: Number of experts per token, K.
+        mask: bool [B, T], the tokens that count; default: all.
+
+    Returns:
+        float32 []; K if the load is balanced.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    experts = logits.shape[-1]
+    chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, choices)[1], experts).sum(axis=-2)  # [L, B, T, E]
+    counted = jnp.ones(logits.shape[1:3]) if mask is None else mask.astype(jnp.float32)
+    mean = lambda x: jnp.einsum("lbte,bt->e", x, counted) / (len(logits) * counted.sum())  # noqa: E731
+    return experts * jnp.sum(mean(chosen) * mean(probabilities))
+
+
+class Experts(nnx.Module):
+    """(act(g) * u) W_down with [g; u] = x W_gate_up in each of E experts, of width F.
+
+    Attributes:
+        gate_up: Kernel [E, D, 2F].
+        down: Kernel [E, F, D].
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        stddev: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation = activation
+        self.gate_up = ExpertLinear(
+            experts, features, 2 * hidden, axes=("embed", "mlp"), stddev=stddev, dtype=dtype, rngs=rngs
+        )
+        self.down = ExpertLinear(
+            experts, hidden, features, axes=("mlp", "embed"), stddev=stddev, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Sum the outputs of each token's experts, weighted: [B, T, D], [B, T, K], int [B, T, K] -> [B, T, D].
+
+        Where a mesh shards the experts, each device computes those it holds for its own tokens, and the results are summed.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return self._local(x, weights, chosen, first=0)
+        graph, leaves = variables.flat(self)
+        values = {path: leaf.get_value() for path, leaf in leaves.items()}
+        held = {path: _held(values[path], leaf.axes) for path, leaf in leaves.items()}
+        split = sharding.on_current_mesh(("expert",), (self.gate_up.experts,))[0]
+        tokens = sharding.on_current_mesh(("batch", "length"), x.shape[:2])
+
+        def compute(values: variables.FlatTree, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+            own: Experts = variables.join(graph, values)
+            if not split:
+                return own._local(x, weights, chosen, first=0)
+            here = self.gate_up.experts // sharding.parts("expert", self.gate_up.experts)
+            return jax.lax.psum(own._local(x, weights, chosen, first=jax.lax.axis_index(split) * here), split)
+
+        mapped = jax.shard_map(compute, in_specs=(held, tokens, tokens, tokens), out_specs=tokens, check_vma=False)
+        return mapped(values, x, weights, chosen)
+
+    def _local(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, first: jax.Array | int) -> jax.Array:
+        """The sum over the experts whose kernels are here, the first of which is number `first`."""
+        flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
+        kernel = self.gate_up.kernel.get_value()
+        groups = make_groups(flat(chosen), kernel.shape[0], first)
+        gate, up = jnp.split(self.gate_up(groups.spread(flat(x)), groups), 2, axis=-1)
+        y = self.down(self.activation(gate) * up, groups)
+        return groups.combine(y, flat(weights)).reshape(x.shape)
+
+
+def _held(value: jax.Array | Quantized, axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The parts of a variable of one layer that a device computes with: all of it but other devices' experts."""
+    kept = tuple(axis if axis == "expert" else None for axis in axes if axis != "layers")
+    leaves, structure = jax.tree.flatten(value)
+    of_leaves = value.axes(kept) if isinstance(value, Quantized) else [kept]
+    specs = [sharding.on_current_mesh(own, leaf.shape) for own, leaf in zip(of_leaves, leaves, strict=True)]
+    return jax.tree.unflatten(structure, specs)
+
+
+class MixtureOfExperts(nnx.Module):
+    """sum_k w_k f_k(x) over the experts that the router chooses, plus the shared expert: [B, T, D] -> [B, T, D].
+
+    Attributes:
+        router: [D, E].
+        experts: The routed experts, f.
+        shared: A feed-forward layer for all tokens, or None.
+        shared_gate: [D, 1]; the sigmoid of its output multiplies that of `shared`.
+
+    Args:
+        experts: Number of experts.
+        choices: Number of experts per token.
+        normalized: Whether the weights of a token's experts sum to 1.
+        features: Width of input and output, D.
+        hidden: Hidden width of an expert, F.
+        shared: Hidden width of the shared expert; 0: there is none.
+        activation: One of `ACTIVATIONS`.
+        stddev: Standard deviation of random kernels.
+        dtype: Dtype of the parameters.
+        rngs: Source of random weights.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        choices: int,
+        normalized: bool,
+        features: int,
+        hidden: int,
+        *,
+        shared: int = 0,
+        activation: Callable[[jax.Array], jax.Array],
+        stddev: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.choices, self.normalized = choices, normalized
+        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.router = Router(features, experts, axes=("embed", "expert"), **common)
+        self.experts = Experts(experts, features, hidden, activation=activation, **common)
+        self.shared: Any = nnx.data(None)
+        self.shared_gate: Any = nnx.data(None)
+        if shared:
+            self.shared = nnx.data(GatedFeedForward(features, shared, activation=activation, use_bias=False, **common))
+            self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weights, chosen = route(self.router(x), self.choices, normalized=self.normalized)
+        y = self.experts(x, weights, chosen)
+        return y if self.shared is None else y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)

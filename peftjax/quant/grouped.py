@@ -1,0 +1,145 @@
+"""Products of blocks of rows, each with one kernel of a stack: the matrix product of a mixture of experts.
+
+On a TPU, kernels that are not quantized use `jax.lax.ragged_dot`. Elsewhere XLA expands it to a product of all rows with all
+kernels, so blocks are multiplied one after another instead. So are quantized kernels on every platform: only one of them is
+decoded at a time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from peftjax.quant.base import Quantized, product
+
+Kernel = jax.Array | Quantized
+
+
+def grouped_matmul(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
+    """y[i] = x[i] @ kernel[owner[i]], in the dtype of x, accumulated in at least float32.
+
+    A quantized kernel gets no gradient. The input is kept for the backward pass only if the kernel needs a gradient.
+
+    Args:
+        x: [n, rows, in]; zero in the blocks that are not used.
+        kernel: [E, in, out].
+        owner: int [n], not decreasing.
+        used: int [], the number of blocks in use, which come first. The results of the others are zero.
+
+    Returns:
+        [n, rows, out].
+    """
+    return _product(x, kernel, owner, used)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
+    if isinstance(kernel, Quantized):
+        return _one_by_one(x, kernel, owner, used)
+    return jax.lax.platform_dependent(x, kernel, owner, used, tpu=_ragged, default=_one_by_one)
+
+
+def _forward(x: Any, kernel: Any, owner: Any, used: Any) -> tuple[jax.Array, tuple]:
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=_is_primal))
+    x, kernel, owner, used = jax.tree.map(lambda leaf: leaf.value, (x, kernel, owner, used), is_leaf=_is_primal)
+    return _product(x, kernel, owner, used), (x if trained else None, kernel, owner, used)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _backward(kept: tuple, gradient: Any) -> tuple:
+    x, kernel, owner, used = kept
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros(gradient.shape, gradient.dtype)
+    if isinstance(kernel, Quantized):
+        return _one_by_one(gradient, kernel, owner, used, transposed=True), None, None, None
+    choose = partial(jax.lax.platform_dependent, gradient)
+    of_x = choose(kernel, owner, used, tpu=_ragged_transposed, default=partial(_one_by_one, transposed=True))
+    of_kernel = None
+    if x is not None:
+        of_kernel = choose(x, kernel, owner, used, tpu=_ragged_of_kernel, default=_of_kernel)
+    return of_x, of_kernel, None, None
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# --- One block after another ---
+
+
+def _one_by_one(
+    x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array, *, transposed: bool = False
+) -> jax.Array:
+    """x[i] @ kernel[owner[i]], or with its transpose."""
+    width = kernel.shape[-2 if transposed else -1]
+
+    def multiply(rows: jax.Array, one: Kernel) -> jax.Array:
+        if isinstance(one, Quantized):
+            return one.dot_transposed(rows) if transposed else one.dot(rows)
+        return product("ro,io->ri" if transposed else "ri,io->ro", rows, one).astype(rows.dtype)
+
+    def step(_: None, block: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        rows, expert, in_use = block
+        empty = lambda rows: jnp.zeros((len(rows), width), rows.dtype)  # noqa: E731
+        return None, jax.lax.cond(in_use, lambda rows: multiply(rows, _at(kernel, expert)), empty, rows)
+
+    return jax.lax.scan(step, None, (x, owner, jnp.arange(len(owner)) < used))[1]
+
+
+def _at(kernel: Kernel, expert: jax.Array) -> Kernel:
+    """One kernel of the stack."""
+    one: Kernel = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), kernel)
+    return one
+
+
+def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    """The gradient of the kernels: the sum of x[i]^T gradient[i] over the blocks of each."""
+
+    def step(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        rows, change, expert, in_use = block
+        add = lambda total: total.at[expert].add(product("ri,ro->io", rows, change))  # noqa: E731
+        return jax.lax.cond(in_use, add, lambda total: total, total), None
+
+    zeros = jnp.zeros(kernel.shape, jnp.promote_types(x.dtype, jnp.float32))
+    blocks = (x, gradient, owner, jnp.arange(len(owner)) < used)
+    return jax.lax.scan(step, zeros, blocks)[0].astype(kernel.dtype)
+
+
+# --- jax.lax.ragged_dot, which supports vmap over some axes only ---
+
+
+@sequential_vmap  # type: ignore[untyped-decorator]
+def _ragged(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    return _ragged_dot(x, kernel, owner, used)
+
+
+def _ragged_dot(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    del used  # unused blocks are zero
+    rows = x.shape[1]
+    sizes = jnp.zeros(len(kernel), jnp.int32).at[owner].add(rows)
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    y = jax.lax.ragged_dot(
+        x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), sizes, preferred_element_type=accumulator
+    )
+    return y.astype(x.dtype).reshape(*x.shape[:2], -1)
+
+
+@sequential_vmap  # type: ignore[untyped-decorator]
+def _ragged_transposed(gradient: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
+    return _ragged_dot(gradient, kernel.swapaxes(1, 2), owner, used)
+
+
+@sequential_vmap  # type: ignore[untyped-decorator]
+def _ragged_of_kernel(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
+) -> jax.Array:
+    pull: Callable[[jax.Array], tuple[jax.Array]] = jax.vjp(lambda kernel: _ragged_dot(x, kernel, owner, used), kernel)[
+        1
+    ]
+    return pull(gradient)[0]

@@ -1,0 +1,98 @@
+"""Mixture-of-experts models: files with missing experts, quantized experts, several devices."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import peftjax
+import tests.tiny as tiny
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.models import from_hf_config
+from peftjax.quant.base import Quantized
+
+CONFIG: dict[str, Any] = tiny.CONFIG | {
+    "model_type": "qwen2_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "model"
+    peftjax.save_model(tiny.model(**CONFIG), path)
+    return path
+
+
+def logits(model: Any) -> jax.Array:
+    return model(tiny.tokens())
+
+
+def test_a_model_on_eight_devices_computes_what_it_does_on_one(directory: Path) -> None:
+    """From files read by the devices that hold each expert."""
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    model = peftjax.load_model(directory, mesh=mesh)
+    assert model.blocks.feedforward.experts.down.kernel.get_value().sharding.spec == jax.P(None, "tensor", None, "fsdp")
+    expected = logits(peftjax.load_model(directory))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(logits(model), expected, atol=1e-5)
+
+
+def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path, tmp_path: Path) -> None:
+    model, plain = peftjax.load_model(directory, quantize="nf4"), peftjax.load_model(directory)
+    kernels = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
+    kernels = {path: kernel for path, kernel in kernels.items() if isinstance(kernel, Quantized)}
+    assert {"blocks.feedforward.experts.gate_up.kernel", "blocks.feedforward.experts.down.kernel"} <= kernels.keys()
+    assert not any("router" in path or "shared_gate" in path for path in kernels)
+    variables.update(plain, {path: kernel.astype(jnp.float32) for path, kernel in kernels.items()})
+    np.testing.assert_allclose(logits(model), logits(plain), atol=1e-5)
+    with pytest.raises(
+        UserError, match='cannot hold quantized experts; load the unquantized model with quantize="nf4"'
+    ):
+        peftjax.save_model(model, tmp_path / "saved")
+
+
+def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    with pytest.raises(
+        UserError, match=r"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which ia3 cannot adapt"
+    ):
+        peftjax.attach(model, peftjax.Ia3(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+    for options, what in (
+        ({"dora": True}, "dora=True is not supported for experts"),
+        ({"init": "pissa"}, "init='pissa'"),
+    ):
+        with pytest.raises(UserError, match=f"method.{what}.*; leave model.layers.0.mlp.experts.down_proj out"):
+            peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
+
+
+def test_all_linear_leaves_routers_out_and_takes_experts_for_lora_only(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    lora = {site.path.removeprefix("blocks.") for site, _ in peftjax.Lora().chosen(model)}
+    other = {site.path.removeprefix("blocks.") for site, _ in peftjax.Oft(block_size=8).chosen(model)}
+    assert lora - other == {"feedforward.experts.gate_up", "feedforward.experts.down"}
+    assert other == {f"attention.{name}" for name in ("query", "key", "value", "out")} | {
+        f"feedforward.shared.{name}" for name in ("gate", "up", "down")
+    }
+
+
+def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
+    stored = load_file(directory / "model.safetensors")
+    del stored["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight; .* 4 experts"):
+        peftjax.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("decoder_sparse_step", 2), ("mlp_only_layers", [1])])
+def test_models_with_dense_layers_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=field):
+        from_hf_config(CONFIG | {field: value})

@@ -1,0 +1,164 @@
+"""Routing, experts against a plain loop, and the loss that balances the load."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from peftjax import quant, sharding
+from peftjax.core import variables
+from peftjax.nn.experts import make_groups
+from peftjax.nn.feedforward import silu
+from peftjax.nn.moe import Experts, load_balancing_loss, route
+from peftjax.quant import grouped
+
+EXPERTS, CHOICES, WIDTH, HIDDEN = 4, 2, 16, 12
+
+
+def experts() -> Experts:
+    return Experts(EXPERTS, WIDTH, HIDDEN, activation=silu, stddev=0.3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def inputs(rows: int = 8, length: int = 5) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, weights and choices; expert 3 gets no token and expert 0 most."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (rows, length, WIDTH))
+    logits = jax.random.normal(keys[1], (rows, length, EXPERTS)) + jnp.array([3.0, 0.0, 0.0, -1e9])[None, None]
+    return x, *route(logits, CHOICES)
+
+
+def by_loop(layer: Experts, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Every expert on every token."""
+    total = jnp.zeros_like(x)
+    for expert in range(EXPERTS):
+        weight = jnp.where(chosen == expert, weights, 0).sum(-1, keepdims=True)
+        gate, up = jnp.split(x @ layer.gate_up.kernel[expert], 2, axis=-1)
+        total += weight * ((silu(gate) * up) @ layer.down.kernel[expert])
+    return total
+
+
+def outcome(compute: Any, layer: Experts, *inputs: jax.Array) -> Any:
+    """The output, and a loss's gradients of the kernels, the tokens and the weights."""
+    graph, state = nnx.split(layer)
+
+    def loss(state: Any, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = compute(nnx.merge(graph, state), x, weights, inputs[2])
+        return jnp.sum(jnp.sin(y)), y
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(state, *inputs[:2])
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found, expected)
+
+
+def test_experts_and_their_gradients_are_those_of_a_loop() -> None:
+    layer, given = experts(), inputs()
+    assert_close(outcome(Experts.__call__, layer, *given), outcome(by_loop, layer, *given))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"tensor": 8}])
+def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> None:
+    """On a mesh of 8 devices that splits tokens, experts or both; eight devices cannot split four experts."""
+    layer, given = experts(), inputs(length=4)
+    expected = outcome(by_loop, layer, *given)
+    mesh = sharding.make_mesh(sizes)
+    sharding.place(layer, mesh)
+    with jax.set_mesh(mesh):
+        assert_close(outcome(Experts.__call__, layer, *given), expected)
+
+
+def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
+    """The two implementations, of which each platform compiles one."""
+    chosen = inputs()[2].reshape(-1, CHOICES)
+    groups = make_groups(chosen, EXPERTS)
+    assert groups.used < len(groups.owner)  # some blocks are not used
+    rows = groups.spread(jax.random.normal(jax.random.key(2), (len(chosen), WIDTH)))
+    args = (experts().gate_up.kernel.get_value(), groups.owner, groups.used)
+
+    @jax.jit
+    def both() -> Any:
+        y = grouped._one_by_one(rows, *args)
+        ragged = (
+            grouped._ragged(rows, *args),
+            grouped._ragged_transposed(y, *args),
+            grouped._ragged_of_kernel(y, rows, *args),
+        )
+        return ragged, (y, grouped._one_by_one(y, *args, transposed=True), grouped._of_kernel(y, rows, *args))
+
+    assert_close(*both())
+
+
+@pytest.mark.parametrize("format_", ["nf4", "int8"])
+def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_: str) -> None:
+    layer, given = experts(), inputs()
+    decoded = experts()
+    for part in ("gate_up", "down"):
+        kernel = quant.quantize(getattr(layer, part).kernel.get_value(), format_)
+        getattr(layer, part).kernel.set_value(kernel)
+        getattr(decoded, part).kernel.set_value(kernel.astype(jnp.float32))
+
+    def both(layer: Experts) -> Any:
+        """The output and the gradients."""
+        loss = lambda x, w: (jnp.sin(y := layer(x, w, given[2])).sum(), y)  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)
+
+    assert_close(jax.jit(both(layer))(*given[:2]), jax.jit(both(decoded))(*given[:2]))
+    shapes = {tuple(aval.shape) for aval in arrays_in(jax.make_jaxpr(both(layer))(*given[:2]).jaxpr)}
+    for kernel in (layer.gate_up.kernel, layer.down.kernel):
+        assert kernel.shape not in {shape for shape in shapes if len(shape) == 3}, "all experts were decoded at once"
+
+
+def arrays_in(jaxpr: Any) -> list[Any]:
+    """The floating-point arrays that a jaxpr computes, in nested ones too."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [v.aval for v in equation.outvars if jnp.issubdtype(getattr(v.aval, "dtype", np.int32), np.floating)]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += arrays_in(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_a_frozen_kernel_keeps_no_activations() -> None:
+    """What the backward pass keeps: the rows that go into a kernel only if the kernel is trained."""
+    layer, (x, weights, chosen) = experts(), inputs()
+    graph, state = nnx.split(layer)
+    run = lambda state, x: nnx.merge(graph, state)(x, weights, chosen)  # noqa: E731
+    kept = lambda function, *args: jax.tree.leaves(jax.vjp(function, *args)[1])  # noqa: E731
+    rows = lambda arrays: sum(array.shape[-1:] == (WIDTH,) and array.ndim == 3 for array in arrays)  # noqa: E731
+    assert rows(kept(functools.partial(run, state), x)) < rows(kept(run, state, x))
+
+
+def test_routing() -> None:
+    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+    softmax, sigmoid = jax.nn.softmax(logits), jax.nn.sigmoid(logits)
+    assert_close(route(logits, 2)[0], softmax[:, :2] / softmax[:, :2].sum())
+    assert_close(route(logits, 2, normalized=False)[0], softmax[:, :2])
+    weights, chosen = route(logits, 2, sigmoid=True, normalized=False, correction=jnp.array([0, 0, 0, 9.0]))
+    assert chosen.tolist() == [[3, 0]]
+    assert_close(weights, sigmoid[:, jnp.array([3, 0])])
+
+
+def test_the_load_balancing_loss_counts_choices_and_probabilities() -> None:
+    """Balanced, it is the number of choices; padding does not count."""
+    balanced = jnp.eye(4)[None, None]  # each token prefers another expert, [L=1, B=1, T=4, E=4]
+    np.testing.assert_allclose(load_balancing_loss(balanced * 9, 1), 1, rtol=1e-6)
+    same = jnp.zeros((2, 1, 4, 4)).at[..., 1].set(50.0)
+    np.testing.assert_allclose(load_balancing_loss(same, 1), 4, rtol=1e-6)
+    mixed = jnp.concatenate([balanced * 9, same[:1]], axis=2)
+    mask = jnp.arange(8)[None] < 4
+    np.testing.assert_allclose(load_balancing_loss(mixed, 1, mask), 1, rtol=1e-6)
+
+
+def test_variables_of_experts_are_sharded_by_expert() -> None:
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    axes = {path: leaf.axes for path, leaf in variables.flat(experts())[1].items()}
+    assert sharding.partition(axes["gate_up.kernel"], (EXPERTS, WIDTH, 2 * HIDDEN), mesh) == jax.P(
+        "tensor", "fsdp", None
+    )
+    assert sharding.partition(axes["gate_up.kernel"], (6, WIDTH, 2 * HIDDEN), mesh) == jax.P(None, "fsdp", "tensor")
