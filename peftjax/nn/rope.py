@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.nn.recompute import recomputed
 
 RopeTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B or 1, T, H/2] each
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -88,6 +89,7 @@ class Rope:
         return np.clip((np.arange(self.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
+@recomputed
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
 
