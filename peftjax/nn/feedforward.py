@@ -45,8 +45,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
-    """act(gate) * up; the backward pass recomputes it from gate and up."""
-    return recomputed(lambda gate, up: activation(gate) * up)(gate, up)
+    """act(gate) * up, computed in float32 and rounded once to their dtype. The backward pass recomputes it."""
+
+    @recomputed
+    def product(gate: jax.Array, up: jax.Array) -> jax.Array:
+        wide = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return wide.astype(gate.dtype)
+
+    return product(gate, up)
 
 
 class FeedForward(nnx.Module):

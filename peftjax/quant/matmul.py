@@ -43,9 +43,9 @@ def _matmul(gather: Gather, x: jax.Array, kernel: Kernel) -> jax.Array:
 
 
 def _forward(gather: Gather, x: CustomVJPPrimal, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, Kernel]]:
-    perturbed = any(leaf.perturbed for leaf in _primals(kernel))
-    values = jax.tree.map(lambda leaf: leaf.value, kernel, is_leaf=_is_primal)
-    return _matmul(gather, x.value, values), (x.value if perturbed else None, values)
+    trained = isinstance(kernel, CustomVJPPrimal) and kernel.perturbed
+    values = jax.tree.map(lambda leaf: leaf.value, kernel, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+    return _matmul(gather, x.value, values), (x.value if trained else None, values)
 
 
 def _backward(
@@ -88,11 +88,3 @@ def _rows(x: jax.Array) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else x.reshape(-1, x.shape[-1])
-
-
-def _is_primal(leaf: Any) -> bool:
-    return isinstance(leaf, CustomVJPPrimal)
-
-
-def _primals(tree: Any) -> list[CustomVJPPrimal]:
-    return jax.tree.leaves(tree, is_leaf=_is_primal)
