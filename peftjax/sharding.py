@@ -171,15 +171,19 @@ def _parts(split: PartitionSpec, mesh: Mesh) -> int:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Return compiler options for a program that writes or reads a stack of NF4 kernels layer by layer.
+    """Return compiler options for a program with a loop over stacked layers.
 
-    XLA's CPU backend assumes that int4 cannot be sliced, and converts the whole stack to int8 first: one byte per weight
-    before the loop of a train step, and once for each layer that is written. With this option it slices int4 directly, with
-    the same result. The option is not used with several devices, since collectives then get the size of int4 wrong.
+    XLA's CPU backend converts bfloat16 to float32 before most operations, and it would move the conversion of a stack of
+    kernels out of the loop: a float32 copy of the frozen base. It also assumes that int4 cannot be sliced, and converts a
+    stack of NF4 kernels to int8 first: one byte per weight before the loop of a train step, and once for each layer that is
+    written. With these options it converts what it slices, with the same result. int4 is left alone with several devices,
+    since collectives then get its size wrong.
     """
     devices = mesh.devices.flat
-    one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
-    return {"xla_disable_hlo_passes": "float-normalization-s4"} if one_cpu else {}
+    if devices[0].platform != "cpu":
+        return {}
+    passes = ["while-loop-invariant-code-motion"] + ["float-normalization-s4"] * (len(devices) == 1)
+    return {"xla_disable_hlo_passes": ",".join(passes)}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, transposed
+from peftjax.adapters.diagonal import times
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
 from peftjax.adapters.sites import Chosen, Site
@@ -89,12 +90,12 @@ class VeraLinear(DeltaAdapter):
     def delta(self) -> jax.Array:
         """A diag(d) B diag(l)."""
         a, lambda_d, b, lambda_b = self.factors()
-        return _times(_times(a, lambda_d) @ b, lambda_b)
+        return times(times(a, lambda_d) @ b, lambda_b)
 
     def update(self, x: jax.Array) -> jax.Array:
         a, lambda_d, b, lambda_b = self.factors()
-        low = _times(matmul(self.dropout(x), a), lambda_d)  # [..., R]
-        return _times(matmul(low, b), lambda_b)
+        low = times(matmul(self.dropout(x), a), lambda_d)  # [..., R]
+        return times(matmul(low, b), lambda_b)
 
     def factors(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """A [in, R], d [R], B [R, out] and l [out] of one layer."""
@@ -103,8 +104,3 @@ class VeraLinear(DeltaAdapter):
 
     def hf_shared(self) -> dict[str, HfLeaf]:
         return {"base_model.vera_A": transposed("a"), "base_model.vera_B": transposed("b")}
-
-
-def _times(x: jax.Array, diagonal: jax.Array) -> jax.Array:
-    """x * diagonal over the last axis, in the dtype of x."""
-    return x * jnp.broadcast_to(diagonal.astype(x.dtype), x.shape)

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped queries."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from peftjax.nn.dropout import Dropout
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
+from peftjax.nn.recompute import recomputed
 from peftjax.nn.rope import RopeTables, rotate
 from peftjax.nn.slot import Slot
 
@@ -121,8 +123,10 @@ class Attention(SlottedLayer):
         if mask is None and self.implementation == "cudnn":
             return cudnn(q, k, v, scale=self.scale)
         if self.softcap is None and self.dropout.idle:
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
-        return attend(q, k, v, mask, scale=self.scale, cap=self.softcap, dropout=self.dropout)
+            form = partial(jax.nn.dot_product_attention, scale=self.scale, is_causal=mask is None)
+        else:
+            form = partial(attend, scale=self.scale, cap=self.softcap, dropout=self.dropout)
+        return recomputed(lambda q, k, v, mask: form(q, k, v, mask=mask))(q, k, v, mask)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.head_dim)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.linear import Linear
+from peftjax.nn.recompute import recomputed
 
 
 # Functions of this module, not of jax.nn: those are compiled objects, which cannot be pickled with a model.
@@ -41,6 +42,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
 }
+
+
+def gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) * up, computed in float32 and rounded once to their dtype. The backward pass recomputes it."""
+
+    @recomputed
+    def product(gate: jax.Array, up: jax.Array) -> jax.Array:
+        wide = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return wide.astype(gate.dtype)
+
+    return product(gate, up)
 
 
 class FeedForward(nnx.Module):
@@ -77,7 +89,7 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.dropout(self.activation(self.up(x))))
+        return self.down(self.dropout(recomputed(self.activation)(self.up(x))))
 
 
 class GatedFeedForward(nnx.Module):
@@ -105,7 +117,7 @@ class GatedFeedForward(nnx.Module):
         self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
+        return self.down(self.dropout(gated(self.activation, self.gate(x), self.up(x))))
 
 
 class FusedGatedFeedForward(nnx.Module):
@@ -128,4 +140,4 @@ class FusedGatedFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(gated(self.activation, gate, up))

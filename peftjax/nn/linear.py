@@ -1,5 +1,6 @@
 """Linear layers."""
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -61,7 +62,7 @@ class Linear(SlottedLayer):
         if kernel is None:
             assert self.kernel is not None, "a tied layer needs kernel="
             kernel = self.kernel.get_value()
-        y = matmul(x, sharding.gathered(kernel, self.axes))
+        y = matmul(x, kernel, partial(sharding.gathered, axes=self.axes))
         if bias is None and self.bias is not None:
             bias = self.bias.get_value()
         return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.nn.layer import HfLeaves, SlottedLayer
+from peftjax.nn.recompute import recomputed
 from peftjax.nn.slot import Slot
 
 
@@ -32,9 +33,7 @@ class RMSNorm(SlottedLayer):
     def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """The base computation; `scale` replaces the layer's own."""
         scale = self.scale.get_value() if scale is None else scale
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+        return rms_norm(x, scale, self.eps)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
@@ -46,9 +45,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
     def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         scale = self.scale.get_value() if scale is None else scale
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+        return zero_centered_rms_norm(x, scale, self.eps)
 
 
 class LayerNorm(SlottedLayer):
@@ -77,6 +74,25 @@ class LayerNorm(SlottedLayer):
         return layer_norm(x, scale, bias, self.eps)
 
 
+@recomputed
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, * scale."""
+    return _normed(x, eps).astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+@recomputed
+def zero_centered_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * (1 + scale) in float32; the result in the dtype of x."""
+    return (_normed(x, eps) * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
+def _normed(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+@recomputed
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, in float32; the result in the dtype of x."""
     wide = x.astype(jnp.float32)

@@ -88,15 +88,25 @@ class Rope:
         return np.clip((np.arange(self.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
 
-    R is H, or less if only the first R elements of a head are rotated.
+    R is H, or less if only the first R elements of a head are rotated. The gradient is the rotation back; cos and sin get
+    none.
     """
     cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, R/2]
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _rotated_back(tables: RopeTables, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    cos, sin = tables
+    return rotate(gradient, cos, -sin), None, None
+
+
+rotate.defvjp(lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)), _rotated_back)
 
 
 def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) -> Rope:

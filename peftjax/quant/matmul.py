@@ -1,38 +1,90 @@
-"""The matrix product of activations and a kernel, quantized or not."""
+"""The matrix product of activations and a kernel, quantized or not, and its gradients.
+
+Automatic differentiation of a product that accumulates in float32 would multiply a float32 gradient by the kernel. For a
+bfloat16 kernel that takes a float32 copy of it, and XLA makes the copies of all layers before the loop over layers begins.
+A quantized kernel it would decode in the forward pass and keep. So the backward pass is written out here: it multiplies in
+the dtype of the activations, and its residuals are the arguments themselves, of which a scan over layers makes no copies.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from peftjax.quant.base import Quantized, product
 
+Kernel = jax.Array | Quantized
+K = TypeVar("K", bound=Kernel)
+Gather = Callable[[Any], Any]  # brings a kernel to the devices that use it, as `sharding.gathered` does
 
-def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+
+def matmul(x: jax.Array, kernel: Kernel, gather: Gather = lambda kernel: kernel) -> jax.Array:
     """x @ kernel: [..., in] x [in, out] -> [..., out] in the dtype of x, accumulated in at least float32.
 
     The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights. A
-    quantized kernel gets no gradient; its codes are kept for the backward pass and decoded again.
+    quantized kernel gets no gradient. It is decoded in both passes.
 
-    Leading axes are flattened, because XLA's CPU backend then computes the kernel's gradient, which contracts over all of
-    them, in less than two thirds of the time (benchmarks/matmul.py). They are not if a mesh shards the length, since an axis
-    that combines positions of several sequences cannot be sharded by it.
+    Args:
+        x: Activations.
+        kernel: An array or a quantized kernel.
+        gather: Applied to the kernel in both passes, so that what it returns is not kept in between.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = x if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else x.reshape(-1, x.shape[-1])
-    y = _frozen(rows, kernel) if isinstance(kernel, Quantized) else product("...i,io->...o", rows, kernel)
+    return _matmul(gather, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(gather: Gather, x: jax.Array, kernel: Kernel) -> jax.Array:
+    kernel, rows = gather(kernel), _rows(x)
+    y = kernel.dot(rows) if isinstance(kernel, Quantized) else product("...i,io->...o", rows, kernel)
     return y.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-@jax.custom_vjp
-def _frozen(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """[..., in] -> [..., out]. Automatic differentiation would keep the decoded kernel of every layer of a scan."""
-    return kernel.dot(x)
+def _forward(gather: Gather, x: CustomVJPPrimal, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, Kernel]]:
+    trained = isinstance(kernel, CustomVJPPrimal) and kernel.perturbed
+    values = jax.tree.map(lambda leaf: leaf.value, kernel, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+    return _matmul(gather, x.value, values), (x.value if trained else None, values)
 
 
-def _forward(x: jax.Array, kernel: Quantized) -> tuple[jax.Array, Quantized]:
-    return kernel.dot(x), kernel
+def _backward(
+    gather: Gather, residuals: tuple[jax.Array | None, Kernel], gradient: jax.Array | SymbolicZero
+) -> tuple[jax.Array | None, Kernel | None]:
+    x, kernel = residuals
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    gathered, rows = gather(kernel), _rows(gradient)
+    if isinstance(gathered, Quantized):
+        of_x = gathered.dot_transposed(rows)
+    else:
+        of_x = product("...o,io->...i", rows, gathered).astype(gradient.dtype)
+    of_x = of_x.reshape(*gradient.shape[:-1], kernel.shape[0])
+    if x is None:
+        return of_x, None
+    return of_x, _kernel_gradient(_rows(x), rows).astype(kernel.dtype)
 
 
-def _backward(kernel: Quantized, gradient: jax.Array) -> tuple[jax.Array, None]:
-    return kernel.dot_transposed(gradient), None
+_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-_frozen.defvjp(_forward, _backward)
+def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """x^T g: [..., in] x [..., out] -> [in, out].
+
+    For few outputs, such as LoRA's rank, XLA's CPU backend computes the transposed product in less than half of the time
+    (benchmarks/matmul.py); the barrier keeps it from transposing the product back.
+    """
+    if 8 * gradient.shape[-1] <= x.shape[-1]:
+        return jax.lax.optimization_barrier(product("...o,...i->oi", gradient, x)).T
+    return product("...i,...o->io", x, gradient)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """x with its leading axes flattened, [rows, features].
+
+    XLA's CPU backend then computes the kernel's gradient, which contracts over all of them, in less than two thirds of the
+    time (benchmarks/matmul.py). They are not flattened if a mesh shards the length, since an axis that combines positions of
+    several sequences cannot be sharded by it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else x.reshape(-1, x.shape[-1])

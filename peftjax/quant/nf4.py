@@ -136,15 +136,30 @@ class Nf4(Quantized):
         fused, unfused = partial(_fused, transposed), partial(_unfused, transposed)
         return jax.lax.platform_dependent(x, self, tpu=fused, default=unfused)
 
-    def _decoded(self, dtype: DTypeLike) -> jax.Array:
-        """The decoded values in the layout of the codes."""
+    def _decoded(self, dtype: DTypeLike, absmax: jax.Array | None = None) -> jax.Array:
+        """The decoded values in the layout of the codes; `absmax` replaces `block_absmax()`."""
         values = _looked_up(self.codes, self.absmax if self.offset is None else self.offset)
-        absmax = self.block_absmax()
+        absmax = self.block_absmax() if absmax is None else absmax
         if self._even:
             values = values * absmax[..., :, None, :]
         else:
             values = (values.reshape(*absmax.shape, BLOCK) * absmax[..., None]).reshape(values.shape)
-        return _rounded(values, self.dtype).astype(dtype)
+        return (values if dtype == self.dtype else _rounded(values, self.dtype)).astype(dtype)
+
+    def tabulated_absmax(self) -> jax.Array:
+        """`block_absmax()`, bit-identical, looked up in a table of the 256 possible values of every group.
+
+        The lookup is its last operation. XLA's CPU backend stores the result of a lookup; anything later it would fuse into
+        the decoding of the kernel and compute once per weight.
+        """
+        if not self._even or self.scales is None or self.offset is None:
+            return self.block_absmax()
+        scales = self.scales[:, None]
+        tables = jnp.clip(jnp.asarray(DYNAMIC_MAP)[None] * scales, -scales, scales) + self.offset  # [groups, 256]
+        blocks, outputs = self.absmax.shape
+        index = jax.lax.broadcasted_iota(jnp.int32, (blocks, outputs), 1) * blocks
+        index = index + jax.lax.broadcasted_iota(jnp.int32, (blocks, outputs), 0)
+        return tables.at[index // GROUP, self.absmax.astype(jnp.int32)].get(mode="promise_in_bounds")
 
     def block_absmax(self) -> jax.Array:
         """Return the absmax of every block, float32, in the layout of `absmax`."""
@@ -194,7 +209,7 @@ def _fused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
 def _unfused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     """The product on other devices: decode the kernel once x is available, not all kernels of a layer at once."""
     x, kernel = _after(x, kernel)
-    values = kernel._decoded(x.dtype)
+    values = kernel._decoded(x.dtype, kernel.tabulated_absmax())
     if transposed:
         return product("...o,gbo->...gb", x, values).astype(x.dtype).reshape(*x.shape[:-1], -1)
     return product("...gb,gbo->...o", x.reshape(*x.shape[:-1], -1, BLOCK), values).astype(x.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, transposed
+from peftjax.adapters.diagonal import times
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant
@@ -71,7 +72,7 @@ class LoraLinear(RankedAdapter):
 
     def scaled(self, low: jax.Array) -> jax.Array:
         """s low over the last axis, in the dtype of `low` [..., R]."""
-        return low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape)
+        return times(low, self.scale.get_value())
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """s A [in, R] and B [R, out] of one layer in float32; their product is the update of the kernel."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, Override, WeightAdapter
+from peftjax.adapters.diagonal import times
 from peftjax.adapters.sites import Chosen, Site, insert, sites
 from peftjax.methods.lora.adapter import LoraEmbedding
 from peftjax.models.base import LanguageModel
@@ -74,4 +75,4 @@ class TiedLora(DeltaAdapter):
 
     def update(self, x: jax.Array) -> jax.Array:
         low = matmul(self.dropout(x), self.b.get_value().T)
-        return matmul(low * jnp.broadcast_to(self.scale.get_value().astype(low.dtype), low.shape), self.a.get_value().T)
+        return matmul(times(low, self.scale.get_value()), self.a.get_value().T)
