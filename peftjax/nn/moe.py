@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.nn.experts import ExpertLinear, make_groups
-from peftjax.nn.feedforward import GatedFeedForward
+from peftjax.nn.feedforward import GatedFeedForward, gated
 from peftjax.nn.linear import Linear
 from peftjax.quant.base import Quantized
 
@@ -135,7 +135,7 @@ class Experts(nnx.Module):
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), kernel.shape[0], first)
         gate, up = jnp.split(self.gate_up(groups.spread(flat(x)), groups), 2, axis=-1)
-        y = self.down(self.activation(gate) * up, groups)
+        y = self.down(gated(self.activation, gate, up), groups)
         return groups.combine(y, flat(weights)).reshape(x.shape)
 
 

@@ -5,7 +5,6 @@ kernels, so blocks are multiplied one after another instead. So are quantized ke
 decoded at a time.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -139,7 +138,6 @@ def _ragged_transposed(gradient: jax.Array, kernel: jax.Array, owner: jax.Array,
 def _ragged_of_kernel(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
 ) -> jax.Array:
-    pull: Callable[[jax.Array], tuple[jax.Array]] = jax.vjp(lambda kernel: _ragged_dot(x, kernel, owner, used), kernel)[
-        1
-    ]
-    return pull(gradient)[0]
+    _, pull = jax.vjp(lambda kernel: _ragged_dot(x, kernel, owner, used), kernel)
+    of_kernel: jax.Array = pull(gradient)[0]
+    return of_kernel
