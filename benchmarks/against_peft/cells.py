@@ -76,7 +76,7 @@ class Cell:
         """FLOP of the matrix products of a train step; 0 for the other kinds.
 
         Two passes over each kernel, forward and backward to its input, and a third one, to the kernel itself, in full
-        fine-tuning; three passes over the kernels of adapters and over the scores, of which none are skipped as masked.
+        fine-tuning; three passes over the kernels of adapters and over the scores, of which the masked half is not computed.
         """
         if self.kind != "step":
             return 0.0
@@ -88,7 +88,7 @@ class Cell:
         positions = self.length + (VIRTUAL if self.method == "prompt" else 0)
         seen = self.length + (VIRTUAL if self.method in ("prompt", "prefix") else 0)
         passes = 3 if self.method == "full" else 2
-        a_row = passes * 2 * positions * sum(a * b for a, b in kernels) + 3 * 4 * positions * seen * queries
+        a_row = passes * 2 * positions * sum(a * b for a, b in kernels) + 3 * 2 * positions * seen * queries
         if self.method in ("lora", "qlora"):
             a_row += 3 * 2 * positions * RANK * sum(a + b for a, b in kernels)
         if self.method == "houlsby":

@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 
 from cells import CELLS
+from load_memory import write_model
 
 from peftjax.io.hf_files import resolve
 
 
 def write(cell: str, directory: Path) -> None:
     """Write random bfloat16 weights in the shape of a cell, and the tokenizer of the bundled model, which no step uses."""
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from load_memory import write_model
-
     write_model(directory, CELLS[cell].sizes, "bfloat16")
     for file in resolve("embedded").glob("tokenizer*"):
         shutil.copy(file, directory)

@@ -11,15 +11,11 @@ import numpy as np
 from cells import BOTTLENECK, NEW, RANK, VIRTUAL, Cell
 from child import Side, product_shape, serve
 from flax import nnx
+from train_step import Step
 
 import peftjax
-from peftjax import sharding
 from peftjax.core import variables
-from peftjax.tasks import make_task
 from peftjax.training import config as configs
-from peftjax.training.setup import attach_method
-from peftjax.training.split import split
-from peftjax.training.step import init_state, make_train_step
 
 
 def make(cell: Cell, directory: Path) -> Side:
@@ -46,29 +42,7 @@ def train(cell: Cell, directory: Path) -> Callable[[int], float]:
         "model.path": str(directory), "model.dtype": cell.dtype, "model.param_dtype": cell.dtype,
         "model.quantize": "nf4" if cell.quantized else "", "train.batch_size": cell.rows, "data.max_length": cell.length,
     }  # fmt: skip
-    config = configs.changed(configs.Config(method=make_method(cell)), fields)
-    mesh = sharding.make_mesh()
-    jax.set_mesh(mesh)
-    task = make_task(config.task, config.data, directory, config.train.loss_chunk)
-    model = task.load_model(config.model, directory, mesh, config.seed)
-    objective, tx, trainable, frozen = split(config, task, model, attach_method(config, task, model, mesh))
-    state = init_state(trainable, tx, config.seed)
-    variables.update(model, state.trainable)  # as train.py: the state holds copies, so let go of the originals
-    del trainable
-    step = make_train_step(objective, tx, state)
-    tokens = np.random.default_rng(0).integers(0, cell.sizes["vocab_size"], (cell.rows, cell.length), np.int32)
-    rows = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": np.ones(tokens.shape, np.float32)}
-    rows["loss_weights"][:, -1] = 0
-    batch = sharding.shard_batch(rows, mesh)
-
-    def run(count: int) -> float:
-        nonlocal state
-        for _ in range(count):
-            state, metrics = step(state, frozen, batch)
-        jax.block_until_ready(state)
-        return float(metrics["loss"])
-
-    return run
+    return Step(configs.changed(configs.Config(method=make_method(cell)), fields)).run
 
 
 def decode(cell: Cell, directory: Path) -> Callable[[int], float]:

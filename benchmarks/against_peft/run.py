@@ -113,7 +113,7 @@ def check_results(cell: Cell, results: dict[str, float]) -> None:
 
 def child_environment() -> dict[str, str]:
     """The environment of the children: this checkout, the CPU, and no programs compiled by an earlier run."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH"))))
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": path}
 
 
