@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU devices
 
-.PHONY: quickstart test test-core test-slow test-interop test-adapters lint docs clean
+.PHONY: quickstart test test-core test-slow test-interop test-adapters bench bench-all lint docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -25,6 +25,13 @@ test-interop: $(VENV)/installed-interop
 # AdapterHub's library pins transformers 4.57, with which peft's tests cannot share an environment.
 test-adapters: .venv-adapters/installed
 	.venv-adapters/bin/python -m pytest -m interop tests/interop/test_adapter_hub.py
+
+# Speed against PyTorch and PEFT, on an otherwise idle machine: three cells, or all of them (docs/performance.md).
+bench: $(VENV)/installed .venv-peer/installed
+	$(BIN)/python benchmarks/against_peft/run.py short
+
+bench-all: $(VENV)/installed .venv-peer/installed
+	$(BIN)/python benchmarks/against_peft/run.py all
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -60,6 +67,14 @@ $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable ".[test,interop]"
 	touch $@ $(VENV)/installed $(VENV)/installed-test
+
+# The side of PyTorch in `make bench`: no peftjax and no jax.
+.venv-peer/installed: Makefile
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check peft==0.21.2 transformers==5.24.0 \
+		bitsandbytes==0.50.2 accelerate==1.15.0
+	touch $@
 
 # This project without its bounds on transformers, huggingface-hub and tokenizers, which are older in this environment.
 ADAPTERS := .venv-adapters/bin/python

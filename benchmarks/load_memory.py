@@ -94,7 +94,7 @@ def write_model(directory: Path, config: dict, dtype: str) -> None:
         }
         save_file(tensors, directory / file, {"format": "pt"})
     where = {key: file for file, shapes in files.items() for key in shapes}
-    (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": where}))
+    (directory / hf_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (directory / "config.json").write_text(json.dumps(config))  # last: a directory with it is complete
 
 

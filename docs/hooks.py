@@ -4,6 +4,8 @@ Links from a page to files of the repository outside docs/: in the repository su
 contain these files, so there the link becomes the file's path. Pictures are copied into the site. A link to a file that
 does not exist fails the build.
 
+Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
+
 Dataclasses: `ClassVar` without a type is a class variable too, and not a parameter of the constructor.
 """
 
@@ -17,6 +19,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+RESULTS = re.compile(r"<!-- results: (\S+) -->")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)\)")
 
 
@@ -27,6 +30,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    def include(comment: re.Match[str]) -> str:
+        table = ROOT / comment[1]
+        return table.read_text() if table.exists() else ""
+
     def replace(link: re.Match[str]) -> str:
         picture, text, target = link.groups()
         path = os.path.normpath(Path("docs", page.file.src_path).parent / target)
@@ -38,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"![{text}]({path})"
         return f"`{path}`" if text in (path, Path(path).name, "output") else f"{text} (`{path}`)"
 
-    return LINK.sub(replace, markdown)
+    return LINK.sub(replace, RESULTS.sub(include, markdown))
 
 
 class BareClassVars(griffe.Extension):

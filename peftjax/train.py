@@ -24,6 +24,7 @@ from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks, Trained
+from peftjax.training.profiling import Profiling, parse_steps
 from peftjax.training.run import Run
 from peftjax.training.setup import (
     attach_method,
@@ -37,13 +38,14 @@ from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
 
 
-def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
+def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range | None = None) -> Trained:
     """Run the training that a config describes, from the newest checkpoint in the workdir if there is one.
 
     Args:
       config: The config.
       workdir: Directory for everything that the run writes.
       hooks: What a program adds to the config.
+      profile: The steps to trace.
 
     Returns:
       The trained model, the metrics of the last evaluation, and where the result is.
@@ -77,14 +79,21 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
 
         start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
         first = jax.process_index() == 0
-        with Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log:
+        with (
+            Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log,
+            Profiling(profile, workdir, log) as profiling,
+        ):
+            profiling.check(start, steps)
             run.introduce(state, log)
             if start == 0:
                 scores = run.evaluate(state, log)
             run.window.reopen()
             for step in range(start + 1, steps + 1):
+                profiling.begin(step, state)
                 batch = next(data)
-                state, metrics = train_step(state, frozen, run.shard(batch))
+                arrays = run.shard(batch)
+                state, metrics = train_step(state, frozen, arrays)
+                profiling.end(step, train_step, state, frozen, arrays)
                 run.window.add(step, metrics, batch)
                 stop = preemption.reached()
                 run.log_step(step, log, stopping=stop)
@@ -104,12 +113,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push", metavar="ORG/NAME", help="Repository on the Hugging Face hub to upload the adapter to"
     )
+    parser.add_argument(
+        "--profile", metavar="N:M", help="First and last step to trace with the profiler, such as 20:22"
+    )
     distributed.add_options(parser)
 
 
 def main(argv: list[str]) -> None:
     description = "Train a model with the method of a config. Run the same command again to resume."
     options = cli.parse(argv, "train", description, configs.describe(), options=add_options)
+    profile = parse_steps(options.profile) if options.profile is not None else None
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
     if options.push is not None and isinstance(config.method, Full):
@@ -118,7 +131,7 @@ def main(argv: list[str]) -> None:
         )
     if options.push is not None:
         distributed.on_first(lambda: check_push(options.push))  # before the training, not after it
-    train(config, Path(options.workdir))
+    train(config, Path(options.workdir), profile=profile)
     if options.push is not None:
         url = distributed.on_first(lambda: push_adapter(Path(options.workdir) / "adapter", options.push))
         if jax.process_index() == 0:

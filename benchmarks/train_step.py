@@ -1,0 +1,79 @@
+"""The train step of `peftjax train` on a random batch, which several benchmarks measure."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.io.hf_files import resolve
+from peftjax.tasks import Task, make_task
+from peftjax.training.config import Config
+from peftjax.training.setup import attach_method
+from peftjax.training.split import split
+from peftjax.training.step import init_state, make_train_step
+
+DOCUMENTS = 4  # in each packed row
+
+
+def model_directory(root: Path, sizes: Mapping[str, Any]) -> Path:
+    """A directory with this config.json and the tokenizer of the bundled model, without weights: for model.init="random"."""
+    root.mkdir(parents=True)
+    for file in resolve("embedded").glob("tokenizer*"):
+        shutil.copy(file, root)
+    (root / "config.json").write_text(json.dumps(sizes))
+    return root
+
+
+class Step:
+    """The step of a config, its state and a batch of random tokens without padding.
+
+    Args:
+      config: The config; its dtype is not "auto". The number of rows is train.batch_size, their length data.max_length.
+    """
+
+    def __init__(self, config: Config) -> None:
+        mesh = sharding.make_mesh(config.mesh.sizes)
+        jax.set_mesh(mesh)
+        task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
+        self.model = model = task.load_model(config.model, task.directory, mesh, config.seed)
+        method = attach_method(config, task, model, mesh)
+        self.objective, tx, trainable, self.frozen = split(config, task, model, method)
+        self.state = init_state(trainable, tx, config.seed)
+        variables.update(model, self.state.trainable)  # as train.py: the state holds copies, so let go of the originals
+        self.step = make_train_step(self.objective, tx, self.state)
+        rows = random_rows(task, config.train.batch_size, model.config.vocab)
+        self.batch = sharding.shard_batch(rows, mesh, config.train.accumulate)
+
+    def run(self, count: int = 1) -> float:
+        """Take a number of steps and wait for the last one; returns its loss."""
+        for _ in range(count):
+            self.state, metrics = self.step(self.state, self.frozen, self.batch)
+        jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+    def compiled_bytes(self) -> int:
+        """The bytes of arguments, temporaries and outputs on each device according to the compiler."""
+        compiled = self.step.lower(self.state, self.frozen, self.batch).compile()  # type: ignore[attr-defined]
+        sizes = compiled.memory_analysis()
+        kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + kept
+
+
+def random_rows(task: Task, rows: int, vocab: int) -> dict[str, np.ndarray]:
+    """A batch [rows, T] in which every token predicts the next one; packed rows hold `DOCUMENTS` documents of equal length."""
+    shapes = task.row_shapes()
+    length = shapes["tokens"].shape[0]
+    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length), np.int32)
+    size = -(-length // DOCUMENTS) if "segments" in shapes else length
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    weights = ((place + 1) % size != 0) & (place < length - 1)
+    arrays = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": weights.astype(np.float32)}
+    if "segments" in shapes:
+        arrays |= {"positions": place % size, "segments": place // size + 1}
+    return arrays

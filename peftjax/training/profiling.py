@@ -1,0 +1,136 @@
+"""A trace of some steps of a run, and the table of their most expensive operations."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from rich import box
+from rich.table import Table
+
+from peftjax.core.errors import UserError
+from peftjax.log import Log
+from peftjax.training.operations import Operation, read_operations, read_times
+from peftjax.training.step import TrainState, mesh_of
+
+SHOWN = 10  # rows of the table
+
+
+def parse_steps(text: str) -> range:
+    """The steps of --profile=N:M, both included.
+
+    Raises:
+      UserError: The text is not such a range.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--profile={text} must be N:M, the first and the last step to trace, such as --profile=20:22")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+class Profiling:
+    """Context manager that traces some steps of a run, on process 0.
+
+    The trace goes to the directory `profile` of the workdir. Without steps, nothing is done.
+
+    Args:
+      steps: The steps to trace, as from `parse_steps`; None for none.
+      workdir: The workdir of the run.
+      log: Where the table is printed.
+    """
+
+    def __init__(self, steps: range | None, workdir: Path, log: Log) -> None:
+        self._steps = steps if steps is not None and jax.process_index() == 0 else range(0)
+        self._directory, self._log = workdir / "profile", log
+        self._step: jax.profiler.StepTraceAnnotation | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._step is not None:  # the run ends in a traced step
+            jax.profiler.stop_trace()
+
+    def check(self, start: int, end: int) -> None:
+        """Check the steps against those that a run still takes, from after `start` to `end`.
+
+        Raises:
+          UserError: Some of the steps never come.
+        """
+        if self._steps and not start < self._steps[0] <= self._steps[-1] <= end:
+            asked = f"--profile={self._steps[0]}:{self._steps[-1]}"
+            raise UserError(
+                f"{asked}: this run has finished all its {end} steps; use another workdir"
+                if start == end
+                else f"{asked}: this run takes steps {start + 1} to {end}; choose steps among these"
+            )
+
+    def begin(self, step: int, state: TrainState) -> None:
+        """Start the trace if a step is the first one to trace. `state` is that before the step."""
+        if step not in self._steps:
+            return
+        if step == self._steps[0]:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it would slow down what it measures
+            jax.block_until_ready(state)  # not the end of the step before
+            jax.profiler.start_trace(self._directory, profiler_options=options)
+        self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._step.__enter__()
+
+    def end(self, step: int, train_step: Any, state: TrainState, *arguments: Any) -> None:
+        """Stop the trace if a step was the last one to trace, and print the table.
+
+        Args:
+          step: The number of the step.
+          train_step: The jitted step.
+          state: The state after the step.
+          arguments: The other arguments of the step.
+        """
+        if self._step is None:
+            return
+        self._step.__exit__(None, None, None)
+        if step < self._steps[-1]:
+            return
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self._step = None
+        operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # compiled already
+        times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
+        title = f"most expensive operations of steps {self._steps[0]} to {step}, traced in {self._directory}"
+        self._log.panel(title, make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices)))
+
+
+def make_table(
+    operations: Mapping[str, Operation], times: Mapping[str, tuple[int, float]], steps: int, rows: int = SHOWN
+) -> Table:
+    """The most expensive operations, with their share of the time of all operations.
+
+    Args:
+      operations: The operations of the program by name.
+      times: How often each of them ran, and its seconds.
+      steps: The number of steps, over all devices.
+      rows: The number of operations to show.
+    """
+    total = sum(seconds for _, seconds in times.values())
+    ranked = sorted(times, key=lambda name: -times[name][1])
+    rest = sum(times[name][1] for name in ranked[rows:])
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("ms/step", "share", "runs/step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("operation", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    table.add_column("from", overflow="fold")
+    for name in ranked[:rows]:
+        count, seconds = times[name]
+        found = operations[name]
+        origin = " ".join(filter(None, (found.path, found.backward * "(backward)", found.source)))
+        cells = f"{seconds / steps * 1e3:.3g}", f"{seconds / total:.1%}", f"{count / steps:g}"
+        table.add_row(*cells, name, found.type, origin)
+    table.add_row(
+        f"{rest / steps * 1e3:.3g}", f"{rest / total if total else 0:.1%}", "", f"{len(ranked[rows:])} others"
+    )
+    return table
