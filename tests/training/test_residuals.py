@@ -1,0 +1,95 @@
+"""What a train step keeps for its backward pass: activations once each, and no part of the frozen base."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from peftjax import adapters, methods, sharding
+from peftjax.core import variables
+from peftjax.totals import next_token_loss
+from peftjax.training.step import Objective, init_state, make_train_step
+from tests import tiny
+
+LAYERS, ROWS, LENGTH, EMBED, MLP, HEADS, RANK = 3, 2, 8, 64, 192, 4, 4
+SIZES: dict[str, Any] = {
+    "hidden_size": EMBED,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+}
+FORMATS = ["float32", "bfloat16", "nf4", "nf4_single", "int8"]
+
+
+def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """(objective, optimizer, state, frozen, batch) for LoRA on a base in a number format, computing in bfloat16."""
+    dtype = "float32" if format_ == "float32" else "bfloat16"
+    model = tiny.model(dtype=dtype, remat=remat, **SIZES | sizes)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_value(variable.get_value().astype(dtype))
+    if format_ not in ("float32", "bfloat16"):
+        tiny.quantized(model, format_)
+    adapters.attach(model, methods.Lora(rank=RANK, targets="all-linear"), rngs=nnx.Rngs(1))
+    mesh = sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])
+    sharding.place(model, mesh)
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    tx = optax.sgd(1.0)
+    tokens = jnp.ones((ROWS, LENGTH), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens, "loss_weights": jnp.ones((ROWS, LENGTH))}
+    objective = Objective(graph, partial(next_token_loss, chunk=LENGTH))
+    return objective, tx, init_state(trainable, tx, 0), frozen, batch
+
+
+def kept(format_: str, remat: str) -> Counter:
+    """The shapes of what the loop over layers of the forward pass returns, stacked."""
+    objective, _, state, frozen, batch = step_of(format_, remat)
+    with jax.set_mesh(sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])):
+        traced = jax.make_jaxpr(jax.grad(objective, has_aux=True))(state.trainable, frozen, batch)
+    forward = next(eqn for eqn in traced.eqns if eqn.primitive.name == "scan")
+    shapes = [(str(value.aval.dtype), value.aval.shape) for value in forward.outvars]
+    return Counter(shape for shape in shapes if shape[1][:1] == (LAYERS,))
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_forward_pass_keeps_every_activation_once_and_nothing_of_the_base(format_: str) -> None:
+    dtype = "float32" if format_ == "float32" else "bfloat16"
+    each = (LAYERS, ROWS, LENGTH)
+    assert kept(format_, "none") == {
+        (dtype, (*each, EMBED)): 5,  # the inputs of both norms, of query, key and value, of out, of gate and up
+        (dtype, (*each, HEADS, EMBED // HEADS)): 3,  # query, key and value
+        (dtype, (*each, MLP)): 3,  # gate, up and the input of down
+        (dtype, (*each, RANK)): 7,  # x A, scaled, of seven layers
+    }
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_with_rematerialization_the_forward_pass_keeps_what_its_policy_names(format_: str) -> None:
+    dtype = "float32" if format_ == "float32" else "bfloat16"
+    each = (LAYERS, ROWS, LENGTH)
+    assert kept(format_, "block") == {(dtype, (*each, EMBED)): 1}
+    # "dots": the input, and the outputs of seven linear layers, of which that of the last is not needed
+    assert kept(format_, "dots") == {(dtype, (*each, EMBED)): 5, (dtype, (*each, MLP)): 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_temporaries_are_a_small_part_of_the_base(format_: str, remat: str) -> None:
+    """8 layers of width 512 and 16 positions: a float32 copy of the base would be twice the base in bfloat16, or more."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 48}
+    objective, tx, state, frozen, batch = step_of(format_, remat, **sizes)
+    microbatches = {name: array[None] for name, array in batch.items()}
+    compiled = make_train_step(objective, tx, state).lower(state, frozen, microbatches).compile()
+    weights = 8 * (4 * 512 * 512 + 3 * 512 * 1024)
+    bits = {"float32": 32, "bfloat16": 16, "nf4": 4.127, "nf4_single": 4.5, "int8": 8}[format_]
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    decoded = 4 * 512 * 1024 * 4  # four kernels in float32
+    assert memory.temp_size_in_bytes < 0.25 * weights * bits / 8 + decoded
