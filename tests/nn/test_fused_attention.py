@@ -23,6 +23,7 @@ from peftjax.nn.blockwise import blockwise
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.fused import LONG, choose
 from peftjax.sharding import make_mesh
+from peftjax.training import jaxpr_cost
 
 Compute = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
 
@@ -130,6 +131,22 @@ def test_memory_of_blocks_grows_linearly_and_no_block_after_the_diagonal_is_comp
     (short, loops), (long, _) = of(512), of(2048)
     assert long < 4.2 * short
     assert loops == 2  # forward and backward
+
+
+def test_products_in_blocks_are_counted_on_all_devices_and_in_kernels() -> None:
+    q, k, v = (jax.ShapeDtypeStruct((B, 256, heads, H), jnp.float32) for heads in (N, K, K))
+    mask, dense_products = make_mask(256), 4 * B * N * 256 * 256 * H
+
+    def products(attention: Any) -> int:
+        return jaxpr_cost.matmul_flops(jax.make_jaxpr(attention)(q, k, v).jaxpr)
+
+    def in_blocks(*qkv: jax.Array) -> jax.Array:
+        return blockwise(*qkv, mask, scale=None, cap=None, block=128)
+
+    assert products(in_blocks) == dense_products * 3 // 4  # one of four blocks is after the diagonal
+    assert products(lambda *qkv: splash(*qkv, mask, scale=None)) == dense_products
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 2})):
+        assert products(in_blocks) == dense_products * 3 // 4
 
 
 SPLASH: dict[str, dict[str, Any]] = {

@@ -365,6 +365,7 @@ def test_the_command_plans_in_another_process(written: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert code == 0
     assert "compiled by XLA:CPU" in out
+    assert "attention: xla (model.attention='auto')" in out
     assert "frozen base" in out
     assert "\x1b" not in out  # no terminal, no colours
     record = json.loads(file.read_text())
