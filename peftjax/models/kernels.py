@@ -1,6 +1,8 @@
 """Which implementation computes a model's causal attention."""
 
-import jax.numpy as jnp
+from typing import Any
+
+import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
@@ -46,7 +48,7 @@ def kernel_of(model: nnx.Module, length: int, *, packed: bool) -> str:
     """
     if not isinstance(model, Decoder):
         return "xla"
-    some = jnp.zeros((1, 1), jnp.int32)  # only whether there are segments decides
+    some: Any = np.zeros((1, 1), np.int32)  # only whether there are segments decides; the devices may not be attached
     mask = model.attention_mask(length, positions=some, segments=some if packed else None)
     layer = model.blocks.attention
-    return choose(layer.implementation, layer.platform, mask, jnp.dtype(model.config.dtype), cap=layer.softcap)
+    return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), cap=layer.softcap)
