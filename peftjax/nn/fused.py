@@ -11,9 +11,9 @@ from peftjax.nn.blockwise import blockwise
 
 IMPLEMENTATIONS = ("blockwise", "splash", "cudnn", "triton")
 
-# "auto" computes the scores of fewer positions as one array where no kernel applies. Up to here this is at most as slow as
-# blocks on a CPU. From here on, one layer's scores, 4 N T bytes a position, outgrow its other activations, 24 (D + F) bytes
-# a position: at 1,000 to 3,500 positions for decoders of 15M to 8B parameters.
+# Where no kernel applies, "auto" computes the scores of fewer positions as one array. At 1,000 to 3,500 positions, for
+# decoders of 15M to 8B parameters, one layer's scores, 4 N T bytes a position, outgrow its other activations, about
+# 24 (D + F) bytes a position.
 LONG = 2048
 
 # The kernels that "auto" prefers, by platform. A platform without one has none.
