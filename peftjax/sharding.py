@@ -219,6 +219,17 @@ def whole_length(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", None, "kv_heads", None) if _splits_length() else x
 
 
+def attention_partitions(q: jax.Array, k: jax.Array) -> tuple[PartitionSpec, PartitionSpec]:
+    """Return how the current mesh shards queries [B, T, N, H], and keys and values [B, S, K, H].
+
+    A query head is on the device of its key head. Each device has the keys of all positions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = (k.shape[0], q.shape[1], *k.shape[2:])
+    queries, keys = ("batch", "length", "kv_heads", None), ("batch", None, "kv_heads", None)
+    return partition(queries, shape, mesh), partition(keys, k.shape, mesh)  # type: ignore[arg-type]
+
+
 def gathered(kernel: K, axes: Sequence[str | None]) -> K:
     """Gather a kernel onto the devices of the current mesh that shard the batch or the length.
 

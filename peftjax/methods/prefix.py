@@ -23,6 +23,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.models.encoder_decoder import EncoderDecoder
 from peftjax.nn.attention import Attention
+from peftjax.nn.attention_mask import AttentionMask
 from peftjax.nn.slot import Base
 
 
@@ -123,13 +124,21 @@ class Prefix(MethodAdapter):
         return self.states.shape[-3]
 
     def apply(
-        self, base: Base, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, *bias: jax.Array
+        self,
+        base: Base,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: AttentionMask | jax.Array | None,
+        *bias: jax.Array,
     ) -> jax.Array:
         states = self.layer_states().astype(key.dtype)  # [2, P, K, H]
         p_k, p_v = jnp.broadcast_to(states[:, None], (2, len(key), *states.shape[1:]))  # each [B, P, K, H]
         if mask is None:  # causal
             mask = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool))
         key, value = jnp.concatenate([p_k, key], axis=1), jnp.concatenate([p_v, value], axis=1)
+        if isinstance(mask, AttentionMask):  # it counts the prefix
+            return base(query, key, value, mask, *bias)
         unmasked = max(key.shape[1] - mask.shape[-1], 0)  # 0 if the mask covers the prefix, as with a sliding window
         mask = jnp.pad(mask, ((0, 0),) * 3 + ((unmasked, 0),), constant_values=True)
         return base(query, key, value, mask, *bias)

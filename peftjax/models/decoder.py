@@ -20,7 +20,7 @@ from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.models.eager import compiled
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
-from peftjax.nn.attention_mask import attention_mask, key_distances, with_first_keys, within_window
+from peftjax.nn.attention_mask import AttentionMask
 from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         rope: RopeTables | None,
-        mask: jax.Array | None,
+        mask: AttentionMask | jax.Array | None,
         cache: LayerCache | None,
         offset: jax.Array | int,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -249,27 +249,20 @@ class Decoder(LanguageModel):
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         """`hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
-        length, soft = x.shape[1], self.embed.adapters.virtual
+        length = x.shape[1]
         offset = 0 if cache is None else cache.length
         rotations = self.rotations(positions)
-        valid, allowed, distances = None, None, None  # None: causal
+        valid = None
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
-        if valid is not None or segments is not None or any(self.config.windows):
-            allowed = attention_mask(length, valid=valid, segments=segments, offset=offset, shared=soft)
-        if allowed is not None and any(self.config.windows):
-            counted = positions - self.virtual + soft  # from the soft prompt's first key
-            distances = key_distances(counted, allowed.shape[3], offset, soft)
-            if prefix := self.virtual - soft:  # its keys are at the positions 0, 1, ... of every document
-                back = positions[:, None, :, None] - jnp.arange(prefix)[None, None, None]  # [B or 1, 1, T, P]
-                allowed, distances = with_first_keys(allowed, distances, back)
+        described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
+        allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
         def layer(
             block: Block, x: jax.Array, inputs: tuple[LayerCache | None, jax.Array]
         ) -> tuple[jax.Array, LayerCache | None]:
             layer_cache, window = inputs
-            limited = allowed if allowed is None or distances is None else within_window(allowed, window, distances)
-            return block(x, rotations(window), limited, layer_cache, offset)
+            return block(x, rotations(window), allowed.of_layer(window), layer_cache, offset)
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
         per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
@@ -277,6 +270,36 @@ class Decoder(LanguageModel):
         if cache is not None and valid is not None:
             cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
         return self.norm(x), cache
+
+    def attention_mask(
+        self,
+        length: int,
+        *,
+        positions: jax.Array,
+        valid: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        offset: jax.Array | int = 0,
+    ) -> AttentionMask:
+        """Describe the attention of `length` queries; a soft prompt is among them, or among the keys of a cache.
+
+        Args:
+            length: Number of queries, T.
+            positions: int [B or 1, T], of the queries.
+            valid: bool [B, S], false for keys that are padding.
+            segments: int [B, T], document index.
+            offset: Number of keys in the cache.
+        """
+        soft, windows = self.embed.adapters.virtual, self.config.windows
+        return AttentionMask(
+            length=length,
+            positions=positions - self.virtual + soft,  # from the soft prompt's first key
+            valid=valid,
+            segments=segments,
+            offset=offset,
+            shared=soft,
+            prefix=self.virtual - soft,
+            windows=tuple(sorted(set(windows))) if any(windows) else (),
+        )
 
     @property
     def virtual(self) -> int:

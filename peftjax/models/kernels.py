@@ -1,38 +1,54 @@
-"""Which kernel computes a model's causal attention."""
+"""Which implementation computes a model's causal attention."""
 
+from typing import Any
+
+import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.decoder import Decoder
 from peftjax.nn.attention import Attention
+from peftjax.nn.fused import choose
 
 
-def use_kernel(model: nnx.Module, kernel: str) -> None:
-    """Select the implementation of a model's causal attention.
+def use_kernel(model: nnx.Module, kernel: str, platform: str = "cpu") -> None:
+    """Select the implementation of a model's causal attention without a cache.
 
-    A fused kernel does not hold the scores, float32 [B, N, T, S], in memory. Attention with a mask is always computed by
-    XLA.
+    All but "xla" hold no array of scores, float32 [B, N, T, S]. Attention that is not causal, attention with dropout, and
+    decoding with a cache are always computed by XLA.
 
     Args:
         model: A model; its layers are changed.
-        kernel: "xla", or a fused kernel: "cudnn" (NVIDIA GPUs) or "splash" (TPUs).
+        kernel: "xla", "auto", or one of `nn.fused.IMPLEMENTATIONS`.
+        platform: The platform for which "auto" chooses: "cpu", "gpu" or "tpu".
 
     Raises:
-        UserError: The model never has causal attention without a mask, or it has a soft cap or dropout.
+        UserError: The model has no causal attention, or has dropout in it, and `kernel` is neither "xla" nor "auto".
     """
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
-    if kernel != "xla":
-        reasons = {
-            "sliding windows": isinstance(model, Decoder) and any(model.config.windows),
-            "a soft cap": any(layer.softcap is not None for layer in layers),
-            "dropout": any(layer.dropout.rate for layer in layers),
-            "prefix tuning": any(layer.adapters.virtual for layer in layers),
-            "no causal attention": not layers,
-        }
-        if found := [reason for reason, holds in reasons.items() if holds]:
-            raise UserError(
-                f"attention={kernel!r} supports causal attention only, and this {type(model).__name__} has "
-                f"{' and '.join(found)}; choose 'xla'"
-            )
+    reasons = {
+        "no causal attention": not isinstance(model, Decoder),
+        "attention dropout": isinstance(model, Decoder) and any(layer.dropout.rate for layer in layers),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found and kernel not in ("xla", "auto"):
+        raise UserError(
+            f"attention={kernel!r} supports causal attention without dropout only, and this {type(model).__name__} has "
+            f"{' and '.join(found)}; choose 'auto' or 'xla'"
+        )
     for layer in layers:
-        layer.implementation = kernel
+        layer.implementation, layer.platform = "xla" if found else kernel, platform
+
+
+def kernel_of(model: nnx.Module, length: int, *, packed: bool) -> str:
+    """Return the implementation of attention for batches of `length` positions, virtual ones included.
+
+    Raises:
+        UserError: The implementation that the model was set to does not support such a batch.
+    """
+    if not isinstance(model, Decoder):
+        return "xla"
+    some: Any = np.zeros((1, 1), np.int32)  # only whether there are segments decides; the devices may not be attached
+    mask = model.attention_mask(length, positions=some, segments=some if packed else None)
+    layer = model.blocks.attention
+    return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), cap=layer.softcap)

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped queries."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import sharding
-from peftjax.nn.attention_kernels import attend, cudnn, splash
+from peftjax.nn.attention_kernels import attend
+from peftjax.nn.attention_mask import AttentionMask, DenseMask
 from peftjax.nn.cache import LayerCache
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.fused import choose, fused
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
@@ -26,8 +29,9 @@ class Attention(SlottedLayer):
     The slot wraps the core (q, k, v, mask) -> [B, T, N, H], where prefix tuning sits.
 
     Attributes:
-        implementation: What computes causal attention without a mask: "xla", "cudnn" or "splash". Set by
-            `models.kernels.use_kernel`.
+        implementation: What computes causal attention without a cache: "xla", "auto", or one of `nn.fused.IMPLEMENTATIONS`. Set
+            by `models.kernels.use_kernel`.
+        platform: The platform for which "auto" chooses.
 
     Args:
         features: Width of input and output, D.
@@ -47,6 +51,7 @@ class Attention(SlottedLayer):
     """
 
     implementation: str = "xla"
+    platform: str = "cpu"
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class Attention(SlottedLayer):
         self,
         x: jax.Array,
         rope: RopeTables | None,
-        mask: jax.Array | None,
+        mask: AttentionMask | jax.Array | None,
         cache: LayerCache | None = None,
         offset: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -92,7 +97,7 @@ class Attention(SlottedLayer):
         Args:
             x: [B, T, D].
             rope: Rotary tables of the T positions; None: no rotary embedding.
-            mask: bool [B or 1, 1, T or 1, S]; None: causal.
+            mask: From `prepared`, of this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: This layer's keys and values.
             offset: Number of keys in the cache.
         """
@@ -116,12 +121,19 @@ class Attention(SlottedLayer):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def prepared(self, mask: AttentionMask, x: jax.Array) -> AttentionMask | DenseMask:
+        """The mask in the form in which the implementation for x [B, T, D] takes it: one for all layers of a stack.
+
+        Raises:
+            UserError: The implementation does not support the batch.
+        """
+        name = choose(self.implementation, self.platform, mask, x.dtype, cap=self.softcap)
+        return mask.dense() if name == "xla" else dataclasses.replace(mask, implementation=name)
+
+    def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; mask None: causal."""
-        if mask is None and self.implementation == "splash":
-            return splash(q, k, v, scale=self.scale)
-        if mask is None and self.implementation == "cudnn":
-            return cudnn(q, k, v, scale=self.scale)
+        if isinstance(mask, AttentionMask):
+            return fused(q, k, v, mask, scale=self.scale, cap=self.softcap)
         if self.softcap is None and self.dropout.idle:
             form = partial(jax.nn.dot_product_attention, scale=self.scale, is_causal=mask is None)
         else:

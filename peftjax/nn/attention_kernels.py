@@ -1,5 +1,7 @@
 """Implementations of attention beside `jax.nn.dot_product_attention`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,64 +10,200 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.nn.attention_mask import AttentionMask
 from peftjax.nn.dropout import Dropout
 
 SPLASH_BLOCK = 128  # positions
+_SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)  # larger blocks read the keys less often
+_TRITON_BLOCK = 128  # positions
+_PADDING = -(2**31)  # segment of keys that are padding
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None) -> jax.Array:
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | None = None, *, scale: float | None
+) -> jax.Array:
     """Causal attention by cuDNN: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], in bfloat16 or float16.
+
+    Of a mask, it takes the window.
 
     Raises:
         UserError: cuDNN does not support the device, the dtype or the shape.
     """
+
+    def compute(window: int) -> jax.Array:
+        local = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+        )
+
     try:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+        return _by_window(mask, compute)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"attention='cudnn' is not possible here: {error}; choose 'xla'") from error
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None, interpret: bool = False) -> jax.Array:
-    """Causal attention by JAX's flash attention for TPUs: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask | None = None,
+    *,
+    scale: float | None,
+    cap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention by JAX's flash attention for TPUs: q [B, T, N, H], k and v [B, P + T, K, H] -> [B, T, N, H].
 
-    Each device of a mesh computes its own rows, queries and heads.
+    Each device of a mesh computes its own rows, queries and heads. A query that may attend to no key gets an average of
+    some values, as in dense attention of all.
 
     Args:
         q: Queries.
-        k: Keys.
+        k: Keys, those of a prefix first.
         v: Values.
+        mask: Which keys each query attends to; None: causal.
         scale: Factor on the scores; None: 1 / sqrt(H).
+        cap: Soft cap of the scores; None: no cap.
         interpret: Emulate the kernel, on machines without a TPU.
 
     Raises:
         UserError: T is not a multiple of 128 on each device.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention
-
     length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
-    if length % (SPLASH_BLOCK * parts) or k.shape[1] != length:
+    prefix = 0 if mask is None else mask.prefix
+    if length % (SPLASH_BLOCK * parts) or k.shape[1] != prefix + length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
             f"attention='splash' takes sequences whose length is a multiple of {SPLASH_BLOCK}{each}, but this one has {length}"
         )
-    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
-    masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length), shard_count=parts)] * heads)
-    kernel = splash_attention.make_splash_mha(mask=masks, head_shards=1, q_seq_shards=parts, interpret=interpret)
-
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v))).swapaxes(1, 2)
-
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
+    segments = _splash_segments(q, mask)
+    after = -prefix % SPLASH_BLOCK  # no query is after these keys
+    k, v = (jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0))) for array in (k, v))
+
+    def compute(window: int) -> jax.Array:
+        return _splash(q, k, v, segments, prefix=prefix, window=window, cap=cap, parts=parts, interpret=interpret)
+
+    return _by_window(mask, compute)
+
+
+def _splash_segments(q: jax.Array, mask: AttentionMask | None) -> tuple[jax.Array, jax.Array] | None:
+    """The segments of the queries and of the keys, of which padding has one of its own: int [B, T] and [B, P + T + ...]."""
+    if mask is None or (mask.segments is None and mask.valid is None):
+        return None
+    queries = jnp.zeros(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
+    keys = queries if mask.valid is None else jnp.where(mask.valid, queries, _PADDING)
+    return queries, jnp.pad(keys, ((0, 0), (mask.prefix, -mask.prefix % SPLASH_BLOCK)))
+
+
+def _splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    *,
+    prefix: int,
+    window: int,
+    cap: float | None,
+    parts: int,
+    interpret: bool,
+) -> jax.Array:
+    """`splash` with one window and keys whose number is a multiple of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    shape, own = (q.shape[1], k.shape[1]), q.shape[1] // parts
+    one = (
+        splash_attention.LocalMask(shape, (window - 1, 0), prefix, shard_count=parts)
+        if window
+        else splash_attention.CausalMask(shape, prefix, shard_count=parts)
+    )
+    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
+    rows, columns = (next(size for size in _SPLASH_BLOCKS if n % size == 0) for n in (own, shape[1]))
+    kernel = splash_attention.make_splash_mha(
+        mask=splash_attention.MultiHeadMask([one] * heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=rows,
+            block_kv=columns,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_q_dq=rows,
+            block_kv_dq=columns,
+        ),
+        head_shards=1,
+        q_seq_shards=parts,
+        attn_logits_soft_cap=cap,
+        interpret=interpret,
+    )
+
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+        ids = None if segments is None else splash_attention.SegmentIds(*segments)
+        return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v)), ids).swapaxes(1, 2)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(kernel, q, k, v)
-    queries, keys = (
-        sharding.partition(("batch", axis, "kv_heads", None), k.shape, mesh)  # type: ignore[arg-type]
-        for axis in ("length", None)
-    )
+        return local(kernel, q, k, v, segments)
+    queries, keys = sharding.attention_partitions(q, k)
     masked = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
-    split = jax.shard_map(local, mesh=mesh, in_specs=(masked, queries, keys, keys), out_specs=queries, check_vma=False)
-    return split(kernel, q, k, v)
+    ids = None if segments is None else (PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2]))
+    specs = (masked, queries, keys, keys, ids)
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+    return split(kernel, q, k, v, segments)
+
+
+def triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask | None = None,
+    *,
+    scale: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention by JAX's flash attention for GPUs: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+
+    T is a multiple of 128. Of a mask, it takes the segments. Each device of a mesh computes its own rows and heads.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: Which keys each query attends to; None: causal.
+        scale: Factor on the scores; None: 1 / sqrt(H).
+        interpret: Emulate the kernel, on machines without a GPU.
+    """
+    from jax.experimental.pallas.ops.gpu import attention
+
+    segments = None if mask is None else mask.segments
+    block = min(_TRITON_BLOCK, q.shape[1])
+    sizes = attention.BlockSizes(block_q=block, block_k=block, **dict.fromkeys(_TRITON_BACKWARD, min(32, block)))
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        k, v = (jnp.repeat(array, q.shape[2] // array.shape[2], axis=2) for array in (k, v))
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        return attention.mha(q, k, v, segments, sm_scale=factor, causal=True, block_sizes=sizes, interpret=interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v, segments)
+    queries, keys = sharding.attention_partitions(q, k)
+    ids = None if segments is None else PartitionSpec(*queries[:2])
+    specs = (queries, keys, keys, ids)
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+    return split(q, k, v, segments)
+
+
+_TRITON_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+
+
+def _by_window(mask: AttentionMask | None, compute: Callable[[int], jax.Array]) -> jax.Array:
+    """Compute with the window of the mask's layer, which is an array, where the computation needs a number."""
+    if mask is None or not mask.windows:
+        return compute(0)
+    if len(mask.windows) == 1:
+        return compute(mask.windows[0])
+    assert mask.window is not None
+    index = jnp.searchsorted(jnp.asarray(mask.windows), mask.window)
+    return jax.lax.switch(index, [partial(compute, window) for window in mask.windows])
 
 
 def attend(

@@ -1,7 +1,80 @@
-"""Attention masks: causal, padding, packed documents and sliding windows."""
+"""Attention masks: causal, padding, packed documents and sliding windows; as a description, and as arrays."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionMask:
+    """Which keys each query of causal attention attends to, without an array of queries times keys.
+
+    Query t is key number offset + t of S keys. It attends to keys s <= offset + t, unless one of these fields excludes
+    them, and to the P keys of a prefix, which precede the S keys. `dense` writes this out; `nn.blockwise` and the fused
+    kernels read the fields.
+
+    Attributes:
+        length: Number of queries, T.
+        valid: bool [B, S], false for keys that are padding; None: S = T and none are.
+        segments: int [B, T], document index; queries attend only to keys of their own document. None: one document.
+        positions: int [B or 1, T], of the queries, counted from the first of the S keys.
+        offset: Number of keys before the first query, those of a cache.
+        shared: Number of first keys, a soft prompt's, that all documents attend to.
+        prefix: Number of keys of a prefix, P, that all documents attend to.
+        windows: The different windows of the model's layers, 0 for none; empty if no layer has one.
+        window: int32 [], one of `windows`: keys at this distance or further are excluded. None: not of one layer.
+        implementation: What computes the attention, one of `nn.fused.IMPLEMENTATIONS`.
+    """
+
+    length: int
+    positions: jax.Array
+    valid: jax.Array | None = None
+    segments: jax.Array | None = None
+    offset: jax.Array | int = 0
+    shared: int = 0
+    prefix: int = 0
+    windows: tuple[int, ...] = ()
+    window: jax.Array | None = None
+    implementation: str = "blockwise"
+
+    def of_layer(self, window: jax.Array) -> "AttentionMask":
+        """The mask of a layer with this window."""
+        return dataclasses.replace(self, window=window) if self.windows else self
+
+    def dense(self) -> "DenseMask":
+        """Write the mask out. With windows it includes the prefix's keys; otherwise who prepends them extends it."""
+        if self.valid is None and self.segments is None and not self.windows:
+            return DenseMask(None, None)
+        allowed = attention_mask(
+            self.length, valid=self.valid, segments=self.segments, offset=self.offset, shared=self.shared
+        )
+        if not self.windows:
+            return DenseMask(allowed, None)
+        distances = key_distances(self.positions, allowed.shape[3], self.offset, self.shared)
+        if self.prefix:  # its keys are at the positions 0, 1, ... of every document, before those counted here
+            back = self.positions[:, None, :, None] + self.prefix - jnp.arange(self.prefix)[None, None, None]
+            allowed, distances = with_first_keys(allowed, distances, back)  # [B or 1, 1, T, P + S]
+        return DenseMask(allowed, distances)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMask:
+    """An attention mask as arrays.
+
+    Attributes:
+        allowed: bool [B or 1, 1, T, S], without windows; None: causal.
+        distances: int [B or 1, 1, T, S], from each query back to each key; None for a model without windows.
+    """
+
+    allowed: jax.Array | None
+    distances: jax.Array | None
+
+    def of_layer(self, window: jax.Array) -> jax.Array | None:
+        """The mask of a layer with this window, bool [B or 1, 1, T, S]; None: causal."""
+        if self.allowed is None or self.distances is None:
+            return self.allowed
+        return within_window(self.allowed, window, self.distances)
 
 
 def attention_mask(

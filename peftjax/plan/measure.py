@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from peftjax.core import variables
 from peftjax.io.adapter_save import weights_bytes
 from peftjax.models.base import LanguageModel, Model
+from peftjax.models.kernels import kernel_of
 from peftjax.plan import hlo_cost
 from peftjax.plan.advice import advice
 from peftjax.plan.chips import GIB
@@ -75,6 +76,7 @@ def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mes
         closed_flops=(6 if full else 4) * _kernel_parameters(step.model) * positions,
         moved=_estimated_traffic(config, step),
         collectives={},
+        attention=_attention(config, step, mesh),
     )
 
 
@@ -120,6 +122,12 @@ def _estimated_traffic(config: Config, step: TracedStep) -> int:
     passes = config.train.accumulate * (3 if config.model.remat in ("block", "offload") else 2)
     base = step.argument_bytes.get("frozen base", 0)
     return passes * base + 2 * (step.needed - base)
+
+
+def _attention(config: Config, step: TracedStep, mesh: Mesh) -> str:
+    """The implementation of attention in the step."""
+    with jax.set_mesh(mesh):
+        return kernel_of(step.model, step.task.positions(step.model) + step.model.virtual, packed=config.data.pack)
 
 
 def _base(model: Model) -> dict[str, int]:

@@ -31,6 +31,7 @@ class Plan:
         closed_flops: 4 FLOP (6 for full fine-tuning) for each kernel parameter at each position.
         moved: Bytes read from and written to the device's memory.
         collectives: For each kind, how many run and the bytes sent.
+        attention: The implementation of attention.
         refused: The message of the TPU compiler if it rejects the program because it does not fit.
         advice: Changes to the config and the bytes that each of them saves, the largest first.
     """
@@ -54,6 +55,7 @@ class Plan:
     closed_flops: int
     moved: int
     collectives: dict[str, tuple[int, int]]
+    attention: str = ""
     refused: str = ""
     advice: tuple[tuple[str, int], ...] = ()
 

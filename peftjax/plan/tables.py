@@ -40,6 +40,7 @@ def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> 
     base = f"{_count(plan.base_parameters)} parameters, {_format(config)}"
     console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
     console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
+    console.print(f"attention: {plan.attention} (model.attention={config.model.attention!r})")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
         console.print(f"compiled by {plan.compiler}, jax {jax.__version__}")

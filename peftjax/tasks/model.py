@@ -42,10 +42,10 @@ class ModelConfig:
         choices=("none", "dots", "block", "offload"),
     )
     attention: str = field(
-        "xla",
-        "Implementation of causal attention in training; cudnn (NVIDIA GPUs) and splash (TPUs) keep no attention scores "
-        "in memory",
-        choices=("xla", "cudnn", "splash"),
+        "auto",
+        "Implementation of causal attention in training: blockwise, splash (TPUs), cudnn and triton (NVIDIA GPUs) keep no "
+        "attention scores in memory; auto: by platform and batch",
+        choices=("auto", "xla", "blockwise", "splash", "cudnn", "triton"),
     )
     resize_embeddings: bool = field(
         False, "Add embedding rows, each the mean of the existing ones, for tokens of the tokenizer that have none"

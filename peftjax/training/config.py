@@ -143,10 +143,9 @@ class Config:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be at most train.steps={self.train.steps}"
             )
-        if self.model.attention != "xla" and self.data.pack:
+        if self.model.attention == "cudnn" and self.data.pack:
             raise UserError(
-                f"model.attention={self.model.attention!r} does not support packed sequences; set data.pack=False or "
-                "model.attention='xla'"
+                "model.attention='cudnn' does not support packed sequences; set data.pack=False or model.attention='auto'"
             )
         for name, value in (("exact_match", self.eval.exact_match), ("samples", self.eval.samples)):
             if value and not TASKS[self.task.kind].generates:

@@ -48,7 +48,7 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     held: dict[core.Var, int] = {}
     peak = 0
     for index, equation in enumerate(jaxpr.eqns):
-        inside = max((live_bytes(body) for body, _ in _inner(equation)), default=0)
+        inside = _devices(equation) * max((live_bytes(body) for body, _ in _inner(equation)), default=0)
         written = _is_written(equation)
         made = {var: _bytes(var) if written or var in materialized else 0 for var in equation.outvars}
         own = sum(made.values())
@@ -78,6 +78,11 @@ def stored_bytes(jaxpr: core.Jaxpr) -> int:
             most = max(most, sum(kept))
         most = max([most, *(stored_bytes(body) for body, _ in _inner(equation))])
     return most
+
+
+def _devices(equation: core.JaxprEqn) -> int:
+    """The number of devices that run what is inside of an operation, each on its shards."""
+    return int(equation.params["mesh"].size) if equation.primitive.name == "shard_map" else 1
 
 
 def _is_loop(equation: core.JaxprEqn) -> bool:
@@ -123,7 +128,11 @@ def _aval(var: Atom) -> Any:
 
 def _inner(equation: core.JaxprEqn) -> Iterator[tuple[core.Jaxpr, int]]:
     """The programs inside of an operation, and how often each of them runs."""
-    trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+    trips = _devices(equation)
+    if equation.primitive.name == "scan":
+        trips = equation.params["length"]
+    elif equation.primitive.name == "pallas_call":
+        trips = math.prod(size for size in equation.params["grid_mapping"].grid if isinstance(size, int))
     for parameter in equation.params.values():
         for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
             if isinstance(value, core.ClosedJaxpr):

@@ -29,10 +29,13 @@ def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None =
 
 
 def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The config with the dtype of the stored config of an earlier run in place of model.dtype="auto".
+    """The config with what the stored config of an earlier run has in place of "auto" in model.dtype and model.attention.
 
     A resumed run computes in the dtype in which it started, on any device.
     """
+    if config.model.attention == "auto":  # stored before it was the default, it may be another
+        model = dataclasses.replace(config.model, attention=stored.get("model", {}).get("attention", "xla"))
+        config = dataclasses.replace(config, model=model)
     if config.model.dtype != "auto":
         return config
     model = stored.get("model", {})

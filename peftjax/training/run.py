@@ -29,6 +29,8 @@ from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
+from peftjax.models.decoder import Decoder
+from peftjax.models.kernels import kernel_of
 from peftjax.report.classes import collapse
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
@@ -150,6 +152,11 @@ class Run:
         dtype = config.model.param_dtype or config.model.dtype
         log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}")
         log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
+        if config.model.attention == "auto" and isinstance(self.model, Decoder):
+            length = self.task.positions(self.model) + self.model.virtual
+            with jax.set_mesh(self.mesh):
+                kernel = kernel_of(self.model, length, packed=config.data.pack)
+            log.message(f"attention: {kernel} for {length:,} positions (model.attention='auto')")
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             log.message(

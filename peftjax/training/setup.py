@@ -149,7 +149,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
             if trace:
                 step.trace(*arguments)
 
-    check(trace=config.model.attention != "xla")  # all lengths of rows divide alike
+    check(trace=config.model.attention not in ("xla", "auto"))  # all lengths of rows divide alike
     data.preview(config.train.steps)
     check(trace=False)  # the first batches are longer than the shortest that are possible
     check_held_out(config, task, mesh)

@@ -1,8 +1,11 @@
 """From a model with its method attached to what a step is made of: the objective, the optimizer, and split state."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import optax
+from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.core import variables
@@ -42,7 +45,8 @@ def split(
       method: The attached method.
       optimizer: An optimizer to use instead of the one of `config.optim`.
     """
-    use_kernel(model, config.model.attention)
+    _, leaves = variables.flat(model)
+    use_kernel(model, config.model.attention, _platform(leaves))
     model.train()
     _, leaves = variables.flat(model)
     graph, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
@@ -52,3 +56,9 @@ def split(
     tx = method.optimizer(given or optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     return Parts(Objective(graph, task.loss, method.penalty, keys), tx, trainable, frozen)
+
+
+def _platform(leaves: Mapping[str, nnx.Variable]) -> str:
+    """The platform of the devices that hold a model's leaves."""
+    leaf = jax.tree.leaves(next(iter(leaves.values())).get_value())[0]
+    return str(next(iter(leaf.sharding.device_set)).platform)

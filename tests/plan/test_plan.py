@@ -365,6 +365,7 @@ def test_the_command_plans_in_another_process(written: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert code == 0
     assert "compiled by XLA:CPU" in out
+    assert "attention: xla (model.attention='auto')" in out
     assert "frozen base" in out
     assert "\x1b" not in out  # no terminal, no colours
     record = json.loads(file.read_text())
@@ -459,6 +460,39 @@ def test_devices_that_are_not_there_are_compiled_for(name: str) -> None:
     assert 0 <= found.padding < 2 * sum(found.arguments.values())
     assert found.moved > 0
     assert bool(found.collectives) == (device.count > 1)
+
+
+GEMMA = {"model_type": "gemma2", "sliding_window": 100, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}
+GEMMA |= {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": 3.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fields", "kernel"),
+    [
+        ("v5e", GEMMA, "splash"),
+        ("v6e:2x2", GEMMA, "splash"),
+        ("h100", {}, "triton"),
+        ("h100:2", GEMMA, "blockwise"),
+    ],
+)
+def test_attention_without_scores_is_compiled_for_packed_sequences(
+    name: str, fields: dict[str, Any], kernel: str
+) -> None:
+    device = devices.find(name)
+    if missing := device.missing():
+        pytest.skip(missing)
+    parts = {"sequence": 2, "fsdp": 2} if device.count == 4 else {"fsdp": device.count}
+    config = make_config(
+        data__pack=True, data__max_length=2048, model__dtype="bfloat16", train__batch_size=2, mesh=parts
+    )
+    model = SMALL | fields | {"max_position_embeddings": 2048}
+    found, dense = (
+        worker.ask(configs.changed(config, {"model.attention": attention}), model, device, advise=False)
+        for attention in ("auto", "xla")
+    )
+    assert (found.attention, dense.attention) == (kernel, "xla")
+    assert found.temporaries < dense.temporaries / 2
 
 
 @pytest.mark.slow

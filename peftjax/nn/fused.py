@@ -1,0 +1,98 @@
+"""Attention without an array of scores: which implementation computes a batch, and what each of them supports."""
+
+import jax
+import jax.numpy as jnp
+
+from peftjax import sharding
+from peftjax.core.errors import UserError
+from peftjax.nn.attention_kernels import SPLASH_BLOCK, cudnn, splash, triton
+from peftjax.nn.attention_mask import AttentionMask
+from peftjax.nn.blockwise import blockwise
+
+IMPLEMENTATIONS = ("blockwise", "splash", "cudnn", "triton")
+
+# Where no kernel applies, "auto" computes the scores of fewer positions as one array. At 1,000 to 3,500 positions, for
+# decoders of 15M to 8B parameters, one layer's scores, 4 N T bytes a position, outgrow its other activations, about
+# 24 (D + F) bytes a position.
+LONG = 2048
+
+# The kernels that "auto" prefers, by platform. A platform without one has none.
+KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "triton"), "cuda": ("cudnn", "triton")}
+
+
+def fused(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float | None, cap: float | None
+) -> jax.Array:
+    """Attention by the mask's implementation: q [B, T, N, H], k and v [B, P + T, K, H] -> [B, T, N, H]."""
+    if mask.implementation == "splash":
+        return splash(q, k, v, mask, scale=scale, cap=cap)
+    if mask.implementation == "cudnn":
+        return cudnn(q, k, v, mask, scale=scale)
+    if mask.implementation == "triton":
+        return triton(q, k, v, mask, scale=scale)
+    return blockwise(q, k, v, mask, scale=scale, cap=cap)
+
+
+def choose(wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None) -> str:
+    """Return which implementation computes a batch: "xla", with an array of scores, or one of `IMPLEMENTATIONS`.
+
+    Args:
+        wanted: One of these, or "auto". Auto takes the platform's kernel if it supports the batch, and otherwise "xla" for
+            fewer than `LONG` positions and "blockwise" for more.
+        platform: "cpu", "gpu" or "tpu".
+        mask: The mask of the batch.
+        dtype: Compute dtype.
+        cap: Soft cap of the scores.
+
+    Raises:
+        UserError: The implementation does not support the batch.
+    """
+    if wanted == "auto":
+        kernels = [name for name in KERNELS.get(platform, ()) if not obstacles(name, mask, dtype, cap=cap)]
+        return (kernels or ["xla" if mask.length < LONG else "blockwise"])[0]
+    if found := obstacles(wanted, mask, dtype, cap=cap):
+        raise UserError(
+            f"attention={wanted!r} does not support {' and '.join(found)}; choose 'xla', 'blockwise' or 'auto'"
+        )
+    return wanted
+
+
+def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None) -> list[str]:
+    """Return what keeps an implementation from computing a batch, each as a noun phrase; none if nothing does."""
+    if name in ("xla", "blockwise"):
+        return []
+    virtual = mask.prefix + mask.shared > 0
+    parts = sharding.parts("length", mask.length)
+    if name == "splash":
+        found = {
+            f"{mask.length} positions, which are not a multiple of {SPLASH_BLOCK * parts}": mask.length
+            % (SPLASH_BLOCK * parts),
+            "packed sequences with virtual tokens": virtual and mask.segments is not None,
+            "sliding windows with virtual tokens": virtual and mask.windows,
+        }
+    else:
+        found = {
+            "a soft cap": cap is not None,
+            "padding masks": mask.valid is not None,
+            "prefix tuning": mask.prefix,
+            f"{dtype.name}": dtype.name not in ("bfloat16", "float16"),
+        }
+        if name == "cudnn":
+            found |= {
+                "packed sequences": mask.segments is not None,
+                "sliding windows with virtual tokens": virtual and mask.windows,
+                "a machine without cuDNN": not _has_cudnn(),
+            }
+        else:
+            found |= {
+                "packed sequences with virtual tokens": virtual and mask.segments is not None,
+                "sliding windows": mask.windows,
+                f"{mask.length} positions, which are not a multiple of {SPLASH_BLOCK}": mask.length % SPLASH_BLOCK,
+                "a sharded length": parts > 1,
+            }
+    return [reason for reason, holds in found.items() if holds]
+
+
+def _has_cudnn() -> bool:
+    """Whether jax finds cuDNN and a GPU."""
+    return jax.default_backend() == "gpu"
