@@ -77,14 +77,17 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS) -> Trained:
 
         start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
         first = jax.process_index() == 0
-        with Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log:
+        with (
+            Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log,
+            run.compile_ahead(train_step, state, log) as step_ahead,
+        ):
             run.introduce(state, log)
             if start == 0:
                 scores = run.evaluate(state, log)
             run.window.reopen()
             for step in range(start + 1, steps + 1):
                 batch = next(data)
-                state, metrics = train_step(state, frozen, run.shard(batch))
+                state, metrics = step_ahead(state, frozen, run.shard(batch))
                 run.window.add(step, metrics, batch)
                 stop = preemption.reached()
                 run.log_step(step, log, stopping=stop)

@@ -59,7 +59,7 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what the run does in the `with` block. Evaluations are measured, to estimate the time left."""
+        """Name what the run does in the `with` block. Evaluations and compilations are measured, to estimate the time left."""
         before, began = self._phase, time.perf_counter()
         self._show(name)
         try:
@@ -67,6 +67,8 @@ class Progress:
         finally:
             if name == EVALUATING:
                 self.left.evaluated(self._done, time.perf_counter() - began)
+            elif name == COMPILING:
+                self.left.paused(time.perf_counter() - began)
             self._show(before)
 
     def advance(self, step: int) -> None:

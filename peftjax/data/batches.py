@@ -90,7 +90,7 @@ class Batches(Iterator[HostBatch]):
 
     Attributes:
       source: All training records, of which an epoch has each once; None for a mixture with weights.
-      row: A row of padding as short as batches can be; after `preview`, as long as the rows of its longest batch.
+      ahead: A row of each batch of `preview`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Batches(Iterator[HostBatch]):
         self._title, self._data, self._unit = title, data, encoder.unit
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
-        self.row = self._padding.fit([])
+        self.ahead: list[Row] = []
         stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
@@ -142,8 +142,13 @@ class Batches(Iterator[HostBatch]):
         full = state["counts"]["rows"] * self._data.max_length
         self._counts = dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"]
 
+    @property
+    def row(self) -> Row:
+        """A row as long as those of the longest batch of `preview`; without one, as short as rows can be."""
+        return max(self.ahead, key=self._padding.positions, default=self._padding.fit([]))
+
     def preview(self, most: int) -> None:
-        """Read the first batches and go back, so that `padding_text` can describe them.
+        """Read the next batches and go back, so that `ahead` has their rows and `padding_text` describes them.
 
         Args:
           most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one length.
@@ -152,15 +157,13 @@ class Batches(Iterator[HostBatch]):
           UserError: A record cannot be read, or no record has anything to learn from.
         """
         start, before = self.get_state(), dict(self._counts)
-        lengths: list[int] = []
-        positions = 0
-        while not lengths or (self._padding.lengths and len(lengths) < most and positions < PREVIEWED):
-            arrays = next(self).arrays
-            if not lengths or self._padding.positions(arrays) > max(lengths):
-                self.row = {name: array[0].copy() for name, array in arrays.items()}
-            lengths.append(self._padding.positions(arrays))
+        self.ahead, positions = [], 0
+        while not self.ahead or (self._padding.lengths and len(self.ahead) < most and positions < PREVIEWED):
+            self.ahead.append({name: array[0].copy() for name, array in next(self).arrays.items()})
             positions = self._counts["positions"] - before["positions"]
-        self._preview = Preview(lengths, (self._counts["tokens"] - before["tokens"]) / positions)
+        lengths = [self._padding.positions(row) for row in self.ahead]
+        fill = (self._counts["tokens"] - before["tokens"]) / positions
+        self._preview = Preview(lengths, fill, first=not before["rows"])
         self.set_state(start)
 
     def padding_text(self) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from peftjax.report.page import write_report
 from peftjax.tasks import Task
 from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
+from peftjax.training.abstract import abstract_batch
+from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import counted, evaluate, make_eval_step
@@ -111,6 +113,8 @@ class Run:
         if restored is None:
             return state
         self.batches.set_state(restored.data_state)
+        if left := self.config.train.steps - restored.step:
+            self.batches.preview(left)
         self.planned = restored.identity["config"]["train"]["steps"]
         leaves = [restored.state[name] for name in flatten(state)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -124,6 +128,11 @@ class Run:
     def shard(self, batch: HostBatch) -> Mapping[str, jax.Array]:
         """A batch on the mesh, [A, B / A, ...]."""
         return sharding.shard_batch(batch.arrays, self.mesh, self.config.train.accumulate)
+
+    def compile_ahead(self, step: Callable[..., Any], state: TrainState, log: Log) -> CompileAhead:
+        """The jitted step (state, frozen, batch), compiled ahead for the next batches."""
+        batches = [abstract_batch(self.config, row, self.mesh) for row in self.batches.ahead]
+        return CompileAhead(step, self.mesh, (state, self.frozen), batches, log.progress)
 
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print what is trained on what, and write config.json and the start of the report's data."""
