@@ -194,6 +194,7 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     prompts, adapter = ["--prompt=1+1=", "--prompt=20+1="], f"--adapter={workdir / 'adapter'}"
     said, expected = answers(f"--workdir={workdir}", *prompts)
     assert said == f"applying the prompt template 'Q {{prompt}}', as in the training of {workdir}; --raw turns it off\n"
+    assert answers(f"--workdir={workdir}", "--dtype=float16", *prompts)[0] == said  # which no run trains in
     said, found = answers(adapter, *prompts)  # the adapter names its base, and has the template beside it
     assert said.startswith("applying the prompt template 'Q {prompt}', as in the training of")
     assert found == expected

@@ -191,6 +191,8 @@ class _Display(progress.Progress):
     def end(self, done: int) -> None:
         if self._steps:
             self.update(self._run, description="done" if done == self._steps else "stopped", left=None)
+        for task in self.task_ids[1:]:  # of a phase that an exception has ended
+            self.remove_task(task)
         self.stop()
 
     @contextlib.contextmanager
@@ -200,4 +202,5 @@ class _Display(progress.Progress):
         try:
             yield lambda count: self.advance(task, count)
         finally:
-            self.remove_task(task)
+            if task in self.task_ids:  # `end` has removed the bar of a phase that an exception ended
+                self.remove_task(task)

@@ -19,7 +19,7 @@ from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model, as_shapes
 from peftjax.tasks import Task
-from peftjax.tasks.model import auto_dtype
+from peftjax.tasks.model import compute_dtype
 from peftjax.training import jaxpr_cost
 from peftjax.training.config import Config
 from peftjax.training.split import split
@@ -55,7 +55,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         quantize = "nf4" if stored.get("bnb_4bit_use_double_quant") else "nf4_single"
     family = from_hf_config(
         fields,
-        dtype=auto_dtype(hf_config) if config.model.dtype == "auto" else config.model.dtype,
+        dtype=compute_dtype(config.model, hf_config),
         param_dtype=config.model.param_dtype,
         remat=config.model.remat,
         **task.head_options(config.model.new_head),

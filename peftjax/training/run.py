@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
-from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
+from peftjax.data.batches import Batches, HeldOut, HostBatch
 from peftjax.data.prompt_format import PromptFormat
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
@@ -95,6 +96,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint records of the run that wrote it."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """The held-out records; the config names some."""
+        return HeldOut(self.config.data, self.task)
 
     def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """The state of the newest intact checkpoint, with the data at its position; else `state`.
@@ -238,7 +244,7 @@ class Run:
     def _held_out(self, state: TrainState, log: Log) -> tuple[dict[str, float], list[answers.Answer]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
-        batches = eval_batches(config.data, self.task, batching(config, self.mesh))
+        batches = self.held_out.batches(batching(config, self.mesh))
         some = counted(batches, config.train.eval_batches, log.progress)
         measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
         scores = measured.scores
@@ -248,7 +254,7 @@ class Run:
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
         self.report = dataclasses.replace(
-            self.report, classes=predictions.summarize(config.data, self.task, measured, step)
+            self.report, classes=predictions.summarize(self.held_out, self.task, measured, step)
         )
         found = self._answers(state, log)
         scored = config.eval.exact_match > 0
@@ -271,7 +277,7 @@ class Run:
         if not count:
             return []
         self.sync(state)
-        prompts = eval_prompts(config.data, self.task, count)
+        prompts = self.held_out.prompts(count)
         return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens, log.progress)
 
     def save_report(self) -> None:
