@@ -106,7 +106,7 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
     own = {"quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
     overrides = [*overrides, *(f"--config.model.{name}={value}" for name, value in own.items() if value is not None)]
     config = run_config(workdir, options.config, overrides)
-    if options.dtype:  # which may also be one that cannot be trained in
+    if options.dtype:  # float16 as well, which training does not support
         model = dataclasses.replace(config.model, dtype=options.dtype, param_dtype="")
         config = dataclasses.replace(config, model=model)
     result, task = result_of(config, workdir), open_task(config)
@@ -207,6 +207,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.workdir and (options.config or overrides):
         given = overrides[0] if overrides else f"--config={options.config}"
         raise UserError(f"{given} changes the config of a run; give the run with --workdir=DIR")
+    if options.dtype == "float16" and jax.default_backend() == "cpu":
+        raise UserError("--dtype=float16: attention in float16 is not supported on CPUs; use float32 or bfloat16")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from peftjax.training import config as configs
 from peftjax.training import population, run
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.hooks import Hooks
-from tests.runs import assert_same_run
+from tests import runs
 from tests.test_train import config
 
 LENGTHS = (32, 64, 96)
@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_compiles_at_first_use
     traced.clear()
     train(made, tmp_path / "ahead")
     assert traced == [(32, "compile"), (64, "compile")]  # those of steps 4 to 6
-    assert_same_run(tmp_path / "ahead", tmp_path / "at first use")
+    runs.assert_same_run(tmp_path / "ahead", tmp_path / "at first use")
 
 
 @pytest.mark.slow
@@ -138,8 +138,8 @@ def test_the_step_of_a_population_is_compiled_for_the_longest_of_its_batches(
     made.data.shuffle = True
     (tmp_path / "config.json").write_text(configs.to_json(configs.validate(made)))
     traced = traces_of(monkeypatch, population)
-    runs = members(str(tmp_path / "config.json"), [], ["--sweep.seed=0,1"], tmp_path / "sweep")
-    found = sweep(runs, tmp_path / "sweep")
+    pair = members(str(tmp_path / "config.json"), [], ["--sweep.seed=0,1"], tmp_path / "sweep")
+    found = sweep(pair, tmp_path / "sweep")
     assert all(np.isfinite(one["scores"]["loss"]) for one in found)
     assert len(traced) == len(set(traced)) > 1
     assert {thread for _, thread in traced} == {"compile"}
