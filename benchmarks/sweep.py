@@ -18,7 +18,9 @@ from pathlib import Path
 import jax
 
 from peftjax import sharding, sweep
+from peftjax.core.progress import Progress
 from peftjax.io.hf_files import resolve
+from peftjax.training import population
 
 COUNTS, ROUNDS = (1, 2, 4, 8), 7
 
@@ -52,8 +54,8 @@ def main() -> None:
         steps = {}
         for count in COUNTS:
             members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
-            (group,) = sweep.set_up(members, mesh, opened)
-            steps[count] = group, sweep.make_advance(group)
+            (group,) = population.set_up(members, mesh, opened)
+            steps[count] = group, opened.enter_context(population.make_advance(group, Progress(enabled=False)))
             steps[count][1](0)  # compiles
         seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
         for number in range(1, ROUNDS + 1):

@@ -12,7 +12,7 @@ from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import Progress
-from peftjax.data.batches import eval_prompts
+from peftjax.data.batches import HeldOut
 from peftjax.training import answers
 from peftjax.training import config as configs
 from peftjax.training.setup import check_held_out
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh), Progress(enabled=jax.process_index() == 0) as progress:
         measured = measure(config, model, task, mesh, progress)
         if count := config.eval.exact_match or config.eval.samples:
-            prompts = eval_prompts(config.data, task, count)
+            prompts = HeldOut(config.data, task).prompts(count)
             found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens, progress)
             if scored := config.eval.exact_match > 0:
                 measured |= answers.score(found, config.eval.metrics)

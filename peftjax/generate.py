@@ -8,6 +8,7 @@ The format of the prompts in training is applied: the prompt template, or the ch
 
 import argparse
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -102,9 +103,12 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
         UserError: The directory holds no run, the run has not finished, or its task generates no text.
     """
     workdir = Path(options.workdir)
-    own = {"dtype": options.dtype, "quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
+    own = {"quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
     overrides = [*overrides, *(f"--config.model.{name}={value}" for name, value in own.items() if value is not None)]
     config = run_config(workdir, options.config, overrides)
+    if options.dtype:  # float16 as well, which training does not support
+        model = dataclasses.replace(config.model, dtype=options.dtype, param_dtype="")
+        config = dataclasses.replace(config, model=model)
     result, task = result_of(config, workdir), open_task(config)
     if not task.generates:
         raise UserError(f"--workdir={workdir}: task.kind={task.kind!r} generates no text; use peftjax evaluate")
@@ -203,6 +207,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.workdir and (options.config or overrides):
         given = overrides[0] if overrides else f"--config={options.config}"
         raise UserError(f"{given} changes the config of a run; give the run with --workdir=DIR")
+    if options.dtype == "float16" and jax.default_backend() == "cpu":
+        raise UserError("--dtype=float16: attention in float16 is not supported on CPUs; use float32 or bfloat16")
 
 
 if __name__ == "__main__":

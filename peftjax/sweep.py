@@ -78,7 +78,7 @@ def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir:
 
 
 def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs and write sweep.json and sweep.html.
+    """Train the unfinished runs and write sweep.json and sweep.html, before and after each population.
 
     A run whose loss is not finite ends there; the others go on.
 
@@ -103,19 +103,26 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         for population in populations(waiting):
             check_member(population[0])
         groups = populations(waiting, most)
+        found = write_results(runs, workdir)  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
             say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
             train_population(population, preemption)
-        distributed.meet("all runs of the sweep have ended")
-        found = sorted(
-            map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
-        )
-        if jax.process_index() == 0:
-            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
-            write_sweep_page(workdir)
+            distributed.meet("all runs of the population have ended")
+            found = write_results(runs, workdir)
     if all("failed" in one for one in found):
         raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
+    return found
+
+
+def write_results(runs: Iterable[Member], workdir: Path) -> list[dict[str, Any]]:
+    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds."""
+    found = sorted(
+        map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
+    )
+    if jax.process_index() == 0:
+        write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+        write_sweep_page(workdir)
     return found
 
 
@@ -174,9 +181,12 @@ def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
 
 
 def outcome(member: Member) -> dict[str, Any]:
-    """The values of a run, the scores and amounts of data of its last evaluation, and its last loss; or why it failed."""
+    """The values of a run, the scores and amounts of data of its last evaluation, and its last loss; or why it failed.
+
+    A run that has not started has no scores.
+    """
     found: dict[str, float] = {}
-    if not member.failed:
+    if not member.failed and (member.workdir / METRICS).exists():
         for line in read_metrics(member.workdir / METRICS):
             names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
             found |= {name: line[name] for name in names}

@@ -81,6 +81,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         first = jax.process_index() == 0
         with (
             Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log,
+            run.compile_ahead(train_step, state, log) as step_ahead,
             Profiling(profile, workdir, log) as profiling,
         ):
             profiling.check(start, steps)
@@ -92,7 +93,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
                 profiling.begin(step, state)
                 batch = next(data)
                 arrays = run.shard(batch)
-                state, metrics = train_step(state, frozen, arrays)
+                state, metrics = step_ahead(state, frozen, arrays)
                 profiling.end(step, train_step, state, frozen, arrays)
                 run.window.add(step, metrics, batch)
                 stop = preemption.reached()

@@ -14,8 +14,11 @@ from peftjax.core import distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.data.sources import absolute
+from peftjax.data.token_rows import embedding_rows
+from peftjax.data.tokenizer import load_tokenizer
 from peftjax.log import METRICS, PLACE, read_metrics
-from peftjax.models.base import Model
+from peftjax.models.base import Model, Origin
 from peftjax.training import config as configs
 from peftjax.training import optim
 from peftjax.training.config import Config
@@ -82,7 +85,7 @@ def train(
         raise UserError(f"train: config must be a mapping such as {{'train.steps': 100}}, not {config!r}")
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise UserError(f"train: optimizer must be an optax optimizer such as optax.adamw(1e-4), not {optimizer!r}")
-    directory, fields = Path(workdir), dict(config or {})
+    directory, fields = Path(workdir).absolute(), dict(config or {})  # the run can be read from another directory
     if isinstance(model, Model):
         fields = _model_fields(model, fields) | fields
     elif model is not None:
@@ -123,9 +126,8 @@ def _model_fields(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     if (registry := registry_of(model)) != Registry():
         names = [name for name, _ in registry.methods]
         raise UserError(f"train: the model has adapters attached already: {names}; detach them, or load the base again")
-    fields = {"model.path": model.origin.path} | {
-        f"model.{name}": value for name, value in model.origin.options.items()
-    }
+    options = {**model.origin.options, "resize_embeddings": _adds_rows(model, model.origin)}
+    fields = {"model.path": model.origin.path} | {f"model.{name}": value for name, value in options.items()}
     if differ := [name for name, value in fields.items() if given.get(name, value) != value]:
         raise UserError(
             f"train: {', '.join(differ)} cannot change for a loaded model; give the directory, or pass it to load_model"
@@ -133,15 +135,33 @@ def _model_fields(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _adds_rows(model: Model, origin: Origin) -> bool:
+    """Whether the model has rows for the added tokens of its tokenizer, which is what model.resize_embeddings=True means.
+
+    Raises:
+      UserError: It was given another number of rows, which no config describes.
+    """
+    rows, there = origin.options["resize_embeddings"], embedding_rows(model)
+    if rows is None or there != rows:  # there were more already
+        return False
+    if (tokens := load_tokenizer(origin.path, origin.options["revision"]).vocab_size) != rows:
+        raise UserError(
+            f"train: the model was loaded with resize_embeddings={rows}, but its tokenizer has {tokens} tokens, the only "
+            f"number that a run can repeat; load it with resize_embeddings={tokens}, or save it with peftjax.save_model and "
+            "load that directory"
+        )
+    return True
+
+
 def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
     """The sources of data, in the notation of the config. Records are written to a file in the workdir."""
     if isinstance(data, str | Path):
-        return (str(data),)
+        return (absolute(str(data)),)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UserError(f"train: the {name} data must be a list of records, or names of files, not {repr(data)[:60]}")
     items = list(data)
     if items and all(isinstance(item, str | Path) for item in items):
-        return tuple(map(str, items))
+        return tuple(absolute(str(item)) for item in items)
     lines = "".join(_line(item, f"{name} record {index}") for index, item in enumerate(items))
     path = directory / f"{name}.jsonl"
     with workdirs.claim(directory):

@@ -194,6 +194,7 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     prompts, adapter = ["--prompt=1+1=", "--prompt=20+1="], f"--adapter={workdir / 'adapter'}"
     said, expected = answers(f"--workdir={workdir}", *prompts)
     assert said == f"applying the prompt template 'Q {{prompt}}', as in the training of {workdir}; --raw turns it off\n"
+    assert answers(f"--workdir={workdir}", "--dtype=bfloat16", *prompts)[0] == said
     said, found = answers(adapter, *prompts)  # the adapter names its base, and has the template beside it
     assert said.startswith("applying the prompt template 'Q {prompt}', as in the training of")
     assert found == expected
@@ -216,6 +217,7 @@ def test_generate_refuses_what_does_not_say_what_to_generate_with(
     for arguments, message in (
         ([], "nothing to generate with; give --workdir=DIR of a training run, --adapter=DIR or --model=DIR"),
         (["--workdir=run", "--adapter=a"], "--workdir names both the model and the adapter of a run; remove --model and"),
+        (["--workdir=run", "--dtype=float16"], "--dtype=float16: attention in float16 is not supported on CPUs; use float32"),
         (["--model=embedded", "--config.seed=1"], "--config.seed=1 changes the config of a run; give the run with --workdir"),
         ([f"--workdir={tmp_path}"], "this directory holds several runs; give one of them: run"),
         (

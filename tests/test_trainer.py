@@ -1,5 +1,6 @@
 """`peftjax.train`: the training of the train command from Python, with records, a loaded model, an optimizer and callbacks."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from flax import nnx
 import peftjax
 from peftjax import evaluate
 from peftjax.core.errors import UserError
+from peftjax.data import batches
+from peftjax.data.sources import absolute, open_source
 from peftjax.log import read_metrics
 from peftjax.train import train as train_by_config
+from peftjax.trainer import _model_fields
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.hooks import Hooks
@@ -88,6 +92,35 @@ def test_a_loaded_model_with_an_optax_optimizer_trains_as_the_config_that_descri
     losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["kind"] == "train"]
               for name in ("described", "own")]  # fmt: skip
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_run_records_absolute_paths_and_what_its_model_was_loaded_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:2]))
+    vocab = peftjax.load_tokenizer("embedded").vocab_size
+
+    def load(rows: int) -> Any:
+        return peftjax.load_model("embedded", resize_embeddings=rows)
+
+    message = rf"loaded with resize_embeddings={vocab + 9}, but its tokenizer has {vocab} tokens, .* resize_embeddings={vocab},"
+    with pytest.raises(UserError, match=message):
+        peftjax.train(load(vocab + 9), LORA, RECORDS, workdir="run", config=FIELDS)
+    assert _model_fields(load(9), {})["model.resize_embeddings"] is False  # it has more rows
+    opened: list[str] = []
+    monkeypatch.setattr(
+        batches, "open_source", lambda spec, **options: opened.append(spec) or open_source(spec, **options)
+    )
+    peftjax.train(load(vocab), LORA, RECORDS, eval_data="eval.jsonl", workdir="run", config=FIELDS)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"]["train"] == [str(tmp_path / "run" / "train.jsonl")]
+    assert stored["data"]["eval"] == [str(tmp_path / "eval.jsonl")]
+    assert stored["model"]["resize_embeddings"] is True
+    assert opened.count(str(tmp_path / "eval.jsonl")) == 2  # for the check at the start, and for three evaluations
+    assert [absolute(spec) for spec in ("hf:a/train", "tfds:a/b", "images:c@2", "/d/*.json")] == [
+        "hf:a/train", "tfds:a/b", f"images:{tmp_path}/c@2", "/d/*.json",
+    ]  # fmt: skip
 
 
 def refused(tmp_path: Path, *arguments: Any, **options: Any) -> str:

@@ -22,7 +22,7 @@ from flax import nnx
 from experiments.methods_on_dates.config import get_config
 from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.data.batches import Batching, eval_batches, train_batches
+from peftjax.data.batches import Batching, HeldOut, train_batches
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
@@ -183,7 +183,7 @@ def main() -> None:
     task, batching = make_task(config.task, config.data, base), Batching(config.train.batch_size)
     stream = train_batches(config.data, task, batching, config.seed)
     batches = [batch.arrays for batch in itertools.islice(stream, config.train.steps)]
-    stream = eval_batches(config.data, task, batching)
+    stream = HeldOut(config.data, task).batches(batching)
     held_out = [batch.arrays for batch in itertools.islice(stream, EVAL_BATCHES)]
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {"methods": {}}

@@ -13,7 +13,7 @@ config file a ConfigDict to change. `config_file` and `config_values` turn such 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ml_collections import ConfigDict
@@ -33,8 +33,8 @@ class Field:
       of_method: Whether it is an option of a PEFT method, which the method's own class checks further. There, a string
         and a tuple may stand for each other (one pattern, several names), a dict for a tuple of pairs, and anything for None.
       interval: Whether it is an interval: a number of steps, or text as `Interval.parse` reads it.
-      instead_of: The field of the same section in whose place it may be set; empty means none. On the command line each
-        of the two replaces the other.
+      instead_of: The field of the same section in whose place it may be set; empty means none. The default means that it is
+        not set. On the command line each of the two replaces the other.
     """
 
     default: Any
@@ -97,11 +97,12 @@ def field(
     return dataclasses.field(default=default, metadata={"field": made})
 
 
-def replaced_by(given: Collection[str], fields: Mapping[str, Field]) -> list[str]:
-    """The fields that some given ones replace and that are not given themselves, by dotted name."""
+def replaced_by(given: Mapping[str, Any], fields: Mapping[str, Field]) -> list[str]:
+    """The fields that some given values replace and that are not given themselves, by dotted name."""
     pairs = [(name, f"{name.rpartition('.')[0]}.{each.instead_of}") for name, each in fields.items() if each.instead_of]
-    both = [*pairs, *((other, name) for name, other in pairs)]
-    return [other for name, other in both if name in given and other not in given]
+    given_instead = [other for name, other in pairs if given.get(name, fields[name].default) != fields[name].default]
+    given_again = [name for name, other in pairs if other in given]
+    return [name for name in (*given_instead, *given_again) if name not in given]
 
 
 def section(cls: type) -> Any:

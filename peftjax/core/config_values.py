@@ -53,13 +53,11 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
       values: What `complete` returned.
       overrides: Strings "--config.optim.learning_rate=1e-3". The text is read as the field's type: true or false, an
         int, a float, a string as it stands, a tuple as comma-separated elements or a Python literal, "none" for None.
-        Another method.name first replaces the section `method` by that method's defaults, and a field that may be set
-        in place of another one resets it.
+        Another method.name first replaces the section `method` by that method's defaults, and a field that is set in
+        place of another one resets it.
       schema: The known fields.
     """
     parsed = [_split(item) for item in overrides]
-    for name in replaced_by([name for name, _, _ in parsed], schema.fields):
-        values[name] = schema.fields[name].default
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
@@ -68,6 +66,8 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
         if name not in known:
             raise _unknown(name, known, source)
         values[name] = _checked(name, _parse(text, known[name]), known[name], source)
+    for name in replaced_by({name: values[name] for name, _, _ in parsed}, schema.fields):
+        values[name] = schema.fields[name].default
     return values
 
 

@@ -59,7 +59,7 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what the run does in the `with` block. Evaluations are measured, to estimate the time left."""
+        """Name what the run does in the `with` block. Evaluations and compilations are measured, to estimate the time left."""
         before, began = self._phase, time.perf_counter()
         self._show(name)
         try:
@@ -67,6 +67,8 @@ class Progress:
         finally:
             if name == EVALUATING:
                 self.left.evaluated(self._done, time.perf_counter() - began)
+            elif name == COMPILING:
+                self.left.paused(time.perf_counter() - began)
             self._show(before)
 
     def advance(self, step: int) -> None:
@@ -189,6 +191,8 @@ class _Display(progress.Progress):
     def end(self, done: int) -> None:
         if self._steps:
             self.update(self._run, description="done" if done == self._steps else "stopped", left=None)
+        for task in self.task_ids[1:]:  # of a phase that an exception has ended
+            self.remove_task(task)
         self.stop()
 
     @contextlib.contextmanager
@@ -198,4 +202,5 @@ class _Display(progress.Progress):
         try:
             yield lambda count: self.advance(task, count)
         finally:
-            self.remove_task(task)
+            if task in self.task_ids:  # `end` has removed the bar of a phase that an exception ended
+                self.remove_task(task)

@@ -21,7 +21,7 @@ class TimeLeft:
         self._origin: tuple[int, float] | None = None  # a step, and the time at which the steps after it began
         self._step_seconds: float | None = None
         self._evaluated = (0, 0.0)  # the step of the last evaluation, and its seconds
-        self._apart = 0.0  # seconds spent on evaluations
+        self._apart = 0.0  # seconds not spent on steps
 
     def expect(self, evaluations: Sequence[int]) -> None:
         """Set the steps after which the run is evaluated, in ascending order."""
@@ -41,6 +41,10 @@ class TimeLeft:
         """Note how long an evaluation after a step took. In a sweep, those of all runs after one step add up."""
         before = self._evaluated[1] if self._evaluated[0] == step else 0.0
         self._evaluated = step, before + seconds
+        self.paused(seconds)
+
+    def paused(self, seconds: float) -> None:
+        """Note seconds that were not spent on steps."""
         self._apart += seconds
 
     def after(self, step: int) -> float | None:

@@ -12,7 +12,8 @@ ahead.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -90,7 +91,7 @@ class Batches(Iterator[HostBatch]):
 
     Attributes:
       source: All training records, of which an epoch has each once; None for a mixture with weights.
-      row: A row of padding as short as batches can be; after `preview`, as long as the rows of its longest batch.
+      ahead: A row of each batch of `preview`.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Batches(Iterator[HostBatch]):
         self._title, self._data, self._unit = title, data, encoder.unit
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
-        self.row = self._padding.fit([])
+        self.ahead: list[Row] = []
         stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
@@ -142,8 +143,13 @@ class Batches(Iterator[HostBatch]):
         full = state["counts"]["rows"] * self._data.max_length
         self._counts = dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"]
 
+    @property
+    def row(self) -> Row:
+        """A row as long as those of the longest batch of `preview`; without one, as short as rows can be."""
+        return max(self.ahead, key=self._padding.positions, default=self._padding.fit([]))
+
     def preview(self, most: int) -> None:
-        """Read the first batches and go back, so that `padding_text` can describe them.
+        """Read the next batches and go back, so that `ahead` has their rows and `padding_text` describes them.
 
         Args:
           most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one length.
@@ -152,15 +158,13 @@ class Batches(Iterator[HostBatch]):
           UserError: A record cannot be read, or no record has anything to learn from.
         """
         start, before = self.get_state(), dict(self._counts)
-        lengths: list[int] = []
-        positions = 0
-        while not lengths or (self._padding.lengths and len(lengths) < most and positions < PREVIEWED):
-            arrays = next(self).arrays
-            if not lengths or self._padding.positions(arrays) > max(lengths):
-                self.row = {name: array[0].copy() for name, array in arrays.items()}
-            lengths.append(self._padding.positions(arrays))
+        self.ahead, positions = [], 0
+        while not self.ahead or (self._padding.lengths and len(self.ahead) < most and positions < PREVIEWED):
+            self.ahead.append({name: array[0].copy() for name, array in next(self).arrays.items()})
             positions = self._counts["positions"] - before["positions"]
-        self._preview = Preview(lengths, (self._counts["tokens"] - before["tokens"]) / positions)
+        lengths = [self._padding.positions(row) for row in self.ahead]
+        fill = (self._counts["tokens"] - before["tokens"]) / positions
+        self._preview = Preview(lengths, fill, first=not before["rows"])
         self.set_state(start)
 
     def padding_text(self) -> str:
@@ -259,56 +263,52 @@ def train_batches(data: DataConfig, encoder: Encoder, batching: Batching, seed: 
     return batches
 
 
-def eval_batches(data: DataConfig, encoder: Encoder, batching: Batching) -> EvalBatches:
-    """One pass over data.eval, in batches of as many rows as in training; every process gets as many batches.
-
-    Raises:
-      UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
-    """
-    specs, _, sources = _open(data, "eval", encoder)
-    held_out, rest = Concatenated(sources), dict[str, int]()
-    order = grain.MapDataset.source(Encoded(held_out, 0, data, encoder))
-    kept = Kept(read(order, data.workers), data, [(", ".join(specs), len(held_out))], rest)
-    return EvalBatches("eval", data, encoder, batching, kept, _lengths(specs, sources), rest=rest)
-
-
-def eval_prompts(data: DataConfig, encoder: Encoder, count: int) -> list[Prompt]:
-    """Prompts of at most `count` records of data.eval, evenly spread over them, with the expected answers.
-
-    A record whose prompt leaves no room for an answer within data.max_length is skipped.
-
-    Raises:
-      UserError: There is no source, a source cannot be read, or no prompt is short enough.
-    """
-    _, _, sources = _open(data, "eval", encoder)
-    held_out = Concatenated(sources)
-    count = min(count, len(held_out))
-    chosen = [i * len(held_out) // count for i in range(count)]
-    prompts = [encoder.prompt(held_out[i], held_out.name(i)) for i in chosen]
-    if not any(prompts):
-        raise nothing_left("config.data.eval", data)
-    return [prompt for prompt in prompts if prompt is not None]
-
-
-def find_records(data: DataConfig, encoder: Encoder, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Records of data.eval by name.
+class HeldOut:
+    """The records of data.eval, opened once for all evaluations of a run.
 
     Args:
       data: The section `data` of the config.
       encoder: The task.
-      names: Their names, as in `HostBatch.records` and in this order.
+
+    Raises:
+      UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
     """
-    held_out = Concatenated(_open(data, "eval", encoder)[2])
-    found: dict[str, dict[str, Any]] = {}
-    wanted = iter(names)
-    name = next(wanted, None)
-    for index in range(len(held_out)):
-        if name is None:
-            break
-        if held_out.name(index) == name:
-            found[name] = held_out[index]
-            name = next(wanted, None)
-    return found
+
+    def __init__(self, data: DataConfig, encoder: Encoder) -> None:
+        self._data, self._encoder = data, encoder
+        specs, _, sources = _open(data, "eval", encoder)
+        self._records, self._specs, self._lengths = Concatenated(sources), ", ".join(specs), _lengths(specs, sources)
+
+    def batches(self, batching: Batching) -> EvalBatches:
+        """One pass, in batches of as many rows as in training; every process gets as many batches."""
+        data, encoder, rest = self._data, self._encoder, dict[str, int]()
+        order = grain.MapDataset.source(Encoded(self._records, 0, data, encoder))
+        kept = Kept(read(order, data.workers), data, [(self._specs, len(self._records))], rest)
+        return EvalBatches("eval", data, encoder, batching, kept, self._lengths, rest=rest)
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Prompts of at most `count` records, evenly spread over them, with the expected answers.
+
+        A record whose prompt leaves no room for an answer within data.max_length is skipped.
+
+        Raises:
+          UserError: A record cannot be read, or no prompt is short enough.
+        """
+        records = self._records
+        count = min(count, len(records))
+        chosen = [i * len(records) // count for i in range(count)]
+        prompts = [self._encoder.prompt(records[i], records.name(i)) for i in chosen]
+        if not any(prompts):
+            raise nothing_left("config.data.eval", self._data)
+        return [prompt for prompt in prompts if prompt is not None]
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record with a name, as in `HostBatch.records`."""
+        return self._records[self._index[name]]
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {self._records.name(index): index for index in range(len(self._records))}
 
 
 def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], list[float | None], list[Source]]:

@@ -27,17 +27,15 @@ class Mapped:
     """
 
     def __init__(self, source: Source, spec: str):
-        load_function(spec)  # reports what is wrong with it before a record is read
-        self._source, self._spec = source, spec
+        self._source, self._spec, self._function = source, spec, load_function(spec)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        function = load_function(self._spec)
         record = copy.deepcopy(self._source[index])  # the function may change it, and the source may keep it
         try:
-            made = function(record)
+            made = self._function(record)
         except Exception as error:  # the user needs the record, the place and the reason
             raise UserError(f"{self.name(index)}: data.map={self._spec} failed{_reason(error)}") from error
         if not isinstance(made, dict):
@@ -51,9 +49,10 @@ class Mapped:
         return self._source.name(index)
 
 
-@functools.lru_cache(maxsize=8)
 def load_function(spec: str) -> Callable[[Record], Any]:
     """The function that "MODULE:FUNCTION" or "FILE.py:FUNCTION" names. Modules are also found in the current directory.
+
+    A file is run again when it has changed; a module is imported once in a process, as everywhere in Python.
 
     Raises:
       UserError: There is no such module, file or function (the message has suggestions), or importing it fails.
@@ -81,8 +80,14 @@ def _from_file(place: str, spec: str) -> ModuleType:
     if not path.is_file():
         near = suggest(path.name, [other.name for other in path.parent.glob("*.py")])
         raise UserError(f"data.map={spec}: no such file: {place}.{near}")
+    return _run_file(path.absolute(), path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _run_file(path: pathlib.Path, changed: int) -> ModuleType:
+    del changed  # a part of the key
     name = f"peftjax_map_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path.absolute())
+    found = importlib.util.spec_from_file_location(name, path)
     assert found is not None  # its name ends in .py
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)

@@ -45,10 +45,12 @@ class Preview(NamedTuple):
     Attributes:
       lengths: The length of each.
       fill: The share of real tokens.
+      first: Whether they are the first of the run.
     """
 
     lengths: list[int]
     fill: float
+    first: bool
 
 
 class Padding:
@@ -84,16 +86,17 @@ class Padding:
         return int(row[self._texts[0].names[0]].shape[-1]) if self._texts else 1
 
     def describe(self, preview: Preview | None) -> str:
-        """The lengths, and what the first batches are like if that is known, as a sentence; empty if there is one length."""
+        """The lengths, and what the next batches are like if that is known, as a sentence; empty if there is one length."""
         if not self.lengths:
             return ""
-        first, *others = self.lengths.values()
+        inputs, *others = self.lengths.values()
         targets = "".join(f" (targets to {_either(allowed)})" for allowed in others)
-        text = f"batches are padded to {_either(first)} tokens{targets}"
+        text = f"batches are padded to {_either(inputs)} tokens{targets}"
         if preview is None:
             return text
-        which = f"the first {len(preview.lengths)} batches" if len(preview.lengths) > 1 else "the first batch"
-        found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(first) > 1 else ""
+        order, count = "first" if preview.first else "next", len(preview.lengths)
+        which = f"the {order} {count} batches" if count > 1 else f"the {order} batch"
+        found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(inputs) > 1 else ""
         advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
         return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are real{advice}"
 

@@ -72,6 +72,14 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     return match[1], weight
 
 
+def absolute(spec: str) -> str:
+    """Return a source string with an absolute path, if it has a path: "images:a@2" gives "images:/home/me/a@2"."""
+    if spec.startswith(("tfds:", "hf:")):
+        return spec
+    kind, path = ("images:", spec[7:]) if spec.startswith("images:") else ("", spec)
+    return f"{kind}{pathlib.Path(path).expanduser().absolute()}"
+
+
 def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
     """Open the source that a string, without a weight, names.
 

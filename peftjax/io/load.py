@@ -121,7 +121,7 @@ def load_model(
             "quantize": quantize or "",
             "skip_quantize": tuple(skip),
             "remat": remat,
-            "resize_embeddings": resize_embeddings is not None,
+            "resize_embeddings": resize_embeddings,
             "new_head": new_head,
         },
     )

@@ -7,8 +7,9 @@ import importlib.resources
 import json
 from typing import TYPE_CHECKING, Any
 
+from peftjax.core.terminal import printable
 from peftjax.core.units import format_bytes
-from peftjax.report.text import format_duration, format_number, format_percent, printable
+from peftjax.report.text import format_duration, format_number, format_percent
 
 if TYPE_CHECKING:
     import jinja2

@@ -25,9 +25,3 @@ def format_duration(seconds: float) -> str:
 def field_title(name: str) -> str:
     """Return a field of metrics.jsonl as a title: tokens_per_second becomes "Tokens per second"."""
     return name.replace("_", " ").capitalize()
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters escaped, such as \\x1b, and lone surrogates replaced by question marks."""
-    escapes = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-    return text.translate(escapes).encode("utf-8", "replace").decode("utf-8")

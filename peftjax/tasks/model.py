@@ -58,15 +58,18 @@ class ModelConfig:
     )
 
 
-def auto_dtype(hf_config: Mapping[str, Any], platform: str | None = None) -> str:
-    """The dtype for model.dtype="auto": bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
+def compute_dtype(config: ModelConfig, hf_config: Mapping[str, Any], platform: str | None = None) -> str:
+    """model.dtype; for "auto" bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
 
     On CPUs, float32 is faster.
 
     Args:
+      config: The section `model`.
       hf_config: The fields of the model's config.json.
       platform: "cpu", or another one for an accelerator; default: that of JAX.
     """
+    if config.dtype != "auto":
+        return config.dtype
     text = hf_config.get("text_config")  # of a multimodal model
     parts = [hf_config, *([text] if isinstance(text, Mapping) else [])]
     stored = next((part[name] for part in parts for name in ("dtype", "torch_dtype") if part.get(name)), None)
@@ -87,7 +90,7 @@ def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **opt
     make = make_random if config.init == "random" else load_model
     return make(
         directory,
-        auto_dtype(read_json(directory / "config.json")) if config.dtype == "auto" else config.dtype,
+        compute_dtype(config, read_json(directory / "config.json")),
         config.quantize or None,
         param_dtype=config.param_dtype or None,
         remat=config.remat,

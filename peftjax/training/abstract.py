@@ -19,7 +19,7 @@ from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model, as_shapes
 from peftjax.tasks import Task
-from peftjax.tasks.model import auto_dtype
+from peftjax.tasks.model import compute_dtype
 from peftjax.training import jaxpr_cost
 from peftjax.training.config import Config
 from peftjax.training.split import split
@@ -55,7 +55,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         quantize = "nf4" if stored.get("bnb_4bit_use_double_quant") else "nf4_single"
     family = from_hf_config(
         fields,
-        dtype=auto_dtype(hf_config) if config.model.dtype == "auto" else config.model.dtype,
+        dtype=compute_dtype(config.model, hf_config),
         param_dtype=config.model.param_dtype,
         remat=config.model.remat,
         **task.head_options(config.model.new_head),
@@ -92,13 +92,19 @@ def abstract_step(
     variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
     objective, tx, trainable, frozen = split(config, task, model, config.method, optimizer)
     state = abstract_state(trainable, tx)
-    microbatches = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
-    batch: Batch = {}
-    for name, each in (row or task.row_shapes()).items():
-        shape = (*microbatches, *each.shape)  # [A, B, ...]
-        batch[name] = _placed(jax.ShapeDtypeStruct(shape, each.dtype), sharding.batch_axes(len(each.shape)), mesh)
+    batch = abstract_batch(config, row or task.row_shapes(), mesh)
     step = make_train_step(objective, tx, state)
     return cast(jax.stages.Wrapped, step), StepArguments(state, frozen, batch)
+
+
+def abstract_batch(config: Config, row: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """Return a batch of rows with the shapes of `row` by name, as shapes [A, B, ...] with shardings."""
+    microbatches = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
+    batch: Batch = {}
+    for name, each in row.items():
+        shape = jax.ShapeDtypeStruct((*microbatches, *each.shape), each.dtype)
+        batch[name] = _placed(shape, sharding.batch_axes(len(each.shape)), mesh)
+    return batch
 
 
 def _placed(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:

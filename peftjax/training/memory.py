@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from peftjax.core.errors import UserError
 from peftjax.core.memory import host_memory, most_memory, swap_space
 from peftjax.core.units import format_bytes
+from peftjax.data.padding import lengths
 from peftjax.models.base import Model
 from peftjax.report.data import tree_bytes
 from peftjax.tasks import Task
@@ -19,8 +20,22 @@ from peftjax.training.config import Config
 
 
 def check_batch(config: Config, task: Task, processes: int) -> None:
-    """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads its part of them."""
-    needed = config.train.batch_size // processes * tree_bytes(task.row_shapes())
+    """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads its part of them.
+
+    The rows of the batch are as short as they can be. One has the full length: batches are padded with its parts.
+    """
+    longest = task.row_shapes()
+    shortest = (
+        longest
+        if config.data.pack
+        else longest
+        | {
+            name: jax.ShapeDtypeStruct((lengths(longest[name].shape[0], text.ratio)[0],), longest[name].dtype)
+            for text in task.texts
+            for name in text.names
+        }
+    )
+    needed = tree_bytes(longest) + config.train.batch_size // processes * tree_bytes(shortest)
     if needed > (memory := host_memory() + swap_space()):
         raise UserError(
             f"{_describe(config, task)}: the batch alone takes {format_bytes(needed)}, and this machine has "

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -28,6 +29,8 @@ from peftjax.log import Log
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.totals import Batch
+from peftjax.training.abstract import abstract_batch
+from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.run import Run
@@ -153,10 +156,10 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
 def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
     """Train models of one structure, which are at the same step, to their end, and write the result of each."""
     due, total, start = group[0].run.due, group[0].run.config.train.steps, int(group[0].state.step)
-    advance = make_advance(group)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
         progress = opened.enter_context(Progress(total, start, enabled=first))
+        advance = opened.enter_context(make_advance(group, progress))
         for one in group:
             log = Log(
                 one.run.workdir, total_steps=total, resume_step=start, enabled=first, quiet=True, progress=progress
@@ -197,8 +200,9 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
             one.run.finish(one.state, one.log)
 
 
-def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
-    """A function that takes all members to the step with the given number."""
+@contextlib.contextmanager
+def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes all members to the step with the given number, compiled ahead in the `with` block."""
     first = group[0].run
     own = [_own_leaves(one.run) for one in group]
     shared = {path: leaf for path, leaf in first.frozen.items() if path not in own[0]}
@@ -206,8 +210,8 @@ def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
     for one, leaves in zip(group, own, strict=True):
         one.run.frozen, one.run.eval_step = {**shared, **leaves}, first.eval_step
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
-    empty = first.task.empty_row()
-    population_step = make_population_step([one.parts for one in group], [one.state for one in group])
+    empty, states = first.task.empty_row(), [one.state for one in group]
+    population_step = make_population_step([one.parts for one in group], states)
 
     def advance(step: int) -> None:
         batches = {seed: next(stream) for seed, stream in streams.items()}
@@ -217,13 +221,25 @@ def make_advance(group: Sequence[Training]) -> Callable[[int], None]:
             for (seed, batch), arrays in zip(batches.items(), alike, strict=True)
         }
         seeds = [one.run.config.seed for one in group]
-        results = population_step([one.state for one in group], shared, own, [placed[seed] for seed in seeds])
+        results = step_ahead([one.state for one in group], shared, own, [placed[seed] for seed in seeds])
         for one, seed, (state, metrics) in zip(group, seeds, results, strict=True):
             one.state, one.loss = state, metrics["loss"]
             if not one.member.failed:
                 one.run.window.add(step, metrics, batches[seed])
 
-    return advance
+    ahead = [[batch] * len(group) for batch in _batches_ahead(first, streams.values(), int(states[0].step))]
+    with CompileAhead(population_step, first.mesh, (states, shared, own), ahead, progress) as step_ahead:
+        yield advance
+
+
+def _batches_ahead(run: Run, streams: Iterable[Batches], step: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of the batches after a step, which those of all streams have together."""
+    for stream in streams:
+        if not stream.ahead and step < run.config.train.steps:
+            stream.preview(run.config.train.steps - step)
+    together = zip(*(stream.ahead for stream in streams), strict=False)
+    longest = [{name: max((row[name] for row in rows), key=np.size) for name in rows[0]} for rows in together]
+    return [abstract_batch(run.config, row, run.mesh) for row in longest]
 
 
 def log_step(one: Training, step: int, stopping: bool) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from flax import nnx
 
-from peftjax.tasks.model import auto_dtype
+from peftjax.tasks.model import compute_dtype
 from peftjax.training.config import Config
 
 
 def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None = None) -> Config:
-    """The config with a dtype in place of model.dtype="auto", as `auto_dtype` determines it.
+    """The config with a dtype in place of model.dtype="auto", as `compute_dtype` determines it.
 
     Full fine-tuning in bfloat16 keeps its parameters in float32, unless model.param_dtype is given: an update that is
     smaller than the rounding of a parameter would be lost.
@@ -23,7 +23,7 @@ def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None =
     """
     if config.model.dtype != "auto":
         return config
-    dtype = auto_dtype(hf_config, platform)
+    dtype = compute_dtype(config.model, hf_config, platform)
     full = config.method.trains is nnx.Param and dtype == "bfloat16"
     return _with(config, dtype, config.model.param_dtype or ("float32" if full else ""))
 

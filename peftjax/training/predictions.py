@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peftjax.data.batches import find_records
-from peftjax.data.config import DataConfig
+from peftjax.data.batches import HeldOut
 from peftjax.report.classes import Classes, Prediction, score_classes
 from peftjax.tasks import Task
 from peftjax.training.evaluation import Evaluation
@@ -14,23 +13,23 @@ from peftjax.training.evaluation import Evaluation
 WRONG, RIGHT = 6, 3  # numbers of examples
 
 
-def summarize(data: DataConfig, task: Task, found: Evaluation, step: int) -> Classes | None:
+def summarize(held_out: HeldOut, task: Task, found: Evaluation, step: int) -> Classes | None:
     """The scores by class of an evaluation with some of its predictions; None if the task has no classes.
 
     Args:
-      data: The section `data` of the config.
+      held_out: The held-out records.
       task: The task.
       found: The evaluation.
       step: The number of completed steps.
     """
     if not task.labels or found.logits is None or found.labels is None:
         return None
-    examples = _examples(data, task, found.logits, found.labels, found.records)
+    examples = _examples(held_out, task, found.logits, found.labels, found.records)
     return score_classes(task.labels, found.logits, found.labels, step, examples)
 
 
 def _examples(
-    data: DataConfig, task: Task, logits: np.ndarray, labels: np.ndarray, records: Sequence[str]
+    held_out: HeldOut, task: Task, logits: np.ndarray, labels: np.ndarray, records: Sequence[str]
 ) -> list[Prediction]:
     """The wrong predictions of which the model is most certain, and right ones spread over the data."""
     if len(records) != len(logits):  # one prediction for each word, or rows of several processes
@@ -44,7 +43,7 @@ def _examples(
     wrong, fine = np.flatnonzero(~right), np.flatnonzero(right)
     wrong = wrong[np.argsort(-certain[wrong], kind="stable")][:WRONG]
     chosen = [*wrong, *fine[np.linspace(0, len(fine) - 1, min(RIGHT, len(fine))).astype(int)]]
-    there = find_records(data, task, [records[index] for index in sorted(chosen)])
+    there = {records[index]: held_out.record(records[index]) for index in chosen}
     return [
         Prediction(
             records[index],

@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
-from peftjax.data.batches import Batches, HostBatch, eval_batches, eval_prompts
+from peftjax.data.batches import Batches, HeldOut, HostBatch
 from peftjax.data.prompt_format import PromptFormat
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
@@ -39,6 +40,8 @@ from peftjax.report.page import write_report
 from peftjax.tasks import Task
 from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
+from peftjax.training.abstract import abstract_batch
+from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.due import Due
 from peftjax.training.evaluation import counted, evaluate, make_eval_step
@@ -96,6 +99,11 @@ class Run:
         """What a checkpoint records of the run that wrote it."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
 
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """The held-out records; the config names some."""
+        return HeldOut(self.config.data, self.task)
+
     def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """The state of the newest intact checkpoint, with the data at its position; else `state`.
 
@@ -113,6 +121,8 @@ class Run:
         if restored is None:
             return state
         self.batches.set_state(restored.data_state)
+        if left := self.config.train.steps - restored.step:
+            self.batches.preview(left)
         self.planned = restored.identity["config"]["train"]["steps"]
         leaves = [restored.state[name] for name in flatten(state)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -126,6 +136,11 @@ class Run:
     def shard(self, batch: HostBatch) -> Mapping[str, jax.Array]:
         """A batch on the mesh, [A, B / A, ...]."""
         return sharding.shard_batch(batch.arrays, self.mesh, self.config.train.accumulate)
+
+    def compile_ahead(self, step: Callable[..., Any], state: TrainState, log: Log) -> CompileAhead:
+        """The jitted step (state, frozen, batch), compiled ahead for the next batches."""
+        batches = [abstract_batch(self.config, row, self.mesh) for row in self.batches.ahead]
+        return CompileAhead(step, self.mesh, (state, self.frozen), batches, log.progress)
 
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print what is trained on what, and write config.json and the start of the report's data."""
@@ -236,7 +251,7 @@ class Run:
     def _held_out(self, state: TrainState, log: Log) -> tuple[dict[str, float], list[answers.Answer]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
-        batches = eval_batches(config.data, self.task, batching(config, self.mesh))
+        batches = self.held_out.batches(batching(config, self.mesh))
         some = counted(batches, config.train.eval_batches, log.progress)
         measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
         scores = measured.scores
@@ -246,7 +261,7 @@ class Run:
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
         self.report = dataclasses.replace(
-            self.report, classes=predictions.summarize(config.data, self.task, measured, step)
+            self.report, classes=predictions.summarize(self.held_out, self.task, measured, step)
         )
         found = self._answers(state, log)
         scored = config.eval.exact_match > 0
@@ -269,7 +284,7 @@ class Run:
         if not count:
             return []
         self.sync(state)
-        prompts = eval_prompts(config.data, self.task, count)
+        prompts = self.held_out.prompts(count)
         return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens, log.progress)
 
     def save_report(self) -> None:

@@ -19,7 +19,7 @@ from peftjax.adapters.method import Method
 from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
-from peftjax.data.batches import Batches, Batching, eval_batches, eval_prompts, train_batches
+from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import stored_quantization
@@ -159,10 +159,11 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
     """Check the first held-out batch, if there are any, and the prompts to answer, before any weights are read."""
     if not config.data.eval:
         return
-    with contextlib.closing(eval_batches(config.data, task, batching(config, mesh))) as batches:
+    held_out = HeldOut(config.data, task)
+    with contextlib.closing(held_out.batches(batching(config, mesh))) as batches:
         next(batches)
     if count := config.eval.exact_match or config.eval.samples:
-        for prompt in eval_prompts(config.data, task, count):
+        for prompt in held_out.prompts(count):
             check_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)
 
 

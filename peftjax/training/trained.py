@@ -14,7 +14,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
-from peftjax.data.batches import eval_batches
+from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
 from peftjax.methods import Full
@@ -123,7 +123,7 @@ def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Prog
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}
-    batches = eval_batches(config.data, task, batching(config, mesh))
+    batches = HeldOut(config.data, task).batches(batching(config, mesh))
     progress = progress or Progress(enabled=False)
     with progress.phase(EVALUATING):
         return evaluate(make_eval_step(graph, task, mesh), task, {}, values, counted(batches, 0, progress), mesh).scores

@@ -1,6 +1,7 @@
 """Adapters made of adapters. That peft makes the same of them: tests/interop/test_combine.py."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from flax import nnx
 
 import tests.tiny as tiny
 from peftjax import adapters, methods
-from peftjax.adapters import attach, use
+from peftjax.adapters import attach, provenance, use
 from peftjax.adapters.adapter import over_layers
-from peftjax.adapters.registry import active
+from peftjax.adapters.registry import BaseName, active
 from peftjax.adapters.sites import adapters_named
 from peftjax.core import variables
 from peftjax.io.adapter_load import load_adapter
@@ -197,6 +198,7 @@ def test_the_new_adapter_is_active_and_the_base_and_the_given_ones_keep_their_bi
     assert adapters.attached(model).keys() == {"first", "second", "both"}
     both = np.asarray(model(tiny.tokens()))
     assert np.isfinite(both).all()
+    assert provenance.base_name(model, "both") is None
     after = [tiny.bits(model, kind) for kind in (nnx.Param, variables.PeftParam)]
     for old, new in zip(before, after, strict=True):
         assert old.items() <= new.items()
@@ -223,6 +225,16 @@ def test_the_new_adapter_is_where_one_of_the_given_is_and_scaled_by_1(tmp_path: 
     np.testing.assert_allclose(expected, together, atol=1e-5)
     save_adapter(use(model, "combined"), tmp_path / "adapter", "combined")
     np.testing.assert_array_equal(load_adapter(tiny.model(), tmp_path / "adapter")(tiny.tokens()), expected)
+
+
+def test_the_new_adapter_names_the_base_that_the_given_ones_name(tmp_path: Path) -> None:
+    model = model_with(SAME, SAME)
+    provenance.remember_base(model, "first", BaseName("org/base", "v1"))
+    assert provenance.base_name(combine(model, ("first", "second"), WEIGHTS, name="one"), "one") is None
+    provenance.remember_base(model, "second", BaseName("org/base", "v1"))
+    save_adapter(combine(model, ("first", "second"), WEIGHTS, name="both"), tmp_path, "both")
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/base", "v1")
 
 
 def test_targets_that_all_adapters_share_stay_as_they_are_written() -> None:

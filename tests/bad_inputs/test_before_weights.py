@@ -85,6 +85,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "config.model.attention = 'splash'": ("attention='splash'", "multiple of 128"),
     "config.model.attention = 'cudnn'": ("attention='cudnn'", "choose 'xla'"),
     "config.model.path = '{root}/small'": ("small: padding", "'<eos>'", "256 rows", "model.resize_embeddings=True"),
+    "config.data.max_length = 10**13": ("data.max_length=10000000000000", "the batch alone takes", "lower"),
     "config.train.batch_size = 10**12": ("train.batch_size=1000000000000", "the batch alone takes", "lower"),
     "config.data.train = ('{root}/silent.jsonl',)": ("silent.jsonl", "data.max_length"),
     "config.data.eval = ('{root}/silent.jsonl',)": ("silent.jsonl", "data.max_length"),

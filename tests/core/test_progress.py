@@ -78,6 +78,13 @@ def test_every_phase_of_a_run_is_named_and_every_step_counted(
         assert "training" in seen()
     assert "stopped" in terminal.getvalue()
     assert received.tell is None
+    with Progress() as progress:
+        items = progress.track(range(9), "records", 9)  # a traceback may keep it alive
+        assert next(items) == 0
+        assert "0/9" in seen()
+        terminal.truncate(0)
+    assert "0/9" not in terminal.getvalue()
+    items.close()
 
 
 def test_messages_arrive_as_they_are_on_a_terminal_and_in_a_file(

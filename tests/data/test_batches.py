@@ -46,11 +46,11 @@ def train_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> Bat
 
 def eval_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> EvalBatches:
     batching = Batching(config.train.batch_size, config.train.accumulate, **processes)
-    return module.eval_batches(config.data, task_of(config, tokenizer), batching)
+    return module.HeldOut(config.data, task_of(config, tokenizer)).batches(batching)
 
 
 def eval_prompts(config: Config, tokenizer: Tokenizer, n: int) -> list[Prompt]:
-    return module.eval_prompts(config.data, task_of(config, tokenizer), n)
+    return module.HeldOut(config.data, task_of(config, tokenizer)).prompts(n)
 
 
 def assert_same(these: list[HostBatch], those: list[HostBatch]) -> None:

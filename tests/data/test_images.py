@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peftjax.data.batches import Batching, eval_batches, train_batches
+from peftjax.data.batches import Batching, HeldOut, train_batches
 from peftjax.data.images import load_preparation
 from peftjax.data.sources import open_source
 from peftjax.tasks import Task, make_task
@@ -103,7 +103,7 @@ def test_batches_hold_pixels_and_classes_and_the_last_one_is_filled_up(
 ) -> None:
     task = task_of(config, directory())
     assert (type(task), task.labels) == (ImageClassification, ("red", "blue"))
-    held_out = eval_batches(config.data, task, Batching(2))
+    held_out = HeldOut(config.data, task).batches(Batching(2))
     first, last = held_out
     assert first.arrays["pixels"].shape == (2, 4, 4, 3)
     assert [array.dtype for array in first.arrays.values()] == [np.float32, np.int32, np.float32]
@@ -153,7 +153,7 @@ def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[.
     write(colors / "red" / "3.png", encoded()[:40])
     task = task_of(config, directory())
     with pytest.raises(ValueError, match=r"^red/3\.png: cannot read the image"):
-        list(eval_batches(config.data, task, Batching(2)))
+        list(HeldOut(config.data, task).batches(Batching(2)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
-from peftjax.data.mapping import Mapped, load_function
+from peftjax.data.mapping import Mapped
 from peftjax.data.sources import open_source
 from peftjax.training import config as configs
 from peftjax.training.setup import open_data
@@ -41,7 +41,6 @@ def fails(record):
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    load_function.cache_clear()
     (tmp_path / "my_records.py").write_text(CODE)
     (tmp_path / "some.json").write_text(json.dumps([{"q": f"{n}+1=", "nested": [n + 1]} for n in range(4)]))
     return tmp_path
@@ -56,6 +55,16 @@ def test_records_pass_through_the_function_which_may_change_them(root: Path, pla
         ]  # fmt: skip
     copied = pickle.loads(pickle.dumps(source))
     assert (copied[1], copied.name(1), len(copied)) == (source[1], "some.json:2", 4)
+
+
+def test_a_file_that_has_changed_is_run_again_but_not_for_the_sources_that_are_open(root: Path) -> None:
+    spec, file = "my_records.py:to_pair", root / "my_records.py"
+    before = Mapped(open_source("some.json"), spec)
+    assert Mapped(open_source("some.json"), spec)._function is before._function
+    file.write_text(CODE.replace('"prompt"', '"question"'))
+    after = Mapped(open_source("some.json"), spec)
+    assert before[0] == {"prompt": "0+1=", "completion": "1"}
+    assert after[0] == {"question": "0+1=", "completion": "1"}
 
 
 def test_training_reads_what_the_function_returns_for_training_and_held_out_records(root: Path) -> None:

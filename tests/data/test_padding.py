@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftjax.data.batches import Batches, Batching, eval_batches, train_batches
+from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
 from peftjax.data.padding import lengths, pad_alike
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.tasks import make_task
@@ -70,7 +70,7 @@ def test_a_batch_is_as_long_as_its_longest_document_needs_in_every_process(file:
             for name, array in whole.arrays.items():
                 np.testing.assert_array_equal(own.arrays[name], array[process : process + 1])
     task = make_task(config.task, config.data, tokenizer.directory)
-    held_out = list(eval_batches(config.data, task, Batching(4)))
+    held_out = list(HeldOut(config.data, task).batches(Batching(4)))
     assert [batch.arrays["tokens"].shape for batch in held_out] == [(4, 100), (4, 100), (4, 100)]
     assert (held_out[-1].arrays["tokens"][2:] == tokenizer.pad_id).all()
     uneven = train(config, tokenizer, multiple=8)
@@ -100,14 +100,14 @@ def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: s
     batches.preview(3)
     assert json.dumps(batches.get_state()) == before
     real = (12 + 33 + 90 + 20 + 31 + 32) / (2 * (64 + 100 + 32))
-    start = "batches are padded to 32, 64 or 100 tokens, the first"
+    start = "batches are padded to 32, 64 or 100 tokens, the next"
     assert batches.padding_text() == (
-        f"{start} 3 batches to 32, 64 or 100; {real:.0%} of the tokens in the first 3 batches are real"
+        f"{start} 3 batches to 32, 64 or 100; {real:.0%} of the tokens in the next 3 batches are real"
     )
     batches.preview(1)
     advice = "data.pack=True would reduce the padding"
     assert batches.padding_text() == (
-        f"{start} batch to 64; {45 / 128:.0%} of the tokens in the first batch are real; {advice}"
+        f"{start} batch to 64; {45 / 128:.0%} of the tokens in the next batch are real; {advice}"
     )
     short = train(make(file, max_length=30), tokenizer)
     short.preview(1)

@@ -49,6 +49,11 @@ def test_of_two_fields_for_one_length_the_command_line_wins_and_a_file_sets_one(
     assert (one.train.epochs, one.train.steps, one.optim.warmup_steps) == (2, 1000, 0)
     again = configs.changed(one, {"train.steps": 5, "optim.warmup_steps": 3})
     assert (again.train.epochs, again.train.steps, again.optim.warmup_fraction) == (0, 5, 0)
+    unset = configs.load(path, ["--config.train.epochs=0", "--config.optim.warmup_fraction=0"])
+    assert (unset.train.steps, unset.optim.warmup_steps) == (60, 50)
+    assert configs.changed(unset, {"train.epochs": 0}) == unset
+    again = configs.changed(one, {"train.steps": 1000, "optim.warmup_steps": 0})
+    assert (again.train.epochs, again.optim.warmup_fraction) == (0, 0)
     for both, message in (
         ({"train": {"epochs": 2, "steps": 60}}, r"train\.epochs=2 and train\.steps=60 both give the length of the run"),
         ({"optim": {"warmup_steps": 5, "warmup_fraction": 0.1}}, "both give the length of the warmup; set one of them"),

@@ -93,6 +93,13 @@ def test_examples_are_counted_as_long_as_batches_have_them(tmp_path: Path, monke
             check_fit(valid, task, batches, mesh)
 
     check()
+    with monkeypatch.context() as small:
+        small.setattr(memory, "swap_space", lambda: 0)
+        small.setattr(memory, "host_memory", lambda: 65 * 12 * 32)  # of 64 rows of 32 tokens, and one of 64
+        with pytest.raises(UserError, match=r"the batch alone takes 24.8 KiB, and this machine has 24.4 KiB"):
+            check()
+        small.setattr(memory, "host_memory", lambda: 66 * 12 * 32)
+        check()
     made.data.pack = True
     with pytest.raises(UserError, match=r"data\.max_length=64: a step takes at least"):
         check()

@@ -181,6 +181,8 @@ def test_a_run_whose_evaluation_is_not_finite_ends_alone(
     pair = [member(made, tmp_path / "sweep", seed=seed) for seed in (0, 1)]
 
     def evaluate(run: Run, state: TrainState, log: Log) -> dict[str, float]:
+        page = (tmp_path / "sweep" / "sweep.html").read_text()  # reports link to it
+        assert all(f"seed={seed}" in page for seed in (0, 1))
         if run.config.seed == 1 and state.step > 0:
             raise NotFiniteError("generate: the logits are NaN")
         return {}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters import provenance
 from peftjax.adapters.attach import attach_unchecked, detach
 from peftjax.adapters.registry import ModelT, active, attached, use
 from peftjax.adapters.sites import adapters_named, head_sites
@@ -45,7 +46,8 @@ def combine(
 ) -> ModelT:
     """Attach a LoRA under `name` that combines others, and make it the active adapter.
 
-    Its scale is 1; its dropout and dtype are those of the first adapter.
+    Its scale is 1; its dropout and dtype are those of the first adapter. If the files of all of them name the same base, so
+    does its own.
 
     Args:
         model: The model.
@@ -96,6 +98,8 @@ def combine(
     except Exception:
         use(detach(model, name), before)
         raise
+    if len(bases := {provenance.base_name(model, each) for each in names}) == 1:
+        provenance.remember_base(model, name, bases.pop())
     return model
 
 
