@@ -32,8 +32,9 @@ def test_the_bound_counts_the_products_of_a_step_without_masked_scores(
     config = configs.changed(configs.Config(method=methods.METHODS[method](**options)), fields)
     traced = trace_step(config, cell.sizes, sharding.make_mesh({}, devices=jax.devices()[:1])).traced
     width, layers = cell.sizes["hidden_size"], cell.sizes["num_hidden_layers"]
-    masked = cell.rows * layers * 3 * 2 * cell.length**2 * width
-    assert jaxpr_cost.matmul_flops(traced.jaxpr.jaxpr) == cell.flops() + masked
+    scores = cell.rows * layers * 2 * cell.length**2 * width  # one product, masked or not
+    masked, recomputed = 3 * scores, scores  # half of six products, and q k^T again in the backward pass
+    assert jaxpr_cost.matmul_flops(traced.jaxpr.jaxpr) == cell.flops() + masked + recomputed
 
 
 @pytest.mark.slow

@@ -60,10 +60,14 @@ def test_microbatches_and_devices_divide_what_is_needed(
     assert "a step takes at least" in refusal(monkeypatch, INPUTS // 4 - 1, train__batch_size=64, **values)
 
 
-def test_scores_that_are_kept_for_the_backward_pass_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = 4 * 3 * 64 * 4 * 64 * 64
-    assert "a step takes" in refusal(monkeypatch, INPUTS + scores - 1, train__batch_size=64, model__remat="none")
-    assert refusal(monkeypatch, 6 * scores, train__batch_size=64, model__remat="none") == ""
+def test_activations_that_are_kept_for_the_backward_pass_count_but_scores_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hidden, scores = 4 * 3 * 64 * 64 * 40, 4 * 3 * 64 * 4 * 64 * 64
+    kept, more = INPUTS + hidden, 2 * (INPUTS + hidden)
+    assert "a step takes" in refusal(monkeypatch, kept - 1, train__batch_size=64, model__remat="none")
+    assert more < scores  # the backward pass computes them again, layer by layer
+    assert refusal(monkeypatch, more, train__batch_size=64, model__remat="none") == ""
 
 
 def test_a_model_that_is_too_large_is_not_blamed_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
