@@ -26,6 +26,7 @@ from peftjax.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
+from peftjax.nn.recompute import recomputed
 from peftjax.nn.relative_bias import RelativeBias
 from peftjax.nn.slot import Slot
 from peftjax.nn.stack import Residual, make_stack, scan_stack
@@ -109,6 +110,11 @@ class T5Attention(SlottedLayer):
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None
     ) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, N, H] -> [B, T, N, H]."""
+        return recomputed(self._attend)(q, k, v, mask, bias)
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None
+    ) -> jax.Array:
         if self.dropout.idle:
             return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
         scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
