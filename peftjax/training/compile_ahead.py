@@ -39,9 +39,8 @@ class CompileAhead:
         self._programs: dict[Shapes, Future[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "compile")
         distinct = {_shapes(batch): batch for batch in batches}
-        # On GPUs, XLA times the kernels among which it chooses: a step that runs beside it would disturb it. Processes that
-        # wait for each other in a collective must not wait for a thread as well.
-        if len(distinct) > 1 and mesh.devices.flat[0].platform != "gpu" and jax.process_count() == 1:
+        # On GPUs, XLA times the kernels among which it chooses: a step that runs beside it would disturb it.
+        if len(distinct) > 1 and mesh.devices.flat[0].platform != "gpu":
             abstract = jax.tree.map(_abstract, others)
             for shapes, batch in distinct.items():
                 self._programs[shapes] = self._thread.submit(_compile, step, mesh, (*abstract, batch))

@@ -99,6 +99,16 @@ def test_processes_train_together_as_one_would_alone(
         np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_processes_compile_the_programs_of_several_lengths_ahead(world: Path, tmp_path: Path) -> None:
+    records = [{"prompt": f"{n} ", "completion": "x" * (5 if n % 12 else 40)} for n in range(200)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = (*SHORT, f"--config.data.train={tmp_path}/train.jsonl", "--config.data.pack=False")
+    finish(start(world, tmp_path / "one", *options))
+    outputs = assert_all_well(start_together(world, tmp_path / "two", 2, *options, *MESHES[2], flags=USERS))
+    assert "the first 8 batches to 32 or 64" in outputs[0]
+    assert_same_numbers(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+
+
 def test_processes_prepare_a_dataset_at_once_and_evaluate_together(world: Path, tmp_path: Path) -> None:
     options = (
         "--config.model.path=embedded", "--config.model.init=pretrained", f"--config.data.tfds_data_dir={tmp_path / 'tfds'}",
