@@ -26,7 +26,7 @@ test-interop: $(VENV)/installed-interop
 test-adapters: .venv-adapters/installed
 	.venv-adapters/bin/python -m pytest -m interop tests/interop/test_adapter_hub.py
 
-# Speed against PyTorch and PEFT, on an otherwise idle machine: three cells, or all of them (docs/performance.md).
+# Speed compared with PyTorch and PEFT, on an otherwise idle machine: three cells, or all of them (docs/performance.md).
 bench: $(VENV)/installed .venv-peer/installed
 	$(BIN)/python benchmarks/against_peft/run.py short
 
@@ -68,7 +68,7 @@ $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,interop]"
 	touch $@ $(VENV)/installed $(VENV)/installed-test
 
-# The side of PyTorch in `make bench`: no peftjax and no jax.
+# The PyTorch side of `make bench`, without peftjax and jax.
 .venv-peer/installed: Makefile
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

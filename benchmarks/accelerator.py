@@ -1,17 +1,17 @@
-"""What one accelerator does: correctness against the CPU, and the speed and memory of LoRA and QLoRA on an 8B Llama.
+"""One accelerator: correctness compared with the CPU, and the speed and memory of LoRA and QLoRA on an 8B Llama.
 
-    python benchmarks/accelerator.py [WORDS ...] [--json=FILE]      # WORDS select cells by name: "qlora packed"
-    python benchmarks/accelerator.py --tiny                         # tiny shapes, also on a CPU: a test of this script
+    python benchmarks/accelerator.py [WORDS ...] [--json=FILE]      # WORDS select steps by name: "qlora packed"
+    python benchmarks/accelerator.py --tiny                         # tiny shapes, also on a CPU, to test this script
 
 Meant for an NVIDIA GPU with `pip install "peftjax[cuda]"`. It prints tables, and with --json writes all figures:
 
-- Losses, logits and gradients of a small model, in each dtype and attention form, against those of the CPU.
+- Losses, logits and gradients of a small model, for each dtype and attention implementation, compared with those of the CPU.
 - The rate of a bfloat16 product, the bandwidth of a copy, and that of decoding NF4.
-- Train steps of one sequence in bfloat16: tokens/s, FLOP/s (the least products of a step, without recomputing and without
-  masked scores) against that product, and peak memory against that of `peftjax plan`.
+- Train steps with one sequence in bfloat16: tokens/s, FLOP/s relative to that product (counting only the products that a step
+  cannot avoid: no recomputation, no masked scores), and peak memory next to that of `peftjax plan`.
 - With torch and peft in --torch-python: the same steps with PEFT, sdpa attention (flash attention) and bitsandbytes.
 
-Each measurement is a process of its own, so that one that runs out of memory ends nothing else.
+Each measurement runs in its own process, so that running out of memory ends only that measurement.
 """
 
 import argparse
@@ -44,8 +44,8 @@ CHECKS = {
     for method, dtype in (("lora", "float32"), ("lora", "bfloat16"), ("qlora", "bfloat16"))
     for packed in (False, True)
 }
-KERNELS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}  # forms of attention that only one platform has
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # of the norm of a difference over the norm
+KERNELS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}  # attention implementations of a single platform
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # of the norm of a difference, relative to the norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Run:
 
 
 def attention_forms(platform: str) -> list[str]:
-    """The forms that this peftjax has for a platform."""
+    """The attention implementations that this version of peftjax has for a platform."""
     from peftjax.tasks.model import ModelConfig
 
     choices = {field.name: field for field in dataclasses.fields(ModelConfig)}["attention"].metadata["field"].choices
@@ -86,7 +86,7 @@ def attention_forms(platform: str) -> list[str]:
 
 
 def runs(shape: str, lengths: tuple[int, ...], forms: list[str], words: list[str]) -> list[Run]:
-    """The steps to measure, those with less memory after those with more speed."""
+    """The steps to measure."""
     made = itertools.product(("lora", "qlora"), lengths, (False, True), forms, ("none", "block"))
     found = [Run(*one, shape) for one in made]
     return [
@@ -146,7 +146,7 @@ def child_device(tiny: bool) -> dict[str, Any]:
 
 
 def _seconds(function: Callable[[Any], Any], argument: Any) -> float:
-    """The least time of a call, of ten that are dispatched together."""
+    """The shortest time of a call, averaged over ten calls that are dispatched together."""
     import jax
 
     jax.block_until_ready(function(argument))
@@ -159,14 +159,14 @@ def _seconds(function: Callable[[Any], Any], argument: Any) -> float:
 
 
 def child_gradients(folder: str, attention: str) -> dict[str, Any]:
-    """Write losses, logits and gradients with one form of attention to files; returns the errors by case."""
+    """Write losses, logits and gradients with one attention implementation to files; returns the errors by case."""
     import numpy as np
 
     errors = {}
     for name, (method, dtype, packed) in CHECKS.items():
         try:
             np.savez(Path(folder, f"{name}.npz"), **_gradients(method, dtype, attention, packed))
-        except Exception as error:  # of one form and case; the others still count
+        except Exception as error:  # of one case; the others still count
             errors[name] = str(error).splitlines()[0][:160]
     return errors
 
@@ -240,7 +240,7 @@ def ask(child: str, /, *, platform: str = "", python: str = sys.executable, **ar
 
 
 def check(folder: Path, forms: list[str]) -> list[dict[str, Any]]:
-    """The device's losses, logits and gradients against those of the CPU, in each dtype, method and attention form."""
+    """Compare the device's losses, logits and gradients with the CPU's, for each dtype, method and attention implementation."""
     import numpy as np
 
     def ran(attention: str, where: str, platform: str = "") -> dict[str, str]:
@@ -273,7 +273,7 @@ def _difference(given: Any, expected: Any) -> float:
 
 
 def planned(run: Run, directory: str, kind: str) -> int | None:
-    """The bytes that `peftjax plan` gives for a step on a device of this kind; None where it knows none or cannot compile."""
+    """The bytes that `peftjax plan` reports for a step on this kind of device; None if it is unknown or cannot compile."""
     from peftjax.core.errors import UserError
     from peftjax.plan import devices, worker
     from peftjax.plan.chips import CHIPS
@@ -289,7 +289,7 @@ def planned(run: Run, directory: str, kind: str) -> int | None:
 
 
 def measure(run: Run, directory: str, device: dict[str, Any], python: str, rounds: int) -> dict[str, Any]:
-    """A step with peftjax, with plan, and, for one form of attention, with PEFT."""
+    """Measure a step with peftjax, plan it, and measure it with PEFT if it is unpacked and uses "xla"."""
     from peftjax.core.errors import UserError
 
     try:
@@ -312,7 +312,7 @@ def show(console: Any, results: dict[str, Any]) -> None:
     product, copy = device["product_flops_per_second"], device["copy_bytes_per_second"]
     console.print(
         f"{device['device']}: bfloat16 product {product / 1e12:.3g} TFLOP/s; copy {copy / 1e9:.4g} GB/s; decoding NF4 "
-        f"{device['nf4_bytes_per_second'] / 1e9:.4g} GB/s, {device['nf4_bytes_per_second'] / copy:.0%} of it"
+        f"{device['nf4_bytes_per_second'] / 1e9:.4g} GB/s, {device['nf4_bytes_per_second'] / copy:.0%} of the copy"
     )
     table = Table("against the CPU", "packed", "attention", "loss", "logits", "gradients", "")
     for case in results["check"]:
@@ -356,8 +356,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help='Steps to measure, by words of their names: "qlora 4096 packed"')
     parser.add_argument("--tiny", action="store_true", help="Measure tiny shapes, to test this script")
-    parser.add_argument("--torch-python", default=sys.executable, help="Python with torch and peft; empty: no peer")
-    parser.add_argument("--json", type=Path, help="File for all figures; those of other steps in it are kept")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="Python interpreter with torch and peft; empty: no comparison"
+    )
+    parser.add_argument("--json", type=Path, help="File for all figures; figures of other steps in it are kept")
     options = parser.parse_args()
     from rich.console import Console
     from train_step import model_directory

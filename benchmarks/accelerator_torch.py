@@ -1,4 +1,4 @@
-"""PEFT's side of accelerator.py, which starts it: a train step of a Llama of random weights with LoRA or QLoRA."""
+"""PEFT's side of accelerator.py, which starts it: a train step of a Llama with random weights and LoRA or QLoRA."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ RANK, STEPS = 16, 3
 
 
 def make_model(sizes: dict[str, Any], method: str, remat: str, device: str) -> Any:
-    """The model on the device. For QLoRA, each linear layer but the head is quantized as soon as it is there."""
+    """The model on the device. For QLoRA, its linear layers except the head are quantized one after another."""
     config = transformers.AutoConfig.for_model(**sizes)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")

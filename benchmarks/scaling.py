@@ -1,12 +1,12 @@
-"""How the time of a train step grows, and the share of a step that waits for data.
+"""How the time of a train step grows, and the share of the training loop spent waiting for data.
 
     python benchmarks/scaling.py [length batch rank layers input] [--shape=15m] [--results=DIR]
 
-Rank-16 LoRA on all linear layers of a random Llama in float32, 4 x 128 tokens. Each study changes one number, and its steps
-take turns. The exponent is the slope of a line through the logarithms of number and median time: 1 is proportional, 0 is
-independent. "input" runs the loop of `peftjax train` and measures how long it waits for batches of tokenized texts.
-Prints the table, and with --results writes scaling.json and scaling.svg. `sweep.py` measures the number of LoRAs that train
-together.
+Rank-16 LoRA on all linear layers of a random Llama in float32, 4 x 128 tokens. Each study changes one number and measures the
+steps in turns. The exponent is the slope of a line through the logarithms of the number and the median time: 1 means
+proportional, 0 means independent. "input" runs the loop of `peftjax train` and measures how long it waits for batches of
+tokenized texts. Prints the results, and with --results writes scaling.json and scaling.svg. `sweep.py` measures several LoRAs
+that are trained together.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The train step of `peftjax train` on a random batch, which several benchmarks measure."""
+"""The train step of `peftjax train` on a random batch, for several benchmarks."""
 
 import json
 import shutil

@@ -78,7 +78,7 @@ def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir:
 
 
 def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs and write sweep.json and sweep.html, before and after each population.
+    """Train the unfinished runs, and write sweep.json and sweep.html at the start and after each population.
 
     A run whose loss is not finite ends there; the others go on.
 

@@ -146,8 +146,8 @@ def _adds_rows(model: Model, origin: Origin) -> bool:
         return False
     if (tokens := load_tokenizer(origin.path, origin.options["revision"]).vocab_size) != rows:
         raise UserError(
-            f"train: the model was loaded with resize_embeddings={rows}, but its tokenizer has {tokens} tokens, the only "
-            f"number that a run can repeat; load it with resize_embeddings={tokens}, or save it with peftjax.save_model and "
+            f"train: the model was loaded with resize_embeddings={rows}, but its tokenizer has {tokens} tokens, and a "
+            f"run can only add rows for these; load it with resize_embeddings={tokens}, or save it with peftjax.save_model and "
             "load that directory"
         )
     return True

@@ -1,4 +1,4 @@
-"""The benchmarks: what their bound counts, and accelerator.py from end to end at tiny shapes, where the CPU equals itself."""
+"""The benchmarks: what their bound counts, and accelerator.py from end to end at tiny shapes, comparing the CPU with itself."""
 
 import json
 import os

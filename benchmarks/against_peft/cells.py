@@ -1,4 +1,4 @@
-"""What is measured. A cell is one combination of a shape, a method, a dtype and a batch, and has a name.
+"""What is measured. A cell is a named combination of a shape, a method, a dtype and a batch.
 
 This file imports neither jax nor torch: both sides and the parent read it.
 """
@@ -39,7 +39,7 @@ class Cell:
       shape: The name of the model's shape.
       method: The method of a train step; for the other kinds, "nf4" if the base is quantized, else "dense".
       dtype: The compute dtype.
-      rows, length: The batch of a train step; the prompts that are continued together.
+      rows, length: The size of a train step's batch, or the number and length of the prompts in a decoding cell.
       compiled: Whether the peer runs under torch.compile.
     """
 
@@ -69,7 +69,7 @@ class Cell:
 
     @property
     def work(self) -> int:
-        """Tokens of a step or of an answer; 0 for loading."""
+        """Tokens of a step, or of all answers; 0 for loading."""
         return {"step": self.rows * self.length, "decode": self.rows * NEW, "load": 0}[self.kind]
 
     def flops(self) -> float:

@@ -1,4 +1,4 @@
-"""The process of one side: it builds its model, then runs what it is told on stdin and answers with times.
+"""The process of one side. It builds its model, then reads commands from stdin and answers with times.
 
 It imports neither jax nor torch, so that each side has only its own library.
 """
@@ -18,8 +18,8 @@ class Side(NamedTuple):
     """What one side can do once its model is built.
 
     Attributes:
-      run: Runs a number of times, waits for the last result, and returns a number to compare: the last loss, or a count.
-      product: Computes one matrix product of the step's dtype and waits for it; FLOP of it.
+      run: Runs a given number of times, waits for the last result, and returns a number to compare: the last loss, or a count.
+      product: A function that computes one matrix product of the step's dtype and waits for it, and the FLOP of the product.
       versions: Versions of the libraries.
     """
 
@@ -34,7 +34,7 @@ def serve(make: Callable[[Cell, Path], Side]) -> None:
     {"run": 3} is answered by {"seconds": of one run, "result": ...}, {"product": 20} by {"flops_per_second": ...}.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print does not mix with the answers
+    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
     cell, directory = CELLS[sys.argv[1]], Path(sys.argv[2])
     started = time.perf_counter()
     side = make(cell, directory)

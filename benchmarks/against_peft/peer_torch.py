@@ -1,6 +1,6 @@
 """The peer's side of a cell, PyTorch with Hugging Face PEFT: `python peer_torch.py CELL DIRECTORY`, started by run.py.
 
-Its best eager setting: sdpa attention, one thread per core, the fused AdamW, and adapters in the dtype of the base.
+It runs in eager mode with sdpa attention, one thread per core, the fused AdamW, and adapters in the dtype of the base.
 """
 
 import os

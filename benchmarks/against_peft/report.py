@@ -1,4 +1,4 @@
-"""The table and the plot of results: `python report.py [RESULTS.json]` makes them again."""
+"""The table and the plot of the results. `python report.py [RESULTS.json]` writes them again."""
 
 import json
 import statistics
@@ -12,8 +12,8 @@ from cells import CELLS
 Results = Mapping[str, Mapping[str, Any]]
 
 NOTES = (
-    "ratio: the peer's time over peftjax's, the median over the rounds with their quartiles; above 1, peftjax is faster",
-    "bound: the time of the step's matrix products, at the rate of a single product of that dtype, over peftjax's time",
+    "ratio: PEFT's time divided by peftjax's, median and quartiles over the rounds; above 1, peftjax is faster",
+    "bound: the time of the step's matrix products at the rate of a single product of that dtype, divided by peftjax's time",
     "memory: the peak resident memory of the whole process; first: seconds of the first step or answer",
     "*: other processes used more than 5 % of the machine during the measurement",
 )
@@ -27,14 +27,14 @@ class Ratio(NamedTuple):
 
 
 def ratio(entry: Mapping[str, Any]) -> Ratio:
-    """The peer's time over ours in each round: the median and the quartiles."""
+    """The peer's time divided by ours in each round: the median and the quartiles."""
     both = zip(entry["seconds"]["torch"], entry["seconds"]["peftjax"], strict=True)
     ratios = [theirs / ours for theirs, ours in both]
     return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive")) if len(ratios) > 1 else Ratio(*ratios * 3)
 
 
 def bound(entry: Mapping[str, Any]) -> float | None:
-    """The least time of the step's products over our time; None if a cell has no such bound."""
+    """The shortest possible time of the step's products, divided by our time; None if a cell has no such bound."""
     if not entry["flops"]:
         return None
     return entry["flops"] / max(entry["product_flops_per_second"].values()) / _median(entry, "peftjax")

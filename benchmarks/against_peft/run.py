@@ -1,12 +1,12 @@
-"""peftjax against PyTorch with Hugging Face PEFT: time, memory and first step, side by side.
+"""peftjax compared with PyTorch and Hugging Face PEFT: time, memory and first step.
 
     python benchmarks/against_peft/run.py short              # three cells; `make bench`
     python benchmarks/against_peft/run.py all                # everything; `make bench-all`
-    python benchmarks/against_peft/run.py "110m lora" 1.1b-qlora-bf16-1x64    # cells whose names contain these words
+    python benchmarks/against_peft/run.py "110m lora" 1.1b-qlora-bf16-1x64    # cells with these words in their names
 
-Each side of a cell is a process in an environment of its own. It builds its model and stays loaded; the two take turns,
-A B A B, so that what the machine does beside this affects both. Results are merged into the JSON file by the name of
-the cell, so that a part can be measured again. The table and the plot are made from the whole file.
+Each side of a cell is a process in its own environment, which builds its model and stays loaded. The two take turns, A B A B,
+so that other load on the machine affects both. Results are merged into the JSON file by the name of the cell, so that some
+cells can be measured again. The table and the plot are made from the whole file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from idle import LIMIT, Others, before
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, TURN = 7, 2.0  # rounds of both sides, and seconds of each turn
+ROUNDS, TURN = 7, 2.0  # rounds, and seconds of each side's turn
 PAUSE = 0.2  # seconds between turns, for threads of the other side that spin
 
 
@@ -126,7 +126,7 @@ def machine() -> dict[str, Any]:
 
 
 def model_directory(cell: Cell, root: Path, python: str) -> Path:
-    """A checkpoint of random bfloat16 weights in the shape of a cell, written once, by a process of its own."""
+    """A checkpoint with random bfloat16 weights in the shape of a cell, written once, by a separate process."""
     directory = root / cell.shape
     if not (directory / "config.json").exists():
         shutil.rmtree(directory, ignore_errors=True)  # one that was not finished
@@ -137,13 +137,19 @@ def model_directory(cell: Cell, root: Path, python: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", default=["short"], help='short, all, or words of names: "110m lora bf16"')
+    parser.add_argument(
+        "cells", nargs="*", default=["short"], help='short, all, or words in the names of cells: "110m lora bf16"'
+    )
     parser.add_argument("--list", action="store_true", help="Print the names of all cells")
-    parser.add_argument("--torch-python", default=str(ROOT / ".venv-peer/bin/python"), help="Python of the peer")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="Number of turns of each side")
+    parser.add_argument(
+        "--torch-python", default=str(ROOT / ".venv-peer/bin/python"), help="Python interpreter with torch and peft"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="Turns of each side")
     parser.add_argument("--turn", type=float, default=TURN, help="Seconds of a turn")
-    parser.add_argument("--models", type=Path, default=ROOT / ".cache/bench", help="Where checkpoints are kept")
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results/against_peft.json", help="JSON file")
+    parser.add_argument("--models", type=Path, default=ROOT / ".cache/bench", help="Directory for checkpoints")
+    parser.add_argument(
+        "--results", type=Path, default=HERE.parent / "results/against_peft.json", help="JSON file for the results"
+    )
     options = parser.parse_args()
     if options.list:
         print(*CELLS, sep="\n")

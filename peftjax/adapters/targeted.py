@@ -28,9 +28,9 @@ class Targeted(Method):
     """Options that choose layers. Module names are Hugging Face's (`q_proj`, `model.layers.0.mlp.up_proj`).
 
     Attributes:
-        targets (str or tuple, default "all-linear"): The layers that get an adapter: "all-linear" (every Linear but
-            the head and routers, and for LoRA also experts), a tuple of names or name endings, comma-separated names, or a
-            regular expression for full names.
+        targets (str or tuple, default "all-linear"): The layers that get an adapter: "all-linear" (every Linear
+            except the head and routers, and with LoRA also experts), a tuple of names or name endings, comma-separated
+            names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
         modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their

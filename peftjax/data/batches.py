@@ -91,7 +91,7 @@ class Batches(Iterator[HostBatch]):
 
     Attributes:
       source: All training records, of which an epoch has each once; None for a mixture with weights.
-      ahead: A row of each batch of `preview`.
+      ahead: One row of each batch that `preview` has read.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class Batches(Iterator[HostBatch]):
 
     @property
     def row(self) -> Row:
-        """A row as long as those of the longest batch of `preview`; without one, as short as rows can be."""
+        """A row as long as those of the longest batch in `ahead`; without any batch, a row of the smallest possible length."""
         return max(self.ahead, key=self._padding.positions, default=self._padding.fit([]))
 
     def preview(self, most: int) -> None:
-        """Read the next batches and go back, so that `ahead` has their rows and `padding_text` describes them.
+        """Read the next batches and go back, so that `ahead` has a row of each and `padding_text` describes them.
 
         Args:
           most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one length.

@@ -52,7 +52,7 @@ class Mapped:
 def load_function(spec: str) -> Callable[[Record], Any]:
     """The function that "MODULE:FUNCTION" or "FILE.py:FUNCTION" names. Modules are also found in the current directory.
 
-    A file is run again when it has changed; a module is imported once in a process, as everywhere in Python.
+    A file that has changed is run again. A module is imported once per process, as usual in Python.
 
     Raises:
       UserError: There is no such module, file or function (the message has suggestions), or importing it fails.

@@ -86,7 +86,7 @@ class Padding:
         return int(row[self._texts[0].names[0]].shape[-1]) if self._texts else 1
 
     def describe(self, preview: Preview | None) -> str:
-        """The lengths, and what the next batches are like if that is known, as a sentence; empty if there is one length."""
+        """Describe the possible lengths, and the next batches if a preview is given; empty if there is only one length."""
         if not self.lengths:
             return ""
         inputs, *others = self.lengths.values()

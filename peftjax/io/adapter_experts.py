@@ -1,4 +1,4 @@
-"""Adapters of single experts, as transformers 4 has them, turned into adapters of all experts of a layer.
+"""Adapters of single experts, as in transformers 4, converted to adapters of all experts of a layer.
 
 With A_g, B_g of an expert's gate and A_u, B_u of its `up`, both of rank r, the LoRA of gate_up is [A_g, A_u] and the block
 diagonal of B_g and B_u, of rank 2r and with the same scale. peft does the same with transformers 5.
@@ -60,8 +60,8 @@ def _stacked(
     if missing := [key for key in wanted if key not in tensors]:
         expert, part, factor = missing[0]
         raise UserError(
-            f"adapter file: {container}.{expert}.{part}.lora_{factor}.weight is missing; all experts of a layer are "
-            f"adapted together, and {' and '.join(parts)} too"
+            f"adapter file: {container}.{expert}.{part}.lora_{factor}.weight is missing; the file must contain "
+            f"{' and '.join(parts)} of every expert of a layer"
         )
     if len({tensors[key].shape for key in wanted if key[2] == "A"}) > 1:
         raise UserError(f"adapter file: the experts of {container} have different ranks, which is not supported")
@@ -84,7 +84,7 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
 
 
 def _with_targets(method: Lora, fused: Mapping[str, tuple[str, ...]]) -> Lora:
-    """The method with the experts among its targets, and twice the rank and the same scale where two layers are one."""
+    """The method with the experts among its targets. Where two layers are fused, the rank is doubled and the scale kept."""
     changes: dict[str, object] = {}
     names = tuple(f"experts.{whole}" for whole in fused)
     if isinstance(method.targets, str):

@@ -104,7 +104,7 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
 def _wrappers(model: nnx.Module, name: str) -> dict[str, str]:
     """The modules of peft that hold LoRAs of experts, by the experts' name.
 
-    peft wraps the module of all experts once for each of its parameters, those that come first innermost.
+    peft wraps the module of all experts once for each adapted parameter, the first one innermost.
     """
     found: dict[str, str] = {}
     order = list(model.hf_experts) if isinstance(model, Model) else []

@@ -1,7 +1,7 @@
-"""Experts in checkpoints: a tensor for each expert, or one for all of them.
+"""Experts in checkpoints: one tensor per expert, or one tensor for all of them.
 
 transformers 5 computes with one tensor per layer, `mlp.experts.gate_up_proj`, [E, 2F, D], but writes what transformers 4
-reads: `mlp.experts.7.gate_proj.weight`, [F, D], and `up_proj` for every expert. Both are read; the second is written.
+reads: `mlp.experts.7.gate_proj.weight`, [F, D], and `up_proj` for every expert. Both can be read; the latter is written.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Stored = StoredTensor | Packed
 
 @dataclasses.dataclass(frozen=True)
 class StoredExperts(StoredTensor):
-    """The tensor [E, P * rows, columns] of all experts, made of tensors [rows, columns] when it is read.
+    """The tensor [E, P * rows, columns] of all experts, assembled from tensors [rows, columns] when it is read.
 
     Attributes:
         parts: The tensors of every expert, E tuples of P.
@@ -35,7 +35,7 @@ class StoredExperts(StoredTensor):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """Reads a part of `StoredExperts`: the slices of it that are asked for, and nothing else."""
+    """Reads the requested slices of `StoredExperts`, and nothing else."""
 
     whole: StoredExperts
 
@@ -58,7 +58,7 @@ class _View:
 def single_names(model: Model, key: str) -> list[list[str]]:
     """The names of the tensors of single experts for a tensor of all experts: for each expert, those of its parts.
 
-    Empty if the tensor is not one of experts.
+    Empty if the tensor does not belong to experts.
     """
     container, _, last = key.rpartition(".")
     names = model.hf_experts.get(last)

@@ -137,7 +137,7 @@ class Prefix(MethodAdapter):
         if mask is None:  # causal
             mask = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool))
         key, value = jnp.concatenate([p_k, key], axis=1), jnp.concatenate([p_v, value], axis=1)
-        if isinstance(mask, AttentionMask):  # it counts the prefix
+        if isinstance(mask, AttentionMask):  # it already includes the prefix
             return base(query, key, value, mask, *bias)
         unmasked = max(key.shape[1] - mask.shape[-1], 0)  # 0 if the mask covers the prefix, as with a sliding window
         mask = jnp.pad(mask, ((0, 0),) * 3 + ((unmasked, 0),), constant_values=True)

@@ -132,8 +132,8 @@ class Model(nnx.Module):
         origin: Where it was loaded from; None if it was not loaded.
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
-        hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of those of all
-            experts.
+        hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
+            holds all experts.
     """
 
     config: ModelConfig

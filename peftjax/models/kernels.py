@@ -14,8 +14,8 @@ from peftjax.nn.fused import choose
 def use_kernel(model: nnx.Module, kernel: str, platform: str = "cpu") -> None:
     """Select the implementation of a model's causal attention without a cache.
 
-    All but "xla" hold no array of scores, float32 [B, N, T, S]. Attention that is not causal, attention with dropout, and
-    decoding with a cache are always computed by XLA.
+    Only "xla" stores an array of scores, float32 [B, N, T, S]. Attention that is not causal, attention with dropout, and
+    decoding with a cache always use "xla".
 
     Args:
         model: A model; its layers are changed.
@@ -23,7 +23,7 @@ def use_kernel(model: nnx.Module, kernel: str, platform: str = "cpu") -> None:
         platform: The platform for which "auto" chooses: "cpu", "gpu" or "tpu".
 
     Raises:
-        UserError: The model has no causal attention, or has dropout in it, and `kernel` is neither "xla" nor "auto".
+        UserError: The model has no causal attention, or has attention dropout, and `kernel` is neither "xla" nor "auto".
     """
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
     reasons = {
@@ -48,7 +48,7 @@ def kernel_of(model: nnx.Module, length: int, *, packed: bool) -> str:
     """
     if not isinstance(model, Decoder):
         return "xla"
-    some: Any = np.zeros((1, 1), np.int32)  # only whether there are segments decides; the devices may not be attached
+    some: Any = np.zeros((1, 1), np.int32)  # a placeholder, in NumPy because the devices may not be attached
     mask = model.attention_mask(length, positions=some, segments=some if packed else None)
     layer = model.blocks.attention
     return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), cap=layer.softcap)

@@ -1,4 +1,4 @@
-"""What the mixture-of-experts families share: a Llama whose feed-forward layers are mixtures of experts."""
+"""What the mixture-of-experts families have in common: a Llama whose feed-forward layers are mixtures of experts."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from peftjax.nn.moe import MixtureOfExperts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig(LlamaConfig):
-    """Adds the experts.
+    """Sizes and options of a Llama with experts.
 
     Attributes:
         experts: Number of experts, E.
@@ -60,7 +60,7 @@ MOE_NAMES = {path: name for path, name in Llama.hf_names.items() if not path.sta
     "blocks.feedforward.experts.gate_up": "model.layers.{}.mlp.experts.gate_up_proj",
     "blocks.feedforward.experts.down": "model.layers.{}.mlp.experts.down_proj",
 }
-# Fields of the loss that balances the load, which is not part of the logits.
+# Fields of the load-balancing loss, which do not affect the logits.
 BALANCING = frozenset({"output_router_logits", "router_aux_loss_coef"})
 
 

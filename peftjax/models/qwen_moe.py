@@ -85,7 +85,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """All layers of Qwen3-MoE; of Qwen2-MoE as layer_types says, else every second layer before max_window_layers."""
+    """Qwen3-MoE: all layers. Qwen2-MoE: as layer_types says, else every second layer before max_window_layers."""
     window, used = fields.maybe("sliding_window") or 4096, fields.take("use_sliding_window", False)
     if fields.kind == "qwen3_moe":
         return (window if used else 0,) * layers

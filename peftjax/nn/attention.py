@@ -29,8 +29,8 @@ class Attention(SlottedLayer):
     The slot wraps the core (q, k, v, mask) -> [B, T, N, H], where prefix tuning sits.
 
     Attributes:
-        implementation: What computes causal attention without a cache: "xla", "auto", or one of `nn.fused.IMPLEMENTATIONS`. Set
-            by `models.kernels.use_kernel`.
+        implementation: The implementation of causal attention without a cache: "xla", "auto", or one of
+            `nn.fused.IMPLEMENTATIONS`. Set by `models.kernels.use_kernel`.
         platform: The platform for which "auto" chooses.
 
     Args:
@@ -97,7 +97,7 @@ class Attention(SlottedLayer):
         Args:
             x: [B, T, D].
             rope: Rotary tables of the T positions; None: no rotary embedding.
-            mask: From `prepared`, of this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
+            mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: This layer's keys and values.
             offset: Number of keys in the cache.
         """
@@ -122,7 +122,7 @@ class Attention(SlottedLayer):
         return q, k, v
 
     def prepared(self, mask: AttentionMask, x: jax.Array) -> AttentionMask | DenseMask:
-        """The mask in the form in which the implementation for x [B, T, D] takes it: one for all layers of a stack.
+        """The mask in the form that the implementation for x [B, T, D] takes. All layers of a stack share it.
 
         Raises:
             UserError: The implementation does not support the batch.

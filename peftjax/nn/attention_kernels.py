@@ -1,4 +1,4 @@
-"""Implementations of attention beside `jax.nn.dot_product_attention`."""
+"""Implementations of attention other than `jax.nn.dot_product_attention`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ def cudnn(
 ) -> jax.Array:
     """Causal attention by cuDNN: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], in bfloat16 or float16.
 
-    Of a mask, it takes the window.
+    Only the window of the mask is used.
 
     Raises:
         UserError: cuDNN does not support the device, the dtype or the shape.
@@ -55,7 +55,7 @@ def splash(
     """Causal attention by JAX's flash attention for TPUs: q [B, T, N, H], k and v [B, P + T, K, H] -> [B, T, N, H].
 
     Each device of a mesh computes its own rows, queries and heads. A query that may attend to no key gets an average of
-    some values, as in dense attention of all.
+    some values, whereas dense attention averages all of them.
 
     Args:
         q: Queries.
@@ -78,7 +78,7 @@ def splash(
         )
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
     segments = _splash_segments(q, mask)
-    after = -prefix % SPLASH_BLOCK  # no query is after these keys
+    after = -prefix % SPLASH_BLOCK  # padding after the last query, to which causal attention does not reach
     k, v = (jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0))) for array in (k, v))
 
     def compute(window: int) -> jax.Array:
@@ -88,7 +88,7 @@ def splash(
 
 
 def _splash_segments(q: jax.Array, mask: AttentionMask | None) -> tuple[jax.Array, jax.Array] | None:
-    """The segments of the queries and of the keys, of which padding has one of its own: int [B, T] and [B, P + T + ...]."""
+    """The segments of the queries, int [B, T], and of the padded keys. Keys that are not valid have their own segment."""
     if mask is None or (mask.segments is None and mask.valid is None):
         return None
     queries = jnp.zeros(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
@@ -161,7 +161,7 @@ def triton(
 ) -> jax.Array:
     """Causal attention by JAX's flash attention for GPUs: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
-    T is a multiple of 128. Of a mask, it takes the segments. Each device of a mesh computes its own rows and heads.
+    T is a multiple of 128. Only the segments of the mask are used. Each device of a mesh computes its own rows and heads.
 
     Args:
         q: Queries.
@@ -196,7 +196,7 @@ _TRITON_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
 def _by_window(mask: AttentionMask | None, compute: Callable[[int], jax.Array]) -> jax.Array:
-    """Compute with the window of the mask's layer, which is an array, where the computation needs a number."""
+    """Call `compute` with the window of the mask's layer as a Python number. In the mask it is an array."""
     if mask is None or not mask.windows:
         return compute(0)
     if len(mask.windows) == 1:

@@ -1,4 +1,4 @@
-"""Attention masks: causal, padding, packed documents and sliding windows; as a description, and as arrays."""
+"""Attention masks (causal, padding, packed documents, sliding windows), as a description and as arrays."""
 
 import dataclasses
 
@@ -23,8 +23,8 @@ class AttentionMask:
         shared: Number of first keys, a soft prompt's, that all documents attend to.
         prefix: Number of keys of a prefix, P, that all documents attend to.
         windows: The different windows of the model's layers, 0 for none; empty if no layer has one.
-        window: int32 [], one of `windows`: keys at this distance or further are excluded. None: not of one layer.
-        implementation: What computes the attention, one of `nn.fused.IMPLEMENTATIONS`.
+        window: int32 [], one of `windows`: keys at this distance or further are excluded. None: not yet set for a layer.
+        implementation: The implementation to use, one of `nn.fused.IMPLEMENTATIONS`.
     """
 
     length: int
@@ -43,7 +43,7 @@ class AttentionMask:
         return dataclasses.replace(self, window=window) if self.windows else self
 
     def dense(self) -> "DenseMask":
-        """Write the mask out. With windows it includes the prefix's keys; otherwise who prepends them extends it."""
+        """The mask as arrays. With windows, they cover the prefix; without, the prefix adapter extends them."""
         if self.valid is None and self.segments is None and not self.windows:
             return DenseMask(None, None)
         allowed = attention_mask(

@@ -35,7 +35,7 @@ class _Plan:
         queries, keys: Size of a block of queries, and of keys.
         length: Number of keys, P + S.
         prefix, shared: As in `AttentionMask`.
-        pairs: The blocks of queries and keys, by the blocks of queries.
+        pairs: The indices of the blocks of queries and of keys to compute, sorted by the former.
     """
 
     scale: float
@@ -60,7 +60,7 @@ def blockwise(
 ) -> jax.Array:
     """softmax(cap tanh(scale q k^T / cap)) v in blocks, with scores and sums in float32.
 
-    A query that may attend to no key gets zeros, where dense attention averages all values. Such a query is padding.
+    A query that may attend to no key gets zeros, whereas dense attention averages all values. Such a query is padding.
 
     Args:
         q: Queries [B, T, N, H].
@@ -114,7 +114,7 @@ def _plan(
     own, length = q.shape[1] // parts, k.shape[1]
     queries, keys = _block_size(own, block), _block_size(length, block)
     widest = max(mask.windows, default=0) if all(mask.windows) else 0
-    everyone = mask.prefix + mask.shared  # a window reaches these keys from positions that the arrays decide
+    everyone = mask.prefix + mask.shared  # whether a window reaches these keys depends on the values of `positions`
 
     def seen(i: int, j: int) -> bool:
         first, last = j * keys - mask.prefix, (j + 1) * keys - 1 - mask.prefix  # among the keys of the sequence
@@ -127,7 +127,7 @@ def _plan(
 
 
 def _block_size(length: int, block: int) -> int:
-    """The size of as few equal blocks as possible; of several, a multiple of the TPU's 128 lanes if the largest is one."""
+    """The size of as few equal blocks as possible. With several, it is a multiple of the TPU's 128 lanes if `block` is."""
     count = -(-length // block)
     size, multiple = -(-length // count), math.gcd(block, 128)
     return size if count == 1 else -(-size // multiple) * multiple

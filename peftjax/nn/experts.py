@@ -1,4 +1,4 @@
-"""Linear layers of experts, and the order in which they get their rows: sorted by expert, in blocks of one expert each."""
+"""Linear layers of experts, and the order of their rows: sorted by expert, in blocks of one expert each."""
 
 import dataclasses
 from functools import partial
@@ -22,13 +22,13 @@ SMALLEST, LARGEST = 8, 512  # rows of a block
 class Groups:
     """N tokens with K experts each, in n blocks of rows that belong to one expert each. No token is dropped.
 
-    An expert's last block is filled with zeros. As many blocks as any routing may need are allocated; the last may be unused.
+    An expert's last block is filled up with zeros. There are enough blocks for any routing; the last ones may be unused.
 
     Attributes:
         owner: int [n], the expert of each block.
         used: int [], the number of blocks in use.
         source: int [n * rows], the token in each row; N where the row is empty.
-        position: int [N, K], the row of each token and choice; n * rows for an expert that is elsewhere.
+        position: int [N, K], the row of each token and choice; n * rows for an expert on another device.
         rows: Rows of a block.
     """
 
@@ -54,14 +54,14 @@ def make_groups(chosen: jax.Array, experts: int, first: jax.Array | int = 0) -> 
 
     Args:
         chosen: int [N, K], the experts of each token.
-        experts: Number of experts here.
-        first: The first expert here; others are elsewhere.
+        experts: Number of experts on this device.
+        first: The first of them.
     """
     tokens, choices = chosen.shape
     pairs = tokens * choices
     rows = min(max(-(-pairs // experts // 8) * 8, SMALLEST), LARGEST)  # about as many as an expert gets
     local = chosen.reshape(-1) - first
-    expert = jnp.where((local >= 0) & (local < experts), local, experts)  # the last number: elsewhere
+    expert = jnp.where((local >= 0) & (local < experts), local, experts)  # `experts` stands for other devices
     counts = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
     blocks = -(-counts[:experts] // rows)
     ends, before = jnp.cumsum(blocks), jnp.cumsum(counts) - counts
@@ -95,7 +95,7 @@ class ExpertLinear(SlottedLayer):
         rngs: Source of random weights.
     """
 
-    # Checkpoints have no module for it: this is the name of a parameter of the module of all experts.
+    # In checkpoints this is not a module, but a parameter of the module of all experts.
     hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", (0, 2, 1))}
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Attention without an array of scores: which implementation computes a batch, and what each of them supports."""
+"""Attention without an array of scores: the choice of an implementation for a batch, and what each of them supports."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from peftjax.nn.blockwise import blockwise
 
 IMPLEMENTATIONS = ("blockwise", "splash", "cudnn", "triton")
 
-# Where no kernel applies, "auto" computes the scores of fewer positions as one array. At 1,000 to 3,500 positions, for
-# decoders of 15M to 8B parameters, one layer's scores, 4 N T bytes a position, outgrow its other activations, about
-# 24 (D + F) bytes a position.
+# If no kernel applies, "auto" computes the scores of fewer positions as one array. For decoders with 15M to 8B parameters,
+# one layer's scores (4 N T bytes per position) become larger than its other activations (about 24 (D + F) bytes per
+# position) at 1,000 to 3,500 positions.
 LONG = 2048
 
-# The kernels that "auto" prefers, by platform. A platform without one has none.
+# The kernels that "auto" prefers, by platform. Other platforms have none.
 KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "triton"), "cuda": ("cudnn", "triton")}
 
 
@@ -37,8 +37,8 @@ def choose(wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *,
     """Return which implementation computes a batch: "xla", with an array of scores, or one of `IMPLEMENTATIONS`.
 
     Args:
-        wanted: One of these, or "auto". Auto takes the platform's kernel if it supports the batch, and otherwise "xla" for
-            fewer than `LONG` positions and "blockwise" for more.
+        wanted: One of these, or "auto", which takes the platform's kernel if it supports the batch, and otherwise "xla" for
+            fewer than `LONG` positions and "blockwise" from there on.
         platform: "cpu", "gpu" or "tpu".
         mask: The mask of the batch.
         dtype: Compute dtype.
@@ -58,7 +58,7 @@ def choose(wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *,
 
 
 def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None) -> list[str]:
-    """Return what keeps an implementation from computing a batch, each as a noun phrase; none if nothing does."""
+    """Return what an implementation does not support in a batch, as noun phrases; empty if it supports everything."""
     if name in ("xla", "blockwise"):
         return []
     virtual = mask.prefix + mask.shared > 0
@@ -94,5 +94,5 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
 
 
 def _has_cudnn() -> bool:
-    """Whether jax finds cuDNN and a GPU."""
+    """Whether jax runs on a GPU. On NVIDIA GPUs, this requires cuDNN."""
     return jax.default_backend() == "gpu"

@@ -1,7 +1,7 @@
 """Mixture of experts: a router gives each token to a few of many feed-forward layers.
 
-Shazeer et al. 2017 (arXiv:1701.06538), section 2; Fedus et al. 2021 (arXiv:2101.03961), section 2.2, for the loss that
-balances the load. No token is dropped.
+Shazeer et al. 2017 (arXiv:1701.06538), section 2; Fedus et al. 2021 (arXiv:2101.03961), section 2.2, for the
+load-balancing loss. No token is dropped.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from peftjax.quant.base import Quantized
 
 
 class Router(Linear):
-    """A Linear that decides which experts compute, or how much they count: [..., D] -> [..., E].
+    """A Linear that chooses and weights experts: [..., D] -> [..., E].
 
     The target "all-linear" leaves it out, and `quantize` does not quantize it.
     """
@@ -108,7 +108,7 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """Sum the outputs of each token's experts, weighted: [B, T, D], [B, T, K], int [B, T, K] -> [B, T, D].
 
-        Where a mesh shards the experts, each device computes those it holds for its own tokens, and the results are summed.
+        If a mesh shards the experts, each device applies its experts to its own tokens, and the results are summed.
         """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
@@ -140,7 +140,7 @@ class Experts(nnx.Module):
 
 
 def _held(value: jax.Array | Quantized, axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The parts of a variable of one layer that a device computes with: all of it but other devices' experts."""
+    """The part of a layer's variable that a device needs: everything except the experts of other devices."""
     kept = tuple(axis if axis == "expert" else None for axis in axes if axis != "layers")
     leaves, structure = jax.tree.flatten(value)
     of_leaves = value.axes(kept) if isinstance(value, Quantized) else [kept]

@@ -1,4 +1,4 @@
-"""Recomputation of cheap functions in the backward pass."""
+"""Recomputation of functions in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -13,9 +13,9 @@ R = TypeVar("R")
 def recomputed(function: Callable[P, R]) -> Callable[P, R]:
     """Make the backward pass of a function recompute it from its arguments.
 
-    For functions of elements, such as norms and activations. Otherwise the backward pass of a scan over layers would keep
-    their intermediate results for every layer, in float32 and with parameters broadcast to the shape of the activations:
-    several times the memory of the arguments, which it needs for other gradients anyway.
+    For norms, activation functions and attention weights. Otherwise a scan over layers would keep their intermediate results
+    for every layer, in float32 and with parameters broadcast to the shape of the activations: several times the memory of
+    the arguments, which the backward pass needs for other gradients anyway.
     """
     # A scan needs no barrier against common-subexpression elimination.
     return wraps(function)(partial(jax.checkpoint, prevent_cse=False)(function))

@@ -92,8 +92,8 @@ class Rope:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
 
-    R is H, or less if only the first R elements of a head are rotated. The gradient is the rotation back; cos and sin get
-    none.
+    R is H, or less if only the first R elements of a head are rotated. The gradient of x is the inverse rotation; cos
+    and sin have no gradient.
     """
     cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, R/2]
     half = cos.shape[-1]

@@ -61,8 +61,8 @@ def scan_stack(
         body: Computes one layer.
         x: Input of the first layer.
         per_layer: A pytree of arrays [L, ...], or None; each layer gets its slice.
-        remat: What the backward pass recomputes. "none": nothing. "dots": all but the outputs of linear layers. "block":
-            the layer, from its input. "offload": the same, with the input kept in host memory.
+        remat: What the backward pass recomputes. "none": only what `nn.recompute` marks. "dots": all but the outputs of linear
+            layers. "block": the layer, from its input. "offload": the same, with the input kept in host memory.
 
     Returns:
         The last x, and all outs stacked.

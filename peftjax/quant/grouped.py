@@ -1,8 +1,8 @@
 """Products of blocks of rows, each with one kernel of a stack: the matrix product of a mixture of experts.
 
-On a TPU, kernels that are not quantized use `jax.lax.ragged_dot`. Elsewhere XLA expands it to a product of all rows with all
-kernels, so blocks are multiplied one after another instead. So are quantized kernels on every platform: only one of them is
-decoded at a time.
+On a TPU, kernels that are not quantized use `jax.lax.ragged_dot`. Elsewhere XLA may expand it to a product of all rows with
+all kernels, so blocks are multiplied one after another instead. Blocks with quantized kernels are multiplied this way on every
+platform, so that only one kernel is decoded at a time.
 """
 
 from functools import partial

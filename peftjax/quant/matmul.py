@@ -1,9 +1,10 @@
 """The matrix product of activations and a kernel, quantized or not, and its gradients.
 
 Automatic differentiation of a product that accumulates in float32 would multiply a float32 gradient by the kernel. For a
-bfloat16 kernel that takes a float32 copy of it, and XLA makes the copies of all layers before the loop over layers begins.
-A quantized kernel it would decode in the forward pass and keep. So the backward pass is written out here: it multiplies in
-the dtype of the activations, and its residuals are the arguments themselves, of which a scan over layers makes no copies.
+bfloat16 kernel, this requires a float32 copy, and XLA copies the kernels of all layers before the loop over layers begins.
+A quantized kernel would be decoded in the forward pass and kept. The backward pass is therefore written out here: it
+multiplies in the dtype of the activations, and its residuals are the arguments themselves, which a scan over layers does
+not copy.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def matmul(x: jax.Array, kernel: Kernel, gather: Gather = lambda kernel: kernel)
     Args:
         x: Activations.
         kernel: An array or a quantized kernel.
-        gather: Applied to the kernel in both passes, so that what it returns is not kept in between.
+        gather: Applied to the kernel in both passes, so that its result is not kept in between.
     """
     return _matmul(gather, x, kernel)
 

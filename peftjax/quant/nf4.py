@@ -149,8 +149,8 @@ class Nf4(Quantized):
     def tabulated_absmax(self) -> jax.Array:
         """`block_absmax()`, bit-identical, looked up in a table of the 256 possible values of every group.
 
-        The lookup is its last operation. XLA's CPU backend stores the result of a lookup; anything later it would fuse into
-        the decoding of the kernel and compute once per weight.
+        The lookup is its last operation. XLA's CPU backend stores the result of a lookup; it would fuse any later operation
+        into the decoding of the kernel and compute it once per weight.
         """
         if not self._even or self.scales is None or self.offset is None:
             return self.block_absmax()

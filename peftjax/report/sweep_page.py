@@ -1,6 +1,7 @@
 """sweep.html: the runs of a sweep with their swept values and scores, and links to their reports.
 
-It is made from sweep.json, which the sweep writes before and after each of its populations. The report of each run links back to it.
+It is made from sweep.json, which the sweep writes at its start and after each population. The report of each run links back
+to it.
 """
 
 from pathlib import Path

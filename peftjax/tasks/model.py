@@ -37,14 +37,14 @@ class ModelConfig:
     skip_quantize: tuple[str, ...] = field((), "Names of modules that are not quantized, besides the head")
     remat: str = field(
         "none",
-        "What the backward pass recomputes: nothing, all but linear layers (dots), each block, or each block with its "
-        "input in host memory (offload)",
+        "What the backward pass recomputes: norms, activation functions and attention weights (none), all but linear layers "
+        "(dots), each block, or each block with its input in host memory (offload)",
         choices=("none", "dots", "block", "offload"),
     )
     attention: str = field(
         "auto",
-        "Implementation of causal attention in training: blockwise, splash (TPUs), cudnn and triton (NVIDIA GPUs) keep no "
-        "attention scores in memory; auto: by platform and batch",
+        "Implementation of causal attention in training: blockwise, splash (TPUs), cudnn and triton (NVIDIA GPUs) do not "
+        "keep attention scores in memory; auto: chosen by platform and batch",
         choices=("auto", "xla", "blockwise", "splash", "cudnn", "triton"),
     )
     resize_embeddings: bool = field(
@@ -59,7 +59,7 @@ class ModelConfig:
 
 
 def compute_dtype(config: ModelConfig, hf_config: Mapping[str, Any], platform: str | None = None) -> str:
-    """model.dtype; for "auto" bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
+    """The compute dtype. "auto" is bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
 
     On CPUs, float32 is faster.
 

@@ -1,7 +1,7 @@
 """The programs of a step whose batches have several lengths, compiled before they are needed.
 
-Every shape of a batch has a program of its own. A thread compiles them in the order of their first use, while the run
-evaluates and trains. They are kept where jit looks for them: the step traces and compiles none of them again.
+Every shape of a batch needs its own program. A thread compiles the programs in the order of their first use, while the run
+evaluates and trains. They are stored where jit looks for them, so the step does not trace or compile them again.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +19,8 @@ Shapes = tuple[tuple[int, ...], ...]
 class CompileAhead:
     """Context manager: a jitted step whose programs a thread compiles. It is called as the step itself.
 
-    Where a program fails to compile, the call that needs it raises the error. The end of the context waits for the program
-    that is being compiled, and leaves out those after it.
+    If a program fails to compile, the call that needs it raises the error. On exit, the context waits for the program that is
+    being compiled and cancels those after it.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class CompileAhead:
           progress: Names the phase of the run while a call waits for its program.
         """
         self._step, self._progress = step, progress
-        self._known: set[Shapes] = set()  # of earlier calls
+        self._known: set[Shapes] = set()  # those of earlier calls
         self._programs: dict[Shapes, Future[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "compile")
         distinct = {_shapes(batch): batch for batch in batches}
-        # On GPUs, XLA times the kernels among which it chooses: a step that runs beside it would disturb it.
+        # On GPUs, XLA times the kernels that it chooses from, and a step that runs at the same time would disturb this.
         if len(distinct) > 1 and mesh.devices.flat[0].platform != "gpu":
             abstract = jax.tree.map(_abstract, others)
             for shapes, batch in distinct.items():

@@ -22,7 +22,8 @@ from peftjax.training.config import Config
 def check_batch(config: Config, task: Task, processes: int) -> None:
     """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads its part of them.
 
-    The rows of the batch are as short as they can be. One has the full length: batches are padded with its parts.
+    This is a lower bound: all rows have the smallest possible length. One more row, from which padding is taken, has the
+    full length.
     """
     longest = task.row_shapes()
     shortest = (

@@ -9,12 +9,9 @@ from typing import Any
 
 from jax.profiler import ProfileData
 
-_CONTAINERS = (
-    "while",
-    "call",
-    "conditional",
-)  # their time is that of the operations inside, which are counted themselves
-_LOW = ("peftjax/quant/", "peftjax/nn/linear.py", "peftjax/nn/slot.py", "peftjax/nn/stack.py")  # on every path
+_CONTAINERS = ("while", "call", "conditional")  # the operations inside them are counted instead
+# Files that most operations pass through, so that the line of a caller says more.
+_LOW = ("peftjax/quant/", "peftjax/nn/linear.py", "peftjax/nn/slot.py", "peftjax/nn/stack.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ def _newest(directory: Path) -> list[Path]:
 
 
 def _events(data: ProfileData, module: str) -> Iterator[tuple[str, float]]:
-    """The name and the nanoseconds of everything that may be an operation of the program."""
+    """The names and durations, in nanoseconds, of the events that may be operations of the program."""
     for plane in data.planes:
         for line in plane.lines:
             for event in line.events:
@@ -119,11 +116,10 @@ class _Sources:
         return ", ".join(where.removeprefix("peftjax/") for where in dict.fromkeys(own[:1] + model[:1]))
 
     def _stack(self, frame: int) -> Iterator[str]:
-        """The lines of a stack, from the inside, with paths from the package on."""
+        """The lines of a stack, innermost first, with paths that start at the package."""
         frames = self._tables.get("StackFrames", {})
-        first = _numbers(frames.get(1, "")).get(
-            "parent_frame_id", 0
-        )  # the outermost frame: what having no parent looks like
+        # Frame 1 is the outermost one. Its parent_frame_id stands for "none", and those of other frames are offset by it.
+        first = _numbers(frames.get(1, "")).get("parent_frame_id", 0)
         seen = set[int]()
         while frame in frames and frame not in seen:
             seen.add(frame)

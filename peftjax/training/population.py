@@ -233,7 +233,7 @@ def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Call
 
 
 def _batches_ahead(run: Run, streams: Iterable[Batches], step: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes of the batches after a step, which those of all streams have together."""
+    """The shapes of the batches after a step. At each step, all streams have the length of the longest of their batches."""
     for stream in streams:
         if not stream.ahead and step < run.config.train.steps:
             stream.preview(run.config.train.steps - step)

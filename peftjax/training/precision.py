@@ -29,11 +29,11 @@ def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None =
 
 
 def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The config with what the stored config of an earlier run has in place of "auto" in model.dtype and model.attention.
+    """The config with the values of an earlier run's stored config in place of "auto" in model.dtype and model.attention.
 
     A resumed run computes in the dtype in which it started, on any device.
     """
-    if config.model.attention == "auto":  # stored before it was the default, it may be another
+    if config.model.attention == "auto":  # a run that started before this default existed has another
         model = dataclasses.replace(config.model, attention=stored.get("model", {}).get("attention", "xla"))
         config = dataclasses.replace(config, model=model)
     if config.model.dtype != "auto":

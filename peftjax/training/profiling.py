@@ -33,10 +33,10 @@ def parse_steps(text: str) -> range:
 class Profiling:
     """Context manager that traces some steps of a run, on process 0.
 
-    The trace goes to the directory `profile` of the workdir. Without steps, nothing is done.
+    The trace is written to the directory `profile` in the workdir. Without steps, this does nothing.
 
     Args:
-      steps: The steps to trace, as from `parse_steps`; None for none.
+      steps: The steps to trace, from `parse_steps`; None for none.
       workdir: The workdir of the run.
       log: Where the table is printed.
     """
@@ -56,27 +56,27 @@ class Profiling:
             jax.profiler.stop_trace()
 
     def check(self, start: int, end: int) -> None:
-        """Check the steps against those that a run still takes, from after `start` to `end`.
+        """Check that a run that is at step `start` and ends at step `end` takes all steps to trace.
 
         Raises:
-          UserError: Some of the steps never come.
+          UserError: It does not.
         """
         if self._steps and not start < self._steps[0] <= self._steps[-1] <= end:
             asked = f"--profile={self._steps[0]}:{self._steps[-1]}"
             raise UserError(
-                f"{asked}: this run has finished all its {end} steps; use another workdir"
+                f"{asked}: this run has finished all of its {end} steps; use another workdir"
                 if start == end
                 else f"{asked}: this run takes steps {start + 1} to {end}; choose steps among these"
             )
 
     def begin(self, step: int, state: TrainState) -> None:
-        """Start the trace if a step is the first one to trace. `state` is that before the step."""
+        """Start the trace if a step is the first one to trace. `state` is the state before the step."""
         if step not in self._steps:
             return
         if step == self._steps[0]:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # it would slow down what it measures
-            jax.block_until_ready(state)  # not the end of the step before
+            jax.block_until_ready(state)  # leave the end of the previous step out of the trace
             jax.profiler.start_trace(self._directory, profiler_options=options)
         self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._step.__enter__()
@@ -98,9 +98,9 @@ class Profiling:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         self._step = None
-        operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # compiled already
+        operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # already compiled
         times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
-        title = f"most expensive operations of steps {self._steps[0]} to {step}, traced in {self._directory}"
+        title = f"most expensive operations of steps {self._steps[0]} to {step}; trace in {self._directory}"
         self._log.panel(title, make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices)))
 
 

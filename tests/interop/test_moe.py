@@ -1,4 +1,4 @@
-"""Mixture-of-experts families beside transformers and peft: logits in float32, files, generation, adapters."""
+"""Mixture-of-experts families compared with transformers and peft: logits in float32, files, generation, adapters."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ pytestmark = [
 MIXTRAL = COMMON | {"num_local_experts": 4}
 QWEN = COMMON | {"num_experts": 6, "moe_intermediate_size": 12, "num_experts_per_tok": 3}
 
-# What transformers makes the model of, and how its config.json is then spelled otherwise, for both of us.
+# The config of transformers, and fields that replace those of its config.json, for both libraries.
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (transformers.MixtralConfig(**MIXTRAL), {}),
     "mixtral-window": (transformers.MixtralConfig(**MIXTRAL, sliding_window=WINDOW, num_experts_per_tok=1), {}),
@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of each variant as transformers saves it, with every parameter random; made once."""
+    """A tiny model of each variant with random parameters, saved by transformers; made once."""
     folder = tmp_path_factory.mktemp("moe")
 
     def directory(name: str) -> Path:
@@ -169,7 +169,7 @@ def test_all_linear_with_experts_goes_to_peft_and_merges(directories: Callable[[
 def test_adapters_of_single_experts_load_as_in_peft(
     variant: str, directories: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """As peft saved them with transformers 4; it converts them to adapters of all experts, and so do we."""
+    """As saved by peft with transformers 4. Both libraries convert them to adapters of all experts."""
     block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if variant == "mixtral" else (
         "mlp", "gate_proj", "up_proj", "down_proj"
     )  # fmt: skip

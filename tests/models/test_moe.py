@@ -36,7 +36,7 @@ def logits(model: Any) -> jax.Array:
 
 
 def test_a_model_on_eight_devices_computes_what_it_does_on_one(directory: Path) -> None:
-    """From files read by the devices that hold each expert."""
+    """Each device reads the experts that it holds."""
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
     model = peftjax.load_model(directory, mesh=mesh)
     assert model.blocks.feedforward.experts.down.kernel.get_value().sharding.spec == jax.P(None, "tensor", None, "fsdp")

@@ -1,4 +1,4 @@
-"""Attention without an array of scores against the dense form, gradients included; and which form is chosen when."""
+"""Attention without an array of scores equals dense attention, gradients included; the choice of an implementation."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ B, N, K, H = 2, 4, 2, 16
 
 
 def make_mask(length: int, window: int = 0, windows: tuple[int, ...] | None = None, **fields: Any) -> AttentionMask:
-    """A mask of one layer. packed: documents of which one starts within a block; padded: keys at the end that are none."""
+    """A mask of one layer. packed: documents of which one starts within a block; padded: keys at the end that are padding."""
     given: dict[str, Any] = {"positions": jnp.arange(length)[None]}
     shared = fields.get("shared", 0)
     if fields.pop("packed", False):
@@ -48,7 +48,7 @@ def make_mask(length: int, window: int = 0, windows: tuple[int, ...] | None = No
 
 
 def dense(mask: AttentionMask) -> jax.Array:
-    """bool [B or 1, 1, T, P + T], as `Attention` and `Prefix` make it of the description."""
+    """bool [B or 1, 1, T, P + T], as `Attention` and `Prefix` make it from the description."""
     assert mask.windows == () or mask.window is not None
     found = mask.dense().of_layer(jnp.int32(0) if mask.window is None else mask.window)
     if found is None:
@@ -59,7 +59,7 @@ def dense(mask: AttentionMask) -> jax.Array:
 def check_equal(
     compute: Compute, mask: AttentionMask, cap: float | None = None, mesh: dict[str, int] | None = None
 ) -> None:
-    """Outputs and gradients equal those of the dense form, for queries that may attend to any key."""
+    """Outputs and gradients equal those of dense attention, for queries that may attend to at least one key."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v = (
         jax.random.normal(key, (B, length, heads, H))

@@ -1,4 +1,4 @@
-"""Routing, experts against a plain loop, and the loss that balances the load."""
+"""Routing, experts compared with a plain loop, and the load-balancing loss."""
 
 import functools
 from typing import Any
@@ -73,7 +73,7 @@ def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> Non
 
 
 def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
-    """The two implementations, of which each platform compiles one."""
+    """The two implementations; each platform compiles one of them."""
     chosen = inputs()[2].reshape(-1, CHOICES)
     groups = make_groups(chosen, EXPERTS)
     assert groups.used < len(groups.owner)  # some blocks are not used
@@ -125,7 +125,7 @@ def arrays_in(jaxpr: Any) -> list[Any]:
 
 
 def test_a_frozen_kernel_keeps_no_activations() -> None:
-    """What the backward pass keeps: the rows that go into a kernel only if the kernel is trained."""
+    """The inputs of a kernel are kept for the backward pass only if the kernel is trained."""
     layer, (x, weights, chosen) = experts(), inputs()
     graph, state = nnx.split(layer)
     run = lambda state, x: nnx.merge(graph, state)(x, weights, chosen)  # noqa: E731
@@ -146,7 +146,7 @@ def test_routing() -> None:
 
 def test_the_load_balancing_loss_counts_choices_and_probabilities() -> None:
     """Balanced, it is the number of choices; padding does not count."""
-    balanced = jnp.eye(4)[None, None]  # each token prefers another expert, [L=1, B=1, T=4, E=4]
+    balanced = jnp.eye(4)[None, None]  # each token prefers a different expert, [L=1, B=1, T=4, E=4]
     np.testing.assert_allclose(load_balancing_loss(balanced * 9, 1), 1, rtol=1e-6)
     same = jnp.zeros((2, 1, 4, 4)).at[..., 1].set(50.0)
     np.testing.assert_allclose(load_balancing_loss(same, 1), 4, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A step is compiled in a thread, once for each length that its batches have, and computes what it computes without."""
+"""A thread compiles a step once for each length of its batches, and the results are the same as without the thread."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def test_a_thread_compiles_in_the_order_of_use_and_a_call_waits_for_its_own_prog
         with jax.set_mesh(mesh), CompileAhead(step, mesh, (state,), shapes, progress) as ahead:
             assert float(ahead(state, batches[32])) == 33  # while the thread waits at the gate
             assert float(ahead(state, batches[32])) == 33
-            assert float(ahead(state, batches[128])) == 129  # nobody expected it
+            assert float(ahead(state, batches[128])) == 129  # not among the expected lengths
             gate.set()
             assert float(ahead(state, batches[64])) == 65
             with pytest.raises(ValueError, match="too long"):

@@ -38,7 +38,7 @@ def test_a_run_traces_the_steps_and_prints_their_operations(
     assert sum(shares) == pytest.approx(100, abs=1)
     assert rows[-1][-1] == "others"
     assert "decoder.py:" in "\n".join(printed[start:])
-    with pytest.raises(UserError, match="--profile=3:4: this run has finished all its 4 steps"):
+    with pytest.raises(UserError, match="--profile=3:4: this run has finished all of its 4 steps"):
         train(configs.validate(made), workdir, profile=parse_steps("3:4"))
 
 

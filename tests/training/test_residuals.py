@@ -1,4 +1,4 @@
-"""What a train step keeps for its backward pass: activations once each, and no part of the frozen base."""
+"""What a train step keeps for its backward pass: every activation once, and no copy of the frozen base."""
 
 from collections import Counter
 from functools import partial
@@ -28,7 +28,7 @@ FORMATS = ["float32", "bfloat16", "nf4", "nf4_single", "int8"]
 
 
 def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """(objective, optimizer, state, frozen, batch) for LoRA on a base in a number format, computing in bfloat16."""
+    """(objective, optimizer, state, frozen, batch) for LoRA on a base in the given format, computed in bfloat16."""
     dtype = "float32" if format_ == "float32" else "bfloat16"
     model = tiny.model(dtype=dtype, remat=remat, **SIZES | sizes)
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -48,7 +48,7 @@ def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any,
 
 
 def kept(format_: str, remat: str) -> Counter:
-    """The shapes of what the loop over layers of the forward pass returns, stacked."""
+    """The shapes of the stacked results of the forward pass's loop over layers."""
     objective, _, state, frozen, batch = step_of(format_, remat)
     with jax.set_mesh(sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])):
         traced = jax.make_jaxpr(jax.grad(objective, has_aux=True))(state.trainable, frozen, batch)
@@ -74,7 +74,7 @@ def test_with_rematerialization_the_forward_pass_keeps_what_its_policy_names(for
     dtype = "float32" if format_ == "float32" else "bfloat16"
     each = (LAYERS, ROWS, LENGTH)
     assert kept(format_, "block") == {(dtype, (*each, EMBED)): 1}
-    # "dots": the input, and the outputs of seven linear layers, of which that of the last is not needed
+    # "dots": the input, and the outputs of all linear layers except the last of the seven, which is not needed
     assert kept(format_, "dots") == {(dtype, (*each, EMBED)): 5, (dtype, (*each, MLP)): 2}
 
 

@@ -15,8 +15,8 @@ from peftjax.quant.grouped import grouped_matmul
 class LoraExperts(LoraLinear):
     """x W_e + (dropout(x) A_e * scale) B_e for the rows x of each expert e.
 
-    The file holds A of all experts as one matrix [E * R, in], and B as [out, R * E] whose index of the expert varies faster,
-    as peft does for `target_parameters`.
+    The file holds A of all experts as one matrix [E * R, in], and B as [out, R * E], in which the expert index varies faster,
+    as in peft's files with `target_parameters`.
 
     Attributes:
         a: [*stack, E, in, R].

@@ -208,7 +208,7 @@ class Lora(Ranked):
         return DoraLinear if self.dora else LoraLinear
 
     def _check_other(self, site: Site) -> None:
-        """Refuse the options that experts and an embedding of tokens or patches do not have."""
+        """Refuse the options that experts and embeddings of tokens or patches do not support."""
         of_experts = isinstance(site.module, ExpertLinear)
         of_tokens = isinstance(site.module, Embedding)
         refused = {
@@ -217,7 +217,7 @@ class Lora(Ranked):
             "dora": (self.dora and of_experts, "is not supported for experts"),
             "init": (
                 self.init not in ("kaiming", "gaussian") if of_experts else RESIDUAL.fullmatch(self.init),
-                "starts from a Linear's kernel",
+                "is not supported for experts" if of_experts else "starts from a Linear's kernel",
             ),
         }
         for option, (given, why) in refused.items():
@@ -293,7 +293,7 @@ class Lora(Ranked):
         return super().to_hf(model, name) | doubled | self._expert_fields(model)
 
     def _expert_fields(self, model: nnx.Module) -> dict[str, Any]:
-        """The fields that differ if experts or their routers are adapted: to peft these are parameters, without dropout."""
+        """The fields that differ if experts or routers are adapted. peft treats these as parameters, which have no dropout."""
         modules: list[str] = []
         parameters: list[str] = []
         for site, mask in self.chosen(model):
