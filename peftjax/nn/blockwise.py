@@ -161,7 +161,7 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
         )
         scores, allowed = _scores(plan, _at(queries, i), _at(keys, j), masks, i, j)
         new = jnp.maximum(highest, jnp.max(jnp.where(allowed, scores, _LOWEST), axis=-1))
-        weights = jnp.where(allowed, jnp.exp(scores - new[..., None]), 0.0)
+        weights = _weights(scores, allowed, new)
         kept = jnp.exp(highest - new)
         total = kept * total + jnp.sum(weights, axis=-1)
         added = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), _at(values, j))
@@ -192,7 +192,7 @@ def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
         d_queries, d_keys, d_values = carry
         i, j, _ = pair
         scores, allowed = _scores(plan, _at(queries, i), _at(keys, j), masks, i, j)
-        weights = jnp.where(allowed, jnp.exp(scores - _at(logs, i)[..., None]), 0.0)  # [B, K, G, t, s]
+        weights = _weights(scores, allowed, _at(logs, i))  # [B, K, G, t, s]
         d_values = _add(d_values, j, _product("bkgts,bkgth->bksh", weights.astype(q.dtype), _at(gradients, i)))
         d_weights = _product("bkgth,bksh->bkgts", _at(gradients, i), _at(values, j))
         d_scores = weights * (d_weights - _at(along, i)[..., None]) * plan.scale
@@ -240,6 +240,15 @@ def _scores(
             back = jnp.where(everyones, _at(masks["positions"], i)[:, :, None] - slot[None], back)
         allowed = allowed & ((back < masks["window"]) | (masks["window"] == 0))
     return scores, allowed[:, None, None]
+
+
+def _weights(scores: jax.Array, allowed: jax.Array, shift: jax.Array) -> jax.Array:
+    """exp(scores - shift) of what counts, else 0: [B, K, G, t, s], with a shift of each query.
+
+    The exponent is masked, not the result. Where nothing counts the result would be infinite, and its derivative, which a
+    second derivative of the attention takes, not a number.
+    """
+    return jnp.exp(jnp.where(allowed, scores - shift[..., None], _LOWEST))
 
 
 def _blocks(plan: _Plan, mask: _Arrays) -> _Arrays:

@@ -118,6 +118,21 @@ def test_queries_without_any_key_get_zeros_and_finite_gradients() -> None:
     assert all(np.isfinite(gradient).all() for gradient in back(jnp.ones_like(out)))
 
 
+def test_second_derivatives_of_blocks_are_those_of_dense_attention() -> None:
+    """The reverse-mode derivative of a gradient, where for some queries no key of a block counts."""
+    mask = make_mask(24, window=5, packed=True)
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, 24, heads, H)) for i, heads in enumerate((N, K, K)))
+
+    def curvature(attention: Any) -> Any:
+        gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv))), (0, 1, 2))
+        return jax.jit(jax.grad(lambda *qkv: sum(jnp.sum(jnp.cos(part)) for part in gradient(*qkv)), (0, 1, 2)))
+
+    found = curvature(lambda *qkv: blockwise(*qkv, mask, scale=0.3, cap=2.0, block=8))(q, k, v)
+    plain = curvature(lambda *qkv: attend(*qkv, dense(mask), scale=0.3, cap=2.0, dropout=Dropout(0.0)))(q, k, v)
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_memory_of_blocks_grows_linearly_and_no_block_after_the_diagonal_is_computed() -> None:
     def of(length: int) -> tuple[int, int]:
         shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
