@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from peftjax import quant, sharding
+from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
 from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.moe import Experts, load_balancing_loss, route
 from peftjax.quant import grouped
+from tests import tiny
 
 EXPERTS, CHOICES, WIDTH, HIDDEN = 4, 2, 16, 12
 
@@ -70,6 +71,25 @@ def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> Non
     sharding.place(layer, mesh)
     with jax.set_mesh(mesh):
         assert_close(outcome(Experts.__call__, layer, *given), expected)
+
+
+def test_shards_of_tokens_draw_different_dropout_masks() -> None:
+    fields = {"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES}
+    model = adapters.attach(
+        tiny.model(**fields), methods.Lora(rank=2, dropout=0.5, targets=("gate_up_proj",)), rngs=nnx.Rngs(0)
+    )
+    lora = model.blocks.feedforward.experts.gate_up.adapters.default
+    lora.b.set_value(jnp.ones_like(lora.b.get_value()))
+    mesh, tokens = sharding.make_mesh({"fsdp": 4, "tensor": 2}), jnp.ones((8, 4), jnp.int32)  # two equal rows on each
+    sharding.place(model, mesh)
+
+    def logits() -> np.ndarray:
+        with jax.set_mesh(mesh):
+            return np.asarray(model(tokens))
+
+    np.testing.assert_allclose(logits()[:2], logits()[2:4], atol=1e-6)
+    model.train()
+    assert np.abs(logits()[:2] - logits()[2:4]).max() > 1e-2
 
 
 def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
