@@ -14,8 +14,7 @@ from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from peftjax.quant.base import Quantized, product
-
-Kernel = jax.Array | Quantized
+from peftjax.quant.matmul import Kernel, needs_gradient, primal_values
 
 
 def grouped_matmul(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
@@ -43,19 +42,14 @@ def _product(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) ->
 
 
 def _forward(x: Any, kernel: Any, owner: Any, used: Any) -> tuple[jax.Array, tuple]:
-    trained = any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=_is_primal))
-    x, kernel, owner, used = jax.tree.map(lambda leaf: leaf.value, (x, kernel, owner, used), is_leaf=_is_primal)
-    return _product(x, kernel, owner, used), (x if trained else None, kernel, owner, used)
+    values = primal_values((x, kernel, owner, used))
+    return _product(*values), (values[0] if needs_gradient(kernel) else None, *values[1:])
 
 
-def _is_primal(leaf: Any) -> bool:
-    return hasattr(leaf, "perturbed")
-
-
-def _backward(kept: tuple, gradient: Any) -> tuple:
+def _backward(kept: tuple, gradient: jax.Array | SymbolicZero) -> tuple:
     x, kernel, owner, used = kept
     if isinstance(gradient, SymbolicZero):
-        gradient = jnp.zeros(gradient.shape, gradient.dtype)
+        return None, None, None, None
     if isinstance(kernel, Quantized):
         return _one_by_one(gradient, kernel, owner, used, transposed=True), None, None, None
     choose = partial(jax.lax.platform_dependent, gradient)
