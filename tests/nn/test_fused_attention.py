@@ -296,11 +296,15 @@ def test_an_implementation_that_does_not_support_a_batch_is_refused_by_name(
 def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:
     model = tiny.model(**GEMMA2)
     use_kernel(model, "auto", "tpu")
-    assert kernel_of(model, 256, packed=True) == "splash"
-    assert kernel_of(model, 100, packed=True) == "xla"
+    assert kernel_of(model, 256, packed=True, padded=False) == "splash"
+    assert kernel_of(model, 100, packed=True, padded=False) == "xla"
+    llama = tiny.model(dtype="bfloat16")
+    use_kernel(llama, "auto", "gpu")
+    assert kernel_of(llama, 256, packed=True, padded=False) == "triton"
+    assert kernel_of(llama, 256, packed=True, padded=True) == "xla"  # of a classifier
     bert = from_hf_config(BERT).make(nnx.Rngs(0))
     use_kernel(bert, "auto", "tpu")
-    assert kernel_of(bert, 256, packed=False) == "xla"
+    assert kernel_of(bert, 256, packed=False, padded=True) == "xla"
     with pytest.raises(UserError, match="this Bert has no causal attention; choose 'auto' or 'xla'"):
         use_kernel(bert, "splash")
     with pytest.raises(UserError, match="attention='cudnn' is not possible here: "):
