@@ -62,6 +62,20 @@ def test_experts_and_their_gradients_are_those_of_a_loop() -> None:
     assert_close(outcome(Experts.__call__, layer, *given), outcome(by_loop, layer, *given))
 
 
+def test_second_derivatives_of_experts_are_those_of_a_loop() -> None:
+    graph, state = nnx.split(experts())
+    x, weights, chosen = inputs()
+
+    def curvature(compute: Any) -> Any:
+        loss = lambda *given: jnp.sum(jnp.sin(compute(nnx.merge(graph, given[0]), *given[1:], chosen)))  # noqa: E731
+        gradients = lambda *given: jax.tree.leaves(jax.grad(loss, (0, 1, 2))(*given))  # noqa: E731
+        along = lambda *given: sum(jnp.sum(jnp.cos(part)) for part in gradients(*given))  # noqa: E731
+        return jax.jit(jax.grad(along, (0, 1, 2)))(state, x, weights)
+
+    found, expected = curvature(Experts.__call__), curvature(by_loop)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"tensor": 8}])
 def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> None:
     """On a mesh of 8 devices that splits tokens, experts or both; eight devices cannot split four experts."""
