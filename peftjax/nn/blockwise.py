@@ -172,7 +172,7 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
         return ((new, total, summed), out, logs), None
 
     logs = jnp.zeros((len(queries), *row), jnp.float32)
-    (_, out, logs), _ = jax.lax.scan(step, (empty, jnp.zeros_like(queries), logs), _pairs(plan))
+    (_, out, logs), _ = jax.lax.scan(step, (empty, jnp.zeros_like(queries), logs), _pairs(plan, q))
     out = _joined(out, q)
     return out, (q, k, v, mask, out, logs)
 
@@ -204,17 +204,23 @@ def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
         return (d_queries, d_keys, d_values), None
 
     zeros = tuple(jnp.zeros(blocks.shape, jnp.float32) for blocks in (queries, keys, values))
-    (d_queries, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(plan))
+    (d_queries, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(plan, q))
     return _joined(d_queries, q), _joined(d_keys[:, :, :, None], k), _joined(d_values[:, :, :, None], v), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _pairs(plan: _Plan) -> _Pairs:
-    """The block of queries and the block of keys of each step, and 1 where a block of queries starts."""
+def _pairs(plan: _Plan, q: jax.Array) -> _Pairs:
+    """The block of queries and the block of keys of each step, and 1 where a block of queries starts.
+
+    The barrier makes them depend on the queries. Otherwise JAX would move what depends on them alone, the masks of all pairs
+    of blocks, out of a scan over layers and keep it in memory: a number of elements that grows with the square of the length.
+    """
     i, j = np.array(plan.pairs, np.int32).T
-    return jnp.asarray(i), jnp.asarray(j), jnp.asarray(np.diff(i, prepend=-1) != 0, jnp.int32)
+    pairs = jnp.asarray(i), jnp.asarray(j), jnp.asarray(np.diff(i, prepend=-1) != 0, jnp.int32)
+    i, j, starts, _ = jax.lax.optimization_barrier((*pairs, jax.lax.stop_gradient(q[:1, :1, :1, :1])))
+    return i, j, starts
 
 
 def _scores(

@@ -148,6 +148,20 @@ def test_memory_of_blocks_grows_linearly_and_no_block_after_the_diagonal_is_comp
     assert loops == 2  # forward and backward
 
 
+def test_memory_of_a_model_with_blocks_grows_linearly() -> None:
+    """A scan over layers keeps no masks, which are the same for all layers, of all pairs of blocks."""
+    model = peftjax.attach(tiny.model(max_position_embeddings=4096), peftjax.Lora(rank=1), rngs=nnx.Rngs(0))
+    use_kernel(model, "blockwise")
+    graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
+
+    def of(length: int) -> int:
+        batch = {name: jnp.ones((1, length), int) for name in ("tokens", "targets", "loss_weights")}
+        step = jax.grad(lambda adapter: losses.next_token(nnx.merge(graph, adapter, base), batch))
+        return jaxpr_cost.live_bytes(jax.make_jaxpr(step)(adapter).jaxpr)
+
+    assert of(4096) < 2.2 * of(2048)
+
+
 def test_products_in_blocks_are_counted_on_all_devices_and_in_kernels() -> None:
     q, k, v = (jax.ShapeDtypeStruct((B, 256, heads, H), jnp.float32) for heads in (N, K, K))
     mask, dense_products = make_mask(256), 4 * B * N * 256 * 256 * H
