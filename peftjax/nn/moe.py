@@ -136,7 +136,7 @@ class Experts(nnx.Module):
         """The sum over the experts whose kernels are here, the first of which is number `first`."""
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
-        groups = make_groups(flat(chosen), kernel.shape[0], first)
+        groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
         gate, up = jnp.split(self.gate_up(groups.spread(flat(x)), groups), 2, axis=-1)
         y = self.down(gated(self.activation, gate, up), groups)
         return groups.combine(y, flat(weights)).reshape(x.shape)

@@ -106,10 +106,17 @@ def test_shards_of_tokens_draw_different_dropout_masks() -> None:
     assert np.abs(logits()[:2] - logits()[2:4]).max() > 1e-2
 
 
+def test_a_device_with_some_of_the_experts_computes_only_their_rows() -> None:
+    chosen = jnp.tile(jnp.arange(EXPERTS)[:, None], (16, 1))  # 16 tokens each
+    groups = make_groups(chosen, EXPERTS, 1, first=2)
+    assert groups.used * groups.rows == 16
+    np.testing.assert_array_equal(groups.source[:16], np.flatnonzero(chosen[:, 0] == 2))
+
+
 def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
     """The two implementations, of which each platform compiles one."""
     chosen = inputs()[2].reshape(-1, CHOICES)
-    groups = make_groups(chosen, EXPERTS)
+    groups = make_groups(chosen, EXPERTS, EXPERTS)
     assert groups.used < len(groups.owner)  # some blocks are not used
     rows = groups.spread(jax.random.normal(jax.random.key(2), (len(chosen), WIDTH)))
     args = (experts().gate_up.kernel.get_value(), groups.owner, groups.used)
