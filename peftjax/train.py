@@ -81,10 +81,9 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         first = jax.process_index() == 0
         with (
             Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log,
+            Profiling(profile, start, steps, workdir, log) as profiling,
             run.compile_ahead(train_step, state, log) as step_ahead,
-            Profiling(profile, workdir, log) as profiling,
         ):
-            profiling.check(start, steps)
             run.introduce(state, log)
             if start == 0:
                 scores = run.evaluate(state, log)

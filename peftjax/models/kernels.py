@@ -40,8 +40,14 @@ def use_kernel(model: nnx.Module, kernel: str, platform: str = "cpu") -> None:
         layer.implementation, layer.platform = "xla" if found else kernel, platform
 
 
-def kernel_of(model: nnx.Module, length: int, *, packed: bool) -> str:
+def kernel_of(model: nnx.Module, length: int, *, packed: bool, padded: bool) -> str:
     """Return the implementation of attention for batches of `length` positions, virtual ones included.
+
+    Args:
+        model: The model.
+        length: Number of positions.
+        packed: Whether the batches have segments.
+        padded: Whether they have a mask of what is padding.
 
     Raises:
         UserError: The implementation that the model was set to does not support such a batch.
@@ -49,6 +55,7 @@ def kernel_of(model: nnx.Module, length: int, *, packed: bool) -> str:
     if not isinstance(model, Decoder):
         return "xla"
     some: Any = np.zeros((1, 1), np.int32)  # a placeholder, in NumPy because the devices may not be attached
-    mask = model.attention_mask(length, positions=some, segments=some if packed else None)
+    valid, segments = (some if given else None for given in (padded, packed))
+    mask = model.attention_mask(length, positions=some, valid=valid, segments=segments)
     layer = model.blocks.attention
     return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), cap=layer.softcap)

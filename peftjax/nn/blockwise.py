@@ -161,7 +161,7 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
         )
         scores, allowed = _scores(plan, _at(queries, i), _at(keys, j), masks, i, j)
         new = jnp.maximum(highest, jnp.max(jnp.where(allowed, scores, _LOWEST), axis=-1))
-        weights = jnp.where(allowed, jnp.exp(scores - new[..., None]), 0.0)
+        weights = _weights(scores, allowed, new)
         kept = jnp.exp(highest - new)
         total = kept * total + jnp.sum(weights, axis=-1)
         added = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), _at(values, j))
@@ -172,7 +172,7 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
         return ((new, total, summed), out, logs), None
 
     logs = jnp.zeros((len(queries), *row), jnp.float32)
-    (_, out, logs), _ = jax.lax.scan(step, (empty, jnp.zeros_like(queries), logs), _pairs(plan))
+    (_, out, logs), _ = jax.lax.scan(step, (empty, jnp.zeros_like(queries), logs), _pairs(plan, q))
     out = _joined(out, q)
     return out, (q, k, v, mask, out, logs)
 
@@ -192,7 +192,7 @@ def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
         d_queries, d_keys, d_values = carry
         i, j, _ = pair
         scores, allowed = _scores(plan, _at(queries, i), _at(keys, j), masks, i, j)
-        weights = jnp.where(allowed, jnp.exp(scores - _at(logs, i)[..., None]), 0.0)  # [B, K, G, t, s]
+        weights = _weights(scores, allowed, _at(logs, i))  # [B, K, G, t, s]
         d_values = _add(d_values, j, _product("bkgts,bkgth->bksh", weights.astype(q.dtype), _at(gradients, i)))
         d_weights = _product("bkgth,bksh->bkgts", _at(gradients, i), _at(values, j))
         d_scores = weights * (d_weights - _at(along, i)[..., None]) * plan.scale
@@ -204,17 +204,23 @@ def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
         return (d_queries, d_keys, d_values), None
 
     zeros = tuple(jnp.zeros(blocks.shape, jnp.float32) for blocks in (queries, keys, values))
-    (d_queries, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(plan))
+    (d_queries, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(plan, q))
     return _joined(d_queries, q), _joined(d_keys[:, :, :, None], k), _joined(d_values[:, :, :, None], v), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _pairs(plan: _Plan) -> _Pairs:
-    """The block of queries and the block of keys of each step, and 1 where a block of queries starts."""
+def _pairs(plan: _Plan, q: jax.Array) -> _Pairs:
+    """The block of queries and the block of keys of each step, and 1 where a block of queries starts.
+
+    The barrier makes them depend on the queries. Otherwise JAX would move what depends on them alone, the masks of all pairs
+    of blocks, out of a scan over layers and keep it in memory: a number of elements that grows with the square of the length.
+    """
     i, j = np.array(plan.pairs, np.int32).T
-    return jnp.asarray(i), jnp.asarray(j), jnp.asarray(np.diff(i, prepend=-1) != 0, jnp.int32)
+    pairs = jnp.asarray(i), jnp.asarray(j), jnp.asarray(np.diff(i, prepend=-1) != 0, jnp.int32)
+    i, j, starts, _ = jax.lax.optimization_barrier((*pairs, jax.lax.stop_gradient(q[:1, :1, :1, :1])))
+    return i, j, starts
 
 
 def _scores(
@@ -240,6 +246,15 @@ def _scores(
             back = jnp.where(everyones, _at(masks["positions"], i)[:, :, None] - slot[None], back)
         allowed = allowed & ((back < masks["window"]) | (masks["window"] == 0))
     return scores, allowed[:, None, None]
+
+
+def _weights(scores: jax.Array, allowed: jax.Array, shift: jax.Array) -> jax.Array:
+    """exp(scores - shift) of what counts, else 0: [B, K, G, t, s], with a shift of each query.
+
+    The exponent is masked, not the result. Where nothing counts the result would be infinite, and its derivative, which a
+    second derivative of the attention takes, not a number.
+    """
+    return jnp.exp(jnp.where(allowed, scores - shift[..., None], _LOWEST))
 
 
 def _blocks(plan: _Plan, mask: _Arrays) -> _Arrays:

@@ -49,29 +49,30 @@ class Groups:
         return jnp.einsum("nkd,nk->nd", taken, weights, preferred_element_type=jnp.float32).astype(y.dtype)
 
 
-def make_groups(chosen: jax.Array, experts: int, first: jax.Array | int = 0) -> Groups:
+def make_groups(chosen: jax.Array, experts: int, here: int, first: jax.Array | int = 0) -> Groups:
     """Sort tokens by expert.
 
     Args:
         chosen: int [N, K], the experts of each token.
-        experts: Number of experts on this device.
+        experts: Number of experts.
+        here: Number of experts on this device.
         first: The first of them.
     """
     tokens, choices = chosen.shape
     pairs = tokens * choices
     rows = min(max(-(-pairs // experts // 8) * 8, SMALLEST), LARGEST)  # about as many as an expert gets
     local = chosen.reshape(-1) - first
-    expert = jnp.where((local >= 0) & (local < experts), local, experts)  # `experts` stands for other devices
-    counts = jnp.zeros(experts + 1, jnp.int32).at[expert].add(1)
-    blocks = -(-counts[:experts] // rows)
+    expert = jnp.where((local >= 0) & (local < here), local, here)  # `here` stands for other devices
+    counts = jnp.zeros(here + 1, jnp.int32).at[expert].add(1)
+    blocks = -(-counts[:here] // rows)
     ends, before = jnp.cumsum(blocks), jnp.cumsum(counts) - counts
-    most = pairs // rows + experts
+    most = pairs // rows + here
     starts = jnp.append((ends - blocks) * rows, most * rows)  # first row of each expert
     order = jnp.argsort(expert, stable=True)
     by_expert = expert[order]
     row = jnp.minimum(starts[by_expert] + jnp.arange(pairs) - before[by_expert], most * rows)
     return Groups(
-        owner=jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), experts - 1).astype(jnp.int32),
+        owner=jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), here - 1).astype(jnp.int32),
         used=ends[-1],
         source=jnp.full(most * rows, tokens).at[row].set(order // choices, mode="drop"),
         position=jnp.zeros(pairs, row.dtype).at[order].set(row).reshape(chosen.shape),

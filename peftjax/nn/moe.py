@@ -118,9 +118,12 @@ class Experts(nnx.Module):
         held = {path: _held(values[path], leaf.axes) for path, leaf in leaves.items()}
         split = sharding.on_current_mesh(("expert",), (self.gate_up.experts,))[0]
         tokens = sharding.on_current_mesh(("batch", "length"), x.shape[:2])
+        shards = tuple(jax.tree.leaves((*tokens, split)))
+        dropout = [path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey)]
 
         def compute(values: variables.FlatTree, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-            own: Experts = variables.join(graph, values)
+            keys = {path: _key_of_shard(values[path], shards) for path in dropout}
+            own: Experts = variables.join(graph, values | keys)
             if not split:
                 return own._local(x, weights, chosen, first=0)
             here = self.gate_up.experts // sharding.parts("expert", self.gate_up.experts)
@@ -133,7 +136,7 @@ class Experts(nnx.Module):
         """The sum over the experts whose kernels are here, the first of which is number `first`."""
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
-        groups = make_groups(flat(chosen), kernel.shape[0], first)
+        groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
         gate, up = jnp.split(self.gate_up(groups.spread(flat(x)), groups), 2, axis=-1)
         y = self.down(gated(self.activation, gate, up), groups)
         return groups.combine(y, flat(weights)).reshape(x.shape)
@@ -146,6 +149,14 @@ def _held(value: jax.Array | Quantized, axes: tuple[str | None, ...]) -> Partiti
     of_leaves = value.axes(kept) if isinstance(value, Quantized) else [kept]
     specs = [sharding.on_current_mesh(own, leaf.shape) for own, leaf in zip(of_leaves, leaves, strict=True)]
     return jax.tree.unflatten(structure, specs)
+
+
+def _key_of_shard(key: jax.Array, shards: tuple[str, ...]) -> jax.Array:
+    """A dropout key of its own, uint32 [2], for each shard of the tokens and experts. Otherwise all would draw one mask."""
+    if not shards:
+        return key
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), jax.lax.axis_index(shards))
+    return jax.random.key_data(own)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -126,8 +126,9 @@ def _estimated_traffic(config: Config, step: TracedStep) -> int:
 
 def _attention(config: Config, step: TracedStep, mesh: Mesh) -> str:
     """The implementation of attention in the step."""
+    length = step.task.positions(step.model) + step.model.virtual
     with jax.set_mesh(mesh):
-        return kernel_of(step.model, step.task.positions(step.model) + step.model.virtual, packed=config.data.pack)
+        return kernel_of(step.model, length, packed=config.data.pack, padded="mask" in step.task.row_shapes())
 
 
 def _base(model: Model) -> dict[str, int]:

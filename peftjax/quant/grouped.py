@@ -14,8 +14,7 @@ from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from peftjax.quant.base import Quantized, product
-
-Kernel = jax.Array | Quantized
+from peftjax.quant.matmul import Kernel, needs_gradient, primal_values
 
 
 def grouped_matmul(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
@@ -32,41 +31,53 @@ def grouped_matmul(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Arr
     Returns:
         [n, rows, out].
     """
-    return _product(x, kernel, owner, used)
+    return _product(False, x, kernel, owner, used)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(transposed: bool, x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
+    """x[i] @ kernel[owner[i]], or with its transpose."""
+    blocks = partial(_one_by_one, transposed=transposed)
     if isinstance(kernel, Quantized):
-        return _one_by_one(x, kernel, owner, used)
-    return jax.lax.platform_dependent(x, kernel, owner, used, tpu=_ragged, default=_one_by_one)
+        return blocks(x, kernel, owner, used)
+    ragged = _ragged_transposed if transposed else _ragged
+    return jax.lax.platform_dependent(x, kernel, owner, used, tpu=ragged, default=blocks)
 
 
-def _forward(x: Any, kernel: Any, owner: Any, used: Any) -> tuple[jax.Array, tuple]:
-    trained = any(leaf.perturbed for leaf in jax.tree.leaves(kernel, is_leaf=_is_primal))
-    x, kernel, owner, used = jax.tree.map(lambda leaf: leaf.value, (x, kernel, owner, used), is_leaf=_is_primal)
-    return _product(x, kernel, owner, used), (x if trained else None, kernel, owner, used)
+def _forward(transposed: bool, x: Any, kernel: Any, owner: Any, used: Any) -> tuple[jax.Array, tuple]:
+    values = primal_values((x, kernel, owner, used))
+    return _product(transposed, *values), (values[0] if needs_gradient(kernel) else None, *values[1:])
 
 
-def _is_primal(leaf: Any) -> bool:
-    return hasattr(leaf, "perturbed")
-
-
-def _backward(kept: tuple, gradient: Any) -> tuple:
+def _backward(transposed: bool, kept: tuple, gradient: jax.Array | SymbolicZero) -> tuple:
     x, kernel, owner, used = kept
     if isinstance(gradient, SymbolicZero):
-        gradient = jnp.zeros(gradient.shape, gradient.dtype)
-    if isinstance(kernel, Quantized):
-        return _one_by_one(gradient, kernel, owner, used, transposed=True), None, None, None
-    choose = partial(jax.lax.platform_dependent, gradient)
-    of_x = choose(kernel, owner, used, tpu=_ragged_transposed, default=partial(_one_by_one, transposed=True))
-    of_kernel = None
-    if x is not None:
-        of_kernel = choose(x, kernel, owner, used, tpu=_ragged_of_kernel, default=_of_kernel)
-    return of_x, of_kernel, None, None
+        return None, None, None, None
+    of_x = _product(not transposed, gradient, kernel, owner, used)
+    if x is None:
+        return of_x, None, None, None
+    inputs, outputs = (gradient, x) if transposed else (x, gradient)
+    return of_x, _kernel_gradient(outputs, inputs, kernel, owner, used), None, None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _kernel_gradient(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
+) -> jax.Array:
+    """The gradient of the kernels. It has one of its own, for second derivatives."""
+    return jax.lax.platform_dependent(gradient, x, kernel, owner, used, tpu=_ragged_of_kernel, default=_of_kernel)
+
+
+def _kernel_gradient_backward(kept: tuple, change: jax.Array) -> tuple:
+    gradient, x, _, owner, used = kept
+    of_gradient, of_x = _product(False, x, change, owner, used), _product(True, gradient, change, owner, used)
+    return of_gradient, of_x, None, None, None
+
+
+_kernel_gradient.defvjp(lambda *arguments: (_kernel_gradient(*arguments), arguments), _kernel_gradient_backward)
 
 
 # --- One block after another ---

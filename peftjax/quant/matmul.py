@@ -9,7 +9,7 @@ not copy.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
@@ -17,7 +17,6 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from peftjax.quant.base import Quantized, product
 
 Kernel = jax.Array | Quantized
-K = TypeVar("K", bound=Kernel)
 Gather = Callable[[Any], Any]  # brings a kernel to the devices that use it, as `sharding.gathered` does
 
 
@@ -43,9 +42,21 @@ def _matmul(gather: Gather, x: jax.Array, kernel: Kernel) -> jax.Array:
 
 
 def _forward(gather: Gather, x: CustomVJPPrimal, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, Kernel]]:
-    trained = isinstance(kernel, CustomVJPPrimal) and kernel.perturbed
-    values = jax.tree.map(lambda leaf: leaf.value, kernel, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
-    return _matmul(gather, x.value, values), (x.value if trained else None, values)
+    values = primal_values(kernel)
+    return _matmul(gather, x.value, values), (x.value if needs_gradient(kernel) else None, values)
+
+
+def primal_values(arguments: Any) -> Any:
+    """The values of what a forward pass gets from `custom_vjp` with symbolic zeros."""
+    return jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+
+def needs_gradient(kernel: Any) -> bool:
+    """Whether a kernel that a forward pass gets from `custom_vjp` with symbolic zeros is differentiated.
+
+    A quantized kernel, which has several arrays, never is.
+    """
+    return isinstance(kernel, CustomVJPPrimal) and bool(kernel.perturbed)
 
 
 def _backward(

@@ -37,11 +37,22 @@ class Profiling:
 
     Args:
       steps: The steps to trace, from `parse_steps`; None for none.
+      start, end: The run takes the steps after `start`, to `end`.
       workdir: The workdir of the run.
       log: Where the table is printed.
+
+    Raises:
+      UserError: Some of the steps never come.
     """
 
-    def __init__(self, steps: range | None, workdir: Path, log: Log) -> None:
+    def __init__(self, steps: range | None, start: int, end: int, workdir: Path, log: Log) -> None:
+        if steps and not start < steps[0] <= steps[-1] <= end:  # in every process: none may wait for the others
+            asked = f"--profile={steps[0]}:{steps[-1]}"
+            raise UserError(
+                f"{asked}: this run has finished all of its {end} steps; use another workdir"
+                if start == end
+                else f"{asked}: this run takes steps {start + 1} to {end}; choose steps among these"
+            )
         self._steps = steps if steps is not None and jax.process_index() == 0 else range(0)
         self._directory, self._log = workdir / "profile", log
         self._step: jax.profiler.StepTraceAnnotation | None = None
@@ -54,20 +65,6 @@ class Profiling:
     ) -> None:
         if self._step is not None:  # the run ends in a traced step
             jax.profiler.stop_trace()
-
-    def check(self, start: int, end: int) -> None:
-        """Check that a run that is at step `start` and ends at step `end` takes all steps to trace.
-
-        Raises:
-          UserError: It does not.
-        """
-        if self._steps and not start < self._steps[0] <= self._steps[-1] <= end:
-            asked = f"--profile={self._steps[0]}:{self._steps[-1]}"
-            raise UserError(
-                f"{asked}: this run has finished all of its {end} steps; use another workdir"
-                if start == end
-                else f"{asked}: this run takes steps {start + 1} to {end}; choose steps among these"
-            )
 
     def begin(self, step: int, state: TrainState) -> None:
         """Start the trace if a step is the first one to trace. `state` is the state before the step."""

@@ -170,7 +170,8 @@ class Run:
         if config.model.attention == "auto" and isinstance(self.model, Decoder):
             length = self.task.positions(self.model) + self.model.virtual
             with jax.set_mesh(self.mesh):
-                kernel = kernel_of(self.model, length, packed=config.data.pack)
+                padded = "mask" in self.task.row_shapes()
+                kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
             log.message(f"attention: {kernel} for {length:,} positions (model.attention='auto')")
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())

@@ -19,6 +19,7 @@ from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
 from peftjax.methods import Full
 from peftjax.models.base import Model
+from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training import precision
@@ -116,6 +117,9 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     if not full:
         load_adapter(model, result)
     sharding.place(model, mesh)
+    # A kernel that the run computed with may not exist on this machine.
+    kernel = "xla" if config.model.attention == "xla" else "auto"
+    use_kernel(model, kernel, mesh.devices.flat[0].platform)
     return model
 
 

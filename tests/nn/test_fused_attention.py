@@ -118,6 +118,21 @@ def test_queries_without_any_key_get_zeros_and_finite_gradients() -> None:
     assert all(np.isfinite(gradient).all() for gradient in back(jnp.ones_like(out)))
 
 
+def test_second_derivatives_of_blocks_are_those_of_dense_attention() -> None:
+    """The reverse-mode derivative of a gradient, where for some queries no key of a block counts."""
+    mask = make_mask(24, window=5, packed=True)
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, 24, heads, H)) for i, heads in enumerate((N, K, K)))
+
+    def curvature(attention: Any) -> Any:
+        gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv))), (0, 1, 2))
+        return jax.jit(jax.grad(lambda *qkv: sum(jnp.sum(jnp.cos(part)) for part in gradient(*qkv)), (0, 1, 2)))
+
+    found = curvature(lambda *qkv: blockwise(*qkv, mask, scale=0.3, cap=2.0, block=8))(q, k, v)
+    plain = curvature(lambda *qkv: attend(*qkv, dense(mask), scale=0.3, cap=2.0, dropout=Dropout(0.0)))(q, k, v)
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_memory_of_blocks_grows_linearly_and_no_block_after_the_diagonal_is_computed() -> None:
     def of(length: int) -> tuple[int, int]:
         shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -131,6 +146,20 @@ def test_memory_of_blocks_grows_linearly_and_no_block_after_the_diagonal_is_comp
     (short, loops), (long, _) = of(512), of(2048)
     assert long < 4.2 * short
     assert loops == 2  # forward and backward
+
+
+def test_memory_of_a_model_with_blocks_grows_linearly() -> None:
+    """A scan over layers keeps no masks, which are the same for all layers, of all pairs of blocks."""
+    model = peftjax.attach(tiny.model(max_position_embeddings=4096), peftjax.Lora(rank=1), rngs=nnx.Rngs(0))
+    use_kernel(model, "blockwise")
+    graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
+
+    def of(length: int) -> int:
+        batch = {name: jnp.ones((1, length), int) for name in ("tokens", "targets", "loss_weights")}
+        step = jax.grad(lambda adapter: losses.next_token(nnx.merge(graph, adapter, base), batch))
+        return jaxpr_cost.live_bytes(jax.make_jaxpr(step)(adapter).jaxpr)
+
+    assert of(4096) < 2.2 * of(2048)
 
 
 def test_products_in_blocks_are_counted_on_all_devices_and_in_kernels() -> None:
@@ -281,11 +310,15 @@ def test_an_implementation_that_does_not_support_a_batch_is_refused_by_name(
 def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:
     model = tiny.model(**GEMMA2)
     use_kernel(model, "auto", "tpu")
-    assert kernel_of(model, 256, packed=True) == "splash"
-    assert kernel_of(model, 100, packed=True) == "xla"
+    assert kernel_of(model, 256, packed=True, padded=False) == "splash"
+    assert kernel_of(model, 100, packed=True, padded=False) == "xla"
+    llama = tiny.model(dtype="bfloat16")
+    use_kernel(llama, "auto", "gpu")
+    assert kernel_of(llama, 256, packed=True, padded=False) == "triton"
+    assert kernel_of(llama, 256, packed=True, padded=True) == "xla"  # of a classifier
     bert = from_hf_config(BERT).make(nnx.Rngs(0))
     use_kernel(bert, "auto", "tpu")
-    assert kernel_of(bert, 256, packed=False) == "xla"
+    assert kernel_of(bert, 256, packed=False, padded=True) == "xla"
     with pytest.raises(UserError, match="this Bert has no causal attention; choose 'auto' or 'xla'"):
         use_kernel(bert, "splash")
     with pytest.raises(UserError, match="attention='cudnn' is not possible here: "):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from peftjax import quant, sharding
+from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
 from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.moe import Experts, load_balancing_loss, route
 from peftjax.quant import grouped
+from tests import tiny
 
 EXPERTS, CHOICES, WIDTH, HIDDEN = 4, 2, 16, 12
 
@@ -61,6 +62,20 @@ def test_experts_and_their_gradients_are_those_of_a_loop() -> None:
     assert_close(outcome(Experts.__call__, layer, *given), outcome(by_loop, layer, *given))
 
 
+def test_second_derivatives_of_experts_are_those_of_a_loop() -> None:
+    graph, state = nnx.split(experts())
+    x, weights, chosen = inputs()
+
+    def curvature(compute: Any) -> Any:
+        loss = lambda *given: jnp.sum(jnp.sin(compute(nnx.merge(graph, given[0]), *given[1:], chosen)))  # noqa: E731
+        gradients = lambda *given: jax.tree.leaves(jax.grad(loss, (0, 1, 2))(*given))  # noqa: E731
+        along = lambda *given: sum(jnp.sum(jnp.cos(part)) for part in gradients(*given))  # noqa: E731
+        return jax.jit(jax.grad(along, (0, 1, 2)))(state, x, weights)
+
+    found, expected = curvature(Experts.__call__), curvature(by_loop)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"tensor": 8}])
 def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> None:
     """On a mesh of 8 devices that splits tokens, experts or both; eight devices cannot split four experts."""
@@ -72,10 +87,36 @@ def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> Non
         assert_close(outcome(Experts.__call__, layer, *given), expected)
 
 
+def test_shards_of_tokens_draw_different_dropout_masks() -> None:
+    fields = {"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES}
+    model = adapters.attach(
+        tiny.model(**fields), methods.Lora(rank=2, dropout=0.5, targets=("gate_up_proj",)), rngs=nnx.Rngs(0)
+    )
+    lora = model.blocks.feedforward.experts.gate_up.adapters.default
+    lora.b.set_value(jnp.ones_like(lora.b.get_value()))
+    mesh, tokens = sharding.make_mesh({"fsdp": 4, "tensor": 2}), jnp.ones((8, 4), jnp.int32)  # two equal rows on each
+    sharding.place(model, mesh)
+
+    def logits() -> np.ndarray:
+        with jax.set_mesh(mesh):
+            return np.asarray(model(tokens))
+
+    np.testing.assert_allclose(logits()[:2], logits()[2:4], atol=1e-6)
+    model.train()
+    assert np.abs(logits()[:2] - logits()[2:4]).max() > 1e-2
+
+
+def test_a_device_with_some_of_the_experts_computes_only_their_rows() -> None:
+    chosen = jnp.tile(jnp.arange(EXPERTS)[:, None], (16, 1))  # 16 tokens each
+    groups = make_groups(chosen, EXPERTS, 1, first=2)
+    assert groups.used * groups.rows == 16
+    np.testing.assert_array_equal(groups.source[:16], np.flatnonzero(chosen[:, 0] == 2))
+
+
 def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
     """The two implementations; each platform compiles one of them."""
     chosen = inputs()[2].reshape(-1, CHOICES)
-    groups = make_groups(chosen, EXPERTS)
+    groups = make_groups(chosen, EXPERTS, EXPERTS)
     assert groups.used < len(groups.owner)  # some blocks are not used
     rows = groups.spread(jax.random.normal(jax.random.key(2), (len(chosen), WIDTH)))
     args = (experts().gate_up.kernel.get_value(), groups.owner, groups.used)

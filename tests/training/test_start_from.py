@@ -60,7 +60,9 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
     with jax.set_mesh(mesh):
         one = configs.validate(made)
         task = open_task(one)
-        measured = measure(one, load_trained(one, task, adapter, mesh), task, mesh)
+        loaded = load_trained(one, task, adapter, mesh)
+        measured = measure(one, loaded, task, mesh)
+    assert loaded.blocks.attention.implementation == "auto"  # long records fit the memory as they did in training
     assert start["step"] == 0
     assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
     counts = {name: value for name, value in last_arrays(workdir).items() if name.endswith("count")}
