@@ -58,4 +58,5 @@ def kernel_of(model: nnx.Module, length: int, *, packed: bool, padded: bool) -> 
     valid, segments = (some if given else None for given in (padded, packed))
     mask = model.attention_mask(length, positions=some, valid=valid, segments=segments)
     layer = model.blocks.attention
-    return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), cap=layer.softcap)
+    limits: dict[str, Any] = {"cap": layer.softcap, "head_dim": layer.head_dim}
+    return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), **limits)

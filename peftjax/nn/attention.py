@@ -127,7 +127,8 @@ class Attention(SlottedLayer):
         Raises:
             UserError: The implementation does not support the batch.
         """
-        name = choose(self.implementation, self.platform, mask, x.dtype, cap=self.softcap)
+        limits: dict[str, Any] = {"cap": self.softcap, "head_dim": self.head_dim}
+        name = choose(self.implementation, self.platform, mask, x.dtype, **limits)
         return mask.dense() if name == "xla" else dataclasses.replace(mask, implementation=name)
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.Array | None) -> jax.Array:

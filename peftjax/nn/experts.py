@@ -44,9 +44,9 @@ class Groups:
         return taken.reshape(len(self.owner), self.rows, -1)
 
     def combine(self, y: jax.Array, weights: jax.Array) -> jax.Array:
-        """Sum the rows [n, rows, D] of each token, multiplied by weights [N, K]: [N, D] in the dtype of y."""
+        """Sum the rows [n, rows, D] of each token, multiplied by weights [N, K]: float32 [N, D]."""
         taken = jnp.take(y.reshape(-1, y.shape[-1]), self.position, axis=0, mode="fill", fill_value=0)  # [N, K, D]
-        return jnp.einsum("nkd,nk->nd", taken, weights, preferred_element_type=jnp.float32).astype(y.dtype)
+        return jnp.einsum("nkd,nk->nd", taken, weights, preferred_element_type=jnp.float32)
 
 
 def make_groups(chosen: jax.Array, experts: int, here: int, first: jax.Array | int = 0) -> Groups:

@@ -19,6 +19,8 @@ LONG = 2048
 # The kernels that "auto" prefers, by platform. Other platforms have none.
 KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "triton"), "cuda": ("cudnn", "triton")}
 
+WIDEST = 128  # the widest heads that cuDNN supports on every GPU
+
 
 def fused(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float | None, cap: float | None
@@ -33,7 +35,9 @@ def fused(
     return blockwise(q, k, v, mask, scale=scale, cap=cap)
 
 
-def choose(wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None) -> str:
+def choose(
+    wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None, head_dim: int
+) -> str:
     """Return which implementation computes a batch: "xla", with an array of scores, or one of `IMPLEMENTATIONS`.
 
     Args:
@@ -43,12 +47,14 @@ def choose(wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *,
         mask: The mask of the batch.
         dtype: Compute dtype.
         cap: Soft cap of the scores.
+        head_dim: Width of one head.
 
     Raises:
         UserError: The implementation does not support the batch.
     """
     if wanted == "auto":
-        kernels = [name for name in KERNELS.get(platform, ()) if not obstacles(name, mask, dtype, cap=cap)]
+        preferred = KERNELS.get(platform, ()) if platform == "tpu" or head_dim <= WIDEST else ()
+        kernels = [name for name in preferred if not obstacles(name, mask, dtype, cap=cap)]
         return (kernels or ["xla" if mask.length < LONG else "blockwise"])[0]
     if found := obstacles(wanted, mask, dtype, cap=cap):
         raise UserError(

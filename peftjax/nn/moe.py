@@ -112,7 +112,7 @@ class Experts(nnx.Module):
         """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return self._local(x, weights, chosen, first=0)
+            return self._local(x, weights, chosen, first=0).astype(x.dtype)
         graph, leaves = variables.flat(self)
         values = {path: leaf.get_value() for path, leaf in leaves.items()}
         held = {path: _held(values[path], leaf.axes) for path, leaf in leaves.items()}
@@ -125,15 +125,16 @@ class Experts(nnx.Module):
             keys = {path: _key_of_shard(values[path], shards) for path in dropout}
             own: Experts = variables.join(graph, values | keys)
             if not split:
-                return own._local(x, weights, chosen, first=0)
+                return own._local(x, weights, chosen, first=0).astype(x.dtype)
             here = self.gate_up.experts // sharding.parts("expert", self.gate_up.experts)
-            return jax.lax.psum(own._local(x, weights, chosen, first=jax.lax.axis_index(split) * here), split)
+            part = own._local(x, weights, chosen, first=jax.lax.axis_index(split) * here)
+            return jax.lax.psum(part, split).astype(x.dtype)
 
         mapped = jax.shard_map(compute, in_specs=(held, tokens, tokens, tokens), out_specs=tokens, check_vma=False)
         return mapped(values, x, weights, chosen)
 
     def _local(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, first: jax.Array | int) -> jax.Array:
-        """The sum over the experts whose kernels are here, the first of which is number `first`."""
+        """The sum over the experts whose kernels are here, the first of which is number `first`, in float32."""
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)

@@ -282,7 +282,9 @@ BERT |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 )
 def test_auto_takes_the_platforms_kernel_where_it_can(platform: str, fields: dict[str, Any], chosen: str) -> None:
     mask = dataclasses.replace(AttentionMask(length=256, positions=jnp.zeros((1, 1))), **fields)
-    assert choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None) == chosen
+    assert choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128) == chosen
+    wide = choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=256)
+    assert wide == {"triton": "xla"}.get(chosen, chosen)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_an_implementation_that_does_not_support_a_batch_is_refused_by_name(
 ) -> None:
     mask = dataclasses.replace(AttentionMask(length=256, positions=jnp.zeros((1, 1))), **fields)
     with pytest.raises(UserError, match=f"attention='{name}' does not support {reason}"):
-        choose(name, "tpu", mask, jnp.dtype("bfloat16"), cap=3.0 if name == "triton" else None)
+        choose(name, "tpu", mask, jnp.dtype("bfloat16"), cap=3.0 if name == "triton" else None, head_dim=64)
 
 
 def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:
