@@ -176,14 +176,12 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     XLA's CPU backend converts bfloat16 to float32 before most operations, and it would move the conversion of a stack of
     kernels out of the loop: a float32 copy of the frozen base. It also assumes that int4 cannot be sliced, and converts a
     stack of NF4 kernels to int8 first: one byte per weight before the loop of a train step, and once for each layer that is
-    written. With these options it converts only the slices, with the same result. The option for int4 is not used with
-    several devices, since collectives then get the size of int4 wrong.
+    written. With these options it converts only the slices, with the same result. They are not used with several devices,
+    since collectives then get the size of int4 wrong.
     """
     devices = mesh.devices.flat
-    if devices[0].platform != "cpu":
-        return {}
-    passes = ["while-loop-invariant-code-motion"] + ["float-normalization-s4"] * (len(devices) == 1)
-    return {"xla_disable_hlo_passes": ",".join(passes)}
+    one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,float-normalization-s4"} if one_cpu else {}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
