@@ -1,5 +1,6 @@
 """Implementations of attention other than `jax.nn.dot_product_attention`."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -171,7 +172,9 @@ def triton(
         scale: Factor on the scores; None: 1 / sqrt(H).
         interpret: Emulate the kernel, on machines without a GPU.
     """
-    from jax.experimental.pallas.ops.gpu import attention
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # jax 0.12 deprecates it in favor of tokamax
+        from jax.experimental.pallas.ops.gpu import attention
 
     segments = None if mask is None else mask.segments
     block = min(_TRITON_BLOCK, q.shape[1])
