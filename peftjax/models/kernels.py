@@ -8,7 +8,6 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.models.decoder import Decoder
 from peftjax.nn.attention import Attention
-from peftjax.nn.fused import choose
 
 
 def use_kernel(model: nnx.Module, kernel: str, platform: str = "cpu") -> None:
@@ -57,6 +56,4 @@ def kernel_of(model: nnx.Module, length: int, *, packed: bool, padded: bool) -> 
     some: Any = np.zeros((1, 1), np.int32)  # a placeholder, in NumPy because the devices may not be attached
     valid, segments = (some if given else None for given in (padded, packed))
     mask = model.attention_mask(length, positions=some, valid=valid, segments=segments)
-    layer = model.blocks.attention
-    limits: dict[str, Any] = {"cap": layer.softcap, "head_dim": layer.head_dim}
-    return choose(layer.implementation, layer.platform, mask, np.dtype(model.config.dtype), **limits)
+    return model.blocks.attention.chosen(mask, np.dtype(model.config.dtype))

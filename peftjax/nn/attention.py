@@ -121,14 +121,17 @@ class Attention(SlottedLayer):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
+    def chosen(self, mask: AttentionMask, dtype: jnp.dtype) -> str:
+        """The implementation for a batch in a compute dtype, as `nn.fused.choose` returns it."""
+        return choose(self.implementation, self.platform, mask, dtype, cap=self.softcap, head_dim=self.head_dim)
+
     def prepared(self, mask: AttentionMask, x: jax.Array) -> AttentionMask | DenseMask:
         """The mask in the form that the implementation for x [B, T, D] takes. All layers of a stack share it.
 
         Raises:
             UserError: The implementation does not support the batch.
         """
-        limits: dict[str, Any] = {"cap": self.softcap, "head_dim": self.head_dim}
-        name = choose(self.implementation, self.platform, mask, x.dtype, **limits)
+        name = self.chosen(mask, x.dtype)
         return mask.dense() if name == "xla" else dataclasses.replace(mask, implementation=name)
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.Array | None) -> jax.Array:
