@@ -14,12 +14,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import peftjax
-from peftjax.decoding import generate
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from peftjax.nn import moe
 from tests.interop import peers
-from tests.interop.test_decoders import COMMON, LENGTH, WINDOW, their_logits, their_model, tokens
+from tests.interop.test_decoders import COMMON, WINDOW, check_like_transformers, their_model, tokens
 from tests.interop.test_llama import our_logits, spell
 
 pytestmark = [
@@ -74,25 +73,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def test_logits_files_and_generation_are_those_of_transformers(
     name: str, directories: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ours, theirs = load_model(directories(name)), their_model(directories(name))
-    expected = their_logits(theirs)
-    assert np.abs(expected).max() > 1  # else a small difference says little
-    assert np.abs(our_logits(ours, tokens()) - expected).max() < 5e-5
-
-    mask = np.arange(LENGTH)[None] < np.array([[LENGTH], [LENGTH - 7]])
-    padded = our_logits(ours, tokens(), mask=jnp.asarray(mask))
-    assert np.abs(padded - their_logits(theirs, mask))[mask].max() < 5e-5
-
-    save_model(ours, tmp_path / "saved")
+    check_like_transformers(directories(name), tmp_path / "saved", 5e-5)
     stored, saved = (load_file(path / "model.safetensors") for path in (directories(name), tmp_path / "saved"))
     assert stored.keys() == saved.keys()  # a tensor for every expert, which transformers 4 can load too
-    np.testing.assert_array_equal(their_logits(their_model(tmp_path / "saved")), expected)
-
-    prompts = [row[:length].tolist() for row, length in zip(tokens(), (9, 4), strict=True)]
-    for prompt, answer in zip(prompts, generate(ours, prompts, max_new_tokens=6), strict=True):
-        with torch.no_grad():  # of the whole text at once, without a cache
-            likeliest = theirs(torch.tensor([prompt + answer])).logits.argmax(-1)[0]
-        assert answer == likeliest[len(prompt) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
