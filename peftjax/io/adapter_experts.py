@@ -37,7 +37,7 @@ def with_all_experts(
             found.setdefault(parsed[1], {})[int(parsed[2]), parsed[3], parsed[4]] = tensor
         else:
             rest[key] = tensor
-    if not found or not isinstance(model, Model) or not model.hf_experts or not isinstance(method, Lora):
+    if not found or not isinstance(model, Model) or not any(model.hf_experts.values()) or not isinstance(method, Lora):
         return method, tensors
     used = {layer for of_layer in found.values() for _, layer, _ in of_layer}
     fused = {whole: parts for whole, parts in model.hf_experts.items() if used & set(parts)}

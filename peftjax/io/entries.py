@@ -70,7 +70,8 @@ def entries(model: Model) -> list[Entry]:
         stacked = variable.axes[0] == "layers"
         layers = range(variable.shape[0] if stacked else 1)
         modules = tuple(in_class[module_path].format(layer) for layer in layers)
-        keys = tuple(f"{in_file[module_path]}.{suffix}".removesuffix(".").format(layer) for layer in layers)
+        name = in_file[module_path] + (suffix if suffix[:1] in ("", "_") else f".{suffix}")
+        keys = tuple(name.format(layer) for layer in layers)
         result.append(Entry(path, modules, keys, tuple(variable.shape), tuple(variable.axes), stacked, order))
     return result
 

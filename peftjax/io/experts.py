@@ -62,7 +62,7 @@ def single_names(model: Model, key: str) -> list[list[str]]:
     """
     container, _, last = key.rpartition(".")
     names = model.hf_experts.get(last)
-    if names is None or not container.endswith(".experts"):
+    if not names or not container.endswith(".experts"):
         return []
     count: int = vars(model.config)["experts"]
     return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(count)]
@@ -79,7 +79,7 @@ def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stor
     Raises:
         UserError: Experts are missing, differ in shape, or are quantized.
     """
-    if not model.hf_experts:
+    if not any(model.hf_experts.values()):
         return stored
     found = {model.hf_stored(name): name for name in stored}
     result = dict(stored)

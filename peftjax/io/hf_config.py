@@ -5,7 +5,7 @@ from typing import Any
 
 from peftjax import models
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.io import bitsandbytes, hf_files, mxfp4
 from peftjax.io.parts import text_tensors
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling
@@ -34,7 +34,7 @@ def read_config(
             raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
     fields = {k: v for k, v in hf_files.read_json(directory / "config.json").items() if k not in MARK}
     # Not a part of the configuration: kernels may be merged or quantized differently before it is written again.
-    quantization = fields.pop("quantization_config", None) or {}
+    quantization = _of_kernels(fields.pop("quantization_config", None))
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if models.family(fields).heads and head["head"] in (None, "none"):
         options |= read_pooling(directory)
@@ -54,9 +54,9 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
         UserError: The weights are quantized in another format than NF4.
     """
     fields = hf_files.read_json(directory / "config.json")
-    quantization: dict[str, Any] = fields.get("quantization_config") or {}
+    quantization = _of_kernels(fields.get("quantization_config"))
     try:
-        tensors = hf_files.read_tensors(directory)
+        tensors = mxfp4.gather(hf_files.read_tensors(directory))
     except UserError:  # the directory has no weights, or not all of them
         return quantization
     if fields.get("model_type") in WHOLES:
@@ -65,3 +65,9 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
         return {}
     nested = any(name.endswith(".nested_absmax") for name in tensors)
     return quantization | bitsandbytes.make_config(nested, (), "float32")
+
+
+def _of_kernels(quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """The quantization_config of config.json; empty for MXFP4, whose kernels are decoded when they are read."""
+    found = quantization or {}
+    return {} if found.get("quant_method") == mxfp4.METHOD else found

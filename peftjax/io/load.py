@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.io import bitsandbytes, hf_files, mxfp4
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
@@ -86,7 +86,7 @@ def load_model(
     directory = resolve(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
-    tensors = hf_files.read_tensors(directory)
+    tensors = mxfp4.gather(hf_files.read_tensors(directory))
     if whole_of(config):
         warn_of_the_rest(tensors, directory)
         tensors = text_tensors(tensors)
@@ -152,7 +152,7 @@ def load_kernels(
         >>> model = peftjax.attach(model, peftjax.Lora(rank=4, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = resolve(path, revision)
-    tensors = hf_files.read_tensors(directory)
+    tensors = mxfp4.gather(hf_files.read_tensors(directory))
     fields = hf_files.read_json(directory / "config.json")
     quantization = fields.get("quantization_config") or {}
     if bitsandbytes.is_packed(tensors, quantization, directory):

@@ -7,7 +7,24 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.models import bert, gemma, gpt2, llama, mixtral, multimodal, phi3, qwen_moe, t5, vit
+from peftjax.models import (
+    bert,
+    gemma,
+    glm4,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    ministral,
+    mixtral,
+    multimodal,
+    olmo,
+    phi3,
+    qwen_moe,
+    smollm3,
+    t5,
+    vit,
+)
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.heads import HeadOptions
@@ -43,6 +60,13 @@ FAMILIES = {
     "phi3": Family(phi3.from_hf),
     "gemma2": Family(gemma.from_hf),
     "gemma3_text": Family(gemma.from_hf),
+    "olmo2": Family(olmo.from_hf),
+    "olmo3": Family(olmo.from_hf),
+    "smollm3": Family(smollm3.from_hf),
+    "granite": Family(granite.from_hf),
+    "ministral3": Family(ministral.from_hf),
+    "glm4": Family(glm4.from_hf),
+    "gpt_oss": Family(gpt_oss.from_hf),
     "t5": Family(t5.from_hf),
     "mt5": Family(t5.from_hf),
     "vit": Family(vit.from_hf, vit.HEADS),

@@ -133,7 +133,7 @@ class Model(nnx.Module):
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
         hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
-            holds all experts.
+            holds all experts. Empty if checkpoints hold that parameter.
     """
 
     config: ModelConfig

@@ -1,13 +1,13 @@
 """What the decoder families share: the path from tokens to logits, the key/value cache and common config.json fields.
 
 A family provides its layers (`make_block`) and overrides the few steps in which it differs: `embedded`,
-`with_positions`, `rotations`, `logits`.
+`with_positions`, `query_factors`, `logits`.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,16 @@ class DecoderConfig(LanguageModelConfig):
 
     Attributes:
         rope: Rotary embedding; None for a family without one.
+        local_rope: Rotary embedding of the layers with a window; None: `rope`.
+        rotated: For each layer, whether queries and keys are rotated; empty: in all layers.
         windows: For each layer, how many positions back a query sees; 0: all.
         init_stddev: Standard deviation of random weights.
         whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
     """
 
     rope: Rope | None
+    local_rope: Rope | None = None
+    rotated: tuple[bool, ...] = ()
     windows: tuple[int, ...]
     init_stddev: float
     whole: str = ""
@@ -60,17 +64,47 @@ class DecoderConfig(LanguageModelConfig):
         )
 
 
+class LayerOptions(NamedTuple):
+    """What differs between layers, as arrays that are scanned with the blocks.
+
+    Attributes:
+        window: int32 [], as in `DecoderConfig.windows`.
+        rotated: bool [], as in `DecoderConfig.rotated`; None: all layers are.
+    """
+
+    window: jax.Array
+    rotated: jax.Array | None
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)): [B, T, D] -> [B, T, D]."""
+    """x + attention(norm(x)), then x + feedforward(norm(x)): [B, T, D] -> [B, T, D].
+
+    Args:
+        make_norm: Builds a norm.
+        attention: The first sublayer.
+        feedforward: The second sublayer.
+        norm_in: Whether the inputs of the sublayers are normalized.
+        norm_out: Whether their outputs are normalized, before they are added.
+        make_residual: Builds the additions.
+    """
 
     def __init__(
         self,
         make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
         feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts,
+        *,
+        norm_in: bool = True,
+        norm_out: bool = False,
+        make_residual: Callable[[], Residual] = Residual,
     ) -> None:
-        self.attention_norm, self.attention, self.attention_residual = make_norm(), attention, Residual()
-        self.feedforward_norm, self.feedforward, self.feedforward_residual = make_norm(), feedforward, Residual()
+        self.norm_in, self.norm_out = norm_in, norm_out
+        self.attention, self.attention_residual = attention, make_residual()
+        self.feedforward, self.feedforward_residual = feedforward, make_residual()
+        if norm_in:
+            self.attention_norm, self.feedforward_norm = make_norm(), make_norm()
+        if norm_out:
+            self.attention_out_norm, self.feedforward_out_norm = make_norm(), make_norm()
 
     def __call__(
         self,
@@ -79,25 +113,23 @@ class Block(nnx.Module):
         mask: AttentionMask | jax.Array | None,
         cache: LayerCache | None,
         offset: jax.Array | int,
+        query_factors: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         new_cache = cache
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal new_cache
-            y, new_cache = self.attention(self.attention_norm(x), rope, mask, cache, offset)
-            return self.after_attention(y)
+            x = self.attention_norm(x) if self.norm_in else x
+            y, new_cache = self.attention(x, rope, mask, cache, offset, query_factors)
+            return self.attention_out_norm(y) if self.norm_out else y
+
+        def transform(x: jax.Array) -> jax.Array:
+            y = self.feedforward(self.feedforward_norm(x) if self.norm_in else x)
+            return self.feedforward_out_norm(y) if self.norm_out else y
 
         x = self.attention_residual(x, attend)
-        x = self.feedforward_residual(x, lambda x: self.after_feedforward(self.feedforward(self.feedforward_norm(x))))
+        x = self.feedforward_residual(x, transform)
         return sharding.constrain(x, "batch", "length", None), new_cache
-
-    def after_attention(self, y: jax.Array) -> jax.Array:
-        """Map the attention output [B, T, D] to what is added to the residual stream."""
-        return y
-
-    def after_feedforward(self, y: jax.Array) -> jax.Array:
-        """Map the feed-forward output [B, T, D] to what is added to the residual stream."""
-        return y
 
 
 class Decoder(LanguageModel):
@@ -152,16 +184,34 @@ class Decoder(LanguageModel):
         del positions
         return x
 
-    def rotations(self, positions: jax.Array) -> Callable[[jax.Array], RopeTables | None]:
-        """Return a function from a layer's window to its rotary tables for positions [B or 1, T]."""
-        tables = None if self.config.rope is None else self.config.rope.tables(positions)
-        return lambda window: tables
+    def query_factors(self, positions: jax.Array) -> jax.Array | None:
+        """Return the factors on the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
+        del positions
+        return None
 
     # --- The same for all families ---
 
     def make_norm(self) -> RMSNorm | LayerNorm:
         """Build a norm of the residual stream."""
         return self.norm_type(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
+
+    def rotations(self, positions: jax.Array) -> Callable[[LayerOptions], RopeTables | None]:
+        """Return a function from a layer's options to its rotary tables for positions [B or 1, T]."""
+        config = self.config
+        if config.rope is None:
+            return lambda layer: None
+        tables = config.rope.tables(positions)
+        local = None if config.local_rope is None else config.local_rope.tables(positions)
+
+        def of_layer(layer: LayerOptions) -> RopeTables:
+            cos, sin = tables
+            if local is not None:
+                cos, sin = (jnp.where(layer.window == 0, *both) for both in zip(tables, local, strict=True))
+            if layer.rotated is not None:
+                cos, sin = jnp.where(layer.rotated, cos, 1.0), jnp.where(layer.rotated, sin, 0.0)
+            return cos, sin
+
+        return of_layer
 
     @property
     def hf_modules(self) -> Mapping[str, str]:
@@ -251,7 +301,7 @@ class Decoder(LanguageModel):
         """`hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        rotations = self.rotations(positions)
+        rotations, query_factors = self.rotations(positions), self.query_factors(positions)
         valid = None
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
@@ -259,13 +309,18 @@ class Decoder(LanguageModel):
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
         def layer(
-            block: Block, x: jax.Array, inputs: tuple[LayerCache | None, jax.Array]
+            block: Block, x: jax.Array, inputs: tuple[LayerCache | None, LayerOptions]
         ) -> tuple[jax.Array, LayerCache | None]:
-            layer_cache, window = inputs
-            return block(x, rotations(window), allowed.of_layer(window), layer_cache, offset)
+            layer_cache, options = inputs
+            mask = allowed.of_layer(options.window)
+            return block(x, rotations(options), mask, layer_cache, offset, query_factors)
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
-        per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
+        options = LayerOptions(
+            jnp.asarray(self.config.windows, jnp.int32),
+            jnp.asarray(self.config.rotated) if self.config.rotated else None,
+        )
+        per_layer = (None if cache is None else (cache.key, cache.value), options)
         x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
         if cache is not None and valid is not None:
             cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
@@ -369,6 +424,33 @@ def rope_fields(fields: Fields) -> dict[str, Any]:
 def read_rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
     """Read the rotary embedding of a model in which all layers share one."""
     return rope_from_hf(rope_fields(fields), head_dim=head_dim, max_positions=max_positions)
+
+
+def read_ropes(
+    fields: Fields, head_dim: int, max_positions: int, *, theta: float, local_theta: float
+) -> tuple[Rope, Rope]:
+    """Read the rotary embeddings of the layers without and with a window: rope_parameters by type of layer, or rope_scaling.
+
+    Args:
+        fields: The fields of config.json.
+        head_dim: Width of a head.
+        max_positions: max_position_embeddings.
+        theta: rope_theta of the layers without a window, if their rope_parameters have none.
+        local_theta: The same for those with a window.
+    """
+    by_type = dict(fields.maybe("rope_parameters") or {})
+    whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})
+    local = dict(by_type.pop("sliding_attention", None) or {})
+    if by_type:
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type {fields.kind!r} it holds "
+            "full_attention and sliding_attention, each with its own parameters"
+        )
+    sizes = {"head_dim": head_dim, "max_positions": max_positions}
+    return (
+        rope_from_hf({"rope_theta": theta} | whole, **sizes),
+        rope_from_hf({"rope_theta": local_theta} | local, **sizes),
+    )
 
 
 def read_heads(fields: Fields) -> tuple[int, int]:

@@ -5,22 +5,19 @@ capped, and layers with a window have their own rotary embedding.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_ropes, read_shared, windows_by_type
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
-from peftjax.nn.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from peftjax.nn.rope import Rope, RopeTables
-from peftjax.nn.rope import from_hf as rope_from_hf
+from peftjax.nn.norm import ZeroCenteredRMSNorm
+from peftjax.nn.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,6 @@ class GemmaConfig(DecoderConfig):
     """Adds what distinguishes the Gemmas.
 
     Attributes:
-        local_rope: Rotary embedding of the layers with a window; None: `rope`.
         qk_norm: Whether queries and keys are normalized.
         use_bias: Whether the attention layers have biases.
         query_scale: Scores q k^T are divided by its square root.
@@ -36,7 +32,6 @@ class GemmaConfig(DecoderConfig):
         logits_cap: Soft cap of the logits; None: no cap.
     """
 
-    local_rope: Rope | None
     qk_norm: bool
     use_bias: bool
     query_scale: float
@@ -47,31 +42,15 @@ class GemmaConfig(DecoderConfig):
         return Gemma(self, rngs)
 
 
-class GemmaBlock(Block):
-    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))): [B, T, D] -> [B, T, D]."""
-
-    def __init__(
-        self, make_norm: Callable[[], RMSNorm | LayerNorm], attention: Attention, feedforward: GatedFeedForward
-    ) -> None:
-        super().__init__(make_norm, attention, feedforward)
-        self.attention_out_norm, self.feedforward_out_norm = make_norm(), make_norm()
-
-    def after_attention(self, y: jax.Array) -> jax.Array:
-        return self.attention_out_norm(y)
-
-    def after_feedforward(self, y: jax.Array) -> jax.Array:
-        return self.feedforward_out_norm(y)
-
-
 class Gemma(Decoder):
     """RMSNorm around the sublayers, rotary grouped-query attention with windows, GeGLU."""
 
     config: GemmaConfig
     norm_type: ClassVar = ZeroCenteredRMSNorm
 
-    def make_block(self, rngs: nnx.Rngs) -> GemmaBlock:
+    def make_block(self, rngs: nnx.Rngs) -> Block:
         config, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        return GemmaBlock(
+        return Block(
             self.make_norm,
             attention=Attention(
                 config.embed,
@@ -97,21 +76,13 @@ class Gemma(Decoder):
                 dtype=dtype,
                 rngs=rngs,
             ),
+            norm_out=True,
         )
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
         """Scale the embedded tokens by sqrt(D), rounded to their dtype first: in bfloat16 sqrt(3072) is 55.5."""
         x = super().embedded(tokens)
         return x * jnp.asarray(self.config.embed**0.5, x.dtype)
-
-    def rotations(self, positions: jax.Array) -> Callable[[jax.Array], RopeTables | None]:
-        full = super().rotations(positions)
-        if self.config.local_rope is None:
-            return full
-        tables = self.config.local_rope.tables(positions)
-        return lambda window: jax.tree.map(
-            lambda full, local: jnp.where(window == 0, full, local), full(window), tables
-        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         logits, cap = super().logits(hidden), self.config.logits_cap
@@ -162,11 +133,13 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
     fields.implied("hidden_act", activation)  # an old name
+    local_rope: Rope | None = None
     if kind == "gemma2":
-        rope, local_rope = read_rope(fields, head_dim, max_positions), None
+        rope = read_rope(fields, head_dim, max_positions)
         attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
     else:
-        rope, local_rope = _ropes(fields, head_dim, max_positions)
+        theta, local_theta = fields.take("rope_theta", 1_000_000.0), fields.take("rope_local_base_freq", 10_000.0)
+        rope, local_rope = read_ropes(fields, head_dim, max_positions, theta=theta, local_theta=local_theta)
         fields.only("attn_logit_softcapping", None)  # a field of Gemma 3 that transformers does not use
         attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
     result = GemmaConfig(
@@ -202,19 +175,3 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     if types is None:
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     return windows_by_type(types, layers, window)
-
-
-def _ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
-    """Read the rotary embeddings of layers without and with a window: rope_parameters by type, or three older fields."""
-    by_type = dict(fields.maybe("rope_parameters") or {})
-    whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})
-    local = dict(by_type.pop("sliding_attention", None) or {})
-    if by_type:
-        raise UserError(
-            f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type 'gemma3_text' it holds "
-            "full_attention and sliding_attention, each with its own parameters"
-        )
-    whole.setdefault("rope_theta", fields.take("rope_theta", 1_000_000.0))
-    local.setdefault("rope_theta", fields.take("rope_local_base_freq", 10_000.0))
-    sizes = {"head_dim": head_dim, "max_positions": max_positions}
-    return rope_from_hf(whole, **sizes), rope_from_hf(local, **sizes)

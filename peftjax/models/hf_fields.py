@@ -93,6 +93,52 @@ OWN: dict[str, frozenset[str]] = {
         rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window_pattern text_config
         tie_word_embeddings use_bidirectional_attention use_cache vision_config vocab_size
     """),
+    "olmo2": _names("""
+        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings num_attention_heads
+        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
+        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    """),
+    "olmo3": _names("""
+        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings num_attention_heads
+        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
+        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    """),
+    "smollm3": _names("""
+        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings mlp_bias no_rope_layer_interval
+        no_rope_layers num_attention_heads num_key_value_heads original_max_position_embeddings
+        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
+        tie_word_embeddings use_cache use_sliding_window vocab_size
+    """),
+    "granite": _names("""
+        attention_bias attention_dropout attention_multiplier bos_token_id embedding_multiplier
+        eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size logits_scaling
+        max_position_embeddings mlp_bias num_attention_heads num_key_value_heads
+        original_max_position_embeddings pad_token_id partial_rotary_factor residual_multiplier
+        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    """),
+    "ministral3": _names("""
+        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
+        intermediate_size max_position_embeddings num_attention_heads num_key_value_heads
+        original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
+        rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    """),
+    "glm4": _names("""
+        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings num_attention_heads
+        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
+        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    """),
+    "gpt_oss": _names("""
+        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
+        initializer_range intermediate_size max_position_embeddings num_attention_heads num_experts
+        num_experts_per_tok num_key_value_heads num_local_experts original_max_position_embeddings
+        output_router_logits pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
+        rope_scaling rope_theta router_aux_loss_coef swiglu_alpha swiglu_limit tie_word_embeddings
+        use_cache vocab_size
+    """),
     "bert": _names("""
         add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
         embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range

@@ -5,7 +5,7 @@ Qwen3 (arXiv:2505.09388).
 """
 
 import dataclasses
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +17,7 @@ from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
 from peftjax.nn.moe import MixtureOfExperts
+from peftjax.nn.norm import RMSNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,24 +37,27 @@ class Llama(Decoder):
     """RMSNorm, rotary grouped-query attention, SwiGLU."""
 
     config: LlamaConfig
+    norm_type: ClassVar[type[RMSNorm]] = RMSNorm
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
-        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        return Block(
-            self.make_norm,
-            attention=Attention(
-                config.embed,
-                config.heads,
-                config.kv_heads,
-                config.head_dim,
-                qkv_bias=config.qkv_bias,
-                out_bias=config.out_bias,
-                qk_norm_eps=config.norm_eps if config.qk_norm else None,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            feedforward=self.make_feedforward(rngs),
+        return Block(self.make_norm, self.make_attention(rngs), self.make_feedforward(rngs))
+
+    def make_attention(self, rngs: nnx.Rngs, **options: Any) -> Attention:
+        """Build the attention layer of one block, with further options of `Attention`."""
+        config = self.config
+        return Attention(
+            config.embed,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            norm=self.norm_type,
+            stddev=config.init_stddev,
+            dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+            **options,
         )
 
     def make_feedforward(self, rngs: nnx.Rngs) -> GatedFeedForward | MixtureOfExperts:

@@ -39,7 +39,8 @@ class MoeLlama(Llama):
 
     config: MoeConfig
 
-    def make_feedforward(self, rngs: nnx.Rngs) -> MixtureOfExperts:
+    def make_feedforward(self, rngs: nnx.Rngs, **options: Any) -> MixtureOfExperts:
+        """Build the feed-forward layer of one block, with further options of `MixtureOfExperts`."""
         config = self.config
         return MixtureOfExperts(
             config.experts,
@@ -52,6 +53,7 @@ class MoeLlama(Llama):
             stddev=config.init_stddev,
             dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
+            **options,
         )
 
 

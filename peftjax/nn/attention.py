@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from peftjax.nn.attention_mask import AttentionMask, DenseMask
 from peftjax.nn.cache import LayerCache
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.fused import choose, fused
-from peftjax.nn.layer import SlottedLayer
+from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.recompute import recomputed
@@ -29,6 +29,7 @@ class Attention(SlottedLayer):
     The slot wraps the core (q, k, v, mask) -> [B, T, N, H], where prefix tuning sits.
 
     Attributes:
+        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
         implementation: The implementation of causal attention without a cache: "xla", "auto", or one of
             `nn.fused.IMPLEMENTATIONS`. Set by `models.kernels.use_kernel`.
         platform: The platform for which "auto" chooses.
@@ -41,15 +42,20 @@ class Attention(SlottedLayer):
         qkv_bias: Whether the query, key and value layers have biases.
         out_bias: Whether the output layer has a bias.
         qk_norm_eps: Epsilon of the norms of queries and keys; None: no norms.
+        qk_norm_whole: Whether these norms are over all heads together, instead of over each.
         dropout: Dropout rate of the attention probabilities.
         norm: Class of the norms of queries and keys.
         scale: Factor on the scores; default: 1 / sqrt(H).
         softcap: Scores s become c tanh(s / c) for a soft cap c.
+        sinks: Whether the layer has attention sinks.
+        interleaved: Whether the rotary embedding rotates neighboring elements, as in `nn.rope.rotate`.
         stddev: Standard deviation of random kernels.
         dtype: Dtype of the parameters.
         rngs: Source of random weights.
     """
 
+    hf_leaves: ClassVar[HfLeaves] = {"sinks": ("sinks", None)}
+    sinks: nnx.Param | None = None
     implementation: str = "xla"
     platform: str = "cpu"
 
@@ -63,10 +69,13 @@ class Attention(SlottedLayer):
         qkv_bias: bool,
         out_bias: bool,
         qk_norm_eps: float | None,
+        qk_norm_whole: bool = False,
         dropout: float = 0.0,
         norm: type[RMSNorm] = RMSNorm,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
+        interleaved: bool = False,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -77,11 +86,17 @@ class Attention(SlottedLayer):
         self.key = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
         self.value = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
         self.out = Linear(heads * head_dim, features, axes=("heads", "embed"), use_bias=out_bias, **common)
-        self.qk_norm = qk_norm_eps is not None
+        self.qk_norm, self.qk_norm_whole = qk_norm_eps is not None, qk_norm_whole
         if qk_norm_eps is not None:
-            self.query_norm = norm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
-            self.key_norm = norm(head_dim, eps=qk_norm_eps, axis="head_dim", dtype=dtype)
-        self.scale, self.softcap, self.dropout = scale, softcap, Dropout(dropout)
+            q_norm, k_norm = (heads, "heads"), (kv_heads, "kv_heads")
+            if not qk_norm_whole:
+                q_norm = k_norm = (1, "head_dim")
+            self.query_norm, self.key_norm = (
+                norm(normed * head_dim, eps=qk_norm_eps, axis=axis, dtype=dtype) for normed, axis in (q_norm, k_norm)
+            )
+        self.scale, self.softcap, self.dropout, self.interleaved = scale, softcap, Dropout(dropout), interleaved
+        if sinks:
+            self.sinks = nnx.Param(jnp.zeros((heads,), dtype), axes=("heads",))
         self.adapters = Slot()
 
     def __call__(
@@ -91,6 +106,7 @@ class Attention(SlottedLayer):
         mask: AttentionMask | jax.Array | None,
         cache: LayerCache | None = None,
         offset: jax.Array | int = 0,
+        query_factors: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] -> ([B, T, D], the cache extended by T keys).
 
@@ -100,10 +116,13 @@ class Attention(SlottedLayer):
             mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: This layer's keys and values.
             offset: Number of keys in the cache.
+            query_factors: Factors on the queries, [B or 1, T]; None: 1.
         """
         q, k, v = self.project(x)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, *rope, self.interleaved), rotate(k, *rope, self.interleaved)
+        if query_factors is not None:
+            q = q * query_factors[:, :, None, None].astype(q.dtype)
         if cache is not None:
             start = (0, offset, 0, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
@@ -114,16 +133,25 @@ class Attention(SlottedLayer):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], before rotation."""
-        q = self._heads(self.query(x), self.heads)
-        k = self._heads(self.key(x), self.kv_heads)
-        v = self._heads(self.value(x), self.kv_heads)
-        if self.qk_norm:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm and self.qk_norm_whole:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self._heads(q, self.heads), self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+        if self.qk_norm and not self.qk_norm_whole:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
     def chosen(self, mask: AttentionMask, dtype: jnp.dtype) -> str:
         """The implementation for a batch in a compute dtype, as `nn.fused.choose` returns it."""
-        return choose(self.implementation, self.platform, mask, dtype, cap=self.softcap, head_dim=self.head_dim)
+        return choose(
+            self.implementation,
+            self.platform,
+            mask,
+            dtype,
+            cap=self.softcap,
+            head_dim=self.head_dim,
+            sinks=self.sinks is not None,
+        )
 
     def prepared(self, mask: AttentionMask, x: jax.Array) -> AttentionMask | DenseMask:
         """The mask in the form that the implementation for x [B, T, D] takes. All layers of a stack share it.
@@ -136,12 +164,13 @@ class Attention(SlottedLayer):
 
     def core(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | jax.Array | None) -> jax.Array:
         """The base computation: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; mask None: causal."""
+        sinks = None if self.sinks is None else self.sinks.get_value()
         if isinstance(mask, AttentionMask):
-            return fused(q, k, v, mask, scale=self.scale, cap=self.softcap)
-        if self.softcap is None and self.dropout.idle:
+            return fused(q, k, v, mask, scale=self.scale, cap=self.softcap, sinks=sinks)
+        if self.softcap is None and self.dropout.idle and sinks is None:
             form = partial(jax.nn.dot_product_attention, scale=self.scale, is_causal=mask is None)
         else:
-            form = partial(attend, scale=self.scale, cap=self.softcap, dropout=self.dropout)
+            form = partial(attend, scale=self.scale, cap=self.softcap, dropout=self.dropout, sinks=sinks)
         return recomputed(lambda q, k, v, mask: form(q, k, v, mask=mask))(q, k, v, mask)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
@@ -169,7 +198,7 @@ class FusedAttention(Attention):
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.scale, self.softcap, self.dropout = scale, None, Dropout(0.0)
+        self.scale, self.softcap, self.dropout, self.interleaved = scale, None, Dropout(0.0), False
         common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.qkv = linear(features, (heads + 2 * kv_heads) * head_dim, axes=("embed", "heads"), **common)
         self.out = linear(heads * head_dim, features, axes=("heads", "embed"), **common)

@@ -218,11 +218,12 @@ def attend(
     scale: float | None,
     cap: float | None,
     dropout: Dropout,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """dropout(softmax(cap tanh(scale q k^T / cap))) v, with scores and softmax in float32.
 
-    For what `jax.nn.dot_product_attention` does not have: dropout, and the soft cap of Gemma 2 (arXiv:2408.00118,
-    section 2).
+    For what `jax.nn.dot_product_attention` does not have: dropout, the soft cap of Gemma 2 (arXiv:2408.00118, section 2),
+    and the sinks of gpt-oss (Xiao et al. 2023, arXiv:2309.17453, section 3.3).
 
     Args:
         q: [B, T, N, H].
@@ -232,6 +233,7 @@ def attend(
         scale: Factor on the scores; None: 1 / sqrt(H).
         cap: Soft cap of the scores; None: no cap.
         dropout: Applied to the attention probabilities.
+        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
 
     Returns:
         [B, T, N, H].
@@ -245,5 +247,9 @@ def attend(
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    if sinks is not None:
+        of_heads = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+        scores = jnp.concatenate([jnp.broadcast_to(of_heads, (*scores.shape[:-1], 1)), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = dropout(weights if sinks is None else weights[..., 1:]).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, head_dim)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.nn.attention_mask import AttentionMask
@@ -56,6 +57,7 @@ def blockwise(
     *,
     scale: float | None,
     cap: float | None,
+    sinks: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """softmax(cap tanh(scale q k^T / cap)) v in blocks, with scores and sums in float32.
@@ -69,6 +71,7 @@ def blockwise(
         mask: Which keys each query attends to; its offset is 0.
         scale: Factor on the scores; None: 1 / sqrt(H).
         cap: Soft cap of the scores; None: no cap.
+        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
         block: The largest number of queries or keys in a block.
 
     Returns:
@@ -87,22 +90,25 @@ def blockwise(
         )
         if array is not None
     }
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _attention(plan, q, k, v, arrays | {"offset": jnp.zeros((), jnp.int32)})
+        return _attention(plan, q, k, v, sinks, arrays | {"offset": jnp.zeros((), jnp.int32)})
     queries, keys = sharding.attention_partitions(q, k)
+    of_sinks = None if sinks is None else PartitionSpec(queries[2])
     specs = {
         name: sharding.partition(("batch", "length" if name in _BY_QUERY else None)[: array.ndim], array.shape, mesh)  # type: ignore[arg-type]
         for name, array in arrays.items()
     }
     names = queries[1] or ()
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, arrays: _Arrays) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, arrays: _Arrays) -> jax.Array:
         first = jax.lax.axis_index(names) * q.shape[1] if parts > 1 else jnp.zeros((), jnp.int32)
-        return _attention(plan, q, k, v, {**arrays, "offset": first})
+        return _attention(plan, q, k, v, sinks, {**arrays, "offset": first})
 
-    split = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, specs), out_specs=queries, check_vma=False)
-    return split(q, k, v, arrays)
+    in_specs = (queries, keys, keys, of_sinks, specs)
+    split = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return split(q, k, v, sinks, arrays)
 
 
 _BY_QUERY = ("query_segments", "positions")  # sharded as the queries are
@@ -134,11 +140,15 @@ def _block_size(length: int, block: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Arrays) -> jax.Array:
-    return _forward(plan, q, k, v, mask)[0]
+def _attention(
+    plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, mask: _Arrays
+) -> jax.Array:
+    return _forward(plan, q, k, v, sinks, mask)[0]
 
 
-def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Arrays) -> tuple[jax.Array, tuple]:
+def _forward(
+    plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, mask: _Arrays
+) -> tuple[jax.Array, tuple]:
     """The output, and what the backward pass needs: the arguments, the output and its logsumexp, [B, K, G, T]."""
     queries, keys, values, masks = (
         _query_blocks(plan, q, k),
@@ -147,9 +157,10 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
         _blocks(plan, mask),
     )
     row = (*queries.shape[1:-1],)  # B, K, G, t
+    lowest = jnp.full(row, _LOWEST, jnp.float32)
     empty = (
-        jnp.full(row, _LOWEST, jnp.float32),
-        jnp.zeros(row, jnp.float32),
+        lowest if sinks is None else jnp.broadcast_to(_of_heads(sinks, row), row),
+        jnp.zeros(row, jnp.float32) if sinks is None else jnp.ones(row, jnp.float32),
         jnp.zeros(queries.shape[1:], jnp.float32),
     )
 
@@ -174,11 +185,11 @@ def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, mask: _Array
     logs = jnp.zeros((len(queries), *row), jnp.float32)
     (_, out, logs), _ = jax.lax.scan(step, (empty, jnp.zeros_like(queries), logs), _pairs(plan, q))
     out = _joined(out, q)
-    return out, (q, k, v, mask, out, logs)
+    return out, (q, k, v, sinks, mask, out, logs)
 
 
 def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
-    q, k, v, mask, out, logs = saved
+    q, k, v, sinks, mask, out, logs = saved
     queries, keys, values, masks = (
         _query_blocks(plan, q, k),
         _key_blocks(plan, k),
@@ -205,10 +216,20 @@ def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
 
     zeros = tuple(jnp.zeros(blocks.shape, jnp.float32) for blocks in (queries, keys, values))
     (d_queries, d_keys, d_values), _ = jax.lax.scan(step, zeros, _pairs(plan, q))
-    return _joined(d_queries, q), _joined(d_keys[:, :, :, None], k), _joined(d_values[:, :, :, None], v), None
+    d_sinks = None
+    if sinks is not None:
+        of_block = -jnp.exp(_of_heads(sinks, logs.shape[1:])[None] - logs) * along  # the sink's value is zero
+        d_sinks = jnp.sum(of_block, axis=(0, 1, 4)).reshape(sinks.shape)
+    d_keys, d_values = d_keys[:, :, :, None], d_values[:, :, :, None]
+    return _joined(d_queries, q), _joined(d_keys, k), _joined(d_values, v), d_sinks, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _of_heads(sinks: jax.Array, row: tuple[int, ...]) -> jax.Array:
+    """[N] -> [1, K, G, 1], for rows [B, K, G, t]."""
+    return sinks.reshape(1, *row[1:3], 1)
 
 
 def _pairs(plan: _Plan, q: jax.Array) -> _Pairs:

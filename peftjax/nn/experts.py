@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +121,22 @@ class ExpertLinear(SlottedLayer):
     def dense(self, x: jax.Array, groups: Groups, kernel: jax.Array | None = None) -> jax.Array:
         """The base computation; `kernel` replaces the layer's own."""
         return grouped_matmul(x, self.kernel.get_value() if kernel is None else kernel, groups.owner, groups.used)
+
+
+class BiasedExpertLinear(ExpertLinear):
+    """x W_e + b_e in the rows of each expert e. Checkpoints store the kernels as [E, in, out].
+
+    Attributes:
+        bias: [E, out].
+    """
+
+    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", None), "bias": ("_bias", None)}
+
+    def __init__(self, experts: int, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(experts, in_features, out_features, **options)
+        self.bias = nnx.Param(jnp.zeros((experts, out_features), options["dtype"]), axes=("expert", self.axes[1]))
+
+    def dense(self, x: jax.Array, groups: Groups, kernel: jax.Array | None = None) -> jax.Array:
+        y = super().dense(x, groups, kernel)
+        bias = self.bias.get_value()[groups.owner]  # [n, out]
+        return y + jnp.broadcast_to(bias[:, None].astype(y.dtype), y.shape)

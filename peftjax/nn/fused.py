@@ -23,20 +23,34 @@ WIDEST = 128  # the widest heads that cuDNN supports on every GPU
 
 
 def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float | None, cap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask,
+    *,
+    scale: float | None,
+    cap: float | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention by the mask's implementation: q [B, T, N, H], k and v [B, P + T, K, H] -> [B, T, N, H]."""
+    """Attention by the mask's implementation: q [B, T, N, H], k and v [B, P + T, K, H], sinks [N] -> [B, T, N, H]."""
     if mask.implementation == "splash":
         return splash(q, k, v, mask, scale=scale, cap=cap)
     if mask.implementation == "cudnn":
         return cudnn(q, k, v, mask, scale=scale)
     if mask.implementation == "triton":
         return triton(q, k, v, mask, scale=scale)
-    return blockwise(q, k, v, mask, scale=scale, cap=cap)
+    return blockwise(q, k, v, mask, scale=scale, cap=cap, sinks=sinks)
 
 
 def choose(
-    wanted: str, platform: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None, head_dim: int
+    wanted: str,
+    platform: str,
+    mask: AttentionMask,
+    dtype: jnp.dtype,
+    *,
+    cap: float | None,
+    head_dim: int,
+    sinks: bool = False,
 ) -> str:
     """Return which implementation computes a batch: "xla", with an array of scores, or one of `IMPLEMENTATIONS`.
 
@@ -48,22 +62,23 @@ def choose(
         dtype: Compute dtype.
         cap: Soft cap of the scores.
         head_dim: Width of one head.
+        sinks: Whether the layer has attention sinks.
 
     Raises:
         UserError: The implementation does not support the batch.
     """
     if wanted == "auto":
         preferred = KERNELS.get(platform, ()) if platform == "tpu" or head_dim <= WIDEST else ()
-        kernels = [name for name in preferred if not obstacles(name, mask, dtype, cap=cap)]
+        kernels = [name for name in preferred if not obstacles(name, mask, dtype, cap=cap, sinks=sinks)]
         return (kernels or ["xla" if mask.length < LONG else "blockwise"])[0]
-    if found := obstacles(wanted, mask, dtype, cap=cap):
+    if found := obstacles(wanted, mask, dtype, cap=cap, sinks=sinks):
         raise UserError(
             f"attention={wanted!r} does not support {' and '.join(found)}; choose 'xla', 'blockwise' or 'auto'"
         )
     return wanted
 
 
-def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None) -> list[str]:
+def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | None, sinks: bool = False) -> list[str]:
     """Return what an implementation does not support in a batch, as noun phrases; empty if it supports everything."""
     if name in ("xla", "blockwise"):
         return []
@@ -96,6 +111,7 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
                 f"{mask.length} positions, which are not a multiple of {SPLASH_BLOCK}": mask.length % SPLASH_BLOCK,
                 "a sharded length": parts > 1,
             }
+    found["attention sinks"] = sinks
     return [reason for reason, holds in found.items() if holds]
 
 

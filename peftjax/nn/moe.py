@@ -5,7 +5,7 @@ load-balancing loss. No token is dropped.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.nn.experts import ExpertLinear, make_groups
+from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, make_groups
 from peftjax.nn.feedforward import GatedFeedForward, gated
 from peftjax.nn.linear import Linear
+from peftjax.nn.recompute import recomputed
 from peftjax.quant.base import Quantized
 
 
@@ -82,9 +83,12 @@ class Experts(nnx.Module):
     """(act(g) * u) W_down with [g; u] = x W_gate_up in each of E experts, of width F.
 
     Attributes:
+        linear: Class of the layers.
         gate_up: Kernel [E, D, 2F].
         down: Kernel [E, F, D].
     """
+
+    linear: ClassVar[type[ExpertLinear]] = ExpertLinear
 
     def __init__(
         self,
@@ -98,12 +102,9 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activation = activation
-        self.gate_up = ExpertLinear(
-            experts, features, 2 * hidden, axes=("embed", "mlp"), stddev=stddev, dtype=dtype, rngs=rngs
-        )
-        self.down = ExpertLinear(
-            experts, hidden, features, axes=("mlp", "embed"), stddev=stddev, dtype=dtype, rngs=rngs
-        )
+        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.gate_up = self.linear(experts, features, 2 * hidden, axes=("embed", "mlp"), **common)
+        self.down = self.linear(experts, hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """Sum the outputs of each token's experts, weighted: [B, T, D], [B, T, K], int [B, T, K] -> [B, T, D].
@@ -138,9 +139,42 @@ class Experts(nnx.Module):
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
-        gate, up = jnp.split(self.gate_up(groups.spread(flat(x)), groups), 2, axis=-1)
-        y = self.down(gated(self.activation, gate, up), groups)
+        y = self.down(self.hidden(self.gate_up(groups.spread(flat(x)), groups)), groups)
         return groups.combine(y, flat(weights)).reshape(x.shape)
+
+    def hidden(self, gate_up: jax.Array) -> jax.Array:
+        """[..., 2F] -> [..., F]."""
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return gated(self.activation, gate, up)
+
+
+class ClampedExperts(Experts):
+    """((u + 1) g sigmoid(alpha g)) W_down + b_down, with g <= limit and |u| <= limit: the experts of gpt-oss.
+
+    The columns of g and u alternate: [g_0, u_0, g_1, ...] = x W_gate_up + b_gate_up.
+
+    Args:
+        alpha: Factor in the sigmoid.
+        limit: Bound of g and u.
+        **options: The arguments of `Experts`.
+    """
+
+    linear: ClassVar = BiasedExpertLinear
+
+    def __init__(self, *sizes: int, alpha: float, limit: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.alpha, self.limit = alpha, limit
+
+    def hidden(self, gate_up: jax.Array) -> jax.Array:
+        return clamped_swiglu(gate_up, self.alpha, self.limit)
+
+
+@recomputed
+def clamped_swiglu(gate_up: jax.Array, alpha: float, limit: float) -> jax.Array:
+    """(u + 1) g sigmoid(alpha g) of alternating columns g and u, clamped, in float32: [..., 2F] -> [..., F]."""
+    wide = gate_up.astype(jnp.float32)
+    gate, up = jnp.minimum(wide[..., ::2], limit), jnp.clip(wide[..., 1::2], -limit, limit)
+    return ((up + 1) * gate * jax.nn.sigmoid(alpha * gate)).astype(gate_up.dtype)
 
 
 def _held(value: jax.Array | Quantized, axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -176,6 +210,8 @@ class MixtureOfExperts(nnx.Module):
         features: Width of input and output, D.
         hidden: Hidden width of an expert, F.
         shared: Hidden width of the shared expert; 0: there is none.
+        router_bias: Whether the router has a bias.
+        make_experts: Builds the experts.
         activation: One of `ACTIVATIONS`.
         stddev: Standard deviation of random kernels.
         dtype: Dtype of the parameters.
@@ -191,6 +227,8 @@ class MixtureOfExperts(nnx.Module):
         hidden: int,
         *,
         shared: int = 0,
+        router_bias: bool = False,
+        make_experts: Callable[..., Experts] = Experts,
         activation: Callable[[jax.Array], jax.Array],
         stddev: float,
         dtype: jnp.dtype,
@@ -198,8 +236,8 @@ class MixtureOfExperts(nnx.Module):
     ) -> None:
         self.choices, self.normalized = choices, normalized
         common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.router = Router(features, experts, axes=("embed", "expert"), **common)
-        self.experts = Experts(experts, features, hidden, activation=activation, **common)
+        self.router = Router(features, experts, axes=("embed", "expert"), use_bias=router_bias, **common)
+        self.experts = make_experts(experts, features, hidden, activation=activation, **common)
         self.shared: Any = nnx.data(None)
         self.shared_gate: Any = nnx.data(None)
         if shared:

@@ -36,6 +36,14 @@ class RMSNorm(SlottedLayer):
         return rms_norm(x, scale, self.eps)
 
 
+class Float32RMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * scale, all in float32, as in OLMo 2 and gpt-oss."""
+
+    def normalize(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        scale = self.scale.get_value() if scale is None else scale
+        return float32_rms_norm(x, scale, self.eps)
+
+
 class ZeroCenteredRMSNorm(RMSNorm):
     """x / sqrt(mean(x^2) + eps) * (1 + scale), all in float32: Gemma's RMSNorm, whose scale is initialized to 0."""
 
@@ -78,6 +86,12 @@ class LayerNorm(SlottedLayer):
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, * scale."""
     return _normed(x, eps).astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+@recomputed
+def float32_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale in float32; the result in the dtype of x."""
+    return (_normed(x, eps) * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 @recomputed

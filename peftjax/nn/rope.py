@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -88,25 +89,29 @@ class Rope:
         return np.clip((np.arange(self.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
-@jax.custom_vjp
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, of every head: [B, T, N, H], with cos and sin [B, T, R/2].
 
-    R is H, or less if only the first R elements of a head are rotated. The gradient of x is the inverse rotation; cos
-    and sin have no gradient.
+    If `interleaved`, the pairs are (x_2i, x_{2i + 1}). R is H, or less if only the first R elements of a head are rotated.
+    The gradient of x is the inverse rotation; cos and sin have no gradient.
     """
     cos, sin = (table[:, :, None, :].astype(x.dtype) for table in (cos, sin))  # [B, T, 1, R/2]
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    pair = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        return jnp.concatenate([jnp.stack(pair, axis=-1).reshape(turned.shape), rest], axis=-1)
+    return jnp.concatenate([*pair, rest], axis=-1)
 
 
-def _rotated_back(tables: RopeTables, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+def _rotated_back(interleaved: bool, tables: RopeTables, gradient: jax.Array) -> tuple[jax.Array, None, None]:
     cos, sin = tables
-    return rotate(gradient, cos, -sin), None, None
+    return rotate(gradient, cos, -sin, interleaved), None, None
 
 
-rotate.defvjp(lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)), _rotated_back)
+rotate.defvjp(lambda x, cos, sin, interleaved: (rotate(x, cos, sin, interleaved), (cos, sin)), _rotated_back)
 
 
 def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) -> Rope:

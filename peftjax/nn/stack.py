@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -94,6 +95,17 @@ class Residual(SlottedLayer):
         return x + y
 
 
+class ScaledResidual(Residual):
+    """x + factor * f(x), with the product in float32."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + times(y, self.factor)
+
+
 class NormedResidual(Residual):
     """norm(x + f(x)): post-norm (Vaswani et al. 2017, section 3.1)."""
 
@@ -103,3 +115,8 @@ class NormedResidual(Residual):
 
     def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return self.norm(x + y)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """factor * x, computed in float32 and rounded once. In bfloat16, the factor itself would be rounded."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)

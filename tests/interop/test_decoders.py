@@ -1,4 +1,4 @@
-"""GPT-2, Phi-3 and Gemma beside transformers and peft: logits in float32, files, generation, adapters."""
+"""Decoders other than Llama's relatives beside transformers and peft: logits in float32, files, generation, adapters."""
 
 import json
 from collections.abc import Callable
@@ -102,6 +102,62 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
             "rope_theta": 900.0,
             "rope_local_base_freq": 50.0,
         },
+    ),
+    "olmo2": (transformers.Olmo2Config(**COMMON, attention_bias=True), {}),
+    "olmo3": (
+        transformers.Olmo3Config(
+            **COMMON,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": LINEAR | {"rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        ),
+        {},
+    ),
+    "olmo3-old": (
+        transformers.Olmo3Config(**COMMON | {"num_hidden_layers": 4}, sliding_window=WINDOW, tie_word_embeddings=True),
+        {"layer_types": None, "rope_parameters": None, "rope_scaling": LINEAR, "rope_theta": 900.0},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config(
+            **COMMON, no_rope_layers=[1, 0, 1], attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+        ),
+        {},
+    ),
+    "smollm3-window": (
+        transformers.SmolLM3Config(**COMMON, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW),
+        {"no_rope_layers": None, "layer_types": None},
+    ),
+    "granite": (
+        transformers.GraniteConfig(
+            **COMMON, embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.4, attention_multiplier=0.3
+        ),
+        {},
+    ),
+    "ministral3": (
+        transformers.Ministral3Config(
+            **COMMON,
+            head_dim=8,
+            sliding_window=WINDOW + 9,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.5,
+            },
+        ),
+        {},
+    ),
+    "glm4": (transformers.Glm4Config(**COMMON, head_dim=8), {}),
+    "glm4-old": (
+        transformers.Glm4Config(**COMMON, head_dim=16, attention_bias=False, tie_word_embeddings=True),
+        {"rope_parameters": None, "rope_theta": 500.0, "partial_rotary_factor": 0.25},
     ),
 }
 
@@ -229,6 +285,11 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "phi3-window-prefix": ("phi3", lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
     "gemma2-prefix": ("gemma2-uncapped", lambda: peft.PrefixTuningConfig(num_virtual_tokens=7)),
     "gemma3-prefix": ("gemma3", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3)),
+    "olmo3-lora": ("olmo3", lambda: peft.LoraConfig(r=4, target_modules="all-linear")),
+    "smollm3-prefix": ("smollm3-window", lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
+    "granite-prompt": ("granite", lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
+    "ministral3-prompt": ("ministral3", lambda: peft.PromptTuningConfig(num_virtual_tokens=9)),
+    "glm4-lora": ("glm4", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "gate_up_proj"])),
     "gemma3-lora": ("gemma3", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"])),
 }
 

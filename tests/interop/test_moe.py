@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import peftjax
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from peftjax.nn import moe
 from tests.interop import peers
-from tests.interop.test_decoders import COMMON, WINDOW, check_like_transformers, their_model, tokens
+from tests.interop.test_decoders import COMMON, WINDOW, check_like_transformers, their_logits, their_model, tokens
 from tests.interop.test_llama import our_logits, spell
 
 pytestmark = [
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 MIXTRAL = COMMON | {"num_local_experts": 4}
+GPT_OSS = MIXTRAL | {"intermediate_size": 64}  # whole blocks of MXFP4
 QWEN = COMMON | {"num_experts": 6, "moe_intermediate_size": 12, "num_experts_per_tok": 3}
 
 # The config of transformers, and fields that replace those of its config.json, for both libraries.
@@ -45,6 +47,19 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-moe-old": (  # as transformers 4 spells it
         transformers.Qwen3MoeConfig(**QWEN, head_dim=16, attention_bias=True),
         {"num_local_experts": None, "num_experts": 6, "router_aux_loss_coef": 0.01},
+    ),
+    "gpt-oss": (
+        transformers.GptOssConfig(
+            **GPT_OSS, head_dim=8, num_experts_per_tok=2, sliding_window=WINDOW, swiglu_limit=1.0, swiglu_alpha=1.3
+        ),
+        {"rope_parameters": None, "layer_types": None, "experts_per_token": 2, "initial_context_length": 4096},
+    ),
+    "gpt-oss-unbiased": (
+        transformers.GptOssConfig(
+            **GPT_OSS, head_dim=16, attention_bias=False, tie_word_embeddings=True,
+            layer_types=["full_attention"] * 3, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        ),
+        {},
     ),
 }  # fmt: skip
 
@@ -93,6 +108,35 @@ def test_fused_experts_load_as_those_in_tensors_of_their_own(
     )
 
 
+def test_experts_in_mxfp4_are_decoded_exactly(directories: Callable[[str], Path], tmp_path: Path) -> None:
+    """As gpt-oss is published. NF4 is made from the decoded kernels."""
+    stored = load_file(directories("gpt-oss") / "model.safetensors")
+    rng, dense = np.random.default_rng(0), dict(stored)
+    for name in [name for name in stored if name.endswith("_proj") and ".experts." in name]:
+        experts, inputs, outputs = stored[name].shape
+        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        scales = rng.integers(122, 126, blocks.shape[:3], np.uint8)
+        decoded = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+        dense[name] = decoded.contiguous().float().numpy()
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        del stored[name]
+    config = json.loads((directories("gpt-oss") / "config.json").read_text())
+    for folder, tensors, fields in (
+        ("packed", stored, {"quantization_config": {"quant_method": "mxfp4"}}),
+        ("dense", dense, {}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | fields))
+        save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    expected = their_logits(their_model(tmp_path / "dense"))
+    packed = load_model(tmp_path / "packed")
+    assert np.abs(our_logits(packed, tokens()) - expected).max() < 5e-5 * np.abs(expected).max()
+    save_model(packed, tmp_path / "saved")
+    np.testing.assert_array_equal(their_logits(their_model(tmp_path / "saved")), expected)
+    one, other = (load_model(tmp_path / name, quantize="nf4") for name in ("packed", "dense"))
+    np.testing.assert_array_equal(our_logits(one, tokens()), our_logits(other, tokens()))
+
+
 def test_the_load_balancing_loss_is_that_of_transformers() -> None:
     logits = np.random.default_rng(0).normal(size=(3, 2, 7, 5)).astype(np.float32)  # [L, B, T, E]
     mask = np.arange(7)[None] < np.array([[7], [4]])
@@ -116,6 +160,10 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "some-layers": (
         "mixtral",
         {"target_modules": r".*\.[qv]_proj", "target_parameters": [f"model.layers.1.{name}" for name in EXPERTS]},
+    ),
+    "gpt-oss": (
+        "gpt-oss",
+        {"target_modules": ["q_proj", "o_proj"], "target_parameters": [*EXPERTS, "router.weight"]},
     ),
     "names-of-transformers-4": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
 }

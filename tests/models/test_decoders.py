@@ -41,6 +41,18 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         (GEMMA3, {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
         (GEMMA3, {"model_type": "gemma3"}, "'gemma3' needs text_config"),
+        (
+            SIZES,
+            {"model_type": "olmo3", "rope_parameters": {"rope_theta": 1e4}},
+            "for model_type 'olmo3' it holds full_att",
+        ),
+        (SIZES, {"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 3 layers"),
+        (
+            SIZES,
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default"}},
+            "needs llama_4_scaling_beta",
+        ),
+        (SIZES, {"model_type": "gpt_oss", "hidden_act": "gelu"}, "only 'silu'"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(

@@ -16,6 +16,8 @@ def test_sizes_and_options_that_a_text_config_omits_are_those_of_transformers() 
     gemma = from_hf_config({"model_type": "gemma3", "text_config": {"num_hidden_layers": 6, "sliding_window": 8}})
     assert (gemma.vocab, gemma.embed, gemma.heads, gemma.tied) == (262208, 2304, 8, True)
     assert gemma.windows == (8,) * 5 + (0,)
+    ministral = from_hf_config({"model_type": "mistral3", "text_config": tiny.CONFIG | {"model_type": "ministral3"}})
+    assert (type(ministral).__name__, ministral.rope.kind, ministral.growth) == ("MinistralConfig", "yarn", 0.1)
     vicuna = from_hf_config({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}})
     assert (vicuna.vocab, vicuna.embed, vicuna.mlp, vicuna.layers, vicuna.tied) == (32064, 4096, 11008, 32, False)
 

@@ -107,6 +107,37 @@ def test_blocks_on_a_mesh_equal_dense_attention(sizes: dict[str, int]) -> None:
     check_equal(lambda *given: blockwise(*given, scale=0.3, cap=2.0, block=16), mask, 2.0, sizes)
 
 
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 2}])
+def test_sinks_in_blocks_equal_those_of_dense_attention(sizes: dict[str, int] | None) -> None:
+    """And both equal attention with a further key, whose value is zero."""
+    mask = make_mask(40, window=9, prefix=2, packed=True, padded=True)
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (B, 40 + 2 * (i > 0), heads, H)) for i, heads in enumerate((N, K, K))
+    )
+    sinks = jnp.array([2.0, -1.0, 0.0, 5.0])
+
+    def gradients(attention: Any) -> Any:
+        loss = lambda *given: (jnp.sum(jnp.sin(out := attention(*given))), out)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        return attend(q, k, v, dense(mask), scale=0.3, cap=None, dropout=Dropout(0.0), sinks=sinks)
+
+    def with_a_key(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(array, N // K, axis=2) for array in (k, v))
+        scores = jnp.where(dense(mask), 0.3 * jnp.einsum("btnh,bsnh->bnts", q, k), -jnp.inf)
+        last = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, last], axis=-1), axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", weights[..., :-1], v)
+
+    expected = gradients(with_a_key)
+    with contextlib.nullcontext() if sizes is None else jax.set_mesh(make_mesh(sizes)):
+        blocks = gradients(lambda q, k, v, s: blockwise(q, k, v, mask, scale=0.3, cap=None, sinks=s, block=16))
+    for found in (gradients(plain), blocks):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1], expected[0][1])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found[1], expected[1])
+
+
 def test_queries_without_any_key_get_zeros_and_finite_gradients() -> None:
     mask = AttentionMask(
         length=8, positions=jnp.arange(8)[None], valid=(jnp.arange(8) >= 3)[None]
@@ -285,6 +316,8 @@ def test_auto_takes_the_platforms_kernel_where_it_can(platform: str, fields: dic
     assert choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128) == chosen
     wide = choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=256)
     assert wide == {"triton": "xla"}.get(chosen, chosen)
+    sinks = choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128, sinks=True)
+    assert sinks == ("blockwise" if mask.length >= LONG else "xla")
 
 
 @pytest.mark.parametrize(
@@ -298,15 +331,20 @@ def test_auto_takes_the_platforms_kernel_where_it_can(platform: str, fields: dic
         ("splash", {"segments": jnp.zeros((1, 1)), "shared": 2}, "packed sequences with virtual tokens"),
         ("splash", {"windows": (4,), "prefix": 2}, "sliding windows with virtual tokens"),
         ("cudnn", {"segments": jnp.zeros((1, 1))}, "packed sequences and a machine without cuDNN"),
-        ("triton", {"windows": (4,), "valid": jnp.zeros((1, 1))}, "a soft cap and padding masks and sliding windows"),
+        (
+            "triton",
+            {"windows": (4,), "valid": jnp.zeros((1, 1))},
+            "a soft cap and padding masks and sliding windows and attention sinks",
+        ),
     ],
 )
 def test_an_implementation_that_does_not_support_a_batch_is_refused_by_name(
     name: str, fields: dict[str, Any], reason: str
 ) -> None:
     mask = dataclasses.replace(AttentionMask(length=256, positions=jnp.zeros((1, 1))), **fields)
+    options: dict[str, Any] = {"cap": 3.0, "sinks": True} if name == "triton" else {"cap": None}
     with pytest.raises(UserError, match=f"attention='{name}' does not support {reason}"):
-        choose(name, "tpu", mask, jnp.dtype("bfloat16"), cap=3.0 if name == "triton" else None, head_dim=64)
+        choose(name, "tpu", mask, jnp.dtype("bfloat16"), head_dim=64, **options)
 
 
 def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:

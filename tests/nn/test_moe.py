@@ -13,7 +13,7 @@ from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
 from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
-from peftjax.nn.moe import Experts, load_balancing_loss, route
+from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
 from peftjax.quant import grouped
 from tests import tiny
 
@@ -22,6 +22,15 @@ EXPERTS, CHOICES, WIDTH, HIDDEN = 4, 2, 16, 12
 
 def experts() -> Experts:
     return Experts(EXPERTS, WIDTH, HIDDEN, activation=silu, stddev=0.3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def clamped() -> Experts:
+    """The experts of gpt-oss, with biases and about half of the hidden activations clamped."""
+    common: dict[str, Any] = {"activation": silu, "stddev": 0.3, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    layer = ClampedExperts(EXPERTS, WIDTH, HIDDEN, alpha=1.3, limit=0.7, **common)
+    for part in (layer.gate_up, layer.down):
+        part.bias.set_value(jax.random.normal(jax.random.key(2), part.bias.shape))
+    return layer
 
 
 def inputs(rows: int = 8, length: int = 5) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -37,6 +46,12 @@ def by_loop(layer: Experts, x: jax.Array, weights: jax.Array, chosen: jax.Array)
     total = jnp.zeros_like(x)
     for expert in range(EXPERTS):
         weight = jnp.where(chosen == expert, weights, 0).sum(-1, keepdims=True)
+        if isinstance(layer, ClampedExperts):
+            both = x @ layer.gate_up.kernel[expert] + layer.gate_up.bias[expert][None, None]
+            gate, up = jnp.minimum(both[..., ::2], 0.7), jnp.clip(both[..., 1::2], -0.7, 0.7)
+            y = (gate * jax.nn.sigmoid(1.3 * gate) * (up + 1)) @ layer.down.kernel[expert]
+            total += weight * (y + layer.down.bias[expert][None, None])
+            continue
         gate, up = jnp.split(x @ layer.gate_up.kernel[expert], 2, axis=-1)
         total += weight * ((silu(gate) * up) @ layer.down.kernel[expert])
     return total
@@ -57,8 +72,9 @@ def assert_close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found, expected)
 
 
-def test_experts_and_their_gradients_are_those_of_a_loop() -> None:
-    layer, given = experts(), inputs()
+@pytest.mark.parametrize("make", [experts, clamped])
+def test_experts_and_their_gradients_are_those_of_a_loop(make: Any) -> None:
+    layer, given = make(), inputs()
     assert_close(outcome(Experts.__call__, layer, *given), outcome(by_loop, layer, *given))
 
 
@@ -76,10 +92,13 @@ def test_second_derivatives_of_experts_are_those_of_a_loop() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "sequence": 2, "tensor": 2}, {"tensor": 8}])
-def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "make"),
+    [({"fsdp": 2, "sequence": 2, "tensor": 2}, experts), ({"tensor": 8}, experts), ({"fsdp": 4, "tensor": 2}, clamped)],
+)
+def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int], make: Any) -> None:
     """On a mesh of 8 devices that splits tokens, experts or both; eight devices cannot split four experts."""
-    layer, given = experts(), inputs(length=4)
+    layer, given = make(), inputs(length=4)
     expected = outcome(by_loop, layer, *given)
     mesh = sharding.make_mesh(sizes)
     sharding.place(layer, mesh)

@@ -45,6 +45,22 @@ def test_a_pair_is_turned_by_position_times_frequency() -> None:
     np.testing.assert_allclose(rotated[..., H // 2 :], expected.imag, atol=1e-5)
 
 
+def test_interleaved_pairs_are_those_of_two_halves_in_another_order() -> None:
+    x, weights = jax.random.normal(jax.random.key(0), (2, 1, 12, 3, H + 2))  # the last two elements are not rotated
+    tables, order = Rope(H).tables(POSITIONS), np.append(np.arange(H).reshape(-1, 2).T, [H, H + 1])
+
+    def interleaved(x: jax.Array) -> jax.Array:
+        return rotate(x, *tables, True)
+
+    def halves(x: jax.Array) -> jax.Array:
+        return rotate(x[..., order], *tables)[..., np.argsort(order)]
+
+    np.testing.assert_allclose(interleaved(x), halves(x), atol=1e-6)
+    found = jax.grad(lambda x: jnp.sum(interleaved(x) * weights))(x)
+    expected = jax.grad(lambda x: jnp.sum(halves(x) * weights))(x)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_a_product_of_two_rotated_vectors_depends_on_their_distance_alone() -> None:
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, H))
 

@@ -1,0 +1,93 @@
+"""gpt-oss: attention sinks, sliding windows in every second layer, clamped experts with biases.
+
+OpenAI 2025 (arXiv:2508.10925), section 2.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar, Unpack
+
+from flax import nnx
+
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import Block, read_shared, rope_fields, windows_by_type
+from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+from peftjax.nn.moe import ClampedExperts
+from peftjax.nn.norm import Float32RMSNorm
+from peftjax.nn.rope import from_hf as rope_from_hf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GptOssConfig(MoeConfig):
+    """Adds the options of `nn.moe.ClampedExperts`."""
+
+    swiglu_alpha: float
+    swiglu_limit: float
+
+    def make(self, rngs: nnx.Rngs) -> "GptOss":
+        return GptOss(self, rngs)
+
+
+class GptOss(MoeLlama):
+    """RMSNorm, rotary grouped-query attention with sinks, and the weighted sum of the chosen experts."""
+
+    config: GptOssConfig
+    norm_type: ClassVar = Float32RMSNorm
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        config = self.config
+        experts = partial(ClampedExperts, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+        attention = self.make_attention(rngs, sinks=True)
+        return Block(self.make_norm, attention, self.make_feedforward(rngs, router_bias=True, make_experts=experts))
+
+
+# --- Hugging Face: names of our modules, and config.json ---
+
+GptOss.hf_names = MOE_NAMES | {"blocks.feedforward.router": "model.layers.{}.mlp.router"}
+GptOss.hf_experts = {"gate_up_proj": (), "down_proj": ()}
+# Defaults of transformers for fields that config.json omits.
+_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}
+_THETA = 150_000.0
+_ROPE: dict[str, Any] = {
+    "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
+    "truncate": False,
+}  # fmt: skip
+_COPIES = frozenset({"experts_per_token", "initial_context_length"})  # of fields that transformers reads
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOssConfig:
+    """Read a config.json of model_type gpt_oss.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING | _COPIES)
+    shared = read_shared(fields, norm_eps=1e-5)
+    fields.no_dropout("attention_dropout")
+    fields.only("hidden_act", "silu")
+    layers, attention_bias = shared["layers"], fields.take("attention_bias", True)
+    types = fields.maybe("layer_types")
+    if types is None:
+        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    scaled = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = ({} if scaled else _ROPE) | {"rope_theta": _THETA} | rope_fields(fields)
+    result = GptOssConfig(
+        rope=rope_from_hf(rope, head_dim=shared["head_dim"], max_positions=shared["max_positions"]),
+        activation="silu",
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=False,
+        qk_norm=False,
+        normalized=True,
+        expert_mlp=shared["mlp"],
+        swiglu_alpha=fields.take("swiglu_alpha", 1.702),
+        swiglu_limit=fields.take("swiglu_limit", 7.0),
+        windows=windows_by_type(types, layers, fields.nullable("sliding_window", 128) or 0),
+        **read_experts(fields, experts=128, choices=4),
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result

@@ -1,0 +1,95 @@
+"""Granite 3: a Llama with factors on embeddings, scores, sublayers and logits.
+
+The factors are those of Yang et al. 2022 (arXiv:2203.03466).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Unpack
+
+import jax
+from flax import nnx
+
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import Block, read_rope, read_shared
+from peftjax.models.fields import Fields
+from peftjax.models.llama import Llama, LlamaConfig
+from peftjax.nn.stack import ScaledResidual, times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraniteConfig(LlamaConfig):
+    """Adds the factors.
+
+    Attributes:
+        embed_factor: Factor on the inputs of the first layer.
+        score_factor: Factor on the scores q k^T.
+        residual_factor: Factor on the outputs of the sublayers.
+        logits_divisor: Divisor of the logits.
+    """
+
+    embed_factor: float
+    score_factor: float
+    residual_factor: float
+    logits_divisor: float
+
+    def make(self, rngs: nnx.Rngs) -> "Granite":
+        return Granite(self, rngs)
+
+
+class Granite(Llama):
+    """RMSNorm, rotary grouped-query attention and SwiGLU, with factors."""
+
+    config: GraniteConfig
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        return Block(
+            self.make_norm,
+            self.make_attention(rngs, scale=self.config.score_factor),
+            self.make_feedforward(rngs),
+            make_residual=partial(ScaledResidual, self.config.residual_factor),
+        )
+
+    def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Scale the inputs of the first layer. Those of a soft prompt are scaled, too, as in transformers."""
+        del positions
+        return times(x, self.config.embed_factor)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return times(super().logits(hidden), 1 / self.config.logits_divisor)
+
+
+# --- Hugging Face: names of our modules, and config.json ---
+
+Granite.hf_names = Llama.hf_names
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GraniteConfig:
+    """Read a config.json of model_type granite, in the format of transformers 4 or 5.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    fields = Fields(config, defaults={"max_position_embeddings": 2048})
+    shared = read_shared(fields, norm_eps=1e-6)
+    fields.no_dropout("attention_dropout")
+    fields.implied("layer_types", ["full_attention"] * shared["layers"])
+    attention_bias = fields.take("attention_bias", False)
+    result = GraniteConfig(
+        rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
+        activation=fields.activation("hidden_act", "silu"),
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=fields.take("mlp_bias", False),
+        qk_norm=False,
+        embed_factor=fields.take("embedding_multiplier", 1.0),
+        score_factor=fields.take("attention_multiplier", 1.0),
+        residual_factor=fields.take("residual_multiplier", 1.0),
+        logits_divisor=fields.take("logits_scaling", 1.0),
+        windows=(0,) * shared["layers"],
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result

@@ -1,0 +1,91 @@
+"""OLMo 2 and 3: a Llama that normalizes the outputs of its sublayers, and all queries and keys of a layer together.
+
+OLMo 2 (arXiv:2501.00656); OLMo 3 adds sliding windows to three of four layers, whose rotary embedding is not
+scaled.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Unpack
+
+from flax import nnx
+
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, windows_by_type
+from peftjax.models.fields import Fields
+from peftjax.models.llama import Llama, LlamaConfig
+from peftjax.nn.norm import Float32RMSNorm
+from peftjax.nn.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OlmoConfig(LlamaConfig):
+    """Sizes and options of an OLMo 2 or 3."""
+
+    def make(self, rngs: nnx.Rngs) -> "Olmo":
+        return Olmo(self, rngs)
+
+
+class Olmo(Llama):
+    """Rotary grouped-query attention and SwiGLU, each followed by RMSNorm."""
+
+    config: OlmoConfig
+    norm_type: ClassVar = Float32RMSNorm
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        attention = self.make_attention(rngs, qk_norm_whole=True)
+        return Block(self.make_norm, attention, self.make_feedforward(rngs), norm_in=False, norm_out=True)
+
+
+# --- Hugging Face: names of our modules, and config.json ---
+
+_WITHOUT = ("blocks.attention_norm", "blocks.feedforward_norm")
+Olmo.hf_names = {path: name for path, name in Llama.hf_names.items() if path not in _WITHOUT} | {
+    "blocks.attention_out_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.feedforward_out_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+_THETA = 500_000.0  # default of OLMo 3
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoConfig:
+    """Read a config.json of model_type olmo2 or olmo3, in the format of transformers 4 or 5.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    fields = Fields(config, defaults={"max_position_embeddings": 2048})
+    shared = read_shared(fields, norm_eps=1e-5)
+    fields.no_dropout("attention_dropout")
+    layers, sizes = shared["layers"], (shared["head_dim"], shared["max_positions"])
+    local_rope: Rope | None = None
+    if fields.kind == "olmo2":
+        rope = read_rope(fields, *sizes)
+        windows: tuple[int, ...] = (0,) * layers
+        fields.implied("layer_types", ["full_attention"] * layers)
+    else:
+        theta = fields.take("rope_theta", _THETA)  # transformers applies it to the layers without a window only
+        rope, local_rope = read_ropes(fields, *sizes, theta=theta, local_theta=_THETA)
+        windows = _windows(fields, layers)
+    attention_bias = fields.take("attention_bias", False)
+    result = OlmoConfig(
+        rope=rope,
+        local_rope=local_rope,
+        activation=fields.activation("hidden_act", "silu"),
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=False,
+        qk_norm=True,
+        windows=windows,
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
+    """Read layer_types; by default every fourth layer has no window."""
+    types = fields.maybe("layer_types")
+    if types is None:
+        types = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
+    return windows_by_type(types, layers, fields.nullable("sliding_window", 4096) or 0)

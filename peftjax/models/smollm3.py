@@ -1,0 +1,59 @@
+"""SmolLM3: a Llama without rotary embedding in every fourth layer (Yang et al. 2025, arXiv:2501.18795)."""
+
+from typing import Any, Unpack
+
+from peftjax.core.errors import UserError
+from peftjax.models.base import ComputeOptions
+from peftjax.models.decoder import read_rope, read_shared, windows_by_type
+from peftjax.models.fields import Fields
+from peftjax.models.llama import LlamaConfig
+
+# Defaults of transformers for fields that config.json omits.
+_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2_000_000.0}
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaConfig:
+    """Read a config.json of model_type smollm3.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    fields = Fields(config, defaults=_DEFAULTS)
+    shared = read_shared(fields, norm_eps=1e-6)
+    fields.no_dropout("attention_dropout")
+    attention_bias = fields.take("attention_bias", False)
+    rotated = _rotated(fields, shared["layers"])
+    result = LlamaConfig(
+        rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
+        rotated=rotated,
+        activation=fields.activation("hidden_act", "silu"),
+        tied=fields.take("tie_word_embeddings", True),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=fields.take("mlp_bias", False),
+        qk_norm=False,
+        windows=_windows(fields, rotated),
+        **shared,
+        **options,
+    )
+    fields.done()
+    return result
+
+
+def _rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Read no_rope_layers, in which 1 stands for a layer with rotary embedding; by default every fourth has none."""
+    every, rotated = fields.take("no_rope_layer_interval", 4), fields.maybe("no_rope_layers")
+    if rotated is None:
+        return tuple((i + 1) % every != 0 for i in range(layers))
+    if len(rotated) < layers:
+        raise UserError(f"config.json: no_rope_layers has {len(rotated)} entries for {layers} layers: {rotated}")
+    return tuple(map(bool, rotated[:layers]))
+
+
+def _windows(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
+    """Read layer_types; by default the layers without rotary embedding have a window if use_sliding_window."""
+    window, used = fields.maybe("sliding_window") or 0, fields.take("use_sliding_window", False)
+    types = fields.maybe("layer_types")
+    if types is None:
+        types = ["sliding_attention" if used and window and not turns else "full_attention" for turns in rotated]
+    return windows_by_type(types, len(rotated), window)
