@@ -18,6 +18,8 @@ from peftjax.adapters.sites import Chosen, Site, sites
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
+from peftjax.nn.experts import ExpertLinear
+from peftjax.nn.moe import Router
 from peftjax.nn.slot import Base
 
 
@@ -41,7 +43,7 @@ class BitFit(Targeted):
 
     def in_every(self, site: Site, model: nnx.Module) -> bool:
         del model
-        return "bias" in site.parameters
+        return "bias" in site.parameters and not isinstance(site.module, ExpertLinear | Router)
 
     def chosen(self, model: nnx.Module) -> Chosen:
         if not any("bias" in site.parameters for site in sites(model)):
@@ -50,6 +52,10 @@ class BitFit(Targeted):
         for site, _ in chosen:
             if "bias" not in site.parameters:
                 raise UserError(f"method.targets={self.targets!r}: {site.names[0]} has no bias; leave it out")
+            if isinstance(site.module, ExpertLinear):
+                raise UserError(
+                    f"method.targets={self.targets!r}: {site.names[0]} holds experts, whose biases BitFit does not train; leave it out"
+                )
         return chosen
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "BiasDelta":

@@ -11,6 +11,8 @@ from flax import nnx
 
 from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.core.variables import PeftParam
 from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
@@ -222,3 +224,16 @@ def test_variables_of_experts_are_sharded_by_expert() -> None:
         "tensor", "fsdp", None
     )
     assert sharding.partition(axes["gate_up.kernel"], (6, WIDTH, 2 * HIDDEN), mesh) == jax.P(None, "fsdp", "tensor")
+
+
+def test_biases_of_experts_and_routers_stay_as_they_are() -> None:
+    fields = {"model_type": "gpt_oss", "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES, "head_dim": 8}
+    model = adapters.attach(tiny.model(**fields), methods.BitFit(), rngs=nnx.Rngs(0))
+    trained = {path.split(".")[2] for path, leaf in variables.flat(model)[1].items() if type(leaf) is PeftParam}
+    assert trained == {"query", "key", "value", "out"}
+    for method, message in (
+        (methods.BitFit(targets=("gate_up_proj",)), "holds experts, whose biases BitFit does not train"),
+        (methods.Lora(rank=2, bias="all"), "bias='all' is not supported for experts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapters.attach(tiny.model(**fields), method, rngs=nnx.Rngs(0))

@@ -8,6 +8,7 @@ from peftjax.adapters.adapter import HfLeaf, LayerMask, Override
 from peftjax.adapters.sites import Chosen, adapters_named, insert, sites
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
+from peftjax.nn.experts import ExpertLinear
 
 
 def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> None:
@@ -21,6 +22,8 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
     found = [site for site in sites(model) if "bias" in site.parameters and (which == "all" or site.path in targeted)]
     if not found:
         raise UserError(f"method.bias={which!r}: no layer that it applies to has a bias; set it to 'none'")
+    if experts := [site.names[0] for site in found if isinstance(site.module, ExpertLinear)]:
+        raise UserError(f"method.bias={which!r} is not supported for experts, such as {experts[0]}; set it to 'none'")
     for site in found:
         mask = np.ones(len(site.names), bool) if which == "all" else targeted[site.path]
         bias = site.parameters["bias"]
