@@ -7,10 +7,26 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.models import bert, gemma, gpt2, llama, mixtral, multimodal, phi3, qwen_moe, t5, vit
+from peftjax.models import (
+    bert,
+    deberta,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    mixtral,
+    modernbert,
+    multimodal,
+    phi3,
+    qwen_moe,
+    roberta,
+    t5,
+    vit,
+)
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.heads import HeadOptions
+from peftjax.models.text_encoder import HEADS
 
 __all__ = ["FAMILIES", "Family", "Model", "ModelConfig", "family", "from_hf_config"]
 
@@ -30,7 +46,7 @@ class Family:
 
 
 FAMILIES = {
-    "bert": Family(bert.from_hf, bert.HEADS),
+    "bert": Family(bert.from_hf, HEADS),
     "llama": Family(llama.from_hf),
     "mistral": Family(llama.from_hf),
     "qwen2": Family(llama.from_hf),
@@ -38,7 +54,11 @@ FAMILIES = {
     "mixtral": Family(mixtral.from_hf),
     "qwen2_moe": Family(qwen_moe.from_hf),
     "qwen3_moe": Family(qwen_moe.from_hf),
-    "roberta": Family(bert.from_hf, bert.HEADS),
+    "roberta": Family(roberta.from_hf, HEADS),
+    "xlm-roberta": Family(roberta.from_hf, HEADS),
+    "distilbert": Family(distilbert.from_hf, HEADS),
+    "modernbert": Family(modernbert.from_hf, HEADS),
+    "deberta-v2": Family(deberta.from_hf, HEADS),
     "gpt2": Family(gpt2.from_hf),
     "phi3": Family(phi3.from_hf),
     "gemma2": Family(gemma.from_hf),
