@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, matches, matching, suggest, unmatched
-from peftjax.models.base import LanguageModel, Model
+from peftjax.models.base import LanguageModel, Model, hf_name
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.slot import Adapter
@@ -71,7 +71,7 @@ def sites(model: nnx.Module) -> list[Site]:
             path = ".".join(map(str, key))
             stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
             name = names.get(path, path)
-            expanded = tuple(name.format(layer) for layer in range(stack[0])) if stack else (name,)
+            expanded = tuple(hf_name(name, layer) for layer in range(stack[0])) if stack else (name,)
             found.append(Site(path, module, expanded, stack, model))
     return sorted(found, key=lambda site: site.path)
 

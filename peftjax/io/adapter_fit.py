@@ -19,7 +19,7 @@ from peftjax.io.adapter_keys import bare_key
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.lora.lora import Lora
-from peftjax.models.base import Model
+from peftjax.models.base import Model, hf_name
 
 PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
 
@@ -36,7 +36,8 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
         if site.path in model.hf_renamed:
             layers = range(len(site.names))
             older |= {
-                model.hf_renamed[site.path].format(layer): name for layer, name in zip(layers, site.names, strict=True)
+                hf_name(model.hf_renamed[site.path], layer): name
+                for layer, name in zip(layers, site.names, strict=True)
             }
     found = any(f".{name}." in f".{key}" for key in keys for name in older)
     return older if found else {}

@@ -25,7 +25,7 @@ from peftjax.io.adapter_experts import with_all_experts
 from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_nested, without_unmatched
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
-from peftjax.io.adapter_save import task_type
+from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
 from peftjax.io.hf_files import check_files, enumerate_some, read_header, read_json, read_metadata
@@ -46,8 +46,6 @@ GENERAL_FIELDS = {
     "auto_mapping",
     "peft_version",
 }
-CLASSIFICATIONS = ("SEQ_CLS", "TOKEN_CLS")  # the task types for which peft trains the whole task head
-HEAD_NAMES = ("classifier", "score")  # the modules that peft takes for the task head
 
 
 def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_base: bool = False) -> ModelT:

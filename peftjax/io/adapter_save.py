@@ -15,6 +15,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import base_name
 from peftjax.adapters.registry import BaseName, attached, require
 from peftjax.adapters.sites import head_sites
+from peftjax.adapters.targeted import is_saved
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
@@ -26,6 +27,9 @@ from peftjax.methods.bottleneck import Bottleneck
 from peftjax.models.base import Model
 
 T = TypeVar("T")
+
+CLASSIFICATIONS = ("SEQ_CLS", "TOKEN_CLS")  # the task types for which peft trains the whole task head
+HEAD_NAMES = ("classifier", "score")  # the modules that peft takes for the task head
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -136,8 +140,8 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
         "inference_mode": True,
         "auto_mapping": None,
     } | method.to_hf(model, name)
-    # PEFT saves the task head beside the adapter: for a task_type that has one, else if modules_to_save names it.
-    if task_type(model) is None and (heads := _trained_heads(model, name)):
+    # PEFT saves the task head beside the adapter: for a task_type that has one by its names, else if modules_to_save names it.
+    if heads := [head for head in _trained_heads(model, name) if not _saved_by_task(model, head)]:
         saved = config.get("modules_to_save") or []
         config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
     return config
@@ -146,6 +150,11 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
 def _trained_heads(model: nnx.Module, name: str) -> list[str]:
     """The names of the task head's layers that adapter `name` trains."""
     return [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+
+
+def _saved_by_task(model: nnx.Module, head: str) -> bool:
+    """Whether PEFT saves a layer of the task head because of the task_type."""
+    return task_type(model) in CLASSIFICATIONS and any(is_saved(head, entry) for entry in HEAD_NAMES)
 
 
 def _hub_files(

@@ -40,6 +40,7 @@ def _any_of(*tests: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 SIZE = Kind("an integer of at least 1", lambda value: _is_integer(value) and value >= 1)
+COUNT = Kind("an integer of at least 0", lambda value: _is_integer(value) and value >= 0)
 INTEGER = Kind("an integer", _is_integer)
 NUMBER = Kind("a finite number", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
@@ -64,27 +65,36 @@ TYPES: dict[str, dict[str, Kind]] = {
         """d_ff d_kv d_model head_dim hidden_size intermediate_size max_position_embeddings n_ctx n_embd n_head n_inner
         n_layer n_positions num_attention_heads num_channels num_decoder_layers num_heads num_hidden_layers
         num_key_value_heads num_layers original_max_position_embeddings relative_attention_max_distance
-        relative_attention_num_buckets sliding_window_pattern type_vocab_size vocab_size""",
+        relative_attention_num_buckets sliding_window_pattern vocab_size dim hidden_dim n_heads n_layers conv_groups
+        global_attn_every_n_layers""",
     )
-    | _fields(INTEGER, "max_window_layers num_labels pooler_output_size sliding_window")
+    | _fields(COUNT, "type_vocab_size local_attention")
+    | _fields(
+        INTEGER,
+        """max_window_layers num_labels pooler_output_size sliding_window position_buckets max_relative_positions
+        conv_kernel_size""",
+    )
     | _fields(
         NUMBER,
         """attention_dropout attention_probs_dropout_prob attn_logit_softcapping attn_pdrop classifier_dropout dropout_rate
         embd_pdrop final_logit_softcapping hidden_dropout_prob initializer_factor initializer_range layer_norm_eps
         layer_norm_epsilon partial_rotary_factor query_pre_attn_scalar resid_pdrop rms_norm_eps rope_local_base_freq
-        rope_theta""",
+        rope_theta dropout seq_classif_dropout embedding_dropout mlp_dropout norm_eps global_rope_theta local_rope_theta
+        cls_dropout pooler_dropout""",
     )
     | _fields(
         FLAG,
         """add_cross_attention attention_bias is_decoder is_encoder_decoder is_gated_act mlp_bias qkv_bias
         scale_attn_by_inverse_layer_idx scale_attn_weights scale_decoder_outputs tie_word_embeddings use_cache
-        use_sliding_window""",
+        use_sliding_window norm_bias classifier_bias relative_attention share_att_key position_biased_input""",
     )
     | _fields(
         TEXT,
         """activation_function dense_act_fn feed_forward_proj hidden_act hidden_activation model_type pooler_act
-        position_embedding_type problem_type""",
+        position_embedding_type problem_type activation classifier_activation classifier_pooling norm_rel_ebd conv_act
+        pooler_hidden_act""",
     )
+    | _fields(NAMES, "pos_att_type")
     | _fields(OBJECT, "id2label label2id quantization_config rope_parameters rope_scaling text_config vision_config")
     | _fields(TEXTS, "architectures layer_types"),
     "tokenizer_config.json": _fields(FLAG, "add_bos_token add_eos_token add_prefix_space clean_up_tokenization_spaces")

@@ -13,10 +13,10 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
-from peftjax.models.bert import BertConfig
+from peftjax.models.text_encoder import TextEncoderConfig
 from peftjax.quant.base import Quantized
 
-_WithVocabulary = LanguageModelConfig | BertConfig
+_WithVocabulary = LanguageModelConfig | TextEncoderConfig
 
 
 def resized(config: ModelConfig, rows: int | None) -> ModelConfig:

@@ -7,14 +7,14 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.io.hf_files import load_json, read_json
 from peftjax.models.base import ModelConfig
-from peftjax.models.bert import BertConfig
+from peftjax.models.text_encoder import TextEncoderConfig
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 def read_pooling(directory: Path) -> dict[str, Any]:
-    """Read the options `pooling` and `normalize` of `BertConfig` from modules.json; empty if there is none.
+    """Read the options `pooling` and `normalize` of `TextEncoderConfig` from modules.json; empty if there is none.
 
     Raises:
         UserError: A module or a pooling mode is not supported.
@@ -39,7 +39,7 @@ def read_pooling(directory: Path) -> dict[str, Any]:
 
 def write_pooling(config: ModelConfig, directory: Path) -> None:
     """Write what `read_pooling` reads, if the model was read with it and has no task head."""
-    if not isinstance(config, BertConfig) or config.pooling is None or config.head != "none":
+    if not isinstance(config, TextEncoderConfig) or config.pooling is None or config.head != "none":
         return
     paths = {"Transformer": "", "Pooling": POOLING} | ({"Normalize": "2_Normalize"} if config.normalize else {})
     modules = [

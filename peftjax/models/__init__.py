@@ -9,6 +9,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.models import (
     bert,
+    deberta,
+    distilbert,
     gemma,
     glm4,
     gpt2,
@@ -17,10 +19,12 @@ from peftjax.models import (
     llama,
     ministral,
     mixtral,
+    modernbert,
     multimodal,
     olmo,
     phi3,
     qwen_moe,
+    roberta,
     smollm3,
     t5,
     vit,
@@ -28,6 +32,7 @@ from peftjax.models import (
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.heads import HeadOptions
+from peftjax.models.text_encoder import HEADS
 
 __all__ = ["FAMILIES", "Family", "Model", "ModelConfig", "family", "from_hf_config"]
 
@@ -47,7 +52,7 @@ class Family:
 
 
 FAMILIES = {
-    "bert": Family(bert.from_hf, bert.HEADS),
+    "bert": Family(bert.from_hf, HEADS),
     "llama": Family(llama.from_hf),
     "mistral": Family(llama.from_hf),
     "qwen2": Family(llama.from_hf),
@@ -55,7 +60,11 @@ FAMILIES = {
     "mixtral": Family(mixtral.from_hf),
     "qwen2_moe": Family(qwen_moe.from_hf),
     "qwen3_moe": Family(qwen_moe.from_hf),
-    "roberta": Family(bert.from_hf, bert.HEADS),
+    "roberta": Family(roberta.from_hf, HEADS),
+    "xlm-roberta": Family(roberta.from_hf, HEADS),
+    "distilbert": Family(distilbert.from_hf, HEADS),
+    "modernbert": Family(modernbert.from_hf, HEADS),
+    "deberta-v2": Family(deberta.from_hf, HEADS),
     "gpt2": Family(gpt2.from_hf),
     "phi3": Family(phi3.from_hf),
     "gemma2": Family(gemma.from_hf),

@@ -121,11 +121,23 @@ class Origin:
         return hash(Origin)
 
 
+def hf_name(name: str, layer: int) -> str:
+    """Return the Hugging Face name of a layer of a stacked module.
+
+    `{}` stands for the layer's index in the stack, and `{1}` for the one after it: the stack lacks the model's first layer.
+
+    Examples:
+        >>> hf_name("layers.{}.norm", 3), hf_name("layers.{1}.norm", 3)
+        ('layers.3.norm', 'layers.4.norm')
+    """
+    return name.format(layer, layer + 1)
+
+
 class Model(nnx.Module):
     """A model that reads and writes Hugging Face checkpoints.
 
-    The `hf_*` attributes translate between our module paths and the names in Hugging Face checkpoints. In a name, `{}`
-    stands for the layer index of a stacked module.
+    The `hf_*` attributes translate between our module paths and the names in Hugging Face checkpoints. In the name of a
+    stacked module, `{}` stands for the layer's index, as in `hf_name`.
 
     Attributes:
         config: Sizes and options.

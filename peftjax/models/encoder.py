@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -59,7 +60,6 @@ class EncoderBlock(nnx.Module):
     """The sublayers of a block. A family adds its norms and residual connections."""
 
     def __init__(self, config: EncoderConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.param_dtype)
         self.attention = Attention(
             config.embed,
             config.heads,
@@ -70,19 +70,11 @@ class EncoderBlock(nnx.Module):
             qk_norm_eps=None,
             dropout=config.attention_dropout,
             stddev=config.init_stddev,
-            dtype=dtype,
+            dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
         self.attention_dropout = Dropout(config.dropout)
-        self.feedforward = FeedForward(
-            config.embed,
-            config.mlp,
-            activation=ACTIVATIONS[config.activation],
-            use_bias=True,
-            stddev=config.init_stddev,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.feedforward = feedforward(config, rngs)
         self.feedforward_dropout = Dropout(config.dropout)
 
     def attend(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -105,20 +97,25 @@ class Encoder(Model):
         return jnp.tanh(self.pooler(first))
 
     @property
+    def hf_root(self) -> str:
+        """The name of the encoder in transformers' classes with a head."""
+        return self.config.kind
+
+    @property
     def hf_prefix(self) -> str:
         """The prefix of all names but the head's; transformers' classes without a head have none."""
-        return "" if self.config.head == "none" else f"{self.config.kind}."
+        return "" if self.config.head == "none" else f"{self.hf_root}."
 
     def _prefixed(self, names: Mapping[str, str]) -> dict[str, str]:
         return {path: self.hf_prefix + name for path, name in names.items()}
 
 
-def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs) -> Linear:
-    """Build a linear layer [D, features] with a bias, for a pooler or a task head."""
-    return Linear(
+def feedforward(config: EncoderConfig, rngs: nnx.Rngs) -> FeedForward:
+    """Build a feed-forward layer with biases."""
+    return FeedForward(
         config.embed,
-        features,
-        axes=("embed", "label"),
+        config.mlp,
+        activation=ACTIVATIONS[config.activation],
         use_bias=True,
         stddev=config.init_stddev,
         dtype=jnp.dtype(config.param_dtype),
@@ -126,32 +123,65 @@ def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs) -> Linear:
     )
 
 
-def read_shared(fields: Fields, head: Head, *, dropout: float) -> dict[str, Any]:
-    """Read the options of `EncoderConfig` that all families find in the same fields.
+def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs, *, use_bias: bool = True) -> Linear:
+    """Build a linear layer [D, features] for a pooler or a task head."""
+    return Linear(
+        config.embed,
+        features,
+        axes=("embed", "label"),
+        use_bias=use_bias,
+        stddev=config.init_stddev,
+        dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def read_shared(fields: Fields, head: Head, *, dropout: float, norm_eps: float = 1e-12) -> dict[str, Any]:
+    """Read the options of `EncoderConfig`, for families with BERT's names of the fields.
 
     Args:
         fields: The fields of config.json.
         head: The task head, from `read_head`.
         dropout: Default of the two dropout rates.
+        norm_eps: Default of the norms' epsilon.
 
     Raises:
         UserError: A field is missing, or its value is not supported.
     """
-    embed, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
-    if embed % heads:
-        raise UserError(f"config.json: hidden_size={embed} is not a multiple of num_attention_heads={heads}")
-    return {
-        "kind": fields.kind,
-        "embed": embed,
-        "mlp": fields.take("intermediate_size"),
-        "layers": fields.take("num_hidden_layers"),
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": embed // heads,
-        "norm_eps": fields.take("layer_norm_eps", 1e-12),
+    return read_sizes(fields, head) | {
+        "norm_eps": fields.take("layer_norm_eps", norm_eps),
         "activation": fields.activation("hidden_act", "gelu"),
         "dropout": fields.take("hidden_dropout_prob", dropout),
         "attention_dropout": fields.take("attention_probs_dropout_prob", dropout),
+    }
+
+
+def read_sizes(fields: Fields, head: Head, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Read the options of `EncoderConfig` that all families have.
+
+    Args:
+        fields: The fields of config.json.
+        head: The task head, from `read_head`.
+        names: The family's names of fields, by BERT's names.
+
+    Raises:
+        UserError: A field is missing, or its value is not supported.
+    """
+    width, mlp, layers, number = (
+        names.get(name, name)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    )
+    embed, heads = fields.take(width), fields.take(number)
+    if embed % heads:
+        raise UserError(f"config.json: {width}={embed} is not a multiple of {number}={heads}")
+    return {
+        "kind": fields.kind,
+        "embed": embed,
+        "mlp": fields.take(mlp),
+        "layers": fields.take(layers),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": embed // heads,
         "head": head.name,
         "stored_head": head.stored,
         "labels": head.labels,

@@ -153,6 +153,38 @@ OWN: dict[str, frozenset[str]] = {
         num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
         vocab_size
     """),
+    "xlm-roberta": _names("""
+        add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
+        embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range
+        intermediate_size is_decoder is_encoder_decoder layer_norm_eps max_position_embeddings
+        num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
+        vocab_size
+    """),
+    "distilbert": _names("""
+        activation attention_dropout bos_token_id chunk_size_feed_forward dim dropout eos_token_id hidden_dim
+        hidden_size initializer_range max_position_embeddings n_heads n_layers num_attention_heads num_labels
+        pad_token_id problem_type qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_word_embeddings
+        vocab_size
+    """),
+    "modernbert": _names("""
+        attention_bias attention_dropout bos_token_id classifier_activation classifier_bias classifier_dropout
+        classifier_pooling cls_token_id decoder_bias deterministic_flash_attn embedding_dropout eos_token_id
+        global_attn_every_n_layers global_rope_theta head_dim hidden_activation hidden_size
+        initializer_cutoff_factor initializer_range intermediate_size local_attention local_rope_theta
+        max_position_embeddings mlp_bias mlp_dropout norm_bias norm_eps num_attention_heads num_labels
+        original_max_position_embeddings pad_token_id partial_rotary_factor problem_type rope_parameters
+        rope_scaling rope_theta sep_token_id sparse_pred_ignore_index sparse_prediction tie_word_embeddings
+        vocab_size
+    """),
+    "deberta-v2": _names("""
+        attention_head_size attention_probs_dropout_prob bos_token_id cls_dropout conv_act conv_groups
+        conv_kernel_size embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size
+        initializer_range intermediate_size layer_norm_eps legacy max_position_embeddings
+        max_relative_positions norm_rel_ebd num_attention_heads num_labels output_attentions
+        output_hidden_states pad_token_id pooler_dropout pooler_hidden_act pooler_hidden_size pos_att_type
+        position_biased_input position_buckets problem_type relative_attention return_dict share_att_key
+        tie_word_embeddings type_vocab_size vocab_size
+    """),
     "t5": _names("""
         classifier_dropout d_ff d_kv d_model decoder_start_token_id dense_act_fn dropout_rate eos_token_id
         feed_forward_proj head_dim hidden_size initializer_factor is_decoder is_encoder_decoder is_gated_act

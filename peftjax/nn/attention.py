@@ -192,13 +192,14 @@ class FusedAttention(Attention):
         *,
         use_bias: bool,
         scale: float | None = None,
+        dropout: float = 0.0,
         linear: type[Linear] = Linear,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.scale, self.softcap, self.dropout, self.interleaved = scale, None, Dropout(0.0), False
+        self.scale, self.softcap, self.dropout, self.interleaved = scale, None, Dropout(dropout), False
         common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.qkv = linear(features, (heads + 2 * kv_heads) * head_dim, axes=("embed", "heads"), **common)
         self.out = linear(heads * head_dim, features, axes=("heads", "embed"), **common)

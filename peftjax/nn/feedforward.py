@@ -33,6 +33,11 @@ def relu(x: jax.Array) -> jax.Array:
     return jax.nn.relu(x)
 
 
+def tanh(x: jax.Array) -> jax.Array:
+    """The hyperbolic tangent."""
+    return jnp.tanh(x)
+
+
 # By their names in config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": silu,
@@ -41,6 +46,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
+    "tanh": tanh,
 }
 
 
@@ -129,15 +135,17 @@ class FusedGatedFeedForward(nnx.Module):
         hidden: int,
         *,
         activation: Callable[[jax.Array], jax.Array],
+        use_bias: bool = False,
         stddev: float,
+        dropout: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.activation = activation
-        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.activation, self.dropout = activation, Dropout(dropout)
+        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.gate_up = Linear(features, 2 * hidden, axes=("embed", "mlp"), **common)
         self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(gated(self.activation, gate, up))
+        return self.down(self.dropout(gated(self.activation, gate, up)))

@@ -61,15 +61,17 @@ class LayerNorm(SlottedLayer):
 
     Attributes:
         scale: [D].
-        bias: [D].
+        bias: [D], or None.
     """
 
     hf_leaves: ClassVar[HfLeaves] = {"scale": ("weight", None), "bias": ("bias", None)}
 
-    def __init__(self, features: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype) -> None:
+    def __init__(
+        self, features: int, *, eps: float, axis: str = "embed", use_bias: bool = True, dtype: jnp.dtype
+    ) -> None:
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((features,), dtype), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((features,), dtype), axes=(axis,))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((features,), dtype), axes=(axis,)) if use_bias else None)
         self.adapters = Slot()
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +80,8 @@ class LayerNorm(SlottedLayer):
     def normalize(self, x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
         """The base computation; `scale` and `bias` replace the layer's own."""
         scale = self.scale.get_value() if scale is None else scale
-        bias = self.bias.get_value() if bias is None else bias
+        if bias is None and self.bias is not None:
+            bias = self.bias.get_value()
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -107,10 +110,12 @@ def _normed(x: jax.Array, eps: float) -> jax.Array:
 
 
 @recomputed
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, in float32; the result in the dtype of x."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
     scaled = normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
-    return (scaled + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)).astype(x.dtype)
+    if bias is not None:
+        scaled = scaled + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+    return scaled.astype(x.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from peftjax.data.documents import Arrays, Document, Text, over
 from peftjax.data.fields import field_of, fill
 from peftjax.models.base import Model
-from peftjax.models.bert import Bert
+from peftjax.models.text_encoder import TextEncoder
 from peftjax.tasks.base import Outputs, Task
 from peftjax.totals import Batch, Totals
 
@@ -52,7 +52,7 @@ class TextLabelTask(LabelledTask):
     Rows hold tokens, token_types and mask [T]; labels and loss_weights [].
     """
 
-    model_class: ClassVar[type[Model]] = Bert
+    model_class: ClassVar[type[Model]] = TextEncoder
     head: ClassVar[str | None] = "sequence_classification"
     texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask")),)
 

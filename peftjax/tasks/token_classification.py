@@ -15,7 +15,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.documents import Document, Text, over
 from peftjax.data.fields import field_of
 from peftjax.models.base import Model
-from peftjax.models.bert import Bert
+from peftjax.models.text_encoder import TextEncoder
 from peftjax.tasks import metrics
 from peftjax.tasks.labelled import LabelledTask, text_inputs, text_logits, text_shapes
 from peftjax.tasks.labels import Labels
@@ -30,7 +30,7 @@ class TokenClassification(LabelledTask):
 
     kind: ClassVar[str] = "token_classification"
     card_task: ClassVar[str] = "TOKEN_CLS"
-    model_class: ClassVar[type[Model]] = Bert
+    model_class: ClassVar[type[Model]] = TextEncoder
     head: ClassVar[str | None] = "token_classification"
     texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask", "labels", "loss_weights")),)
 

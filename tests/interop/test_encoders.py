@@ -1,4 +1,4 @@
-"""BERT and RoBERTa beside transformers, and their adapters beside peft, in float32."""
+"""Text encoders beside transformers, and their adapters beside peft, in float32."""
 
 import json
 from collections.abc import Callable
@@ -14,14 +14,17 @@ import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
 
 import peftjax
 from peftjax import sharding, totals
 from peftjax.adapters import count_trainable
 from peftjax.core import variables
+from peftjax.nn.disentangled import rows_of_positions
 from peftjax.tasks.labelled import text_logits
 from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
+from tests import tiny
 from tests.interop.peers import (
     THEIRS,
     adamw,
@@ -51,29 +54,93 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "num_labels": 3,
 }
-PAD = {"Bert": 0, "Roberta": 1}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "Bert": SIZES,
+    "Roberta": SIZES,
+    "XLMRoberta": SIZES,
+    "DistilBert": {
+        "vocab_size": 48,
+        "dim": 32,
+        "hidden_dim": 40,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.2,
+        "num_labels": 3,
+    },
+    "ModernBert": SIZES | {"local_attention": 5, "num_hidden_layers": 4, "pad_token_id": 0},  # layer 0 and 3 are global
+    "DebertaV2": SIZES | {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+    },  # as v3
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ModernBert biased": {
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "classifier_bias": True,
+        "classifier_activation": "relu",
+        "hidden_activation": "silu",
+        "classifier_pooling": "mean",
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+    },
+    "DebertaV2 convolution": {  # as v2-xlarge
+        "conv_kernel_size": 3,
+        "conv_groups": 2,
+        "conv_act": "gelu",
+    },
+    "DebertaV2 own projections": {
+        "share_att_key": False,
+        "norm_rel_ebd": "none",
+        "position_buckets": -1,
+        "max_relative_positions": 6,
+        "position_biased_input": True,
+        "type_vocab_size": 2,
+        "pooler_hidden_act": "tanh",
+        "cls_dropout": 0.3,
+    },
+    "DebertaV2 one term": {
+        "share_att_key": False,
+        "pos_att_type": ["c2p"],
+        "num_labels": 1,
+        "problem_type": "regression",
+    },
+    "DebertaV2 absolute": {"relative_attention": False, "position_biased_input": True},
+}
+SEQUENCES = "ForSequenceClassification"
 CLASSIFIERS = ("BertForSequenceClassification", "RobertaForSequenceClassification")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random model of a class of transformers, as it saves it; made once."""
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random model of a class of transformers, perhaps a variant of it, as it saves it; made once."""
     folder = tmp_path_factory.mktemp("encoders")
 
-    def make(name: str) -> Path:
-        if not (folder / name).exists():
+    def make(name: str, variant: str = "") -> Path:
+        path = folder / name / variant.replace(" ", "_")
+        if not (path / "config.json").exists():
             torch.manual_seed(0)
-            config = getattr(transformers, f"{kind_of(name)}Config")(**SIZES)
-            model = getattr(transformers, name)(config)
+            fields = KINDS[kind_of(name)] | VARIANTS.get(variant, {})
+            model = getattr(transformers, name)(getattr(transformers, f"{kind_of(name)}Config")(**fields))
             shake(dict(model.named_parameters()), 0.1)  # the biases and the norms' scales too
-            model.save_pretrained(folder / name)
-        return folder / name
+            model.save_pretrained(path)
+        return path
 
     return make
 
 
 def kind_of(name: str) -> str:
-    return "Roberta" if name.startswith("Roberta") else "Bert"
+    return next(kind for kind in KINDS if name.startswith(kind))
 
 
 def inputs(kind: str, vocab: int = 48) -> dict[str, np.ndarray]:
@@ -81,28 +148,36 @@ def inputs(kind: str, vocab: int = 48) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     mask = np.ones((ROWS, LENGTH), bool)
     mask[1, 6:] = False
-    tokens = np.where(mask, rng.integers(2, vocab, (ROWS, LENGTH)), PAD[kind])
+    tokens = np.where(mask, rng.integers(2, vocab, (ROWS, LENGTH)), int("Roberta" in kind))
     return {"tokens": tokens, "mask": mask, "token_types": np.tile(np.arange(LENGTH) > 3, (ROWS, 1)).astype(int)}
 
 
 def ours(model: Any) -> np.ndarray:
-    given = inputs("Bert" if model.config.kind == "bert" else "Roberta")
-    return np.asarray(model(**{name: jnp.asarray(value) for name, value in given.items()}))
+    given = inputs("Roberta" if "roberta" in model.config.kind else "Bert")
+    return real(np.asarray(model(**{name: jnp.asarray(value) for name, value in given.items()})))
 
 
 def theirs(model: Any) -> np.ndarray:
     outputs = their_outputs(model)
-    return (outputs.logits if "logits" in outputs else outputs.last_hidden_state).numpy()
+    return real((outputs.logits if "logits" in outputs else outputs.last_hidden_state).numpy())
+
+
+def real(outputs: np.ndarray) -> np.ndarray:
+    """The outputs of real tokens. A padded position may see no token, and what it computes then differs."""
+    return outputs[inputs("Bert")["mask"]] if outputs.ndim == 3 else outputs
 
 
 def their_outputs(model: Any, **options: Any) -> Any:
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    given = {name: torch.tensor(value) for name, value in inputs(kind_of(type(base).__name__)).items()}
+    kind = kind_of(type(base).__name__)
+    given = {name: torch.tensor(value) for name, value in inputs(kind).items()}
     given = {
         "input_ids": given["tokens"],
         "attention_mask": given["mask"].long(),
         "token_type_ids": given["token_types"],
     }
+    if kind in ("DistilBert", "ModernBert"):
+        del given["token_type_ids"]
     with torch.no_grad():
         if not isinstance(model, peft.PeftModel) or model.active_peft_config.peft_type != "PREFIX_TUNING":
             return model(**given, **options)
@@ -115,12 +190,15 @@ def their_outputs(model: Any, **options: Any) -> Any:
 # --- Models ---
 
 
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForTokenClassification"])
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+MODELS = [(kind + head, "") for kind in KINDS for head in ("Model", SEQUENCES, "ForTokenClassification")]
+MODELS += [(kind_of(variant) + SEQUENCES, variant) for variant in VARIANTS]
+
+
+@pytest.mark.parametrize(("name", "variant"), MODELS)
 def test_logits_are_those_of_transformers_and_the_saved_model_is_read_back(
-    kind: str, head: str, encoder: Callable, tmp_path: Path
+    name: str, variant: str, encoder: Callable, tmp_path: Path
 ) -> None:
-    path = encoder(kind + head)
+    path = encoder(name, variant)
     model = peftjax.load_model(path)
     expected = theirs(load_theirs(path))
     assert np.abs(expected).max() > 0.5  # else a small difference says little
@@ -149,12 +227,15 @@ def test_the_states_after_each_layer_are_those_of_transformers(kind: str, encode
     np.testing.assert_allclose(model.pooled(x[:, 0]), outputs.pooler_output, atol=1e-5, err_msg="pooler")
 
 
-@pytest.mark.parametrize("name", ["BertForPreTraining", "RobertaForMaskedLM"])
+PRETRAINED = ["BertForPreTraining", "RobertaForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
+
+
+@pytest.mark.parametrize("name", [*PRETRAINED, "DebertaV2ForMaskedLM"])
 def test_a_pretrained_model_is_a_base_for_a_new_head(name: str, encoder: Callable, tmp_path: Path) -> None:
     model = peftjax.load_model(encoder(name), head="token_classification", labels=5)
     outputs = their_outputs(load_theirs(encoder(name)), output_hidden_states=True)
     hidden = model.hidden(*(jnp.asarray(value) for value in inputs(kind_of(name)).values()))
-    np.testing.assert_allclose(hidden, outputs.hidden_states[-1], atol=1e-5)
+    np.testing.assert_allclose(real(hidden), real(outputs.hidden_states[-1].numpy()), atol=1e-5)
     peftjax.save_model(model, tmp_path / "saved")
     np.testing.assert_allclose(theirs(load_theirs(tmp_path / "saved")), ours(model), atol=1e-5)
 
@@ -184,11 +265,22 @@ PEERS: dict[str, tuple[peftjax.methods.Method, Callable[[], peft.PeftConfig]]] =
             target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
         ),
     ),
+    "q_lin": (  # with "all-linear" peft fails: it adapts the first layer of the head, which it also saves
+        peftjax.Lora(rank=4, targets=("q_lin", "lin1")),
+        lambda: peft.LoraConfig(r=4, target_modules=["q_lin", "lin1"]),
+    ),
+    "pooler": (
+        peftjax.Lora(rank=4, targets=("query_proj", "value_proj"), modules_to_save=("pooler",)),
+        lambda: peft.LoraConfig(r=4, target_modules=["query_proj", "value_proj"], modules_to_save=["pooler"]),
+    ),
     "prompt": (peftjax.PromptTuning(tokens=5), lambda: peft.PromptTuningConfig(num_virtual_tokens=5)),
     "prefix": (peftjax.PrefixTuning(tokens=5), lambda: peft.PrefixTuningConfig(num_virtual_tokens=5)),
 }  # fmt: skip
-CASES = [(method, name) for method in PEERS for name in CLASSIFIERS]
+CASES = [(method, name) for method in ("lora", "ia3", "prompt", "prefix") for name in CLASSIFIERS]
 CASES += [("lora", "BertModel"), ("ia3", "BertForTokenClassification")]  # the other task types
+CASES += [("lora", kind + SEQUENCES) for kind in ("XLMRoberta", "ModernBert", "DebertaV2")]
+CASES += [("prompt", kind + SEQUENCES) for kind in ("ModernBert", "DebertaV2")]
+CASES += [("q_lin", "DistilBert" + SEQUENCES), ("pooler", "DebertaV2" + SEQUENCES)]
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
@@ -210,6 +302,22 @@ def test_adapters_go_both_ways_between_here_and_peft(method: str, name: str, enc
     assert_far(ours(model), before)
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_an_adapter_holds_the_pooler_of_a_new_deberta_head(method: str, encoder: Callable, tmp_path: Path) -> None:
+    base, (mine, _) = encoder("DebertaV2Model"), PEERS[method]
+    given = jnp.asarray(inputs("DebertaV2")["tokens"])
+    model = peftjax.load_model(base, head="sequence_classification", labels=3)
+    peftjax.save_adapter(tiny.randomize(peftjax.attach(model, mine, rngs=nnx.Rngs(0))), tmp_path / "ours")
+    head = transformers.DebertaV2ForSequenceClassification.from_pretrained(base, num_labels=3)  # with another pooler
+    peer = peft.PeftModel.from_pretrained(head, tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = peer(torch.tensor(np.asarray(given)), attention_mask=torch.ones(given.shape)).logits
+    assert_close(np.asarray(model(given)), expected.numpy())
+    again = peftjax.load_model(base, head="sequence_classification", labels=3, seed=1)
+    peftjax.load_adapter(again, tmp_path / "ours", any_base=True)  # the head that it replaces is another one
+    np.testing.assert_array_equal(again(given), model(given))
+
+
 def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, tmp_path: Path) -> None:
     base = encoder(CLASSIFIERS[0])
     peer = peft.get_peft_model(load_theirs(base), peft.LoraConfig(r=4, target_modules=["query"])).eval()
@@ -220,8 +328,9 @@ def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, t
     assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
 
 
-def test_five_steps_of_adamw_equal_those_of_torch_and_peft(encoder: Callable, tmp_path: Path) -> None:
-    base = encoder("RobertaForSequenceClassification")
+@pytest.mark.parametrize("kind", ["Roberta", "ModernBert", "DebertaV2"])
+def test_five_steps_of_adamw_equal_those_of_torch_and_peft(kind: str, encoder: Callable, tmp_path: Path) -> None:
+    base = encoder(kind + SEQUENCES)
     mine, config = PEERS["lora"]
     model = peftjax.attach(peftjax.load_model(base), mine, rngs=nnx.Rngs(0))
     start = load_file(peftjax.save_adapter(model, tmp_path / "start") / "adapter_model.safetensors")
@@ -241,7 +350,8 @@ def test_five_steps_of_adamw_equal_those_of_torch_and_peft(encoder: Callable, tm
     end = load_file(peftjax.save_adapter(model, tmp_path / "end") / "adapter_model.safetensors")
     for key, value in peft.get_peft_model_state_dict(peer).items():
         np.testing.assert_allclose(end[key], value.numpy(), atol=1e-4, rtol=0, err_msg=key)
-    assert np.abs(end[OUT] - start[OUT]).max() > 10 * 1e-4
+    out = OUT + (".out_proj.weight" if kind == "Roberta" else ".weight")
+    assert np.abs(end[out] - start[out]).max() > 10 * 1e-4
 
 
 @pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression", "words"])
@@ -284,7 +394,7 @@ def test_the_loss_of_every_task_is_that_of_transformers(problem: str, encoder: C
     np.testing.assert_allclose(found.loss / found.tokens, float(expected), rtol=1e-5)
 
 
-OUT = "base_model.model.classifier.out_proj.weight"
+OUT = "base_model.model.classifier"
 
 
 def train(model: Any) -> list[float]:
@@ -305,3 +415,12 @@ def train(model: Any) -> list[float]:
 def cross_entropy(model: Any, batch: Any) -> Totals:
     losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"]), batch["labels"])
     return Totals(losses.sum(), jnp.float32(len(losses)), jnp.float32(0))
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(256, 512), (4, 32), (32, 40), (0, 8)])
+def test_the_buckets_of_deberta_are_those_of_transformers(buckets: int, furthest: int) -> None:
+    length, span = 600, buckets or furthest
+    query = torch.zeros(1, length, 1)
+    relative = deberta.build_relative_position(query, query, buckets, furthest)[0]
+    expected = torch.clamp(relative + span, 0, 2 * span - 1).numpy()
+    np.testing.assert_array_equal(rows_of_positions(length, span, buckets, furthest), expected)

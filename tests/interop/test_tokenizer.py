@@ -112,6 +112,29 @@ def _byte_level(folder: Path) -> Path:
     return folder / "roberta"
 
 
+SPECIAL = {
+    "DebertaV2": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    "XLMRoberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+}
+
+
+@pytest.mark.parametrize("kind", list(SPECIAL))
+def test_unigram_tokenizers_of_encoders_give_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
+    pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁one", "▁two", "en"]
+    vocab = [(piece, 0.0) for piece in SPECIAL[kind]] + [(piece, -1.0 - number) for number, piece in enumerate(pieces)]
+    getattr(transformers, f"{kind}Tokenizer")(vocab=vocab).save_pretrained(tmp_path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for length in (6, 64):
+        for texts in (["one two  ten"], ["one two ten", "two É"]):
+            encoding, _ = ours.cut(length)(*texts)
+            expected = theirs(*texts, truncation=True, max_length=length, return_token_type_ids=True)
+            assert (encoding.ids, encoding.type_ids) == (expected["input_ids"], expected["token_type_ids"])
+        encoding, _ = ours.cut(length, words=True)(["one", "ten"])
+        expected = theirs(["one", "ten"], is_split_into_words=True, truncation=True, max_length=length)
+        assert (encoding.ids, encoding.word_ids) == (expected["input_ids"], expected.word_ids())
+    assert ours.pad_id == theirs.pad_token_id
+
+
 @pytest.fixture(params=list(TEMPLATES))
 def with_template(request: pytest.FixtureRequest, assets: Path, tmp_path: Path) -> Path:
     """A copy of a checkpoint's tokenizer with a chat template."""

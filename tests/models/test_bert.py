@@ -79,6 +79,16 @@ def tokens() -> jax.Array:
         ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),
         ({"embedding_size": 8}, "embedding_size=8: transformers reads this for model_type 'bert'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
+        ({"model_type": "xlm-roberta", "is_decoder": True}, "is_decoder=True is not supported"),
+        ({"model_type": "distilbert"}, "'hidden_dim' is missing"),
+        ({"model_type": "modernbert", "classifier_pooling": "max"}, "classifier_pooling='max' is neither"),
+        (
+            {"model_type": "modernbert", "layer_types": ["chunked_attention"] * 2},
+            "layer_types must name sliding_attention",
+        ),
+        ({"model_type": "modernbert", "rope_parameters": {"rope_theta": 3.0}}, "rope_parameters has rope_theta"),
+        ({"model_type": "deberta-v2", "conv_kernel_size": 4}, "conv_kernel_size=4 is even"),
+        ({"model_type": "deberta-v2", "embedding_size": 8}, "embedding_size=8: transformers reads this"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(fields: dict, message: str) -> None:
@@ -196,6 +206,53 @@ def test_more_tokens_than_positions_are_refused() -> None:
     model(jnp.full((1, 14), 5))  # 16 rows, of which the padding and what is before it take two
     with pytest.raises(ValueError, match="15 tokens and 0 virtual ones exceed the model's 14 positions"):
         model(jnp.full((1, 15), 5))
+
+
+# --- Families ---
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "distilbert": {"hidden_dim": 24, "intermediate_size": None},
+    "modernbert": {"local_attention": 4},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("distilbert", peftjax.PrefixTuning(tokens=3)),
+        ("modernbert", peftjax.PrefixTuning(tokens=3)),
+        ("modernbert", peftjax.PromptTuning(tokens=3)),
+        ("deberta-v2", peftjax.PromptTuning(tokens=3)),
+        ("deberta-v2", peftjax.Lora(rank=2)),
+    ],
+)
+def test_real_tokens_do_not_depend_on_padding(kind: str, method: Any) -> None:
+    model = from_hf_config(CONFIG | {"model_type": kind} | FAMILIES[kind]).make(nnx.Rngs(0))
+    before = model(tokens()[:, :4])
+    tiny.randomize(peftjax.attach(model, method, rngs=nnx.Rngs(1)))
+    alone = model(tokens()[:, :4])
+    np.testing.assert_allclose(model(tokens(), jnp.arange(6)[None] < 4)[:, :4], alone, atol=1e-5)
+    assert np.abs(alone - before).max() > 0.01
+
+
+def test_local_attention_sees_a_prefix_only_within_its_reach() -> None:
+    fields = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "local_attention": 2}
+    model = from_hf_config(CONFIG | {"model_type": "modernbert"} | fields).make(nnx.Rngs(0))
+    before = model(tokens())
+    changed = np.abs(model_with_prefix(model)(tokens()) - before).max(axis=(0, 2))
+    assert changed[0] > 0.01  # at distance 1 from the last of the three
+    assert changed[1:].max() < 1e-5
+
+
+def model_with_prefix(model: Any) -> Any:
+    return tiny.randomize(peftjax.attach(model, peftjax.PrefixTuning(tokens=3), rngs=nnx.Rngs(1)))
+
+
+def test_a_prefix_needs_attention_that_takes_further_keys() -> None:
+    model = from_hf_config(CONFIG | {"model_type": "deberta-v2"}).make(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="prefix' needs attention layers with a slot"):
+        model_with_prefix(model)
 
 
 # --- Adapters beside a head ---

@@ -13,7 +13,7 @@ from tests import tiny
     ("fields", "message"),
     [
         ({"model_type": "lama"}, "Did you mean 'llama'"),
-        ({"model_type": "rwkv"}, "'rwkv' is not supported. Supported: bert, gemma2, gemma3_text, glm4, gpt2"),
+        ({"model_type": "rwkv"}, "'rwkv' is not supported. Supported: bert, deberta-v2, distilbert, gemma2"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),

@@ -1,0 +1,113 @@
+"""DistilBERT: BERT with half of the layers and without token types (Sanh et al. 2019, arXiv:1910.01108, section 3)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+import jax
+from flax import nnx
+
+from peftjax.models.bert import Bert, BertConfig
+from peftjax.models.encoder import linear, read_sizes
+from peftjax.models.fields import Fields
+from peftjax.models.text_encoder import TEXT_HARMLESS, TextOptions, architectures, read_text_head
+from peftjax.nn.dropout import Dropout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilBertConfig(BertConfig):
+    """Sizes and options of a DistilBERT."""
+
+    @property
+    def architectures(self) -> Mapping[str, str]:
+        return _ARCHITECTURES
+
+    @property
+    def pooler(self) -> bool:
+        return False
+
+    def make(self, rngs: nnx.Rngs) -> "DistilBert":
+        return DistilBert(self, rngs)
+
+
+class DistilBert(Bert):
+    """BERT's blocks without a pooler; the head for sequences is relu(x W + b) W_out + b_out."""
+
+    config: DistilBertConfig
+    output_layers: ClassVar = ("pre_classifier", "classifier")
+    task_head: ClassVar = output_layers
+    head_modules: ClassVar = output_layers
+
+    def make_head(self, rngs: nnx.Rngs) -> None:
+        config = self.config
+        if config.head == "sequence_classification":
+            self.pre_classifier = linear(config, config.embed, rngs)
+        if config.head != "none":
+            self.head_dropout = Dropout(config.head_dropout)
+            self.classifier = linear(config, len(config.labels), rngs)
+
+    def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.pre_classifier(super().pool(states, valid)))
+
+    # --- Hugging Face: names of our modules, and config.json ---
+
+    hf_root = "distilbert"
+    hf_heads: ClassVar = {"pre_classifier": "pre_classifier", "classifier": "classifier"}
+    hf_pretraining: ClassVar = (r"vocab_(transform|layer_norm|projector)\..*",)
+
+
+DistilBert.hf_base = {
+    "embed": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "embed_norm": "embeddings.LayerNorm",
+    "blocks.attention": "transformer.layer.{}.attention",
+    "blocks.attention.query": "transformer.layer.{}.attention.q_lin",
+    "blocks.attention.key": "transformer.layer.{}.attention.k_lin",
+    "blocks.attention.value": "transformer.layer.{}.attention.v_lin",
+    "blocks.attention.out": "transformer.layer.{}.attention.out_lin",
+    "blocks.attention_residual": "transformer.layer.{}.attention_adapters",  # where AdapterHub puts its adapters
+    "blocks.attention_residual.norm": "transformer.layer.{}.sa_layer_norm",
+    "blocks.feedforward.up": "transformer.layer.{}.ffn.lin1",
+    "blocks.feedforward.down": "transformer.layer.{}.ffn.lin2",
+    "blocks.feedforward_residual": "transformer.layer.{}.output_adapters",
+    "blocks.feedforward_residual.norm": "transformer.layer.{}.output_layer_norm",
+}
+# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
+_ARCHITECTURES = architectures("DistilBert")
+# The names of BERT's fields.
+_NAMES = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+}
+# The dropout of question answering, how the position table is initialized, and two fields of the first checkpoints.
+_HARMLESS = TEXT_HARMLESS | {"qa_dropout", "sinusoidal_pos_embds", "tie_weights_", "output_past"}
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DistilBertConfig:
+    """Read a config.json of model_type distilbert, with DistilBERT's names of the fields or BERT's.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    head, rest = read_text_head(config, _ARCHITECTURES, options)
+    names = _NAMES | {"intermediate_size": "intermediate_size"}  # which transformers does not read
+    fields = Fields({names.get(name, name): value for name, value in config.items()}, harmless=_HARMLESS)
+    positions, dropout = fields.take("max_position_embeddings", 512), fields.take("dropout", 0.1)
+    sequences = fields.take("seq_classif_dropout", 0.2)
+    result = DistilBertConfig(
+        **read_sizes(fields, head, _NAMES),
+        vocab=fields.take("vocab_size"),
+        positions=positions,
+        max_positions=positions,
+        token_types=0,
+        norm_eps=1e-12,
+        activation=fields.activation("activation", "gelu"),
+        dropout=dropout,
+        attention_dropout=fields.take("attention_dropout", 0.1),
+        head_dropout=sequences if head.name == "sequence_classification" else dropout,
+        **rest,
+    )
+    fields.done()
+    return result

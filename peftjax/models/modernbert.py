@@ -1,0 +1,307 @@
+"""ModernBERT: a pre-norm encoder with rotary embedding, GeGLU and alternating global and local attention.
+
+Warner et al. 2024 (arXiv:2412.13663), section 2.1.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.models.encoder import linear, read_sizes
+from peftjax.models.fields import Fields
+from peftjax.models.text_encoder import (
+    TEXT_HARMLESS,
+    TextEncoder,
+    TextEncoderConfig,
+    TextOptions,
+    architectures,
+    masked_mean,
+    read_text_head,
+)
+from peftjax.nn.attention import FusedAttention
+from peftjax.nn.dropout import Dropout
+from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
+from peftjax.nn.norm import LayerNorm
+from peftjax.nn.rope import Rope, RopeTables
+from peftjax.nn.rope import from_hf as rope_from_hf
+from peftjax.nn.stack import Residual, make_stack, scan_stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModernBertConfig(TextEncoderConfig):
+    """Adds what distinguishes ModernBERT.
+
+    Attributes:
+        local: For each layer, whether its attention is local.
+        reach: How many positions to each side local attention sees.
+        rope: Rotary embedding of the layers with global attention.
+        local_rope: Rotary embedding of the layers with local attention.
+        mlp_dropout: Dropout rate of the hidden activations of the feed-forward layers.
+        norm_bias: Whether the norms have biases.
+        attention_bias: Whether the attention layers have biases.
+        mlp_bias: Whether the feed-forward layers have biases.
+        head_bias: Whether the head's first layer has a bias.
+        head_activation: Activation of the head.
+        head_pooling: What the head for sequences reads, one of `text_encoder.POOLINGS`.
+    """
+
+    local: tuple[bool, ...]
+    reach: int
+    rope: Rope
+    local_rope: Rope
+    mlp_dropout: float
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    head_activation: str
+    head_pooling: str
+
+    @property
+    def architectures(self) -> Mapping[str, str]:
+        return _ARCHITECTURES
+
+    def norm(self) -> LayerNorm:
+        """Build a norm of the hidden states."""
+        return LayerNorm(self.embed, eps=self.norm_eps, use_bias=self.norm_bias, dtype=jnp.dtype(self.param_dtype))
+
+    def make(self, rngs: nnx.Rngs) -> "ModernBert":
+        return ModernBert(self, rngs)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)), without the first norm: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
+        common: dict[str, Any] = {"stddev": config.init_stddev, "dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
+        self.attention = FusedAttention(
+            config.embed,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            use_bias=config.attention_bias,
+            dropout=config.attention_dropout,
+            **common,
+        )
+        self.attention_dropout, self.attention_residual = Dropout(config.attention_dropout), Residual()
+        self.feedforward = FusedGatedFeedForward(
+            config.embed,
+            config.mlp,
+            activation=ACTIVATIONS[config.activation],
+            use_bias=config.mlp_bias,
+            dropout=config.mlp_dropout,
+            **common,
+        )
+        self.feedforward_norm, self.feedforward_residual = config.norm(), Residual()
+
+    def __call__(self, x: jax.Array, norm: LayerNorm, first: jax.Array, rope: RopeTables, mask: jax.Array) -> jax.Array:
+        def attend(x: jax.Array) -> jax.Array:
+            x = jnp.where(first, x, norm(x))  # the first layer's input has been normalized already
+            return self.attention_dropout(self.attention(x, rope, mask)[0])
+
+        x = self.attention_residual(x, attend)
+        x = self.feedforward_residual(x, lambda x: self.feedforward(self.feedforward_norm(x)))
+        return sharding.constrain(x, "batch", "length", None)
+
+
+class Head(nnx.Module):
+    """norm(act(x W)), which pretraining trains too: [..., D] -> [..., D]."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
+        self.dense = linear(config, config.embed, rngs, use_bias=config.head_bias)
+        self.activation, self.norm = ACTIVATIONS[config.head_activation], config.norm()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.activation(self.dense(x)))
+
+
+class ModernBert(TextEncoder):
+    """Blocks with the norms before their sublayers, and a last norm; token types are ignored.
+
+    Attributes:
+        attention_norms: The norms before attention in all layers but the first, which has none.
+    """
+
+    config: ModernBertConfig
+    blocks: Block
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs)
+        self.attention_norms = make_stack(lambda rngs: config.norm(), config.layers - 1, rngs)
+        self.norm = config.norm()
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        return Block(self.config, rngs)
+
+    def make_norm(self) -> LayerNorm:
+        return self.config.norm()
+
+    def make_head(self, rngs: nnx.Rngs) -> None:
+        config = self.config
+        if config.head != "none":
+            self.head = Head(config, rngs)
+            self.head_dropout = Dropout(config.head_dropout)
+            self.classifier = linear(config, len(config.labels), rngs)
+
+    def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        prefix, length = self.virtual - self.embed.adapters.virtual, x.shape[1]
+        positions, keys = prefix + jnp.arange(length), jnp.arange(prefix + length)
+        near = (jnp.abs(positions[:, None] - keys[None, :]) <= self.config.reach)[None, None]  # [1, 1, T, S]
+        seen = jnp.pad(valid, ((0, 0), (prefix, 0)), constant_values=True)[:, None, None, :]  # [B, 1, 1, S]
+        both = [rope.tables(positions[None]) for rope in (self.config.local_rope, self.config.rope)]
+        norms, padded, shared = _with_first(self.attention_norms)
+
+        def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+            number, local, own = inputs
+            rope = jax.tree.map(lambda here, everywhere: jnp.where(local, here, everywhere), *both)
+            norm = variables.join(norms, own, shared)
+            return block(x, norm, number == 0, rope, seen & (near | ~local)), None
+
+        per_layer = (jnp.arange(self.config.layers), jnp.asarray(self.config.local), padded)
+        x, _ = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
+        return self.norm(x)
+
+    def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
+        return masked_mean(states, valid) if self.config.head_pooling == "mean" else super().pool(states, valid)
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        return self.classifier(self.head_dropout(self.head(x)))
+
+    @property
+    def virtual(self) -> int:
+        return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
+
+    # --- Hugging Face: names of our modules, and config.json ---
+
+    hf_root = "model"
+    hf_heads: ClassVar = {
+        "head": "head",
+        "head.dense": "head.dense",
+        "head.norm": "head.norm",
+        "classifier": "classifier",
+    }
+
+    @property
+    def hf_ignored(self) -> tuple[str, ...]:
+        """The head of pretraining, but its first layers only if no task head uses them."""
+        return (*super().hf_ignored, r"decoder\..*", *([r"head\..*"] if self.config.head == "none" else []))
+
+    @property
+    def hf_fresh(self) -> tuple[str, ...]:
+        return ("head", *super().hf_fresh) if super().hf_fresh else ()
+
+
+def _with_first(norms: LayerNorm) -> tuple[nnx.GraphDef, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The norms, with zeros in place of the first layer's, which is not used, and what all layers share."""
+    graph, leaves = variables.flat(norms)
+    stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
+    shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
+    return (
+        graph,
+        {path: jnp.pad(value, [(1, 0)] + [(0, 0)] * (value.ndim - 1)) for path, value in stacked.items()},
+        shared,
+    )
+
+
+ModernBert.hf_base = {
+    "embed": "embeddings.tok_embeddings",
+    "embed_norm": "embeddings.norm",
+    "attention_norms": "layers.{1}.attn_norm",
+    "blocks.attention": "layers.{}.attn",
+    "blocks.attention.qkv": "layers.{}.attn.Wqkv",
+    "blocks.attention.out": "layers.{}.attn.Wo",
+    "blocks.attention_residual": "layers.{}.attention_adapters",
+    "blocks.feedforward_norm": "layers.{}.mlp_norm",
+    "blocks.feedforward.gate_up": "layers.{}.mlp.Wi",
+    "blocks.feedforward.down": "layers.{}.mlp.Wo",
+    "blocks.feedforward_residual": "layers.{}.output_adapters",
+    "norm": "final_norm",
+}
+# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
+_ARCHITECTURES = architectures("ModernBert")
+# Fields of the head of pretraining, of initialization and of other implementations, and two that no version reads.
+_HARMLESS = TEXT_HARMLESS | {
+    "decoder_bias", "sparse_prediction", "sparse_pred_ignore_index", "initializer_cutoff_factor", "cls_token_id",
+    "sep_token_id", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad", "layer_norm_eps",
+    "position_embedding_type",
+}  # fmt: skip
+
+
+def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBertConfig:
+    """Read a config.json of model_type modernbert, in the format of transformers 4 or 5.
+
+    Raises:
+        UserError: A field is missing or unknown, or its value is not supported.
+    """
+    head, rest = read_text_head(config, _ARCHITECTURES, options)
+    fields = Fields(config, harmless=_HARMLESS)
+    sizes, max_positions = read_sizes(fields, head), fields.take("max_position_embeddings", 8192)
+    rope, local_rope = _ropes(fields, sizes["head_dim"], max_positions)
+    reach = fields.take("local_attention", 128) // 2
+    fields.implied("sliding_window", reach)
+    fields.implied("head_dim", sizes["head_dim"])
+    pooling = fields.take("classifier_pooling", "cls")
+    if pooling not in ("cls", "mean"):
+        raise UserError(f"config.json: classifier_pooling={pooling!r} is neither 'cls' nor 'mean'")
+    result = ModernBertConfig(
+        **sizes,
+        vocab=fields.take("vocab_size"),
+        positions=0,
+        max_positions=max_positions,
+        token_types=0,
+        local=_local(fields, sizes["layers"]),
+        reach=reach,
+        rope=rope,
+        local_rope=local_rope,
+        norm_eps=fields.take("norm_eps", 1e-5),
+        activation=fields.activation("hidden_activation", "gelu"),
+        dropout=fields.take("embedding_dropout", 0.0),
+        attention_dropout=fields.take("attention_dropout", 0.0),
+        mlp_dropout=fields.take("mlp_dropout", 0.0),
+        head_dropout=fields.take("classifier_dropout", 0.0),
+        norm_bias=fields.take("norm_bias", False),
+        attention_bias=fields.take("attention_bias", False),
+        mlp_bias=fields.take("mlp_bias", False),
+        head_bias=fields.take("classifier_bias", False),
+        head_activation=fields.activation("classifier_activation", "gelu"),
+        head_pooling=pooling,
+        **rest,
+    )
+    fields.done()
+    return result
+
+
+def _local(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Read layer_types; by default every third layer, from the first one, is global."""
+    every, types = fields.take("global_attn_every_n_layers", 3), fields.maybe("layer_types")
+    if types is None:
+        return tuple(bool(layer % every) for layer in range(layers))
+    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise UserError(
+            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
+        )
+    return tuple(name == "sliding_attention" for name in types)
+
+
+def _ropes(fields: Fields, head_dim: int, max_positions: int) -> list[Rope]:
+    """Read the rotary embeddings of global and local attention: rope_parameters by type, or older fields."""
+    by_type, scaling = dict(fields.maybe("rope_parameters") or {}), dict(fields.maybe("rope_scaling") or {})
+    older = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
+    ropes = []
+    for kind, (name, default) in older.items():
+        theta = fields.take(name, default)
+        parameters = {"rope_theta": theta} | dict(by_type.pop(kind, None) or {}) | scaling
+        ropes.append(rope_from_hf(parameters, head_dim=head_dim, max_positions=max_positions))
+    if by_type:
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type 'modernbert' it holds "
+            "full_attention and sliding_attention, each with its own parameters"
+        )
+    return ropes
