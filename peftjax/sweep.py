@@ -1,4 +1,4 @@
-"""Train one run for each combination of some fields' values, side by side where one program can train them.
+"""Train one run for each combination of some fields' values, or of random draws, side by side where one program can.
 
     peftjax sweep --config=configs/quickstart.py --workdir=runs/sweep \\
         --sweep.optim.learning_rate=1e-3,3e-3 --sweep.method.rank=4,8
@@ -11,7 +11,6 @@ held, read and decoded once.
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -30,51 +29,78 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
+from peftjax.io.hf_files import enumerate_some
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
-from peftjax.tasks import TASKS
 from peftjax.training import config as configs
-from peftjax.training import duration, precision
+from peftjax.training import duration, precision, space
+from peftjax.training.alike import in_the_way
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
+from peftjax.training.space import Choice, Range
 from peftjax.training.sweep_table import make_table, short_name, value_text
 
-# Fields that may differ within a population: they change neither the structure of the model nor the data.
-TOGETHER = ("seed:", "optim.", "method.alpha:", "method.lr_ratio:")
 
+def members(
+    path: str, overrides: Iterable[str], fields: Iterable[str], workdir: Path, trials: int = 0, seed: int = 0
+) -> list[Member]:
+    """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
-def members(path: str, overrides: Iterable[str], fields: Iterable[str], workdir: Path) -> list[Member]:
-    """One member for each combination of the values of `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3".
-
-    Values are separated by commas, or by semicolons if they contain commas.
+    Without `trials`, one for each combination of the values. Otherwise so many random draws with a seed; draws that
+    sweep.json in the workdir has already are taken from there. A draw that repeats another one is left out.
 
     Raises:
-      UserError: There are no fields, one is given twice or without a value, two runs are the same, or a config is invalid.
+      UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
+        sweep.json has draws from other values.
     """
-    swept: dict[str, list[str]] = {}
+    swept: dict[str, Choice | Range] = {}
     for item in fields:
-        name, _, text = item.removeprefix("--sweep.").partition("=")
-        texts = [value.strip() for value in text.split(";" if ";" in text else ",")]
-        if not all(texts):
-            raise UserError(f"{item}: a swept field needs values, --sweep.{name}=VALUE,VALUE,...")
+        name, values = space.parse(item)
         if name in swept:
             raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
-        swept[name] = texts
+        swept[name] = values
     if not swept:
         raise UserError(
             "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4"
         )
+    if trials:
+        defaults = flat(configs.to_dict(configs.load(path, overrides)))
+        whole = {name for name in swept if type(defaults.get(name)) is int}
+        chosen = _recorded(swept, seed, workdir, space.draw(swept, trials, seed, whole))
+    else:
+        chosen = space.grid(swept)
     found: dict[str, Member] = {}
-    for combination in itertools.product(*swept.values()):
-        own = [f"--config.{name}={text}" for name, text in zip(swept, combination, strict=True)]
-        config = configs.load(path, [*overrides, *own])
-        values = {name: _value(config, name) for name in swept}
-        name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in values.items())
-        if name in found:
+    for index, texts in enumerate(chosen):
+        config = configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
+        fixed = {name: _value(config, name) for name in swept}
+        name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
+        if name in found and not trials:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
-        found[name] = Member(values, config, workdir / quote(name, safe=",=+ "))
+        trial = {"seed": seed, "index": index, "drawn": texts} if trials else None
+        found.setdefault(name, Member(fixed, config, workdir / quote(name, safe=",=+ "), trial))
     return list(found.values())
+
+
+def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The draws, those of trials that sweep.json holds with this seed as they are there.
+
+    Raises:
+      UserError: One of these was drawn from other fields or other values.
+    """
+    file = workdir / RESULTS
+    entries = json.loads(file.read_text()) if file.exists() else []
+    for trial in (entry["trial"] for entry in entries if entry.get("trial", {}).get("seed") == seed):
+        texts = trial["drawn"]
+        if texts.keys() != swept.keys() or not all(text in swept[name] for name, text in texts.items()):
+            values = ", ".join(f"{name}={text}" for name, text in texts.items())
+            raise UserError(
+                f"{file} holds a run that was drawn from other values: {values}; choose another workdir, or another "
+                "--search_seed for runs beside it"
+            )
+        if trial["index"] < len(drawn):
+            drawn[trial["index"]] = {name: texts[name] for name in swept}
+    return drawn
 
 
 def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str, Any]]:
@@ -103,6 +129,10 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         for population in populations(waiting):
             check_member(population[0])
         groups = populations(waiting, most)
+        if blocked := list(
+            dict.fromkeys(name for one in waiting for name in in_the_way(waiting[0].config, one.config))
+        ):
+            say(f"{enumerate_some(blocked, 4)} cannot vary within one program; each value is trained by its own")
         found = write_results(runs, workdir)  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
@@ -172,7 +202,7 @@ def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
     """The runs in groups of at most `most` (0: no limit) that one program can train."""
     groups: list[list[Member]] = []
     for member in runs:
-        group = next((group for group in groups if _alike(group[0].config, member.config)), None)
+        group = next((group for group in groups if not in_the_way(group[0].config, member.config)), None)
         if group is None or len(group) == most:
             group = []
             groups.insert(0, group)  # the next one alike joins the newest
@@ -194,22 +224,14 @@ def outcome(member: Member) -> dict[str, Any]:
         {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
     )
     failed = {"failed": member.failed} if member.failed else {}
-    return {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts, **failed}
+    trial = {"trial": member.trial} if member.trial else {}
+    return {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts, **failed, **trial}
 
 
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
     """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
     directory = workdir / found[0]["run"]
     return directory / ("adapter" if (directory / "adapter").exists() else "model")
-
-
-def _alike(one: Config, other: Config) -> bool:
-    """Whether runs with these configs can be in one population."""
-    drawn = (
-        TASKS[one.task.kind].head is not None or one.model.init == "random"
-    )  # a part of the base depends on the seed
-    free = tuple(field for field in TOGETHER if not (drawn and field == "seed:"))
-    return all(line.startswith(free) for line in configs.differences(one, configs.to_dict(other)))
 
 
 def _value(config: Config, field: str) -> Any:
@@ -222,7 +244,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sweep.FIELD",
         metavar="V,V",
-        help="Config field to sweep and its values (separated by ; if they contain commas)",
+        help="Config field to sweep and its values (separated by ; if they contain commas), or uniform(LOW,HIGH) or "
+        "loguniform(LOW,HIGH)",
+    )
+    group.add_argument(
+        "--trials",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Random search: number of draws from the values of all fields (default: all combinations)",
+    )
+    group.add_argument(
+        "--search_seed", type=int, default=0, metavar="SEED", help="Random seed of these draws (default: 0)"
     )
     group.add_argument(
         "--together",
@@ -240,8 +273,11 @@ def main(argv: list[str]) -> None:
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
     if options.together < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
+    for name in ("trials", "search_seed"):
+        if (value := getattr(options, name)) < 0:
+            raise UserError(f"--{name}={value} must not be negative")
     workdir = Path(options.workdir)
-    runs = members(options.config, options.overrides, fields, workdir)
+    runs = members(options.config, options.overrides, fields, workdir, options.trials, options.search_seed)
     distributed.start(options)
     found = sweep(runs, workdir, options.together)
     if jax.process_index() == 0:

@@ -30,6 +30,8 @@ class Ranked(Targeted):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
+    traced_options: ClassVar[frozenset[str]] = Targeted.traced_options | {"rank"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._replace(rank_pattern=pattern(self.rank_pattern), alpha_pattern=pattern(self.alpha_pattern))

@@ -9,7 +9,7 @@ that belongs to another tree is replaced by `optax.MaskedNode()`, a pytree node 
 optimizer moment and no update.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -122,6 +122,25 @@ def update(model: nnx.Module, *trees: FlatTree) -> None:
     for path, value in _present(*trees).items():
         variables[path].set_value(value)
     nnx.update(model, nnx.from_flat_state([(_key(path), variable) for path, variable in variables.items()]))
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Stack trees leaf by leaf. Leaves of different shapes are first padded with zeros at the end of each axis."""
+
+    def stacked(*leaves: jax.Array) -> jax.Array:
+        shape = tuple(map(max, *(leaf.shape for leaf in leaves))) if len(leaves) > 1 else leaves[0].shape
+        return jnp.stack([leaf if leaf.shape == shape else _padded(leaf, shape) for leaf in leaves])
+
+    return jax.tree.map(stacked, *trees)
+
+
+def _padded(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.pad(leaf, [(0, most - size) for most, size in zip(shape, leaf.shape, strict=True)])
+
+
+def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
+    """The leading part of each leaf that has the shape of the leaf in `like`: without the padding of `stack`."""
+    return jax.tree.map(lambda leaf, own: leaf[tuple(map(slice, own.shape))], tree, like)
 
 
 def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:

@@ -38,6 +38,7 @@ class Vera(Projected):
 
     method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
+    traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial", "projection_prng_key"}
     hf_fields: ClassVar = Projected.hf_fields | {
         "rank": ("r", 256),
         "d_initial": ("d_initial", 0.1),

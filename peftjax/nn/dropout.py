@@ -1,7 +1,7 @@
 """Dropout whose random key is part of the model's state."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.core.variables import DropoutKey, PeftParam
+from peftjax.core.variables import DropoutKey, PeftConstant, PeftParam
 
 Model = TypeVar("Model")  # an nnx.Module; not bound, so that protocols fit too
 
@@ -23,9 +23,9 @@ class Dropout(nnx.Module):
     mode; `model.train()` and `model.eval()` switch it.
 
     Attributes:
-        rate: The probability that an element is dropped, in [0, 1].
+        rate: The probability that an element is dropped, in [0, 1]; after `vary`, a variable that holds it, float32 [].
         deterministic: True in evaluation mode.
-        key: Key data, uint32 [*stack, 2]; None if the rate is 0.
+        key: Key data, uint32 [*stack, 2]; None if the rate is 0 and not a variable.
 
     Raises:
         UserError: The rate is outside [0, 1].
@@ -34,10 +34,19 @@ class Dropout(nnx.Module):
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
         if not 0.0 <= rate <= 1.0:
             raise UserError(f"dropout must be between 0 and 1, got {rate}")
-        self.rate = rate
-        self.deterministic = True
-        axes = ("layers", None) if stack else (None,)
-        self.key = nnx.data(DropoutKey(jnp.zeros((*stack, 2), jnp.uint32), axes=axes) if rate > 0 else None)
+        self.rate: Any = rate
+        self.stack, self.deterministic = stack, True
+        self.key = nnx.data(self._make_key() if rate > 0 else None)
+
+    def _make_key(self) -> DropoutKey:
+        axes = ("layers", None) if self.stack else (None,)
+        return DropoutKey(jnp.zeros((*self.stack, 2), jnp.uint32), axes=axes)
+
+    def vary(self) -> None:
+        """Hold the rate in a variable, so that one program can run modules with different rates, 0 included."""
+        self.rate = nnx.data(PeftConstant(jnp.float32(self.rate), axes=()))
+        if self.key is None:
+            self.key = nnx.data(self._make_key())
 
     @property
     def idle(self) -> bool:
@@ -47,14 +56,17 @@ class Dropout(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.key is None:
             return x
-        if self.rate == 1.0:  # nothing to divide by
+        if isinstance(self.rate, float) and self.rate == 1.0:  # nothing to divide by
             return jnp.zeros_like(x)
-        key, keep = jax.random.wrap_key_data(self.key.get_value()), 1 - self.rate
+        key = jax.random.wrap_key_data(self.key.get_value())
+        keep = share = 1 - (self.rate.get_value() if isinstance(self.rate, nnx.Variable) else self.rate)
+        if isinstance(share, jax.Array):
+            share = jnp.where(share > 0, share, 1.0).astype(x.dtype)
         if x.ndim == 3:  # drawn as [T, B, D], so that padding does not change the mask of the positions before it
             kept = jax.random.bernoulli(key, keep, (x.shape[1], x.shape[0], x.shape[2])).swapaxes(0, 1)
         else:
             kept = jax.random.bernoulli(key, keep, x.shape)
-        return jnp.where(kept, x / keep, jnp.zeros_like(x))
+        return jnp.where(kept, x / share, jnp.zeros_like(x))
 
 
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
-from peftjax.adapters import active_view
 from peftjax.core import output, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
@@ -30,6 +28,7 @@ from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.totals import Batch
 from peftjax.training.abstract import abstract_batch
+from peftjax.training.alike import align_dropout, structure
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS
@@ -47,12 +46,14 @@ class Member:
       values: The swept fields and their values.
       config: The whole configuration.
       workdir: The directory of the run.
+      trial: In random search, the seed, the number of the draw and the drawn texts.
       failed: Why the run failed; empty if it did not.
     """
 
     values: dict[str, Any]
     config: Config
     workdir: Path
+    trial: dict[str, Any] | None = None
     failed: str = ""
 
     @property
@@ -73,12 +74,20 @@ class Training:
     log: Log = dataclasses.field(init=False)
     loss: jax.Array = dataclasses.field(init=False)
 
+    @property
+    def steps(self) -> int:
+        """The number of steps of its run."""
+        return self.run.config.train.steps
+
 
 PopulationStep = Callable[..., list[tuple[TrainState, Metrics]]]
 
 
 def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -> PopulationStep:
     """The jitted step (states, shared, own, batches) -> [(state, metrics), ...] of runs that differ in their leaves alone.
+
+    Leaves of different shapes, such as those of LoRAs of different ranks, are padded with zeros where the gradients are
+    computed, and only there: each state, update and moment has the shape that it has in a separate run.
 
     Args:
       parts: What each run's step is made of; the objectives are equal.
@@ -100,13 +109,11 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
             return accumulate(parts[0].objective, state, {**shared, **own}, batch)
 
         without_moments = [state._replace(optimizer=()) for state in states]
-        stacked = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) for members in (without_moments, own, batches)
-        ]
-        together = jax.vmap(gradients)(*stacked)
+        together = jax.vmap(gradients)(variables.stack(without_moments), variables.stack(own), variables.stack(batches))
         results = []
         for index, (each, state) in enumerate(zip(parts, states, strict=True)):
-            gradient, totals = jax.tree.map(lambda leaf, index=index: leaf[index], together)
+            padded, totals = jax.tree.map(lambda leaf, index=index: leaf[index], together)
+            gradient = variables.cut(padded, state.trainable)
             results.append((apply(each.tx, state, gradient), summary(gradient, totals)))
         return results
 
@@ -118,7 +125,11 @@ def train_population(population: Sequence[Member], preemption: Preemption) -> No
     preemption.begin()
     mesh = sharding.make_mesh(population[0].config.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
-        for group in set_up(population, mesh, opened):
+        groups = set_up(population, mesh, opened)
+        if len(groups) > 1:
+            names = "; ".join(" | ".join(one.member.name for one in group) for group in groups)
+            say(f"the structures or the steps of these models differ, so {len(groups)} programs train them: {names}")
+        for group in groups:
             train_side_by_side(group, preemption)
 
 
@@ -127,7 +138,7 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
 
     Returns:
       The members in groups of one structure and one step: some may have been killed when others had saved already, and
-      a method may have alpha in its structure.
+      some values change the structure, such as an `init` of LoRA with a nonzero initial update.
     """
     for member in population:
         opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
@@ -140,64 +151,111 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     _, config, _, task, *_ = prepared[0]
     shared = task.load_model(config.model, task.directory, mesh, config.seed)
     base = base_fingerprint(shared)
+    models: list[Model] = [nnx.clone(shared) for _ in prepared]
+    attached = [
+        attach_method(config, task, model, mesh, source)
+        for model, (_, config, source, task, _, _) in zip(models, prepared, strict=True)
+    ]
+    align_dropout(models)
     groups: dict[Any, list[Training]] = {}
-    for member, config, source, task, batches, checkpoints in prepared:
-        model: Model = nnx.clone(shared)
-        method = attach_method(config, task, model, mesh, source)
+    for model, method, (member, config, _, task, batches, checkpoints) in zip(models, attached, prepared, strict=True):
+        sharding.place(model, mesh)
         parts = split(config, task, model, method)
         run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base, NO_HOOKS)
         run.report = ReportData(sweep=True)
         state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
-        structure = nnx.split(active_view(model))[0]
-        groups.setdefault((int(state.step), structure), []).append(Training(member, run, parts, state, checkpoints))
+        groups.setdefault((int(state.step), structure(model)), []).append(
+            Training(member, run, parts, state, checkpoints)
+        )
     return list(groups.values())
 
 
 def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
-    """Train models of one structure, which are at the same step, to their end, and write the result of each."""
-    due, total, start = group[0].run.due, group[0].run.config.train.steps, int(group[0].state.step)
+    """Train models of one structure, which are at the same step, to their ends, and write the result of each.
+
+    A member whose run is shorter leaves when it ends; the others go on in a program without it.
+    """
+    start, total = int(group[0].state.step), max(one.steps for one in group)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
         progress = opened.enter_context(Progress(total, start, enabled=first))
-        advance = opened.enter_context(make_advance(group, progress))
         for one in group:
             log = Log(
-                one.run.workdir, total_steps=total, resume_step=start, enabled=first, quiet=True, progress=progress
+                one.run.workdir, total_steps=one.steps, resume_step=start, enabled=first, quiet=True, progress=progress
             )
             one.log = opened.enter_context(log)
+        share(group, total - start)
+        for one in group:
             one.run.introduce(one.state, one.log)
-            if not start:
-                one.run.evaluate(one.state, one.log)
+        going, done = list(group), start
+        while going:
+            end = min(one.steps for one in going)
+            going = train_until(end, going, done, total, preemption, progress)
+            for one in going:
+                if one.steps == end:
+                    one.checkpoints.wait()
+                    one.run.finish(one.state, one.log)
+            going, done = [one for one in going if one.steps > end], end
+
+
+def train_until(
+    end: int, group: Sequence[Training], done: int, total: int, preemption: Preemption, progress: Progress
+) -> list[Training]:
+    """Take members that are at step `done` to step `end`; returns those that have not failed.
+
+    Raises:
+      Preempted: The process was told to stop; all members are saved.
+    """
+    going = list(group)
+    with make_advance(group, progress) as advance:
+        if not done:
+            evaluate(group)
         for one in group:
             one.run.window.reopen()
-        for step in range(start + 1, total + 1):
+        for step in range(done + 1, end + 1):
             advance(step)
             stop = preemption.reached()
             for one in group:
                 log_step(one, step, stop)
-            going = [one for one in group if not one.member.failed]
-            if not going:
-                return
-            if group[0].run.save_is_due(step) or stop:
-                for one in going:
-                    scores = evaluate(one) if due.eval(step) else {}
-                    if not one.member.failed:
-                        one.run.save(one.state, step, scores, one.log, one.checkpoints)
-                going = [one for one in going if not one.member.failed]
-                if not going:
-                    return
-                due.saved()
-                for one in going:
+            saving = [one for one in _without_failed(group) if one.run.save_is_due(step) or stop]
+            if saving:
+                save(saving, step)
+                for one in _without_failed(group):
                     one.run.window.reopen()  # no run's speed counts the time that others took to save
-            if due.log(step):
-                _report(going, step, progress)
+            if not (going := _without_failed(group)):
+                return []
+            if any(one.run.due.log(step) for one in going):
+                _report(going, step, total, progress)
             if stop and step < total:
                 for one in going:
                     one.checkpoints.wait()
                 raise stopped(step, total, going[0].run.workdir.parent)
-        for one in going:
-            one.checkpoints.wait()
-            one.run.finish(one.state, one.log)
+    return going
+
+
+def save(group: Sequence[Training], step: int) -> None:
+    """Save a checkpoint of each member, after the evaluation of those for which one is due."""
+    scores = evaluate([one for one in group if one.run.due.eval(step)])
+    for one in _without_failed(group):
+        one.run.save(one.state, step, scores.get(one.member.name, {}), one.log, one.checkpoints)
+
+
+def share(group: Sequence[Training], steps: int) -> None:
+    """Let all members hold the base of the first one, evaluate by its step, and read one stream of batches for each seed."""
+    first = group[0].run
+    own = _own_leaves(first)
+    shared = {path: leaf for path, leaf in first.frozen.items() if path not in own}
+    streams: dict[int, Batches] = {}
+    for one in group:
+        one.run.frozen, one.run.eval_step = {**shared, **_own_leaves(one.run)}, first.eval_step
+        one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
+    for stream in streams.values():
+        if steps and not stream.ahead:
+            stream.preview(steps)
+
+
+def _without_failed(group: Sequence[Training]) -> list[Training]:
+    return [one for one in group if not one.member.failed]
 
 
 @contextlib.contextmanager
@@ -206,10 +264,7 @@ def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Call
     first = group[0].run
     own = [_own_leaves(one.run) for one in group]
     shared = {path: leaf for path, leaf in first.frozen.items() if path not in own[0]}
-    streams: dict[int, Batches] = {}  # by seed, shared by its members
-    for one, leaves in zip(group, own, strict=True):
-        one.run.frozen, one.run.eval_step = {**shared, **leaves}, first.eval_step
-        one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
+    streams = {one.run.config.seed: one.run.batches for one in group}
     empty, states = first.task.empty_row(), [one.state for one in group]
     population_step = make_population_step([one.parts for one in group], states)
 
@@ -227,16 +282,13 @@ def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Call
             if not one.member.failed:
                 one.run.window.add(step, metrics, batches[seed])
 
-    ahead = [[batch] * len(group) for batch in _batches_ahead(first, streams.values(), int(states[0].step))]
+    ahead = [[batch] * len(group) for batch in _batches_ahead(first, streams.values())]
     with CompileAhead(population_step, first.mesh, (states, shared, own), ahead, progress) as step_ahead:
         yield advance
 
 
-def _batches_ahead(run: Run, streams: Iterable[Batches], step: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes of the batches after a step. At each step, all streams have the length of the longest of their batches."""
-    for stream in streams:
-        if not stream.ahead and step < run.config.train.steps:
-            stream.preview(run.config.train.steps - step)
+def _batches_ahead(run: Run, streams: Iterable[Batches]) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of the next batches. At each step, all streams have the length of the longest of their batches."""
     together = zip(*(stream.ahead for stream in streams), strict=False)
     longest = [{name: max((row[name] for row in rows), key=np.size) for name in rows[0]} for rows in together]
     return [abstract_batch(run.config, row, run.mesh) for row in longest]
@@ -252,13 +304,15 @@ def log_step(one: Training, step: int, stopping: bool) -> None:
         fail(one, error)
 
 
-def evaluate(one: Training) -> dict[str, float]:
-    """`Run.evaluate`; logits that are not finite end this member alone."""
-    try:
-        return one.run.evaluate(one.state, one.log)
-    except NotFiniteError as error:
-        fail(one, error)
-        return {}
+def evaluate(group: Iterable[Training]) -> dict[str, dict[str, float]]:
+    """`Run.evaluate` of each member, by name; logits that are not finite end that member alone."""
+    scores = {}
+    for one in group:
+        try:
+            scores[one.member.name] = one.run.evaluate(one.state, one.log)
+        except NotFiniteError as error:
+            fail(one, error)
+    return scores
 
 
 def fail(one: Training, error: NotFiniteError) -> None:
@@ -279,10 +333,10 @@ def _own_leaves(run: Run) -> variables.FlatTree:
     return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
 
 
-def _report(going: Sequence[Training], step: int, progress: Progress) -> None:
+def _report(going: Sequence[Training], step: int, total: int, progress: Progress) -> None:
     """Print the lowest and the highest loss, and the remaining time."""
     ranked = sorted((float(one.loss), one.member.name) for one in going)
     ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
-    loss, total = f"loss {' to '.join(ends)}", going[0].run.config.train.steps
+    loss = f"loss {' to '.join(ends)}"
     clock = format_clocks(time.perf_counter() - progress.began, progress.left.after(step))
     progress.report(loss, "  ".join([f"step {step:>{len(str(total))}}/{total}", loss, clock]))

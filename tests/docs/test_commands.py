@@ -11,6 +11,7 @@ import pytest
 from peftjax.__main__ import COMMANDS
 from peftjax.core.config import defaults, flat
 from peftjax.training import config as configs
+from peftjax.training import space
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
 SECTIONS = "model|task|data|optim|train|eval|checkpoint|mesh"
@@ -63,9 +64,8 @@ def check_fields(arguments: list[str]) -> None:
     changes = [word for word in arguments if word.startswith("--config.")]
     for word in arguments:
         if word.startswith("--sweep."):
-            field, _, values = word.removeprefix("--sweep.").partition("=")
-            separator = ";" if ";" in values else ","
-            changes.append(f"--config.{field}={values.split(separator)[0]}")
+            field, values = space.parse(word)
+            changes.append(f"--config.{field}={values.draw(0.0, whole=False)}")
     configs.load(ROOT / file, changes)
 
 

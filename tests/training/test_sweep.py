@@ -82,10 +82,42 @@ def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: 
     assert [one.name for one in targets] == ["targets=q_proj+v_proj", "targets=all-linear"]
 
 
+def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Path, tmp_path: Path) -> None:
+    fields = [
+        "--sweep.optim.learning_rate=loguniform(1e-5,1e-2)", "--sweep.method.rank=uniform(2,5)",
+        "--sweep.method.dropout=uniform(0,0.5)", "--sweep.method.init=kaiming,gaussian",
+    ]  # fmt: skip
+    drawn = sweep.members(str(file), [], fields, tmp_path, trials=40, seed=3)
+    assert len(drawn) == 40
+    values = {name: [one.values[name] for one in drawn] for name in drawn[0].values}
+    assert set(values["method.rank"]) == {2, 3, 4, 5}
+    assert set(values["method.init"]) == {"kaiming", "gaussian"}
+    rates = values["optim.learning_rate"]
+    assert 1e-5 <= min(rates) < 1e-4 < 1e-3 < max(rates) <= 1e-2
+    assert all(0 <= rate <= 0.5 for rate in values["method.dropout"])
+    again = sweep.members(str(file), [], fields, tmp_path, trials=50, seed=3)
+    assert [one.values for one in again[:40]] == [one.values for one in drawn]
+    assert sweep.members(str(file), [], fields, tmp_path, trials=1, seed=4)[0].values != drawn[0].values
+
+    drawn[1].trial["drawn"]["optim.learning_rate"] = "0.005"  # type: ignore[index]
+    sweep.write_results(drawn, tmp_path)
+    kept = sweep.members(str(file), [], fields, tmp_path, trials=2, seed=3)
+    assert [one.values["optim.learning_rate"] for one in kept] == [rates[0], 0.005]
+    narrow = [fields[0].replace("1e-5", "9e-3"), *fields[1:]]
+    with pytest.raises(UserError, match=r"sweep.json holds a run that was drawn from other values: .*--search_seed"):
+        sweep.members(str(file), [], narrow, tmp_path, trials=2, seed=3)
+    few = sweep.members(str(file), [], ["--sweep.seed=0,1"], tmp_path / "few", trials=9)
+    assert sorted(one.config.seed for one in few) == [0, 1]  # repeated draws are left out
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ([], "nothing to sweep"),
+        (["--sweep.optim.learning_rate=uniform(1e-3,1e-2)"], "set the number of draws, for example --trials=20"),
+        (["--sweep.optim.learning_rate=uniform(1e-3)"], "a range has two bounds"),
+        (["--sweep.optim.learning_rate=uniform(2,1)"], "the lower bound of a range must be below"),
+        (["--sweep.optim.learning_rate=loguniform(0,1)"], "the lower bound of loguniform must be more than 0"),
         (["--sweep.seed="], "needs values, --sweep.seed=VALUE,VALUE"),
         (["--sweep.seed"], "needs values"),
         (["--sweep.seed=1", "--sweep.seed=2"], "seed is swept twice"),
@@ -105,8 +137,12 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Pa
     numbers = [member(made, tmp_path, seed=seed, optim__name=name) for seed in (0, 1) for name in ("sgd", "adamw")]
     assert sweep.populations(numbers) == [numbers]
     assert sweep.populations(numbers, 3) == [numbers[:3], numbers[3:]]
-    ranks = [member(made, tmp_path, method__rank=rank, seed=seed) for seed in (0, 1) for rank in (4, 8)]
-    assert sweep.populations(ranks) == [[ranks[0], ranks[2]], [ranks[1], ranks[3]]]
+    ranks = [member(made, tmp_path, method__rank=rank, method__dropout=rate) for rate in (0.0, 0.1) for rank in (4, 8)]
+    assert sweep.populations(ranks) == [ranks]
+    targets = [
+        member(made, tmp_path, method__targets=name, seed=seed) for seed in (0, 1) for name in ("q_proj", "v_proj")
+    ]
+    assert sweep.populations(targets) == [[targets[0], targets[2]], [targets[1], targets[3]]]
     random = [member(made, tmp_path, model__init="random", seed=seed) for seed in (0, 1)]
     assert sweep.populations(random) == [[random[0]], [random[1]]]  # their bases differ
     patterns = [member(made, tmp_path, method__alpha_pattern=(("q_proj", alpha),)) for alpha in (1.0, 2.0)]
@@ -140,6 +176,38 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     assert len(set(losses)) == 3
     assert sweep.sweep(several, tmp_path / "sweep") == found
     assert "3 of 3 runs are already finished" in capsys.readouterr().out
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora": (
+        {"rank": 2, "dropout": 0.0, "init": "gaussian", "alpha": 4.0},
+        {"rank": 5, "dropout": 0.2, "rslora": True, "lr_ratio": 2.0},
+    ),
+    "dora": ({"dora": True, "rank": 3}, {"dora": True, "rank": 4, "init": "orthogonal"}),
+    "pissa": ({"init": "pissa", "rank": 2}, {"init": "olora", "rank": 3}),
+    "loha": ({"rank": 2}, {"rank": 4, "alpha": 2.0}),
+    "lokr": ({"rank": 1}, {"rank": 2}),
+    "vera": ({"rank": 3}, {"rank": 8, "d_initial": 0.2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_members_of_different_ranks_and_options_train_as_they_do_alone(
+    name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.data.eval, made.train.log_every = (), 1
+    pair = []
+    for index, options in enumerate(OPTIONS[name]):
+        made.method = methods.make_config({"dora": "lora", "pissa": "lora"}.get(name, name), **options)
+        made.seed, made.optim.weight_decay, made.train.steps = index, 0.1 * index, 3 + index
+        pair.append(member(made, tmp_path / "sweep", seed=index))
+    assert sweep.populations(pair) == [pair]
+    sweep.sweep(pair, tmp_path / "sweep")
+    assert "programs train them" not in capsys.readouterr().out
+    for one in pair:
+        train(one.config, tmp_path / "alone" / one.name)
+        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
 
 
 def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class Lora(Ranked):
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
+    traced_options: ClassVar = Ranked.traced_options | {"init", "rslora", "lr_ratio"}
     training_options: ClassVar = Ranked.training_options | {"eva_rho", "eva_batches", "lr_ratio", "freeze_a", "dtype"}
 
     def __post_init__(self) -> None:
@@ -274,7 +275,7 @@ class Lora(Ranked):
         def rate(path: str, leaf: nnx.Variable) -> str:
             axes = tuple(axis for axis in leaf.axes if axis not in ("layers", "expert"))
             embedding = path.endswith(".b") and "vocab" in leaves.get(f"{path[:-1]}a", leaf).axes
-            return "fast" if len(axes) == 1 or (axes[0] == "rank" and not embedding) else "plain"
+            return "fast" if len(axes) == 1 or (axes[:1] == ("rank",) and not embedding) else "plain"
 
         rates = {path: rate(path, leaf) for path, leaf in leaves.items()}
         scale = optax.partition({"plain": optax.identity(), "fast": optax.scale(self.lr_ratio)}, rates)

@@ -1,0 +1,125 @@
+"""Search spaces: the values of swept fields, all of their combinations, and random draws from them."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from peftjax.core.errors import UserError
+
+RANGE = re.compile(r"(uniform|loguniform)\((.*)\)")
+DIGITS = 4  # significant ones of a drawn value, so that the name of a run is short and exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Some values, each as the text of an override."""
+
+    texts: tuple[str, ...]
+
+    def draw(self, share: float, *, whole: bool) -> str:
+        """The text at a place in [0, 1)."""
+        del whole
+        return self.texts[int(share * len(self.texts))]
+
+    def __contains__(self, text: str) -> bool:
+        return text in self.texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`; if `log`, those of one order of magnitude are as likely as those of another."""
+
+    low: float
+    high: float
+    log: bool
+
+    def draw(self, share: float, *, whole: bool) -> str:
+        """The number at a place in [0, 1), as text; an int if `whole`."""
+        ends = (math.ceil(self.low), math.floor(self.high) + (not self.log)) if whole else (self.low, self.high)
+        low, high = map(math.log, ends) if self.log else ends
+        place = low + share * (high - low)
+        value = math.exp(place) if self.log else place
+        if whole:
+            return str(round(value) if self.log else math.floor(value))
+        return str(min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high))
+
+    def __contains__(self, text: str) -> bool:
+        return self.low <= float(text) <= self.high
+
+
+Space = Mapping[str, Choice | Range]  # by the dotted name of the field
+
+
+def parse(item: str) -> tuple[str, Choice | Range]:
+    """The field and its values of an argument "--sweep.optim.learning_rate=1e-3,3e-3".
+
+    Values are separated by commas, or by semicolons if they contain commas. "uniform(LOW,HIGH)" and "loguniform(LOW,HIGH)"
+    are ranges.
+
+    Raises:
+      UserError: There is no value, or the bounds of a range are not two numbers in order.
+    """
+    name, _, text = item.removeprefix("--sweep.").partition("=")
+    if found := RANGE.fullmatch(text.strip()):
+        return name, _parse_range(item, found[1] == "loguniform", found[2])
+    texts = tuple(value.strip() for value in text.split(";" if ";" in text else ","))
+    if not all(texts):
+        raise UserError(f"{item}: a swept field needs values, --sweep.{name}=VALUE,VALUE,...")
+    return name, Choice(texts)
+
+
+def _parse_range(item: str, log: bool, bounds: str) -> Range:
+    try:
+        low, high = map(float, bounds.split(","))
+    except ValueError:
+        raise UserError(f"{item}: a range has two bounds that are numbers, for example loguniform(1e-5,1e-2)") from None
+    if not (math.isfinite(high - low) and low < high):
+        raise UserError(f"{item}: the lower bound of a range must be below the upper bound, and both must be finite")
+    if log and low <= 0:
+        raise UserError(
+            f"{item}: the lower bound of loguniform must be more than 0; use uniform for a range from {low:g}"
+        )
+    return Range(low, high, log)
+
+
+def grid(space: Space) -> list[dict[str, str]]:
+    """All combinations of the values.
+
+    Raises:
+      UserError: One of the fields has a range.
+    """
+    texts = {}
+    for name, values in space.items():
+        if isinstance(values, Range):
+            raise UserError(
+                f"--sweep.{name}: a range has no end of values; set the number of draws, for example --trials=20"
+            )
+        texts[name] = values.texts
+    return [dict(zip(texts, combination, strict=True)) for combination in itertools.product(*texts.values())]
+
+
+def draw(space: Space, trials: int, seed: int, whole: Collection[str]) -> list[dict[str, str]]:
+    """Random search (Bergstra & Bengio 2012): so many independent draws of all fields.
+
+    Trial number i depends on the seed and on i alone, so more trials begin with the same ones.
+
+    Args:
+      space: The values of each field.
+      trials: The number of draws.
+      seed: The random seed.
+      whole: The fields whose values are ints.
+    """
+    drawn = []
+    for index in range(trials):
+        shares = np.random.default_rng([seed, index]).random(len(space))
+        drawn.append(
+            {
+                name: space[name].draw(float(share), whole=name in whole)
+                for name, share in zip(space, shares, strict=True)
+            }
+        )
+    return drawn
