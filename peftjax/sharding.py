@@ -184,6 +184,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,float-normalization-s4"} if one_cpu else {}
 
 
+def on_one_cpu() -> bool:
+    """Whether the current mesh (`jax.set_mesh`) is one CPU device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size == 1 and device is not None and device.platform == "cpu"
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Shard x by the table on the current mesh (`jax.set_mesh`); without one x is unchanged."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -132,14 +132,14 @@ class Nf4(Quantized):
         return kernel._product(y, transposed=True)
 
     def _product(self, x: jax.Array, *, transposed: bool) -> jax.Array:
-        """The product computed in the layout of the codes, in the dtype of x."""
-        fused, unfused = partial(_fused, transposed), partial(_unfused, transposed)
-        return jax.lax.platform_dependent(x, self, tpu=fused, default=unfused)
+        """The product, in the dtype of x."""
+        forms = {"tpu": partial(_fused, transposed), "cpu": partial(_unfused, 2, transposed)}
+        return jax.lax.platform_dependent(x, self, default=partial(_unfused, 1, transposed), **forms)
 
-    def _decoded(self, dtype: DTypeLike, absmax: jax.Array | None = None) -> jax.Array:
-        """The decoded values in the layout of the codes; `absmax` replaces `block_absmax()`."""
+    def _decoded(self, dtype: DTypeLike) -> jax.Array:
+        """The decoded values in the layout of the codes."""
         values = _looked_up(self.codes, self.absmax if self.offset is None else self.offset)
-        absmax = self.block_absmax() if absmax is None else absmax
+        absmax = self.block_absmax()
         if self._even:
             values = values * absmax[..., :, None, :]
         else:
@@ -206,13 +206,28 @@ def _fused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     return y.reshape(len(x), -1)
 
 
-def _unfused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
-    """The product on other devices: decode the kernel once x is available, not all kernels of a layer at once."""
+def _unfused(parts: int, transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
+    """The product on other devices: decode the kernel once x is available, not all kernels of a layer at once.
+
+    On a CPU it is computed in two parts, for the even and the odd columns. A byte holds the codes of one of each: XLA's CPU
+    backend vectorizes a loop over bytes, but not over codes.
+    """
     x, kernel = _after(x, kernel)
-    values = kernel._decoded(x.dtype, kernel.tabulated_absmax())
+    columns = [part.astype(x.dtype) for part in _columns(kernel, parts)]
     if transposed:
-        return product("...o,gbo->...gb", x, values).astype(x.dtype).reshape(*x.shape[:-1], -1)
-    return product("...gb,gbo->...o", x.reshape(*x.shape[:-1], -1, BLOCK), values).astype(x.dtype)
+        y = x.reshape(*x.shape[:-1], -1, len(columns))
+        products = (product("...o,io->...i", y[..., i], values) for i, values in enumerate(columns))
+        return functools.reduce(jnp.add, products).astype(x.dtype)
+    y = jnp.stack([product("...i,io->...o", x, values).astype(x.dtype) for values in columns], axis=-1)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _columns(kernel: Nf4, parts: int) -> list[Nf4]:
+    """Kernels with every `parts`-th column, or one with all if `parts` does not divide their number; their absmax are decoded."""
+    parts = parts if kernel.shape[-1] % parts == 0 else 1
+    codes, absmax = (x.reshape(*x.shape[:-1], -1, parts) for x in (kernel.codes, kernel.tabulated_absmax()))
+    features = (kernel.features[0], kernel.features[1] // parts)
+    return [Nf4(codes[..., i], absmax[..., i], None, None, features, kernel.dtype) for i in range(parts)]
 
 
 def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:

@@ -19,6 +19,7 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
+from peftjax.training.integer_stacks import with_integer_stacks
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", variables.FlatTree, Batch], tuple["TrainState", Metrics]]
@@ -111,11 +112,14 @@ def accumulate(
       batch: Arrays [A, B, ...] of A microbatches.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    differentiated = jax.value_and_grad(objective, has_aux=True)
+    if sharding.on_one_cpu():
+        differentiated = with_integer_stacks(differentiated)
 
     def microbatch(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, batch = part
         keyed = variables.with_dropout_keys(frozen, objective.dropout_keys, jax.random.fold_in(key, index))
-        (_, totals), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable, keyed, batch)
+        (_, totals), gradients = differentiated(state.trainable, keyed, batch)
         return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
