@@ -21,7 +21,7 @@ from peftjax.models.eager import compiled
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import AttentionMask
-from peftjax.nn.cache import Cache, LayerCache, extend_valid
+from peftjax.nn.cache import Cache, Carry, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
@@ -258,18 +258,21 @@ class Decoder(LanguageModel):
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
-        def layer(
-            block: Block, x: jax.Array, inputs: tuple[LayerCache | None, jax.Array]
-        ) -> tuple[jax.Array, LayerCache | None]:
-            layer_cache, window = inputs
-            return block(x, rotations(window), allowed.of_layer(window), layer_cache, offset)
+        def layer(block: Block, carry: Carry, inputs: tuple[jax.Array | None, jax.Array]) -> tuple[Carry, None]:
+            (x, stored), (index, window) = carry, inputs
+            own = None if stored is None or index is None else LayerCache(*stored, index)
+            x, own = block(x, rotations(window), allowed.of_layer(window), own, offset)
+            return (x, None if own is None else (own.key, own.value)), None
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
-        per_layer = (None if cache is None else (cache.key, cache.value), jnp.asarray(self.config.windows, jnp.int32))
-        x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
-        if cache is not None and valid is not None:
-            cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
-        return self.norm(x), cache
+        stored = None if cache is None else (cache.key, cache.value)
+        index = None if cache is None else jnp.arange(self.config.layers)
+        per_layer = (index, jnp.asarray(self.config.windows, jnp.int32))
+        (x, stored), _ = scan_stack(self.blocks, layer, (x, stored), per_layer, self.config.remat)
+        if cache is None or valid is None or stored is None:
+            return self.norm(x), None
+        extended = Cache(key=stored[0], value=stored[1], valid=valid, length=cache.length + length)
+        return self.norm(x), extended
 
     def attention_mask(
         self,
