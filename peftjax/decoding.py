@@ -1,9 +1,9 @@
 """Batched text generation in one compiled function, with a key/value cache."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax import sharding
 from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import distributed
@@ -151,7 +152,9 @@ def generate(
     ends = np.zeros(vocab, bool)
     ends[[token for token in stop if 0 <= token < vocab]] = True
     key = jax.random.key(seed)
-    answers = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
+    devices = jax.tree.leaves(state)[0].sharding.device_set
+    decode = _compiled_decode(frozenset(devices))
+    answers = decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
     out, lengths, failed = map(distributed.whole, (answers.tokens, answers.lengths, answers.failed))
     if failed.any():
         row = int(np.argmax(failed))
@@ -168,7 +171,13 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-@partial(jax.jit, static_argnames=("graph", "sampling", "max_new"))
+@functools.cache
+def _compiled_decode(devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
+    """Return the compiled `_decode` for a model on these devices."""
+    options = sharding.compiler_options(devices)
+    return jax.jit(_decode, static_argnames=("graph", "sampling", "max_new"), compiler_options=options)
+
+
 def _decode(
     graph: nnx.GraphDef,
     state: nnx.State,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -170,8 +170,8 @@ def _parts(split: PartitionSpec, mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for names in each for name in names)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Return compiler options for a program with a loop over stacked layers.
+def compiler_options(devices: Iterable[jax.Device]) -> dict[str, str]:
+    """Return compiler options for a program on these devices with a loop over stacked layers.
 
     XLA's CPU backend converts bfloat16 to float32 before most operations, and it would move the conversion of a stack of
     kernels out of the loop: a float32 copy of the frozen base. It also assumes that int4 cannot be sliced, and converts a
@@ -179,8 +179,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     written. With these options it converts only the slices, with the same result. They are not used with several devices,
     since collectives then get the size of int4 wrong.
     """
-    devices = mesh.devices.flat
-    one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
+    one_cpu = [device.platform for device in devices] == ["cpu"]
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,float-normalization-s4"} if one_cpu else {}
 
 

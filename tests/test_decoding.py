@@ -1,6 +1,7 @@
 """Generation: equal to the whole forward pass token by token, whatever the batch; sampling as it says."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
-from peftjax.decoding import Sampling, _decode, _padded, generate
+from peftjax.decoding import Sampling, _compiled_decode, _padded, generate
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
@@ -50,11 +51,16 @@ def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
         adapters.attach(model, methods.Lora(rank=4), name, rngs=nnx.Rngs(seed))
         tiny.randomize(model, scale=1.0, seed=seed)
     first = generate(adapters.use(model, "first"), PROMPTS, max_new_tokens=6)
-    compiled = _decode._cache_size()
+    decode = compiled_decode(model)
+    compiled = decode._cache_size()
     second = generate(adapters.use(model, "second"), PROMPTS, max_new_tokens=6)
-    assert _decode._cache_size() == compiled
+    assert decode._cache_size() == compiled
     assert base != first != second
     assert generate(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
+
+
+def compiled_decode(model: nnx.Module) -> Any:
+    return _compiled_decode(frozenset(jax.tree.leaves(nnx.state(model))[0].devices()))
 
 
 def test_every_token_is_written_into_the_cache_in_place() -> None:
@@ -63,7 +69,7 @@ def test_every_token_is_written_into_the_cache_in_place() -> None:
     graph, state = nnx.split(model)
     tokens, mask = jnp.ones((2, 32), jnp.int32), jnp.ones((2, 32), bool)
     arguments = (graph, state, tokens, mask, jax.random.key(0), jnp.zeros(48, bool))
-    lowered = _decode.lower(*arguments, sampling=Sampling(), max_new=5)
+    lowered = compiled_decode(model).lower(*arguments, sampling=Sampling(), max_new=5)
     cache = (3, 2, 37, 2, 8)  # [L, B, S, K, H]
     shape = f"f32[{','.join(map(str, cache))}]"
     loops, _ = lowered.compile().as_text().split("\nENTRY ")
@@ -75,9 +81,10 @@ def test_every_token_is_written_into_the_cache_in_place() -> None:
 def test_prompts_of_similar_length_share_a_compiled_function() -> None:
     model = tiny.model()
     generate(model, [[5] * 3], max_new_tokens=4)
-    compiled = _decode._cache_size()
+    decode = compiled_decode(model)
+    compiled = decode._cache_size()
     generate(model, [[5] * 20], max_new_tokens=4)
-    assert _decode._cache_size() == compiled
+    assert decode._cache_size() == compiled
     lengths = np.arange(1, 8193)
     padded = np.array([_padded(int(length)) for length in lengths])
     assert (padded >= lengths).all()

@@ -145,5 +145,5 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
     for leaf, where in placed.items():
         if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
             placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
-            options = sharding.compiler_options(where.mesh)
+            options = sharding.compiler_options(where.mesh.devices.flat)
     return jax.jit(change, out_shardings=placed, compiler_options=options)(adapter, own)

@@ -64,7 +64,7 @@ def read_parameter(
         make_one = jax.jit(_made, static_argnums=(1, 2, 3), out_shardings=made)
         return make_one(read(checked(tensors[0])), order, dtype, encode)
     stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, leaf.dtype, where)(), whole, made)
-    options = sharding.compiler_options(mesh)
+    options = sharding.compiler_options(mesh.devices.flat)
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4, 5), out_shardings=made, compiler_options=options)
     for layer, host in enumerate(_ahead(checked, tensors)):
         # Without waiting, all layers would be read before the first is written.

@@ -46,7 +46,7 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     """
     everywhere = sharding.spec((), (), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh))
+    @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh.devices.flat))
     def eval_step(trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Batch) -> Outputs:
         model = variables.join(graph, trainable, frozen)
         return task.evaluate(model, {name: value[0] for name, value in batch.items()})

@@ -96,7 +96,7 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
     The step's argument `shared` has the frozen leaves of all runs, such as the base, which is held, read and decoded once;
     `own` has the other frozen leaves of each run.
     """
-    options = {"compiler_options": sharding.compiler_options(mesh_of(states[0]))}
+    options = {"compiler_options": sharding.compiler_options(mesh_of(states[0]).devices.flat)}
 
     @partial(jax.jit, donate_argnums=0, out_shardings=[(shardings(state), None) for state in states], **options)
     def population_step(

@@ -128,15 +128,13 @@ def make_table(
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("ms/step", "share", "runs/step"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
-    table.add_column("result", overflow="fold")
-    table.add_column("from", overflow="fold")
+    table.add_column("operation, its result and origin", overflow="fold")
     for name in ranked[:rows]:
         count, seconds = times[name]
         found = operations[name]
         origin = " ".join(filter(None, (found.path, found.backward * "(backward)", found.source)))
         cells = f"{seconds / steps * 1e3:.3g}", f"{seconds / total:.1%}", f"{count / steps:g}"
-        table.add_row(*cells, name, found.type, origin)
+        table.add_row(*cells, "\n".join(filter(None, (f"{name} {found.type}", origin))))
     table.add_row(
         f"{rest / steps * 1e3:.3g}", f"{rest / total if total else 0:.1%}", "", f"{len(ranked[rows:])} others"
     )

@@ -161,7 +161,8 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, stat
 
 def jit_options(state: TrainState) -> dict[str, Any]:
     """Options of `jax.jit` for a step that returns (state, metrics), with the shardings of `state`."""
-    return {"out_shardings": (shardings(state), None), "compiler_options": sharding.compiler_options(mesh_of(state))}
+    options = sharding.compiler_options(mesh_of(state).devices.flat)
+    return {"out_shardings": (shardings(state), None), "compiler_options": options}
 
 
 def mesh_of(state: TrainState) -> Mesh:
