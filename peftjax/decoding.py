@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,23 @@ from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModelConfig
 from peftjax.models.decoder import Decoder
 from peftjax.models.encoder_decoder import EncoderDecoder
+
+
+class Answers(NamedTuple):
+    """What has been generated.
+
+    Attributes:
+        tokens: New tokens, int32 [B, max_new].
+        lengths: How many of them precede a stop token, int32 [B].
+        failed: bool [B], whether the logits after these are not finite.
+        done: bool [B], whether a row has ended.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    failed: jax.Array
+    done: jax.Array
+
 
 # A generation that has begun: hidden states [B, 1 or W, D], the last of which predicts the first new token; the key/value
 # cache; and a function that feeds new token number i, [B, 1], to the model and the cache.
@@ -80,7 +97,8 @@ def generate(
     """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
 
     A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. All prompts run in one
-    batch. They are padded on the left to a multiple of 32 tokens, so that few lengths are compiled.
+    batch. They are padded on the left, so that prompts of similar length share one compiled function: to a multiple of 32 tokens,
+    and beyond 512 tokens to a coarser multiple, by at most an eighth.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
@@ -95,8 +113,8 @@ def generate(
         The new token ids of each prompt, without the stop token.
 
     Raises:
-        UserError: A prompt is empty or holds a token without a row in the embedding, the model generates no text, or a prompt
-            and the new tokens exceed its positions.
+        UserError: max_new_tokens is less than 1, a prompt is empty or holds a token without a row in the embedding, the model
+            generates no text, or a prompt and the new tokens exceed its positions.
         NotFiniteError: The logits are NaN or infinite.
     """
     generators = Decoder | EncoderDecoder | Rows
@@ -106,6 +124,8 @@ def generate(
         raise UserError(
             "generate: every prompt needs at least one token; use the tokenizer's bos token for an empty prompt"
         )
+    if max_new_tokens < 1:
+        raise UserError(f"generate: max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
     if longest + max_new_tokens > limit:
         virtual = f" less its {model.virtual} virtual tokens" if model.virtual else ""
@@ -120,7 +140,7 @@ def generate(
                 f"generate: prompts[{row}] holds the token id {beyond[0]}, but the embedding has {vocab} rows; if the token was "
                 "added to the tokenizer, load the model with resize_embeddings=tokenizer.vocab_size"
             )
-    width = min(-(-longest // 32) * 32, limit - max_new_tokens)
+    width = min(_padded(longest), limit - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
@@ -131,8 +151,8 @@ def generate(
     ends = np.zeros(vocab, bool)
     ends[[token for token in stop if 0 <= token < vocab]] = True
     key = jax.random.key(seed)
-    decoded = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
-    out, lengths, failed = map(distributed.whole, decoded)
+    answers = _decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
+    out, lengths, failed = map(distributed.whole, (answers.tokens, answers.lengths, answers.failed))
     if failed.any():
         row = int(np.argmax(failed))
         raise NotFiniteError(
@@ -140,6 +160,12 @@ def generate(
             'diverged in training, or the dtype is too narrow: try dtype="float32"'
         )
     return [row[:length].tolist() for row, length in zip(out, lengths, strict=True)]
+
+
+def _padded(length: int) -> int:
+    """Return the length that a batch of prompts is padded to: one of 8 between two powers of two, or a multiple of 32."""
+    step = max(32, 2 ** ((length - 1).bit_length() - 4))
+    return -(-length // step) * step
 
 
 @partial(jax.jit, static_argnames=("graph", "sampling", "max_new"))
@@ -153,14 +179,11 @@ def _decode(
     *,
     sampling: Sampling,
     max_new: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Answers:
     """Generate from tokens and mask [B, W], padded on the left.
 
     Args:
         ends: bool [V], true for stop tokens.
-
-    Returns:
-        New tokens [B, max_new]; how many of them precede a stop token, [B]; whether the logits after these are not finite, [B].
     """
     model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
     batch = len(tokens)
@@ -169,25 +192,29 @@ def _decode(
     else:
         hidden, cache, read = _read_prompts(model, tokens, mask, max_new)
 
-    def unfinished(carry: tuple) -> jax.Array:
-        index, _, _, _, done, _, _ = carry
-        return (index < max_new) & ~jnp.all(done)
-
-    def step(carry: tuple) -> tuple:
-        index, out, lengths, failed, done, hidden, cache = carry
+    def choose(index: jax.Array | int, hidden: jax.Array, answers: Answers) -> Answers:
+        """Choose new token number `index` from the hidden states [B, T, D] of the tokens before it."""
         logits = model.logits(hidden[:, -1:])[:, 0]  # [B, V]
         token = sampling.draw(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
-        failed = failed | ~(done | jnp.isfinite(jnp.max(logits, axis=-1)))
-        done = done | failed | ends[token]
-        out = out.at[:, index].set(token)
-        lengths = jnp.where(done, lengths, index + 1)
-        hidden, cache = read(token[:, None], index, cache)
-        return index + 1, out, lengths, failed, done, hidden, cache
+        failed = answers.failed | ~(answers.done | jnp.isfinite(jnp.max(logits, axis=-1)))
+        done = answers.done | failed | ends[token]
+        lengths = jnp.where(done, answers.lengths, index + 1)
+        return Answers(answers.tokens.at[:, index].set(token), lengths, failed, done)
+
+    def unfinished(carry: tuple[jax.Array, Answers, Any]) -> jax.Array:
+        count, answers, _ = carry
+        return (count < max_new) & ~jnp.all(answers.done)
+
+    def step(carry: tuple[jax.Array, Answers, Any]) -> tuple[jax.Array, Answers, Any]:
+        count, answers, cache = carry
+        last = jax.lax.dynamic_slice_in_dim(answers.tokens, count - 1, 1, axis=1)
+        hidden, cache = read(last, count - 1, cache)
+        return count + 1, choose(count, hidden, answers), cache
 
     none, no = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
-    carry = (0, jnp.zeros((batch, max_new), jnp.int32), none, no, no, hidden[:, -1:], cache)
-    _, out, lengths, failed, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
-    return out, lengths, failed
+    answers = choose(0, hidden, Answers(jnp.zeros((batch, max_new), jnp.int32), none, no, no))
+    _, answers, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(1), answers, cache))
+    return answers
 
 
 def _read_prompts(model: Decoder | Rows, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:

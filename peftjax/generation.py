@@ -67,8 +67,8 @@ def generate(
     """Generate a continuation of each prompt, or an answer to it, with the active adapters.
 
     `generate(model, tokenizer, "text")` returns a text, and a list of texts for a list of texts.
-    `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left to a multiple
-    of 32 tokens, so that few lengths are compiled.
+    `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left, so
+    that prompts of similar length share one compiled function.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.

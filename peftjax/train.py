@@ -56,7 +56,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
     """
     mesh = sharding.make_mesh(config.mesh.sizes)
     with (
-        Preemption() as preemption,
+        Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
         open_checkpoints(config, workdir) as checkpoints,

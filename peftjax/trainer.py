@@ -55,8 +55,8 @@ def train(
         workdir: Directory for everything that the run writes.
         eval_data: The held-out data, given in the same ways.
         config: Values of config fields by name, as on the command line: {"train.steps": 100, "data.format": "chat"}.
-        optimizer: An optax optimizer with its learning rate, which replaces the section `optim` of the config. It receives
-            gradients and parameters in float32, as a dict from paths to arrays.
+        optimizer: An optax optimizer with its learning rate, which replaces the section `optim` of the config, and may be
+            given there instead. It receives gradients and parameters in float32, as a dict from paths to arrays.
         on_metrics: Called with each line of metrics.jsonl, a dict with "step", "kind" ("train" or "eval") and the metrics;
             in a run of several processes, by process 0 only.
         on_evaluate: Called with the model and the number of completed steps at each evaluation, on every process.
@@ -83,9 +83,13 @@ def train(
 
     if not isinstance(config or {}, Mapping):
         raise UserError(f"train: config must be a mapping such as {{'train.steps': 100}}, not {config!r}")
-    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    if optimizer is not None and not _is_optimizer(optimizer):
         raise UserError(f"train: optimizer must be an optax optimizer such as optax.adamw(1e-4), not {optimizer!r}")
     directory, fields = Path(workdir).absolute(), dict(config or {})  # the run can be read from another directory
+    if isinstance(method, ConfigDict | Mapping):
+        method = dict(method)
+        optimizer = _take_optimizer(method, optimizer)
+    optimizer = _take_optimizer(fields, optimizer)
     if isinstance(model, Model):
         fields = _model_fields(model, fields) | fields
     elif model is not None:
@@ -98,6 +102,22 @@ def train(
     loaded = model if isinstance(model, Model) else None
     trained = run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
     return trained if trained.scores else trained._replace(scores=_last_scores(directory))
+
+
+def _is_optimizer(value: Any) -> bool:
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def _take_optimizer(
+    fields: dict[str, Any], optimizer: optax.GradientTransformation | None
+) -> optax.GradientTransformation | None:
+    """The optimizer: the given one, or an optax optimizer in place of the section `optim`, which is removed."""
+    if not _is_optimizer(fields.get("optim")):
+        return optimizer
+    if optimizer is not None:
+        raise UserError("train: two optimizers are given; remove optimizer=, or the optimizer in config.optim")
+    taken: optax.GradientTransformation = fields.pop("optim")
+    return taken
 
 
 def _last_scores(directory: Path) -> dict[str, float]:

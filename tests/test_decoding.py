@@ -1,5 +1,7 @@
 """Generation: equal to the whole forward pass token by token, whatever the batch; sampling as it says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
-from peftjax.decoding import Sampling, generate
+from peftjax.decoding import Sampling, _decode, _padded, generate
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
@@ -42,8 +44,6 @@ def test_a_stop_token_ends_its_row_and_is_not_given_back() -> None:
 
 
 def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
-    from peftjax.decoding import _decode
-
     model = tiny.model()
     base = generate(model, PROMPTS, max_new_tokens=6)
     for seed, name in enumerate(("first", "second")):
@@ -55,6 +55,35 @@ def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
     assert _decode._cache_size() == compiled
     assert base != first != second
     assert generate(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
+
+
+def test_every_token_is_written_into_the_cache_in_place() -> None:
+    """The loops carry the cache: if a layer returned its part instead, every token would copy all keys and values."""
+    model = tiny.model()
+    graph, state = nnx.split(model)
+    tokens, mask = jnp.ones((2, 32), jnp.int32), jnp.ones((2, 32), bool)
+    arguments = (graph, state, tokens, mask, jax.random.key(0), jnp.zeros(48, bool))
+    lowered = _decode.lower(*arguments, sampling=Sampling(), max_new=5)
+    cache = (3, 2, 37, 2, 8)  # [L, B, S, K, H]
+    shape = f"f32[{','.join(map(str, cache))}]"
+    loops, _ = lowered.compile().as_text().split("\nENTRY ")
+    made = re.findall(rf" = {re.escape(shape)}\S* ([\w-]+)\(", loops)
+    assert "dynamic-update-slice" in made
+    assert "copy" not in made
+
+
+def test_prompts_of_similar_length_share_a_compiled_function() -> None:
+    model = tiny.model()
+    generate(model, [[5] * 3], max_new_tokens=4)
+    compiled = _decode._cache_size()
+    generate(model, [[5] * 20], max_new_tokens=4)
+    assert _decode._cache_size() == compiled
+    lengths = np.arange(1, 8193)
+    padded = np.array([_padded(int(length)) for length in lengths])
+    assert (padded >= lengths).all()
+    assert (padded[:512] - lengths[:512] < 32).all()
+    assert (padded[512:] <= lengths[512:] * 1.125).all()
+    assert len(set(padded.tolist())) == 512 // 32 + 8 * 4  # the sizes up to 512, and 8 for each of 4 doublings
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
@@ -105,6 +134,7 @@ def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampl
     [
         ({"prompts": [[]], "max_new_tokens": 2}, "every prompt needs at least one token"),
         ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new tokens exceed the model's 64 positions"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0 generates nothing; use 1 or more"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> None:

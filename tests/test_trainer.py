@@ -73,17 +73,19 @@ def test_a_loaded_model_with_an_optax_optimizer_trains_as_the_config_that_descri
         leaves = nnx.to_flat_state(nnx.state(model, peftjax.PeftParam))
         return {"norm": np.sqrt(sum(np.square(leaf.get_value()).sum() for _, leaf in leaves))}
 
-    def own(count: int) -> Any:
-        model = peftjax.load_model("embedded")
+    adamw, whole = optax.adamw(1e-2, weight_decay=0.0), configs.defaults()
+    whole.method, whole.optim = configs.to_dict(Config(method=LORA))["method"], adamw  # in place of the section
+
+    def own(count: int, method: Any = LORA, config: Any = FIELDS, **given: Any) -> Any:
+        model, fields = peftjax.load_model("embedded"), config | {"train.steps": count}
         trained = peftjax.train(
-            model, LORA, RECORDS, workdir=tmp_path / "own", config=FIELDS | {"train.steps": count},
-            optimizer=optax.adamw(1e-2, weight_decay=0.0), on_evaluate=norm,
-        )  # fmt: skip
+            model, method, RECORDS, workdir=tmp_path / "own", config=fields, on_evaluate=norm, **given
+        )
         assert trained.model is model
         return trained
 
-    first, last = own(2), own(4)
-    assert own(4).scores == last.scores  # it had finished
+    first, last = own(2, optimizer=adamw), own(4, config=FIELDS | {"optim": adamw})
+    assert own(4, method=whole).scores == last.scores  # it had finished
     assert steps == [0, 2, 4]
     assert 0 < first.scores["norm"] < last.scores["norm"]
     tokens = np.arange(8)[None]
@@ -146,6 +148,10 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
             tmp_path, "embedded", LORA, data
         )
     assert "optimizer must be an optax optimizer" in refused(tmp_path, "embedded", LORA, RECORDS, optimizer="adam")
+    sgd = optax.sgd(1e-2)
+    assert "two optimizers are given" in refused(
+        tmp_path, "embedded", LORA, RECORDS, optimizer=sgd, config={"optim": sgd}
+    )
     assert "config must be a mapping" in refused(tmp_path, "embedded", LORA, RECORDS, config=["train.steps"])
     assert "the record has no field 'prompt'" in refused(tmp_path, "embedded", LORA, [{"txt": "a"}] * 4, config=FIELDS)
     assert "optim.name='custom' stands for an optimizer given to peftjax.train" in refused(  # the records are replaced

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -28,13 +29,18 @@ class Preemption:
     step that none of them has passed. Further SIGTERMs have no effect; a second Ctrl-C ends the process at once. Before the
     first step, a signal ends a single process at once. In the commands a thread does this (core/signals.py). In a user's
     own program, handlers raise `Preempted` and `KeyboardInterrupt`.
+
+    Args:
+        checkpoints: The directory of the run's checkpoints, the last of which messages name; None: several runs.
     """
 
-    def __init__(self) -> None:
-        self._steps = 0
+    def __init__(self, checkpoints: Path | None = None) -> None:
+        self._steps, self._checkpoints = 0, checkpoints
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if self._checkpoints is not None:
+            received.saved = partial(_newest, self._checkpoints)
         if jax.distributed.is_initialized():  # JAX handles SIGTERM
             received.forward = lambda: os.kill(os.getpid(), signal.SIGTERM)
         if not received.watching:
@@ -48,7 +54,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        received.unsaved, received.forward = False, None
+        received.unsaved, received.forward, received.saved = False, None, None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -81,6 +87,15 @@ def stopped(step: int, steps: int, saved: Path) -> Preempted | Interrupted:
     """
     what = "the trainable parameters, the optimizer state and the position in the data"
     return _stopped(f"after step {step} of {steps}; saved {what}; run the same command to resume from {saved}")
+
+
+def _newest(checkpoints: Path) -> str:
+    """The path of the newest complete checkpoint in a directory; "" if there is none."""
+    try:
+        steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()]
+    except OSError:
+        return ""
+    return str(checkpoints / str(max(steps))) if steps else ""
 
 
 def _stopped(rest: str) -> Preempted | Interrupted:

@@ -62,10 +62,13 @@ class Progress:
         """Name what the run does in the `with` block. Evaluations and compilations are measured, to estimate the time left."""
         before, began = self._phase, time.perf_counter()
         self._show(name)
+        if name == EVALUATING:
+            received.finishing = "the evaluation"
         try:
             yield
         finally:
             if name == EVALUATING:
+                received.finishing = ""
                 self.left.evaluated(self._done, time.perf_counter() - began)
             elif name == COMPILING:
                 self.left.paused(time.perf_counter() - began)

@@ -35,6 +35,8 @@ class Signals:
         watching: Whether a thread watches for signals.
         forward: What else to do when SIGINT is noted.
         tell: Prints that the run will stop, where progress bars are shown; otherwise, stderr has it.
+        saved: The path of the run's last complete checkpoint, or "" if it has none; None: several runs, or none yet.
+        finishing: What the run finishes before it saves; empty: its step.
     """
 
     def __init__(self) -> None:
@@ -43,6 +45,8 @@ class Signals:
         self.watching = False
         self.forward: Callable[[], None] | None = None
         self.tell: Callable[[str], None] | None = None
+        self.saved: Callable[[], str] | None = None
+        self.finishing = ""
 
     def receive(self, number: int) -> str:
         """Note a signal; returns why the process must stop at once, or "" if it need not."""
@@ -50,16 +54,32 @@ class Signals:
         if again:
             # An impatient scheduler repeats SIGTERM; an impatient user knows what a second Ctrl-C does.
             stop = number == signal.SIGINT
-            return "interrupted again; exiting at once. The last complete checkpoint is intact" if stop else ""
+            return f"interrupted again; exiting at once. {self._intact()}" if stop else ""
         if not self.unsaved:
             why = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
-            return f"{why} with nothing to save; run the same command again to start or resume"
+            return f"{why} {self._unchanged()}"
         if number == signal.SIGINT:
             if self.forward:
                 self.forward()
             with contextlib.suppress(OSError):  # the terminal is gone
-                (self.tell or _tell)("saving and stopping; press Ctrl-C again to exit at once")
+                first = f"finishing {self.finishing}, then " if self.finishing else ""
+                (self.tell or _tell)(f"{first}saving and stopping; press Ctrl-C again to exit at once")
         return ""
+
+    def _intact(self) -> str:
+        """What remains when a run exits without saving."""
+        if self.saved is None:
+            return "The last complete checkpoint is intact"
+        path = self.saved()
+        return f"The last complete checkpoint is intact: {path}" if path else "There is no complete checkpoint yet"
+
+    def _unchanged(self) -> str:
+        """What to do after a run that has not done a step yet."""
+        if self.saved is None:
+            return "with nothing to save; run the same command again to start or resume"
+        if path := self.saved():
+            return f"with nothing to save since the last checkpoint; run the same command again to resume from {path}"
+        return "before the end of the first step, with nothing to save; run the same command again to start"
 
     def watch(self) -> None:
         """Watch for signals in a thread from now on. A signal that the process was started to ignore stays ignored."""

@@ -2,7 +2,7 @@
 
 Paths, prompts, messages of compilers and names of packages may contain brackets, such as peftjax[tpu], or colons, such as
 :tpu:. rich reads both as its own notation in every string that it prints, also in the cells of a table. The consoles made
-here do not. Styles are given as `rich.text.Text`.
+here do not, except in the title of a panel and the text of a spinner. These, and texts with styles, are `rich.text.Text`.
 """
 
 import os

@@ -13,7 +13,7 @@ _CHUNK = 2**18  # elements, few enough to stay in the processor's cache
 def converted(value: np.ndarray, dtype: np.dtype, name: str, file: Path) -> np.ndarray:
     """Convert a part of a stored tensor to `dtype`, in C order.
 
-    The check takes 0.1 to 0.3 s per GB on 2 CPU cores (`benchmarks/load_finite.py`).
+    The check takes 0.1 to 0.3 s per GB on 2 CPU cores (`benchmarks/load_time.py`).
 
     Args:
         value: The part.

@@ -1,8 +1,10 @@
 """Load base models from Hugging Face directories, one tensor at a time."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -84,6 +86,7 @@ def load_model(
         (1, 3, 1024)
     """
     directory = resolve(path, revision)
+    started = time.perf_counter()
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
     tensors = mxfp4.gather(hf_files.read_tensors(directory))
@@ -112,6 +115,7 @@ def load_model(
     rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and dropout keys
     variables.update(model, values, make(config, rest, mesh, seed))
     model = with_rows(model, resize_embeddings, mesh)
+    jax.block_until_ready([variable.get_value() for variable in variables.flat(model)[1].values()])
     model.origin = Origin(
         str(path),
         {
@@ -124,6 +128,7 @@ def load_model(
             "resize_embeddings": resize_embeddings,
             "new_head": new_head,
         },
+        time.perf_counter() - started,
     )
     return model
 

@@ -1,24 +1,27 @@
 """Read one parameter from its stored tensors onto its devices."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
-from peftjax.io import finite
+from peftjax.io import finite, hf_files
 from peftjax.io.bitsandbytes import Packed, Unpack
 from peftjax.io.entries import Entry
 from peftjax.io.formats import Encode
-from peftjax.io.hf_files import StoredTensor
 from peftjax.io.match import Stored
 from peftjax.quant.base import Quantized
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+T = TypeVar("T")
+Order = tuple[int, ...] | None
 
 
 def read_parameter(
@@ -37,31 +40,46 @@ def read_parameter(
     order = entry.order
     if isinstance(encode, Unpack):
         stored, order = encode.inputs, None
-    one = jax.eval_shape(functools.partial(_made, order=order, encode=encode), stored)
-    if turned := encode is not None and order == (1, 0):
-        order = None  # already transposed when read
+    make = functools.partial(_made, order=order, dtype=dtype, encode=encode)
+    one = jax.eval_shape(make, stored)
     stack = entry.shape[: entry.stacked]
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stack, *leaf.shape), leaf.dtype), one)
     placed = sharding.placement(whole, entry.axes, mesh)
     made = sharding.as_jit_returns(placed)
-    part = entry.stored_sharding(sharding.spec(entry.axes, entry.shape, mesh))
+    spec = sharding.spec(entry.axes, entry.shape, mesh)
+    # JAX transposes arrays from the host faster than XLA's CPU backend does; other devices are faster than the host.
+    on_host = mesh.devices.flat[0].platform == "cpu"
+    if on_host:
+        part, first, order = NamedSharding(mesh, PartitionSpec(*spec.spec[entry.stacked :])), order, None
+    else:
+        part, first = entry.stored_sharding(spec), None
 
-    def read(tensor: Stored) -> Any:
-        if isinstance(tensor, Packed):
-            return tensor.read(placed)
-        value = _read(tensor, dtype, part)
-        # In a separate program: within the encoder's, XLA:CPU reads across rows, which takes three times as long.
-        return _turned(value) if turned else value
+    def checked(tensor: Stored) -> _Host | Packed:
+        return _checked(tensor, first, dtype, part)
+
+    def read(stored: _Host | Packed) -> Any:
+        return stored.read(placed) if isinstance(stored, Packed) else _read(stored, part)
 
     if not entry.stacked:
-        return jax.jit(_made, static_argnums=(1, 2), out_shardings=made)(read(tensors[0]), order, encode)
+        make_one = jax.jit(_made, static_argnums=(1, 2, 3), out_shardings=made)
+        return make_one(read(checked(tensors[0])), order, dtype, encode)
     stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, leaf.dtype, where)(), whole, made)
     options = sharding.compiler_options(mesh)
-    put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4), out_shardings=made, compiler_options=options)
-    for layer, tensor in enumerate(tensors):
+    put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4, 5), out_shardings=made, compiler_options=options)
+    for layer, host in enumerate(_ahead(checked, tensors)):
         # Without waiting, all layers would be read before the first is written.
-        stack = jax.block_until_ready(put(stack, read(tensor), layer, order, encode))
+        stack = jax.block_until_ready(put(stack, read(host), layer, order, dtype, encode))
     return stack
+
+
+def _ahead(check: Callable[[Stored], T], tensors: Sequence[Stored]) -> Iterator[T]:
+    """What `check` returns for each tensor. Another thread checks the next tensor while one is placed."""
+    with ThreadPoolExecutor(1) as checker:
+        coming = checker.submit(check, tensors[0])
+        for tensor in tensors[1:]:
+            ready, coming = coming.result(), checker.submit(check, tensor)
+            yield ready
+        yield coming.result()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,29 +88,53 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, placed: Any) -> Callable[[],
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=placed)
 
 
-def _put(stack: Any, value: Any, layer: jax.Array, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
-    one = _made(value, order, encode)
+def _put(stack: Any, value: Any, layer: jax.Array, order: Order, dtype: np.dtype, encode: Encode | None) -> Any:
+    one = _made(value, order, dtype, encode)
     return jax.tree.map(lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, layer, axis=0), stack, one)
 
 
-_turned = jax.jit(jnp.transpose)
-
-
-def _made(value: Any, order: tuple[int, ...] | None, encode: Encode | None) -> Any:
+def _made(value: Any, order: Order, dtype: np.dtype, encode: Encode | None) -> Any:
     """The parameter's layer from a stored tensor, or from the parts of a packed one."""
-    value = ordered(value, order)
+    if isinstance(encode, Unpack):
+        return encode(value)
+    value = ordered(value, order).astype(dtype)
     return jnp.copy(value) if encode is None else encode(value)  # what was read may alias the file's pages
 
 
-def ordered(value: ArrayT, order: tuple[int, ...] | None) -> ArrayT:
+def ordered(value: ArrayT, order: Order) -> ArrayT:
     """Transpose a stored array to the parameter's dimensions; `order` is that of `Entry`."""
     return value if order is None else value.transpose(np.argsort(order))
 
 
-def _read(tensor: StoredTensor, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
-    """Read a tensor onto the devices; each device's slice is read, converted and checked separately."""
+@dataclasses.dataclass(frozen=True)
+class _Host:
+    """A stored tensor on the host: the parts that this process's devices hold, transposed views by their index."""
+
+    shape: tuple[int, ...]
+    parts: Mapping[str, np.ndarray]
+
+
+def _checked(tensor: Stored, order: Order, dtype: np.dtype, placed: NamedSharding) -> _Host | Packed:
+    """Map a tensor into memory, convert it to `dtype` and check it, without transposing it.
+
+    If `dtype` holds all values of the stored one, the device converts it, which is faster.
+    """
+    if isinstance(tensor, Packed):
+        return tensor
     view = tensor.open()
-    read = jax.make_array_from_callback(
-        tensor.shape, placed, lambda index: finite.converted(view[index], dtype, tensor.name, tensor.file)
-    )
+    axes = tuple(range(len(tensor.shape))) if order is None else order  # of the parameter, in the order of the tensor
+    shape = ordered(np.broadcast_to(np.empty((), bool), tensor.shape), order).shape
+    if tensor.dtype in ("BF16", "F16") and dtype == np.float32:
+        dtype = np.dtype(hf_files.FLOATS[tensor.dtype])
+    parts: dict[str, np.ndarray] = {}
+    for index in placed.addressable_devices_indices_map(shape).values():
+        if index is not None and str(index) not in parts:
+            stored = view[tuple(index[axis] for axis in axes)]
+            parts[str(index)] = ordered(finite.converted(stored, dtype, tensor.name, tensor.file), order)
+    return _Host(shape, parts)
+
+
+def _read(host: _Host, placed: NamedSharding) -> jax.Array:
+    """Move a tensor to the devices."""
+    read = jax.make_array_from_callback(host.shape, placed, lambda index: host.parts[str(index)])
     return jax.block_until_ready(read)  # so that the host's copy is freed first

@@ -109,10 +109,12 @@ class Origin:
     Attributes:
         path: The directory or hub id.
         options: The options, by the name of their field in the section `model` of a config.
+        seconds: How long loading took, without the download.
     """
 
     path: str
     options: Mapping[str, Any]
+    seconds: float
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)

@@ -21,7 +21,7 @@ from peftjax.models.eager import compiled
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import AttentionMask
-from peftjax.nn.cache import Cache, LayerCache, extend_valid
+from peftjax.nn.cache import Cache, Carry, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
@@ -308,23 +308,25 @@ class Decoder(LanguageModel):
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
-        def layer(
-            block: Block, x: jax.Array, inputs: tuple[LayerCache | None, LayerOptions]
-        ) -> tuple[jax.Array, LayerCache | None]:
-            layer_cache, options = inputs
+        def layer(block: Block, carry: Carry, inputs: tuple[jax.Array | None, LayerOptions]) -> tuple[Carry, None]:
+            (x, stored), (index, options) = carry, inputs
+            own = None if stored is None or index is None else LayerCache(*stored, index)
             mask = allowed.of_layer(options.window)
-            return block(x, rotations(options), mask, layer_cache, offset, query_factors)
+            x, own = block(x, rotations(options), mask, own, offset, query_factors)
+            return (x, None if own is None else (own.key, own.value)), None
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
         options = LayerOptions(
             jnp.asarray(self.config.windows, jnp.int32),
             jnp.asarray(self.config.rotated) if self.config.rotated else None,
         )
-        per_layer = (None if cache is None else (cache.key, cache.value), options)
-        x, new = scan_stack(self.blocks, layer, x, per_layer, self.config.remat)
-        if cache is not None and valid is not None:
-            cache = Cache(key=new[0], value=new[1], valid=valid, length=cache.length + length)
-        return self.norm(x), cache
+        stored = None if cache is None else (cache.key, cache.value)
+        index = None if cache is None else jnp.arange(self.config.layers)
+        (x, stored), _ = scan_stack(self.blocks, layer, (x, stored), (index, options), self.config.remat)
+        if cache is None or valid is None or stored is None:
+            return self.norm(x), None
+        extended = Cache(key=stored[0], value=stored[1], valid=valid, length=cache.length + length)
+        return self.norm(x), extended
 
     def attention_mask(
         self,

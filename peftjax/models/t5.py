@@ -19,7 +19,7 @@ from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.encoder_decoder import DecoderCache, EncoderDecoder, EncoderDecoderConfig
 from peftjax.models.fields import Fields
-from peftjax.nn.cache import LayerCache
+from peftjax.nn.cache import Carry, KeysValues, LayerCache
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
@@ -94,7 +94,7 @@ class T5Attention(SlottedLayer):
         self.dropout = Dropout(config.dropout)
         self.adapters = Slot()
 
-    def keys_values(self, states: jax.Array) -> LayerCache:
+    def keys_values(self, states: jax.Array) -> KeysValues:
         """Project what is attended to: [B, S, D] -> keys and values, [B, S, N, H] each."""
         k, v = self._heads(self.key(states)), self._heads(self.value(states))
         return sharding.whole_length(k), sharding.whole_length(v)
@@ -178,7 +178,7 @@ class DecoderBlock(Block):
         x: jax.Array,
         mask: jax.Array,
         bias: jax.Array,
-        memory: LayerCache,
+        memory: KeysValues,
         memory_mask: jax.Array | None,
         cache: LayerCache | None,
         offset: jax.Array | int,
@@ -191,7 +191,7 @@ class DecoderBlock(Block):
             bias: [1, N, T, S].
             memory: Keys and values of the encoder's hidden states, from `cross.keys_values`.
             memory_mask: bool [B, 1, 1, M]; None: all keys.
-            cache: This layer's keys and values, [B, S, N, H] each.
+            cache: The keys and values of earlier tokens.
             offset: Number of tokens in the cache.
         """
         new_cache = cache
@@ -201,9 +201,7 @@ class DecoderBlock(Block):
             x = self.attention_norm(x)
             k, v = self.attention.keys_values(x)
             if cache is not None:
-                k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, offset, 0, 0))
-                v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, offset, 0, 0))
-                new_cache = (k, v)
+                (k, v), new_cache = cache.extend(k, v, offset)
             return self.attention_dropout(self.attention(x, k, v, mask, bias))
 
         x = self.attention_residual(x, attend)
@@ -287,7 +285,7 @@ class T5(EncoderDecoder):
         states, memory_mask = self.encode(tokens, mask=mask)
         assert memory_mask is not None
 
-        def layer(block: DecoderBlock, states: jax.Array, _: None) -> tuple[jax.Array, LayerCache]:
+        def layer(block: DecoderBlock, states: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
             return states, block.cross.keys_values(states)
 
         _, (key, value) = scan_stack(self.decoder, layer, states, None, config.remat)
@@ -310,21 +308,26 @@ class T5(EncoderDecoder):
         x = self.embed(tokens)
         bias = self.decoder_bias(prefix + queries, jnp.arange(prefix + slots), x.dtype)
 
-        def layer(
-            block: DecoderBlock, x: jax.Array, cached: tuple[LayerCache, LayerCache] | None
-        ) -> tuple[jax.Array, LayerCache | None]:
-            if cached is None:
+        def layer(block: DecoderBlock, carry: Carry, cached: tuple[jax.Array, KeysValues] | None) -> tuple[Carry, None]:
+            x, stored = carry
+            if cached is None or stored is None:
                 assert states is not None
-                return block(x, mask, bias, block.cross.keys_values(states), _over_keys(memory_mask), None, offset)
-            own, memory = cached
-            return block(x, mask, bias, memory, _over_keys(memory_mask), own, offset)
+                memory = block.cross.keys_values(states)
+                return (block(x, mask, bias, memory, _over_keys(memory_mask), None, offset)[0], None), None
+            index, memory = cached
+            x, own = block(x, mask, bias, memory, _over_keys(memory_mask), LayerCache(*stored, index), offset)
+            assert own is not None
+            return (x, (own.key, own.value)), None
 
         embedded, last = self.decoder_dropouts
         x = sharding.constrain(embedded(x), "batch", "length", None)
-        per_layer = None if cache is None else ((cache.key, cache.value), (cache.memory_key, cache.memory_value))
-        x, new = scan_stack(self.decoder, layer, x, per_layer, self.config.remat)
+        stored, per_layer = None, None
         if cache is not None:
-            cache = dataclasses.replace(cache, key=new[0], value=new[1], length=cache.length + length)
+            stored = (cache.key, cache.value)
+            per_layer = (jnp.arange(self.config.decoder_layers), (cache.memory_key, cache.memory_value))
+        (x, stored), _ = scan_stack(self.decoder, layer, (x, stored), per_layer, self.config.remat)
+        if cache is not None and stored is not None:
+            cache = dataclasses.replace(cache, key=stored[0], value=stored[1], length=cache.length + length)
         return last(self.decoder_norm(x)), cache
 
     @property

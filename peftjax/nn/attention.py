@@ -114,7 +114,7 @@ class Attention(SlottedLayer):
             x: [B, T, D].
             rope: Rotary tables of the T positions; None: no rotary embedding.
             mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
-            cache: This layer's keys and values.
+            cache: The keys and values of earlier tokens.
             offset: Number of keys in the cache.
             query_factors: Factors of the queries, [B or 1, T]; None: 1.
         """
@@ -124,10 +124,7 @@ class Attention(SlottedLayer):
         if query_factors is not None:
             q = q * query_factors[:, :, None, None].astype(q.dtype)
         if cache is not None:
-            start = (0, offset, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
-            cache = (k, v)
+            (k, v), cache = cache.extend(k, v, offset)
         attended = self.adapters(self, self.core, q, sharding.whole_length(k), sharding.whole_length(v), mask)
         return self.out(attended.reshape(*x.shape[:2], -1)), cache
 

@@ -14,6 +14,7 @@ from peftjax.nn.linear import OUTPUT
 from peftjax.nn.slot import Slot
 
 M = TypeVar("M", bound=nnx.Module)
+X = TypeVar("X")
 
 INPUT = "layer_input"
 _POLICIES = jax.checkpoint_policies
@@ -52,15 +53,14 @@ def make_stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
     return block
 
 
-def scan_stack(
-    block: M, body: Callable[[M, jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, per_layer: Any, remat: str
-) -> tuple[jax.Array, Any]:
+def scan_stack(block: M, body: Callable[[M, X, Any], tuple[X, Any]], x: X, per_layer: Any, remat: str) -> tuple[X, Any]:
     """Run `x, out = body(layer, x, per_layer[i])` through the stacked layers.
 
     Args:
         block: From `make_stack`. Variables without a "layers" axis, which adapters may have, are shared by all layers.
         body: Computes one layer.
-        x: Input of the first layer.
+        x: Input of the first layer: an array, or a pytree with whatever else the layers change, such as the arrays of a
+            cache.
         per_layer: A pytree of arrays [L, ...], or None; each layer gets its slice.
         remat: What the backward pass recomputes. "none": only what `nn.recompute` marks. "dots": all but the outputs of linear
             layers. "block": the layer, from its input. "offload": the same, with the input kept in host memory.
@@ -72,7 +72,7 @@ def scan_stack(
     stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
     shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
 
-    def step(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+    def step(x: X, slices: Any) -> tuple[X, Any]:
         layer, layer_inputs = slices
         return body(variables.join(graph, layer, shared), checkpoint_name(x, INPUT), layer_inputs)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     one = not (given.search or given.compare)
 
     def probe(other: Config) -> Plan:
-        with make_console(file=sys.stderr).status(f"compiling for {device.name}"):
+        with make_console(file=sys.stderr).status(Text(f"compiling for {device.name}")):
             return ask(other, hf_config, device, advise=one)
 
     result: Any

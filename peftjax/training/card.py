@@ -40,7 +40,9 @@ def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
         ("sequences", f", at most {data.max_length:,} tokens each") if task.unit == "tokens" else (task.unit, "")
     )
     custom = optim.name == CUSTOM  # an optax transformation, which the section does not describe
-    schedule = f"{optim.schedule} schedule" + (f", {optim.warmup_steps:,} warmup steps" if optim.warmup_steps else "")
+    schedule = f"{optim.schedule} schedule" + (
+        f", {optim.warmup_steps:,} warmup step{'s' * (optim.warmup_steps > 1)}" if optim.warmup_steps else ""
+    )
     facts = {
         "Task": f"`{config.task.kind}`",
         "Training data": _sources(data.train),

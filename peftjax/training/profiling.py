@@ -10,6 +10,7 @@ import jax
 from rich import box
 from rich.table import Table
 
+from peftjax.core import debug_log
 from peftjax.core.errors import UserError
 from peftjax.log import Log
 from peftjax.training.operations import Operation, read_operations, read_times
@@ -81,6 +82,8 @@ class Profiling:
     def end(self, step: int, train_step: Any, state: TrainState, *arguments: Any) -> None:
         """Stop the trace if a step was the last one to trace, and print the table.
 
+        A trace that cannot be written or read is a warning.
+
         Args:
           step: The number of the step.
           train_step: The jitted step.
@@ -93,12 +96,19 @@ class Profiling:
         if step < self._steps[-1]:
             return
         jax.block_until_ready(state)
-        jax.profiler.stop_trace()
         self._step = None
-        operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # already compiled
-        times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
-        title = f"most expensive operations of steps {self._steps[0]} to {step}; trace in {self._directory}"
-        self._log.panel(title, make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices)))
+        steps = f"steps {self._steps[0]} to {step}" if len(self._steps) > 1 else f"step {step}"
+        try:
+            jax.profiler.stop_trace()
+            operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # already compiled
+            times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
+            table = make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices))
+        except Exception as error:  # a run must not end because of what only describes it
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}{debug_log.record(error)}"
+            self._log.message(f"warning: the trace of {steps} could not be read, and the run continues. {why}")
+            return
+        self._log.message(f"trace of {steps}: {self._directory}")
+        self._log.panel(f"most expensive operations of {steps}", table)
 
 
 def make_table(

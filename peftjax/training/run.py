@@ -37,6 +37,7 @@ from peftjax.report.data import ReportData, Sample, count_parts, count_trained, 
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
+from peftjax.report.text import format_duration
 from peftjax.tasks import Task
 from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
@@ -165,7 +166,8 @@ class Run:
         )
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
-        log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}")
+        loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
+        log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}")
         log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
         if config.model.attention == "auto" and isinstance(self.model, Decoder):
             length = self.task.positions(self.model) + self.model.virtual

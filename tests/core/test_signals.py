@@ -14,6 +14,7 @@ import pytest
 from peftjax.core import preemption as preemptions
 from peftjax.core import signals as module
 from peftjax.core.preemption import Interrupted, Preempted, Preemption, stopped
+from peftjax.core.progress import EVALUATING, SAVING, Progress
 from peftjax.core.signals import Signals
 from tests.runs import wait_until
 
@@ -44,6 +45,38 @@ def test_a_signal_stops_at_once_if_nothing_is_lost_or_if_it_is_the_second_ctrl_c
     assert bool(why) == bool(last)
     assert signals.asked == numbers[0]
     assert capfd.readouterr().err.count("press Ctrl-C again") == (unsaved and numbers[0] == INT)
+
+
+def test_messages_name_the_last_complete_checkpoint_and_what_is_finished_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Preemption(tmp_path / "checkpoints"):
+        assert module.received.receive(INT) == (
+            "interrupted before the end of the first step, with nothing to save; run the same command again to start"
+        )
+        assert module.received.receive(INT) == (
+            "interrupted again; exiting at once. There is no complete checkpoint yet"
+        )
+    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    last = tmp_path / "checkpoints" / "10"
+    with Preemption(tmp_path / "checkpoints"):
+        assert module.received.receive(TERM) == (
+            f"stopped by SIGTERM with nothing to save since the last checkpoint; run the same command again to resume from {last}"
+        )
+    with Preemption(tmp_path / "checkpoints") as preemption, Progress(enabled=False) as progress:
+        preemption.reached()
+        with progress.phase(EVALUATING):
+            assert module.received.receive(INT) == ""
+        assert capfd.readouterr().err == (
+            "finishing the evaluation, then saving and stopping; press Ctrl-C again to exit at once\n"
+        )
+        assert module.received.receive(INT) == (
+            f"interrupted again; exiting at once. The last complete checkpoint is intact: {last}"
+        )
+        with progress.phase(SAVING):
+            assert not module.received.finishing
+    assert module.received.saved is None
 
 
 def test_a_signal_is_answered_although_nobody_reads_stderr(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_a_run_in_epochs_is_one_in_steps_and_resumes_and_is_extended(
     by_epochs = config(tmp_path, train__epochs=1.0, **fields)
     by_epochs.train.steps = 1000
     train(configs.validate(by_epochs), tmp_path / "run")
-    assert "5 steps of 8 examples: 1 epoch of 40 examples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "5 steps of 8 examples: 1 epoch of 40 examples" in printed
+    assert re.search(r"parameters in float32, on .*, loaded in \d+.* s\n", printed)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (stored["train"]["steps"], stored["train"]["epochs"], stored["optim"]["warmup_steps"]) == (5, 0, 2)
     in_steps = config(tmp_path, train__steps=5, optim__warmup_steps=2, data__eval=())

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from peftjax.core.errors import UserError
+from peftjax.log import read_metrics
 from peftjax.train import main, train
 from peftjax.training import config as configs
+from peftjax.training import profiling
 from peftjax.training.operations import Operation, read_operations
 from peftjax.training.profiling import make_table, parse_steps
 from tests.test_train import config
@@ -40,6 +42,24 @@ def test_a_run_traces_the_steps_and_prints_their_operations(
     assert "decoder.py:" in "\n".join(printed[start:])
     with pytest.raises(UserError, match="--profile=3:4: this run has finished all of its 4 steps"):
         train(configs.validate(made), workdir, profile=parse_steps("3:4"))
+
+
+def test_a_trace_that_cannot_be_read_is_a_warning_and_the_run_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("an event\nwithout a name")
+
+    monkeypatch.setattr(profiling, "read_times", fail)
+    made, workdir = config(tmp_path, data__eval=(), train__steps=3), tmp_path / "run"
+    train(configs.validate(made), workdir, profile=parse_steps("2:2"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the trace"))
+    assert line == (
+        "warning: the trace of step 2 could not be read, and the run continues. KeyError: 'an event\\nwithout a "
+        f"name'; details in {workdir / 'debug.log'}"
+    )
+    assert "in fail" in (workdir / "debug.log").read_text()
+    assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == 3
 
 
 def test_operations_carry_their_type_scopes_and_lines() -> None:

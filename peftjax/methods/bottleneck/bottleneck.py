@@ -96,7 +96,9 @@ class Bottleneck(BottleneckOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Houlsby(Bottleneck):
-    """Adapters that read f(x), in both sublayers of a block; AdapterHub's `DoubleSeqBnConfig`.
+    """Houlsby: x + f(x) + B(f(x)) for each sublayer f of a block, with B(u) = act(u W_down) W_up trained.
+
+    AdapterHub's `DoubleSeqBnConfig`.
 
     Attributes:
         attention (bool, default True): Adapt the attention sublayers.
@@ -112,7 +114,10 @@ class Houlsby(Bottleneck):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pfeiffer(Bottleneck):
-    """Adapters that read x + f(x), after feed-forward; AdapterHub's `SeqBnConfig`."""
+    """Pfeiffer: x + f(x) + B(x + f(x)) for the feed-forward sublayers f, with B(u) = act(u W_down) W_up trained.
+
+    AdapterHub's `SeqBnConfig`.
+    """
 
     method: ClassVar[str] = "pfeiffer"
     reads: ClassVar[str] = "sum"
@@ -120,7 +125,9 @@ class Pfeiffer(Bottleneck):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(Bottleneck):
-    """Adapters that read x, beside feed-forward; AdapterHub's `ParBnConfig`.
+    """Parallel: x + f(x) + B(x) for the feed-forward sublayers f, with B(u) = s act(u W_down) W_up trained.
+
+    AdapterHub's `ParBnConfig`.
 
     Attributes:
         reduction_factor (float, default 2.0): Width of the model over that of the bottleneck.
