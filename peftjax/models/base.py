@@ -109,7 +109,7 @@ class Origin:
     Attributes:
         path: The directory or hub id.
         options: The options, by the name of their field in the section `model` of a config.
-        seconds: How long loading took, without the download.
+        seconds: Loading time in seconds, without the download.
     """
 
     path: str

@@ -91,7 +91,7 @@ class Roberta(Bert):
     hf_pretraining: ClassVar = (r"lm_head\..*",)
 
 
-# By model_type: the transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
+# By model_type: the transformers class that wrote a checkpoint -> its head. Of the classes with one head, the first is written.
 _ARCHITECTURES = {"roberta": architectures("Roberta"), "xlm-roberta": architectures("XLMRoberta")}
 
 

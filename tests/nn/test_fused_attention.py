@@ -108,7 +108,7 @@ def test_blocks_on_a_mesh_equal_dense_attention(sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 2}])
-def test_sinks_in_blocks_equal_those_of_dense_attention(sizes: dict[str, int] | None) -> None:
+def test_blockwise_sinks_equal_those_of_dense_attention(sizes: dict[str, int] | None) -> None:
     """Both equal attention with an additional key, whose value is zero."""
     mask = make_mask(40, window=9, prefix=2, packed=True, padded=True)
     q, k, v = (
