@@ -3,10 +3,10 @@
     python benchmarks/load_time.py
 
 Writes random Llamas of about 315 million and, in TinyLlama's shape, 1.1 billion parameters to a temporary directory. Each
-line of the table comes from a fresh process. "read s" is a read of the files, which are in the page cache, into a buffer that
-exists; "check s" is the search for NaN and Inf in what was read; "load s" is `load_model`. "first" includes the compilation of
-the programs that place and quantize the parameters. A model that is loaded must be read and written at least once. All times
-but "first" are the best of three.
+line of the table comes from a fresh process. "read s" is a read of the files, which are in the page cache, into an
+allocated buffer; "check s" is the search for NaN and Inf in what was read; "load s" is `load_model`. "first" includes the
+compilation of the programs that place and quantize the parameters. Loading includes at least one read and one write of the
+model. All times but "first" are the best of three.
 """
 
 import json

@@ -29,7 +29,7 @@ COMMANDS = {
     "train": Command("peftjax.train", "Train a model with the method of a config; run it again to resume"),
     "evaluate": Command("peftjax.evaluate", "Evaluate the trained model in a workdir"),
     "generate": Command("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
-    "sweep": Command("peftjax.sweep", "Train one run for each combination of the values of some fields"),
+    "sweep": Command("peftjax.sweep", "Train one run for each combination of field values, or for each random draw"),
     "plan": Command(
         "peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"
     ),

@@ -98,8 +98,8 @@ def generate(
     """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
 
     A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. All prompts run in one
-    batch. They are padded on the left, so that prompts of similar length share one compiled function: to a multiple of 32 tokens,
-    and beyond 512 tokens to a coarser multiple, by at most an eighth.
+    batch. They are padded on the left to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most
+    an eighth, so that prompts of similar length share one compiled function.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.

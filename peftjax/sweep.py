@@ -1,12 +1,12 @@
-"""Train one run for each combination of some fields' values, or of random draws, side by side where one program can.
+"""Train one run for each combination of field values or for each random draw, side by side in one program where possible.
 
     peftjax sweep --config=configs/quickstart.py --workdir=runs/sweep \\
         --sweep.optim.learning_rate=1e-3,3e-3 --sweep.method.rank=4,8
 
 Each run has its own directory in the workdir, with what `peftjax train` with these values would write: the same
-files, and the same numbers up to rounding. The same command resumes an interrupted sweep. Runs that differ in nothing but
-`TOGETHER` are a population: one program computes the gradients of all of them under vmap, so that the frozen base is
-held, read and decoded once.
+files, and the same numbers up to rounding. The same command resumes an interrupted sweep. Runs that differ only in fields that
+`training.alike` allows form a population: one program computes the gradients of all of them under vmap, so that the frozen
+base is held, read and decoded once.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.training import config as configs
 from peftjax.training import duration, precision, space
-from peftjax.training.alike import in_the_way
+from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
@@ -47,12 +47,12 @@ def members(
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
-    Without `trials`, one for each combination of the values. Otherwise so many random draws with a seed; draws that
-    sweep.json in the workdir has already are taken from there. A draw that repeats another one is left out.
+    Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
+    that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
 
     Raises:
       UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
-        sweep.json has draws from other values.
+        sweep.json records draws from other fields or values.
     """
     swept: dict[str, Choice | Range] = {}
     for item in fields:
@@ -66,8 +66,8 @@ def members(
         )
     if trials:
         defaults = flat(configs.to_dict(configs.load(path, overrides)))
-        whole = {name for name in swept if type(defaults.get(name)) is int}
-        chosen = _recorded(swept, seed, workdir, space.draw(swept, trials, seed, whole))
+        integers = {name for name in swept if type(defaults.get(name)) is int}
+        chosen = _recorded(swept, seed, workdir, space.draw(swept, trials, seed, integers))
     else:
         chosen = space.grid(swept)
     found: dict[str, Member] = {}
@@ -83,10 +83,10 @@ def members(
 
 
 def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The draws, those of trials that sweep.json holds with this seed as they are there.
+    """Replace the draws that sweep.json has recorded for this seed by the recorded ones.
 
     Raises:
-      UserError: One of these was drawn from other fields or other values.
+      UserError: A recorded draw has other fields, or a value outside the lists and ranges.
     """
     file = workdir / RESULTS
     entries = json.loads(file.read_text()) if file.exists() else []
@@ -95,8 +95,8 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
         if texts.keys() != swept.keys() or not all(text in swept[name] for name, text in texts.items()):
             values = ", ".join(f"{name}={text}" for name, text in texts.items())
             raise UserError(
-                f"{file} holds a run that was drawn from other values: {values}; choose another workdir, or another "
-                "--search_seed for runs beside it"
+                f"{file} records a draw from other fields or values: {values}; choose another workdir or another "
+                "--search_seed"
             )
         if trial["index"] < len(drawn):
             drawn[trial["index"]] = {name: texts[name] for name in swept}
@@ -129,10 +129,10 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         for population in populations(waiting):
             check_member(population[0])
         groups = populations(waiting, most)
-        if blocked := list(
-            dict.fromkeys(name for one in waiting for name in in_the_way(waiting[0].config, one.config))
+        if separating := list(
+            dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
-            say(f"{enumerate_some(blocked, 4)} cannot vary within one program; each value is trained by its own")
+            say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
         found = write_results(runs, workdir)  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
@@ -202,7 +202,7 @@ def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
     """The runs in groups of at most `most` (0: no limit) that one program can train."""
     groups: list[list[Member]] = []
     for member in runs:
-        group = next((group for group in groups if not in_the_way(group[0].config, member.config)), None)
+        group = next((group for group in groups if not separating_fields(group[0].config, member.config)), None)
         if group is None or len(group) == most:
             group = []
             groups.insert(0, group)  # the next one alike joins the newest
@@ -244,18 +244,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sweep.FIELD",
         metavar="V,V",
-        help="Config field to sweep and its values (separated by ; if they contain commas), or uniform(LOW,HIGH) or "
-        "loguniform(LOW,HIGH)",
+        help="Config field to sweep and its values (separated by ; if they contain commas); with --trials also "
+        "uniform(LOW,HIGH) or loguniform(LOW,HIGH)",
     )
     group.add_argument(
         "--trials",
         type=int,
         default=0,
         metavar="N",
-        help="Random search: number of draws from the values of all fields (default: all combinations)",
+        help="Number of random draws (default: all combinations of the values)",
     )
     group.add_argument(
-        "--search_seed", type=int, default=0, metavar="SEED", help="Random seed of these draws (default: 0)"
+        "--search_seed", type=int, default=0, metavar="SEED", help="Random seed of the draws (default: 0)"
     )
     group.add_argument(
         "--together",
@@ -268,7 +268,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> None:
-    summary = "Train one run for each combination of the values of some fields."
+    summary = "Train one run for each combination of field values, or for each draw of a random search."
     fields, rest = cli.config_fields(argv, "--sweep.")
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
     if options.together < 0:

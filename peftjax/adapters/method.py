@@ -38,8 +38,8 @@ class Method:
         hf_unsupported: Other fields of peft. Values other than None, False and empty ones are rejected.
         hf_training: Fields that describe how the adapter was trained, with the values that peft assumes where they are
             missing. They do not affect what is computed from the file; other values are accepted with a warning.
-        traced_options: Options in which the members of a population may differ. They determine the values of arrays, constants
-            of the optimizer, or the length of an axis whose padding with zeros has no effect.
+        traced_options: Options in which the members of a population may differ. They affect only the values of arrays, the
+            constants of the optimizer, or the length of an axis that can be padded with zeros.
         training_options: Options that affect training, but neither the parameters nor the outputs of a trained adapter.
     """
 

@@ -36,7 +36,7 @@ class Signals:
         forward: What else to do when SIGINT is noted.
         tell: Prints that the run will stop, where progress bars are shown; otherwise, stderr has it.
         saved: The path of the run's last complete checkpoint, or "" if it has none; None: several runs, or none yet.
-        finishing: What the run finishes before it saves; empty: its step.
+        finishing: What the run finishes before it saves; empty: the current step.
     """
 
     def __init__(self) -> None:
@@ -67,14 +67,14 @@ class Signals:
         return ""
 
     def _intact(self) -> str:
-        """What remains when a run exits without saving."""
+        """The part of a message that says which checkpoint remains when a run exits without saving."""
         if self.saved is None:
             return "The last complete checkpoint is intact"
         path = self.saved()
         return f"The last complete checkpoint is intact: {path}" if path else "There is no complete checkpoint yet"
 
     def _unchanged(self) -> str:
-        """What to do after a run that has not done a step yet."""
+        """The part of a message that says how to continue a run that stops before the end of its first step."""
         if self.saved is None:
             return "with nothing to save; run the same command again to start or resume"
         if path := self.saved():

@@ -139,7 +139,7 @@ def _padded(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """The leading part of each leaf that has the shape of the leaf in `like`: without the padding of `stack`."""
+    """Cut each leaf to the shape of the leaf in `like`, which removes the padding of `stack`."""
     return jax.tree.map(lambda leaf, own: leaf[tuple(map(slice, own.shape))], tree, like)
 
 

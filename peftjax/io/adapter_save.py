@@ -29,7 +29,7 @@ from peftjax.models.base import Model
 T = TypeVar("T")
 
 CLASSIFICATIONS = ("SEQ_CLS", "TOKEN_CLS")  # the task types for which peft trains the whole task head
-HEAD_NAMES = ("classifier", "score")  # the modules that peft takes for the task head
+HEAD_NAMES = ("classifier", "score")  # the modules that peft regards as the task head
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -140,7 +140,8 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
         "inference_mode": True,
         "auto_mapping": None,
     } | method.to_hf(model, name)
-    # PEFT saves the task head beside the adapter: for a task_type that has one by its names, else if modules_to_save names it.
+    # PEFT saves a layer of the task head if the task_type has a head and the layer one of PEFT's names for it. Otherwise
+    # modules_to_save must name the layer.
     if heads := [head for head in _trained_heads(model, name) if not _saved_by_task(model, head)]:
         saved = config.get("modules_to_save") or []
         config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]

@@ -54,7 +54,8 @@ class BitFit(Targeted):
                 raise UserError(f"method.targets={self.targets!r}: {site.names[0]} has no bias; leave it out")
             if isinstance(site.module, ExpertLinear):
                 raise UserError(
-                    f"method.targets={self.targets!r}: {site.names[0]} holds experts, whose biases BitFit does not train; leave it out"
+                    f"method.targets={self.targets!r}: {site.names[0]} holds experts, whose biases BitFit does not train; "
+                    "remove it from the targets"
                 )
         return chosen
 

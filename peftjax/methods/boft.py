@@ -43,7 +43,7 @@ class Boft(Targeted):
 
     method: ClassVar[str] = "boft"
     peft_type: ClassVar[str] = "BOFT"
-    traced_options: ClassVar = frozenset()  # the dropout rate is a number of blocks
+    traced_options: ClassVar = frozenset()  # its dropout rate determines a static number of blocks
     hf_fields: ClassVar = Targeted.hf_fields | {
         "block_size": ("boft_block_size", 4),
         "blocks": ("boft_block_num", 0),

@@ -109,7 +109,7 @@ class Origin:
     Attributes:
         path: The directory or hub id.
         options: The options, by the name of their field in the section `model` of a config.
-        seconds: How long loading took, without the download.
+        seconds: Loading time in seconds, without the download.
     """
 
     path: str
@@ -126,7 +126,8 @@ class Origin:
 def hf_name(name: str, layer: int) -> str:
     """Return the Hugging Face name of a layer of a stacked module.
 
-    `{}` stands for the layer's index in the stack, and `{1}` for the one after it: the stack lacks the model's first layer.
+    `{}` stands for the layer's index in the stack. `{1}` stands for that index plus 1, for stacks without the model's first
+    layer.
 
     Examples:
         >>> hf_name("layers.{}.norm", 3), hf_name("layers.{1}.norm", 3)
@@ -147,7 +148,7 @@ class Model(nnx.Module):
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
         hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
-            holds all experts. Empty if checkpoints hold that parameter.
+            holds all experts. An empty tuple if checkpoints contain that parameter itself.
     """
 
     config: ModelConfig

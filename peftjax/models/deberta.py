@@ -1,4 +1,4 @@
-"""DeBERTa v2 and v3: post-norm encoders with disentangled attention, and a convolution in the larger v2 models.
+"""DeBERTa v2 and v3: post-norm encoders with disentangled attention, and, in the larger v2 models, a convolution.
 
 He et al. 2020 (arXiv:2006.03654), section 3; He et al. 2021 (arXiv:2111.09543).
 """
@@ -37,13 +37,13 @@ class DebertaConfig(TextEncoderConfig):
 
     Attributes:
         relative: Whether there are embeddings of relative positions.
-        terms: The terms of attention that use them, of "c2p" and "p2c".
+        terms: The attention terms that use them, out of "c2p" and "p2c".
         shared: Whether the layers of keys and queries also project relative positions.
-        buckets: Buckets of relative positions to each side; 0: each distance has its own.
-        max_distance: From this distance on, all relative positions are the same.
+        buckets: Number of buckets of relative positions on each side; 0: one for each distance.
+        max_distance: Distance from which all relative positions are the same.
         norm_positions: Whether the embeddings of relative positions are normalized.
-        convolution: Positions that the convolution beside the first layer reads; 0: there is none.
-        groups: Groups of features of the convolution.
+        convolution: Kernel size of the convolution parallel to the first layer; 0: there is none.
+        groups: Number of feature groups of the convolution.
         convolution_activation: Activation of the convolution.
         pooler_dropout: Dropout rate of the pooler's input.
         pooler_activation: Activation of the pooler.
@@ -105,7 +105,7 @@ class Block(nnx.Module):
 
 
 class ConvolutionLayer(nnx.Module):
-    """norm(y + act(convolution(x))), with zeros for padding: x and y [B, T, D] -> [B, T, D]."""
+    """norm(y + act(convolution(x))), zero at padding: x and y [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: DebertaConfig, rngs: nnx.Rngs) -> None:
         dtype = jnp.dtype(config.param_dtype)
@@ -170,7 +170,7 @@ class Deberta(TextEncoder):
 
     @property
     def task_head(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The classifier and, if the head is a new one, its pooler, which no checkpoint without the head has."""
+        """The classifier and, for a new head, the pooler: checkpoints without a head for sequences have none."""
         new = self.config.head == "sequence_classification" and self.config.stored_head != self.config.head
         return ("pooler", "classifier") if new else ("classifier",)
 
@@ -224,12 +224,12 @@ Deberta.hf_base = {
 }
 # The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
 _ARCHITECTURES = architectures("DebertaV2")
-# A field of the head of pretraining.
+# A field of the pretraining head.
 _HARMLESS = TEXT_HARMLESS | {"legacy"}
 
 
 def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DebertaConfig:
-    """Read a config.json of model_type deberta-v2, which v3 has too.
+    """Read a config.json of model_type deberta-v2, which DeBERTa v3 also has.
 
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.

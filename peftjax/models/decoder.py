@@ -84,8 +84,8 @@ class Block(nnx.Module):
         attention: The first sublayer.
         feedforward: The second sublayer.
         norm_in: Whether the inputs of the sublayers are normalized.
-        norm_out: Whether their outputs are normalized, before they are added.
-        make_residual: Builds the additions.
+        norm_out: Whether the outputs of the sublayers are normalized before they are added.
+        make_residual: Builds a residual connection.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Decoder(LanguageModel):
         return x
 
     def query_factors(self, positions: jax.Array) -> jax.Array | None:
-        """Return the factors on the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
+        """Return the factors of the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
         del positions
         return None
 
@@ -431,14 +431,14 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
 def read_ropes(
     fields: Fields, head_dim: int, max_positions: int, *, theta: float, local_theta: float
 ) -> tuple[Rope, Rope]:
-    """Read the rotary embeddings of the layers without and with a window: rope_parameters by type of layer, or rope_scaling.
+    """Read the rotary embeddings of layers without and with a window: rope_parameters by layer type, or rope_scaling.
 
     Args:
         fields: The fields of config.json.
         head_dim: Width of a head.
         max_positions: max_position_embeddings.
-        theta: rope_theta of the layers without a window, if their rope_parameters have none.
-        local_theta: The same for those with a window.
+        theta: Default rope_theta of layers without a window.
+        local_theta: Default rope_theta of layers with a window.
     """
     by_type = dict(fields.maybe("rope_parameters") or {})
     whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})

@@ -81,7 +81,7 @@ _NAMES = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
 }
-# The dropout of question answering, how the position table is initialized, and two fields of the first checkpoints.
+# Dropout of question answering, initialization of the position table, and two fields of the first checkpoints.
 _HARMLESS = TEXT_HARMLESS | {"qa_dropout", "sinusoidal_pos_embds", "tie_weights_", "output_past"}
 
 

@@ -137,7 +137,7 @@ def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs, *, use_bias: bo
 
 
 def read_shared(fields: Fields, head: Head, *, dropout: float, norm_eps: float = 1e-12) -> dict[str, Any]:
-    """Read the options of `EncoderConfig`, for families with BERT's names of the fields.
+    """Read the options of `EncoderConfig`, for families that use BERT's field names.
 
     Args:
         fields: The fields of config.json.
@@ -162,7 +162,7 @@ def read_sizes(fields: Fields, head: Head, names: Mapping[str, str] = MappingPro
     Args:
         fields: The fields of config.json.
         head: The task head, from `read_head`.
-        names: The family's names of fields, by BERT's names.
+        names: {BERT's name of a field: the family's name}.
 
     Raises:
         UserError: A field is missing, or its value is not supported.

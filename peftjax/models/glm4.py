@@ -1,4 +1,4 @@
-"""GLM-4: norms before and after each sublayer, half-rotated heads with neighboring pairs, fused gate and up layers.
+"""GLM-4: norms before and after each sublayer, rotary embedding of half of each head, fused gate and up layers.
 
 GLM-4 (arXiv:2406.12793); the norms are those of GLM-4-0414.
 """

@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks, sliding windows in every second layer, clamped experts with biases.
+"""gpt-oss: attention sinks, a sliding window in every second layer, clamped experts with biases.
 
 OpenAI 2025 (arXiv:2508.10925), section 2.
 """
@@ -53,7 +53,7 @@ _ROPE: dict[str, Any] = {
     "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
     "truncate": False,
 }  # fmt: skip
-_COPIES = frozenset({"experts_per_token", "initial_context_length"})  # of fields that transformers reads
+_DUPLICATES = frozenset({"experts_per_token", "initial_context_length"})  # duplicates of fields that transformers reads
 
 
 def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOssConfig:
@@ -62,7 +62,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.
     """
-    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING | _COPIES)
+    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING | _DUPLICATES)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("attention_dropout")
     fields.only("hidden_act", "silu")

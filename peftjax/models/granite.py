@@ -1,4 +1,4 @@
-"""Granite 3: a Llama with factors on embeddings, scores, sublayers and logits.
+"""Granite 3: a Llama with scaling factors for embeddings, attention scores, sublayers and logits.
 
 The factors are those of Yang et al. 2022 (arXiv:2203.03466).
 """
@@ -19,12 +19,12 @@ from peftjax.nn.stack import ScaledResidual, times
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraniteConfig(LlamaConfig):
-    """Adds the factors.
+    """Adds the scaling factors.
 
     Attributes:
-        embed_factor: Factor on the inputs of the first layer.
-        score_factor: Factor on the scores q k^T.
-        residual_factor: Factor on the outputs of the sublayers.
+        embed_factor: Factor of the first layer's input.
+        score_factor: Factor of the scores q k^T.
+        residual_factor: Factor of the sublayers' outputs.
         logits_divisor: Divisor of the logits.
     """
 
@@ -38,7 +38,7 @@ class GraniteConfig(LlamaConfig):
 
 
 class Granite(Llama):
-    """RMSNorm, rotary grouped-query attention and SwiGLU, with factors."""
+    """RMSNorm, rotary grouped-query attention and SwiGLU, with scaling factors."""
 
     config: GraniteConfig
 
@@ -51,7 +51,7 @@ class Granite(Llama):
         )
 
     def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Scale the inputs of the first layer. Those of a soft prompt are scaled, too, as in transformers."""
+        """Scale the first layer's input. A soft prompt is also scaled, as in transformers."""
         del positions
         return times(x, self.config.embed_factor)
 

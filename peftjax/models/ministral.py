@@ -1,4 +1,4 @@
-"""Ministral 3: a Mistral whose queries grow with the logarithm of their position, as in Llama 4."""
+"""Ministral 3: a Mistral whose queries are scaled with the logarithm of their position, as in Llama 4."""
 
 import dataclasses
 from typing import Any, Unpack
@@ -17,11 +17,11 @@ from peftjax.nn.rope import from_hf as rope_from_hf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MinistralConfig(LlamaConfig):
-    """Adds the growth of the queries.
+    """Adds the scaling of the queries.
 
     Attributes:
         growth: The query at position p is multiplied by 1 + growth * ln(1 + floor(p / interval)).
-        interval: The original training length.
+        interval: Number of positions with the same factor, the original training length.
     """
 
     growth: float
@@ -32,7 +32,7 @@ class MinistralConfig(LlamaConfig):
 
 
 class Ministral(Llama):
-    """RMSNorm, rotary grouped-query attention with growing queries, SwiGLU."""
+    """RMSNorm, rotary grouped-query attention with scaled queries, SwiGLU."""
 
     config: MinistralConfig
 
@@ -64,7 +64,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Minist
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     scaled = config.get("rope_parameters") or config.get("rope_scaling")
     rope = rope_fields(fields) | ({} if scaled else _ROPE)
-    rope.pop("max_position_embeddings", None)  # a copy of the model's
+    rope.pop("max_position_embeddings", None)  # duplicates the model's field
     growth, interval = rope.pop("llama_4_scaling_beta", None), rope.get("original_max_position_embeddings")
     if growth is None or interval is None:
         raise UserError(

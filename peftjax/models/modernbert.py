@@ -40,7 +40,7 @@ class ModernBertConfig(TextEncoderConfig):
 
     Attributes:
         local: For each layer, whether its attention is local.
-        reach: How many positions to each side local attention sees.
+        reach: Number of positions on each side that local attention sees.
         rope: Rotary embedding of the layers with global attention.
         local_rope: Rotary embedding of the layers with local attention.
         mlp_dropout: Dropout rate of the hidden activations of the feed-forward layers.
@@ -77,7 +77,7 @@ class ModernBertConfig(TextEncoderConfig):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)), without the first norm: [B, T, D] -> [B, T, D]."""
+    """x + attention(norm(x)), then x + feedforward(norm(x)), without the first norm in the first layer: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
         common: dict[str, Any] = {"stddev": config.init_stddev, "dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
@@ -112,7 +112,7 @@ class Block(nnx.Module):
 
 
 class Head(nnx.Module):
-    """norm(act(x W)), which pretraining trains too: [..., D] -> [..., D]."""
+    """norm(act(x W)), the first layers of the pretraining head and the task heads: [..., D] -> [..., D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
         self.dense = linear(config, config.embed, rngs, use_bias=config.head_bias)
@@ -123,10 +123,10 @@ class Head(nnx.Module):
 
 
 class ModernBert(TextEncoder):
-    """Blocks with the norms before their sublayers, and a last norm; token types are ignored.
+    """Pre-norm blocks and a final norm; token types are ignored.
 
     Attributes:
-        attention_norms: The norms before attention in all layers but the first, which has none.
+        attention_norms: The norms before attention, of all layers except the first, which has none.
     """
 
     config: ModernBertConfig
@@ -190,7 +190,7 @@ class ModernBert(TextEncoder):
 
     @property
     def hf_ignored(self) -> tuple[str, ...]:
-        """The head of pretraining, but its first layers only if no task head uses them."""
+        """The pretraining head; its first layers only if no task head uses them."""
         return (*super().hf_ignored, r"decoder\..*", *([r"head\..*"] if self.config.head == "none" else []))
 
     @property
@@ -199,7 +199,7 @@ class ModernBert(TextEncoder):
 
 
 def _with_first(norms: LayerNorm) -> tuple[nnx.GraphDef, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The norms, with zeros in place of the first layer's, which is not used, and what all layers share."""
+    """Return the structure of the norms, their stacked leaves with zeros for the first layer, and their shared leaves."""
     graph, leaves = variables.flat(norms)
     stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
     shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
@@ -226,7 +226,7 @@ ModernBert.hf_base = {
 }
 # The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
 _ARCHITECTURES = architectures("ModernBert")
-# Fields of the head of pretraining, of initialization and of other implementations, and two that no version reads.
+# Fields of the pretraining head, of initialization and of other implementations, and two that no version reads.
 _HARMLESS = TEXT_HARMLESS | {
     "decoder_bias", "sparse_prediction", "sparse_pred_ignore_index", "initializer_cutoff_factor", "cls_token_id",
     "sep_token_id", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad", "layer_norm_eps",

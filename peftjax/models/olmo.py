@@ -1,7 +1,6 @@
-"""OLMo 2 and 3: a Llama that normalizes the outputs of its sublayers, and all queries and keys of a layer together.
+"""OLMo 2 and 3: a Llama with norms after its sublayers, and norms of queries and keys over all heads.
 
-OLMo 2 (arXiv:2501.00656); OLMo 3 adds sliding windows to three of four layers, whose rotary embedding is not
-scaled.
+OLMo 2 (arXiv:2501.00656). OLMo 3 adds sliding windows to three of four layers; their rotary embedding is not scaled.
 """
 
 import dataclasses
@@ -62,7 +61,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
         windows: tuple[int, ...] = (0,) * layers
         fields.implied("layer_types", ["full_attention"] * layers)
     else:
-        theta = fields.take("rope_theta", _THETA)  # transformers applies it to the layers without a window only
+        theta = fields.take("rope_theta", _THETA)  # transformers applies it only to layers without a window
         rope, local_rope = read_ropes(fields, *sizes, theta=theta, local_theta=_THETA)
         windows = _windows(fields, layers)
     attention_bias = fields.take("attention_bias", False)

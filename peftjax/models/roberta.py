@@ -70,7 +70,7 @@ class Roberta(Bert):
         return self.classifier(x) if self.config.head == "sequence_classification" else super().classify(x)
 
     def position_ids(self, tokens: jax.Array, first: int, soft: int) -> jax.Array:
-        """Positions begin at pad_id + 1. Padding, identified by the token id, is at pad_id and not counted.
+        """Positions begin at pad_id + 1. Padding, identified by its token id, has position pad_id and is not counted.
 
         With a soft prompt, transformers has no token ids to identify padding by and counts all positions.
         """
@@ -91,7 +91,7 @@ class Roberta(Bert):
     hf_pretraining: ClassVar = (r"lm_head\..*",)
 
 
-# The transformers class that wrote a checkpoint -> its head, by model_type; of the classes with one head, the first is written.
+# By model_type: the transformers class that wrote a checkpoint -> its head. Of the classes with one head, the first is written.
 _ARCHITECTURES = {"roberta": architectures("Roberta"), "xlm-roberta": architectures("XLMRoberta")}
 
 

@@ -25,7 +25,7 @@ from peftjax.nn.stack import make_stack
 
 HEADS = ("none", "sequence_classification", "token_classification")
 POOLINGS = ("mean", "cls")
-# The endings of transformers' classes, with the head of each, in all families.
+# The suffixes of transformers' class names in all families, and the head of each class.
 CLASSES = {
     "Model": "none",
     "ForMaskedLM": "none",
@@ -78,8 +78,8 @@ class TextEncoder(Encoder):
     Attributes:
         hf_base: The names of the encoder's modules in transformers, without the prefix of classes with a head.
         hf_heads: The names of the task heads' modules.
-        hf_pretraining: Regular expressions for the tensors of the heads of pretraining.
-        head_modules: The modules that belong to one task head alone.
+        hf_pretraining: Regular expressions for the tensors of the pretraining heads.
+        head_modules: The modules that belong only to the task head.
     """
 
     config: TextEncoderConfig
@@ -112,7 +112,7 @@ class TextEncoder(Encoder):
         raise NotImplementedError
 
     def make_head(self, rngs: nnx.Rngs) -> None:
-        """Build the task head of the configuration, or without one what transformers has instead."""
+        """Build the task head; without a task head, the pooler, if transformers has one there."""
         raise NotImplementedError
 
     def make_norm(self) -> LayerNorm:
@@ -120,13 +120,13 @@ class TextEncoder(Encoder):
         return LayerNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """Run the blocks: the embedded tokens [B, P + T, D] and which of them are real, bool [B, P + T] -> [B, P + T, D]."""
+        """Run the blocks: embedded tokens [B, P + T, D], and which of them are real, bool [B, P + T] -> [B, P + T, D]."""
         raise NotImplementedError
 
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         """Return the input of the head for sequences, [B, D]: the first hidden state.
 
-        With a soft prompt that is the prompt's, as in Hugging Face PEFT.
+        With a soft prompt, it is that of the prompt, as in Hugging Face PEFT.
         """
         del valid
         return states[:, 0]
@@ -136,10 +136,10 @@ class TextEncoder(Encoder):
         raise NotImplementedError
 
     def position_ids(self, tokens: jax.Array, first: int, soft: int) -> jax.Array:
-        """Positions of a soft prompt of `soft` vectors and the tokens, int [B or 1, P + T]; `first` is the first one."""
+        """Return the positions of a soft prompt of `soft` vectors and of the tokens, int [B or 1, P + T], starting at `first`."""
         return first + jnp.arange(soft + tokens.shape[1])[None]
 
-    # --- The same for all families ---
+    # --- Shared by all families ---
 
     @compiled
     def __call__(
@@ -230,7 +230,7 @@ class TextEncoder(Encoder):
 
     @property
     def hf_ignored(self) -> tuple[str, ...]:
-        """Buffers, the heads of pretraining, and another task head."""
+        """Buffers, the pretraining heads, and another task head."""
         other = self.config.stored_head not in ("none", self.config.head)
         heads = [rf"{self.hf_heads[name]}\..*" for name in self.head_modules] if other else []
         return (r"(.*\.)?embeddings\.(position_ids|token_type_ids)", *self.hf_pretraining, *heads)

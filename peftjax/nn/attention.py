@@ -29,7 +29,7 @@ class Attention(SlottedLayer):
     The slot wraps the core (q, k, v, mask) -> [B, T, N, H], where prefix tuning sits.
 
     Attributes:
-        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
+        sinks: [N], the score of an additional key in each head, whose value is zero; None: no sinks.
         implementation: The implementation of causal attention without a cache: "xla", "auto", or one of
             `nn.fused.IMPLEMENTATIONS`. Set by `models.kernels.use_kernel`.
         platform: The platform for which "auto" chooses.
@@ -42,13 +42,13 @@ class Attention(SlottedLayer):
         qkv_bias: Whether the query, key and value layers have biases.
         out_bias: Whether the output layer has a bias.
         qk_norm_eps: Epsilon of the norms of queries and keys; None: no norms.
-        qk_norm_whole: Whether these norms are over all heads together, instead of over each.
+        qk_norm_whole: Whether these norms are taken over all heads together instead of over each head.
         dropout: Dropout rate of the attention probabilities.
         norm: Class of the norms of queries and keys.
         scale: Factor on the scores; default: 1 / sqrt(H).
         softcap: Scores s become c tanh(s / c) for a soft cap c.
         sinks: Whether the layer has attention sinks.
-        interleaved: Whether the rotary embedding rotates neighboring elements, as in `nn.rope.rotate`.
+        interleaved: Whether the rotary embedding rotates pairs of neighboring elements, as in `nn.rope.rotate`.
         stddev: Standard deviation of random kernels.
         dtype: Dtype of the parameters.
         rngs: Source of random weights.
@@ -116,7 +116,7 @@ class Attention(SlottedLayer):
             mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: The keys and values of earlier tokens.
             offset: Number of keys in the cache.
-            query_factors: Factors on the queries, [B or 1, T]; None: 1.
+            query_factors: Factors of the queries, [B or 1, T]; None: 1.
         """
         q, k, v = self.project(x)
         if rope is not None:

@@ -233,7 +233,7 @@ def attend(
         scale: Factor on the scores; None: 1 / sqrt(H).
         cap: Soft cap of the scores; None: no cap.
         dropout: Applied to the attention probabilities.
-        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
+        sinks: [N], the score of an additional key in each head, whose value is zero; None: no sinks.
 
     Returns:
         [B, T, N, H].

@@ -71,7 +71,7 @@ def blockwise(
         mask: Which keys each query attends to; its offset is 0.
         scale: Factor on the scores; None: 1 / sqrt(H).
         cap: Soft cap of the scores; None: no cap.
-        sinks: [N], the score of a further key of each head, whose value is zero; None: there is none.
+        sinks: [N], the score of an additional key in each head, whose value is zero; None: no sinks.
         block: The largest number of queries or keys in a block.
 
     Returns:

@@ -21,8 +21,8 @@ class Convolution(SlottedLayer):
 
     Args:
         features: Width of input and output, D.
-        size: Positions that each output reads, S; odd.
-        groups: Number of groups of features, each of which is computed from itself alone.
+        size: Kernel size, S; odd.
+        groups: Number of feature groups, as in a grouped convolution.
         stddev: Standard deviation of the random kernel.
         dtype: Dtype of the parameters.
         rngs: Source of random weights.

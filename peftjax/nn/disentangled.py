@@ -22,7 +22,7 @@ def signed_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
 
     With m = buckets / 2, the bucket of d is d for |d| <= m, and from there sign(d) (m + ceil(log(|d| / m) / log((max_distance -
     1) / m) (m - 1))) (He et al. 2021, arXiv:2111.09543, and the code of DeBERTa v2). With `buckets` 0 it is d. Computed in
-    float32, whose rounding decides at some distances.
+    float32, because rounding determines the bucket of some distances.
     """
     distance = np.arange(1 - length, length)
     if not buckets:
@@ -38,14 +38,14 @@ class DisentangledAttention(nnx.Module):
     """softmax((q_i k_j + q_i k'_d + k_j q'_d) / sqrt(c H)) v W_out, with the bucket d of i - j and c the number of terms.
 
     k' and q' are projections of the embeddings of relative positions. Kernels are two-dimensional, with heads flattened
-    into one axis. It has no slot for prefixes, which have no positions.
+    into one axis. There is no slot for prefixes, because they have no positions.
 
     Args:
         features: Width of input and output, D.
         heads: Number of heads, N.
-        terms: The terms beside q_i k_j: "c2p" for q_i k'_d, "p2c" for k_j q'_d.
-        shared: Whether the layers of keys and queries also project the positions, which otherwise have their own.
-        relative: Whether there are embeddings of relative positions; without, the terms only count in c.
+        terms: The terms in addition to q_i k_j: "c2p" for q_i k'_d, "p2c" for k_j q'_d.
+        shared: Whether the key and query layers also project the positions; otherwise there are separate layers.
+        relative: Whether there are embeddings of relative positions. Without them, the terms only count in c.
         dropout: Dropout rate of the attention probabilities.
         position_dropout: Dropout rate of the embeddings of relative positions.
         stddev: Standard deviation of random kernels.
@@ -127,7 +127,7 @@ def disentangled(
         position_query: q', [R, N, H]; None: the term is 0.
         index: int [T, T].
         mask: bool [B, 1, T, T]; a query that may attend to no key averages all values.
-        scale: Factor on the scores.
+        scale: Factor of the scores.
         dropout: Applied to the attention probabilities.
 
     Returns:

@@ -17,7 +17,7 @@ class Layer(nnx.Module):
     Attributes:
         hf_leaves: {parameter: (its name in Hugging Face checkpoints, permutation)}. Checkpoints store the parameter
             transposed by the permutation; None: as it is. A name that is empty or starts with "_" is appended to the layer's
-            without a dot.
+            name without a dot.
     """
 
     hf_leaves: ClassVar[HfLeaves] = MappingProxyType({})

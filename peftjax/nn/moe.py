@@ -143,7 +143,7 @@ class Experts(nnx.Module):
         return groups.combine(y, flat(weights)).reshape(x.shape)
 
     def hidden(self, gate_up: jax.Array) -> jax.Array:
-        """[..., 2F] -> [..., F]."""
+        """Apply the gated activation: [..., 2F] -> [..., F]."""
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return gated(self.activation, gate, up)
 
@@ -211,7 +211,7 @@ class MixtureOfExperts(nnx.Module):
         hidden: Hidden width of an expert, F.
         shared: Hidden width of the shared expert; 0: there is none.
         router_bias: Whether the router has a bias.
-        make_experts: Builds the experts.
+        make_experts: Class or function that builds the experts.
         activation: One of `ACTIVATIONS`.
         stddev: Standard deviation of random kernels.
         dtype: Dtype of the parameters.

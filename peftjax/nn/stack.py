@@ -118,5 +118,5 @@ class NormedResidual(Residual):
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """factor * x, computed in float32 and rounded once. In bfloat16, the factor itself would be rounded."""
+    """factor * x, computed in float32, because bfloat16 would also round the factor."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -209,8 +209,8 @@ def _fused(transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
 def _unfused(parts: int, transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Array:
     """The product on other devices: decode the kernel once x is available, not all kernels of a layer at once.
 
-    On a CPU it is computed in two parts, for the even and the odd columns. A byte holds the codes of one of each: XLA's CPU
-    backend vectorizes a loop over bytes, but not over codes.
+    CPUs compute it in two parts, the even and the odd columns. Each byte holds one code of both: XLA's CPU backend can
+    vectorize a loop over bytes, but not over 4-bit codes.
     """
     x, kernel = _after(x, kernel)
     columns = [part.astype(x.dtype) for part in _columns(kernel, parts)]
@@ -223,7 +223,10 @@ def _unfused(parts: int, transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Arr
 
 
 def _columns(kernel: Nf4, parts: int) -> list[Nf4]:
-    """Kernels with every `parts`-th column, or one with all if `parts` does not divide their number; their absmax are decoded."""
+    """Split a kernel into `parts` kernels of every `parts`-th column; into one if `parts` does not divide their number.
+
+    Their absmax are decoded.
+    """
     parts = parts if kernel.shape[-1] % parts == 0 else 1
     codes, absmax = (x.reshape(*x.shape[:-1], -1, parts) for x in (kernel.codes, kernel.tabulated_absmax()))
     features = (kernel.features[0], kernel.features[1] // parts)

@@ -1,8 +1,8 @@
 """What may differ between the members of a population, and models of one structure for them.
 
-One program trains all members. What differs between them must therefore be traced: an array of the model, or a constant of
-the update, which each member has for itself. Arrays may differ in their shapes where zeros at their end have no effect, as
-beyond the rank of a LoRA.
+One program trains all members. Whatever differs between them must therefore be an input of the program, such as an array of
+the model, or belong to the update, which is separate for each member. Arrays may differ in shape if padding them with zeros
+has no effect, as in the rank axis of LoRA.
 """
 
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 
-# Beside the options of the method that are traced: what only the update, or when a member logs, saves and ends, depends on.
-OF_EACH = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:")
+# Fields that only affect the update, or when a member is evaluated, saved and finished. `Method.traced_options` adds others.
+PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:")
 
 
-def in_the_way(one: Config, other: Config) -> list[str]:
-    """The fields whose values prevent that one program trains both runs, by dotted name."""
-    drawn = (
-        TASKS[one.task.kind].head is not None or one.model.init == "random"
-    )  # a part of the base depends on the seed
+def separating_fields(one: Config, other: Config) -> list[str]:
+    """The dotted names of the fields whose values prevent one program from training both runs."""
+    # Whether a part of the base is initialized from the seed.
+    drawn = TASKS[one.task.kind].head is not None or one.model.init == "random"
     traced = tuple(f"method.{option}:" for option in one.method.traced_options)
-    free = (*OF_EACH, *traced, *(() if drawn else ("seed:",)))
+    free = (*PER_MEMBER, *traced, *(() if drawn else ("seed:",)))
     lines = configs.differences(one, configs.to_dict(other))
     return [line.partition(":")[0] for line in lines if not line.startswith(free)]
 
 
 def align_dropout(models: Sequence[nnx.Module]) -> None:
-    """Where the rates of a dropout module differ between models, hold them in variables, in place.
+    """Turn the dropout rates that differ between models into variables, in place.
 
-    A model without any dropout gets keys too, which drop nothing at rate 0. One with other dropout, such as that of its
-    base, keeps a structure of its own: another key would change the masks that it draws.
+    In a model without any dropout, these modules also get keys; at rate 0 they drop nothing. A rate of 0 in a model with
+    other dropout, such as that of its base, stays as it is: an additional key would change the other masks. Such a model
+    has a different structure.
     """
     found = [dict(nnx.iter_modules(model)) for model in models]
     dropouts = [{path: module for path, module in own.items() if isinstance(module, Dropout)} for own in found]
@@ -53,7 +53,7 @@ def align_dropout(models: Sequence[nnx.Module]) -> None:
 
 
 def structure(model: nnx.Module) -> nnx.GraphDef:
-    """What must be equal in models that one program trains: all but the values and the ranks of their adapters."""
+    """The structure that models must share to be trained by one program: everything but array values and adapter ranks."""
     view = active_view(model)
     for site in sites(view):
         for name in site.module.adapters.active:

@@ -142,7 +142,7 @@ class Config:
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be at most train.steps={self.train.steps}; shorten the "
-                "warmup, or set optim.warmup_fraction, which shrinks with the run"
+                "warmup, or set optim.warmup_fraction, which scales with the run"
             )
         if self.model.attention == "cudnn" and self.data.pack:
             raise UserError(

@@ -1,7 +1,7 @@
 """Loops that stack bfloat16 arrays as integers, for XLA's CPU backend.
 
-A loop over layers stores the activations of each layer for the backward pass, and the backward pass's loop the gradients of
-stacked parameters. XLA's CPU backend cannot write bfloat16 into part of an array: each layer converts the whole stack to
+The loop over layers stores the activations of each layer for the backward pass, and the loop of the backward pass stores the
+gradients of stacked parameters. XLA's CPU backend cannot write bfloat16 into part of an array: each layer converts the whole stack to
 float32 and back, which takes time proportional to the square of the number of layers. It writes integers in place.
 """
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def with_integer_stacks(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the loops of a function stack their bfloat16 results as uint16. The results of the function stay the same.
+    """Make the loops of a function stack their bfloat16 results as uint16. The results do not change.
 
     The function cannot be differentiated afterwards: integers have no gradient.
     """
@@ -41,7 +41,7 @@ class _Bits:
 
 
 def _evaluate(program: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """Run a program; its loops store integers."""
+    """Run a program, with loops that store integers."""
     jaxpr = program.jaxpr
     values: dict[core.Var, Any] = dict(
         zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments], strict=True)
@@ -90,7 +90,7 @@ def _scan(equation: core.JaxprEqn, operands: list[Any]) -> list[Any]:
 
 
 def _same_shape(whole: core.Var | core.Literal, one: core.Var | core.Literal) -> bool:
-    """Whether an operand of a loop is passed to every trip as it is, not in slices."""
+    """Whether an operand of a loop is passed to every iteration unsliced."""
     return len(_aval(whole).shape) == len(_aval(one).shape)
 
 

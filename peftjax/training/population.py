@@ -46,7 +46,7 @@ class Member:
       values: The swept fields and their values.
       config: The whole configuration.
       workdir: The directory of the run.
-      trial: In random search, the seed, the number of the draw and the drawn texts.
+      trial: In random search, the seed, the index of the draw and the drawn values as text.
       failed: Why the run failed; empty if it did not.
     """
 
@@ -76,7 +76,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """The number of steps of its run."""
+        """The number of steps of the run."""
         return self.run.config.train.steps
 
 
@@ -128,7 +128,7 @@ def train_population(population: Sequence[Member], preemption: Preemption) -> No
         groups = set_up(population, mesh, opened)
         if len(groups) > 1:
             names = "; ".join(" | ".join(one.member.name for one in group) for group in groups)
-            say(f"the structures or the steps of these models differ, so {len(groups)} programs train them: {names}")
+            say(f"the runs differ in structure or step and are trained by {len(groups)} separate programs: {names}")
         for group in groups:
             train_side_by_side(group, preemption)
 
@@ -137,8 +137,8 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     """Load the base once and attach each member's adapters to a model that shares it.
 
     Returns:
-      The members in groups of one structure and one step: some may have been killed when others had saved already, and
-      some values change the structure, such as an `init` of LoRA with a nonzero initial update.
+      Groups of members with the same structure at the same step. Steps differ if a sweep was killed when only some
+      members had saved. Structures differ, for example, if an `init` of LoRA has a nonzero initial update.
     """
     for member in population:
         opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
@@ -171,9 +171,9 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
 
 
 def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
-    """Train models of one structure, which are at the same step, to their ends, and write the result of each.
+    """Train members with the same structure, all at the same step, to their last steps, and write their results.
 
-    A member whose run is shorter leaves when it ends; the others go on in a program without it.
+    A member with fewer steps leaves when it is finished; the others continue in a program without it.
     """
     start, total = int(group[0].state.step), max(one.steps for one in group)
     first = jax.process_index() == 0
@@ -201,7 +201,7 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
 def train_until(
     end: int, group: Sequence[Training], done: int, total: int, preemption: Preemption, progress: Progress
 ) -> list[Training]:
-    """Take members that are at step `done` to step `end`; returns those that have not failed.
+    """Train members from step `done` to step `end`; returns those that have not failed.
 
     Raises:
       Preempted: The process was told to stop; all members are saved.
@@ -234,14 +234,14 @@ def train_until(
 
 
 def save(group: Sequence[Training], step: int) -> None:
-    """Save a checkpoint of each member, after the evaluation of those for which one is due."""
+    """Save a checkpoint of each member. Members for which an evaluation is due are evaluated first."""
     scores = evaluate([one for one in group if one.run.due.eval(step)])
     for one in _without_failed(group):
         one.run.save(one.state, step, scores.get(one.member.name, {}), one.log, one.checkpoints)
 
 
 def share(group: Sequence[Training], steps: int) -> None:
-    """Let all members hold the base of the first one, evaluate by its step, and read one stream of batches for each seed."""
+    """Share the base and the eval step of the first member among all, and one stream of batches among those of a seed."""
     first = group[0].run
     own = _own_leaves(first)
     shared = {path: leaf for path, leaf in first.frozen.items() if path not in own}
@@ -305,7 +305,7 @@ def log_step(one: Training, step: int, stopping: bool) -> None:
 
 
 def evaluate(group: Iterable[Training]) -> dict[str, dict[str, float]]:
-    """`Run.evaluate` of each member, by name; logits that are not finite end that member alone."""
+    """`Run.evaluate` of each member, by name. If logits are not finite, only that member fails."""
     scores = {}
     for one in group:
         try:

@@ -82,7 +82,7 @@ class Profiling:
     def end(self, step: int, train_step: Any, state: TrainState, *arguments: Any) -> None:
         """Stop the trace if a step was the last one to trace, and print the table.
 
-        A trace that cannot be written or read is a warning.
+        If the trace cannot be written or read, a warning is printed.
 
         Args:
           step: The number of the step.
@@ -103,7 +103,7 @@ class Profiling:
             operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # already compiled
             times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
             table = make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices))
-        except Exception as error:  # a run must not end because of what only describes it
+        except Exception as error:  # an error in profiling must not end the run
             why = f"{type(error).__name__}: {' '.join(str(error).split())}{debug_log.record(error)}"
             self._log.message(f"warning: the trace of {steps} could not be read, and the run continues. {why}")
             return

@@ -11,19 +11,19 @@ import numpy as np
 from peftjax.core.errors import UserError
 
 RANGE = re.compile(r"(uniform|loguniform)\((.*)\)")
-DIGITS = 4  # significant ones of a drawn value, so that the name of a run is short and exact
+DIGITS = 4  # significant digits of a drawn value, so that the names of runs are short and exact
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Some values, each as the text of an override."""
+    """A list of values, each as the text of an override."""
 
     texts: tuple[str, ...]
 
-    def draw(self, share: float, *, whole: bool) -> str:
-        """The text at a place in [0, 1)."""
-        del whole
-        return self.texts[int(share * len(self.texts))]
+    def draw(self, quantile: float, *, integer: bool) -> str:
+        """Return the value at a quantile in [0, 1), as text."""
+        del integer
+        return self.texts[int(quantile * len(self.texts))]
 
     def __contains__(self, text: str) -> bool:
         return text in self.texts
@@ -31,19 +31,19 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`; if `log`, those of one order of magnitude are as likely as those of another."""
+    """A uniform distribution over the numbers from `low` to `high`; if `log`, uniform in the logarithm."""
 
     low: float
     high: float
     log: bool
 
-    def draw(self, share: float, *, whole: bool) -> str:
-        """The number at a place in [0, 1), as text; an int if `whole`."""
-        ends = (math.ceil(self.low), math.floor(self.high) + (not self.log)) if whole else (self.low, self.high)
+    def draw(self, quantile: float, *, integer: bool) -> str:
+        """Return the number at a quantile in [0, 1), as text; an integer if `integer`."""
+        ends = (math.ceil(self.low), math.floor(self.high) + (not self.log)) if integer else (self.low, self.high)
         low, high = map(math.log, ends) if self.log else ends
-        place = low + share * (high - low)
+        place = low + quantile * (high - low)
         value = math.exp(place) if self.log else place
-        if whole:
+        if integer:
             return str(round(value) if self.log else math.floor(value))
         return str(min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high))
 
@@ -51,11 +51,11 @@ class Range:
         return self.low <= float(text) <= self.high
 
 
-Space = Mapping[str, Choice | Range]  # by the dotted name of the field
+Space = Mapping[str, Choice | Range]  # the values of each field, by its dotted name
 
 
 def parse(item: str) -> tuple[str, Choice | Range]:
-    """The field and its values of an argument "--sweep.optim.learning_rate=1e-3,3e-3".
+    """Return the field and the values of an argument "--sweep.optim.learning_rate=1e-3,3e-3".
 
     Values are separated by commas, or by semicolons if they contain commas. "uniform(LOW,HIGH)" and "loguniform(LOW,HIGH)"
     are ranges.
@@ -76,18 +76,18 @@ def _parse_range(item: str, log: bool, bounds: str) -> Range:
     try:
         low, high = map(float, bounds.split(","))
     except ValueError:
-        raise UserError(f"{item}: a range has two bounds that are numbers, for example loguniform(1e-5,1e-2)") from None
+        raise UserError(f"{item}: a range needs two numbers, for example loguniform(1e-5,1e-2)") from None
     if not (math.isfinite(high - low) and low < high):
         raise UserError(f"{item}: the lower bound of a range must be below the upper bound, and both must be finite")
     if log and low <= 0:
         raise UserError(
-            f"{item}: the lower bound of loguniform must be more than 0; use uniform for a range from {low:g}"
+            f"{item}: the lower bound of loguniform must be more than 0; use uniform for a range that starts at {low:g}"
         )
     return Range(low, high, log)
 
 
 def grid(space: Space) -> list[dict[str, str]]:
-    """All combinations of the values.
+    """Return all combinations of the values.
 
     Raises:
       UserError: One of the fields has a range.
@@ -96,30 +96,30 @@ def grid(space: Space) -> list[dict[str, str]]:
     for name, values in space.items():
         if isinstance(values, Range):
             raise UserError(
-                f"--sweep.{name}: a range has no end of values; set the number of draws, for example --trials=20"
+                f"--sweep.{name}: a range needs random search; set the number of draws, for example --trials=20"
             )
         texts[name] = values.texts
     return [dict(zip(texts, combination, strict=True)) for combination in itertools.product(*texts.values())]
 
 
-def draw(space: Space, trials: int, seed: int, whole: Collection[str]) -> list[dict[str, str]]:
-    """Random search (Bergstra & Bengio 2012): so many independent draws of all fields.
+def draw(space: Space, trials: int, seed: int, integers: Collection[str]) -> list[dict[str, str]]:
+    """Return independent draws of all fields, for random search (Bergstra & Bengio 2012).
 
-    Trial number i depends on the seed and on i alone, so more trials begin with the same ones.
+    Draw i depends only on the seed and on i, so a larger number of draws starts with the same ones.
 
     Args:
       space: The values of each field.
       trials: The number of draws.
       seed: The random seed.
-      whole: The fields whose values are ints.
+      integers: The fields whose values are integers.
     """
     drawn = []
     for index in range(trials):
-        shares = np.random.default_rng([seed, index]).random(len(space))
+        quantiles = np.random.default_rng([seed, index]).random(len(space))
         drawn.append(
             {
-                name: space[name].draw(float(share), whole=name in whole)
-                for name, share in zip(space, shares, strict=True)
+                name: space[name].draw(float(quantile), integer=name in integers)
+                for name, quantile in zip(space, quantiles, strict=True)
             }
         )
     return drawn

@@ -65,7 +65,7 @@ def check_fields(arguments: list[str]) -> None:
     for word in arguments:
         if word.startswith("--sweep."):
             field, values = space.parse(word)
-            changes.append(f"--config.{field}={values.draw(0.0, whole=False)}")
+            changes.append(f"--config.{field}={values.draw(0.0, integer=False)}")
     configs.load(ROOT / file, changes)
 
 

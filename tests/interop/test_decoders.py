@@ -1,4 +1,4 @@
-"""Decoders other than Llama's relatives beside transformers and peft: logits in float32, files, generation, adapters."""
+"""Decoders that are not plain Llamas, compared with transformers and peft: float32 logits, files, generation, adapters."""
 
 import json
 from collections.abc import Callable

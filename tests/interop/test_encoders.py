@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.2,
         "num_labels": 3,
     },
-    "ModernBert": SIZES | {"local_attention": 5, "num_hidden_layers": 4, "pad_token_id": 0},  # layer 0 and 3 are global
+    "ModernBert": SIZES | {"local_attention": 5, "num_hidden_layers": 4, "pad_token_id": 0},  # layers 0 and 3 are global
     "DebertaV2": SIZES | {
         "relative_attention": True,
         "position_buckets": 4,
@@ -123,7 +123,7 @@ CLASSIFIERS = ("BertForSequenceClassification", "RobertaForSequenceClassificatio
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A random model of a class of transformers, perhaps a variant of it, as it saves it; made once."""
+    """A random model of a transformers class, or of a variant, saved by transformers; made once."""
     folder = tmp_path_factory.mktemp("encoders")
 
     def make(name: str, variant: str = "") -> Path:
@@ -163,7 +163,7 @@ def theirs(model: Any) -> np.ndarray:
 
 
 def real(outputs: np.ndarray) -> np.ndarray:
-    """The outputs of real tokens. A padded position may see no token, and what it computes then differs."""
+    """The outputs of real tokens. A padded position may see no token, and its output is then arbitrary."""
     return outputs[inputs("Bert")["mask"]] if outputs.ndim == 3 else outputs
 
 
@@ -314,7 +314,7 @@ def test_an_adapter_holds_the_pooler_of_a_new_deberta_head(method: str, encoder:
         expected = peer(torch.tensor(np.asarray(given)), attention_mask=torch.ones(given.shape)).logits
     assert_close(np.asarray(model(given)), expected.numpy())
     again = peftjax.load_model(base, head="sequence_classification", labels=3, seed=1)
-    peftjax.load_adapter(again, tmp_path / "ours", any_base=True)  # the head that it replaces is another one
+    peftjax.load_adapter(again, tmp_path / "ours", any_base=True)  # it replaces the new head
     np.testing.assert_array_equal(again(given), model(given))
 
 

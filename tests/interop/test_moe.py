@@ -109,7 +109,7 @@ def test_fused_experts_load_as_those_in_tensors_of_their_own(
 
 
 def test_experts_in_mxfp4_are_decoded_exactly(directories: Callable[[str], Path], tmp_path: Path) -> None:
-    """As gpt-oss is published. NF4 is made from the decoded kernels."""
+    """The published format of gpt-oss. NF4 is quantized from the decoded kernels."""
     stored = load_file(directories("gpt-oss") / "model.safetensors")
     rng, dense = np.random.default_rng(0), dict(stored)
     for name in [name for name in stored if name.endswith("_proj") and ".experts." in name]:

@@ -1,4 +1,4 @@
-"""Reading parts of kernels in MXFP4. Equality with transformers is in tests/interop/test_moe.py."""
+"""Partial reads of MXFP4 kernels. Equality with transformers is in tests/interop/test_moe.py."""
 
 from pathlib import Path
 

@@ -249,7 +249,7 @@ def model_with_prefix(model: Any) -> Any:
     return tiny.randomize(peftjax.attach(model, peftjax.PrefixTuning(tokens=3), rngs=nnx.Rngs(1)))
 
 
-def test_a_prefix_needs_attention_that_takes_further_keys() -> None:
+def test_a_prefix_needs_attention_with_a_slot() -> None:
     model = from_hf_config(CONFIG | {"model_type": "deberta-v2"}).make(nnx.Rngs(0))
     with pytest.raises(ValueError, match="prefix' needs attention layers with a slot"):
         model_with_prefix(model)

@@ -108,8 +108,8 @@ def test_blocks_on_a_mesh_equal_dense_attention(sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 2}])
-def test_sinks_in_blocks_equal_those_of_dense_attention(sizes: dict[str, int] | None) -> None:
-    """And both equal attention with a further key, whose value is zero."""
+def test_blockwise_sinks_equal_those_of_dense_attention(sizes: dict[str, int] | None) -> None:
+    """Both equal attention with an additional key, whose value is zero."""
     mask = make_mask(40, window=9, prefix=2, packed=True, padded=True)
     q, k, v = (
         jax.random.normal(jax.random.key(i), (B, 40 + 2 * (i > 0), heads, H)) for i, heads in enumerate((N, K, K))

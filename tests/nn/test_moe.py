@@ -226,7 +226,7 @@ def test_variables_of_experts_are_sharded_by_expert() -> None:
     assert sharding.partition(axes["gate_up.kernel"], (6, WIDTH, 2 * HIDDEN), mesh) == jax.P(None, "fsdp", "tensor")
 
 
-def test_biases_of_experts_and_routers_stay_as_they_are() -> None:
+def test_biases_of_experts_and_routers_are_not_trained() -> None:
     fields = {"model_type": "gpt_oss", "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES, "head_dim": 8}
     model = adapters.attach(tiny.model(**fields), methods.BitFit(), rngs=nnx.Rngs(0))
     trained = {path.split(".")[2] for path, leaf in variables.flat(model)[1].items() if type(leaf) is PeftParam}

@@ -45,7 +45,7 @@ def test_a_pair_is_turned_by_position_times_frequency() -> None:
     np.testing.assert_allclose(rotated[..., H // 2 :], expected.imag, atol=1e-5)
 
 
-def test_interleaved_pairs_are_those_of_two_halves_in_another_order() -> None:
+def test_interleaved_rotation_equals_rotation_of_permuted_halves() -> None:
     x, weights = jax.random.normal(jax.random.key(0), (2, 1, 12, 3, H + 2))  # the last two elements are not rotated
     tables, order = Rope(H).tables(POSITIONS), np.append(np.arange(H).reshape(-1, 2).T, [H, H + 1])
 

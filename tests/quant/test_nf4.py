@@ -173,7 +173,7 @@ def test_the_product_and_its_gradient_are_those_of_the_decoded_kernel_which_gets
 
 @pytest.mark.parametrize("outputs", [48, 33])
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_parts_that_a_cpu_decodes_are_bit_identical_to_the_whole(outputs: int, nested: bool) -> None:
+def test_decoding_in_parts_on_a_cpu_is_bit_identical(outputs: int, nested: bool) -> None:
     for stored in (jnp.float32, jnp.bfloat16):
         kernel = quantize(jnp.asarray(random(192, outputs), stored), nested=nested)
         parts = nf4._columns(kernel, 2)

@@ -169,4 +169,4 @@ def test_the_runs_of_a_sweep_over_epochs_are_put_in_steps_and_their_data_is_open
     sweep.resolve(runs)
     assert [one.config.train.steps for one in runs] == [5, 10, 5, 7]
     assert len(opened) == 1
-    assert [len(group) for group in sweep.populations(runs)] == [2, 1, 1]
+    assert sweep.populations(runs) == [runs]  # members may have different numbers of steps

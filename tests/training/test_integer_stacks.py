@@ -49,7 +49,7 @@ def loops(kernels: jax.Array, x: jax.Array, index: jax.Array) -> dict[str, jax.A
     return {"x": x, "total": total, "ys": ys, "exact": exact, "reverse": reverse}
 
 
-def test_loops_store_integers_and_return_the_same() -> None:
+def test_loops_store_integers_and_return_equal_results() -> None:
     rng = np.random.default_rng(0)
     kernels = jnp.asarray(rng.normal(size=(LAYERS, 4, 4)), jnp.bfloat16)
     arguments = (kernels, jnp.asarray(rng.normal(size=(2, 4)), jnp.bfloat16), jnp.arange(LAYERS))

@@ -104,7 +104,7 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
     kept = sweep.members(str(file), [], fields, tmp_path, trials=2, seed=3)
     assert [one.values["optim.learning_rate"] for one in kept] == [rates[0], 0.005]
     narrow = [fields[0].replace("1e-5", "9e-3"), *fields[1:]]
-    with pytest.raises(UserError, match=r"sweep.json holds a run that was drawn from other values: .*--search_seed"):
+    with pytest.raises(UserError, match=r"sweep.json records a draw from other fields or values: .*--search_seed"):
         sweep.members(str(file), [], narrow, tmp_path, trials=2, seed=3)
     few = sweep.members(str(file), [], ["--sweep.seed=0,1"], tmp_path / "few", trials=9)
     assert sorted(one.config.seed for one in few) == [0, 1]  # repeated draws are left out
@@ -115,7 +115,7 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
     [
         ([], "nothing to sweep"),
         (["--sweep.optim.learning_rate=uniform(1e-3,1e-2)"], "set the number of draws, for example --trials=20"),
-        (["--sweep.optim.learning_rate=uniform(1e-3)"], "a range has two bounds"),
+        (["--sweep.optim.learning_rate=uniform(1e-3)"], "a range needs two numbers"),
         (["--sweep.optim.learning_rate=uniform(2,1)"], "the lower bound of a range must be below"),
         (["--sweep.optim.learning_rate=loguniform(0,1)"], "the lower bound of loguniform must be more than 0"),
         (["--sweep.seed="], "needs values, --sweep.seed=VALUE,VALUE"),
@@ -204,7 +204,7 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
         pair.append(member(made, tmp_path / "sweep", seed=index))
     assert sweep.populations(pair) == [pair]
     sweep.sweep(pair, tmp_path / "sweep")
-    assert "programs train them" not in capsys.readouterr().out
+    assert "separate programs" not in capsys.readouterr().out
     for one in pair:
         train(one.config, tmp_path / "alone" / one.name)
         assert_same_run(one.workdir, tmp_path / "alone" / one.name)
