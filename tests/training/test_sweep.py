@@ -188,6 +188,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "loha": ({"rank": 2}, {"rank": 4, "alpha": 2.0}),
     "lokr": ({"rank": 1}, {"rank": 2}),
     "vera": ({"rank": 3}, {"rank": 8, "d_initial": 0.2}),
+    "adalora": ({"init_rank": 4, "target_rank": 1}, {"init_rank": 4, "target_rank": 3, "warmup_steps": 1, "alpha": 2.0}),
 }
 
 
