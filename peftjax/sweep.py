@@ -127,7 +127,8 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         if len(waiting) < len(runs):
             say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
         for population in populations(waiting):
-            check_member(population[0])
+            for member in {one.config.method: one for one in reversed(population)}.values():
+                check_member(member)
         groups = populations(waiting, most)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
