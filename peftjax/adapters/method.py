@@ -76,6 +76,11 @@ class Method:
         del encode
         return self
 
+    def in_steps(self, steps: int) -> Self:
+        """The method for a run of `steps` steps: sets its options that depend on the length of the run, if it has any."""
+        del steps
+        return self
+
     @property
     def data(self) -> int:
         """How many batches of training data initialize the adapters; 0 for most methods."""

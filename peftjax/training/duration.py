@@ -19,6 +19,8 @@ GLANCED = 256  # the same, for a message
 def in_steps(config: Config, rows: Callable[[], int]) -> Config:
     """The config with all lengths in steps: train.steps, train.eval_every, checkpoint.every and optim.warmup_steps.
 
+    Options of the method that depend on the number of steps are set too.
+
     A length of E epochs has E * rows / train.batch_size steps. Lengths are rounded up, as in transformers. A config whose
     lengths are in steps is returned as it is.
 
@@ -42,6 +44,7 @@ def in_steps(config: Config, rows: Callable[[], int]) -> Config:
 
     return dataclasses.replace(
         config,
+        method=config.method.in_steps(steps),
         train=dataclasses.replace(train, steps=steps, epochs=0.0, eval_every=interval(train.eval_every)),
         optim=dataclasses.replace(optim, warmup_steps=optim.warmup(steps), warmup_fraction=0.0),
         checkpoint=dataclasses.replace(checkpoint, every=interval(checkpoint.every)),

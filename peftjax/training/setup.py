@@ -38,8 +38,8 @@ from peftjax.training.memory import check_batch, check_step
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.", "train.eval_every:")
-# The same where train.steps is raised: the schedule spans the new number of steps.
-FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:")
+# The same where train.steps is raised: the schedules span the new number of steps.
+FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:

@@ -13,6 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.data import epoch
 from peftjax.data.batches import Batching, train_batches
 from peftjax.data.epoch import count_rows
+from peftjax.methods import AdaLora
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import duration
@@ -41,6 +42,12 @@ def test_epochs_fractions_and_percentages_become_steps_rounded_up() -> None:
     assert lengths(101, train__epochs=1, train__eval_every="1 epoch") == (13, 0, 13, 100)
     assert lengths(3, train__steps=7, train__eval_every=0, checkpoint__every=".1epochs") == (7, 0, 0, 1)
     assert lengths(10, train__epochs=1e-6, optim__warmup_fraction=1.0) == (1, 1, 1, 100)
+
+
+def test_the_budget_of_adalora_spans_the_run_unless_its_length_is_given() -> None:
+    for method, steps in ((AdaLora(), 40), (AdaLora(total_steps=30), 30)):
+        one = dataclasses.replace(made(**{"train.epochs": 2.5}), method=method)
+        assert duration.in_steps(one, lambda: 128).method == AdaLora(total_steps=steps)
 
 
 def test_of_two_fields_for_one_length_the_command_line_wins_and_a_file_sets_one(tmp_path: Path) -> None:

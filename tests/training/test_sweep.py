@@ -188,6 +188,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "loha": ({"rank": 2}, {"rank": 4, "alpha": 2.0}),
     "lokr": ({"rank": 1}, {"rank": 2}),
     "vera": ({"rank": 3}, {"rank": 8, "d_initial": 0.2}),
+    "adalora": (
+        {"init_rank": 4, "target_rank": 1},
+        {"init_rank": 4, "target_rank": 3, "warmup_steps": 1, "alpha": 2.0},
+    ),
 }
 
 
@@ -357,6 +361,13 @@ def test_what_a_method_holds_in_its_structure_or_in_the_base_is_not_mixed_up(
         train(one.config, tmp_path / "alone" / one.name)
         result = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
         assert_same_result(one.workdir, tmp_path / "alone" / one.name, result)
+
+
+def test_a_rank_that_does_not_fit_is_refused_with_its_run_before_any_run_starts(made: Any, tmp_path: Path) -> None:
+    several = [member(made, tmp_path / "sweep", method__rank=rank) for rank in (2, 17)]
+    with pytest.raises(UserError, match=r"^method__rank=17: method\.rank=17 exceeds the smaller dimension"):
+        sweep.sweep(several, tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
 @pytest.mark.slow

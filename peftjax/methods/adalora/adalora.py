@@ -39,7 +39,7 @@ class AdaLora(Targeted):
         target_rank (int, default 8): Mean rank of the targets at the end.
         alpha (float, default 8.0): Scale of the update, times init_rank.
         dropout (float, default 0.0): Dropout rate of the adapter's input.
-        total_steps (int, required): Number of training steps, as train.steps.
+        total_steps (int, default train.steps): Number of training steps; outside of `peftjax.train`, it must be given.
         warmup_steps (int, default 0): Steps at the beginning without pruning.
         final_steps (int, default 0): Steps at the end without pruning.
         interval (int, default 1): Steps between prunings.
@@ -85,6 +85,9 @@ class AdaLora(Targeted):
     }  # fmt: skip
     # peft accepts LoRA's fields for the scale and the bias of an update, and does not read them.
     hf_training: ClassVar = Lora.hf_training | {"alpha_pattern": {}, "lora_bias": False, "use_rslora": False}
+    traced_options: ClassVar = Targeted.traced_options | {
+        "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
+    }  # fmt: skip
     training_options: ClassVar = Targeted.training_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
     }  # fmt: skip
@@ -96,9 +99,9 @@ class AdaLora(Targeted):
         positive(alpha=self.alpha)
         if self.target_rank > self.init_rank:
             raise UserError(f"method.target_rank={self.target_rank} is above method.init_rank={self.init_rank}")
-        if self.total_steps < 1:
-            raise UserError(f"method.total_steps={self.total_steps}: set it to the number of steps, as train.steps")
-        if not 0 <= self.warmup_steps < self.total_steps - self.final_steps <= self.total_steps:
+        if self.total_steps < 0:
+            raise UserError(f"method.total_steps must not be negative, got {self.total_steps}")
+        if self.total_steps and not 0 <= self.warmup_steps < self.total_steps - self.final_steps <= self.total_steps:
             raise UserError(
                 f"method.warmup_steps={self.warmup_steps} and method.final_steps={self.final_steps} leave none of "
                 f"{self.total_steps} steps between them; lower them"
@@ -120,7 +123,12 @@ class AdaLora(Targeted):
         targeted = min(targeted, initial)  # peft starts from fewer ranks, too
         return super().from_hf(config | {"target_r": targeted, "lora_alpha": alpha})
 
+    def in_steps(self, steps: int) -> Self:
+        return self if self.total_steps else dataclasses.replace(self, total_steps=steps)
+
     def check(self, model: nnx.Module) -> None:
+        if not self.total_steps:
+            raise UserError("method.total_steps=0: set it to the number of steps, as train.steps")
         for site, _ in self.chosen(model):
             check_rank(self.init_rank, site, "init_rank")
 
@@ -166,7 +174,7 @@ class AdaLora(Targeted):
         """`inner`, followed by pruning the entries of E that exceed the budget."""
         suffix = ".singular_values"
         adapters = [path.removesuffix(suffix) for path in leaves if path.endswith(suffix)]
-        active = {path: np.asarray(leaves[f"{path}.scale"].get_value()) > 0 for path in adapters}
+        active = {path: _existing(leaves[f"{path}.scale"].get_value()) for path in adapters}
         start, end = self.warmup_steps, self.total_steps - self.final_steps
         return allocate(inner, Budget(start, end, self.interval, self.target_rank, self.beta1, self.beta2), active)
 
@@ -182,6 +190,11 @@ class AdaLora(Targeted):
 
     def _entries(self, name: str) -> tuple[bool, ...]:
         return dict(self.rank_pattern).get(f"{name}.lora_E", (True,) * self.init_rank)
+
+
+def _existing(scale: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    """The entries of E that exist, bool [*stack, R]; all of them in a model of shapes, which has no values."""
+    return np.ones(scale.shape, bool) if isinstance(scale, jax.ShapeDtypeStruct) else np.asarray(scale) > 0
 
 
 class AdaLoraLinear(RankedAdapter):
