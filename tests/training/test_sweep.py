@@ -178,10 +178,11 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     assert "3 of 3 runs are already finished" in capsys.readouterr().out
 
 
-OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "lora": (
         {"rank": 2, "dropout": 0.0, "init": "gaussian", "alpha": 4.0},
         {"rank": 5, "dropout": 0.2, "rslora": True, "lr_ratio": 2.0},
+        {"rank": 3, "dropout": 0.1},
     ),
     "dora": ({"dora": True, "rank": 3}, {"dora": True, "rank": 4, "init": "orthogonal"}),
     "pissa": ({"init": "pissa", "rank": 2}, {"init": "olora", "rank": 3}),
@@ -201,15 +202,15 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made.data.eval, made.train.log_every = (), 1
-    pair = []
+    members = []
     for index, options in enumerate(OPTIONS[name]):
         made.method = methods.make_config({"dora": "lora", "pissa": "lora"}.get(name, name), **options)
-        made.seed, made.optim.weight_decay, made.train.steps = index, 0.1 * index, 3 + index
-        pair.append(member(made, tmp_path / "sweep", seed=index))
-    assert sweep.populations(pair) == [pair]
-    sweep.sweep(pair, tmp_path / "sweep")
+        made.optim.weight_decay = 0.1 * index
+        members.append(member(made, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
+    assert sweep.populations(members) == [members]
+    sweep.sweep(members, tmp_path / "sweep")
     assert "separate programs" not in capsys.readouterr().out
-    for one in pair:
+    for one in members:
         train(one.config, tmp_path / "alone" / one.name)
         assert_same_run(one.workdir, tmp_path / "alone" / one.name)
 
