@@ -89,8 +89,16 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, placed: Any) -> Callable[[],
 
 
 def _put(stack: Any, value: Any, layer: jax.Array, order: Order, dtype: np.dtype, encode: Encode | None) -> Any:
-    one = _made(value, order, dtype, encode)
-    return jax.tree.map(lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, layer, axis=0), stack, one)
+    return jax.tree.map(functools.partial(_put_layer, layer=layer), stack, _made(value, order, dtype, encode))
+
+
+def _put_layer(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
+    """Write one layer into a stack, in place."""
+    if stack.dtype == jnp.bfloat16:
+        # XLA's CPU backend would convert the whole stack to float32 and back. It writes integers in place.
+        bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        return jax.lax.bitcast_convert_type(_put_layer(bits(stack), bits(one), layer), jnp.bfloat16)
+    return jax.lax.dynamic_update_index_in_dim(stack, one, layer, axis=0)
 
 
 def _made(value: Any, order: Order, dtype: np.dtype, encode: Encode | None) -> Any:
