@@ -238,6 +238,8 @@ def save(group: Sequence[Training], step: int) -> None:
     scores = evaluate([one for one in group if one.run.due.eval(step)])
     for one in _without_failed(group):
         one.run.save(one.state, step, scores.get(one.member.name, {}), one.log, one.checkpoints)
+        if jax.process_count() > 1:
+            one.checkpoints.wait()  # the barriers of orbax have the same names in all saves: two at once would collide
 
 
 def share(group: Sequence[Training], steps: int) -> None:
