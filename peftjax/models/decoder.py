@@ -429,7 +429,7 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
 
 
 def read_ropes(
-    fields: Fields, head_dim: int, max_positions: int, *, theta: float, local_theta: float
+    fields: Fields, head_dim: int, max_positions: int, *, theta: float, local_theta: float, scale_local: bool = False
 ) -> tuple[Rope, Rope]:
     """Read the rotary embeddings of layers without and with a window: rope_parameters by layer type, or rope_scaling.
 
@@ -439,10 +439,12 @@ def read_ropes(
         max_positions: max_position_embeddings.
         theta: Default rope_theta of layers without a window.
         local_theta: Default rope_theta of layers with a window.
+        scale_local: Whether rope_scaling also applies to layers with a window.
     """
     by_type = dict(fields.maybe("rope_parameters") or {})
-    whole = dict(by_type.pop("full_attention", None) or {}) | dict(fields.maybe("rope_scaling") or {})
-    local = dict(by_type.pop("sliding_attention", None) or {})
+    scaling = dict(fields.maybe("rope_scaling") or {})
+    whole = dict(by_type.pop("full_attention", None) or {}) | scaling
+    local = dict(by_type.pop("sliding_attention", None) or {}) | (scaling if scale_local else {})
     if by_type:
         raise UserError(
             f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type {fields.kind!r} it holds "

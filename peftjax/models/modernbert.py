@@ -14,6 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.models.decoder import read_ropes
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import (
@@ -30,7 +31,6 @@ from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.norm import LayerNorm
 from peftjax.nn.rope import Rope, RopeTables
-from peftjax.nn.rope import from_hf as rope_from_hf
 from peftjax.nn.stack import Residual, make_stack, scan_stack
 
 
@@ -243,7 +243,10 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBer
     head, rest = read_text_head(config, _ARCHITECTURES, options)
     fields = Fields(config, harmless=_HARMLESS)
     sizes, max_positions = read_sizes(fields, head), fields.take("max_position_embeddings", 8192)
-    rope, local_rope = _ropes(fields, sizes["head_dim"], max_positions)
+    theta, local_theta = fields.take("global_rope_theta", 160000.0), fields.take("local_rope_theta", 10000.0)
+    rope, local_rope = read_ropes(
+        fields, sizes["head_dim"], max_positions, theta=theta, local_theta=local_theta, scale_local=True
+    )
     reach = fields.take("local_attention", 128) // 2
     fields.implied("sliding_window", reach)
     fields.implied("head_dim", sizes["head_dim"])
@@ -288,20 +291,3 @@ def _local(fields: Fields, layers: int) -> tuple[bool, ...]:
             f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
         )
     return tuple(name == "sliding_attention" for name in types)
-
-
-def _ropes(fields: Fields, head_dim: int, max_positions: int) -> list[Rope]:
-    """Read the rotary embeddings of global and local attention: rope_parameters by type, or older fields."""
-    by_type, scaling = dict(fields.maybe("rope_parameters") or {}), dict(fields.maybe("rope_scaling") or {})
-    older = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
-    ropes = []
-    for kind, (name, default) in older.items():
-        theta = fields.take(name, default)
-        parameters = {"rope_theta": theta} | dict(by_type.pop(kind, None) or {}) | scaling
-        ropes.append(rope_from_hf(parameters, head_dim=head_dim, max_positions=max_positions))
-    if by_type:
-        raise UserError(
-            f"config.json: rope_parameters has {', '.join(sorted(by_type))}; for model_type 'modernbert' it holds "
-            "full_attention and sliding_attention, each with its own parameters"
-        )
-    return ropes
