@@ -37,7 +37,8 @@ def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
 def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> None:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
-    base = f"{_count(plan.base_parameters)} parameters, {_format(config)}"
+    active = f", {_count(plan.active_parameters)} active" if _has_experts(plan) else ""
+    base = f"{_count(plan.base_parameters)} parameters{active}, {_format(config)}"
     console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
     console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
     console.print(f"attention: {plan.attention} (model.attention={config.model.attention!r})")
@@ -104,7 +105,8 @@ def _step_table(plan: Plan, config: Config) -> Table:
     factor = 6 if config.method.method == "full" else 4
     table.add_row("positions in a batch", f"{plan.positions:,}", "shapes")
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
-    table.add_row(f"  {factor} x kernels x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
+    kernels = "active kernels" if _has_experts(plan) else "kernels"
+    table.add_row(f"  {factor} x {kernels} x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
     table.add_row("memory traffic per device", format_bytes(plan.moved), source)
     for kind, (count, size) in sorted(plan.collectives.items(), key=lambda item: -item[1][1]):
         table.add_row(f"{kind} x {count:,}", f"{format_bytes(size)} sent", source)
@@ -174,6 +176,10 @@ def _table(first: str, *others: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(others[-1])
     return table
+
+
+def _has_experts(plan: Plan) -> bool:
+    return plan.active_parameters < plan.base_parameters
 
 
 def _format(config: Config) -> str:

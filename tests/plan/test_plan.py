@@ -249,6 +249,18 @@ def test_without_a_compiler_every_line_that_needs_one_says_estimate() -> None:
     assert found.seconds().keys() == {"products", "memory"}
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_of_experts_the_active_parameters_are_shown() -> None:
+    experts, choices = 8, 2
+    moe = SMALL | {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": choices}
+    found = measure.measure(make_config(), moe, devices.find("h100"))
+    each = 3 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * SMALL["intermediate_size"]
+    assert found.base_parameters - found.active_parameters == (experts - choices) * each
+    text = printed(make_config(), found)
+    assert "active, nf4 kernels" in text
+    assert "4 x active kernels x positions" in text
+
+
 def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
     planned: tuple[plan.Plan, traced.TracedStep],
 ) -> None:
