@@ -29,13 +29,16 @@ _EXPERTS = ".experts."  # in the path of a parameter
 _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}
 
 
-def measure(config: Config, hf_config: Mapping[str, Any], device: Device, *, advise: bool = True) -> Plan:
+def measure(
+    config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True
+) -> Plan:
     """Return the plan of `config` on a device.
 
     Args:
         config: The training config.
         hf_config: The fields of the model's config.json.
         device: The device. This process must have been started with `device.environment()`.
+        members: Number of runs that the step trains together; see `traced`.
         advise: If the step does not fit, find changes that save memory.
 
     Raises:
@@ -44,24 +47,32 @@ def measure(config: Config, hf_config: Mapping[str, Any], device: Device, *, adv
     config = precision.resolve(config, hf_config, device.platform)
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
-    step = trace_step(config, hf_config, mesh)
+    step = trace_step(config, hf_config, mesh, members)
     with jax.set_mesh(mesh):
-        use = expert_use(step.model, config.train.batch_size // config.train.accumulate, step.task.positions(step.model))
-    plan = _estimated(config, hf_config, device, mesh, step, use)
+        use = expert_use(
+            step.model, config.train.batch_size // config.train.accumulate, step.task.positions(step.model)
+        )
+    plan = _estimated(config, hf_config, device, mesh, step, use, members)
     if installed:
         plan = _compiled(plan, device, mesh, step, use)
     if advise and not plan.fits:
-        plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed)))
+        plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed, members)))
     return plan
 
 
 def _estimated(
-    config: Config, hf_config: Mapping[str, Any], device: Device, mesh: Mesh, step: TracedStep, use: ExpertUse
+    config: Config,
+    hf_config: Mapping[str, Any],
+    device: Device,
+    mesh: Mesh,
+    step: TracedStep,
+    use: ExpertUse,
+    members: int,
 ) -> Plan:
     """The plan without a compiler."""
     full = config.method.trains is nnx.Param
     base = _base(step.model)
-    positions = config.train.batch_size * step.task.positions(step.model)
+    positions = members * config.train.batch_size * step.task.positions(step.model)
     dense = {name: value for name, value in hf_config.items() if name != "quantization_config"}
     return Plan(
         device=device.name,
@@ -74,6 +85,7 @@ def _estimated(
         temporaries=step.temporary_bytes,
         others=0,
         gradients=step.gradient_bytes,
+        members=members,
         positions=positions,
         base_parameters=sum(base.values()),
         active_parameters=sum(base.values()) - round((1 - use.active) * _expert_parameters(base)),

@@ -22,12 +22,13 @@ class Plan:
         temporaries: Bytes of activations and other intermediate values.
         others: Bytes of the program itself and of outputs that do not reuse an argument's memory.
         gradients: Bytes of the gradients, which are part of `temporaries`. An estimate, since no compiler reports them.
-        positions: Number of positions in a batch, padding included; for images, patches and class tokens.
+        members: Number of runs that the step trains together.
+        positions: Number of positions in the batches of all members, padding included; for images, patches and class tokens.
         base_parameters: Number of parameters in the base.
         active_parameters: Number of these that one position uses: fewer in a mixture of experts.
-        trained_parameters: Number of trainable parameters.
-        adapter_bytes: Size of the adapter file; 0 for full fine-tuning.
-        full_bytes: Bytes of parameters, gradients and optimizer state of full fine-tuning, without activations.
+        trained_parameters: Number of trainable parameters of each member.
+        adapter_bytes: Size of the adapter file of each member; 0 for full fine-tuning.
+        full_bytes: Bytes of parameters, gradients and optimizer state of full fine-tuning of one member, without activations.
         flops: FLOP of the matrix products. For a mixture of experts, see `experts.ExpertUse`.
         closed_flops: 4 FLOP (6 for full fine-tuning) for each active kernel parameter at each position.
         moved: Bytes read from and written to the device's memory.
@@ -47,6 +48,7 @@ class Plan:
     temporaries: int
     others: int
     gradients: int
+    members: int
     positions: int
     base_parameters: int
     active_parameters: int

@@ -40,7 +40,8 @@ def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> 
     active = f", {_count(plan.active_parameters)} active" if _has_experts(plan) else ""
     base = f"{_count(plan.base_parameters)} parameters{active}, {_format(config)}"
     console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
-    console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
+    trained = f"{_count(plan.trained_parameters)} trainable parameters, {share}"
+    console.print(f"{config.method.method}: {_together(plan)}{trained}")
     console.print(f"attention: {plan.attention} (model.attention={config.model.attention!r})")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
@@ -103,7 +104,9 @@ def _step_table(plan: Plan, config: Config) -> Table:
     compiled = plan.compiler and not plan.refused
     source = plan.compiler if compiled else "estimate"
     factor = 6 if config.method.method == "full" else 4
-    table.add_row("positions in a batch", f"{plan.positions:,}", "shapes")
+    table.add_row(
+        "positions in all batches" if plan.members > 1 else "positions in a batch", f"{plan.positions:,}", "shapes"
+    )
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
     kernels = "active kernels" if _has_experts(plan) else "kernels"
     table.add_row(f"  {factor} x {kernels} x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
@@ -119,11 +122,17 @@ def _step_table(plan: Plan, config: Config) -> Table:
             bound = name == longest
             origin = "data sheet (bottleneck)" if bound else "data sheet"
             table.add_row(_TIMES[name], Text(_clock(value), "bold" if bound else ""), origin)
-        speed = f"{plan.positions / times[longest]:,.0f} tokens/s"
-        table.add_row("throughput, at most", speed, "roofline" if compiled else "roofline, estimate")
+        speed, origin = plan.positions / times[longest], "roofline" if compiled else "roofline, estimate"
+        table.add_row("throughput, at most", f"{speed:,.0f} tokens/s", origin)
+        if plan.members > 1:
+            table.add_row("  of each member", f"{speed / plan.members:,.0f} tokens/s", origin)
     table.add_section()
     if plan.adapter_bytes:
-        table.add_row("adapter file", f"{plan.adapter_bytes:,} bytes", "shapes")
+        table.add_row(
+            "adapter file of each member" if plan.members > 1 else "adapter file",
+            f"{plan.adapter_bytes:,} bytes",
+            "shapes",
+        )
     table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate, no activations")
     return table
 
@@ -176,6 +185,10 @@ def _table(first: str, *others: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(others[-1])
     return table
+
+
+def _together(plan: Plan) -> str:
+    return f"{plan.members} members trained together, each with " if plan.members > 1 else ""
 
 
 def _has_experts(plan: Plan) -> bool:

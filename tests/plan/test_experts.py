@@ -67,4 +67,6 @@ def test_the_memory_traffic_is_that_of_the_kernels_of_the_blocks_in_use(format_:
     one = kernel.size * (4 if format_ else 32) // 8 // EXPERTS
     assert traffic(0) < EXPERTS * one  # the kernels are not read as a whole
     each = (traffic(1) - traffic(0.25)) / (0.75 * blocks)
-    assert one < each < (8 if format_ else 4) * one  # a slice may be copied, or decoded to bfloat16, before it is multiplied
+    assert (
+        one < each < (8 if format_ else 4) * one
+    )  # a slice may be copied, or decoded to bfloat16, before it is multiplied
