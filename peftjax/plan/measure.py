@@ -17,7 +17,6 @@ from peftjax.plan import hlo_cost
 from peftjax.plan.advice import advice
 from peftjax.plan.chips import GIB
 from peftjax.plan.devices import Device
-from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.plan.plan import Plan
 from peftjax.plan.traced import TracedStep, state_bytes, trace_step
 from peftjax.plan.variants import full_fine_tuning
@@ -48,31 +47,19 @@ def measure(
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
     step = trace_step(config, hf_config, mesh, members)
-    with jax.set_mesh(mesh):
-        use = expert_use(
-            step.model, config.train.batch_size // config.train.accumulate, step.task.positions(step.model)
-        )
-    plan = _estimated(config, hf_config, device, mesh, step, use, members)
+    plan = _estimated(config, hf_config, device, mesh, step)
     if installed:
-        plan = _compiled(plan, device, mesh, step, use)
+        plan = _compiled(plan, device, mesh, step)
     if advise and not plan.fits:
         plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed, members)))
     return plan
 
 
-def _estimated(
-    config: Config,
-    hf_config: Mapping[str, Any],
-    device: Device,
-    mesh: Mesh,
-    step: TracedStep,
-    use: ExpertUse,
-    members: int,
-) -> Plan:
+def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mesh: Mesh, step: TracedStep) -> Plan:
     """The plan without a compiler."""
     full = config.method.trains is nnx.Param
     base = _base(step.model)
-    positions = members * config.train.batch_size * step.task.positions(step.model)
+    positions = step.members * config.train.batch_size * step.task.positions(step.model)
     dense = {name: value for name, value in hf_config.items() if name != "quantization_config"}
     return Plan(
         device=device.name,
@@ -85,22 +72,22 @@ def _estimated(
         temporaries=step.temporary_bytes,
         others=0,
         gradients=step.gradient_bytes,
-        members=members,
+        members=step.members,
         positions=positions,
         base_parameters=sum(base.values()),
-        active_parameters=sum(base.values()) - round((1 - use.active) * _expert_parameters(base)),
+        active_parameters=sum(base.values()) - round((1 - step.use.active) * _expert_parameters(base)),
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(step.arguments.state.trainable)),
         adapter_bytes=0 if full else weights_bytes(step.model),
         full_bytes=state_bytes(full_fine_tuning(config), dense, mesh),
-        flops=jaxpr_cost.matmul_flops(step.traced.jaxpr.jaxpr, use.blocks),
-        closed_flops=(6 if full else 4) * _active_kernels(step.model, base, use) * positions,
-        moved=_estimated_traffic(config, step, use),
+        flops=jaxpr_cost.matmul_flops(step.traced.jaxpr.jaxpr, step.use.blocks),
+        closed_flops=(6 if full else 4) * _active_kernels(step, base) * positions,
+        moved=_estimated_traffic(config, step),
         collectives={},
         attention=_attention(config, step, mesh),
     )
 
 
-def _compiled(plan: Plan, device: Device, mesh: Mesh, step: TracedStep, use: ExpertUse) -> Plan:
+def _compiled(plan: Plan, device: Device, mesh: Mesh, step: TracedStep) -> Plan:
     """The plan with the compiler's figures."""
     plan = dataclasses.replace(plan, compiler=_COMPILERS[device.platform])
     known = sum(plan.arguments.values())
@@ -113,7 +100,7 @@ def _compiled(plan: Plan, device: Device, mesh: Mesh, step: TracedStep, use: Exp
         return dataclasses.replace(plan, temporaries=needed - known, refused=" ".join(str(error).split()))
     memory = program.memory_analysis()
     assert memory is not None
-    traffic = hlo_cost.traffic(program.as_text() or "", blocks_in_use=use.blocks)
+    traffic = hlo_cost.traffic(program.as_text() or "", blocks_in_use=step.use.blocks)
     return dataclasses.replace(
         plan,
         padding=memory.argument_size_in_bytes - known,
@@ -136,13 +123,13 @@ def _rejected_bytes(message: str) -> int:
     return int(float(total[1]) * GIB) if total else 0
 
 
-def _estimated_traffic(config: Config, step: TracedStep, use: ExpertUse) -> int:
+def _estimated_traffic(config: Config, step: TracedStep) -> int:
     """Bytes moved, without a compiler. Each microbatch reads the frozen base in the forward and in the backward pass, and
     once more if layers are recomputed. All other arguments and the temporaries are written once and read once."""
     passes = config.train.accumulate * (3 if config.model.remat in ("block", "offload") else 2)
     base = step.argument_bytes.get("frozen base", 0)
     experts = bytes_per_device([leaf for path, leaf in step.arguments.frozen.items() if _EXPERTS in path])
-    return round(passes * (base + (use.reads - 1) * experts) + 2 * (step.needed - base))
+    return round(passes * (base + (step.use.reads - 1) * experts) + 2 * (step.needed - base))
 
 
 def _attention(config: Config, step: TracedStep, mesh: Mesh) -> str:
@@ -161,8 +148,8 @@ def _expert_parameters(base: Mapping[str, int]) -> int:
     return sum(size for path, size in base.items() if _EXPERTS in path)
 
 
-def _active_kernels(model: Model, base: Mapping[str, int], use: ExpertUse) -> int:
+def _active_kernels(step: TracedStep, base: Mapping[str, int]) -> int:
     """The number of parameters that one position uses in all kernels, and in the embedding if it is the head as well."""
-    ends = (".kernel", ".embedding") if isinstance(model, LanguageModel) and model.tied else (".kernel",)
+    ends = (".kernel", ".embedding") if isinstance(step.model, LanguageModel) and step.model.tied else (".kernel",)
     kernels = {path: size for path, size in base.items() if path.endswith(ends)}
-    return sum(kernels.values()) - round((1 - use.active) * _expert_parameters(kernels))
+    return sum(kernels.values()) - round((1 - step.use.active) * _expert_parameters(kernels))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.models.base import Model
+from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
@@ -31,6 +32,8 @@ class TracedStep:
         model: The model as shapes.
         arguments: The arguments of the step of one member, as shapes with shardings.
         traced: The traced program.
+        members: Number of runs that it trains together.
+        use: What a microbatch uses of the experts.
         argument_bytes: Size of the arguments by group, as in `Plan.arguments`.
         gradient_bytes: Size of the gradients.
         temporary_bytes: Estimate of the temporaries: `jaxpr_cost.live_bytes` divided by the number of devices.
@@ -40,6 +43,8 @@ class TracedStep:
     model: Model
     arguments: StepArguments
     traced: jax.stages.Traced
+    members: int
+    use: ExpertUse
     argument_bytes: dict[str, int]
     gradient_bytes: int
     temporary_bytes: int
@@ -66,6 +71,7 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members
     model = abstract_model(config, task, hf_config)
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
+        use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
         step, arguments = abstract_step(config, task, model, mesh)
         traced = step.trace(*arguments) if members == 1 else _trace_population(config, task, model, arguments, members)
     return TracedStep(
@@ -73,6 +79,8 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members
         model=model,
         arguments=arguments,
         traced=traced,
+        members=members,
+        use=use,
         argument_bytes=_argument_bytes(config, model, arguments, members),
         gradient_bytes=members * _gradient_bytes(config, arguments),
         temporary_bytes=jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
