@@ -47,6 +47,8 @@ _FREE = {
 
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"  # a copy in the tiling of the TPU compiler, inside of a fusion
+
 _MARKERS = ("AllocateBuffer", "Assume", "AsyncCollective", "ConcatBitcast")  # custom calls of the TPU compiler
 
 
@@ -119,7 +121,7 @@ def _read(fused: Computation, index: int, program: Program) -> int:
         if not names & set(operation.operands):
             continue
         first = operation.operands[0] in names
-        if operation.code == "bitcast":
+        if operation.code == "bitcast" or _IN_PLACE in operation.attributes:
             names.add(operation.name)
         elif operation.code in _SLICES and first:
             read += type_bytes(operation.type, anywhere=True)
