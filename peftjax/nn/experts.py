@@ -60,13 +60,12 @@ def make_groups(chosen: jax.Array, experts: int, here: int, first: jax.Array | i
     """
     tokens, choices = chosen.shape
     pairs = tokens * choices
-    rows = min(max(-(-pairs // experts // 8) * 8, SMALLEST), LARGEST)  # about as many as an expert gets
+    rows, most = block_sizes(pairs, experts, here)
     local = chosen.reshape(-1) - first
     expert = jnp.where((local >= 0) & (local < here), local, here)  # `here` stands for other devices
     counts = jnp.zeros(here + 1, jnp.int32).at[expert].add(1)
     blocks = -(-counts[:here] // rows)
     ends, before = jnp.cumsum(blocks), jnp.cumsum(counts) - counts
-    most = pairs // rows + here
     starts = jnp.append((ends - blocks) * rows, most * rows)  # first row of each expert
     order = jnp.argsort(expert, stable=True)
     by_expert = expert[order]
@@ -78,6 +77,18 @@ def make_groups(chosen: jax.Array, experts: int, here: int, first: jax.Array | i
         position=jnp.zeros(pairs, row.dtype).at[order].set(row).reshape(chosen.shape),
         rows=rows,
     )
+
+
+def block_sizes(pairs: int, experts: int, here: int) -> tuple[int, int]:
+    """Return the number of rows of a block, and how many blocks suffice for any routing.
+
+    Args:
+        pairs: Number of tokens times number of experts per token.
+        experts: Number of experts.
+        here: Number of experts on this device.
+    """
+    rows = min(max(-(-pairs // experts // 8) * 8, SMALLEST), LARGEST)  # about as many as an expert gets
+    return rows, pairs // rows + here
 
 
 class ExpertLinear(SlottedLayer):

@@ -1,6 +1,7 @@
 """The command that plans a training run: does its train step fit a device, and how fast can it be?
 
-    peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--search=batch|length|rank] [--compare]
+    peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--members=N]
+        [--search=batch|length|rank|members] [--compare]
 
 The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
@@ -11,6 +12,8 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.plan import devices
 from peftjax.plan.plan import Plan
-from peftjax.plan.search import Probe, search
+from peftjax.plan.search import search
 from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
@@ -43,11 +46,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", required=True, metavar="NAME", help="target device: v5e:4x4, a6000, h100:8, cpu, ..."
     )
+    parser.add_argument(
+        "--members",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs of a sweep that are trained together over one frozen base (default: 1)",
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--search",
-        choices=("batch", "length", "rank"),
-        help="find the largest batch size, sequence length or rank that fits",
+        choices=("batch", "length", "rank", "members"),
+        help="find the largest batch size, sequence length, rank or number of members that fits",
     )
     modes.add_argument(
         "--compare", action="store_true", help="compare full fine-tuning, LoRA, QLoRA and the config's method"
@@ -58,6 +68,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
     given = cli.parse(argv, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
+    if given.members < 1:
+        raise UserError(f"--members={given.members} must be at least 1")
     device = devices.find(given.device)
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
@@ -68,20 +80,21 @@ def main(argv: list[str]) -> int:
     console = make_console(soft_wrap=True)
     one = not (given.search or given.compare)
 
-    def probe(other: Config) -> Plan:
+    def probe(other: Config, members: int) -> Plan:
         with make_console(file=sys.stderr).status(Text(f"compiling for {device.name}")):
-            return ask(other, hf_config, device, advise=one)
+            return ask(other, hf_config, device, members=members, advise=one)
 
     result: Any
     missing = device.missing()
     if missing and not one:
         console.print(f"{missing}\n", style="yellow")
     if given.search:
-        fits, result = _search(console, config, given.search, shape["data"] * shape["fsdp"], probe)
+        parts = shape["data"] * shape["fsdp"]
+        fits, result = _search(console, given.search, search(given.search, config, parts, probe, given.members))
     elif given.compare:
-        fits, result = _compare(console, config, probe)
+        fits, result = _compare(console, config, partial(probe, members=given.members))
     else:
-        plan = probe(config)
+        plan = probe(config, given.members)
         show(console, config, plan, missing)
         fits, result = plan.fits, _record(plan)
     if given.json:
@@ -89,23 +102,26 @@ def main(argv: list[str]) -> int:
     return 0 if fits else 1
 
 
-def _search(console: Console, config: Config, kind: str, parts: int, probe: Probe) -> tuple[bool, list[dict[str, Any]]]:
+def _search(
+    console: Console, kind: str, found: Iterable[tuple[int, Plan | UserError]]
+) -> tuple[bool, list[dict[str, Any]]]:
     """Print a search; return whether any value fits, and the record of all plans."""
-    probes = list(search(kind, config, parts, probe))
+    probes = list(found)
     best = max((value for value, found in probes if isinstance(found, Plan) and found.fits), default=None)
     console.print(search_table(kind, probes))
-    console.print(f"largest {kind} that fits: {best or 'none'}")
+    name = "number of members" if kind == "members" else kind
+    console.print(f"largest {name} that fits: {best or 'none'}")
     return best is not None, [{kind: value} | _record(found) for value, found in probes]
 
 
-def _compare(console: Console, config: Config, probe: Probe) -> tuple[bool, dict[str, Any]]:
+def _compare(console: Console, config: Config, probe: Callable[[Config], Plan]) -> tuple[bool, dict[str, Any]]:
     """Print a comparison; return True, and the record of all plans."""
     plans = {name: _plan_or_error(probe, other) for name, other in comparison(config).items()}
     console.print(compare_table(plans))
     return True, {name: _record(plan) for name, plan in plans.items()}
 
 
-def _plan_or_error(probe: Probe, config: Config) -> Plan | UserError:
+def _plan_or_error(probe: Callable[[Config], Plan], config: Config) -> Plan | UserError:
     try:
         return probe(config)
     except UserError as error:

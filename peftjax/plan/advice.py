@@ -12,7 +12,9 @@ from peftjax.plan.traced import trace_step
 from peftjax.training.config import Config, changed
 
 
-def advice(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, needed: int) -> list[tuple[str, int]]:
+def advice(
+    config: Config, hf_config: Mapping[str, Any], mesh: Mesh, needed: int, members: int = 1
+) -> list[tuple[str, int]]:
     """Return changes to the config and the bytes per device that each of them alone saves, the largest first.
 
     The savings are differences of two estimates (`TracedStep.needed`).
@@ -22,11 +24,12 @@ def advice(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, needed: int
         hf_config: The fields of the model's config.json.
         mesh: The devices.
         needed: The estimate of the unchanged config.
+        members: Number of runs that the step trains together.
     """
     savings = []
     for fields in _candidates(config, mesh):
         try:
-            step = trace_step(changed(config, fields), hf_config, mesh)
+            step = trace_step(changed(config, fields), hf_config, mesh, members)
         except UserError:  # this change does not go with the rest of the config
             continue
         savings.append((" ".join(f"{name}={value}" for name, value in fields.items()), needed - step.needed))

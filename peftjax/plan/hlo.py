@@ -69,24 +69,31 @@ _CALLS = re.compile(
 )
 
 
-def executions(program: Program, *, trips: bool, fusions: bool = False) -> list[tuple[Computation, int]]:
+def executions(
+    program: Program, *, trips: bool, fusions: bool = False, conditions: Mapping[str, float] | None = None
+) -> list[tuple[Computation, float]]:
     """Return the computations that run, and how often each of them runs.
 
     Args:
         program: A parsed program.
         trips: Whether the body of a loop counts as often as it runs, or once.
         fusions: Whether to include computations inside of fusions and reductions.
+        conditions: How often the branches of a condition run, at most 1, by a scope in its name (`jax.named_scope`). All
+            branches of all other conditions count.
     """
-    times: dict[str, int] = {}
+    times: dict[str, float] = {}
+    shares = (conditions or {}).items()
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: float) -> None:
         times[name] = times.get(name, 0) + count
         for operation in program[name].values():
             for role, names in _CALLS.findall(operation.attributes):
                 control = operation.code in ("while", "conditional", "call", "async-start") and role != "to_apply"
                 if not (control or fusions):
                     continue
-                again = (trip_count(operation, program) or 1) if operation.code == "while" and trips else 1
+                again: float = (trip_count(operation, program) or 1) if operation.code == "while" and trips else 1
+                if operation.code == "conditional":
+                    again = min((share for scope, share in shares if scope in operation.attributes), default=1)
                 for inner in re.findall(r"[\w.\-]+", names):
                     if inner in program:
                         visit(inner, count * again)

@@ -18,6 +18,7 @@ from peftjax.plan.hlo import (
     trip_count,
     type_bytes,
 )
+from peftjax.quant.grouped import IN_USE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +47,31 @@ _FREE = {
 
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"  # a copy in the tiling of the TPU compiler, inside of a fusion
+
 _MARKERS = ("AllocateBuffer", "Assume", "AsyncCollective", "ConcatBitcast")  # custom calls of the TPU compiler
 
 
-def traffic(text: str, *, trips: bool = True) -> Traffic:
+def traffic(text: str, *, trips: bool = True, blocks_in_use: float = 1.0) -> Traffic:
     """Return what a compiled program moves.
 
     Args:
         text: The program, `compiled.as_text()`.
         trips: Whether the body of a loop counts as often as it runs; False counts it once, as `cost_analysis()` does.
+        blocks_in_use: The share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
     """
     program = parse(text)
-    memory, unknown = 0, 0
-    for computation, times in executions(program, trips=trips):
+    memory, unknown = 0.0, 0
+    for computation, times in executions(program, trips=trips, conditions={IN_USE: blocks_in_use}):
         for operation in computation.values():
             memory += times * _moved(operation, computation, program)
             if operation.code == "while" and trips and trip_count(operation, program) is None:
                 unknown += 1
-    return Traffic(memory, _collectives(program, trips), unknown)
+    return Traffic(round(memory), _collectives(program, trips), unknown)
 
 
 def _collectives(program: Program, trips: bool) -> dict[str, tuple[int, int]]:
-    runs: dict[tuple[str, str], tuple[int, int]] = {}  # by kind and channel: how often, and the bytes of each run
+    runs: dict[tuple[str, str], tuple[float, int]] = {}  # by kind and channel: how often, and the bytes of each run
     for computation, times in executions(program, trips=trips, fusions=True):
         for operation in computation.values():
             kind = operation.code.removesuffix("-done")
@@ -80,7 +84,7 @@ def _collectives(program: Program, trips: bool) -> dict[str, tuple[int, int]]:
     totals: dict[str, tuple[int, int]] = {}
     for (kind, _), (times, size) in runs.items():
         count, total = totals.get(kind, (0, 0))
-        totals[kind] = count + times, total + times * size
+        totals[kind] = count + round(times), total + round(times) * size
     return totals
 
 
@@ -117,7 +121,7 @@ def _read(fused: Computation, index: int, program: Program) -> int:
         if not names & set(operation.operands):
             continue
         first = operation.operands[0] in names
-        if operation.code == "bitcast":
+        if operation.code == "bitcast" or _IN_PLACE in operation.attributes:
             names.add(operation.name)
         elif operation.code in _SLICES and first:
             read += type_bytes(operation.type, anywhere=True)

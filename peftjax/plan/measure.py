@@ -21,18 +21,23 @@ from peftjax.plan.plan import Plan
 from peftjax.plan.traced import TracedStep, state_bytes, trace_step
 from peftjax.plan.variants import full_fine_tuning
 from peftjax.training import jaxpr_cost, precision
+from peftjax.training.abstract import bytes_per_device
 from peftjax.training.config import Config
 
+_EXPERTS = ".experts."  # in the path of a parameter
 _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}
 
 
-def measure(config: Config, hf_config: Mapping[str, Any], device: Device, *, advise: bool = True) -> Plan:
+def measure(
+    config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True
+) -> Plan:
     """Return the plan of `config` on a device.
 
     Args:
         config: The training config.
         hf_config: The fields of the model's config.json.
         device: The device. This process must have been started with `device.environment()`.
+        members: Number of runs that the step trains together; see `traced`.
         advise: If the step does not fit, find changes that save memory.
 
     Raises:
@@ -41,12 +46,12 @@ def measure(config: Config, hf_config: Mapping[str, Any], device: Device, *, adv
     config = precision.resolve(config, hf_config, device.platform)
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
-    step = trace_step(config, hf_config, mesh)
+    step = trace_step(config, hf_config, mesh, members)
     plan = _estimated(config, hf_config, device, mesh, step)
     if installed:
         plan = _compiled(plan, device, mesh, step)
     if advise and not plan.fits:
-        plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed)))
+        plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed, members)))
     return plan
 
 
@@ -54,7 +59,7 @@ def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mes
     """The plan without a compiler."""
     full = config.method.trains is nnx.Param
     base = _base(step.model)
-    positions = config.train.batch_size * step.task.positions(step.model)
+    positions = step.members * config.train.batch_size * step.task.positions(step.model)
     dense = {name: value for name, value in hf_config.items() if name != "quantization_config"}
     return Plan(
         device=device.name,
@@ -67,13 +72,15 @@ def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mes
         temporaries=step.temporary_bytes,
         others=0,
         gradients=step.gradient_bytes,
+        members=step.members,
         positions=positions,
         base_parameters=sum(base.values()),
+        active_parameters=sum(base.values()) - round((1 - step.use.active) * _expert_parameters(base)),
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(step.arguments.state.trainable)),
         adapter_bytes=0 if full else weights_bytes(step.model),
         full_bytes=state_bytes(full_fine_tuning(config), dense, mesh),
-        flops=jaxpr_cost.matmul_flops(step.traced.jaxpr.jaxpr),
-        closed_flops=(6 if full else 4) * _kernel_parameters(step.model) * positions,
+        flops=jaxpr_cost.matmul_flops(step.traced.jaxpr.jaxpr, step.use.blocks),
+        closed_flops=(6 if full else 4) * _active_kernels(step, base) * positions,
         moved=_estimated_traffic(config, step),
         collectives={},
         attention=_attention(config, step, mesh),
@@ -93,7 +100,7 @@ def _compiled(plan: Plan, device: Device, mesh: Mesh, step: TracedStep) -> Plan:
         return dataclasses.replace(plan, temporaries=needed - known, refused=" ".join(str(error).split()))
     memory = program.memory_analysis()
     assert memory is not None
-    traffic = hlo_cost.traffic(program.as_text() or "")
+    traffic = hlo_cost.traffic(program.as_text() or "", blocks_in_use=step.use.blocks)
     return dataclasses.replace(
         plan,
         padding=memory.argument_size_in_bytes - known,
@@ -121,7 +128,8 @@ def _estimated_traffic(config: Config, step: TracedStep) -> int:
     once more if layers are recomputed. All other arguments and the temporaries are written once and read once."""
     passes = config.train.accumulate * (3 if config.model.remat in ("block", "offload") else 2)
     base = step.argument_bytes.get("frozen base", 0)
-    return passes * base + 2 * (step.needed - base)
+    experts = bytes_per_device([leaf for path, leaf in step.arguments.frozen.items() if _EXPERTS in path])
+    return round(passes * (base + (step.use.reads - 1) * experts) + 2 * (step.needed - base))
 
 
 def _attention(config: Config, step: TracedStep, mesh: Mesh) -> str:
@@ -136,7 +144,12 @@ def _base(model: Model) -> dict[str, int]:
     return {path: leaf.get_value().size for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
 
 
-def _kernel_parameters(model: Model) -> int:
-    """The number of parameters in all kernels, and in the embedding if it is the head as well."""
-    ends = (".kernel", ".embedding") if isinstance(model, LanguageModel) and model.tied else (".kernel",)
-    return sum(size for path, size in _base(model).items() if path.endswith(ends))
+def _expert_parameters(base: Mapping[str, int]) -> int:
+    return sum(size for path, size in base.items() if _EXPERTS in path)
+
+
+def _active_kernels(step: TracedStep, base: Mapping[str, int]) -> int:
+    """The number of parameters that one position uses in all kernels, and in the embedding if it is the head as well."""
+    ends = (".kernel", ".embedding") if isinstance(step.model, LanguageModel) and step.model.tied else (".kernel",)
+    kernels = {path: size for path, size in base.items() if path.endswith(ends)}
+    return sum(kernels.values()) - round((1 - step.use.active) * _expert_parameters(kernels))

@@ -22,13 +22,15 @@ class Plan:
         temporaries: Bytes of activations and other intermediate values.
         others: Bytes of the program itself and of outputs that do not reuse an argument's memory.
         gradients: Bytes of the gradients, which are part of `temporaries`. An estimate, since no compiler reports them.
-        positions: Number of positions in a batch, padding included; for images, patches and class tokens.
+        members: Number of runs that the step trains together.
+        positions: Number of positions in the batches of all members, padding included; for images, patches and class tokens.
         base_parameters: Number of parameters in the base.
-        trained_parameters: Number of trainable parameters.
-        adapter_bytes: Size of the adapter file; 0 for full fine-tuning.
-        full_bytes: Bytes of parameters, gradients and optimizer state of full fine-tuning, without activations.
-        flops: FLOP of the matrix products.
-        closed_flops: 4 FLOP (6 for full fine-tuning) for each kernel parameter at each position.
+        active_parameters: Number of these that one position uses: fewer in a mixture of experts.
+        trained_parameters: Number of trainable parameters of each member.
+        adapter_bytes: Size of the adapter file of each member; 0 for full fine-tuning.
+        full_bytes: Bytes of parameters, gradients and optimizer state of full fine-tuning of one member, without activations.
+        flops: FLOP of the matrix products. For a mixture of experts, see `experts.ExpertUse`.
+        closed_flops: 4 FLOP (6 for full fine-tuning) for each active kernel parameter at each position.
         moved: Bytes read from and written to the device's memory.
         collectives: For each kind, how many run and the bytes sent.
         attention: The implementation of attention.
@@ -46,8 +48,10 @@ class Plan:
     temporaries: int
     others: int
     gradients: int
+    members: int
     positions: int
     base_parameters: int
+    active_parameters: int
     trained_parameters: int
     adapter_bytes: int
     full_bytes: int

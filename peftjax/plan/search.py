@@ -1,4 +1,4 @@
-"""The largest batch, sequence length or rank that fits."""
+"""The largest batch, sequence length, rank or number of members that fits."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,21 +6,24 @@ from peftjax.core.errors import UserError
 from peftjax.plan.plan import Plan
 from peftjax.training.config import Config, changed
 
-Probe = Callable[[Config], Plan]  # a config's plan
+Probe = Callable[[Config, int], Plan]  # the plan of a config, for a number of members
 
 
-def search(kind: str, config: Config, parts: int, probe: Probe) -> Iterator[tuple[int, Plan | UserError]]:
+def search(
+    kind: str, config: Config, parts: int, probe: Probe, members: int = 1
+) -> Iterator[tuple[int, Plan | UserError]]:
     """Yield plans of ever larger or smaller values until the largest that fits is among them.
 
     The search starts at the config's own value, doubles it while it fits or halves it until it does, and then bisects
     until the largest value that fits and the smallest that does not are within an eighth, or one step, of each other.
 
     Args:
-        kind: "batch", "length" or "rank". Batches grow in steps that all devices and microbatches share equally, lengths
-            in steps of 64 positions, ranks in steps of 1.
+        kind: "batch", "length", "rank" or "members". Batches grow in steps that all devices and microbatches share
+            equally, lengths in steps of 64 positions, the others in steps of 1.
         config: The training config.
         parts: The number of devices that split a batch.
         probe: Makes the plan of a config.
+        members: Number of runs that the step trains together.
 
     Yields:
         A value, and its plan or the error that rejects it, such as a rank that is larger than a layer.
@@ -32,13 +35,14 @@ def search(kind: str, config: Config, parts: int, probe: Probe) -> Iterator[tupl
         "batch": ("train.batch_size", config.train.batch_size, parts * config.train.accumulate),
         "length": ("data.max_length", config.data.max_length, 64),
         "rank": ("method.rank", vars(config.method).get("rank"), 1),
+        "members": ("", members, 1),
     }[kind]
     if start is None:
         raise UserError(f"--search=rank: method.name={config.method.method!r} has no rank; search for batch or length")
 
     def plan_of(value: int) -> tuple[bool, Plan | UserError]:
         try:
-            plan = probe(changed(config, {field: value}))
+            plan = probe(changed(config, {field: value}), members) if field else probe(config, value)
         except UserError as error:
             return False, error
         return plan.fits, plan

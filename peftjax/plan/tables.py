@@ -37,9 +37,11 @@ def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
 def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> None:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
-    base = f"{_count(plan.base_parameters)} parameters, {_format(config)}"
+    active = f", {_count(plan.active_parameters)} active" if _has_experts(plan) else ""
+    base = f"{_count(plan.base_parameters)} parameters{active}, {_format(config)}"
     console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
-    console.print(f"{config.method.method}: {_count(plan.trained_parameters)} trainable parameters, {share}")
+    trained = f"{_count(plan.trained_parameters)} trainable parameters, {share}"
+    console.print(f"{config.method.method}: {_together(plan)}{trained}")
     console.print(f"attention: {plan.attention} (model.attention={config.model.attention!r})")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
@@ -102,9 +104,12 @@ def _step_table(plan: Plan, config: Config) -> Table:
     compiled = plan.compiler and not plan.refused
     source = plan.compiler if compiled else "estimate"
     factor = 6 if config.method.method == "full" else 4
-    table.add_row("positions in a batch", f"{plan.positions:,}", "shapes")
+    table.add_row(
+        "positions in all batches" if plan.members > 1 else "positions in a batch", f"{plan.positions:,}", "shapes"
+    )
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
-    table.add_row(f"  {factor} x kernels x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
+    kernels = "active kernels" if _has_experts(plan) else "kernels"
+    table.add_row(f"  {factor} x {kernels} x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
     table.add_row("memory traffic per device", format_bytes(plan.moved), source)
     for kind, (count, size) in sorted(plan.collectives.items(), key=lambda item: -item[1][1]):
         table.add_row(f"{kind} x {count:,}", f"{format_bytes(size)} sent", source)
@@ -117,11 +122,17 @@ def _step_table(plan: Plan, config: Config) -> Table:
             bound = name == longest
             origin = "data sheet (bottleneck)" if bound else "data sheet"
             table.add_row(_TIMES[name], Text(_clock(value), "bold" if bound else ""), origin)
-        speed = f"{plan.positions / times[longest]:,.0f} tokens/s"
-        table.add_row("throughput, at most", speed, "roofline" if compiled else "roofline, estimate")
+        speed, origin = plan.positions / times[longest], "roofline" if compiled else "roofline, estimate"
+        table.add_row("throughput, at most", f"{speed:,.0f} tokens/s", origin)
+        if plan.members > 1:
+            table.add_row("  of each member", f"{speed / plan.members:,.0f} tokens/s", origin)
     table.add_section()
     if plan.adapter_bytes:
-        table.add_row("adapter file", f"{plan.adapter_bytes:,} bytes", "shapes")
+        table.add_row(
+            "adapter file of each member" if plan.members > 1 else "adapter file",
+            f"{plan.adapter_bytes:,} bytes",
+            "shapes",
+        )
     table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate, no activations")
     return table
 
@@ -174,6 +185,14 @@ def _table(first: str, *others: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(others[-1])
     return table
+
+
+def _together(plan: Plan) -> str:
+    return f"{plan.members} members trained together, each with " if plan.members > 1 else ""
+
+
+def _has_experts(plan: Plan) -> bool:
+    return plan.active_parameters < plan.base_parameters
 
 
 def _format(config: Config) -> str:

@@ -1,9 +1,12 @@
-"""A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take."""
+"""A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take.
+
+The step of a population trains several members together, as `peftjax sweep` does. They are planned as equal.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -11,10 +14,13 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.models.base import Model
+from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
 from peftjax.training.config import Config
+from peftjax.training.population import make_population_step
+from peftjax.training.split import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +30,10 @@ class TracedStep:
     Attributes:
         task: The task of the config.
         model: The model as shapes.
-        arguments: The step's arguments as shapes with shardings.
+        arguments: The arguments of the step of one member, as shapes with shardings.
         traced: The traced program.
+        members: Number of runs that it trains together.
+        use: What a microbatch uses of the experts.
         argument_bytes: Size of the arguments by group, as in `Plan.arguments`.
         gradient_bytes: Size of the gradients.
         temporary_bytes: Estimate of the temporaries: `jaxpr_cost.live_bytes` divided by the number of devices.
@@ -35,6 +43,8 @@ class TracedStep:
     model: Model
     arguments: StepArguments
     traced: jax.stages.Traced
+    members: int
+    use: ExpertUse
     argument_bytes: dict[str, int]
     gradient_bytes: int
     temporary_bytes: int
@@ -45,13 +55,14 @@ class TracedStep:
         return sum(self.argument_bytes.values()) + self.temporary_bytes
 
 
-def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> TracedStep:
+def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1) -> TracedStep:
     """Trace the train step of `config` on a mesh.
 
     Args:
         config: The training config.
         hf_config: The fields of the model's config.json.
         mesh: The devices, simulated or not.
+        members: Number of runs that the step trains together.
 
     Raises:
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.
@@ -60,17 +71,33 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> Trac
     model = abstract_model(config, task, hf_config)
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
+        use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
         step, arguments = abstract_step(config, task, model, mesh)
-        traced = step.trace(*arguments)
+        traced = step.trace(*arguments) if members == 1 else _trace_population(config, task, model, arguments, members)
     return TracedStep(
         task=task,
         model=model,
         arguments=arguments,
         traced=traced,
-        argument_bytes=_argument_bytes(config, model, arguments),
-        gradient_bytes=_gradient_bytes(config, arguments),
+        members=members,
+        use=use,
+        argument_bytes=_argument_bytes(config, model, arguments, members),
+        gradient_bytes=members * _gradient_bytes(config, arguments),
         temporary_bytes=jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
     )
+
+
+def _trace_population(
+    config: Config, task: Task, model: Model, arguments: StepArguments, members: int
+) -> jax.stages.Traced:
+    """Trace the step of a population of equal members. The model's leaves have shardings."""
+    state, frozen, batch = arguments
+    kinds = variables.flat(model)[1]
+    own = {path: leaf for path, leaf in frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+    shared = {path: leaf for path, leaf in frozen.items() if path not in own}
+    states = [state] * members
+    step = make_population_step([split(config, task, model, config.method)] * members, states)
+    return cast(jax.stages.Wrapped, step).trace(states, shared, [own] * members, [batch] * members)
 
 
 def state_bytes(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> int:
@@ -87,7 +114,8 @@ def _task(config: Config, hf_config: Mapping[str, Any]) -> Task:
     return make_task(config.task, config.data, Path(config.model.path), config.train.loss_chunk, hf_config)
 
 
-def _argument_bytes(config: Config, model: Model, arguments: StepArguments) -> dict[str, int]:
+def _argument_bytes(config: Config, model: Model, arguments: StepArguments, members: int = 1) -> dict[str, int]:
+    """The bytes of each group of arguments. Members share the frozen base."""
     state, frozen, batch = arguments
     base = {path for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
     full = config.method.trains is nnx.Param
@@ -98,7 +126,7 @@ def _argument_bytes(config: Config, model: Model, arguments: StepArguments) -> d
         "optimizer state": bytes_per_device((state.step, state.optimizer, state.key)),
         "batch": bytes_per_device(batch),
     }
-    return {name: size for name, size in sizes.items() if size}
+    return {name: size * (1 if name == "frozen base" else members) for name, size in sizes.items() if size}
 
 
 def _gradient_bytes(config: Config, arguments: StepArguments) -> int:

@@ -20,13 +20,19 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 
-def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, advise: bool = True) -> Plan:
+def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True) -> Plan:
     """Call `measure` in another process.
 
     Raises:
         UserError: `measure` raises it, or the process ends without an answer.
     """
-    request = {"config": configs.to_dict(config), "hf_config": hf_config, "device": device.name, "advise": advise}
+    request = {
+        "config": configs.to_dict(config),
+        "hf_config": hf_config,
+        "device": device.name,
+        "members": members,
+        "advise": advise,
+    }
     ended = subprocess.run(
         [sys.executable, "-m", "peftjax.plan.worker"],
         input=json.dumps(request),
@@ -51,7 +57,8 @@ def answer() -> None:
     request = json.load(sys.stdin)
     config = configs.validate(request["config"])
     try:
-        plan = measure(config, request["hf_config"], devices.find(request["device"]), advise=request["advise"])
+        options = {name: request[name] for name in ("members", "advise")}
+        plan = measure(config, request["hf_config"], devices.find(request["device"]), **options)
         print(json.dumps(dataclasses.asdict(plan)))
     except UserError as error:
         print(json.dumps({"error": str(error)}))

@@ -16,6 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 from peftjax.quant.base import Quantized, product
 from peftjax.quant.matmul import Kernel, needs_gradient, primal_values
 
+IN_USE = "block_in_use"  # the scope of the conditions that skip unused blocks, by which a plan finds them in a program
+
 
 def grouped_matmul(x: jax.Array, kernel: Kernel, owner: jax.Array, used: jax.Array) -> jax.Array:
     """y[i] = x[i] @ kernel[owner[i]], in the dtype of x, accumulated in at least float32.
@@ -97,7 +99,8 @@ def _one_by_one(
     def step(_: None, block: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         rows, expert, in_use = block
         empty = lambda rows: jnp.zeros((len(rows), width), rows.dtype)  # noqa: E731
-        return None, jax.lax.cond(in_use, lambda rows: multiply(rows, _at(kernel, expert)), empty, rows)
+        with jax.named_scope(IN_USE):
+            return None, jax.lax.cond(in_use, lambda rows: multiply(rows, _at(kernel, expert)), empty, rows)
 
     return jax.lax.scan(step, None, (x, owner, jnp.arange(len(owner)) < used))[1]
 
@@ -111,12 +114,17 @@ def _at(kernel: Kernel, expert: jax.Array) -> Kernel:
 def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     """The gradient of the kernels: the sum of x[i]^T gradient[i] over the blocks of each."""
 
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+
     def step(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         rows, change, expert, in_use = block
-        add = lambda total: total.at[expert].add(product("ri,ro->io", rows, change))  # noqa: E731
-        return jax.lax.cond(in_use, add, lambda total: total, total), None
+        of_block = lambda: product("ri,ro->io", rows, change)  # noqa: E731
+        empty = lambda: jnp.zeros(total.shape[1:], dtype)  # noqa: E731
+        with jax.named_scope(IN_USE):
+            added = jax.lax.cond(in_use, of_block, empty)
+        return total.at[expert].add(added), None  # in place; XLA would copy all of `total` if the condition returned it
 
-    zeros = jnp.zeros(kernel.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zeros = jnp.zeros(kernel.shape, dtype)
     blocks = (x, gradient, owner, jnp.arange(len(owner)) < used)
     return jax.lax.scan(step, zeros, blocks)[0].astype(kernel.dtype)
 

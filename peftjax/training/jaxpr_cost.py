@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from peftjax.quant.grouped import IN_USE
+
 Atom = core.Var | core.Literal  # an operand
 
 
@@ -20,16 +22,29 @@ def bits(dtype: jnp.dtype) -> int:
     return 8 * int(dtype.itemsize) if random_key else jax.dtypes.itemsize_bits(dtype)
 
 
-def matmul_flops(jaxpr: core.Jaxpr) -> int:
-    """Return the sum of 2 M N K over all matrix products that the program runs, on all devices together."""
-    total = 0
+def matmul_flops(jaxpr: core.Jaxpr, blocks_in_use: float = 1.0) -> int:
+    """Return the sum of 2 M N K over all matrix products that the program runs, on all devices together.
+
+    Args:
+        jaxpr: The program.
+        blocks_in_use: The share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
+    """
+    return round(_matmul_flops(jaxpr, blocks_in_use))
+
+
+def _matmul_flops(jaxpr: core.Jaxpr, blocks_in_use: float) -> float:
+    total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = _shape(equation.invars[0])
             total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
-        inner = [trips * matmul_flops(body) for body, trips in _inner(equation)]
-        total += max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)
+        inner = [trips * _matmul_flops(body, blocks_in_use) for body, trips in _inner(equation)]
+        if equation.primitive.name == "cond":
+            skipped = IN_USE in str(equation.source_info.name_stack)
+            total += max(inner, default=0) * (blocks_in_use if skipped else 1)
+        else:
+            total += sum(inner)
     return total
 
 

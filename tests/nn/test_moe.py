@@ -196,6 +196,19 @@ def test_a_frozen_kernel_keeps_no_activations() -> None:
     assert rows(kept(functools.partial(run, state), x)) < rows(kept(run, state, x))
 
 
+def test_no_condition_returns_the_gradient_of_all_experts() -> None:
+    """XLA:GPU would copy it for every block."""
+    rows, shape = jnp.ones((6, 8, WIDTH)), (EXPERTS, WIDTH, WIDTH)
+    given = rows, rows, jnp.ones(shape), jnp.arange(6) // 2, jnp.array(5)
+    (loop,) = eqns_of(jax.make_jaxpr(grouped._of_kernel)(*given).jaxpr, "scan")
+    (condition,) = eqns_of(loop.params["jaxpr"].jaxpr, "cond")
+    assert [var.aval.shape for var in condition.outvars] == [shape[1:]]
+
+
+def eqns_of(jaxpr: Any, name: str) -> list[Any]:
+    return [equation for equation in jaxpr.eqns if equation.primitive.name == name]
+
+
 def test_routing() -> None:
     logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
     softmax, sigmoid = jax.nn.softmax(logits), jax.nn.sigmoid(logits)

@@ -136,6 +136,33 @@ def test_a_compilers_text_is_read_with_its_channels_memories_and_loops() -> None
     assert once.memory == added + gathered + scattered + compared
 
 
+# One expert's codes, read out of a stack inside of a fusion of the TPU compiler, which first names the stack anew.
+SLICED = """
+%named (p: s4[128,64,64]) -> s4[128,64,64] {
+  %p = s4[128,64,64]{2,1,0:T(64,128)(8,1)E(4)} parameter(0)
+  ROOT %copy = s4[128,64,64]{2,1,0:T(8,128)(8,1)E(4)} copy(%p)
+}
+
+%decoded (codes: s4[128,64,64], i: s32[]) -> bf16[1,64,64] {
+  %codes = s4[128,64,64]{2,1,0:T(64,128)(8,1)E(4)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %all = s4[128,64,64]{2,1,0:T(8,128)(8,1)E(4)} fusion(%codes), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%named
+  %one = s4[1,64,64]{2,1,0:T(8,128)(8,1)E(4)} dynamic-slice(%all, %i, %i, %i), dynamic_slice_sizes={1,64,64}
+  ROOT %wide = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} convert(%one)
+}
+
+ENTRY %main (a: s4[128,64,64], b: s32[]) -> bf16[1,64,64] {
+  %a = s4[128,64,64]{2,1,0:T(64,128)(8,1)E(4)} parameter(0)
+  %b = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %out = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kOutput, calls=%decoded
+}
+"""
+
+
+def test_of_a_stack_only_the_slice_is_read() -> None:
+    assert hlo_cost.traffic(SLICED).memory == 64 * 64 // 2 + 2 * 64 * 64
+
+
 def test_the_bits_of_a_dtype() -> None:
     expected = {"int4": 4, "bfloat16": 16, "float32": 32, "uint8": 8, "bool": 8}
     assert {name: jaxpr_cost.bits(jnp.dtype(name)) for name in expected} == expected

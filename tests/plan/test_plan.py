@@ -90,6 +90,21 @@ def test_the_arguments_by_shape_are_the_compilers(name: str, request: pytest.Fix
     assert found.fits
 
 
+@pytest.mark.slow  # compiles a step of three members
+def test_members_share_the_base(alone: plan.Plan) -> None:
+    config = make_config()
+    several = measure.measure(config, SMALL, devices.find("cpu"), members=3)
+    assert several.padding == 0  # the arguments are the compiler's
+    for name, size in several.arguments.items():
+        assert size == alone.arguments[name] * (1 if name == "frozen base" else 3)
+    assert alone.temporaries < several.temporaries < 4 * alone.temporaries
+    assert (several.positions, several.closed_flops) == (3 * alone.positions, 3 * alone.closed_flops)
+    assert several.flops == pytest.approx(3 * alone.flops, rel=0.05)
+    text = printed(config, several)
+    assert "lora: 3 members trained together, each with" in text
+    assert "adapter file of each member" in text
+
+
 def test_collectives_are_found_on_several_devices(alone: plan.Plan, together: plan.Plan) -> None:
     assert alone.collectives == {}
     assert together.mesh == {"fsdp": 4, "tensor": 2}
@@ -249,6 +264,18 @@ def test_without_a_compiler_every_line_that_needs_one_says_estimate() -> None:
     assert found.seconds().keys() == {"products", "memory"}
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_of_experts_the_active_parameters_are_shown() -> None:
+    experts, choices = 8, 2
+    moe = SMALL | {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": choices}
+    found = measure.measure(make_config(), moe, devices.find("h100"))
+    each = 3 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * SMALL["intermediate_size"]
+    assert found.base_parameters - found.active_parameters == (experts - choices) * each
+    text = printed(make_config(), found)
+    assert "active, nf4 kernels" in text
+    assert "4 x active kernels x positions" in text
+
+
 def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
     planned: tuple[plan.Plan, traced.TracedStep],
 ) -> None:
@@ -297,16 +324,17 @@ def test_more_devices_are_named_where_they_would_do(alone: plan.Plan) -> None:
         ("batch", "batch_size", 3, 8, None),
         ("length", "max_length", 1000, 64, 960),  # of 64
         ("rank", "rank", 77, 4, 72),
+        ("members", "", 5, 1, 5),
     ],
 )
 def test_a_search_finds_the_largest_that_fits(
     kind: str, field: str, most: int, first: int, largest: int | None
 ) -> None:
     config = make_config()
-    section = {"batch": "train", "length": "data", "rank": "method"}[kind]
+    section = {"batch": "train", "length": "data", "rank": "method", "members": ""}[kind]
 
-    def probe(config: Any) -> Any:
-        return SimpleNamespace(fits=vars(getattr(config, section))[field] <= most)
+    def probe(config: Any, members: int) -> Any:
+        return SimpleNamespace(fits=(vars(getattr(config, section))[field] if field else members) <= most)
 
     tried = {value: found.fits for value, found in search.search(kind, config, 4, probe)}
     assert next(iter(tried)) == first
@@ -315,7 +343,7 @@ def test_a_search_finds_the_largest_that_fits(
 
 
 def test_a_search_stops_at_what_the_model_refuses() -> None:
-    def probe(config: Any) -> Any:
+    def probe(config: Any, members: int) -> Any:
         if config.method.rank > 32:
             raise UserError("larger than the layer")
         return SimpleNamespace(fits=True)
