@@ -2,22 +2,31 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import peftjax
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.data.config import DataConfig
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from peftjax.nn import moe
+from peftjax.tasks import TaskConfig, make_task
+from peftjax.training.step import Objective, accumulate, init_state, summary
 from tests.interop import peers
 from tests.interop.test_decoders import COMMON, WINDOW, check_like_transformers, their_logits, their_model, tokens
 from tests.interop.test_llama import our_logits, spell
@@ -147,6 +156,53 @@ def test_the_load_balancing_loss_is_that_of_transformers() -> None:
         expected = theirs(by_layer, 5, 2, attention).item()
         ours = moe.load_balancing_loss(jnp.asarray(logits), 2, None if kept is None else jnp.asarray(kept))
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "gpt-oss"])
+def test_training_with_the_load_balancing_loss_is_that_of_transformers(
+    variant: str, directories: Callable[[str], Path]
+) -> None:
+    """The sum to minimize, its parts and its gradients, of two microbatches with padding. Ours are their weighted mean."""
+    path, coefficient, rng = directories(variant), 0.3, np.random.default_rng(0)
+    tokens = rng.integers(1, 48, (2, 2, 12)).astype(np.int32)  # [microbatches, B, T]
+    mask = np.arange(12)[None, None] < np.array([[12, 7], [9, 4]])[..., None]
+    losses = mask & (np.arange(12) >= 2)  # no loss in the prompt, whose tokens the router counts
+    theirs = peers.load_theirs(path)
+    theirs.router_aux_loss_coef = coefficient
+    totals: Any = {"loss": 0.0, "balance": 0.0, "tokens": losses[..., 1:].sum()}
+    for ids, kept, counted in zip(tokens, mask, losses, strict=True):
+        ids = torch.tensor(ids).long()
+        labels = torch.where(torch.tensor(counted), ids, -100)
+        out = theirs(ids, attention_mask=torch.tensor(kept).long(), labels=labels, output_router_logits=True)
+        share = counted[:, 1:].sum() / totals["tokens"]
+        (out.loss * share).backward()
+        totals["loss"] += share * (out.loss - coefficient * out.aux_loss).item()
+        totals["balance"] += share * coefficient * out.aux_loss.item()
+
+    task = make_task(TaskConfig(router_aux_loss_coef=coefficient), DataConfig(max_length=12), path, loss_chunk=5)
+    model = load_model(path)
+    task.require(model, str(path))
+    shifted = np.pad(losses[..., 1:], ((0, 0), (0, 0), (0, 1))).astype(np.float32)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, -1), "loss_weights": shifted, "mask": mask}
+    assert batch.keys() == task.row_shapes().keys()
+    sharding.place(model, sharding.make_mesh())
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, nnx.Param))
+    state = init_state(trainable, optax.identity(), seed=0)
+    objective = Objective(graph, task.loss, balanced=True)
+    gradients, sums = jax.jit(partial(accumulate, objective))(state, frozen, batch)
+    measured = summary(gradients, sums)
+    np.testing.assert_allclose(measured["loss"], totals["loss"], rtol=1e-5)
+    np.testing.assert_allclose(measured["router_aux_loss"], totals["balance"], rtol=1e-5)
+    for ours, name in (("router", "router" if variant == "gpt-oss" else "gate"), ("experts.down", "experts.down_proj")):
+        found = np.asarray(gradients[f"blocks.feedforward.{ours}.kernel"])
+        named = dict(theirs.named_parameters())
+        suffix = "" if "experts" in name else ".weight"
+        expected = np.stack([named[f"model.layers.{i}.mlp.{name}{suffix}"].grad.numpy() for i in range(len(found))])
+        transposed = not ("experts" in name and variant == "gpt-oss")
+        expected = expected.swapaxes(-1, -2) if transposed else expected
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert task.evaluate(model, {key: value[0] for key, value in batch.items()}).totals.balance is None
 
 
 # --- Adapters ---

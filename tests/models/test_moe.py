@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import peftjax
 import tests.tiny as tiny
-from peftjax import sharding
+from peftjax import methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.models import from_hf_config
@@ -61,16 +61,42 @@ def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path
 
 def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
     model = peftjax.load_model(directory)
-    with pytest.raises(
-        UserError, match=r"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which ia3 cannot adapt"
+    for kind in (
+        "Ia3",
+        "LoHa",
+        "LoKr",
+        "Vera",
+        "RandLora",
+        "FourierFT",
+        "Miss",
+        "Oft",
+        "Boft",
+        "Hra",
+        "AdaLora",
+        "VbLora",
     ):
-        peftjax.attach(model, peftjax.Ia3(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+        method = getattr(methods, kind)
+        with pytest.raises(
+            UserError,
+            match=rf"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which {method.method} cannot adapt",
+        ) as error:
+            peftjax.attach(model, method(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+        assert "\n" not in str(error.value)
     for options, what in (
-        ({"dora": True}, "dora=True is not supported for experts"),
+        ({"dora": True}, "dora=True is not supported for experts, as in peft"),
+        ({"lora_bias": True}, "lora_bias=True adds its bias to a Linear's output"),
         ({"init": "pissa"}, "init='pissa'"),
     ):
         with pytest.raises(UserError, match=f"method.{what}.*; leave model.layers.0.mlp.experts.down_proj out"):
             peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
+
+
+def test_loras_of_experts_are_not_combined(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    for name in ("one", "two"):
+        model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("experts.down_proj",)), name, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"combine: adapter 'one' has a LoRA on .*, and experts cannot be combined"):
+        peftjax.combine(model, ["one", "two"], [0.5, 0.5], name="both")
 
 
 def test_all_linear_leaves_routers_out_and_takes_experts_for_lora_only(directory: Path) -> None:
