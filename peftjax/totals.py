@@ -29,6 +29,20 @@ class Decoder(Protocol):
         """[B, c, D] -> [B, c, V]."""
 
 
+class MixtureDecoder(Decoder, Protocol):
+    """A decoder with routers; peftjax.models.moe has the families."""
+
+    def hidden_and_balance(
+        self,
+        tokens: jax.Array,
+        counted: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """States after the last norm, [B, T, D], and the load-balancing loss of the tokens `counted`."""
+
+
 class EncoderDecoder(Protocol):
     """A model that predicts a target's next token from a source text, such as T5."""
 
@@ -46,11 +60,13 @@ class Totals(NamedTuple):
         loss: The sum of weight * loss. loss / tokens is the mean loss.
         tokens: The sum of the weights.
         correct: The sum of the weights where the target has the largest logit; 0 for regression and multi-label tasks.
+        balance: What training also minimizes: the load-balancing loss times its coefficient and `tokens`. None if it is off.
     """
 
     loss: jax.Array
     tokens: jax.Array
     correct: jax.Array
+    balance: jax.Array | None = None
 
 
 def chunked_cross_entropy(
@@ -120,6 +136,15 @@ def next_token_loss(model: Decoder, batch: Batch, chunk: int) -> Totals:
     inputs = {name: batch[name] for name in ("positions", "segments") if name in batch}
     hidden, _ = model.hidden(batch["tokens"], **inputs)
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
+
+
+def balanced_next_token_loss(model: MixtureDecoder, batch: Batch, chunk: int, coefficient: float) -> Totals:
+    """`next_token_loss`, and the load-balancing loss of the tokens in the batch's mask, bool [B, T], or in its documents."""
+    inputs = {name: batch[name] for name in ("positions", "segments") if name in batch}
+    counted = batch["mask"] if "mask" in batch else batch["segments"] > 0
+    hidden, balance = model.hidden_and_balance(batch["tokens"], counted, **inputs)
+    totals = chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
+    return totals._replace(balance=coefficient * balance * totals.tokens)
 
 
 def seq2seq_loss(model: EncoderDecoder, batch: Batch, chunk: int) -> Totals:

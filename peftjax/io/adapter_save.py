@@ -21,6 +21,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
+from peftjax.io.adapter_experts import with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
 from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
@@ -34,7 +35,14 @@ HEAD_NAMES = ("classifier", "score")  # the modules that peft regards as the tas
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, base: str | None = None) -> Path:
+def save_adapter(
+    model: nnx.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    base: str | None = None,
+    single_experts: bool = False,
+) -> Path:
     """Write an adapter as a directory that Hugging Face PEFT, or AdapterHub for a bottleneck adapter, can load.
 
     A new directory appears complete or not at all. In an existing directory each of the adapter's files is replaced
@@ -47,12 +55,14 @@ def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, 
         name: Name of the adapter.
         base: The base_model_name_or_path to record: the hub id or directory of the base model. Default: the one in the
             file that the adapter was loaded from, or the path that the model was loaded from.
+        single_experts: Write a LoRA of experts as one of each expert's layers, `experts.7.gate_proj`, which are modules in
+            transformers 4. Default: as in transformers 5, whose parameters hold all experts of a layer.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: The adapter is not attached, or its method has no Hugging Face format.
+        UserError: The adapter is not attached, its method has no Hugging Face format, or `single_experts` does not apply.
 
     Examples:
         >>> import peftjax
@@ -64,11 +74,17 @@ def save_adapter(model: nnx.Module, path: str | Path, name: str = "default", *, 
     named = BaseName(base) if base is not None else base_name(model, name)
     if named is None and isinstance(model, Model) and model.origin:
         named = BaseName(model.origin.path, model.origin.options["revision"])
-    return write_adapter(model, path, name, named)
+    return write_adapter(model, path, name, named, single_experts=single_experts)
 
 
 def write_adapter(
-    model: nnx.Module, path: str | Path, name: str, base: BaseName | None, training: Training | None = None
+    model: nnx.Module,
+    path: str | Path,
+    name: str,
+    base: BaseName | None,
+    training: Training | None = None,
+    *,
+    single_experts: bool = False,
 ) -> Path:
     """Write an adapter directory as `save_adapter` does.
 
@@ -78,17 +94,21 @@ def write_adapter(
         name: Name of the adapter.
         base: The name of the base to record; None: none.
         training: What the model card says about the training; needed in the first process only.
+        single_experts: As in `save_adapter`.
 
     Raises:
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
-    tensors = adapter_tensors(model, name)
+    tensors = {key: distributed.whole(value) for key, value in adapter_tensors(model, name).items()}
+    config = _peft_config(model, method, name, base) if method.peft_type else {}
+    if single_experts:
+        tensors, config = with_single_experts(model, name, method, tensors, config)
     metadata = base_record(model, base_fingerprints(model, name))
     if isinstance(method, Bottleneck):
         files = _hub_files(model, method, name, base.name if base else None, tensors, metadata)
     else:
-        files = {WEIGHTS: _weights(tensors, metadata), CONFIG: _json(_peft_config(model, method, name, base))}
+        files = {WEIGHTS: _weights(tensors, metadata), CONFIG: _json(config)}
     path = Path(path)
     if jax.process_index() == 0:
         _write(path, files, training, card=isinstance(model, Model) and may_replace(path / CARD))
@@ -163,7 +183,7 @@ def _hub_files(
     method: Bottleneck,
     name: str,
     base: str | None,
-    tensors: dict[str, jax.Array],
+    tensors: dict[str, np.ndarray],
     metadata: Mapping[str, str],
 ) -> dict[str, bytes]:
     """The files of an AdapterHub directory."""
@@ -192,9 +212,9 @@ def _json(config: dict[str, Any]) -> bytes:
     return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
 
 
-def _weights(tensors: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> bytes:
+def _weights(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The safetensors file with these tensors."""
-    arrays = {key: np.ascontiguousarray(distributed.whole(value)) for key, value in tensors.items()}
+    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     return _with_sorted_metadata(save(arrays, metadata={"format": "pt", **metadata}))
 
 

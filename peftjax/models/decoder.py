@@ -25,7 +25,7 @@ from peftjax.nn.cache import Cache, Carry, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import MixtureOfExperts
+from peftjax.nn.moe import MixtureOfExperts, expert_load
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -114,8 +114,10 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         offset: jax.Array | int,
         query_factors: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        new_cache = cache
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Return the output, the cache, and with `counted` the `expert_load` of those tokens, bool [B, T]."""
+        new_cache, load = cache, None
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal new_cache
@@ -124,12 +126,19 @@ class Block(nnx.Module):
             return self.attention_out_norm(y) if self.norm_out else y
 
         def transform(x: jax.Array) -> jax.Array:
-            y = self.feedforward(self.feedforward_norm(x) if self.norm_in else x)
+            nonlocal load
+            x = self.feedforward_norm(x) if self.norm_in else x
+            if counted is None:
+                y = self.feedforward(x)
+            else:
+                assert isinstance(self.feedforward, MixtureOfExperts)
+                y, logits = self.feedforward.with_logits(x)
+                load = expert_load(logits, self.feedforward.choices, counted)
             return self.feedforward_out_norm(y) if self.norm_out else y
 
         x = self.attention_residual(x, attend)
         x = self.feedforward_residual(x, transform)
-        return sharding.constrain(x, "batch", "length", None), new_cache
+        return sharding.constrain(x, "batch", "length", None), new_cache, load
 
 
 class Decoder(LanguageModel):
@@ -272,6 +281,18 @@ class Decoder(LanguageModel):
         Returns:
             Hidden states [B, T, D], and the cache extended by T tokens, or None.
         """
+        return self._hidden(tokens, mask, positions, segments, cache, None)[:2]
+
+    def _hidden(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None,
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+        cache: Cache | None,
+        counted: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """`hidden`, and the `expert_load`s [L, 2, E] of the tokens `counted`, bool [B, T], with those of a soft prompt."""
         soft, virtual = self.embed.adapters.virtual, self.virtual
         x = self.embedded(tokens)
         if positions is None:
@@ -279,16 +300,16 @@ class Decoder(LanguageModel):
             positions = start + jnp.arange(tokens.shape[1])[None]  # [1, T]
         positions = positions + virtual
         if cache is not None or not soft:
-            return self._through_blocks(x, positions, mask, segments, cache)
+            return self._through_blocks(x, positions, mask, segments, cache, counted)
         x = jnp.concatenate([self.embed.prompt(len(x)), x], axis=1)
         before = jnp.broadcast_to(virtual - soft + jnp.arange(soft)[None], (len(positions), soft))
         positions = jnp.concatenate([before, positions], axis=1)
-        mask, segments = (
+        mask, segments, counted = (
             None if array is None else jnp.pad(array, ((0, 0), (soft, 0)), constant_values=value)
-            for array, value in ((mask, True), (segments, -1))
+            for array, value in ((mask, True), (segments, -1), (counted, True))
         )
-        x, _ = self._through_blocks(x, positions, mask, segments, None)
-        return x[:, soft:], None
+        x, _, loads = self._through_blocks(x, positions, mask, segments, None, counted)
+        return x[:, soft:], None, loads
 
     def _through_blocks(
         self,
@@ -297,8 +318,9 @@ class Decoder(LanguageModel):
         mask: jax.Array | None,
         segments: jax.Array | None,
         cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """`hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """`_hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
         rotations, query_factors = self.rotations(positions), self.query_factors(positions)
@@ -308,12 +330,12 @@ class Decoder(LanguageModel):
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
-        def layer(block: Block, carry: Carry, inputs: tuple[jax.Array | None, LayerOptions]) -> tuple[Carry, None]:
+        def layer(block: Block, carry: Carry, inputs: tuple[jax.Array | None, LayerOptions]) -> tuple[Carry, Any]:
             (x, stored), (index, options) = carry, inputs
             own = None if stored is None or index is None else LayerCache(*stored, index)
             mask = allowed.of_layer(options.window)
-            x, own = block(x, rotations(options), mask, own, offset, query_factors)
-            return (x, None if own is None else (own.key, own.value)), None
+            x, own, load = block(x, rotations(options), mask, own, offset, query_factors, counted)
+            return (x, None if own is None else (own.key, own.value)), load
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
         options = LayerOptions(
@@ -322,11 +344,11 @@ class Decoder(LanguageModel):
         )
         stored = None if cache is None else (cache.key, cache.value)
         index = None if cache is None else jnp.arange(self.config.layers)
-        (x, stored), _ = scan_stack(self.blocks, layer, (x, stored), (index, options), self.config.remat)
+        (x, stored), loads = scan_stack(self.blocks, layer, (x, stored), (index, options), self.config.remat)
         if cache is None or valid is None or stored is None:
-            return self.norm(x), None
+            return self.norm(x), None, loads
         extended = Cache(key=stored[0], value=stored[1], valid=valid, length=cache.length + length)
-        return self.norm(x), extended
+        return self.norm(x), extended, loads
 
     def attention_mask(
         self,
@@ -380,7 +402,7 @@ class Decoder(LanguageModel):
         if not soft:
             return cache
         positions = self.virtual - soft + jnp.arange(soft)[None]
-        _, filled = self._through_blocks(self.embed.prompt(batch), positions, None, None, cache)
+        _, filled, _ = self._through_blocks(self.embed.prompt(batch), positions, None, None, cache)
         assert filled is not None
         return filled
 

@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.feedforward import ACTIVATIONS
-from peftjax.nn.moe import MixtureOfExperts
+from peftjax.nn.moe import MixtureOfExperts, balance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,27 @@ class MoeLlama(Llama):
     """A Llama with a mixture of experts in every layer."""
 
     config: MoeConfig
+
+    def hidden_and_balance(
+        self,
+        tokens: jax.Array,
+        counted: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the hidden states as `hidden` does, [B, T, D], and the load-balancing loss, float32 [].
+
+        Args:
+            tokens: int [B, T].
+            counted: bool [B, T], the tokens that the load-balancing loss counts, which are those that are not padding. An
+                active soft prompt counts too.
+            positions: As in `hidden`.
+            segments: As in `hidden`.
+        """
+        hidden, _, loads = self._hidden(tokens, None, positions, segments, None, counted)
+        assert loads is not None
+        return hidden, balance(loads)
 
     def make_feedforward(self, rngs: nnx.Rngs, **options: Any) -> MixtureOfExperts:
         """Build the feed-forward layer of one block, with further options of `MixtureOfExperts`."""

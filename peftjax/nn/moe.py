@@ -58,6 +58,30 @@ def route(
     return weights, chosen
 
 
+def expert_load(logits: jax.Array, choices: int, mask: jax.Array | None = None) -> jax.Array:
+    """f_e, the mean number of choices of expert e per token, and P_e, its mean probability, over the tokens of one layer.
+
+    Args:
+        logits: The router's logits, [B, T, E].
+        choices: Number of experts per token, K.
+        mask: bool [B, T], the tokens that count; default: all.
+
+    Returns:
+        float32 [2, E]; zeros if no token counts.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, choices)[1], logits.shape[-1]).sum(axis=-2)  # [B, T, E]
+    counted = jnp.ones(logits.shape[:2]) if mask is None else mask.astype(jnp.float32)
+    sums = jnp.stack([jnp.einsum("bte,bt->e", each, counted) for each in (chosen, probabilities)])
+    return sums / jnp.maximum(counted.sum(), 1)
+
+
+def balance(loads: jax.Array) -> jax.Array:
+    """E sum_e f_e P_e, with f_e and P_e the means over the layers: `expert_load`s [L, 2, E] -> []."""
+    chosen, probability = loads.mean(axis=0)
+    return loads.shape[-1] * jnp.sum(chosen * probability)
+
+
 def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None = None) -> jax.Array:
     """E sum_e f_e P_e, with f_e the mean number of choices of expert e per token, and P_e its mean probability.
 
@@ -71,12 +95,7 @@ def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None 
     Returns:
         float32 []; K if the load is balanced.
     """
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    experts = logits.shape[-1]
-    chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, choices)[1], experts).sum(axis=-2)  # [L, B, T, E]
-    counted = jnp.ones(logits.shape[1:3]) if mask is None else mask.astype(jnp.float32)
-    mean = lambda x: jnp.einsum("lbte,bt->e", x, counted) / (len(logits) * counted.sum())  # noqa: E731
-    return experts * jnp.sum(mean(chosen) * mean(probabilities))
+    return balance(jax.vmap(lambda layer: expert_load(layer, choices, mask))(logits))
 
 
 class Experts(nnx.Module):
@@ -245,6 +264,13 @@ class MixtureOfExperts(nnx.Module):
             self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weights, chosen = route(self.router(x), self.choices, normalized=self.normalized)
+        return self.with_logits(x)[0]
+
+    def with_logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return also the logits of the router, [B, T, E]."""
+        logits = self.router(x)
+        weights, chosen = route(logits, self.choices, normalized=self.normalized)
         y = self.experts(x, weights, chosen)
-        return y if self.shared is None else y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        if self.shared is not None:
+            y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return y, logits

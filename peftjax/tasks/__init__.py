@@ -39,6 +39,12 @@ class TaskConfig:
     )
     labels: tuple[str, ...] = field((), "Class names in their order; empty: those of the checkpoint's own head")
     multi_label: bool = field(False, "Whether a text may have several classes at once, or none; for classification")
+    router_aux_loss_coef: float = field(
+        0.0,
+        "Coefficient of the load-balancing loss of a mixture of experts, which is added to the loss in training; for "
+        "causal language modeling",
+        low=0.0,
+    )
 
 
 def make_task(
@@ -49,6 +55,12 @@ def make_task(
     hf_config: Mapping[str, Any] | None = None,
 ) -> Task:
     """The task of a configuration, for the model in a directory; see `Task` for the arguments."""
-    labels, multi_label = config.labels, config.multi_label
-    make = TASKS[config.kind]
-    return make(data, directory, labels=labels, multi_label=multi_label, loss_chunk=loss_chunk, hf_config=hf_config)
+    return TASKS[config.kind](
+        data,
+        directory,
+        labels=config.labels,
+        multi_label=config.multi_label,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+        loss_chunk=loss_chunk,
+        hf_config=hf_config,
+    )

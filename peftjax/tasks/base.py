@@ -55,6 +55,7 @@ class Task:
       generates: Whether the model answers prompts in text.
       packs: Whether several records may share a row.
       multi: Whether task.multi_label applies.
+      balances: Whether task.router_aux_loss_coef applies.
       labels: The class names; empty where there are no classes.
       rows: Rows of the embedding table of the loaded model; None before a model is loaded, or if it reads no tokens.
     """
@@ -70,6 +71,7 @@ class Task:
     generates: ClassVar[bool] = False
     packs: bool = False
     multi: ClassVar[bool] = False
+    balances: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     rows: int | None = None
 
@@ -80,6 +82,7 @@ class Task:
         *,
         labels: tuple[str, ...] = (),
         multi_label: bool = False,
+        router_aux_loss_coef: float = 0.0,
         loss_chunk: int = 128,
         hf_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -90,6 +93,7 @@ class Task:
           directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
           labels: Class names in their order; empty for those of the checkpoint.
           multi_label: Whether an example may have several classes.
+          router_aux_loss_coef: Coefficient of the load-balancing loss in training.
           loss_chunk: Positions whose logits are computed at a time.
           hf_config: The fields of config.json; None: read from the directory.
 
@@ -102,6 +106,11 @@ class Task:
             )
         if multi_label and not self.multi:
             raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
+        if router_aux_loss_coef and not self.balances:
+            raise UserError(
+                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it to 0"
+            )
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
         self.given_labels, self.multi_label = labels, multi_label
         self.hf_config = read_json_if_any(directory / "config.json") if hf_config is None else hf_config

@@ -6,43 +6,70 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peftjax.core.errors import UserError
 from peftjax.data.documents import Arrays, Document, Text, filled, over
 from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
+from peftjax.models.moe import MoeLlama
+from peftjax.tasks.base import Outputs
 from peftjax.tasks.generation import GenerationTask
-from peftjax.totals import Batch, Totals, next_token_loss
+from peftjax.totals import Batch, Totals, balanced_next_token_loss, next_token_loss
 
 
 class CausalLM(GenerationTask):
     """A decoder reads a text, a prompt with its completion, or a conversation.
 
-    Rows hold tokens, targets and loss_weights [T]; packed rows also positions and segments [T].
+    Rows hold tokens, targets and loss_weights [T]; packed rows also positions and segments [T]. Others with a load-balancing
+    loss have a mask [T] of the tokens that are not padding.
     """
 
     kind: ClassVar[str] = "causal_lm"
     card_task: ClassVar[str] = "CAUSAL_LM"
     model_class: ClassVar[type[Model]] = Decoder
     packs: bool = True
-    texts: tuple[Text, ...] = (Text(("tokens", "targets", "loss_weights")),)
+    balances: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.masked = self.router_aux_loss_coef > 0 and not self.data.pack
+        self.texts: tuple[Text, ...] = (Text(("tokens", "targets", "loss_weights", "mask")[: 3 + self.masked]),)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         example, limit = encode_record(record, self.data, self.tokenizer, name=name), self.data.max_length
         arrays = next_tokens(example, limit)
+        if self.masked:
+            arrays |= filled(len(arrays["tokens"]), mask=True)
         return Document(arrays, len(arrays["tokens"]), over(len(example.tokens), limit))
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        names = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
+        names: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
         names |= {"positions": jnp.int32, "segments": jnp.int32} if self.data.pack else {}
+        names |= {"mask": jnp.bool_} if self.masked else {}
         return {name: jax.ShapeDtypeStruct((self.data.max_length,), dtype) for name, dtype in names.items()}
 
     def prompt(self, record: Mapping[str, Any], name: str) -> Prompt | None:
         prompt = encode_prompt(record, self.data, self.tokenizer, name=name)
         return prompt if len(prompt.tokens) < self.data.max_length else None
 
+    def require(self, model: Model, path: str) -> None:
+        super().require(model, path)
+        if self.router_aux_loss_coef and not isinstance(model, MoeLlama):
+            raise UserError(
+                f"task.router_aux_loss_coef={self.router_aux_loss_coef}: model.path={path!r} is a {type(model).__name__}, which "
+                "has no routers; set it to 0"
+            )
+
     def loss(self, model: Model, batch: Batch) -> Totals:
+        if self.router_aux_loss_coef:
+            assert isinstance(model, MoeLlama)
+            return balanced_next_token_loss(model, batch, self.loss_chunk, self.router_aux_loss_coef)
         assert isinstance(model, Decoder)
         return next_token_loss(model, batch, self.loss_chunk)
+
+    def evaluate(self, model: Model, batch: Batch) -> Outputs:
+        assert isinstance(model, Decoder)
+        return Outputs(next_token_loss(model, batch, self.loss_chunk), None)
 
 
 def next_tokens(example: Example, limit: int) -> Arrays:

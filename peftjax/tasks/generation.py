@@ -17,7 +17,7 @@ class GenerationTask(Task):
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
         """eval_loss in nats per token, perplexity = exp(eval_loss), and the share of tokens with the largest logit."""
         del logits, labels
-        loss, tokens, correct = map(float, totals)
+        loss, tokens, correct = map(float, totals[:3])
         return {
             "eval_loss": loss / tokens,
             "perplexity": math.exp(min(loss / tokens, 700.0)),  # no overflow

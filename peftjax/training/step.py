@@ -80,12 +80,14 @@ class Objective:
       loss: The loss of a model on a batch, summed over its tokens or examples.
       penalty: What the method adds to the mean loss; None adds nothing. The reported loss is without it.
       dropout_keys: Paths of the keys that get fresh bits in every microbatch.
+      balanced: Whether the loss has a load-balancing part, which the reported loss does not include.
     """
 
     graph: nnx.GraphDef
     loss: Callable[[Model, Batch], Totals]
     penalty: Callable[[Model], jax.Array | None] = lambda model: None
     dropout_keys: tuple[str, ...] = ()
+    balanced: bool = False
 
     def __call__(
         self, trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Batch
@@ -94,7 +96,8 @@ class Objective:
         model = variables.join(self.graph, trainable, frozen)
         totals = self.loss(model, batch)
         penalty = self.penalty(model)
-        return totals.loss if penalty is None else totals.loss + totals.tokens * penalty, totals
+        minimized = totals.loss if totals.balance is None else totals.loss + totals.balance
+        return minimized if penalty is None else minimized + totals.tokens * penalty, totals
 
 
 def accumulate(
@@ -103,7 +106,8 @@ def accumulate(
     """The float32 gradients of the mean loss over all microbatches, and the sums that it is computed from.
 
     Microbatches add up sums of losses and gradients. Dividing once by the number of tokens makes the result that of one
-    large batch, however the tokens are distributed.
+    large batch, however the tokens are distributed. A load-balancing loss is not a sum over tokens: each microbatch has its
+    own, and their mean is weighted by the microbatches' numbers of tokens.
 
     Args:
       objective: What is minimized.
@@ -123,7 +127,8 @@ def accumulate(
         return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-    none = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
+    zero = jnp.zeros((), jnp.float32)
+    none = Totals(zero, zero, zero, zero if objective.balanced else None)
     count = len(next(iter(batch.values())))
     (sums, totals), _ = jax.lax.scan(microbatch, (zeros, none), (jnp.arange(count), batch))
     return jax.tree.map(lambda g: g / totals.tokens, sums), totals
@@ -138,8 +143,10 @@ def apply(tx: optax.GradientTransformation, state: TrainState, gradients: variab
 
 def summary(gradients: variables.FlatTree, totals: Totals) -> Metrics:
     """What the log says of a step, float32 [] each."""
+    balance = {} if totals.balance is None else {"router_aux_loss": totals.balance / totals.tokens}
     return {
         "loss": totals.loss / totals.tokens,
+        **balance,
         "grad_norm": optax.tree.norm(gradients),
         "tokens": totals.tokens,
     }

@@ -16,12 +16,14 @@ from peftjax.decoding import generate
 from peftjax.methods import Lora, PromptTuning
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
-METHODS = {"lora": LORA, "prompt": PromptTuning(tokens=3)}
+EXPERTS = Lora(rank=2, targets=("gate_up_proj", "down_proj"))
+METHODS = {"lora": LORA, "experts": EXPERTS, "prompt": PromptTuning(tokens=3)}
+MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def attached(method: adapters.Method) -> Any:
     """A model with the adapters "one" and "two", neither as it was made."""
-    model = tiny.model()
+    model = tiny.model(**(MOE if method == EXPERTS else {}))
     for seed, name in enumerate(("one", "two")):
         adapters.attach(model, method, name, rngs=nnx.Rngs(seed))
     return tiny.randomize(model)
@@ -29,7 +31,12 @@ def attached(method: adapters.Method) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "names"),
-    [("lora", ["two", None, "one", "two"]), ("lora", ["one", "one"]), ("prompt", ["two", "one", "two"])],
+    [
+        ("lora", ["two", None, "one", "two"]),
+        ("lora", ["one", "one"]),
+        ("experts", ["two", None, "one", "two"]),
+        ("prompt", ["two", "one", "two"]),
+    ],
 )
 def test_each_row_is_what_its_adapter_alone_computes(method: str, names: list[str | None]) -> None:
     model = attached(METHODS[method])

@@ -24,8 +24,8 @@ MIXES = {
 }
 
 
-def mixed(*parts: adapters.Method) -> Any:
-    model = tiny.model()
+def mixed(*parts: adapters.Method, **fields: Any) -> Any:
+    model = tiny.model(**fields)
     for index, method in enumerate(parts):
         adapters.attach(model, method, f"part{index}", rngs=nnx.Rngs(index))
     return use(tiny.randomize(model), [f"part{index}" for index in range(len(parts))])
@@ -45,8 +45,18 @@ def test_each_part_has_its_effect_beside_the_others(mix: str) -> None:
     np.testing.assert_array_equal(logits(use(model, None)), logits(tiny.model()))
 
 
-def test_weight_methods_at_once_are_their_merges_one_after_the_other() -> None:
-    model = mixed(Lora(rank=2), LoHa(rank=2))
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        ((Lora(rank=2), LoHa(rank=2)), {}),
+        ((Lora(rank=2, targets=("gate_up_proj", "down_proj")), Lora(rank=3, targets=("down_proj",))), EXPERTS),
+    ],
+)
+def test_weight_methods_at_once_are_their_merges_one_after_the_other(parts: Any, fields: dict[str, Any]) -> None:
+    model = mixed(*parts, **fields)
     both = logits(model)
     np.testing.assert_allclose(logits(merge(merge(model, "part0"), "part1")), both, atol=2e-5)
 

@@ -25,9 +25,12 @@ def as_bert(data: dict[str, Any]) -> None:
     data["post_processor"] = json.loads(around.__getstate__())
 
 
-def make(kind: str, labels: tuple[str, ...] = (), multi_label: bool = False, **data: Any) -> Config:
+def make(
+    kind: str, labels: tuple[str, ...] = (), multi_label: bool = False, router_aux_loss_coef: float = 0.0, **data: Any
+) -> Config:
     config = configs.defaults()
     config.task.kind, config.task.labels, config.task.multi_label = kind, labels, multi_label
+    config.task.router_aux_loss_coef = router_aux_loss_coef
     config.data.update(SIZES | {"prompt_template": "{text}"} | data)
     return configs.validate(config)
 
@@ -164,6 +167,10 @@ def test_a_class_that_there_is_not_is_an_error_that_names_the_record(
         (
             {"kind": "regression", "multi_label": True},
             "multi_label=True requires task.kind='classification', not 'regr",
+        ),
+        (
+            {"kind": "seq2seq", "router_aux_loss_coef": 0.1},
+            "router_aux_loss_coef=0.1 requires task.kind='causal_lm', not 'seq2seq'",
         ),
     ],
 )

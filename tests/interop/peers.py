@@ -101,9 +101,14 @@ def attached(base: Path, method: Method) -> Any:
 
 def load_into_theirs(base: Path, adapter: Path, **options: Any) -> Any:
     """The adapter in peft. It must find every key that it wants, and use every key and every bit that is in the file."""
+    return load_into(load_theirs(base), adapter, **options)
+
+
+def load_into(base: torch.nn.Module, adapter: Path, **options: Any) -> Any:
+    """`load_into_theirs`, for their model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = peft.PeftModel.from_pretrained(load_theirs(base), adapter, **options)
+        model = peft.PeftModel.from_pretrained(base, adapter, **options)
     assert not [str(warning.message) for warning in caught if "missing" in str(warning.message)]
     used = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     file = load_file(adapter / "adapter_model.safetensors")

@@ -2,22 +2,31 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import peftjax
+from peftjax import sharding
+from peftjax.core import variables
+from peftjax.data.config import DataConfig
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from peftjax.nn import moe
+from peftjax.tasks import TaskConfig, make_task
+from peftjax.training.step import Objective, accumulate, init_state, summary
 from tests.interop import peers
 from tests.interop.test_decoders import COMMON, WINDOW, check_like_transformers, their_logits, their_model, tokens
 from tests.interop.test_llama import our_logits, spell
@@ -149,6 +158,53 @@ def test_the_load_balancing_loss_is_that_of_transformers() -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["mixtral", "gpt-oss"])
+def test_training_with_the_load_balancing_loss_is_that_of_transformers(
+    variant: str, directories: Callable[[str], Path]
+) -> None:
+    """The sum to minimize, its parts and its gradients, of two microbatches with padding. Ours are their weighted mean."""
+    path, coefficient, rng = directories(variant), 0.3, np.random.default_rng(0)
+    tokens = rng.integers(1, 48, (2, 2, 12)).astype(np.int32)  # [microbatches, B, T]
+    mask = np.arange(12)[None, None] < np.array([[12, 7], [9, 4]])[..., None]
+    losses = mask & (np.arange(12) >= 2)  # no loss in the prompt, whose tokens the router counts
+    theirs = peers.load_theirs(path)
+    theirs.router_aux_loss_coef = coefficient
+    totals: Any = {"loss": 0.0, "balance": 0.0, "tokens": losses[..., 1:].sum()}
+    for ids, kept, counted in zip(tokens, mask, losses, strict=True):
+        ids = torch.tensor(ids).long()
+        labels = torch.where(torch.tensor(counted), ids, -100)
+        out = theirs(ids, attention_mask=torch.tensor(kept).long(), labels=labels, output_router_logits=True)
+        share = counted[:, 1:].sum() / totals["tokens"]
+        (out.loss * share).backward()
+        totals["loss"] += share * (out.loss - coefficient * out.aux_loss).item()
+        totals["balance"] += share * coefficient * out.aux_loss.item()
+
+    task = make_task(TaskConfig(router_aux_loss_coef=coefficient), DataConfig(max_length=12), path, loss_chunk=5)
+    model = load_model(path)
+    task.require(model, str(path))
+    shifted = np.pad(losses[..., 1:], ((0, 0), (0, 0), (0, 1))).astype(np.float32)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, -1), "loss_weights": shifted, "mask": mask}
+    assert batch.keys() == task.row_shapes().keys()
+    sharding.place(model, sharding.make_mesh())
+    graph, leaves = variables.flat(model)
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, nnx.Param))
+    state = init_state(trainable, optax.identity(), seed=0)
+    objective = Objective(graph, task.loss, balanced=True)
+    gradients, sums = jax.jit(partial(accumulate, objective))(state, frozen, batch)
+    measured = summary(gradients, sums)
+    np.testing.assert_allclose(measured["loss"], totals["loss"], rtol=1e-5)
+    np.testing.assert_allclose(measured["router_aux_loss"], totals["balance"], rtol=1e-5)
+    for ours, name in (("router", "router" if variant == "gpt-oss" else "gate"), ("experts.down", "experts.down_proj")):
+        found = np.asarray(gradients[f"blocks.feedforward.{ours}.kernel"])
+        named = dict(theirs.named_parameters())
+        suffix = "" if "experts" in name else ".weight"
+        expected = np.stack([named[f"model.layers.{i}.mlp.{name}{suffix}"].grad.numpy() for i in range(len(found))])
+        transposed = not ("experts" in name and variant == "gpt-oss")
+        expected = expected.swapaxes(-1, -2) if transposed else expected
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert task.evaluate(model, {key: value[0] for key, value in batch.items()}).totals.balance is None
+
+
 # --- Adapters ---
 
 
@@ -196,34 +252,122 @@ def test_all_linear_with_experts_goes_to_peft_and_merges(directories: Callable[[
     peers.assert_close(peers.logits(their_model(tmp_path / "merged")), expected)
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe"])
-def test_adapters_of_single_experts_load_as_in_peft(
-    variant: str, directories: Callable[[str], Path], tmp_path: Path
+class SingleExpert(torch.nn.Module):
+    """An expert whose layers are modules."""
+
+    def __init__(self, names: tuple[str, str, str], gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.names = names
+        for name, weight in zip(names, (*gate_up.chunk(2), down), strict=True):
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight.data = weight.clone()
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(torch.nn.functional.silu(gate(x)) * up(x))
+
+
+class SingleExperts(torch.nn.ModuleList):
+    """The experts of a layer, as in transformers 4."""
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        by_expert = torch.zeros(len(x), len(self), dtype=x.dtype).scatter(1, chosen, weights)
+        return sum(by_expert[:, i, None] * expert(x) for i, expert in enumerate(self))
+
+
+SINGLE = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2-moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3-moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def with_single_experts(path: Path, variant: str) -> Any:
+    """Their model with the module names of transformers 4, and a model_type for which peft converts nothing."""
+    model = peers.load_theirs(path)
+    block, *names = SINGLE[variant]
+    for layer in model.model.layers:
+        moe = layer._modules.pop("mlp")
+        moe.experts = SingleExperts(
+            SingleExpert(tuple(names), *weights)
+            for weights in zip(moe.experts.gate_up_proj.data, moe.experts.down_proj.data, strict=True)
+        )
+        object.__setattr__(layer, "mlp", moe)  # what forward calls
+        layer._modules[block] = moe
+    model.config.model_type = "transformers-4"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [("mixtral", "all"), ("mixtral", "some"), ("qwen2-moe", "all"), ("qwen3-moe", "all"), ("qwen3-moe", "some")],
+)
+def test_adapters_of_single_experts_go_to_peft_and_back(
+    variant: str, kind: str, directories: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """As saved by peft with transformers 4. Both libraries convert them to adapters of all experts."""
-    block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if variant == "mixtral" else (
-        "mlp", "gate_proj", "up_proj", "down_proj"
-    )  # fmt: skip
-    config = VARIANTS[variant][0]
-    hidden = config.intermediate_size if variant == "mixtral" else config.moe_intermediate_size
-    rng, tensors = np.random.default_rng(0), {}
-    for layer in range(config.num_hidden_layers):
-        for expert in range(config.num_local_experts):
-            for name, (width, out) in {gate: (32, hidden), up: (32, hidden), down: (hidden, 32)}.items():
-                key = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}"
-                tensors[f"{key}.lora_A.weight"] = rng.normal(size=(2, width)).astype(np.float32) / 4
-                tensors[f"{key}.lora_B.weight"] = rng.normal(size=(out, 2)).astype(np.float32) / 4
-    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 2,
-        "lora_alpha": 6,
-        "target_modules": [gate, up, down],
-    }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    base = peers.load_theirs(directories(variant))
-    expected = peers.logits(peft.PeftModel.from_pretrained(base, tmp_path).eval())
-    ours = peftjax.load_adapter(load_model(directories(variant)), tmp_path)
+    """Of every expert alike, or with other ranks and alphas for some, and none for others. Qwen2 has a shared expert too."""
+    block, gate, up, down = SINGLE[variant]
+    options: dict[str, Any] = {"target_modules": ["q_proj", gate, up, down]}
+    if kind == "some":
+        options = {
+            "target_modules": rf".*(\.q_proj|\.[02]\.{block}\.experts\.[13]\.({gate}|{down})|experts\.[13]\.{up})",
+            "rank_pattern": {f"experts.3.{gate}": 4, rf"layers\.2.*\.{up}": 2, "q_proj": 5},
+            "alpha_pattern": {f"experts.1.{up}": 2.0, down: 1.5},
+            "use_rslora": True,
+        }
+    base = with_single_experts(directories(variant), variant)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **options)).eval()
+    peers.shake({name: p for name, p in theirs.named_parameters() if p.requires_grad}, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = peers.logits(theirs)
+
+    ours = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "theirs")
     peers.assert_close(peers.logits(ours), expected)
     peers.assert_far(expected, peers.logits(peers.load_theirs(directories(variant))))
+
+    peftjax.save_adapter(ours, tmp_path / "ours", single_experts=True)
+    again = peers.load_into(with_single_experts(directories(variant), variant), tmp_path / "ours").eval()
+    peers.assert_close(peers.logits(again), expected)
+    given, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert {key: value.shape for key, value in given.items()} == {key: value.shape for key, value in written.items()}
+    if kind == "all":  # in the same scale
+        assert all((given[key] == written[key]).all() for key in given)
+    else:
+        assert_padding_has_no_gradient(ours)
+    if kind == "all" and variant != "qwen2-moe":  # whose shared expert peft confuses with the others
+        converted = peft.PeftModel.from_pretrained(peers.load_theirs(directories(variant)), tmp_path / "ours").eval()
+        peers.assert_close(peers.logits(converted), expected)
+
+
+def assert_padding_has_no_gradient(model: Any) -> None:
+    graph, adapter, rest = nnx.split(model, variables.PeftParam, ...)
+    loss = lambda adapter: jnp.square(nnx.merge(graph, adapter, rest)(jnp.asarray(peers.tokens()))).mean()  # noqa: E731
+    a, b = (
+        adapter["blocks"]["feedforward"]["experts"]["down"]["adapters"]["default"][leaf].get_value() for leaf in "ab"
+    )
+    gradient = jax.grad(loss)(adapter)["blocks"]["feedforward"]["experts"]["down"]["adapters"]["default"]
+    padding = np.asarray((a == 0).all(-2) & (b == 0).all(-1))  # [L, E, R]
+    assert 0 < padding.mean() < 1
+    of_a, of_b = (np.abs(np.asarray(gradient[leaf].get_value())).max(axis) for leaf, axis in (("a", -2), ("b", -1)))
+    assert not (of_a + of_b)[padding].any()
+    assert (of_a + of_b)[~padding].all()
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_a_trained_adapter_of_all_experts_is_written_for_single_ones(
+    variant: str, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Gate and up both get the whole A. Routers, and the shared expert of Qwen2, are there too."""
+    method = peftjax.Lora(
+        rank=3, alpha=5, dropout=0.1, targets=("v_proj", "mlp.gate", "experts.gate_up_proj", "experts.down_proj"),
+        rank_pattern={"1.mlp.experts.gate_up_proj": 2, "v_proj": 1}, alpha_pattern={"experts.down_proj": 2.0},
+    )  # fmt: skip
+    model = peers.attached(directories(variant), method)
+    expected = peers.logits(model)
+    peftjax.save_adapter(model, tmp_path / "single", single_experts=True)
+    config = json.loads((tmp_path / "single" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.1
+    assert "target_parameters" not in config
+    back = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "single")
+    peers.assert_close(peers.logits(back), expected)

@@ -342,7 +342,7 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-pissa"} - {"full"}]
+NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-experts", "lora-pissa"} - {"full"}]
 IN_EACH = [
     *marked(OF_EACH, "float32", quick=QUICKEST),
     *marked(OF_EACH, "bfloat16", quick=("lora", "prefix")),

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import peftjax
 import tests.tiny as tiny
-from peftjax import sharding
+from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.models import from_hf_config
@@ -22,6 +22,7 @@ CONFIG: dict[str, Any] = tiny.CONFIG | {
     "model_type": "qwen2_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,29 @@ def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path
 
 def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
     model = peftjax.load_model(directory)
-    with pytest.raises(
-        UserError, match=r"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which ia3 cannot adapt"
-    ):
-        peftjax.attach(model, peftjax.Ia3(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+    kinds = "Ia3 LoHa LoKr Vera RandLora FourierFT Miss Oft Boft Hra VbLora"
+    for method in (getattr(methods, kind) for kind in kinds.split()):
+        with pytest.raises(
+            UserError,
+            match=rf"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which {method.method} cannot adapt",
+        ) as error:
+            peftjax.attach(model, method(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+        assert "\n" not in str(error.value)
     for options, what in (
-        ({"dora": True}, "dora=True is not supported for experts"),
+        ({"dora": True}, "dora=True is not supported for experts, as in peft"),
+        ({"lora_bias": True}, "lora_bias=True adds its bias to a Linear's output"),
         ({"init": "pissa"}, "init='pissa'"),
     ):
         with pytest.raises(UserError, match=f"method.{what}.*; leave model.layers.0.mlp.experts.down_proj out"):
             peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
+
+
+def test_loras_of_experts_are_not_combined(directory: Path) -> None:
+    model = peftjax.load_model(directory)
+    for name in ("one", "two"):
+        model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("experts.down_proj",)), name, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"combine: adapter 'one' has a LoRA on .*, and experts cannot be combined"):
+        peftjax.combine(model, ["one", "two"], [0.5, 0.5], name="both")
 
 
 def test_all_linear_leaves_routers_out_and_takes_experts_for_lora_only(directory: Path) -> None:
@@ -96,3 +110,32 @@ def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
 def test_models_with_dense_layers_are_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):
         from_hf_config(CONFIG | {field: value})
+
+
+def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tmp_path: Path) -> None:
+    model = peftjax.load_model(directory)
+    model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
+    path = peftjax.save_adapter(model, tmp_path / "single", single_experts=True) / "adapter_model.safetensors"
+    tensors, first = load_file(path), "base_model.model.model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"
+    assert tensors[first].shape == (2, 32)  # of an adapter that has not been trained: its rank, and both layers
+    assert len(tensors) == 2 * 4 * 2 * 2
+    for change, message in (
+        ({first: None}, r"experts\.0\.gate_proj\.lora_A\.weight is missing, but this model, with 4 experts, .* need \(2, 32\)"),
+        ({first: np.ones((3, 32), np.float32)}, r"experts\.0\.gate_proj\.lora_A\.weight has shape \(3, 32\), but"),
+        ({first.replace("experts.0", "experts.4"): tensors[first]}, r"experts\.4\.gate_proj\.lora_A\.weight has shape"),
+        ({first.replace("layers.0", "layers.7"): tensors[first]}, "this model has no experts .*layers.7"),
+    ):  # fmt: skip
+        save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
+        with pytest.raises(UserError, match=message):
+            peftjax.load_adapter(model, path.parent, "other")
+    assert list(adapters.attached(model)) == ["default"]
+    for other, method, message in (
+        (
+            tiny.model(),
+            peftjax.Lora(rank=2),
+            "single_experts=True requires a LoRA on experts, and adapter 'default' is",
+        ),
+        (tiny.model(**GPT_OSS), peftjax.Lora(rank=2), "GptOss never has single experts; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            peftjax.save_adapter(peftjax.attach(other, method, rngs=nnx.Rngs(0)), tmp_path / "x", single_experts=True)

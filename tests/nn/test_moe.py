@@ -17,6 +17,7 @@ from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
 from peftjax.quant import grouped
+from peftjax.totals import balanced_next_token_loss
 from tests import tiny
 
 EXPERTS, CHOICES, WIDTH, HIDDEN = 4, 2, 16, 12
@@ -228,6 +229,29 @@ def test_the_load_balancing_loss_counts_choices_and_probabilities() -> None:
     mixed = jnp.concatenate([balanced * 9, same[:1]], axis=2)
     mask = jnp.arange(8)[None] < 4
     np.testing.assert_allclose(load_balancing_loss(mixed, 1, mask), 1, rtol=1e-6)
+
+
+def test_packed_documents_have_the_load_balancing_loss_of_padded_ones() -> None:
+    model = tiny.model(model_type="mixtral", num_local_experts=EXPERTS, num_experts_per_tok=CHOICES)
+    first, second = tiny.tokens(shape=(1, 5)), tiny.tokens(1, (1, 3))
+    wide = lambda array: jnp.pad(array, ((0, 0), (0, 9 - array.shape[1])))  # noqa: E731
+    zeros = {"targets": jnp.zeros((1, 9), jnp.int32), "loss_weights": jnp.zeros((1, 9)).at[0, 1].set(2.0)}
+    packed = zeros | {
+        "tokens": wide(jnp.concatenate([first, second], axis=1)),
+        "positions": jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]]),
+        "segments": jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]]),
+    }
+    padded = {name: jnp.concatenate([value, jnp.zeros_like(value)]) for name, value in zeros.items()} | {
+        "tokens": jnp.concatenate([wide(first), wide(second)]),
+        "mask": jnp.arange(9)[None] < jnp.array([[5], [3]]),
+    }
+    loss = jax.jit(lambda batch: balanced_next_token_loss(model, batch, 4, 0.1))
+    found, expected = loss(packed), loss(padded)
+    np.testing.assert_allclose(found.balance, expected.balance, rtol=1e-5)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+    everything = loss(padded | {"mask": jnp.ones((2, 9), bool)})
+    assert abs(everything.balance - expected.balance) > 1e-3 * expected.balance
+    assert loss(padded | {"mask": jnp.zeros((2, 9), bool)}).balance == 0
 
 
 def test_variables_of_experts_are_sharded_by_expert() -> None:

@@ -30,6 +30,9 @@ T5 = {
     "pad_token_id": 256, "eos_token_id": 256, "decoder_start_token_id": 0, "architectures": ["T5ForConditionalGeneration"],
 }  # fmt: skip
 
+LLAMA = tiny.CONFIG | {"vocab_size": 257, "hidden_size": 16}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict], Path]:
@@ -62,6 +65,7 @@ def records(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
                 "regression": float(words.count("a")),
                 "token_classification": words,
                 "seq2seq": "",
+                "causal_lm": "",
             }[kind],
         }
 
@@ -224,3 +228,26 @@ def test_what_does_not_go_with_the_task_is_an_error(
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), **fields)
     with pytest.raises(ValueError, match=message):
         train(configs.validate(made), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_mixture_of_experts_is_trained_with_a_load_balancing_loss(
+    pack: bool, models: Callable, tmp_path: Path
+) -> None:
+    """Which is logged, is in the sum to minimize, and makes the routers' load more even; the evaluation is without it."""
+    made = config(tmp_path, models(MIXTRAL), "causal_lm", data__pack=pack, train__accumulate=2)
+    made.task.router_aux_loss_coef = 20.0
+    made.method = methods.make_config("lora", rank=4, targets=("mlp.gate",))
+    scores = train(configs.validate(made), tmp_path / "run").scores
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [line["router_aux_loss"] for line in lines]
+    assert 0 < losses[-1] < losses[0]
+    assert scores.keys() == {"eval_loss", "perplexity", "token_accuracy", "eval_tokens"}
+    assert_evaluated(made, tmp_path / "run")
+    if not pack:
+        made.model.path, made.method = str(models(LLAMA)), methods.make_config("lora", rank=4)
+        with pytest.raises(
+            ValueError, match=r"router_aux_loss_coef=20.0: .* is a Llama, which has no routers; set it to 0"
+        ):
+            train(configs.validate(made), tmp_path / "dense")

@@ -26,6 +26,7 @@ from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
+from peftjax.methods.lora.experts import LoraExperts
 from peftjax.methods.lora.lora import Lora
 from peftjax.methods.lora.mix import APART, SPARSE, SPARSE_SVD, WAYS, Draw, Mixer, Part, bernoulli, rank_of
 from peftjax.methods.lora.patches import LoraPatches
@@ -109,9 +110,10 @@ def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -
     for name, weight in zip(names, weights, strict=True):
         for site, adapter in adapters_named(model, name):
             lora = adapter.exported()
-            if isinstance(lora, LoraPatches):
+            if isinstance(lora, LoraPatches | LoraExperts):
+                what = "experts" if isinstance(lora, LoraExperts) else "patch embeddings"
                 raise UserError(
-                    f"combine: adapter {name!r} has a LoRA on {site.names[0]}, and patch embeddings cannot be combined"
+                    f"combine: adapter {name!r} has a LoRA on {site.names[0]}, and {what} cannot be combined"
                 )
             assert type(lora) in (LoraLinear, LoraEmbedding), f"{type(lora).__name__} is more than A and B"
             stacked = [np.asarray(leaf.get_value(), np.float32) for leaf in (lora.a, lora.b, lora.scale)]

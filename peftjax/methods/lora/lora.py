@@ -215,7 +215,7 @@ class Lora(Ranked):
         refused = {
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
             "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
-            "dora": (self.dora and of_experts, "is not supported for experts"),
+            "dora": (self.dora and of_experts, "is not supported for experts, as in peft"),
             "init": (
                 self.init not in ("kaiming", "gaussian") if of_experts else RESIDUAL.fullmatch(self.init),
                 "is not supported for experts" if of_experts else "starts from a Linear's kernel",
