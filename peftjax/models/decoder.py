@@ -82,7 +82,7 @@ class Block(nnx.Module):
     Args:
         make_norm: Builds a norm.
         attention: The first sublayer.
-        feedforward: The second sublayer.
+        feedforward: The second sublayer; None: it is set for each layer, as in `models.moe.MoeLlama.through_layers`.
         norm_in: Whether the inputs of the sublayers are normalized.
         norm_out: Whether the outputs of the sublayers are normalized before they are added.
         make_residual: Builds a residual connection.
@@ -92,7 +92,7 @@ class Block(nnx.Module):
         self,
         make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts,
+        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts | None,
         *,
         norm_in: bool = True,
         norm_out: bool = False,
@@ -100,7 +100,8 @@ class Block(nnx.Module):
     ) -> None:
         self.norm_in, self.norm_out = norm_in, norm_out
         self.attention, self.attention_residual = attention, make_residual()
-        self.feedforward, self.feedforward_residual = feedforward, make_residual()
+        self.feedforward: Any = nnx.data(feedforward)
+        self.feedforward_residual = make_residual()
         if norm_in:
             self.attention_norm, self.feedforward_norm = make_norm(), make_norm()
         if norm_out:
@@ -130,6 +131,9 @@ class Block(nnx.Module):
         x = self.attention_residual(x, attend)
         x = self.feedforward_residual(x, transform)
         return sharding.constrain(x, "batch", "length", None), new_cache
+
+
+Layer = Callable[[Block, Carry, Any], tuple[Carry, None]]
 
 
 class Decoder(LanguageModel):
@@ -188,6 +192,10 @@ class Decoder(LanguageModel):
         """Return the factors of the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
         del positions
         return None
+
+    def through_layers(self, layer: Layer, carry: Carry, per_layer: Any) -> Carry:
+        """Run all layers, as `scan_stack` does, and return the last carry."""
+        return scan_stack(self.blocks, layer, carry, per_layer, self.config.remat)[0]
 
     # --- The same for all families ---
 
@@ -322,7 +330,7 @@ class Decoder(LanguageModel):
         )
         stored = None if cache is None else (cache.key, cache.value)
         index = None if cache is None else jnp.arange(self.config.layers)
-        (x, stored), _ = scan_stack(self.blocks, layer, (x, stored), (index, options), self.config.remat)
+        x, stored = self.through_layers(layer, (x, stored), (index, options))
         if cache is None or valid is None or stored is None:
             return self.norm(x), None
         extended = Cache(key=stored[0], value=stored[1], valid=valid, length=cache.length + length)

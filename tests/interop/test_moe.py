@@ -48,6 +48,18 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
         transformers.Qwen3MoeConfig(**QWEN, head_dim=16, attention_bias=True),
         {"num_local_experts": None, "num_experts": 6, "router_aux_loss_coef": 0.01},
     ),
+    "qwen2-moe-every-second": (
+        transformers.Qwen2MoeConfig(
+            **QWEN | {"num_hidden_layers": 5}, decoder_sparse_step=2, shared_expert_intermediate_size=20
+        ),
+        {},
+    ),
+    "qwen3-moe-some": (
+        transformers.Qwen3MoeConfig(
+            **QWEN | {"num_hidden_layers": 5}, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0, 3], attention_bias=True
+        ),
+        {},
+    ),
     "gpt-oss": (
         transformers.GptOssConfig(
             **GPT_OSS, head_dim=8, num_experts_per_tok=2, sliding_window=WINDOW, swiglu_limit=1.0, swiglu_alpha=1.3
@@ -164,6 +176,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": (
         "gpt-oss",
         {"target_modules": ["q_proj", "o_proj"], "target_parameters": [*EXPERTS, "router.weight"]},
+    ),
+    "dense-layers": ("qwen3-moe-some", {"target_modules": ["o_proj", "mlp.down_proj"], "target_parameters": EXPERTS}),
+    "names-of-transformers-4-dense": (
+        "qwen3-moe-some",
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
+    "every-second-layer-dense": (
+        "qwen2-moe-every-second",
+        {"target_modules": ["q_proj", "mlp.up_proj", "mlp.down_proj"], "rank_pattern": {"4.mlp.up_proj": 5}},
     ),
     "names-of-transformers-4": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
 }
