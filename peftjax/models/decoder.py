@@ -41,6 +41,7 @@ class DecoderConfig(LanguageModelConfig):
         local_rope: Rotary embedding of the layers with a window; None: `rope`.
         rotated: For each layer, whether queries and keys are rotated; empty: in all layers.
         windows: For each layer, how many positions back a query sees; 0: all.
+        chunked: Whether a query sees the positions of its own chunk only, with a window as the size of chunks.
         init_stddev: Standard deviation of random weights.
         whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
     """
@@ -49,6 +50,7 @@ class DecoderConfig(LanguageModelConfig):
     local_rope: Rope | None = None
     rotated: tuple[bool, ...] = ()
     windows: tuple[int, ...]
+    chunked: bool = False
     init_stddev: float
     whole: str = ""
 
@@ -115,13 +117,14 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         offset: jax.Array | int,
         query_factors: jax.Array | None = None,
+        rotated: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         new_cache = cache
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal new_cache
             x = self.attention_norm(x) if self.norm_in else x
-            y, new_cache = self.attention(x, rope, mask, cache, offset, query_factors)
+            y, new_cache = self.attention(x, rope, mask, cache, offset, query_factors, rotated)
             return self.attention_out_norm(y) if self.norm_out else y
 
         def transform(x: jax.Array) -> jax.Array:
@@ -188,9 +191,9 @@ class Decoder(LanguageModel):
         del positions
         return x
 
-    def query_factors(self, positions: jax.Array) -> jax.Array | None:
-        """Return the factors of the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
-        del positions
+    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array | None:
+        """Return the factors of a layer's queries at positions [B or 1, T], float32 of the same shape; None: 1."""
+        del positions, layer
         return None
 
     def through_layers(self, layer: Layer, carry: Carry, per_layer: Any) -> Carry:
@@ -309,7 +312,7 @@ class Decoder(LanguageModel):
         """`hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        rotations, query_factors = self.rotations(positions), self.query_factors(positions)
+        rotations = self.rotations(positions)
         valid = None
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
@@ -320,7 +323,8 @@ class Decoder(LanguageModel):
             (x, stored), (index, options) = carry, inputs
             own = None if stored is None or index is None else LayerCache(*stored, index)
             mask = allowed.of_layer(options.window)
-            x, own = block(x, rotations(options), mask, own, offset, query_factors)
+            factors = self.query_factors(positions, options)
+            x, own = block(x, rotations(options), mask, own, offset, factors, options.rotated)
             return (x, None if own is None else (own.key, own.value)), None
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
@@ -354,7 +358,9 @@ class Decoder(LanguageModel):
             segments: int [B, T], document index.
             offset: Number of keys in the cache.
         """
-        soft, windows = self.embed.adapters.virtual, self.config.windows
+        soft, windows, chunked = self.embed.adapters.virtual, self.config.windows, self.config.chunked
+        if chunked and (length if valid is None else valid.shape[1]) + self.virtual - soft <= max(windows):
+            windows, chunked = (), False  # all keys are in the first chunk
         return AttentionMask(
             length=length,
             positions=positions - self.virtual + soft,  # from the soft prompt's first key
@@ -364,6 +370,7 @@ class Decoder(LanguageModel):
             shared=soft,
             prefix=self.virtual - soft,
             windows=tuple(sorted(set(windows))) if any(windows) else (),
+            chunked=chunked,
         )
 
     @property

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, make_groups
+from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, Groups, UprightExpertLinear, make_groups
 from peftjax.nn.feedforward import GatedFeedForward, gated
 from peftjax.nn.linear import Linear
 from peftjax.nn.recompute import recomputed
@@ -50,7 +50,9 @@ def route(
     """
     logits = logits.astype(jnp.float32)
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
-    preferred = scores if correction is None else scores + jnp.broadcast_to(correction, scores.shape)
+    preferred = logits if sigmoid else scores  # large logits have equal sigmoids
+    if correction is not None:
+        preferred = scores + jnp.broadcast_to(correction, scores.shape)
     chosen = jax.lax.top_k(preferred, choices)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalized:
@@ -139,13 +141,27 @@ class Experts(nnx.Module):
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
-        y = self.down(self.hidden(self.gate_up(groups.spread(flat(x)), groups)), groups)
-        return groups.combine(y, flat(weights)).reshape(x.shape)
+        rows, weights = self.rows(flat(x), flat(weights), groups)
+        y = self.down(self.hidden(self.gate_up(rows, groups)), groups)
+        return groups.combine(y, weights).reshape(x.shape)
+
+    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+        """The inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K], from x [N, D] and weights."""
+        return groups.spread(x), weights
 
     def hidden(self, gate_up: jax.Array) -> jax.Array:
         """Apply the gated activation: [..., 2F] -> [..., F]."""
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return gated(self.activation, gate, up)
+
+
+class InputWeightedExperts(Experts):
+    """f(w x) with the weight w of a choice, in place of w f(x): the experts of Llama 4."""
+
+    linear: ClassVar = UprightExpertLinear
+
+    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+        return groups.spread(x) * groups.spread_weights(weights).astype(x.dtype), jnp.ones_like(weights)
 
 
 class ClampedExperts(Experts):
@@ -201,7 +217,7 @@ class MixtureOfExperts(nnx.Module):
         router: [D, E].
         experts: The routed experts, f.
         shared: A feed-forward layer for all tokens, or None.
-        shared_gate: [D, 1]; the sigmoid of its output multiplies that of `shared`.
+        shared_gate: [D, 1], or None; the sigmoid of its output multiplies that of `shared`.
 
     Args:
         experts: Number of experts.
@@ -210,6 +226,8 @@ class MixtureOfExperts(nnx.Module):
         features: Width of input and output, D.
         hidden: Hidden width of an expert, F.
         shared: Hidden width of the shared expert; 0: there is none.
+        shared_gated: Whether the shared expert has a gate.
+        sigmoid: Whether the weights are sigmoids of the router's logits, not a softmax.
         router_bias: Whether the router has a bias.
         make_experts: Class or function that builds the experts.
         activation: One of `ACTIVATIONS`.
@@ -227,6 +245,8 @@ class MixtureOfExperts(nnx.Module):
         hidden: int,
         *,
         shared: int = 0,
+        shared_gated: bool = True,
+        sigmoid: bool = False,
         router_bias: bool = False,
         make_experts: Callable[..., Experts] = Experts,
         activation: Callable[[jax.Array], jax.Array],
@@ -234,7 +254,7 @@ class MixtureOfExperts(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.choices, self.normalized = choices, normalized
+        self.choices, self.normalized, self.sigmoid = choices, normalized, sigmoid
         common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.router = Router(features, experts, axes=("embed", "expert"), use_bias=router_bias, **common)
         self.experts = make_experts(experts, features, hidden, activation=activation, **common)
@@ -242,9 +262,14 @@ class MixtureOfExperts(nnx.Module):
         self.shared_gate: Any = nnx.data(None)
         if shared:
             self.shared = nnx.data(GatedFeedForward(features, shared, activation=activation, use_bias=False, **common))
-            self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
+            if shared_gated:
+                self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weights, chosen = route(self.router(x), self.choices, normalized=self.normalized)
+        weights, chosen = route(self.router(x), self.choices, sigmoid=self.sigmoid, normalized=self.normalized)
         y = self.experts(x, weights, chosen)
-        return y if self.shared is None else y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        if self.shared is None:
+            return y
+        return y + (
+            self.shared(x) if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        )

@@ -97,9 +97,16 @@ def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
 DENSE = CONFIG | {"num_hidden_layers": 4, "decoder_sparse_step": 2}  # layers 1 and 3 have experts
 
 
+LLAMA4 = tiny.CONFIG | {
+    "model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+    "intermediate_size": 64, "intermediate_size_mlp": 64, "attention_chunk_size": 5, "floor_scale": 4,
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_dense_layers_compute_the_same_quantized_and_on_eight_devices(tmp_path: Path) -> None:
-    peftjax.save_model(tiny.model(**DENSE), tmp_path / "model")
+@pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["qwen2-moe", "llama4"])
+def test_dense_layers_compute_the_same_quantized_and_on_eight_devices(config: dict[str, Any], tmp_path: Path) -> None:
+    peftjax.save_model(tiny.model(**config), tmp_path / "model")
     expected = logits(peftjax.load_model(tmp_path / "model"))
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
     sharded = peftjax.load_model(tmp_path / "model", mesh=mesh)
