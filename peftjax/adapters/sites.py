@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, matches, matching, suggest, unmatched
-from peftjax.models.base import LanguageModel, Model, hf_name
+from peftjax.models.base import LanguageModel, Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.slot import Adapter
@@ -38,6 +38,13 @@ class Site:
     def layers(self) -> tuple[int | None, ...]:
         """The layer arguments of `MethodAdapter.hf_leaves`, in the order of `names`."""
         return tuple(range(self.stack[0])) if self.stack else (None,)
+
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """The numbers of its layers in the model, in the order of `names`."""
+        if not self.stack or not isinstance(self.model, Model):
+            return self.layers
+        return self.model.layer_numbers(self.path, self.stack[0])
 
     @property
     def parameters(self) -> dict[str, nnx.Variable]:
@@ -70,10 +77,16 @@ def sites(model: nnx.Module) -> list[Site]:
         if isinstance(module, SlottedLayer):
             path = ".".join(map(str, key))
             stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
-            name = names.get(path, path)
-            expanded = tuple(hf_name(name, layer) for layer in range(stack[0])) if stack else (name,)
-            found.append(Site(path, module, expanded, stack, model))
+            site = Site(path, module, (names.get(path, path),), stack, model)
+            if stack:
+                site = dataclasses.replace(site, names=tuple(site.names[0].format(number) for number in site.numbers))
+            found.append(site)
     return sorted(found, key=lambda site: site.path)
+
+
+def depth_of(found: Iterable[Site]) -> int:
+    """Return the number of layers of the model that the sites are in; 0 if none is stacked."""
+    return 1 + max((number for site in found for number in site.numbers if number is not None), default=-1)
 
 
 def adapters_named(model: nnx.Module, name: str) -> list[tuple[Site, Any]]:
@@ -137,7 +150,7 @@ def _choose(
                 f"method.{option}: {', '.join(map(repr, missing))} matches no layer of this model."
                 f"{suggest(missing[0], last)} Its layers: {', '.join(last)}"
             )
-    depth = max((site.stack[0] for site in candidates if site.stack), default=0)
+    depth = depth_of(candidates)
     if beyond := [layer for layer in layers if not 0 <= layer < depth]:
         raise UserError(
             f"method.layers_to_transform: layer {beyond[0]} does not exist; the model has layers 0 to {depth - 1}"
@@ -147,8 +160,8 @@ def _choose(
         mask = np.array([
             matches(name, targets)
             and not (exclude and matches(name, exclude))
-            and not (layers and index not in layers)
-            for index, name in zip(site.layers, site.names, strict=True)
+            and not (layers and number not in layers)
+            for number, name in zip(site.numbers, site.names, strict=True)
         ])  # fmt: skip
         if mask.any():
             chosen.append((site, mask))

@@ -25,7 +25,7 @@ from peftjax.io.adapter_keys import bare_key, with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
 from peftjax.methods.lora.experts import LoraExperts
 from peftjax.methods.lora.lora import Lora
-from peftjax.models.base import Model, hf_name
+from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
     for site in _expert_sites(model):
         spelled = zip(site.names, _stored_names(site), strict=True)
         of_layer = [name for either in spelled for name in dict.fromkeys(either) if name in ranks]
-        every = len([layer for layer in site.layers if not layers or layer in layers])
+        every = len([number for number in site.numbers if not layers or number in layers])
         found += [".".join(of_layer[0].split(".")[-2:])] if of_layer and len(of_layer) == every else of_layer
     return tuple(found)
 
@@ -298,4 +298,4 @@ def _stored_names(site: Site) -> tuple[str, ...]:
     """The names of a site's layers in transformers 4."""
     assert isinstance(site.model, Model)
     older = site.model.hf_renamed.get(site.path)
-    return site.names if older is None else tuple(hf_name(older, layer) for layer in range(len(site.names)))
+    return site.names if older is None else tuple(older.format(number) for number in site.numbers)

@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.sites import sites
+from peftjax.adapters.sites import depth_of, sites
 from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.lora.lora import Lora
-from peftjax.models.base import Model, hf_name
+from peftjax.models.base import Model
 
 PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
 
@@ -34,10 +34,9 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     older: dict[str, str] = {}
     for site in sites(model):
         if site.path in model.hf_renamed:
-            layers = range(len(site.names))
             older |= {
-                hf_name(model.hf_renamed[site.path], layer): name
-                for layer, name in zip(layers, site.names, strict=True)
+                model.hf_renamed[site.path].format(number): name
+                for number, name in zip(site.numbers, site.names, strict=True)
             }
     found = any(f".{name}." in f".{key}" for key in keys for name in older)
     return older if found else {}
@@ -49,7 +48,7 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
         return method
     back = {name: old for old, name in older.items()}
     fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
-    by_layer = [pair for site in fitting for pair in zip(site.layers, site.names, strict=True)]
+    by_layer = [pair for site in fitting for pair in zip(site.numbers, site.names, strict=True)]
     names = [name for site in sites(model) for name in site.names]
 
     def selected(pattern: Any, name: str) -> bool:
@@ -130,7 +129,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
     names = [name for site in fitting for name in site.names]
     every = [name for site in sites(model) for name in site.names]
-    depth = max((site.stack[0] for site in fitting if site.stack), default=0)
+    depth = depth_of(fitting)
 
     changes: dict[str, Any] = {}
     given = (method.targets,) if isinstance(method.targets, str) else method.targets

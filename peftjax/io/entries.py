@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core import variables
-from peftjax.models.base import Model, hf_name
+from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Linear
@@ -68,10 +68,10 @@ def entries(model: Model) -> list[Entry]:
         assert isinstance(module, Layer), path
         suffix, order = module.hf_leaves[leaf]
         stacked = variable.axes[0] == "layers"
-        layers = range(variable.shape[0] if stacked else 1)
-        modules = tuple(hf_name(in_class[module_path], layer) for layer in layers)
+        layers = model.layer_numbers(path, variable.shape[0]) if stacked else (0,)
+        modules = tuple(in_class[module_path].format(layer) for layer in layers)
         name = in_file[module_path] + (suffix if suffix[:1] in ("", "_") else f".{suffix}")
-        keys = tuple(hf_name(name, layer) for layer in layers)
+        keys = tuple(name.format(layer) for layer in layers)
         result.append(Entry(path, modules, keys, tuple(variable.shape), tuple(variable.axes), stacked, order))
     return result
 

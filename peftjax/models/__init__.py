@@ -17,6 +17,7 @@ from peftjax.models import (
     gpt_oss,
     granite,
     llama,
+    llama4,
     ministral,
     mixtral,
     modernbert,
@@ -54,6 +55,7 @@ class Family:
 FAMILIES = {
     "bert": Family(bert.from_hf, HEADS),
     "llama": Family(llama.from_hf),
+    "llama4_text": Family(llama4.from_hf),
     "mistral": Family(llama.from_hf),
     "qwen2": Family(llama.from_hf),
     "qwen3": Family(llama.from_hf),

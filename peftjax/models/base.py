@@ -123,24 +123,11 @@ class Origin:
         return hash(Origin)
 
 
-def hf_name(name: str, layer: int) -> str:
-    """Return the Hugging Face name of a layer of a stacked module.
-
-    `{}` stands for the layer's index in the stack. `{1}` stands for that index plus 1, for stacks without the model's first
-    layer.
-
-    Examples:
-        >>> hf_name("layers.{}.norm", 3), hf_name("layers.{1}.norm", 3)
-        ('layers.3.norm', 'layers.4.norm')
-    """
-    return name.format(layer, layer + 1)
-
-
 class Model(nnx.Module):
     """A model that reads and writes Hugging Face checkpoints.
 
     The `hf_*` attributes translate between our module paths and the names in Hugging Face checkpoints. In the name of a
-    stacked module, `{}` stands for the layer's index, as in `hf_name`.
+    stacked module, `{}` stands for the layer's number in the model, from `layer_numbers`.
 
     Attributes:
         config: Sizes and options.
@@ -172,6 +159,15 @@ class Model(nnx.Module):
     def hf_renamed(self) -> Mapping[str, str]:
         """The modules whose names in checkpoint files differ from those in the transformers class, by path."""
         return MappingProxyType({})
+
+    @property
+    def partial_stacks(self) -> Mapping[str, tuple[int, ...]]:
+        """The numbers of the layers that are in a stack, by its path, for stacks that do not have all layers."""
+        return MappingProxyType({})
+
+    def layer_numbers(self, path: str, depth: int) -> tuple[int, ...]:
+        """Return the numbers in the model of the `depth` layers of the stack that the module at `path` is part of."""
+        return self.partial_stacks.get(path.partition(".")[0], tuple(range(depth)))
 
     @property
     def hf_part(self) -> bool:

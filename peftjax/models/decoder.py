@@ -21,11 +21,11 @@ from peftjax.models.eager import compiled
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import AttentionMask
-from peftjax.nn.cache import Cache, Carry, LayerCache, extend_valid
+from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import MixtureOfExperts, expert_load
+from peftjax.nn.moe import Load, MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -41,6 +41,7 @@ class DecoderConfig(LanguageModelConfig):
         local_rope: Rotary embedding of the layers with a window; None: `rope`.
         rotated: For each layer, whether queries and keys are rotated; empty: in all layers.
         windows: For each layer, how many positions back a query sees; 0: all.
+        chunked: Whether a query sees the positions of its own chunk only, with a window as the size of chunks.
         init_stddev: Standard deviation of random weights.
         whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
     """
@@ -49,6 +50,7 @@ class DecoderConfig(LanguageModelConfig):
     local_rope: Rope | None = None
     rotated: tuple[bool, ...] = ()
     windows: tuple[int, ...]
+    chunked: bool = False
     init_stddev: float
     whole: str = ""
 
@@ -82,7 +84,7 @@ class Block(nnx.Module):
     Args:
         make_norm: Builds a norm.
         attention: The first sublayer.
-        feedforward: The second sublayer.
+        feedforward: The second sublayer; None: it is set for each layer, as in `models.moe.MoeLlama.through_layers`.
         norm_in: Whether the inputs of the sublayers are normalized.
         norm_out: Whether the outputs of the sublayers are normalized before they are added.
         make_residual: Builds a residual connection.
@@ -92,7 +94,7 @@ class Block(nnx.Module):
         self,
         make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts,
+        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts | None,
         *,
         norm_in: bool = True,
         norm_out: bool = False,
@@ -100,7 +102,8 @@ class Block(nnx.Module):
     ) -> None:
         self.norm_in, self.norm_out = norm_in, norm_out
         self.attention, self.attention_residual = attention, make_residual()
-        self.feedforward, self.feedforward_residual = feedforward, make_residual()
+        self.feedforward: Any = nnx.data(feedforward)
+        self.feedforward_residual = make_residual()
         if norm_in:
             self.attention_norm, self.feedforward_norm = make_norm(), make_norm()
         if norm_out:
@@ -114,31 +117,36 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         offset: jax.Array | int,
         query_factors: jax.Array | None = None,
-        counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """Return the output, the cache, and with `counted` the `expert_load` of those tokens, bool [B, T]."""
-        new_cache, load = cache, None
+        rotated: jax.Array | None = None,
+        load: Load | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, Load | None]:
+        """Return the output, the cache, and the load of the experts up to this layer."""
+        new_cache = cache
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal new_cache
             x = self.attention_norm(x) if self.norm_in else x
-            y, new_cache = self.attention(x, rope, mask, cache, offset, query_factors)
+            y, new_cache = self.attention(x, rope, mask, cache, offset, query_factors, rotated)
             return self.attention_out_norm(y) if self.norm_out else y
 
         def transform(x: jax.Array) -> jax.Array:
             nonlocal load
             x = self.feedforward_norm(x) if self.norm_in else x
-            if counted is None:
-                y = self.feedforward(x)
-            else:
-                assert isinstance(self.feedforward, MixtureOfExperts)
+            if load is not None and isinstance(self.feedforward, MixtureOfExperts):
                 y, logits = self.feedforward.with_logits(x)
-                load = expert_load(logits, self.feedforward.choices, counted)
+                load = load.after(logits, self.feedforward.choices)
+            else:
+                y = self.feedforward(x)
             return self.feedforward_out_norm(y) if self.norm_out else y
 
         x = self.attention_residual(x, attend)
         x = self.feedforward_residual(x, transform)
         return sharding.constrain(x, "batch", "length", None), new_cache, load
+
+
+# The carry of the scan over layers: hidden states, the stored keys and values, the sums of `Load`.
+State = tuple[jax.Array, tuple[jax.Array, jax.Array] | None, jax.Array | None]
+Layer = Callable[[Block, State, Any], tuple[State, None]]
 
 
 class Decoder(LanguageModel):
@@ -193,10 +201,14 @@ class Decoder(LanguageModel):
         del positions
         return x
 
-    def query_factors(self, positions: jax.Array) -> jax.Array | None:
-        """Return the factors of the queries at positions [B or 1, T], float32 of the same shape; None: 1."""
-        del positions
+    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array | None:
+        """Return the factors of a layer's queries at positions [B or 1, T], float32 of the same shape; None: 1."""
+        del positions, layer
         return None
+
+    def through_layers(self, layer: Layer, carry: State, per_layer: Any) -> State:
+        """Run all layers, as `scan_stack` does, and return the last carry."""
+        return scan_stack(self.blocks, layer, carry, per_layer, self.config.remat)[0]
 
     # --- The same for all families ---
 
@@ -281,7 +293,7 @@ class Decoder(LanguageModel):
         Returns:
             Hidden states [B, T, D], and the cache extended by T tokens, or None.
         """
-        return self._hidden(tokens, mask, positions, segments, cache, None)[:2]
+        return self._hidden(tokens, mask, positions, segments, cache)[:2]
 
     def _hidden(
         self,
@@ -290,9 +302,9 @@ class Decoder(LanguageModel):
         positions: jax.Array | None,
         segments: jax.Array | None,
         cache: Cache | None,
-        counted: jax.Array | None,
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """`hidden`, and the `expert_load`s [L, 2, E] of the tokens `counted`, bool [B, T], with those of a soft prompt."""
+        load: Load | None = None,
+    ) -> tuple[jax.Array, Cache | None, Load | None]:
+        """`hidden`, and the load of all layers if an empty one is given; an active soft prompt counts too."""
         soft, virtual = self.embed.adapters.virtual, self.virtual
         x = self.embedded(tokens)
         if positions is None:
@@ -300,16 +312,18 @@ class Decoder(LanguageModel):
             positions = start + jnp.arange(tokens.shape[1])[None]  # [1, T]
         positions = positions + virtual
         if cache is not None or not soft:
-            return self._through_blocks(x, positions, mask, segments, cache, counted)
+            return self._through_blocks(x, positions, mask, segments, cache, load)
         x = jnp.concatenate([self.embed.prompt(len(x)), x], axis=1)
         before = jnp.broadcast_to(virtual - soft + jnp.arange(soft)[None], (len(positions), soft))
         positions = jnp.concatenate([before, positions], axis=1)
         mask, segments, counted = (
             None if array is None else jnp.pad(array, ((0, 0), (soft, 0)), constant_values=value)
-            for array, value in ((mask, True), (segments, -1), (counted, True))
+            for array, value in ((mask, True), (segments, -1), (None if load is None else load.counted, True))
         )
-        x, _, loads = self._through_blocks(x, positions, mask, segments, None, counted)
-        return x[:, soft:], None, loads
+        if load is not None and counted is not None:
+            load = load._replace(counted=counted)
+        x, _, load = self._through_blocks(x, positions, mask, segments, None, load)
+        return x[:, soft:], None, load
 
     def _through_blocks(
         self,
@@ -318,24 +332,26 @@ class Decoder(LanguageModel):
         mask: jax.Array | None,
         segments: jax.Array | None,
         cache: Cache | None,
-        counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        load: Load | None = None,
+    ) -> tuple[jax.Array, Cache | None, Load | None]:
         """`_hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        rotations, query_factors = self.rotations(positions), self.query_factors(positions)
+        rotations = self.rotations(positions)
         valid = None
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
-        def layer(block: Block, carry: Carry, inputs: tuple[jax.Array | None, LayerOptions]) -> tuple[Carry, Any]:
-            (x, stored), (index, options) = carry, inputs
+        def layer(block: Block, carry: State, inputs: tuple[jax.Array | None, LayerOptions]) -> tuple[State, None]:
+            (x, stored, sums), (index, options) = carry, inputs
             own = None if stored is None or index is None else LayerCache(*stored, index)
             mask = allowed.of_layer(options.window)
-            x, own, load = block(x, rotations(options), mask, own, offset, query_factors, counted)
-            return (x, None if own is None else (own.key, own.value)), load
+            factors = self.query_factors(positions, options)
+            before = None if load is None or sums is None else load._replace(sums=sums)
+            x, own, after = block(x, rotations(options), mask, own, offset, factors, options.rotated, before)
+            return (x, None if own is None else (own.key, own.value), None if after is None else after.sums), None
 
         x = sharding.constrain(self.with_positions(x, positions), "batch", "length", None)
         options = LayerOptions(
@@ -344,11 +360,13 @@ class Decoder(LanguageModel):
         )
         stored = None if cache is None else (cache.key, cache.value)
         index = None if cache is None else jnp.arange(self.config.layers)
-        (x, stored), loads = scan_stack(self.blocks, layer, (x, stored), (index, options), self.config.remat)
+        state = (x, stored, None if load is None else load.sums)
+        x, stored, sums = self.through_layers(layer, state, (index, options))
+        load = None if load is None or sums is None else load._replace(sums=sums)
         if cache is None or valid is None or stored is None:
-            return self.norm(x), None, loads
+            return self.norm(x), None, load
         extended = Cache(key=stored[0], value=stored[1], valid=valid, length=cache.length + length)
-        return self.norm(x), extended, loads
+        return self.norm(x), extended, load
 
     def attention_mask(
         self,
@@ -368,7 +386,9 @@ class Decoder(LanguageModel):
             segments: int [B, T], document index.
             offset: Number of keys in the cache.
         """
-        soft, windows = self.embed.adapters.virtual, self.config.windows
+        soft, windows, chunked = self.embed.adapters.virtual, self.config.windows, self.config.chunked
+        if chunked and (length if valid is None else valid.shape[1]) + self.virtual - soft <= max(windows):
+            windows, chunked = (), False  # all keys are in the first chunk
         return AttentionMask(
             length=length,
             positions=positions - self.virtual + soft,  # from the soft prompt's first key
@@ -378,6 +398,7 @@ class Decoder(LanguageModel):
             shared=soft,
             prefix=self.virtual - soft,
             windows=tuple(sorted(set(windows))) if any(windows) else (),
+            chunked=chunked,
         )
 
     @property

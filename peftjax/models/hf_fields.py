@@ -119,6 +119,18 @@ OWN: dict[str, frozenset[str]] = {
         original_max_position_embeddings pad_token_id partial_rotary_factor residual_multiplier
         rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
     """),
+    "llama4_text": _names("""
+        attention_bias attention_dropout attn_scale attn_temperature_tuning bos_token_id eos_token_id
+        floor_scale head_dim hidden_act hidden_size image_size image_token_id initializer_range
+        interleave_moe_layer_step intermediate_size intermediate_size_mlp max_position_embeddings
+        moe_layers no_rope_layer_interval no_rope_layers num_attention_heads num_channels
+        num_experts_per_tok num_key_value_heads num_local_experts original_max_position_embeddings
+        output_attentions output_hidden_states output_router_logits pad_token_id partial_rotary_factor
+        patch_size pixel_shuffle_ratio projector_dropout projector_input_dim projector_output_dim
+        return_dict rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef
+        router_jitter_noise text_config tie_word_embeddings use_cache use_qk_norm vision_config
+        vocab_size
+    """),
     "ministral3": _names("""
         attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
         intermediate_size max_position_embeddings num_attention_heads num_key_value_heads

@@ -9,7 +9,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_shared, rope_fields
+from peftjax.models.decoder import LayerOptions, read_shared, rope_fields
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -36,7 +36,8 @@ class Ministral(Llama):
 
     config: MinistralConfig
 
-    def query_factors(self, positions: jax.Array) -> jax.Array:
+    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array:
+        del layer
         intervals = (positions // self.config.interval).astype(jnp.float32)
         return 1 + self.config.growth * jnp.log1p(intervals)
 

@@ -31,7 +31,7 @@ from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.norm import LayerNorm
 from peftjax.nn.rope import Rope, RopeTables
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.stack import Residual, make_stack, open_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,10 @@ class ModernBert(TextEncoder):
         near = (jnp.abs(positions[:, None] - keys[None, :]) <= self.config.reach)[None, None]  # [1, 1, T, S]
         seen = jnp.pad(valid, ((0, 0), (prefix, 0)), constant_values=True)[:, None, None, :]  # [B, 1, 1, S]
         both = [rope.tables(positions[None]) for rope in (self.config.local_rope, self.config.rope)]
-        norms, padded, shared = _with_first(self.attention_norms)
+        norms, stacked, shared = open_stack(self.attention_norms)
+        padded = jax.tree.map(
+            lambda leaf: jnp.pad(leaf, [(1, 0)] + [(0, 0)] * (leaf.ndim - 1)), stacked
+        )  # no first one
 
         def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             number, local, own = inputs
@@ -189,6 +192,10 @@ class ModernBert(TextEncoder):
     }
 
     @property
+    def partial_stacks(self) -> Mapping[str, tuple[int, ...]]:
+        return {"attention_norms": tuple(range(1, self.config.layers))}
+
+    @property
     def hf_ignored(self) -> tuple[str, ...]:
         """The pretraining head; its first layers only if no task head uses them."""
         return (*super().hf_ignored, r"decoder\..*", *([r"head\..*"] if self.config.head == "none" else []))
@@ -198,22 +205,10 @@ class ModernBert(TextEncoder):
         return ("head", *super().hf_fresh) if super().hf_fresh else ()
 
 
-def _with_first(norms: LayerNorm) -> tuple[nnx.GraphDef, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Return the structure of the norms, their stacked leaves with zeros for the first layer, and their shared leaves."""
-    graph, leaves = variables.flat(norms)
-    stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
-    shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
-    return (
-        graph,
-        {path: jnp.pad(value, [(1, 0)] + [(0, 0)] * (value.ndim - 1)) for path, value in stacked.items()},
-        shared,
-    )
-
-
 ModernBert.hf_base = {
     "embed": "embeddings.tok_embeddings",
     "embed_norm": "embeddings.norm",
-    "attention_norms": "layers.{1}.attn_norm",
+    "attention_norms": "layers.{}.attn_norm",
     "blocks.attention": "layers.{}.attn",
     "blocks.attention.qkv": "layers.{}.attn.Wqkv",
     "blocks.attention.out": "layers.{}.attn.Wo",

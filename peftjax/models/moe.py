@@ -1,16 +1,19 @@
 """What the mixture-of-experts families have in common: a Llama whose feed-forward layers are mixtures of experts."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.models.decoder import Block, Layer, State
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.feedforward import ACTIVATIONS
-from peftjax.nn.moe import MixtureOfExperts, balance
+from peftjax.nn.moe import Load, MixtureOfExperts, balance
+from peftjax.nn.stack import make_stack, scan_variants
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class MoeConfig(LlamaConfig):
         normalized: Whether the weights of a token's experts sum to 1.
         expert_mlp: Hidden width of an expert.
         shared_mlp: Hidden width of the shared expert; 0: there is none.
+        dense_layers: The numbers of the layers with one feed-forward layer, of width `mlp`, in place of experts.
     """
 
     experts: int
@@ -30,15 +34,49 @@ class MoeConfig(LlamaConfig):
     normalized: bool
     expert_mlp: int
     shared_mlp: int = 0
+    dense_layers: tuple[int, ...] = ()
 
     def make(self, rngs: nnx.Rngs) -> "MoeLlama":
         raise NotImplementedError
 
 
 class MoeLlama(Llama):
-    """A Llama with a mixture of experts in every layer."""
+    """A Llama with a mixture of experts in every layer, or in all layers but those of `dense_layers`.
+
+    Attributes:
+        sparse: The mixtures of experts, stacked. They are in `blocks` instead if there are no dense layers.
+        dense: The feed-forward layers of `dense_layers`, stacked, if there are any.
+    """
 
     config: MoeConfig
+
+    def __init__(self, config: MoeConfig, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs)
+        if config.dense_layers:
+            self.sparse = make_stack(self.make_feedforward, config.layers - len(config.dense_layers), rngs)
+            self.dense = make_stack(super().make_feedforward, len(config.dense_layers), rngs)
+
+    def make_block(self, rngs: nnx.Rngs) -> Block:
+        feedforward = None if self.config.dense_layers else self.make_feedforward(rngs)
+        return Block(self.make_norm, self.make_attention(rngs), feedforward)
+
+    def through_layers(self, layer: Layer, carry: State, per_layer: Any) -> State:
+        config = self.config
+        if not config.dense_layers:
+            return super().through_layers(layer, carry, per_layer)
+
+        def complete(block: Block, feedforward: Any, carry: State, inputs: Any) -> State:
+            block.feedforward = feedforward
+            return layer(block, carry, inputs)[0]
+
+        kinds = [int(number in config.dense_layers) for number in range(config.layers)]
+        stacks = (self.sparse, self.dense)
+        return scan_variants(self.blocks, stacks, kinds, complete, carry, per_layer, config.remat)
+
+    @property
+    def partial_stacks(self) -> Mapping[str, tuple[int, ...]]:
+        dense = self.config.dense_layers
+        return {"dense": dense, "sparse": tuple(i for i in range(self.config.layers) if i not in dense)}
 
     def hidden_and_balance(
         self,
@@ -57,9 +95,10 @@ class MoeLlama(Llama):
             positions: As in `hidden`.
             segments: As in `hidden`.
         """
-        hidden, _, loads = self._hidden(tokens, None, positions, segments, None, counted)
-        assert loads is not None
-        return hidden, balance(loads)
+        empty = Load(counted, jnp.zeros((2, self.config.experts)))
+        hidden, _, load = self._hidden(tokens, None, positions, segments, None, empty)
+        assert load is not None
+        return hidden, balance(load.sums / (self.config.layers - len(self.config.dense_layers)))
 
     def make_feedforward(self, rngs: nnx.Rngs, **options: Any) -> MixtureOfExperts:
         """Build the feed-forward layer of one block, with further options of `MixtureOfExperts`."""
@@ -84,6 +123,18 @@ MOE_NAMES = {path: name for path, name in Llama.hf_names.items() if not path.sta
     "blocks.feedforward.experts.gate_up": "model.layers.{}.mlp.experts.gate_up_proj",
     "blocks.feedforward.experts.down": "model.layers.{}.mlp.experts.down_proj",
 }
+
+
+def with_dense(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of a family's modules and those of its models with dense layers."""
+
+    def moved(names: Mapping[str, str], stack: str) -> dict[str, str]:
+        start = "blocks.feedforward."
+        return {stack + path.removeprefix(start): name for path, name in names.items() if path.startswith(start)}
+
+    return {**names, **moved(names, "sparse."), **moved(Llama.hf_names, "dense.")}
+
+
 # Fields of the load-balancing loss, which do not affect the logits.
 BALANCING = frozenset({"output_router_logits", "router_aux_loss_coef"})
 

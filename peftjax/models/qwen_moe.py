@@ -8,10 +8,11 @@ from typing import Any, Unpack
 
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import read_rope, read_shared, windows_by_type
 from peftjax.models.fields import HARMLESS, Fields
-from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,13 @@ class QwenMoe(MoeLlama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-QwenMoe.hf_names = MOE_NAMES | {
+_NAMES = MOE_NAMES | {
     "blocks.feedforward.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
     "blocks.feedforward.shared.up": "model.layers.{}.mlp.shared_expert.up_proj",
     "blocks.feedforward.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
     "blocks.feedforward.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
 }
+QwenMoe.hf_names = with_dense(_NAMES)
 QwenMoe.hf_experts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 # Defaults of transformers for fields that config.json omits, by model_type.
@@ -60,8 +62,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
     fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
     shared = read_shared(fields, norm_eps=1e-6)
     fields.no_dropout("attention_dropout")
-    fields.only("decoder_sparse_step", 1)  # other values, and mlp_only_layers, make some layers dense
-    fields.only("mlp_only_layers", [])
     attention_bias = fields.take("attention_bias", False) if kind == "qwen3_moe" else False
     experts, choices = _EXPERTS[kind]
     result = QwenMoeConfig(
@@ -75,6 +75,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
         normalized=fields.take("norm_topk_prob", False),
         expert_mlp=fields.take("moe_intermediate_size"),
         shared_mlp=fields.take("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+        dense_layers=_dense_layers(fields, shared["layers"]),
         windows=_windows(fields, shared["layers"]),
         **read_experts(fields, experts, choices),
         **shared,
@@ -82,6 +83,18 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
     )
     fields.done()
     return result
+
+
+def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:
+    """Read decoder_sparse_step s, with which only the layers s - 1, 2s - 1, ... have experts, and mlp_only_layers."""
+    step, listed = fields.take("decoder_sparse_step", 1), fields.maybe("mlp_only_layers") or ()
+    dense = tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % step)
+    if len(dense) == layers:
+        raise UserError(
+            f"config.json: decoder_sparse_step={step} and mlp_only_layers={list(listed)} leave none of the {layers} layers "
+            f"with experts; use model_type {fields.kind.removesuffix('_moe')!r}"
+        )
+    return dense
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
     shared = read_shared(fields, norm_eps=1e-6)
     fields.no_dropout("attention_dropout")
     attention_bias = fields.take("attention_bias", False)
-    rotated = _rotated(fields, shared["layers"])
+    rotated = read_rotated(fields, shared["layers"])
     result = LlamaConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         rotated=rotated,
@@ -40,7 +40,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
     return result
 
 
-def _rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
+def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Read no_rope_layers, in which 1 stands for a layer with rotary embedding; by default every fourth has none."""
     every, rotated = fields.take("no_rope_layer_interval", 4), fields.maybe("no_rope_layers")
     if rotated is None:

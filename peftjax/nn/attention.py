@@ -16,7 +16,7 @@ from peftjax.nn.dropout import Dropout
 from peftjax.nn.fused import choose, fused
 from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.linear import Linear
-from peftjax.nn.norm import RMSNorm
+from peftjax.nn.norm import RMSNorm, l2_norm
 from peftjax.nn.recompute import recomputed
 from peftjax.nn.rope import RopeTables, rotate
 from peftjax.nn.slot import Slot
@@ -43,6 +43,7 @@ class Attention(SlottedLayer):
         out_bias: Whether the output layer has a bias.
         qk_norm_eps: Epsilon of the norms of queries and keys; None: no norms.
         qk_norm_whole: Whether these norms are taken over all heads together instead of over each head.
+        l2_norm_eps: Epsilon of norms without scales of rotated queries and keys (Llama 4); None: no such norms.
         dropout: Dropout rate of the attention probabilities.
         norm: Class of the norms of queries and keys.
         scale: Factor on the scores; default: 1 / sqrt(H).
@@ -58,6 +59,7 @@ class Attention(SlottedLayer):
     sinks: nnx.Param | None = None
     implementation: str = "xla"
     platform: str = "cpu"
+    l2_norm_eps: float | None = None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Attention(SlottedLayer):
         out_bias: bool,
         qk_norm_eps: float | None,
         qk_norm_whole: bool = False,
+        l2_norm_eps: float | None = None,
         dropout: float = 0.0,
         norm: type[RMSNorm] = RMSNorm,
         scale: float | None = None,
@@ -94,6 +97,7 @@ class Attention(SlottedLayer):
             self.query_norm, self.key_norm = (
                 norm(normed * head_dim, eps=qk_norm_eps, axis=axis, dtype=dtype) for normed, axis in (q_norm, k_norm)
             )
+        self.l2_norm_eps = l2_norm_eps
         self.scale, self.softcap, self.dropout, self.interleaved = scale, softcap, Dropout(dropout), interleaved
         if sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), dtype), axes=("heads",))
@@ -107,6 +111,7 @@ class Attention(SlottedLayer):
         cache: LayerCache | None = None,
         offset: jax.Array | int = 0,
         query_factors: jax.Array | None = None,
+        rotated: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] -> ([B, T, D], the cache extended by T keys).
 
@@ -117,10 +122,16 @@ class Attention(SlottedLayer):
             cache: The keys and values of earlier tokens.
             offset: Number of keys in the cache.
             query_factors: Factors of the queries, [B or 1, T]; None: 1.
+            rotated: bool [], whether `rope` rotates at all, on which `l2_norm_eps` depends; None: it does.
         """
         q, k, v = self.project(x)
         if rope is not None:
             q, k = rotate(q, *rope, self.interleaved), rotate(k, *rope, self.interleaved)
+        if self.l2_norm_eps is not None:
+            normed = l2_norm(q, self.l2_norm_eps), l2_norm(k, self.l2_norm_eps)
+            q, k = (
+                normed if rotated is None else (jnp.where(rotated, *both) for both in zip(normed, (q, k), strict=True))
+            )
         if query_factors is not None:
             q = q * query_factors[:, :, None, None].astype(q.dtype)
         if cache is not None:

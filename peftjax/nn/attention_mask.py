@@ -24,6 +24,7 @@ class AttentionMask:
         prefix: Number of keys of a prefix, P, that all documents attend to.
         windows: The different windows of the model's layers, 0 for none; empty if no layer has one.
         window: int32 [], one of `windows`: keys at this distance or further are excluded. None: not yet set for a layer.
+        chunked: Whether the windows are chunks, as in `reach`, counted from the first key of a prefix.
         implementation: The implementation to use, one of `nn.fused.IMPLEMENTATIONS`.
     """
 
@@ -36,6 +37,7 @@ class AttentionMask:
     prefix: int = 0
     windows: tuple[int, ...] = ()
     window: jax.Array | None = None
+    chunked: bool = False
     implementation: str = "blockwise"
 
     def of_layer(self, window: jax.Array) -> "AttentionMask":
@@ -55,7 +57,8 @@ class AttentionMask:
         if self.prefix:  # its keys are at the positions 0, 1, ... of every document, before those counted here
             back = self.positions[:, None, :, None] + self.prefix - jnp.arange(self.prefix)[None, None, None]
             allowed, distances = with_first_keys(allowed, distances, back)  # [B or 1, 1, T, P + S]
-        return DenseMask(allowed, distances)
+        places = self.positions[:, None, :, None] + self.prefix if self.chunked else None
+        return DenseMask(allowed, distances, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +68,24 @@ class DenseMask:
     Attributes:
         allowed: bool [B or 1, 1, T, S], without windows; None: causal.
         distances: int [B or 1, 1, T, S], from each query back to each key; None for a model without windows.
+        places: int [B or 1, 1, T, 1], the positions of the queries if windows are chunks; else None.
     """
 
     allowed: jax.Array | None
     distances: jax.Array | None
+    places: jax.Array | None = None
 
     def of_layer(self, window: jax.Array) -> jax.Array | None:
         """The mask of a layer with this window, bool [B or 1, 1, T, S]; None: causal."""
         if self.allowed is None or self.distances is None:
             return self.allowed
-        return within_window(self.allowed, window, self.distances)
+        reached = window if self.places is None else reach(window, self.places)
+        return within_window(self.allowed, reached, self.distances)
+
+
+def reach(chunk: jax.Array, places: jax.Array) -> jax.Array:
+    """Return the window of queries at these positions that see only their own chunk: p mod chunk + 1; of a chunk of 0, 0."""
+    return jnp.where(chunk == 0, 0, places % jnp.maximum(chunk, 1) + 1)
 
 
 def attention_mask(

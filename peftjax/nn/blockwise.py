@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from peftjax import sharding
-from peftjax.nn.attention_mask import AttentionMask
+from peftjax.nn.attention_mask import AttentionMask, reach
 
 BLOCK = 512  # queries or keys: scores of 1 MiB for each head and row
 _LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score; the difference of two of them is finite
@@ -35,7 +35,7 @@ class _Plan:
         cap: Soft cap of the scores; None: no cap.
         queries, keys: Size of a block of queries, and of keys.
         length: Number of keys, P + S.
-        prefix, shared: As in `AttentionMask`.
+        prefix, shared, chunked: As in `AttentionMask`.
         pairs: The indices of the blocks of queries and of keys to compute, sorted by the former.
     """
 
@@ -46,6 +46,7 @@ class _Plan:
     length: int
     prefix: int
     shared: int
+    chunked: bool
     pairs: tuple[tuple[int, int], ...]
 
 
@@ -85,7 +86,7 @@ def blockwise(
             ("valid", mask.valid),
             ("query_segments", mask.segments),
             ("key_segments", mask.segments),
-            ("positions", mask.positions if mask.windows and (mask.prefix or mask.shared) else None),
+            ("positions", mask.positions if mask.windows and (mask.prefix or mask.shared or mask.chunked) else None),
             ("window", mask.window),
         )
         if array is not None
@@ -129,7 +130,7 @@ def _plan(
 
     pairs = [(i, j) for i in range(-(-own // queries)) for j in range(-(-length // keys)) if parts > 1 or seen(i, j)]
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    return _Plan(factor, cap, queries, keys, length, mask.prefix, mask.shared, tuple(pairs))
+    return _Plan(factor, cap, queries, keys, length, mask.prefix, mask.shared, mask.chunked, tuple(pairs))
 
 
 def _block_size(length: int, block: int) -> int:
@@ -265,7 +266,10 @@ def _scores(
         back = (query - slot)[None]
         if "positions" in masks:
             back = jnp.where(everyones, _at(masks["positions"], i)[:, :, None] - slot[None], back)
-        allowed = allowed & ((back < masks["window"]) | (masks["window"] == 0))
+        window = masks["window"]
+        if plan.chunked:
+            window = reach(window, _at(masks["positions"], i)[:, :, None] + plan.prefix)
+        allowed = allowed & ((back < window) | (window == 0))
     return scores, allowed[:, None, None]
 
 

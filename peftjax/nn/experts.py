@@ -43,6 +43,11 @@ class Groups:
         taken = jnp.take(x, self.source, axis=0, mode="fill", fill_value=0)
         return taken.reshape(len(self.owner), self.rows, -1)
 
+    def spread_weights(self, weights: jax.Array) -> jax.Array:
+        """Copy the weights [N, K] of tokens and choices to their rows: [n, rows, 1], 0 where the row is empty."""
+        rows = jnp.zeros(len(self.source), weights.dtype)
+        return rows.at[self.position].set(weights, mode="drop").reshape(len(self.owner), self.rows, 1)
+
     def combine(self, y: jax.Array, weights: jax.Array) -> jax.Array:
         """Sum the rows [n, rows, D] of each token, multiplied by weights [N, K]: float32 [N, D]."""
         taken = jnp.take(y.reshape(-1, y.shape[-1]), self.position, axis=0, mode="fill", fill_value=0)  # [N, K, D]
@@ -132,6 +137,12 @@ class ExpertLinear(SlottedLayer):
     def dense(self, x: jax.Array, groups: Groups, kernel: jax.Array | None = None) -> jax.Array:
         """The base computation; `kernel` replaces the layer's own."""
         return grouped_matmul(x, self.kernel.get_value() if kernel is None else kernel, groups.owner, groups.used)
+
+
+class UprightExpertLinear(ExpertLinear):
+    """An ExpertLinear whose kernels checkpoints store as [E, in, out], and which peft takes for [E, out, in]."""
+
+    hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", None)}
 
 
 class BiasedExpertLinear(ExpertLinear):

@@ -111,6 +111,7 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
                 f"{mask.length} positions, which are not a multiple of {SPLASH_BLOCK}": mask.length % SPLASH_BLOCK,
                 "a sharded length": parts > 1,
             }
+    found["chunked attention"] = mask.chunked
     found["attention sinks"] = sinks
     return [reason for reason, holds in found.items() if holds]
 

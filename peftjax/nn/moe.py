@@ -5,7 +5,7 @@ load-balancing loss. No token is dropped.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, make_groups
+from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, Groups, UprightExpertLinear, make_groups
 from peftjax.nn.feedforward import GatedFeedForward, gated
 from peftjax.nn.linear import Linear
 from peftjax.nn.recompute import recomputed
@@ -50,7 +50,9 @@ def route(
     """
     logits = logits.astype(jnp.float32)
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
-    preferred = scores if correction is None else scores + jnp.broadcast_to(correction, scores.shape)
+    preferred = logits if sigmoid else scores  # large logits have equal sigmoids
+    if correction is not None:
+        preferred = scores + jnp.broadcast_to(correction, scores.shape)
     chosen = jax.lax.top_k(preferred, choices)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalized:
@@ -76,10 +78,25 @@ def expert_load(logits: jax.Array, choices: int, mask: jax.Array | None = None) 
     return sums / jnp.maximum(counted.sum(), 1)
 
 
-def balance(loads: jax.Array) -> jax.Array:
-    """E sum_e f_e P_e, with f_e and P_e the means over the layers: `expert_load`s [L, 2, E] -> []."""
-    chosen, probability = loads.mean(axis=0)
-    return loads.shape[-1] * jnp.sum(chosen * probability)
+class Load(NamedTuple):
+    """How much the experts of several layers are used.
+
+    Attributes:
+        counted: bool [B, T], the tokens that count.
+        sums: float32 [2, E], the sum of the layers' `expert_load`.
+    """
+
+    counted: jax.Array
+    sums: jax.Array
+
+    def after(self, logits: jax.Array, choices: int) -> "Load":
+        """Return the load with that of one more layer; see `expert_load`."""
+        return self._replace(sums=self.sums + expert_load(logits, choices, self.counted))
+
+
+def balance(load: jax.Array) -> jax.Array:
+    """E sum_e f_e P_e, with f_e and P_e the means over the layers: the mean `expert_load` [2, E] -> []."""
+    return load.shape[-1] * jnp.sum(load[0] * load[1])
 
 
 def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None = None) -> jax.Array:
@@ -95,7 +112,7 @@ def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None 
     Returns:
         float32 []; K if the load is balanced.
     """
-    return balance(jax.vmap(lambda layer: expert_load(layer, choices, mask))(logits))
+    return balance(jax.vmap(lambda layer: expert_load(layer, choices, mask))(logits).mean(axis=0))
 
 
 class Experts(nnx.Module):
@@ -158,13 +175,27 @@ class Experts(nnx.Module):
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
-        y = self.down(self.hidden(self.gate_up(groups.spread(flat(x)), groups)), groups)
-        return groups.combine(y, flat(weights)).reshape(x.shape)
+        rows, weights = self.rows(flat(x), flat(weights), groups)
+        y = self.down(self.hidden(self.gate_up(rows, groups)), groups)
+        return groups.combine(y, weights).reshape(x.shape)
+
+    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+        """The inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K], from x [N, D] and weights."""
+        return groups.spread(x), weights
 
     def hidden(self, gate_up: jax.Array) -> jax.Array:
         """Apply the gated activation: [..., 2F] -> [..., F]."""
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return gated(self.activation, gate, up)
+
+
+class InputWeightedExperts(Experts):
+    """f(w x) with the weight w of a choice, in place of w f(x): the experts of Llama 4."""
+
+    linear: ClassVar = UprightExpertLinear
+
+    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+        return groups.spread(x) * groups.spread_weights(weights).astype(x.dtype), jnp.ones_like(weights)
 
 
 class ClampedExperts(Experts):
@@ -220,7 +251,7 @@ class MixtureOfExperts(nnx.Module):
         router: [D, E].
         experts: The routed experts, f.
         shared: A feed-forward layer for all tokens, or None.
-        shared_gate: [D, 1]; the sigmoid of its output multiplies that of `shared`.
+        shared_gate: [D, 1], or None; the sigmoid of its output multiplies that of `shared`.
 
     Args:
         experts: Number of experts.
@@ -229,6 +260,8 @@ class MixtureOfExperts(nnx.Module):
         features: Width of input and output, D.
         hidden: Hidden width of an expert, F.
         shared: Hidden width of the shared expert; 0: there is none.
+        shared_gated: Whether the shared expert has a gate.
+        sigmoid: Whether the weights are sigmoids of the router's logits, not a softmax.
         router_bias: Whether the router has a bias.
         make_experts: Class or function that builds the experts.
         activation: One of `ACTIVATIONS`.
@@ -246,6 +279,8 @@ class MixtureOfExperts(nnx.Module):
         hidden: int,
         *,
         shared: int = 0,
+        shared_gated: bool = True,
+        sigmoid: bool = False,
         router_bias: bool = False,
         make_experts: Callable[..., Experts] = Experts,
         activation: Callable[[jax.Array], jax.Array],
@@ -253,7 +288,7 @@ class MixtureOfExperts(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.choices, self.normalized = choices, normalized
+        self.choices, self.normalized, self.sigmoid = choices, normalized, sigmoid
         common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.router = Router(features, experts, axes=("embed", "expert"), use_bias=router_bias, **common)
         self.experts = make_experts(experts, features, hidden, activation=activation, **common)
@@ -261,7 +296,8 @@ class MixtureOfExperts(nnx.Module):
         self.shared_gate: Any = nnx.data(None)
         if shared:
             self.shared = nnx.data(GatedFeedForward(features, shared, activation=activation, use_bias=False, **common))
-            self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
+            if shared_gated:
+                self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.with_logits(x)[0]
@@ -269,8 +305,8 @@ class MixtureOfExperts(nnx.Module):
     def with_logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return also the logits of the router, [B, T, E]."""
         logits = self.router(x)
-        weights, chosen = route(logits, self.choices, normalized=self.normalized)
+        weights, chosen = route(logits, self.choices, sigmoid=self.sigmoid, normalized=self.normalized)
         y = self.experts(x, weights, chosen)
         if self.shared is not None:
-            y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+            y = y + (1 if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x))) * self.shared(x)
         return y, logits

@@ -56,6 +56,13 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return zero_centered_rms_norm(x, scale, self.eps)
 
 
+@recomputed
+def l2_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class LayerNorm(SlottedLayer):
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016, eq. 4).
 

@@ -1,6 +1,8 @@
 """Stacked blocks: built under vmap and run by one scan, so that compile time does not grow with depth."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -68,17 +70,115 @@ def scan_stack(block: M, body: Callable[[M, X, Any], tuple[X, Any]], x: X, per_l
     Returns:
         The last x, and all outs stacked.
     """
-    graph, leaves = variables.flat(block)
-    stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
-    shared = {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
+    graph, stacked, shared = open_stack(block)
 
     def step(x: X, slices: Any) -> tuple[X, Any]:
         layer, layer_inputs = slices
         return body(variables.join(graph, layer, shared), checkpoint_name(x, INPUT), layer_inputs)
 
-    if remat != "none":  # a scan needs no barrier against common-subexpression elimination
-        step = jax.checkpoint(step, prevent_cse=False, policy=_KEPT[remat])
-    return jax.lax.scan(step, x, (stacked, per_layer))
+    return jax.lax.scan(_recomputing(step, remat), x, (stacked, per_layer))
+
+
+def scan_variants(
+    block: M,
+    variants: Sequence[nnx.Module],
+    kinds: Sequence[int],
+    body: Callable[[M, Any, X, Any], X],
+    x: X,
+    per_layer: Any,
+    remat: str,
+) -> X:
+    """Run `x = body(layer, variant, x, per_layer[i])` through layers of several kinds.
+
+    A repeating pattern of kinds is one scan, whose body runs the layers of one repetition. Compile time grows with the
+    lengths of the different patterns, as `find_patterns` finds them. A stack that takes part in several scans is copied.
+
+    Args:
+        block: From `make_stack`, what all layers have.
+        variants: From `make_stack`, what only the layers of one kind have, by kind.
+        kinds: The kind of each layer, L indices into `variants`.
+        body: Computes one layer from its slices of `block` and of the stack of its kind.
+        x: Input of the first layer, as in `scan_stack`.
+        per_layer: As in `scan_stack`.
+        remat: As in `scan_stack`.
+    """
+    block_graph, block_stacked, block_shared = open_stack(block)
+    opened = [open_stack(variant) for variant in variants]
+    kinds = tuple(kinds)
+    for start, size, repeats in find_patterns(kinds):
+        pattern, end = kinds[start : start + size], start + size * repeats
+
+        def layer(x: X, slices: Any, *, index: int, pattern: tuple[int, ...] = pattern) -> tuple[X, None]:
+            own, of_kinds, inputs = slices
+            kind = pattern[index]
+            graph, _, shared = opened[kind]
+            variant = variables.join(graph, _at(of_kinds[kind], pattern[:index].count(kind)), shared)
+            whole = variables.join(block_graph, _at(own, index), block_shared)
+            return body(whole, variant, checkpoint_name(x, INPUT), _at(inputs, index)), None
+
+        layers = [_recomputing(partial(layer, index=index), remat) for index in range(size)]
+
+        def step(x: X, slices: Any, layers: Sequence[Callable] = layers) -> tuple[X, None]:
+            for run in layers:
+                x, _ = run(x, slices)
+            return x, None
+
+        own, inputs = (_grouped(tree, start, end, repeats) for tree in (block_stacked, per_layer))
+        of_kinds = {
+            kind: _grouped(opened[kind][1], kinds[:start].count(kind), kinds[:end].count(kind), repeats)
+            for kind in set(pattern)
+        }
+        x, _ = jax.lax.scan(step, x, (own, of_kinds, inputs))
+    return x
+
+
+def find_patterns(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Split a sequence into repeating patterns: their starts, lengths and numbers of repetitions.
+
+    From the left, each is the one that reaches furthest, and of these the shortest. What does not repeat has length 1.
+
+    Examples:
+        >>> find_patterns([0, 1, 1, 1]), find_patterns([1, 0, 1, 0, 1])
+        ([(0, 1, 1), (1, 1, 3)], [(0, 2, 2), (4, 1, 1)])
+    """
+    found, start = [], 0
+    while start < len(kinds):
+        rest = kinds[start:]
+        repeats = {size: _repeats(rest, size) for size in range(1, max(len(rest) // 2, 1) + 1)}
+        size = max((size for size in repeats if size == 1 or repeats[size] > 1), key=lambda size: size * repeats[size])
+        found.append((start, size, repeats[size]))
+        start += size * repeats[size]
+    return found
+
+
+def _repeats(kinds: Sequence[int], size: int) -> int:
+    """How often the first `size` elements are repeated from the start."""
+    same = (kinds[at : at + size] == kinds[:size] for at in range(0, len(kinds), size))
+    return sum(1 for _ in itertools.takewhile(bool, same))
+
+
+def _grouped(tree: Any, start: int, end: int, repeats: int) -> Any:
+    """Layers `start` to `end` of stacked leaves in equal groups, [L, ...] -> [repeats, (end - start) / repeats, ...]."""
+    return jax.tree.map(lambda leaf: leaf[start:end].reshape(repeats, -1, *leaf.shape[1:]), tree)
+
+
+def _at(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _recomputing(step: Callable[[X, Any], tuple[X, Any]], remat: str) -> Callable[[X, Any], tuple[X, Any]]:
+    """The step of a scan, recomputed in the backward pass as `scan_stack` says."""
+    if remat == "none":
+        return step
+    # a scan needs no barrier against common-subexpression elimination
+    return jax.checkpoint(step, prevent_cse=False, policy=_KEPT[remat])
+
+
+def open_stack(block: nnx.Module) -> tuple[nnx.GraphDef, variables.FlatTree, variables.FlatTree]:
+    """Return a stack's structure, its leaves with a "layers" axis, and the leaves that all layers share, by path."""
+    graph, leaves = variables.flat(block)
+    stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
+    return graph, stacked, {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
 
 
 class Residual(SlottedLayer):

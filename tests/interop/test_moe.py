@@ -40,6 +40,15 @@ MIXTRAL = COMMON | {"num_local_experts": 4}
 GPT_OSS = MIXTRAL | {"intermediate_size": 64}  # whole blocks of MXFP4
 QWEN = COMMON | {"num_experts": 6, "moe_intermediate_size": 12, "num_experts_per_tok": 3}
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LLAMA4 = MIXTRAL | {
+    "num_hidden_layers": 4, "head_dim": 8, "intermediate_size_mlp": 24, "attention_chunk_size": WINDOW + 2,
+    "no_rope_layer_interval": 2, "floor_scale": 4,
+}  # fmt: skip
+
 # The config of transformers, and fields that replace those of its config.json, for both libraries.
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (transformers.MixtralConfig(**MIXTRAL), {}),
@@ -56,6 +65,29 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-moe-old": (  # as transformers 4 spells it
         transformers.Qwen3MoeConfig(**QWEN, head_dim=16, attention_bias=True),
         {"num_local_experts": None, "num_experts": 6, "router_aux_loss_coef": 0.01},
+    ),
+    "qwen2-moe-every-second": (
+        transformers.Qwen2MoeConfig(
+            **QWEN | {"num_hidden_layers": 5}, decoder_sparse_step=2, shared_expert_intermediate_size=20
+        ),
+        {},
+    ),
+    "qwen3-moe-some": (
+        transformers.Qwen3MoeConfig(
+            **QWEN | {"num_hidden_layers": 5}, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0, 3], attention_bias=True
+        ),
+        {},
+    ),
+    "llama4": (transformers.Llama4TextConfig(**LLAMA4), {}),
+    "llama4-dense": (
+        transformers.Llama4TextConfig(
+            **LLAMA4, interleave_moe_layer_step=2, num_experts_per_tok=2, attention_bias=True, use_qk_norm=False,
+            attn_scale=0.5,
+        ),
+        {
+            "moe_layers": None, "no_rope_layers": None, "layer_types": None, "rope_parameters": None,
+            "rope_theta": 500.0, "rope_scaling": LLAMA3,
+        },
     ),
     "gpt-oss": (
         transformers.GptOssConfig(
@@ -209,6 +241,7 @@ def test_training_with_the_load_balancing_loss_is_that_of_transformers(
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS_OF_LLAMA4 = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "both": ("qwen3-moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "gate-up": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS[:1], "use_rslora": True}),
@@ -221,6 +254,20 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt-oss",
         {"target_modules": ["q_proj", "o_proj"], "target_parameters": [*EXPERTS, "router.weight"]},
     ),
+    "dense-layers": ("qwen3-moe-some", {"target_modules": ["o_proj", "mlp.down_proj"], "target_parameters": EXPERTS}),
+    "names-of-transformers-4-dense": (
+        "qwen3-moe-some",
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
+    "every-second-layer-dense": (
+        "qwen2-moe-every-second",
+        {"target_modules": ["q_proj", "mlp.up_proj", "mlp.down_proj"], "rank_pattern": {"4.mlp.up_proj": 5}},
+    ),
+    "llama4": (
+        "llama4",
+        {"target_modules": ["q_proj", "shared_expert.up_proj"], "target_parameters": EXPERTS_OF_LLAMA4},
+    ),
+    "llama4-dense": ("llama4-dense", {"target_modules": ["o_proj", "feed_forward.up_proj"]}),
     "names-of-transformers-4": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
 }
 
@@ -239,6 +286,16 @@ def test_adapters_go_to_peft_and_back(name: str, directories: Callable[[str], Pa
     peftjax.save_adapter(ours, tmp_path / "ours")
     again = peers.load_into_theirs(directories(variant), tmp_path / "ours").eval()
     np.testing.assert_array_equal(peers.logits(again), expected)
+
+
+@pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_are_in_the_chunks_of_llama4_as_in_peft(
+    method: Any, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    theirs = peers.adapted(directories("llama4"), method(num_virtual_tokens=5))
+    theirs.save_pretrained(tmp_path)
+    ours = peftjax.load_adapter(load_model(directories("llama4")), tmp_path)
+    peers.assert_close(peers.logits(ours), peers.logits(theirs))
 
 
 def test_all_linear_with_experts_goes_to_peft_and_merges(directories: Callable[[str], Path], tmp_path: Path) -> None:

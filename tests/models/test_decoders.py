@@ -47,6 +47,13 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
             "for model_type 'olmo3' it holds full_att",
         ),
         (SIZES, {"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 3 layers"),
+        (SIZES, {"model_type": "llama4_text", "moe_layers": []}, "moe_layers leave no layer with experts"),
+        (SIZES, {"model_type": "llama4_text", "layer_types": ["full_attention"]}, "layer_types must name chunked_att"),
+        (
+            SIZES,
+            {"model_type": "llama4_text", "layer_types": ["chunked_attention"] * 3, "attention_chunk_size": None},
+            "layer_types has chunked_attention; set attention_chunk_size",
+        ),
         (
             SIZES,
             {"model_type": "ministral3", "rope_parameters": {"rope_type": "default"}},

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: files with missing experts, quantized experts, several devices."""
+"""Mixture-of-experts models: files with missing experts, quantized experts, several devices, dense layers."""
 
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,64 @@ def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
         peftjax.load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("field", "value"), [("decoder_sparse_step", 2), ("mlp_only_layers", [1])])
-def test_models_with_dense_layers_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match=field):
+# --- Models in which some layers are dense ---
+
+DENSE = CONFIG | {"num_hidden_layers": 4, "decoder_sparse_step": 2}  # layers 1 and 3 have experts
+
+
+LLAMA4 = tiny.CONFIG | {
+    "model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+    "intermediate_size": 64, "intermediate_size_mlp": 64, "attention_chunk_size": 5, "floor_scale": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["qwen2-moe", "llama4"])
+def test_dense_layers_compute_the_same_quantized_and_on_eight_devices(config: dict[str, Any], tmp_path: Path) -> None:
+    peftjax.save_model(tiny.model(**config), tmp_path / "model")
+    expected = logits(peftjax.load_model(tmp_path / "model"))
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    sharded = peftjax.load_model(tmp_path / "model", mesh=mesh)
+    assert sharded.sparse.experts.down.kernel.get_value().sharding.spec == jax.P(None, "tensor", None, "fsdp")
+    assert sharded.dense.down.kernel.get_value().sharding.spec == jax.P(None, "tensor", "fsdp")
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(logits(sharded), expected, atol=1e-5)
+    for form in ("nf4", "int8"):
+        model, plain = peftjax.load_model(tmp_path / "model", quantize=form), peftjax.load_model(tmp_path / "model")
+        kernels = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
+        kernels = {path: kernel for path, kernel in kernels.items() if isinstance(kernel, Quantized)}
+        assert {"sparse.experts.gate_up.kernel", "dense.gate.kernel", "blocks.attention.out.kernel"} <= kernels.keys()
+        variables.update(plain, {path: kernel.astype(jnp.float32) for path, kernel in kernels.items()})
+        np.testing.assert_allclose(logits(model), logits(plain), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_dense_layers_have_the_same_gradients_recomputed_and_under_vmap() -> None:
+    found = {}
+    for remat in ("none", "block"):
+        method = peftjax.Lora(rank=2, rank_pattern={"2.mlp.gate_proj": 3}, layers_to_transform=(1, 2))
+        model = peftjax.attach(tiny.model(**DENSE, remat=remat), method, rngs=nnx.Rngs(0))
+        assert model.dense.gate.adapters.default.ranks == (0, 3)
+        assert model.sparse.experts.down.adapters.default.ranks == (2, 0)
+        model = tiny.randomize(model)
+        graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+
+        def loss(trainable: Any, frozen: Any = frozen, graph: Any = graph) -> jax.Array:
+            return jnp.mean(jnp.square(logits(variables.join(graph, trainable, frozen))))
+
+        found[remat] = jax.jit(jax.grad(loss))(trainable)
+    both = jax.jit(jax.vmap(jax.grad(loss)))(jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), trainable))
+    for path, expected in found["none"].items():
+        if not isinstance(expected, jax.Array):
+            continue
+        for other in (found["block"][path], both[path][1]):
+            np.testing.assert_allclose(other, expected, atol=1e-6, rtol=1e-4, err_msg=path)
+    assert any(np.abs(leaf).max() > 1e-6 for path, leaf in found["none"].items() if path.startswith("dense."))
+
+
+@pytest.mark.parametrize(("field", "value"), [("decoder_sparse_step", 3), ("mlp_only_layers", [0, 1])])
+def test_models_without_experts_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{field}=.* leave none of the 2 layers with experts; use model_type 'qwen2'"):
         from_hf_config(CONFIG | {field: value})
 
 

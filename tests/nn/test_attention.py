@@ -14,7 +14,7 @@ import tests.tiny as tiny
 from peftjax.models.kernels import use_kernel
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_kernels import attend, cudnn, splash
-from peftjax.nn.attention_mask import attention_mask, key_distances, within_window
+from peftjax.nn.attention_mask import AttentionMask, attention_mask, key_distances, within_window
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.rope import Rope
 from peftjax.sharding import make_mesh
@@ -104,6 +104,21 @@ def test_a_mask_allows_earlier_real_keys_within_the_window(offset: int, window: 
     for (b, _, t, s), allowed in np.ndenumerate(np.asarray(mask)):
         query = offset + t
         assert allowed == (valid[b, s] and s <= query and (window == 0 or query - s < window)), (b, t, s)
+
+
+def test_chunks_count_from_the_first_position_of_a_row() -> None:
+    positions, chunk = (
+        jnp.asarray([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4]]),
+        3,
+    )  # the second row is padded on the left
+    valid = jnp.asarray([[1] * 7, [0, 0] + [1] * 5], bool)
+    mask = AttentionMask(length=7, positions=positions, valid=valid, windows=(0, chunk), chunked=True).dense()
+    seen = np.asarray(mask.of_layer(jnp.int32(chunk)))
+    for (b, _, t, s), allowed in np.ndenumerate(seen[:, :, 2:]):
+        query = t + 2
+        same = positions[b, query] // chunk == positions[b, s] // chunk
+        assert allowed == (valid[b, s] and s <= query and same), (b, t, s)
+    assert np.asarray(mask.of_layer(jnp.int32(0)))[0, 0, 6].all()  # a layer without chunks
 
 
 def test_a_mask_of_segments_allows_earlier_keys_of_the_same_document() -> None:

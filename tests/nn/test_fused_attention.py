@@ -91,6 +91,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "no window of two": {"windows": (0, 7), "padded": True},
     "prefix": {"prefix": 5, "packed": True, "padded": True},
     "windowed prefix": {"prefix": 5, "window": 9, "packed": True},
+    "chunks": {"window": 7, "windows": (0, 7), "chunked": True, "packed": True, "padded": True},
+    "prefix in chunks": {"prefix": 5, "shared": 3, "window": 9, "chunked": True},
     "soft prompt": {"shared": 3, "prefix": 2, "window": 9, "packed": True},
 }
 
@@ -330,6 +332,7 @@ def test_auto_takes_the_platforms_kernel_where_it_can(platform: str, fields: dic
         ),
         ("splash", {"segments": jnp.zeros((1, 1)), "shared": 2}, "packed sequences with virtual tokens"),
         ("splash", {"windows": (4,), "prefix": 2}, "sliding windows with virtual tokens"),
+        ("splash", {"windows": (4,), "chunked": True}, "chunked attention"),
         ("cudnn", {"segments": jnp.zeros((1, 1))}, "packed sequences and a machine without cuDNN"),
         (
             "triton",

@@ -35,6 +35,17 @@ class LoraExperts(LoraLinear):
         return product(self.scaled(product(x, self.a)), self.b)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        shapes = {"lora_A.weight": (-1, self.a.shape[-2]), "lora_B.weight": (self.b.shape[-1], -1)}
-        leaves = super().hf_leaves(layer)
-        return {key: dataclasses.replace(leaf, shape=shapes[key]) for key, leaf in leaves.items()}
+        shapes = self._shapes()
+        return {key: dataclasses.replace(leaf, shape=shapes[key]) for key, leaf in super().hf_leaves(layer).items()}
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {"lora_A.weight": (-1, self.a.shape[-2]), "lora_B.weight": (self.b.shape[-1], -1)}
+
+
+class UprightLoraExperts(LoraExperts):
+    """LoRA of an `UprightExpertLinear`, whose kernels peft adapts as transposed ones: its A is B here, and its B is A."""
+
+    names: ClassVar = {"lora_A.weight": HfLeaf("b"), "lora_B.weight": HfLeaf("a", axes=(1, 2, 0))}
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {"lora_A.weight": (-1, self.b.shape[-1]), "lora_B.weight": (self.a.shape[-2], -1)}
