@@ -206,7 +206,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made.data.eval, made.train.log_every = (), 1
+    made.train.log_every, made.train.eval_every = 1, 3
+    if name != "lora":
+        made.data.eval = ()
     members = []
     for index, options in enumerate(OPTIONS[name]):
         made.method = methods.make_config({"dora": "lora", "pissa": "lora"}.get(name, name), **options)
