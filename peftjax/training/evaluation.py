@@ -61,6 +61,37 @@ def counted(batches: Batches, limit: int, progress: Progress) -> Iterator[HostBa
     return progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
 
 
+class Collected:
+    """What the eval step returns, collected on the host over batches."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(3)
+        self._labelled: list[tuple[np.ndarray, np.ndarray]] = []
+        self._records: list[str] = []
+
+    def add(self, outputs: Outputs, records: Iterable[str]) -> None:
+        """Add the outputs of a batch, as NumPy arrays, and the names of its records."""
+        self._sums += np.array(outputs.totals[:3], float)  # training alone has a balance
+        if outputs.labelled is not None:
+            logits, labels, weights = map(np.asarray, outputs.labelled)
+            self._labelled.append((logits[weights > 0], labels[weights > 0]))
+            if weights.ndim == 1 and jax.process_count() == 1:  # the rows of several processes may be in another order
+                self._records += records
+
+    def evaluation(self, task: Task) -> Evaluation:
+        """The metrics of the task over all batches.
+
+        Raises:
+          UserError: The batches have nothing with a loss.
+        """
+        totals = Totals(*self._sums)
+        if totals.tokens == 0:
+            raise UserError("data.eval: no token or label of the held-out records counts in the loss")
+        labelled = self._labelled
+        logits, labels = (np.concatenate(parts) for parts in zip(*labelled, strict=True)) if labelled else (None, None)
+        return Evaluation(task.metrics(totals, logits, labels), logits, labels, self._records)
+
+
 def evaluate(
     eval_step: EvalStep,
     task: Task,
@@ -74,17 +105,8 @@ def evaluate(
     Raises:
       UserError: The batches have nothing with a loss.
     """
-    sums, labelled, records = np.zeros(3), [], list[str]()
+    found = Collected()
     for batch in batches:
-        outputs = jax.device_get(eval_step(trainable, frozen, sharding.shard_batch(batch.arrays, mesh)))
-        sums += np.array(outputs.totals[:3], float)  # training alone has a balance
-        if outputs.labelled is not None:
-            logits, labels, weights = outputs.labelled
-            labelled.append((logits[weights > 0], labels[weights > 0]))
-            if weights.ndim == 1 and jax.process_count() == 1:  # the rows of several processes may be in another order
-                records += batch.records
-    totals = Totals(*sums)
-    if totals.tokens == 0:
-        raise UserError("data.eval: no token or label of the held-out records counts in the loss")
-    logits, labels = (np.concatenate(parts) for parts in zip(*labelled, strict=True)) if labelled else (None, None)
-    return Evaluation(task.metrics(totals, logits, labels), logits, labels, records)
+        outputs = eval_step(trainable, frozen, sharding.shard_batch(batch.arrays, mesh))
+        found.add(jax.device_get(outputs), batch.records)
+    return found.evaluation(task)

@@ -18,7 +18,7 @@ from peftjax.core import output, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
-from peftjax.core.progress import Progress
+from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.units import format_clocks
 from peftjax.data.batches import Batches
 from peftjax.data.padding import pad_alike
@@ -31,7 +31,13 @@ from peftjax.training.abstract import abstract_batch
 from peftjax.training.alike import align_dropout, structure
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
+from peftjax.training.evaluation import Evaluation
 from peftjax.training.hooks import NO_HOOKS
+from peftjax.training.population_evaluation import (
+    PopulationEvalStep,
+    evaluate_population,
+    make_population_eval_step,
+)
 from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
 from peftjax.training.split import Parts, split
@@ -64,7 +70,7 @@ class Member:
 
 @dataclasses.dataclass
 class Training:
-    """A member under way. `loss` is that of the last step."""
+    """A member under way. `loss` is that of the last step; `eval_step` evaluates any members of its group."""
 
     member: Member
     run: Run
@@ -73,6 +79,7 @@ class Training:
     checkpoints: Checkpoints
     log: Log = dataclasses.field(init=False)
     loss: jax.Array = dataclasses.field(init=False)
+    eval_step: PopulationEvalStep = dataclasses.field(init=False)
 
     @property
     def steps(self) -> int:
@@ -243,13 +250,14 @@ def save(group: Sequence[Training], step: int) -> None:
 
 
 def share(group: Sequence[Training], steps: int) -> None:
-    """Share the base and the eval step of the first member among all, and one stream of batches among those of a seed."""
+    """Share the base and the eval steps of the first member among all, and one stream of batches among those of a seed."""
     first = group[0].run
-    own = _own_leaves(first)
-    shared = {path: leaf for path, leaf in first.frozen.items() if path not in own}
+    shared = _shared_leaves(first)
+    eval_step = make_population_eval_step(variables.flat(first.model)[0], first.task, first.mesh)
     streams: dict[int, Batches] = {}
     for one in group:
         one.run.frozen, one.run.eval_step = {**shared, **_own_leaves(one.run)}, first.eval_step
+        one.eval_step = eval_step
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
     for stream in streams.values():
         if steps and not stream.ahead:
@@ -265,7 +273,7 @@ def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Call
     """Yield a function that takes all members to the step with the given number, compiled ahead in the `with` block."""
     first = group[0].run
     own = [_own_leaves(one.run) for one in group]
-    shared = {path: leaf for path, leaf in first.frozen.items() if path not in own[0]}
+    shared = _shared_leaves(first)
     streams = {one.run.config.seed: one.run.batches for one in group}
     empty, states = first.task.empty_row(), [one.state for one in group]
     population_step = make_population_step([one.parts for one in group], states)
@@ -306,15 +314,35 @@ def log_step(one: Training, step: int, stopping: bool) -> None:
         fail(one, error)
 
 
-def evaluate(group: Iterable[Training]) -> dict[str, dict[str, float]]:
+def evaluate(group: Sequence[Training]) -> dict[str, dict[str, float]]:
     """`Run.evaluate` of each member, by name. If logits are not finite, only that member fails."""
     scores = {}
-    for one in group:
+    for one, measured in zip(group, measure(group), strict=True):
         try:
-            scores[one.member.name] = one.run.evaluate(one.state, one.log)
+            scores[one.member.name] = one.run.evaluate(one.state, one.log, measured)
         except NotFiniteError as error:
             fail(one, error)
     return scores
+
+
+def measure(group: Sequence[Training]) -> Sequence[Evaluation | None]:
+    """The evaluations of the members in one pass over the held-out records; None where a member is evaluated alone."""
+    if len(group) < 2 or not group[0].run.config.data.eval:
+        return [None] * len(group)
+    first, started = group[0], time.perf_counter()
+    with first.log.progress.phase(EVALUATING):
+        found = evaluate_population(
+            first.eval_step,
+            first.run.task,
+            [{**one.state.trainable, **_own_leaves(one.run)} for one in group],
+            _shared_leaves(first.run),
+            first.run.held_out_batches(first.log),
+            first.run.mesh,
+            first.run.config.train.accumulate,
+        )
+    for one in group:
+        one.run.timings["evaluation"] += (time.perf_counter() - started) / len(group)
+    return found
 
 
 def fail(one: Training, error: NotFiniteError) -> None:
@@ -333,6 +361,12 @@ def _own_leaves(run: Run) -> variables.FlatTree:
     """The frozen leaves that came with the method, such as LoRA's scales."""
     kinds = variables.flat(run.model)[1]
     return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+
+
+def _shared_leaves(run: Run) -> variables.FlatTree:
+    """The other frozen leaves, such as the base."""
+    own = _own_leaves(run)
+    return {path: leaf for path, leaf in run.frozen.items() if path not in own}
 
 
 def _report(going: Sequence[Training], step: int, total: int, progress: Progress) -> None:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from peftjax.training.abstract import abstract_batch
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.due import Due
-from peftjax.training.evaluation import counted, evaluate, make_eval_step
+from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
@@ -227,18 +227,23 @@ class Run:
                 self.write_result(state)
         self.window.reopen()
 
-    def evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
+    def evaluate(self, state: TrainState, log: Log, measured: Evaluation | None = None) -> dict[str, float]:
         """The logged metrics on held-out records, with sample answers for the report; empty without held-out data.
+
+        Args:
+          state: The state to evaluate.
+          log: The log.
+          measured: The evaluation of the state, if it is already known.
 
         Raises:
           NotFiniteError: The loss is not finite before any training.
         """
         with log.progress.phase(EVALUATING):
-            return self._evaluate(state, log)
+            return self._evaluate(state, log, measured)
 
-    def _evaluate(self, state: TrainState, log: Log) -> dict[str, float]:
+    def _evaluate(self, state: TrainState, log: Log, measured: Evaluation | None) -> dict[str, float]:
         step, started = int(state.step), time.perf_counter()
-        scores, shown = self._held_out(state, log) if self.config.data.eval else ({}, [])
+        scores, shown = self._held_out(state, log, measured) if self.config.data.eval else ({}, [])
         if self.hooks.on_evaluate:
             self.sync(state)
             scores |= self.hooks.scores(self.model, step, scores)
@@ -251,12 +256,19 @@ class Run:
             log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
         return scores
 
-    def _held_out(self, state: TrainState, log: Log) -> tuple[dict[str, float], list[answers.Answer]]:
+    def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
+        """The batches of an evaluation, with a bar that counts them."""
+        batches = self.held_out.batches(batching(self.config, self.mesh))
+        return counted(batches, self.config.train.eval_batches, log.progress)
+
+    def _held_out(
+        self, state: TrainState, log: Log, measured: Evaluation | None
+    ) -> tuple[dict[str, float], list[answers.Answer]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
-        batches = self.held_out.batches(batching(config, self.mesh))
-        some = counted(batches, config.train.eval_batches, log.progress)
-        measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, some, self.mesh)
+        if measured is None:
+            batches = self.held_out_batches(log)
+            measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, batches, self.mesh)
         scores = measured.scores
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(

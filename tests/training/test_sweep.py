@@ -23,6 +23,7 @@ from peftjax.log import Log
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import population
+from peftjax.training.evaluation import Evaluation
 from peftjax.training.population import Member
 from peftjax.training.run import Run
 from peftjax.training.step import TrainState
@@ -157,8 +158,11 @@ def made(tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_that_train_would_do(
-    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    passes, batches = list[Run](), Run.held_out_batches
+    monkeypatch.setattr(Run, "held_out_batches", lambda run, log: passes.append(run) or batches(run, log))
+    made.train.eval_every, made.train.accumulate = 4, 2
     made.model.quantize, made.method = "nf4", methods.make_config("lora", rank=4, dropout=0.1)
     options = {"seed": (0, 0, 1), "optim__learning_rate": (1e-2, 1e-3, 1e-2), "method__alpha": (8.0, 16.0, 4.0)}
     several = [
@@ -167,6 +171,7 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     ]
     found = sweep.sweep(several, tmp_path / "sweep")
     assert "population 1 of 1, 3 side by side" in capsys.readouterr().out
+    assert len(passes) == 2  # of all members, before the first step and after the last
     for one in several[1:]:
         train(one.config, tmp_path / "alone" / one.name)
         assert_same_run(one.workdir, tmp_path / "alone" / one.name)
@@ -201,7 +206,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made.data.eval, made.train.log_every = (), 1
+    made.train.log_every, made.train.eval_every = 1, 3
+    if name != "lora":
+        made.data.eval = ()
     members = []
     for index, options in enumerate(OPTIONS[name]):
         made.method = methods.make_config({"dora": "lora", "pissa": "lora"}.get(name, name), **options)
@@ -253,7 +260,8 @@ def test_a_run_whose_evaluation_is_not_finite_ends_alone(
     made.train.eval_every = 2
     pair = [member(made, tmp_path / "sweep", seed=seed) for seed in (0, 1)]
 
-    def evaluate(run: Run, state: TrainState, log: Log) -> dict[str, float]:
+    def evaluate(run: Run, state: TrainState, log: Log, measured: Evaluation | None) -> dict[str, float]:
+        assert (measured is not None) == (state.step < 4)  # together, until one is left
         page = (tmp_path / "sweep" / "sweep.html").read_text()  # reports link to it
         assert all(f"seed={seed}" in page for seed in (0, 1))
         if run.config.seed == 1 and state.step > 0:
