@@ -82,3 +82,7 @@ def _cell(group: Group, measure: Measure, text: Format) -> str:
         return ""
     mean, deviation = found
     return text(mean) + (f" ± {text(deviation)}" if deviation else "")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peftjax import compare
+from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.report import comparison
 from tests.report.test_report import DATA, eval_line, train_line, write_workdir
@@ -68,3 +70,10 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "sweep.json").write_text("[3]")
     with pytest.raises(UserError, match=r"not the result of a sweep"):
         compare.main([str(tmp_path)])
+
+
+def test_the_module_runs_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(cli, "run", started.append)
+    runpy.run_path(compare.__file__, run_name="__main__")
+    assert [main.__name__ for main in started] == ["main"]
