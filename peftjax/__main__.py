@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": Command("peftjax.evaluate", "Evaluate the trained model in a workdir"),
     "generate": Command("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
     "sweep": Command("peftjax.sweep", "Train one run for each combination of field values, or for each random draw"),
+    "compare": Command("peftjax.compare", "Compare the scores and costs of runs and sweeps"),
     "plan": Command(
         "peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"
     ),

@@ -25,7 +25,7 @@ FLOORS = [
     ["tasks"],
     ["report"],
     ["training"],
-    ["plan", "train", "evaluate", "generate", "sweep", "list_methods"],  # the commands
+    ["plan", "train", "evaluate", "generate", "sweep", "compare", "list_methods"],  # the commands
     ["trainer", "generation"],  # the public functions that are more than a part of the library
     ["__init__"],  # the public names
     ["__main__"],  # the command `peftjax`

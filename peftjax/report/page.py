@@ -15,7 +15,7 @@ from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.classes import collapse
-from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
+from peftjax.report.data import DATA, PAGE, ReportData, Sample, flat_config, read_object
 from peftjax.report.html import render
 from peftjax.report.outcome import concern
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
@@ -45,7 +45,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _render(workdir: Path) -> str:
-    config = _flat(read_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
+    config = flat_config(read_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
     lines = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     data = ReportData.load(workdir)
     train = [line for line in lines if line["kind"] == "train"]
@@ -55,7 +55,7 @@ def _render(workdir: Path) -> str:
         title=data.title or workdir.resolve().name,
         data=data,
         config=config,
-        changed=_changed(config, _flat(data.default_config)),
+        changed=_changed(config, flat_config(data.default_config)),
         step=train[-1]["step"] if train else 0,
         concerns=[why for why in (concern(lines), collapse(data.classes)) if why],
         cards=make_cards(train, evaluations, data),
@@ -77,9 +77,3 @@ def _paired(data: ReportData) -> list[tuple[Sample, Sample | None, Sample | None
 def _changed(config: Mapping[str, Any], default: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The fields that differ from their defaults, as (name, value, default); none if the defaults are not known."""
     return [(key, config[key], default.get(key)) for key in config if default and config[key] != default.get(key)]
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as {"section.field": value}."""
-    sections = {name: fields if isinstance(fields, Mapping) else {"": fields} for name, fields in config.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, fields in sections.items() for key, value in fields.items()}

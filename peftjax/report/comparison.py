@@ -1,0 +1,170 @@
+"""Runs side by side: grouped by their configs, with the mean and the spread of each number over the seeds of a group."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftjax.core.errors import UserError
+from peftjax.log import METRICS, SPEEDS, read_metrics
+from peftjax.report.charts import main_scores
+from peftjax.report.data import ReportData, count_trained, flat_config, read_json, read_object
+from peftjax.report.sweep_page import RESULTS
+
+SEED = "seed"
+
+
+class Run(NamedTuple):
+    """What a run has written into its workdir.
+
+    Attributes:
+        workdir: The workdir.
+        config: The config, {"section.field": value}.
+        lines: The lines of metrics.jsonl.
+        data: The content of report.json; empty while the run has not ended.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    data: ReportData
+
+
+class Group(NamedTuple):
+    """Runs whose configs differ at most in the seed.
+
+    Attributes:
+        values: The fields in which the groups differ, with their values; None for a field that a config lacks.
+        runs: The runs, at least one.
+    """
+
+    values: dict[str, Any]
+    runs: list[Run]
+
+
+def read_runs(workdirs: Iterable[Path]) -> list[Run]:
+    """Read runs, and all runs of sweeps that have started.
+
+    Raises:
+        UserError: A directory is not that of a run or a sweep, a run has no metrics yet, or the tasks of the runs differ.
+    """
+    runs = {run.workdir.resolve(): run for workdir in workdirs for run in _read(workdir)}
+    first, *others = runs.values()
+    for other in others:
+        kinds = [run.config.get("task.kind") for run in (first, other)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"{first.workdir} has task.kind={kinds[0]} and {other.workdir} has task.kind={kinds[1]}; their scores "
+                "mean different things, so compare runs of one task"
+            )
+    return list(runs.values())
+
+
+def _read(workdir: Path) -> list[Run]:
+    if (workdir / RESULTS).exists():
+        try:
+            members = [workdir / entry["run"] for entry in read_json(workdir / RESULTS)]
+        except (TypeError, KeyError):
+            raise UserError(f"{workdir / RESULTS} is not the result of a sweep; run the sweep again") from None
+        if started := [member for member in members if _has_metrics(member)]:
+            return [_read_run(member) for member in started]
+        raise UserError(f"{workdir}: no run of this sweep has metrics yet; wait for its first logged step")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} has neither config.json nor {RESULTS}: no run has written there; check the path")
+    if not _has_metrics(workdir):
+        raise UserError(f"{workdir / METRICS} has no lines yet; wait for the first logged step of the run")
+    return [_read_run(workdir)]
+
+
+def _has_metrics(workdir: Path) -> bool:
+    return (workdir / METRICS).exists() and bool(read_metrics(workdir / METRICS))
+
+
+def _read_run(workdir: Path) -> Run:
+    config = flat_config(read_object(workdir / "config.json"))
+    return Run(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir))
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Group the runs whose configs differ at most in the seed, in the order of the runs."""
+    fields = [name for name in dict.fromkeys(name for run in runs for name in run.config) if name != SEED]
+    varied = [name for name in fields if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
+    groups: dict[str, Group] = {}
+    for run in runs:
+        values = {name: run.config.get(name) for name in varied}
+        groups.setdefault(repr(values), Group(values, [])).runs.append(run)
+    return list(groups.values())
+
+
+def compared_scores(runs: Sequence[Run]) -> list[str]:
+    """The names of the scores to compare: the held-out loss, or else the training loss, and the most telling score."""
+    lines = [line for run in runs for line in run.lines if line["kind"] == "eval"]
+    there: Mapping[str, Any] = {name: None for line in lines for name in line}
+    return ["eval_loss" if "eval_loss" in there else "loss", *main_scores([there])[:1]]
+
+
+def last_score(run: Run, name: str) -> float | None:
+    """The last logged value of a score, or None."""
+    values = _values(run, name)
+    return values[-1] if values else None
+
+
+def best_score(run: Run, name: str) -> float | None:
+    """The lowest finite loss, or the highest finite value of any other score, or None."""
+    values = [value for value in _values(run, name) if math.isfinite(value)]
+    if not values:
+        return None
+    return min(values) if name.endswith("loss") else max(values)
+
+
+def _values(run: Run, name: str) -> list[float]:
+    return [line[name] for line in run.lines if name in line]
+
+
+def trained_parameters(run: Run) -> float | None:
+    """The number of trainable parameters, or None if the run has not recorded it yet."""
+    return count_trained(run.data.parts)[0] if run.data.parts else None
+
+
+def peak_bytes(run: Run) -> float | None:
+    """The peak memory in bytes."""
+    return max(_values(run, "peak_memory_bytes"), default=None)
+
+
+def total_seconds(run: Run) -> float:
+    """The wall time in seconds up to the last line, including evaluation."""
+    return max(line["seconds"] for line in run.lines)
+
+
+def median_speed(run: Run) -> float | None:
+    """The median of the logged tokens or images per second."""
+    speeds = [value for name in SPEEDS for value in _values(run, name)]
+    return statistics.median(speeds) if speeds else None
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, float | None] | None:
+    """The mean and the sample standard deviation (None for a single value) of the values that are there."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    if not all(map(math.isfinite, there)):
+        return math.nan, None
+    return statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None
+
+
+def warnings_of(runs: Sequence[Run]) -> list[str]:
+    """What makes the comparison of these runs unfair: unfinished runs, different held-out data, shared costs."""
+    found = []
+    for run in runs:
+        step, steps = max(line["step"] for line in run.lines), run.config.get("train.steps")
+        if isinstance(steps, int) and step < steps:
+            found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
+    if any(run.config.get("data.eval") != runs[0].config.get("data.eval") for run in runs):
+        found.append("data.eval differs between the runs, so their held-out scores are not comparable")
+    if any(run.data.sweep for run in runs):
+        found.append(
+            "runs of a sweep trained together have the time of all of them, and the peak memory is that of the sweep "
+            "so far; train a run alone to measure its own cost"
+        )
+    return found

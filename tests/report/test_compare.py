@@ -1,0 +1,79 @@
+"""The comparison of runs: how they are grouped, the numbers, and mistakes."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftjax import compare
+from peftjax.core import cli
+from peftjax.core.errors import UserError
+from peftjax.report import comparison
+from tests.report.test_report import DATA, eval_line, train_line, write_workdir
+
+
+def write_run(workdir: Path, *, rank: int, seed: int, loss: float, **train: Any) -> Path:
+    config = {"seed": seed, "method": {"rank": rank}, "task": {"kind": "causal_lm"}, "train": {"steps": 30, **train}}
+    lines = [
+        eval_line(0, 3.0, 0.0),
+        train_line(1),
+        eval_line(20, loss / 2, 0.75),
+        train_line(30),
+        eval_line(30, loss, 0.5),
+    ]
+    return write_workdir(workdir, config, lines, DATA)
+
+
+def test_runs_that_differ_only_in_the_seed_share_a_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    alone = write_run(tmp_path / "a", rank=4, seed=0, loss=0.5)
+    (tmp_path / "sweep").mkdir()
+    for seed, loss in ((0, 1.0), (1, 2.0)):
+        write_run(tmp_path / "sweep" / f"b{seed}", rank=8, seed=seed, loss=loss)
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps([{"run": name} for name in ("b0", "b1", "not started")]))
+    compare.main([str(alone), str(tmp_path / "sweep"), str(alone)])  # a run that is given twice counts once
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.lstrip().startswith("rank=")]
+    assert rows[0] == ["rank=4", "1", "0.5", "0.25", "0.5", "0.75"]
+    assert rows[1][:3] == ["rank=8", "2", "1.5"]
+    assert "0.7071" in printed.out  # the standard deviation of 1 and 2
+    assert rows[2] == ["rank=4", "1", "80", "1.0", "MiB", "30", "s", "500"]
+    assert comparison.spread([1.0, None, 2.0]) == (1.5, pytest.approx(0.5**0.5))
+    assert comparison.spread([None]) is None
+
+
+def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "a", rank=4, seed=0, loss=0.5)
+    unfinished = write_run(tmp_path / "b", rank=8, seed=0, loss=0.5, steps=31)
+    compare.main([str(run), str(unfinished)])
+    assert capsys.readouterr().err == f"warning: {unfinished} is at step 30 of 31\n"
+    member = write_run(tmp_path / "e", rank=8, seed=1, loss=0.5)
+    dataclasses.replace(DATA, sweep=True).save(member)
+    compare.main([str(run), str(member)])
+    assert capsys.readouterr().err.startswith("warning: runs of a sweep trained together have the time of all of them")
+    with pytest.raises(UserError, match=r"no run has written there"):
+        compare.main([str(tmp_path)])
+    empty = write_workdir(tmp_path / "c", {"method": {}}, [])
+    with pytest.raises(UserError, match=r"has no lines yet"):
+        compare.main([str(empty)])
+    other = write_workdir(tmp_path / "d", {"task": {"kind": "seq2seq"}}, [train_line(1)])
+    with pytest.raises(UserError, match=r"task\.kind=causal_lm and .* has task\.kind=seq2seq"):
+        compare.main([str(run), str(other)])
+    (tmp_path / "sweep.json").write_text("[3]")
+    with pytest.raises(UserError, match=r"not the result of a sweep"):
+        compare.main([str(tmp_path)])
+
+
+def test_the_module_runs_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(cli, "run", started.append)
+    runpy.run_path(compare.__file__, run_name="__main__")
+    assert [main.__name__ for main in started] == ["main"]
