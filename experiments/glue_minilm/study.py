@@ -33,12 +33,12 @@ from peftjax.tasks import make_task
 from peftjax.tasks import metrics as scores
 from peftjax.train import train
 from peftjax.training import config as configs
-from peftjax.training import trained
 from peftjax.training.config import Config
 from peftjax.training.setup import attach_method, open_data
 from peftjax.training.split import split
 from peftjax.training.step import init_state, make_train_step
-from peftjax.training.trained import load_trained
+from peftjax.training.trained import load_trained, open_task, result_of
+from peftjax.training.trained import measure as measure_on
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
@@ -91,9 +91,10 @@ def held_out(config: Config, workdir: Path, options: argparse.Namespace, task: s
     """The test scores of the model that a run left."""
     config = configs.changed(config, {"data.eval": (f"{options.data}/{task}/test.jsonl.gz",)})
     mesh = sharding.make_mesh(config.mesh.sizes)
-    model, trained_task = load_trained(config, workdir, mesh)
+    made = open_task(config)
+    model = load_trained(config, made, result_of(config, workdir), mesh)
     with jax.set_mesh(mesh):
-        return trained.measure(config, model, trained_task, mesh)
+        return measure_on(config, model, made, mesh)
 
 
 def sizes(config: Config) -> dict[str, float]:

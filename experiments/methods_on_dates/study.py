@@ -93,7 +93,7 @@ def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: l
         return optax.apply_updates(trainable, updates), state
 
     def scores(trainable: Any, frozen: Any, batch: Any) -> Any:
-        return jnp.stack(list(loss(variables.join(graph, trainable, frozen), batch)))
+        return jnp.stack(loss(variables.join(graph, trainable, frozen), batch)[:3])
 
     rates = jnp.array(RATES)
     members = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(RATES)), trainable)
@@ -189,7 +189,7 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else {"methods": {}}
     model = load_model(base)
     before = np.sum(
-        [np.stack(next_token_loss(model, batch, config.train.loss_chunk)) for batch in held_out[1::2]], axis=0
+        [np.stack(next_token_loss(model, batch, config.train.loss_chunk)[:3]) for batch in held_out[1::2]], axis=0
     )
     results |= {
         "steps": config.train.steps, "batch_size": config.train.batch_size, "rates": RATES, "jax": jax.__version__,
