@@ -19,10 +19,22 @@ def llama(width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: i
     }  # fmt: skip
 
 
+def mixtral(width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    mixture = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    return llama(width, mlp, layers, heads, kv_heads, vocab, tied=True) | mixture
+
+
 SHAPES = {
     "tiny": llama(128, 256, 2, 4, 2, 512, tied=True),  # to test the harness
+    "tiny-moe": mixtral(128, 128, 2, 4, 2, 512),
     "15m": llama(288, 768, 6, 6, 6, 32000, tied=True),
     "110m": llama(768, 2048, 12, 12, 12, 32000, tied=True),
+    "moe": mixtral(768, 1024, 12, 12, 12, 32000),  # 110M active parameters of 280M
     "135m": llama(576, 1536, 30, 9, 3, 49152, tied=True),  # SmolLM2-135M
     "1.1b": llama(2048, 5632, 22, 32, 4, 32000, tied=False),  # TinyLlama
 }
@@ -68,6 +80,11 @@ class Cell:
         return self.method in ("qlora", "nf4")
 
     @property
+    def choices(self) -> int:
+        """Number of experts per token; 0 without experts."""
+        return int(self.sizes.get("num_experts_per_tok", 0))
+
+    @property
     def work(self) -> int:
         """Tokens of a step, or of all answers; 0 for loading."""
         return {"step": self.rows * self.length, "decode": self.rows * NEW, "load": 0}[self.kind]
@@ -84,13 +101,18 @@ class Cell:
             self.sizes[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
         )
         queries, keys, mlp = heads * head, self.sizes["num_key_value_heads"] * head, self.sizes["intermediate_size"]
-        kernels = ((width, queries), (width, keys), (width, keys), (queries, width), *[(width, mlp)] * 2, (mlp, width))
+        attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
+        feedforward = [(width, mlp), (width, mlp), (mlp, width)]
+        if self.choices:  # gate and up are one kernel
+            feedforward = [(width, 2 * mlp), (mlp, width)] * self.choices
+        adapted = [*attention, *feedforward]
+        kernels = adapted + [(width, self.sizes["num_local_experts"])] * bool(self.choices)  # with the router
         positions = self.length + (VIRTUAL if self.method == "prompt" else 0)
         seen = self.length + (VIRTUAL if self.method in ("prompt", "prefix") else 0)
         passes = 3 if self.method == "full" else 2
         a_row = passes * 2 * positions * sum(a * b for a, b in kernels) + 3 * 2 * positions * seen * queries
         if self.method in ("lora", "qlora"):
-            a_row += 3 * 2 * positions * RANK * sum(a + b for a, b in kernels)
+            a_row += 3 * 2 * positions * RANK * sum(a + b for a, b in adapted)
         if self.method == "houlsby":
             a_row += 3 * 2 * positions * 2 * 2 * BOTTLENECK * width
         return float(self.rows * (layers * a_row + passes * 2 * self.length * width * self.sizes["vocab_size"]))
@@ -104,6 +126,7 @@ def _steps(shapes: tuple[str, ...], methods: tuple[str, ...], *batches: tuple[in
 def _all() -> list[Cell]:
     small = _steps(("15m", "110m"), METHODS, (4, 128), (1, 64))
     large = _steps(("1.1b",), tuple(method for method in METHODS if method != "full"), (1, 64))
+    mixture = _steps(("moe",), ("lora", "full"), (4, 128))
     compiled = [
         dataclasses.replace(cell, compiled=True)
         for cell in _steps(("110m",), ("lora", "full", "qlora"), (4, 128))
@@ -114,8 +137,12 @@ def _all() -> list[Cell]:
         for shape, (method, dtype), rows in itertools.product(("135m", "1.1b"), bases, (1, 16))
     ]
     load = [Cell("load", "1.1b", method, "bfloat16") for method in ("dense", "nf4")]
-    tests = [*_steps(("tiny",), METHODS, (2, 32)), Cell("decode", "tiny", "dense", "float32", 2, PROMPT)]
-    return [*small, *large, *compiled, *decode, *load, *tests, Cell("load", "tiny", "dense", "bfloat16")]
+    tests = [
+        *_steps(("tiny",), METHODS, (2, 32)),
+        *_steps(("tiny-moe",), ("lora", "full"), (2, 32)),
+        Cell("decode", "tiny", "dense", "float32", 2, PROMPT),
+    ]
+    return [*small, *large, *mixture, *compiled, *decode, *load, *tests, Cell("load", "tiny", "dense", "bfloat16")]
 
 
 CELLS = {cell.name: cell for cell in _all()}
@@ -125,15 +152,15 @@ SHORT = ("15m-lora-f32-4x128", "15m-qlora-bf16-4x128", "110m-lora-bf16-4x128")
 def select(patterns: list[str]) -> list[Cell]:
     """The cells whose names contain all the words of one of the patterns ("110m lora"); "short" and "all" are sets.
 
-    Cells of the shape "tiny" are only selected by name.
+    Cells of tiny shapes are only selected by name.
     """
-    sets = {"short": SHORT, "all": tuple(name for name, cell in CELLS.items() if cell.shape != "tiny")}
+    sets = {"short": SHORT, "all": tuple(name for name, cell in CELLS.items() if "tiny" not in cell.shape)}
     names: list[str] = []
     for pattern in patterns:
         words = pattern.split()
         found = sets.get(pattern) or tuple(
             name for name, cell in CELLS.items()
-            if all(word in name for word in words) and (cell.shape != "tiny" or "tiny" in pattern)
+            if all(word in name for word in words) and ("tiny" not in cell.shape or "tiny" in pattern)
         )  # fmt: skip
         if not found:
             raise SystemExit(f"no cell matches {pattern!r}; --list prints all of them")

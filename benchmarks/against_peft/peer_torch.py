@@ -42,7 +42,11 @@ def load_model(cell: Cell, directory: Path) -> Any:
 
 
 def with_lora(model: Any) -> Any:
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if hasattr(model.config, "num_local_experts"):  # "all-linear" would leave out the experts, which are parameters
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": experts}
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM", **targets)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
