@@ -106,7 +106,7 @@ class Cell:
         if self.choices:  # gate and up are one kernel
             feedforward = [(width, 2 * mlp), (mlp, width)] * self.choices
         adapted = [*attention, *feedforward]
-        kernels = adapted + [(width, self.sizes["num_local_experts"])] * bool(self.choices)  # with the router
+        kernels = [*adapted, (width, self.sizes.get("num_local_experts", 0))]  # with the router
         positions = self.length + (VIRTUAL if self.method == "prompt" else 0)
         seen = self.length + (VIRTUAL if self.method in ("prompt", "prefix") else 0)
         passes = 3 if self.method == "full" else 2
