@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from peftjax.report.charts import main_scores
-
-SEED = "seed"
+from peftjax.report.comparison import SEED
+from peftjax.report.text import format_spread
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
 
@@ -37,7 +37,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     for group in ranked:
         going = [one for one in group if "failed" not in one]
         count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
-        cells = [_score(_finite(group, name)) for name in scores] if going else ["not finite"]
+        cells = [format_spread(_finite(group, name)) for name in scores] if going else ["not finite"]
         table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
     return table
 
@@ -66,10 +66,3 @@ def _finite(group: Iterable[Outcome], name: str) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.inf
-
-
-def _score(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{_mean(values):.4g}{deviation}"
