@@ -44,7 +44,8 @@ def make_tables(runs: Sequence[Run]) -> Stack:
     """Two tables with one row per group: the scores, and the costs."""
     groups = comparison.group_runs(runs)
     scores: dict[str, tuple[Measure, Format]] = {}
-    for name in comparison.compared_scores(runs):
+    logged = {name for run in runs for line in run.lines if line["kind"] == "eval" for name in line}
+    for name in comparison.compared_scores(logged):
         label = name.removeprefix("eval_").replace("_", " ")
         last, best = (partial(measure, name=name) for measure in (comparison.last_score, comparison.best_score))
         scores[label] = last, format_spread

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +97,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return list(groups.values())
 
 
-def compared_scores(runs: Sequence[Run]) -> list[str]:
-    """The names of the scores to compare: the held-out loss, or else the training loss, and the most telling score."""
-    lines = [line for run in runs for line in run.lines if line["kind"] == "eval"]
-    there: Mapping[str, Any] = {name: None for line in lines for name in line}
-    return ["eval_loss" if "eval_loss" in there else "loss", *main_scores([there])[:1]]
+def compared_scores(names: Collection[str]) -> list[str]:
+    """The scores to compare, of these: the held-out loss, or else the training loss, and the most telling score."""
+    return ["eval_loss" if "eval_loss" in names else "loss", *main_scores([dict.fromkeys(names)])[:1]]
 
 
 def last_score(run: Run, name: str) -> float | None:

@@ -8,8 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from peftjax.report.charts import main_scores
-from peftjax.report.comparison import SEED
+from peftjax.report.comparison import SEED, compared_scores
 from peftjax.report.text import format_spread
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
@@ -25,7 +24,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     groups: dict[str, list[Outcome]] = {}
     for one in found:
         groups.setdefault(repr([one["values"][name] for name in varied]), []).append(one)
-    scores = _scores(found)
+    scores = compared_scores({name for one in found for name in one["scores"]})
     several = any(len(group) > 1 for group in groups.values())
     caption = "mean ± standard deviation over the seeds" if several else None
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
@@ -51,13 +50,6 @@ def short_name(field: str, fields: Iterable[str]) -> str:
 def value_text(value: Any) -> str:
     """A value of a field as text, also for the name of a directory."""
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _scores(found: Sequence[Outcome]) -> list[str]:
-    """The loss that orders the runs, and the most telling score."""
-    there = {name for one in found for name in one["scores"]}
-    loss = "eval_loss" if "eval_loss" in there else "loss"
-    return [loss, *main_scores([dict.fromkeys(there)])[:1]]
 
 
 def _finite(group: Iterable[Outcome], name: str) -> list[float]:
