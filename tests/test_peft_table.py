@@ -72,7 +72,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     for seed, right in zip(lora["seeds"].values(), table.right_answers(lora), strict=True):
         assert right.sum() / 18 == pytest.approx(seed["epochs"][-1]["accuracy"])
     answered = json.loads((tmp_path / "results" / "e2e-lora.json").read_text())
-    references = [["A is here.", "See C."], ["Here is A.", ""]]  # of the first and the last meaning representation
+    references = [["A is here.", "See C."], ["Here is A.", None]]  # of the first and the last meaning representation
     for seed in answered["seeds"].values():
         bleu = sacrebleu.corpus_bleu(seed["predictions"], references).score
         assert seed["epochs"][-1]["bleu"] == pytest.approx(bleu)
@@ -96,3 +96,21 @@ def test_a_difference_exceeds_chance_if_it_is_large_in_all_seeds() -> None:
     assert table.accuracy_differs(good, bad)
     assert not table.accuracy_differs(good, similar)
     assert not table.accuracy_differs(good, good)
+
+
+def test_missing_references_do_not_shorten_the_expected_answers() -> None:
+    columns = setting.columns({"name[A]": ["A is here today ."], "name[B]": ["B is .", "There is B ."]})
+    assert columns == [["A is here today .", "B is ."], [None, "There is B ."]]
+    assert sacrebleu.corpus_bleu(["A", "B is ."], columns).bp < 1  # "A" would be nearer to an empty reference
+
+
+def test_bleu_differs_if_one_method_has_more_wrong_answers() -> None:
+    rng, facts = np.random.default_rng(0), [f"The number {number} is a fine one to have ." for number in range(60)]
+
+    def result(share: float) -> dict[str, object]:
+        texts = [fact if rng.random() < share else "It is ." for fact in facts]
+        return {"seeds": {"0": {"predictions": texts}}}
+
+    good, similar, bad = result(0.8), result(0.8), result(0.2)
+    assert table.bleu_differs(good, bad, [[*facts]])
+    assert not table.bleu_differs(good, similar, [[*facts]])

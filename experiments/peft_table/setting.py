@@ -19,6 +19,7 @@ EPOCHS = 3
 BATCH = {"classification": 16, "causal_lm": 8}
 VALIDATION, TEST = 500, 1000  # maximum numbers of records; of E2E's test file see `MEANINGS`
 MEANINGS = 100  # meaning representations of E2E's test file that are verbalized, each with all its references
+References = list[list[str | None]]  # by column, as `columns` makes them
 SENTENCE = "Describe the restaurant in one or two sentences.\n{mr}\n"
 
 
@@ -180,7 +181,7 @@ def references_of(file: Path) -> dict[str, list[str]]:
     return found
 
 
-def columns(references: Mapping[str, list[str]]) -> list[list[str]]:
+def columns(references: Mapping[str, list[str]]) -> References:
     """The references as sacrebleu takes them: the first of each meaning representation, the second of each, and so on,
-    with empty strings where there are fewer."""
-    return [list(column) for column in itertools.zip_longest(*references.values(), fillvalue="")]
+    with None where there are fewer. An empty string would count as a reference of length 0 in the brevity penalty."""
+    return [list(column) for column in itertools.zip_longest(*references.values())]

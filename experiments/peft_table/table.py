@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from experiments.peft_table.setting import METHODS, RATES, TASKS, columns, references_of
+from experiments.peft_table.setting import METHODS, RATES, TASKS, References, columns, references_of
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
@@ -66,20 +66,24 @@ def accuracy_differs(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return not low <= 0 <= high
 
 
-def bleu_differs(one: dict[str, Any], other: dict[str, Any], references: list[list[str]]) -> bool:
-    """Whether the BLEU of two methods differs with p < 0.05, by sacrebleu's paired bootstrap over the answers of all seeds."""
+def bleu_differs(one: dict[str, Any], other: dict[str, Any], references: References) -> bool:
+    """Whether the BLEU of two methods differs with p < 0.05, over the answers of all seeds.
+
+    By sacrebleu's approximate randomization, which exchanges answers between the methods (Riezler and Maxwell 2005).
+    """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.significance import PairedTest, Result
 
     texts = [[text for seed in result["seeds"].values() for text in seed["predictions"]] for result in (other, one)]
     repeated = [column * len(one["seeds"]) for column in references]
-    test = PairedTest([("baseline", texts[0]), ("system", texts[1])], {"BLEU": BLEU()}, repeated, n_samples=1000)
+    systems = [("baseline", texts[0]), ("system", texts[1])]
+    test = PairedTest(systems, {"BLEU": BLEU()}, repeated, n_samples=1000)
     system = test()[1]["BLEU"][1]
     assert isinstance(system, Result)
     return system.p_value is not None and system.p_value < 0.05
 
 
-def cell(results: Results, method: str, task: str, references: Any, *, best: bool) -> str:
+def cell(results: Results, method: str, task: str, references: References, *, best: bool) -> str:
     """Mean and standard deviation over seeds; bold if the difference to the baseline exceeds chance (last epoch only)."""
     if method not in results:
         return ""
@@ -93,7 +97,7 @@ def cell(results: Results, method: str, task: str, references: Any, *, best: boo
     return f"**{text}**" if differs else text
 
 
-def table(found: dict[str, Results], references: Any, *, best: bool) -> str:
+def table(found: dict[str, Results], references: References, *, best: bool) -> str:
     """Test scores by method and task, as Markdown."""
     lines = [
         "| method | " + " | ".join(f"{task}, {TASKS[task].score}" for task in found) + " |",
@@ -147,7 +151,7 @@ def main(argv: list[str]) -> None:
     )
     options = parser.parse_args(argv)
     found = load()
-    references = columns(references_of(options.workdir / "data" / "e2e" / "test.jsonl")) if "e2e" in found else None
+    references = columns(references_of(options.workdir / "data" / "e2e" / "test.jsonl")) if "e2e" in found else []
     hours = sum(result["cpu_seconds"] for results in found.values() for result in results.values()) / 3600
     parts = {
         "After the last epoch": table(found, references, best=False),

@@ -441,6 +441,7 @@ def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
     Raises:
         UserError: A field is missing, or its value is not supported.
     """
+    fields.no_dropout("attention_dropout")
     embed, (heads, kv_heads) = fields.take("hidden_size"), read_heads(fields)
     return {
         "vocab": fields.take("vocab_size"),

@@ -129,7 +129,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=HARMLESS | {"cache_implementation"})
     shared = read_shared(fields, norm_eps=1e-6)
     head_dim, max_positions = shared["head_dim"], shared["max_positions"]
-    fields.no_dropout("attention_dropout")
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
     fields.implied("hidden_act", activation)  # an old name

@@ -69,7 +69,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Glm4Co
     """
     fields = Fields(config, defaults=_DEFAULTS)
     shared = read_shared(fields, norm_eps=1.5625e-07)
-    fields.no_dropout("attention_dropout")
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     rope = rope_fields(fields)
     rotated = int(shared["head_dim"] * rope.pop("partial_rotary_factor"))

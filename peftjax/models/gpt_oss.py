@@ -64,7 +64,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
     """
     fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING | _DUPLICATES)
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout")
     fields.only("hidden_act", "silu")
     layers, attention_bias = shared["layers"], fields.take("attention_bias", True)
     types = fields.maybe("layer_types")

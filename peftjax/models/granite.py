@@ -72,7 +72,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
     """
     fields = Fields(config, defaults={"max_position_embeddings": 2048})
     shared = read_shared(fields, norm_eps=1e-6)
-    fields.no_dropout("attention_dropout")
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     attention_bias = fields.take("attention_bias", False)
     result = GraniteConfig(

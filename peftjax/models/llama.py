@@ -115,7 +115,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
     kind = config["model_type"]
     fields = Fields(config, defaults=_DEFAULTS[kind])
     shared = read_shared(fields, norm_eps=1e-6)
-    fields.no_dropout("attention_dropout")
     attention_bias = fields.take("attention_bias", False) if kind in ("llama", "qwen3") else False
     result = LlamaConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),

@@ -4,7 +4,7 @@ As released by Meta in April 2025. Queries are scaled with their position after 
 """
 
 import dataclasses
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Llama4(MoeLlama):
     """RMSNorm, grouped-query attention with and without rotation, and a shared SwiGLU expert beside the chosen ones."""
 
     config: Llama4Config
+    balanced: ClassVar[bool] = False
 
     def make_attention(self, rngs: nnx.Rngs, **options: Any) -> Attention:
         eps = self.config.norm_eps if self.config.l2_norm else None
@@ -85,7 +86,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Llama4
     """
     fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING)
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout", "router_jitter_noise")
+    fields.no_dropout("router_jitter_noise")
     expert_mlp, layers = shared.pop("mlp"), shared.pop("layers")
     attention_bias, tuned = fields.take("attention_bias", False), fields.take("attn_temperature_tuning", True)
     growth, rotated = fields.take("attn_scale", 0.1), read_rotated(fields, layers)

@@ -61,7 +61,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Minist
     """
     fields = Fields(config, defaults=_DEFAULTS)
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout")
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     scaled = config.get("rope_parameters") or config.get("rope_scaling")
     rope = rope_fields(fields) | ({} if scaled else _ROPE)

@@ -46,7 +46,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Mixtra
     defaults = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
     fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout", "router_jitter_noise")
+    fields.no_dropout("router_jitter_noise")
     result = MixtralConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         activation=fields.activation("hidden_act", "silu"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,11 @@ class MoeLlama(Llama):
     Attributes:
         sparse: The mixtures of experts, stacked. They are in `blocks` instead if there are no dense layers.
         dense: The feed-forward layers of `dense_layers`, stacked, if there are any.
+        balanced: Whether transformers defines a load-balancing loss for the family.
     """
 
     config: MoeConfig
+    balanced: ClassVar[bool] = True
 
     def __init__(self, config: MoeConfig, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)

@@ -53,7 +53,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
     """
     fields = Fields(config, defaults={"max_position_embeddings": 2048})
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout")
     layers, sizes = shared["layers"], (shared["head_dim"], shared["max_positions"])
     local_rope: Rope | None = None
     if fields.kind == "olmo2":

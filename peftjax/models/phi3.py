@@ -87,7 +87,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Co
     """
     fields = Fields(config, harmless=HARMLESS | {"auto_map"})
     shared = read_shared(fields, norm_eps=1e-5)
-    fields.no_dropout("attention_dropout", "resid_pdrop", "embd_pdrop")
+    fields.no_dropout("resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():
         fields.implied(name, value)
     result = Phi3Config(

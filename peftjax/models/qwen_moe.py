@@ -61,7 +61,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
     defaults = {"max_position_embeddings": 32768} | _DEFAULTS[kind]
     fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
     shared = read_shared(fields, norm_eps=1e-6)
-    fields.no_dropout("attention_dropout")
     attention_bias = fields.take("attention_bias", False) if kind == "qwen3_moe" else False
     experts, choices = _EXPERTS[kind]
     result = QwenMoeConfig(

@@ -20,7 +20,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
     """
     fields = Fields(config, defaults=_DEFAULTS)
     shared = read_shared(fields, norm_eps=1e-6)
-    fields.no_dropout("attention_dropout")
     attention_bias = fields.take("attention_bias", False)
     rotated = read_rotated(fields, shared["layers"])
     result = LlamaConfig(
@@ -43,7 +42,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
 def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Read no_rope_layers, in which 1 stands for a layer with rotary embedding; by default every fourth has none."""
     every, rotated = fields.take("no_rope_layer_interval", 4), fields.maybe("no_rope_layers")
-    if rotated is None:
+    if not rotated:
         return tuple((i + 1) % every != 0 for i in range(layers))
     if len(rotated) < layers:
         raise UserError(f"config.json: no_rope_layers has {len(rotated)} entries for {layers} layers: {rotated}")

@@ -1,8 +1,8 @@
-"""Runs side by side: grouped by their configs, with the mean and the spread of each number over the seeds of a group."""
+"""Runs side by side: grouped by their configs, and the numbers of each run."""
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +97,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return list(groups.values())
 
 
-def compared_scores(runs: Sequence[Run]) -> list[str]:
-    """The names of the scores to compare: the held-out loss, or else the training loss, and the most telling score."""
-    lines = [line for run in runs for line in run.lines if line["kind"] == "eval"]
-    there: Mapping[str, Any] = {name: None for line in lines for name in line}
-    return ["eval_loss" if "eval_loss" in there else "loss", *main_scores([there])[:1]]
+def compared_scores(names: Collection[str]) -> list[str]:
+    """The scores to compare, of these: the held-out loss, or else the training loss, and the most telling score."""
+    return ["eval_loss" if "eval_loss" in names else "loss", *main_scores([dict.fromkeys(names)])[:1]]
 
 
 def last_score(run: Run, name: str) -> float | None:
@@ -143,23 +141,20 @@ def median_speed(run: Run) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def spread(values: Iterable[float | None]) -> tuple[float, float | None] | None:
-    """The mean and the sample standard deviation (None for a single value) of the values that are there."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return None
-    if not all(map(math.isfinite, there)):
-        return math.nan, None
-    return statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None
-
-
 def warnings_of(runs: Sequence[Run]) -> list[str]:
-    """What makes the comparison of these runs unfair: unfinished runs, different held-out data, shared costs."""
+    """What makes the comparison of these runs unfair: unfinished or repeated runs, other held-out data, shared costs."""
     found = []
     for run in runs:
         step, steps = max(line["step"] for line in run.lines), run.config.get("train.steps")
         if isinstance(steps, int) and step < steps:
             found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
+    for group in group_runs(runs):
+        of_seed: dict[Any, Run] = {}
+        for run in group.runs:
+            if (first := of_seed.setdefault(run.config.get(SEED), run)) is not run:
+                found.append(
+                    f"{first.workdir} and {run.workdir} have the same config and the same seed, but count as two"
+                )
     if any(run.config.get("data.eval") != runs[0].config.get("data.eval") for run in runs):
         found.append("data.eval differs between the runs, so their held-out scores are not comparable")
     if any(run.data.sweep for run in runs):

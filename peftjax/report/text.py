@@ -1,12 +1,32 @@
 """Values as text on the page: numbers, percentages, durations, and strings from outside."""
 
+import math
 import re
+import statistics
+from collections.abc import Sequence
 
 
 def format_number(value: float) -> str:
     """Format a number with four significant digits: 0.25, 1,000, 7.33e-8."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
     return re.sub(r"e(-?)\+?0*", r"e\1", text)
+
+
+def format_spread(values: Sequence[float]) -> str:
+    """Format the mean and, of several values that differ, the standard deviation, to its second digit: 1.905 ± 0.015.
+
+    Values that are not all finite have the mean nan; no values give an empty text.
+    """
+    if not values:
+        return ""
+    mean = statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+    deviation = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
+    if not deviation:
+        return format_number(mean)
+    digits = max(1 - math.floor(math.log10(deviation)), 0)
+    if digits > 6:
+        return f"{format_number(mean)} ± {deviation:.1e}"
+    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
 
 
 def format_percent(fraction: float) -> str:

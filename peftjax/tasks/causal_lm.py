@@ -54,10 +54,10 @@ class CausalLM(GenerationTask):
 
     def require(self, model: Model, path: str) -> None:
         super().require(model, path)
-        if self.router_aux_loss_coef and not isinstance(model, MoeLlama):
+        if self.router_aux_loss_coef and not (isinstance(model, MoeLlama) and model.balanced):
             raise UserError(
-                f"task.router_aux_loss_coef={self.router_aux_loss_coef}: model.path={path!r} is a {type(model).__name__}, which "
-                "has no routers; set it to 0"
+                f"task.router_aux_loss_coef={self.router_aux_loss_coef}: model.path={path!r} is a {type(model).__name__}, for "
+                "which no load-balancing loss is defined; set it to 0"
             )
 
     def loss(self, model: Model, batch: Batch) -> Totals:

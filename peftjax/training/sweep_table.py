@@ -8,9 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from peftjax.report.charts import main_scores
-
-SEED = "seed"
+from peftjax.report.comparison import SEED, compared_scores
+from peftjax.report.text import format_spread
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
 
@@ -25,7 +24,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     groups: dict[str, list[Outcome]] = {}
     for one in found:
         groups.setdefault(repr([one["values"][name] for name in varied]), []).append(one)
-    scores = _scores(found)
+    scores = compared_scores({name for one in found for name in one["scores"]})
     several = any(len(group) > 1 for group in groups.values())
     caption = "mean ± standard deviation over the seeds" if several else None
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
@@ -37,7 +36,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     for group in ranked:
         going = [one for one in group if "failed" not in one]
         count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
-        cells = [_score(_finite(group, name)) for name in scores] if going else ["not finite"]
+        cells = [format_spread(_finite(group, name)) for name in scores] if going else ["not finite"]
         table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
     return table
 
@@ -53,23 +52,9 @@ def value_text(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _scores(found: Sequence[Outcome]) -> list[str]:
-    """The loss that orders the runs, and the most telling score."""
-    there = {name for one in found for name in one["scores"]}
-    loss = "eval_loss" if "eval_loss" in there else "loss"
-    return [loss, *main_scores([dict.fromkeys(there)])[:1]]
-
-
 def _finite(group: Iterable[Outcome], name: str) -> list[float]:
     return [one["scores"][name] for one in group if name in one["scores"]]
 
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.inf
-
-
-def _score(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{_mean(values):.4g}{deviation}"

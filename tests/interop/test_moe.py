@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
             attn_scale=0.5,
         ),
         {
-            "moe_layers": None, "no_rope_layers": None, "layer_types": None, "rope_parameters": None,
+            "moe_layers": None, "no_rope_layers": [], "layer_types": None, "rope_parameters": None,
             "rope_theta": 500.0, "rope_scaling": LLAMA3,
         },
     ),

@@ -15,8 +15,10 @@ import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.data.config import DataConfig
 from peftjax.models import from_hf_config
 from peftjax.quant.base import Quantized
+from peftjax.tasks import TaskConfig, make_task
 
 CONFIG: dict[str, Any] = tiny.CONFIG | {
     "model_type": "qwen2_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
@@ -165,6 +167,12 @@ def test_dense_layers_have_the_same_gradients_recomputed_and_under_vmap() -> Non
 def test_models_without_experts_are_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"{field}=.* leave none of the 2 layers with experts; use model_type 'qwen2'"):
         from_hf_config(CONFIG | {field: value})
+
+
+def test_llama4_has_no_load_balancing_loss(tmp_path: Path) -> None:
+    task = make_task(TaskConfig(router_aux_loss_coef=0.1), DataConfig(), tmp_path, loss_chunk=4)
+    with pytest.raises(UserError, match="is a Llama4, for which no load-balancing loss is defined; set it to 0"):
+        task.require(from_hf_config(LLAMA4).abstract(), "llama4")
 
 
 def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tmp_path: Path) -> None:

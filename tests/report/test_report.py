@@ -29,7 +29,7 @@ from peftjax.report import svg
 from peftjax.report.classes import Classes, ClassScore, Prediction
 from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
 from peftjax.report.page import write_report
-from peftjax.report.text import format_duration, format_number
+from peftjax.report.text import format_duration, format_number, format_spread
 
 SCRIPT = Path(svg.__file__).with_name("charts.js").read_text(encoding="utf-8")
 NASTY = '<script>alert(1)</script> & "quoted" </div>{{ 7*7 }} \x1b[31m \ud800'
@@ -409,6 +409,10 @@ def test_numbers_are_short() -> None:
     values = (0, 0.25, 1000, 12_000, 1_500_000, 2e-5, 2.5e-17, 1e30, -0.5)
     assert [format_number(value) for value in values] == [
         "0", "0.25", "1,000", "12,000", "1.5e6", "2e-5", "2.5e-17", "1e30", "-0.5",
+    ]  # fmt: skip
+    spreads = [[], [0.25, 0.25], [1.5, 2.5], [1.9, 1.93], [100.0, 300.0], [2.0, 2 + 1e-9], [1.0, float("nan")]]
+    assert [format_spread(values) for values in spreads] == [
+        "", "0.25", "2.00 ± 0.71", "1.915 ± 0.021", "200 ± 141", "2 ± 7.1e-10", "nan",
     ]  # fmt: skip
     assert [format_duration(seconds) for seconds in (0.84, 59.9, 60, 151, 11_520)] == [
         "0.8 s", "1 min 0 s", "1 min 0 s", "2 min 31 s", "3 h 12 min",

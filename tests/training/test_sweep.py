@@ -350,8 +350,8 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
     found.append({"run": "e", "values": {"optim.learning_rate": 0.3, "seed": 1}, "scores": {}, "failed": "nan"})
     assert printed(found) == [
         "learning_rate seeds loss accuracy",
-        "0.2 2 0.5 ± 0 0.5 ± 0",
-        "0.1 2 0.75 ± 0.71 0.5 ± 0.35",
+        "0.2 2 0.5 0.5",
+        "0.1 2 0.75 ± 0.71 0.50 ± 0.35",
         "0.3 1 of 2 2 0.25",
         "mean ± standard deviation over the seeds",
     ]
