@@ -30,10 +30,10 @@ def main(argv: list[str]) -> None:
     """Run the command: print the comparison."""
     parser = argparse.ArgumentParser(
         prog=cli.program("compare"),
-        description="Compare runs and sweeps. Runs whose configs differ only in the seed form one row.",
+        description="Compare the scores and costs of runs and sweeps. Runs that differ only in the seed share a row.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="workdir of a training run or of a sweep")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="workdir of a run or of a sweep")
     runs = comparison.read_runs(cli.parse_options(parser, argv).runs)
     for warning in comparison.warnings_of(runs):
         say(f"warning: {warning}", error=True)

@@ -60,7 +60,7 @@ class Totals(NamedTuple):
         loss: The sum of weight * loss. loss / tokens is the mean loss.
         tokens: The sum of the weights.
         correct: The sum of the weights where the target has the largest logit; 0 for regression and multi-label tasks.
-        balance: What training also minimizes: the load-balancing loss times its coefficient and `tokens`. None if it is off.
+        balance: The load-balancing loss times its coefficient and `tokens`, which training minimizes too. None: it is off.
     """
 
     loss: jax.Array

@@ -1,4 +1,4 @@
-"""Adapters of single experts, as in transformers 4, from and to adapters of all experts of a layer.
+"""Conversion between adapters of single experts, as in transformers 4, and adapters of all experts of a layer.
 
 With A_g, B_g of an expert's gate and A_u, B_u of its `up`, the LoRA of gate_up is [A_g, A_u] and the block diagonal of B_g
 and B_u. Its rank is the sum of theirs. peft does the same with transformers 5. Experts of smaller rank are padded with zeros
@@ -95,7 +95,7 @@ def _joined(
 ) -> tuple[dict[str, np.ndarray], int, float]:
     """A [E * R, in] and B [out, R * E] of a LoRA of all experts, in the order of `LoraExperts`; its rank and its alpha.
 
-    Its scale is that of the first single expert with one. The others' B absorb the ratio of theirs to it.
+    Its scale is the first nonzero one. Where an expert has another scale, B is multiplied by the ratio.
     """
     width = layer.out_features // len(parts)
     scales: dict[Single, float] = {}
@@ -110,7 +110,7 @@ def _joined(
                 got = f"has shape {pair[factor].shape}" if factor in pair else "is missing"
                 raise UserError(
                     f"adapter file: {name}.lora_{factor}.weight {got}, but this model, with {layer.experts} experts, and "
-                    f"adapter_config.json need {shape}"
+                    f"adapter_config.json require {shape}"
                 )
         scales[expert, part] = alpha / (math.sqrt(rank) if method.rslora else rank)
     by_expert = [[(expert, part) for part in parts if (expert, part) in singles] for expert in range(layer.experts)]
@@ -138,7 +138,7 @@ def _joined(
 def _with_targets(
     method: Lora, ranks: Mapping[str, int], alphas: Mapping[str, float], singles: list[str], model: Model
 ) -> Lora:
-    """The method with the experts in place of single ones among its targets, and their ranks and alphas."""
+    """The method whose targets, ranks and alphas name all experts of a layer instead of single ones."""
     names = [name for site in sites(model) for name in site.names]
     changes: dict[str, Any] = {}
     targets = _shortest(ranks, model, method.layers_to_transform)
@@ -195,14 +195,14 @@ def with_single_experts(
         The tensors, and the fields.
 
     Raises:
-        UserError: The adapter has no experts, or this model never has tensors of single experts.
+        UserError: The adapter has no experts, or the model's family has no modules of single experts.
     """
     experts = [(site, adapter) for site, adapter in adapters_named(model, name) if isinstance(adapter, LoraExperts)]
     if not experts or not isinstance(model, Model) or not isinstance(method, Lora):
-        raise UserError(f"save_adapter: single_experts=True requires a LoRA on experts, and adapter {name!r} is none")
+        raise UserError(f"save_adapter: single_experts=True requires a LoRA on experts, and adapter {name!r} has none")
     if not any(model.hf_experts.values()):
         raise UserError(
-            f"save_adapter: single_experts=True: {type(model).__name__} never has single experts; leave it out"
+            f"save_adapter: single_experts=True: {type(model).__name__} has no modules of single experts; leave it out"
         )
     fused = {tensor.key for tensor in tensors_of(model, name) if isinstance(tensor.adapter, LoraExperts)}
     older = {
@@ -244,7 +244,7 @@ def with_single_experts(
 def _split(a: np.ndarray, b: np.ndarray, parts: tuple[str, ...], rank: int) -> Iterable[tuple[int, str, Any, Any]]:
     """Yield the expert, the name, A [r, in] and B [out, r] of every single layer, from a [E, in, R] and b [E, R, out].
 
-    An expert whose B is zero, as at initialization, keeps at most `rank` ranks, and none if its A is zero too. A layer of
+    An expert whose B is zero, as at initialization, keeps the first `rank` ranks at most, and none if its A is zero too. A layer of
     rank 0 is left out.
     """
     for expert, (of_a, of_b) in enumerate(zip(a, b, strict=True)):

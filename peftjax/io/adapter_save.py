@@ -55,8 +55,8 @@ def save_adapter(
         name: Name of the adapter.
         base: The base_model_name_or_path to record: the hub id or directory of the base model. Default: the one in the
             file that the adapter was loaded from, or the path that the model was loaded from.
-        single_experts: Write a LoRA of experts as one of each expert's layers, `experts.7.gate_proj`, which are modules in
-            transformers 4. Default: as in transformers 5, whose parameters hold all experts of a layer.
+        single_experts: Write a LoRA on experts as LoRAs on the layers of each expert, such as `experts.7.gate_proj`, which
+            are modules in transformers 4. Default: LoRAs on all experts of a layer, which are parameters in transformers 5.
 
     Returns:
         The directory.

@@ -41,7 +41,7 @@ class DecoderConfig(LanguageModelConfig):
         local_rope: Rotary embedding of the layers with a window; None: `rope`.
         rotated: For each layer, whether queries and keys are rotated; empty: in all layers.
         windows: For each layer, how many positions back a query sees; 0: all.
-        chunked: Whether a query sees the positions of its own chunk only, with a window as the size of chunks.
+        chunked: Whether `windows` are sizes of chunks. A query sees only the keys of its own chunk.
         init_stddev: Standard deviation of random weights.
         whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
     """
@@ -84,7 +84,7 @@ class Block(nnx.Module):
     Args:
         make_norm: Builds a norm.
         attention: The first sublayer.
-        feedforward: The second sublayer; None: it is set for each layer, as in `models.moe.MoeLlama.through_layers`.
+        feedforward: The second sublayer. None: `models.moe.MoeLlama.through_layers` sets it for each layer.
         norm_in: Whether the inputs of the sublayers are normalized.
         norm_out: Whether the outputs of the sublayers are normalized before they are added.
         make_residual: Builds a residual connection.

@@ -1,4 +1,4 @@
-"""The text model of Llama 4: chunked attention, layers without rotary embedding, experts whose inputs are weighted.
+"""The text model of Llama 4: chunked attention, layers without rotary embedding, and experts with weighted inputs.
 
 As released by Meta in April 2025. Queries are scaled with their position after Nakanishi 2025 (arXiv:2501.19399).
 """
@@ -120,7 +120,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Llama4
 
 
 def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:
-    """Read moe_layers; by default every so many layers have experts, as interleave_moe_layer_step says."""
+    """Read moe_layers, the layers with experts; by default every s-th one, where s is interleave_moe_layer_step."""
     step, sparse = fields.take("interleave_moe_layer_step", 1), fields.maybe("moe_layers")
     sparse = range(step - 1, layers, step) if sparse is None else sparse
     dense = tuple(layer for layer in range(layers) if layer not in sparse)
@@ -139,5 +139,5 @@ def _chunks(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
             f"config.json: layer_types must name chunked_attention or full_attention for {len(rotated)} layers: {types}"
         )
     if "chunked_attention" in types and not chunk:
-        raise UserError("config.json: layer_types has chunked_attention; set attention_chunk_size")
+        raise UserError("config.json: layer_types contains chunked_attention, which requires attention_chunk_size")
     return tuple(chunk if name == "chunked_attention" else 0 for name in types)

@@ -24,7 +24,7 @@ class AttentionMask:
         prefix: Number of keys of a prefix, P, that all documents attend to.
         windows: The different windows of the model's layers, 0 for none; empty if no layer has one.
         window: int32 [], one of `windows`: keys at this distance or further are excluded. None: not yet set for a layer.
-        chunked: Whether the windows are chunks, as in `reach`, counted from the first key of a prefix.
+        chunked: Whether the windows are sizes of chunks (see `reach`). Chunks start at the first key of a prefix.
         implementation: The implementation to use, one of `nn.fused.IMPLEMENTATIONS`.
     """
 
@@ -84,7 +84,7 @@ class DenseMask:
 
 
 def reach(chunk: jax.Array, places: jax.Array) -> jax.Array:
-    """Return the window of queries at these positions that see only their own chunk: p mod chunk + 1; of a chunk of 0, 0."""
+    """Return the windows in which queries at positions p see only their own chunk: p mod chunk + 1, or 0 if chunk is 0."""
     return jnp.where(chunk == 0, 0, places % jnp.maximum(chunk, 1) + 1)
 
 

@@ -140,7 +140,7 @@ class ExpertLinear(SlottedLayer):
 
 
 class UprightExpertLinear(ExpertLinear):
-    """An ExpertLinear whose kernels checkpoints store as [E, in, out], and which peft takes for [E, out, in]."""
+    """An ExpertLinear whose kernels are [E, in, out] in checkpoints. peft treats them as [E, out, in]."""
 
     hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", None)}
 

@@ -78,8 +78,8 @@ def executions(
         program: A parsed program.
         trips: Whether the body of a loop counts as often as it runs, or once.
         fusions: Whether to include computations inside of fusions and reductions.
-        conditions: How often the branches of a condition run, at most 1, by a scope in its name (`jax.named_scope`). All
-            branches of all other conditions count.
+        conditions: The share of its executions in which a conditional runs each branch, by the `jax.named_scope` of the
+            conditional. For all others, every branch counts as often as the conditional runs.
     """
     times: dict[str, float] = {}
     shares = (conditions or {}).items()

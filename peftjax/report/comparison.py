@@ -56,7 +56,7 @@ def read_runs(workdirs: Iterable[Path]) -> list[Run]:
         if kinds[0] != kinds[1]:
             raise UserError(
                 f"{first.workdir} has task.kind={kinds[0]} and {other.workdir} has task.kind={kinds[1]}; their scores "
-                "mean different things, so compare runs of one task"
+                "are not comparable, so compare only runs of the same task type"
             )
     return list(runs.values())
 
@@ -71,9 +71,11 @@ def _read(workdir: Path) -> list[Run]:
             return [_read_run(member) for member in started]
         raise UserError(f"{workdir}: no run of this sweep has metrics yet; wait for its first logged step")
     if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} has neither config.json nor {RESULTS}: no run has written there; check the path")
+        raise UserError(
+            f"{workdir} has neither config.json nor {RESULTS}: not the workdir of a run or a sweep; check the path"
+        )
     if not _has_metrics(workdir):
-        raise UserError(f"{workdir / METRICS} has no lines yet; wait for the first logged step of the run")
+        raise UserError(f"{workdir}: the run has no metrics yet; wait for its first logged step")
     return [_read_run(workdir)]
 
 
@@ -98,7 +100,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def compared_scores(names: Collection[str]) -> list[str]:
-    """The scores to compare, of these: the held-out loss, or else the training loss, and the most telling score."""
+    """The scores to compare, of these: the held-out loss, or else the training loss, and the main score of the task."""
     return ["eval_loss" if "eval_loss" in names else "loss", *main_scores([dict.fromkeys(names)])[:1]]
 
 
@@ -159,7 +161,7 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
         found.append("data.eval differs between the runs, so their held-out scores are not comparable")
     if any(run.data.sweep for run in runs):
         found.append(
-            "runs of a sweep trained together have the time of all of them, and the peak memory is that of the sweep "
-            "so far; train a run alone to measure its own cost"
+            "runs that a sweep trained together show the time of all of them, and the peak memory of the sweep so far; "
+            "train a run alone to measure its own costs"
         )
     return found

@@ -41,8 +41,7 @@ class TaskConfig:
     multi_label: bool = field(False, "Whether a text may have several classes at once, or none; for classification")
     router_aux_loss_coef: float = field(
         0.0,
-        "Coefficient of the load-balancing loss of a mixture of experts, which is added to the loss in training; for "
-        "causal language modeling",
+        "Coefficient of the load-balancing loss that is added to the training loss of a mixture of experts; for causal_lm",
         low=0.0,
     )
 

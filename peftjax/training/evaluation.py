@@ -82,7 +82,7 @@ class Collected:
         """The metrics of the task over all batches.
 
         Raises:
-          UserError: The batches have nothing with a loss.
+          UserError: No token or label of the batches counts in the loss.
         """
         totals = Totals(*self._sums)
         if totals.tokens == 0:
@@ -103,7 +103,7 @@ def evaluate(
     """The metrics of the task over all batches.
 
     Raises:
-      UserError: The batches have nothing with a loss.
+      UserError: No token or label of the batches counts in the loss.
     """
     found = Collected()
     for batch in batches:

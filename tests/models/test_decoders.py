@@ -52,7 +52,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (
             SIZES,
             {"model_type": "llama4_text", "layer_types": ["chunked_attention"] * 3, "attention_chunk_size": None},
-            "layer_types has chunked_attention; set attention_chunk_size",
+            "layer_types contains chunked_attention, which requires",
         ),
         (
             SIZES,

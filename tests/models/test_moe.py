@@ -85,7 +85,9 @@ def test_loras_of_experts_are_not_combined(directory: Path) -> None:
     model = peftjax.load_model(directory)
     for name in ("one", "two"):
         model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("experts.down_proj",)), name, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"combine: adapter 'one' has a LoRA on .*, and experts cannot be combined"):
+    with pytest.raises(
+        UserError, match=r"combine: adapter 'one' has a LoRA on .*, and LoRAs on experts cannot be combined"
+    ):
         peftjax.combine(model, ["one", "two"], [0.5, 0.5], name="both")
 
 
@@ -183,7 +185,7 @@ def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tm
     assert tensors[first].shape == (2, 32)  # of an adapter that has not been trained: its rank, and both layers
     assert len(tensors) == 2 * 4 * 2 * 2
     for change, message in (
-        ({first: None}, r"experts\.0\.gate_proj\.lora_A\.weight is missing, but this model, with 4 experts, .* need \(2, 32\)"),
+        ({first: None}, r"experts\.0\.gate_proj\.lora_A\.weight is missing, but this model, with 4 experts, .* require \(2, 32\)"),
         ({first: np.ones((3, 32), np.float32)}, r"experts\.0\.gate_proj\.lora_A\.weight has shape \(3, 32\), but"),
         ({first.replace("experts.0", "experts.4"): tensors[first]}, r"experts\.4\.gate_proj\.lora_A\.weight has shape"),
         ({first.replace("layers.0", "layers.7"): tensors[first]}, "this model has no experts .*layers.7"),
@@ -196,9 +198,9 @@ def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tm
         (
             tiny.model(),
             peftjax.Lora(rank=2),
-            "single_experts=True requires a LoRA on experts, and adapter 'default' is",
+            "single_experts=True requires a LoRA on experts, and adapter 'default' has none",
         ),
-        (tiny.model(**GPT_OSS), peftjax.Lora(rank=2), "GptOss never has single experts; leave it out"),
+        (tiny.model(**GPT_OSS), peftjax.Lora(rank=2), "GptOss has no modules of single experts; leave it out"),
     ):
         with pytest.raises(UserError, match=message):
             peftjax.save_adapter(peftjax.attach(other, method, rngs=nnx.Rngs(0)), tmp_path / "x", single_experts=True)

@@ -58,11 +58,13 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     member = write_run(tmp_path / "e", rank=8, seed=1, loss=0.5)
     dataclasses.replace(DATA, sweep=True).save(member)
     compare.main([str(run), str(member)])
-    assert capsys.readouterr().err.startswith("warning: runs of a sweep trained together have the time of all of them")
-    with pytest.raises(UserError, match=r"no run has written there"):
+    assert capsys.readouterr().err.startswith(
+        "warning: runs that a sweep trained together show the time of all of them"
+    )
+    with pytest.raises(UserError, match=r"not the workdir of a run or a sweep"):
         compare.main([str(tmp_path)])
     empty = write_workdir(tmp_path / "c", {"method": {}}, [])
-    with pytest.raises(UserError, match=r"has no lines yet"):
+    with pytest.raises(UserError, match=r"has no metrics yet"):
         compare.main([str(empty)])
     other = write_workdir(tmp_path / "d", {"task": {"kind": "seq2seq"}}, [train_line(1)])
     with pytest.raises(UserError, match=r"task\.kind=causal_lm and .* has task\.kind=seq2seq"):

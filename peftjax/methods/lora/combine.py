@@ -113,7 +113,7 @@ def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -
             if isinstance(lora, LoraPatches | LoraExperts):
                 what = "experts" if isinstance(lora, LoraExperts) else "patch embeddings"
                 raise UserError(
-                    f"combine: adapter {name!r} has a LoRA on {site.names[0]}, and {what} cannot be combined"
+                    f"combine: adapter {name!r} has a LoRA on {site.names[0]}, and LoRAs on {what} cannot be combined"
                 )
             assert type(lora) in (LoraLinear, LoraEmbedding), f"{type(lora).__name__} is more than A and B"
             stacked = [np.asarray(leaf.get_value(), np.float32) for leaf in (lora.a, lora.b, lora.scale)]
