@@ -86,7 +86,7 @@ def _batches(
     for prompt in prompts:
         check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
     size = min(size, len(prompts))
-    starts = range(0, len(prompts), size or 1)
+    starts = range(0, len(prompts), size)
     for start in progress.track(starts, "prompts", len(prompts), lambda start: min(size, len(prompts) - start)):
         part = list(prompts[start : start + size])
         yield part, [prompt.tokens for prompt in part + [part[-1]] * (size - len(part))]

@@ -29,7 +29,7 @@ from peftjax.report.data import ReportData
 from peftjax.totals import Batch
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.alike import align_dropout, structure
-from peftjax.training.answers import answer_each
+from peftjax.training.answers import Answer, answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS
@@ -334,15 +334,10 @@ def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
     with first.log.progress.phase(EVALUATING):
         batches, accumulate = run.held_out_batches(first.log), run.config.train.accumulate
         found = evaluate_population(first.eval_step, run.task, own, shared, batches, run.mesh, accumulate)
-        answered = answer_each(
-            run.model,
-            own,
-            shared,
-            run.prompts(),
-            run.task.tokenizer,
-            run.config.eval.max_new_tokens,
-            first.log.progress,
-        )
+        answered: list[list[Answer] | NotFiniteError] = [[] for _ in group]
+        if prompts := run.prompts():
+            limit = run.config.eval.max_new_tokens
+            answered = answer_each(run.model, own, shared, prompts, run.task.tokenizer, limit, first.log.progress)
     for one in group:
         one.run.timings["evaluation"] += (time.perf_counter() - started) / len(group)
     return [Measured(*both) for both in zip(found, answered, strict=True)]

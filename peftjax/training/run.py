@@ -315,9 +315,11 @@ class Run:
 
     def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[answers.Answer]:
         if measured is None:
+            if not (prompts := self.prompts()):
+                return []
             self.sync(state)
             limit = self.config.eval.max_new_tokens
-            return answers.answer(self.model, self.prompts(), self.task.tokenizer, limit, log.progress)
+            return answers.answer(self.model, prompts, self.task.tokenizer, limit, log.progress)
         if isinstance(measured.answers, NotFiniteError):
             raise measured.answers
         return measured.answers
