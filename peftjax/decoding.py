@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
-from peftjax.core import distributed
+from peftjax.core import distributed, variables
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModelConfig
 from peftjax.models.decoder import Decoder
@@ -118,6 +118,58 @@ def generate(
             generates no text, or a prompt and the new tokens exceed its positions.
         NotFiniteError: The logits are NaN or infinite.
     """
+    arguments = _arguments(model, prompts, max_new_tokens, stop)
+    view = active_view(model)
+    view.eval()
+    graph, state = nnx.split(view)
+    decode = _compiled(_decode, frozenset(jax.tree.leaves(state)[0].sharding.device_set))
+    answers = decode(graph, state, *arguments, jax.random.key(seed), sampling=sampling, max_new=max_new_tokens)
+    return _token_ids(jax.tree.map(distributed.whole, answers))
+
+
+def generate_each(
+    model: nnx.Module,
+    own: Sequence[variables.FlatTree],
+    shared: variables.FlatTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[int] = (),
+) -> list[list[list[int]] | NotFiniteError]:
+    """Generate greedily with several models that differ in some leaves, in one program; each as `generate` would alone.
+
+    Args:
+        model: One of the models, in evaluation mode.
+        own: For each model, the leaves that are not in `shared`. Leaves of different shapes are padded with zeros.
+        shared: The leaves that all models share, such as the base, which is read and decoded once for all.
+        prompts: Token ids, at least one per prompt. Every model gets all of them.
+        max_new_tokens: The largest number of new tokens per prompt.
+        stop: Token ids that end a text.
+
+    Returns:
+        For each model, the new token ids of each prompt, or the error if its logits are NaN or infinite.
+
+    Raises:
+        UserError: As in `generate`.
+    """
+    arguments = _arguments(model, prompts, max_new_tokens, stop)
+    decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))
+    graph, key = variables.flat(model)[0], jax.random.key(0)
+    answers = decode(graph, own, shared, *arguments, key, sampling=Sampling(), max_new=max_new_tokens)
+    answers = jax.tree.map(distributed.whole, answers)
+    found: list[list[list[int]] | NotFiniteError] = []
+    for index in range(len(own)):
+        try:
+            found.append(_token_ids(jax.tree.map(lambda leaf, index=index: leaf[index], answers)))
+        except NotFiniteError as error:
+            found.append(error)
+    return found
+
+
+def _arguments(
+    model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The prompts as tokens and mask [B, W], padded on the left, and which of the tokens end a text, bool [V]."""
     generators = Decoder | EncoderDecoder | Rows
     if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
         raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")
@@ -146,23 +198,20 @@ def generate(
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
-    view = active_view(model)
-    view.eval()
-    graph, state = nnx.split(view)
     ends = np.zeros(vocab, bool)
     ends[[token for token in stop if 0 <= token < vocab]] = True
-    key = jax.random.key(seed)
-    devices = jax.tree.leaves(state)[0].sharding.device_set
-    decode = _compiled_decode(frozenset(devices))
-    answers = decode(graph, state, tokens, mask, key, ends, sampling=sampling, max_new=max_new_tokens)
-    out, lengths, failed = map(distributed.whole, (answers.tokens, answers.lengths, answers.failed))
-    if failed.any():
-        row = int(np.argmax(failed))
+    return tokens, mask, ends
+
+
+def _token_ids(answers: Answers) -> list[list[int]]:
+    """The new token ids of each row, without the stop token."""
+    if answers.failed.any():
+        row = int(np.argmax(answers.failed))
         raise NotFiniteError(
-            f"generate: the logits after {lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may have "
+            f"generate: the logits after {answers.lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may have "
             'diverged in training, or the dtype is too narrow: try dtype="float32"'
         )
-    return [row[:length].tolist() for row, length in zip(out, lengths, strict=True)]
+    return [row[:length].tolist() for row, length in zip(answers.tokens, answers.lengths, strict=True)]
 
 
 def _padded(length: int) -> int:
@@ -172,10 +221,27 @@ def _padded(length: int) -> int:
 
 
 @functools.cache
-def _compiled_decode(devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
-    """Return the compiled `_decode` for a model on these devices."""
+def _compiled(decode: Callable[..., Answers], devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
+    """Return the compiled `_decode` or `_decode_each` for models on these devices."""
     options = sharding.compiler_options(devices)
-    return jax.jit(_decode, static_argnames=("graph", "sampling", "max_new"), compiler_options=options)
+    return jax.jit(decode, static_argnames=("graph", "sampling", "max_new"), compiler_options=options)
+
+
+def _decode_each(
+    graph: nnx.GraphDef,
+    own: Sequence[variables.FlatTree],
+    shared: variables.FlatTree,
+    *arguments: jax.Array,
+    sampling: Sampling,
+    max_new: int,
+) -> Answers:
+    """`_decode` of each model; the leaves of the result have a leading axis of models."""
+
+    def decode(own: variables.FlatTree) -> Answers:
+        state = nnx.state(variables.join(graph, own, shared))
+        return _decode(graph, state, *arguments, sampling=sampling, max_new=max_new, axis="models")
+
+    return jax.vmap(decode, axis_name="models")(variables.stack(own))
 
 
 def _decode(
@@ -183,16 +249,19 @@ def _decode(
     state: nnx.State,
     tokens: jax.Array,
     mask: jax.Array,
-    key: jax.Array,
     ends: jax.Array,
+    key: jax.Array,
     *,
     sampling: Sampling,
     max_new: int,
+    axis: str | None = None,
 ) -> Answers:
     """Generate from tokens and mask [B, W], padded on the left.
 
     Args:
         ends: bool [V], true for stop tokens.
+        axis: The axis of `jax.vmap` that all models of a population are on. The loop ends for all at once: if each ended
+            alone, every step would select between the old and the new cache, which copies it.
     """
     model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
     batch = len(tokens)
@@ -212,7 +281,8 @@ def _decode(
 
     def unfinished(carry: tuple[jax.Array, Answers, Any]) -> jax.Array:
         count, answers, _ = carry
-        return (count < max_new) & ~jnp.all(answers.done)
+        going = jnp.any(~answers.done)
+        return (count < max_new) & (going if axis is None else jax.lax.pmax(going, axis))
 
     def step(carry: tuple[jax.Array, Answers, Any]) -> tuple[jax.Array, Answers, Any]:
         count, answers, cache = carry

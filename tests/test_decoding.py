@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from peftjax import adapters, methods
-from peftjax.core.errors import UserError
-from peftjax.decoding import Sampling, _compiled_decode, _padded, generate
+from peftjax.core import variables
+from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.decoding import Sampling, _compiled, _decode, _decode_each, _padded, generate, generate_each
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
@@ -60,22 +61,61 @@ def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
 
 
 def compiled_decode(model: nnx.Module) -> Any:
-    return _compiled_decode(frozenset(jax.tree.leaves(nnx.state(model))[0].devices()))
+    return _compiled(_decode, frozenset(jax.tree.leaves(nnx.state(model))[0].devices()))
 
 
-def test_every_token_is_written_into_the_cache_in_place() -> None:
-    """The loops carry the cache: if a layer returned its part instead, every token would copy all keys and values."""
+@pytest.mark.parametrize("members", [1, 2])
+def test_every_token_is_written_into_the_cache_in_place(members: int) -> None:
+    """The loops carry the cache: if a layer returned its part instead, every token would copy all keys and values.
+
+    So would a loop that each member of a population ends alone: it would select between the old and the new cache.
+    """
     model = tiny.model()
-    graph, state = nnx.split(model)
-    tokens, mask = jnp.ones((2, 32), jnp.int32), jnp.ones((2, 32), bool)
-    arguments = (graph, state, tokens, mask, jax.random.key(0), jnp.zeros(48, bool))
-    lowered = compiled_decode(model).lower(*arguments, sampling=Sampling(), max_new=5)
-    cache = (3, 2, 37, 2, 8)  # [L, B, S, K, H]
-    shape = f"f32[{','.join(map(str, cache))}]"
+    arguments = (jnp.ones((2, 32), jnp.int32), jnp.ones((2, 32), bool), jnp.zeros(48, bool), jax.random.key(0))
+    leaves, shape = (nnx.split(model)[1],), "f32[3,2,37,2,8]"  # [L, B, S, K, H]
+    decode = compiled_decode(model)
+    if members > 1:
+        adapters.attach(model, methods.Lora(rank=2), rngs=nnx.Rngs(0))
+        own, shared = own_and_shared(model)
+        leaves, shape = ([own] * members, shared), f"f32[{members},{shape[4:]}"
+        decode = _compiled(_decode_each, frozenset(jax.devices()[:1]))
+    lowered = decode.lower(nnx.split(model)[0], *leaves, *arguments, sampling=Sampling(), max_new=5)
     loops, _ = lowered.compile().as_text().split("\nENTRY ")
     made = re.findall(rf" = {re.escape(shape)}\S* ([\w-]+)\(", loops)
     assert "dynamic-update-slice" in made
-    assert "copy" not in made
+    assert not {"copy", "select", "scatter"} & set(made)
+
+
+def own_and_shared(model: nnx.Module) -> tuple[variables.FlatTree, variables.FlatTree]:
+    """The leaves of the adapters, and the base."""
+    leaves, kinds = variables.flat(model)[1], (variables.PeftParam, variables.PeftConstant)
+    own = {path: leaf.get_value() for path, leaf in leaves.items() if isinstance(leaf, kinds)}
+    return own, {path: leaf.get_value() for path, leaf in leaves.items() if path not in own}
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([methods.Lora(rank=rank) for rank in (1, 3, 2)], id="ranks"),
+        pytest.param([methods.PromptTuning(tokens=3)] * 3, id="prompts", marks=pytest.mark.slow),
+        pytest.param([methods.PrefixTuning(tokens=3)] * 3, id="prefixes", marks=pytest.mark.slow),
+    ],
+)
+def test_members_of_a_population_answer_as_they_do_alone_and_fail_alone(members: list[methods.Method]) -> None:
+    models = [adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0)) for method in members]
+    for seed, model in enumerate(models):
+        tiny.randomize(model, scale=1.0, seed=seed)
+        model.eval()
+    alone = [generate(model, PROMPTS, max_new_tokens=6) for model in models]
+    stop = alone[0][0][1]  # so that rows and members end at different steps
+    alone = [generate(model, PROMPTS, max_new_tokens=6, stop=[stop]) for model in models]
+    assert alone[0] != alone[1]
+    own = [own_and_shared(model)[0] for model in models]
+    own[2] = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), own[2])
+    found = generate_each(models[0], own, own_and_shared(models[0])[1], PROMPTS, max_new_tokens=6, stop=[stop])
+    assert found[:2] == alone[:2]
+    assert isinstance(found[2], NotFiniteError)
+    assert "the logits after 0 new tokens of prompts[0] are NaN" in str(found[2])
 
 
 def test_prompts_of_similar_length_share_a_compiled_function() -> None:

@@ -1,16 +1,18 @@
 """Generated answers to held-out prompts, and their scores."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from peftjax.core import variables
+from peftjax.core.errors import NotFiniteError
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import Clipped
 from peftjax.data.records import Prompt
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.decoding import generate
+from peftjax.decoding import generate, generate_each
 from peftjax.models.base import Model
 from peftjax.tasks import metrics
 
@@ -44,20 +46,57 @@ def answer(
     model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int, progress: Progress
 ) -> list[Answer]:
     """The model's greedy answers to held-out prompts."""
-    for prompt in prompts:
-        check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
     answers = []
     with progress.phase(GENERATING):
-        starts = range(0, len(prompts), BATCH)
-        for start in progress.track(starts, "prompts", len(prompts), lambda start: min(BATCH, len(prompts) - start)):
-            part = list(prompts[start : start + BATCH])
-            filled = part + [part[-1]] * (min(BATCH, len(prompts)) - len(part))  # one batch shape, one compilation
-            outputs = generate(
-                model, [prompt.tokens for prompt in filled], max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids
-            )
-            for prompt, output in zip(part, outputs, strict=False):
-                answers.append(Answer(prompt.record, prompt.prompt, prompt.expected, tokenizer.decode(output)))
+        for part, tokens in _batches(model, prompts, tokenizer, BATCH, progress):
+            outputs = generate(model, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
+            answers += _decoded(part, outputs, tokenizer)
     return answers
+
+
+def answer_each(
+    model: Model,
+    own: Sequence[variables.FlatTree],
+    shared: variables.FlatTree,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    progress: Progress,
+) -> list[list[Answer] | NotFiniteError]:
+    """`answer` of several models in one program; or the error of a model whose logits are not finite.
+
+    All models together have about as many prompts at a time as a single one. The leaves are those of `generate_each`.
+    """
+    found: list[list[Answer] | NotFiniteError] = [[] for _ in own]
+    with progress.phase(GENERATING):
+        for part, tokens in _batches(model, prompts, tokenizer, max(1, BATCH // len(own)), progress):
+            outputs = generate_each(model, own, shared, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
+            for index, (before, output) in enumerate(zip(found, outputs, strict=True)):
+                if isinstance(output, NotFiniteError):
+                    found[index] = output
+                elif isinstance(before, list):
+                    before += _decoded(part, output, tokenizer)
+    return found
+
+
+def _batches(
+    model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, size: int, progress: Progress
+) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
+    """Up to `size` prompts at a time, and their tokens: always of as many rows, so that one function is compiled."""
+    for prompt in prompts:
+        check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
+    size = min(size, len(prompts))
+    starts = range(0, len(prompts), size)
+    for start in progress.track(starts, "prompts", len(prompts), lambda start: min(size, len(prompts) - start)):
+        part = list(prompts[start : start + size])
+        yield part, [prompt.tokens for prompt in part + [part[-1]] * (size - len(part))]
+
+
+def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer: Tokenizer) -> list[Answer]:
+    return [
+        Answer(prompt.record, prompt.prompt, prompt.expected, tokenizer.decode(output))
+        for prompt, output in zip(prompts, outputs, strict=False)
+    ]
 
 
 def table(answers: Sequence[Answer], scored: bool) -> Table:

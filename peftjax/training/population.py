@@ -29,16 +29,16 @@ from peftjax.report.data import ReportData
 from peftjax.totals import Batch
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.alike import align_dropout, structure
+from peftjax.training.answers import Answer, answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
-from peftjax.training.evaluation import Evaluation
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.population_evaluation import (
     PopulationEvalStep,
     evaluate_population,
     make_population_eval_step,
 )
-from peftjax.training.run import Run
+from peftjax.training.run import Measured, Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
 from peftjax.training.split import Parts, split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, mesh_of, shardings, summary
@@ -325,24 +325,22 @@ def evaluate(group: Sequence[Training]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def measure(group: Sequence[Training]) -> Sequence[Evaluation | None]:
-    """The evaluations of the members in one pass over the held-out records; None where a member is evaluated alone."""
+def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
+    """The evaluation and the answers of each member, all found together; None where a member is evaluated alone."""
     if len(group) < 2 or not group[0].run.config.data.eval:
         return [None] * len(group)
-    first, started = group[0], time.perf_counter()
+    first, run, started = group[0], group[0].run, time.perf_counter()
+    own, shared = [{**one.state.trainable, **_own_leaves(one.run)} for one in group], _shared_leaves(run)
     with first.log.progress.phase(EVALUATING):
-        found = evaluate_population(
-            first.eval_step,
-            first.run.task,
-            [{**one.state.trainable, **_own_leaves(one.run)} for one in group],
-            _shared_leaves(first.run),
-            first.run.held_out_batches(first.log),
-            first.run.mesh,
-            first.run.config.train.accumulate,
-        )
+        batches, accumulate = run.held_out_batches(first.log), run.config.train.accumulate
+        found = evaluate_population(first.eval_step, run.task, own, shared, batches, run.mesh, accumulate)
+        answered: list[list[Answer] | NotFiniteError] = [[] for _ in group]
+        if prompts := run.prompts():
+            limit = run.config.eval.max_new_tokens
+            answered = answer_each(run.model, own, shared, prompts, run.task.tokenizer, limit, first.log.progress)
     for one in group:
         one.run.timings["evaluation"] += (time.perf_counter() - started) / len(group)
-    return found
+    return [Measured(*both) for both in zip(found, answered, strict=True)]
 
 
 def fail(one: Training, error: NotFiniteError) -> None:

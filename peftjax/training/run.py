@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -23,6 +23,7 @@ from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
 from peftjax.data.prompt_format import PromptFormat
+from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_files import enumerate_some
@@ -51,6 +52,18 @@ from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, flatten
 from peftjax.training.window import Window
+
+
+class Measured(NamedTuple):
+    """What is already known of a state.
+
+    Attributes:
+      evaluation: Its loss and metrics on held-out records.
+      answers: Its answers to prompts, or the error if its logits are not finite.
+    """
+
+    evaluation: Evaluation
+    answers: list[answers.Answer] | NotFiniteError
 
 
 class Run:
@@ -227,21 +240,21 @@ class Run:
                 self.write_result(state)
         self.window.reopen()
 
-    def evaluate(self, state: TrainState, log: Log, measured: Evaluation | None = None) -> dict[str, float]:
+    def evaluate(self, state: TrainState, log: Log, measured: Measured | None = None) -> dict[str, float]:
         """The logged metrics on held-out records, with sample answers for the report; empty without held-out data.
 
         Args:
           state: The state to evaluate.
           log: The log.
-          measured: The evaluation of the state, if it is already known.
+          measured: What is already known of the state.
 
         Raises:
-          NotFiniteError: The loss is not finite before any training.
+          NotFiniteError: The loss is not finite before any training, or the logits after a prompt are not.
         """
         with log.progress.phase(EVALUATING):
             return self._evaluate(state, log, measured)
 
-    def _evaluate(self, state: TrainState, log: Log, measured: Evaluation | None) -> dict[str, float]:
+    def _evaluate(self, state: TrainState, log: Log, measured: Measured | None) -> dict[str, float]:
         step, started = int(state.step), time.perf_counter()
         scores, shown = self._held_out(state, log, measured) if self.config.data.eval else ({}, [])
         if self.hooks.on_evaluate:
@@ -262,23 +275,25 @@ class Run:
         return counted(batches, self.config.train.eval_batches, log.progress)
 
     def _held_out(
-        self, state: TrainState, log: Log, measured: Evaluation | None
+        self, state: TrainState, log: Log, measured: Measured | None
     ) -> tuple[dict[str, float], list[answers.Answer]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
         if measured is None:
             batches = self.held_out_batches(log)
-            measured = evaluate(self.eval_step, self.task, state.trainable, self.frozen, batches, self.mesh)
-        scores = measured.scores
+            evaluation = evaluate(self.eval_step, self.task, state.trainable, self.frozen, batches, self.mesh)
+        else:
+            evaluation = measured.evaluation
+        scores = evaluation.scores
         if step == 0 and not math.isfinite(scores["eval_loss"]):
             raise NotFiniteError(
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
         self.report = dataclasses.replace(
-            self.report, classes=predictions.summarize(self.held_out, self.task, measured, step)
+            self.report, classes=predictions.summarize(self.held_out, self.task, evaluation, step)
         )
-        found = self._answers(state, log)
+        found = self._answers(state, log, measured)
         scored = config.eval.exact_match > 0
         if scored:
             scores |= answers.score(found, config.eval.metrics)
@@ -293,14 +308,21 @@ class Run:
             self.report = dataclasses.replace(self.report, before=samples)
         return scores, shown
 
-    def _answers(self, state: TrainState, log: Log) -> list[answers.Answer]:
-        config = self.config
-        count = config.eval.exact_match or config.eval.samples
-        if not count:
-            return []
-        self.sync(state)
-        prompts = self.held_out.prompts(count)
-        return answers.answer(self.model, prompts, self.task.tokenizer, config.eval.max_new_tokens, log.progress)
+    def prompts(self) -> list[Prompt]:
+        """The held-out prompts that an evaluation answers."""
+        count = self.config.eval.exact_match or self.config.eval.samples
+        return self.held_out.prompts(count) if count else []
+
+    def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[answers.Answer]:
+        if measured is None:
+            if not (prompts := self.prompts()):
+                return []
+            self.sync(state)
+            limit = self.config.eval.max_new_tokens
+            return answers.answer(self.model, prompts, self.task.tokenizer, limit, log.progress)
+        if isinstance(measured.answers, NotFiniteError):
+            raise measured.answers
+        return measured.answers
 
     def save_report(self) -> None:
         """Write report.json, from one process."""

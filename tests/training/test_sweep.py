@@ -20,12 +20,12 @@ from peftjax.core.terminal import make_console
 from peftjax.core.workdir import MARK
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
+from peftjax.report.data import ReportData
 from peftjax.train import train
+from peftjax.training import answers, population
 from peftjax.training import config as configs
-from peftjax.training import population
-from peftjax.training.evaluation import Evaluation
 from peftjax.training.population import Member
-from peftjax.training.run import Run
+from peftjax.training.run import Measured, Run
 from peftjax.training.step import TrainState
 from peftjax.training.sweep_table import make_table
 from tests import runs
@@ -162,7 +162,9 @@ def test_runs_side_by_side_are_those_that_train_would_do(
 ) -> None:
     passes, batches = list[Run](), Run.held_out_batches
     monkeypatch.setattr(Run, "held_out_batches", lambda run, log: passes.append(run) or batches(run, log))
+    monkeypatch.setattr(answers, "BATCH", 6)  # two prompts of three members at a time
     made.train.eval_every, made.train.accumulate = 4, 2
+    made.eval.exact_match, made.eval.samples, made.eval.metrics = 5, 5, ("exact_match", "rouge_l")
     made.model.quantize, made.method = "nf4", methods.make_config("lora", rank=4, dropout=0.1)
     options = {"seed": (0, 0, 1), "optim__learning_rate": (1e-2, 1e-3, 1e-2), "method__alpha": (8.0, 16.0, 4.0)}
     several = [
@@ -172,9 +174,13 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     found = sweep.sweep(several, tmp_path / "sweep")
     assert "population 1 of 1, 3 side by side" in capsys.readouterr().out
     assert len(passes) == 2  # of all members, before the first step and after the last
+    scores = {one["run"]: one["scores"] for one in found}
     for one in several[1:]:
-        train(one.config, tmp_path / "alone" / one.name)
-        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
+        alone = tmp_path / "alone" / one.name
+        train(one.config, alone)
+        assert_same_run(one.workdir, alone)
+        assert ReportData.load(one.workdir).after == ReportData.load(alone).after  # the answers
+        assert scores[one.name]["exact_match"] == runs.metrics(alone)[-1]["exact_match"]
     assert found == json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     losses = [one["scores"]["eval_loss"] for one in found]
     assert losses == sorted(losses)
@@ -260,7 +266,7 @@ def test_a_run_whose_evaluation_is_not_finite_ends_alone(
     made.train.eval_every = 2
     pair = [member(made, tmp_path / "sweep", seed=seed) for seed in (0, 1)]
 
-    def evaluate(run: Run, state: TrainState, log: Log, measured: Evaluation | None) -> dict[str, float]:
+    def evaluate(run: Run, state: TrainState, log: Log, measured: Measured | None) -> dict[str, float]:
         assert (measured is not None) == (state.step < 4)  # together, until one is left
         page = (tmp_path / "sweep" / "sweep.html").read_text()  # reports link to it
         assert all(f"seed={seed}" in page for seed in (0, 1))
