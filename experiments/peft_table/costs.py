@@ -25,6 +25,7 @@ from flax import nnx
 
 import peftjax
 from experiments.peft_table.setting import RATES, make_config_of, methods_of, prepare
+from experiments.peft_table.table import COSTS
 from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.core.files import write_atomically
@@ -37,7 +38,6 @@ from peftjax.training.setup import attach_method, open_data
 from peftjax.training.split import split
 from peftjax.training.step import init_state, make_train_step
 
-FILE = Path(__file__).parent / "costs.json"
 MODELS = {"encoder": "mrpc", "decoder": "e2e"}  # and the task whose batches are used
 ROUNDS, STEPS = 5, 4
 PROMPT, NEW_TOKENS = 32, 32
@@ -168,7 +168,7 @@ def main() -> None:
         prepare(task, options.data, options.workdir / "data")
         arguments = [*sys.argv[1:], "--only", kind]
         found[kind] = measure(partial(config_of, kind), task, arguments)
-    write_atomically(FILE, json.dumps(found, indent=1) + "\n")
+    write_atomically(COSTS, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

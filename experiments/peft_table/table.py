@@ -17,6 +17,7 @@ from experiments.peft_table.setting import METHODS, RATES, TASKS, References, co
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
+COSTS = HERE / "costs.json"
 BASELINE = "full"
 SAMPLES = 10_000  # of the bootstrap
 Results = dict[str, dict[str, Any]]  # by method
@@ -121,6 +122,23 @@ def rates_table(found: dict[str, Results]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def costs_table(costs: dict[str, dict[str, Any]]) -> str:
+    """What each method costs with one of the models, relative to full fine-tuning or to the base."""
+    lines = [
+        "| method | trainable | share | file (MB) | training memory (GB) | step, of full | inference, of base | when merged |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, cost in costs.items():
+        step = cost["step_seconds"] / costs[BASELINE]["step_seconds"]
+        merged = f"{cost['latency_merged']:.2f}" if "latency_merged" in cost else ""
+        cells = [
+            f"{cost['trainable']:,}", f"{cost['share']:.2%}", f"{cost['file_bytes'] / 1e6:.1f}",
+            f"{cost['peak_bytes'] / 1e9:.2f}", f"{step:.2f}", f"{cost['latency']:.2f}", merged,
+        ]  # fmt: skip
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def picture(found: dict[str, Results]) -> None:
     """A panel per task: the test score of each seed, and the mean with its standard deviation."""
     matplotlib.use("Agg")
@@ -158,6 +176,9 @@ def main(argv: list[str]) -> None:
         "After the epoch with the best validation score": table(found, references, best=True),
         "Learning rates": rates_table(found),
     }
+    if COSTS.exists():
+        for model, costs in json.loads(COSTS.read_text()).items():
+            parts[f"Costs with the {model}"] = costs_table(costs)
     text = "\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     (HERE / "table.md").write_text(f"{text}\nAll runs took {hours:.1f} hours of processor time.\n")
     picture(found)
