@@ -68,12 +68,13 @@ Chosen = list[tuple[Site, np.ndarray]]  # sites, each with a bool per layer
 def sites(model: nnx.Module) -> list[Site]:
     """Return all layers of a model that have a slot, in a fixed order."""
     names = model.hf_modules if isinstance(model, Model) else {}
+    nodes = list(nnx.iter_graph(model))
     depth: dict[str, int] = {}  # top-level module -> its number of layers
-    for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if (variable.get_metadata().get("axes") or (None,))[0] == "layers":
+    for key, variable in nodes:
+        if isinstance(variable, nnx.Param) and (variable.get_metadata().get("axes") or (None,))[0] == "layers":
             depth[str(key[0])] = variable.shape[0]
     found = []
-    for key, module in nnx.iter_modules(model):
+    for key, module in nodes:
         if isinstance(module, SlottedLayer):
             path = ".".join(map(str, key))
             stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
@@ -102,7 +103,8 @@ def token_tables(model: nnx.Module) -> list[Site]:
 
 def head_sites(model: nnx.Module) -> list[Site]:
     """Return the layers of the task head, which every method trains in full, as in Hugging Face PEFT."""
-    return [site for site in sites(model) if site.path in model.task_head] if isinstance(model, Model) else []
+    head = model.task_head if isinstance(model, Model) else ()
+    return [site for site in sites(model) if site.path in head] if head else []
 
 
 def choose(

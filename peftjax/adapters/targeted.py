@@ -125,14 +125,15 @@ class Targeted(Method):
 
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained whole: those of modules_to_save and of a classification head."""
-        for entry, (outside, outer) in nested(model, self.modules_to_save).items():
+        layers = sites(model)
+        for entry, (outside, outer) in nested(layers, self.modules_to_save).items():
             if not outside:
                 raise UserError(
                     f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained whole; remove {entry!r}"
                 )
         has_values = {
             name: bool(site.parameters) or isinstance(site.module, Linear)  # a tied head has the embedding's
-            for site in sites(model)
+            for site in layers
             for name in site.names
         }
         meant: tuple[str, ...] = ()
@@ -140,7 +141,7 @@ class Targeted(Method):
             found = [name for name in has_values if is_saved(name, entry)]
             meant += tuple([name for name in found if has_values[name]] or found or [entry])
         meant += tuple(name for site in head_sites(model) for name in site.names)
-        return choose(sites(model), meant, what="modules_to_save") if meant else []
+        return choose(layers, meant, what="modules_to_save") if meant else []
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config = super().to_hf(model, name)
@@ -165,7 +166,7 @@ class Targeted(Method):
         return super().from_hf(config)
 
 
-def nested(model: nnx.Module, entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
     """The entries of modules_to_save that mean a module inside another one that is trained whole.
 
     Returns:
@@ -173,7 +174,7 @@ def nested(model: nnx.Module, entries: Iterable[str]) -> dict[str, tuple[tuple[s
         an outer module.
     """
     meant: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
-    for site in sites(model):
+    for site in layers:
         for name in site.names:
             for module in _and_containers(name):
                 for entry in entries:
@@ -190,7 +191,7 @@ def nested(model: nnx.Module, entries: Iterable[str]) -> dict[str, tuple[tuple[s
 
 def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
     """The entries of modules_to_save, with those that are `nested` replaced by their modules that are not inside others."""
-    found = nested(model, entries)
+    found = nested(sites(model), entries)
     return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
 
 

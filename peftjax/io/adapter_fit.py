@@ -96,7 +96,7 @@ def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]
 
     peft trains the outermost modules. It writes the others as it found them, and cannot load such a file.
     """
-    if not isinstance(method, Targeted) or not (found := nested(model, method.modules_to_save)):
+    if not isinstance(method, Targeted) or not (found := nested(sites(model), method.modules_to_save)):
         return method, []
     return dataclasses.replace(method, modules_to_save=outermost(model, method.modules_to_save)), list(found)
 
