@@ -388,6 +388,7 @@ def test_a_rank_that_does_not_fit_is_refused_with_its_run_before_any_run_starts(
 @pytest.mark.slow
 def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Path) -> None:
     made.model.quantize = "nf4"
+    made.optim.eps = 1e-4  # else Adam takes a full step for a gradient that is only rounding
     for workdir, sizes in ((tmp_path / "one", {}), (tmp_path / "mesh", {"fsdp": 2, "tensor": 2})):
         made.mesh.update(sizes)
         sweep.sweep([member(made, workdir, seed=seed) for seed in (0, 1)], workdir)
