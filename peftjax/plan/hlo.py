@@ -88,7 +88,9 @@ def executions(
         times[name] = times.get(name, 0) + count
         for operation in program[name].values():
             for role, names in _CALLS.findall(operation.attributes):
-                control = operation.code in ("while", "conditional", "call", "async-start") and role != "to_apply"
+                control = operation.code == "call" or (
+                    operation.code in ("while", "conditional", "async-start") and role != "to_apply"
+                )
                 if not (control or fusions):
                     continue
                 again: float = (trip_count(operation, program) or 1) if operation.code == "while" and trips else 1
