@@ -201,10 +201,13 @@ class Decoder(LanguageModel):
         del positions
         return x
 
-    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array | None:
-        """Return the factors of a layer's queries at positions [B or 1, T], float32 of the same shape; None: 1."""
-        del positions, layer
-        return None
+    def query_factors(self, positions: jax.Array) -> Callable[[LayerOptions], jax.Array | None]:
+        """Return a function from a layer's options to the factors of its queries at positions [B or 1, T].
+
+        The factors are float32 of the same shape; None: 1.
+        """
+        del positions
+        return lambda layer: None
 
     def through_layers(self, layer: Layer, carry: State, per_layer: Any) -> State:
         """Run all layers, as `scan_stack` does, and return the last carry."""
@@ -337,7 +340,7 @@ class Decoder(LanguageModel):
         """`_hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        rotations = self.rotations(positions)
+        rotations, query_factors = self.rotations(positions), self.query_factors(positions)
         valid = None
         if mask is not None or cache is not None:
             valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
@@ -348,8 +351,8 @@ class Decoder(LanguageModel):
             (x, stored, sums), (index, options) = carry, inputs
             own = None if stored is None or index is None else LayerCache(*stored, index)
             mask = allowed.of_layer(options.window)
-            factors = self.query_factors(positions, options)
             before = None if load is None or sums is None else load._replace(sums=sums)
+            factors = query_factors(options)
             x, own, after = block(x, rotations(options), mask, own, offset, factors, options.rotated, before)
             return (x, None if own is None else (own.key, own.value), None if after is None else after.sums), None
 

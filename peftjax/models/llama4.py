@@ -4,6 +4,7 @@ As released by Meta in April 2025. Queries are scaled with their position after 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
 import jax
@@ -53,12 +54,17 @@ class Llama4(MoeLlama):
         weighted = {"sigmoid": True, "shared_gated": False, "make_experts": InputWeightedExperts}
         return super().make_feedforward(rngs, **weighted, **options)
 
-    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array | None:
+    def query_factors(self, positions: jax.Array) -> Callable[[LayerOptions], jax.Array | None]:
         if not self.config.growth:
-            return None
+            return super().query_factors(positions)
         intervals = ((positions + 1) // self.config.interval).astype(jnp.float32)
-        assert layer.rotated is not None
-        return jnp.where(layer.rotated, 1.0, 1 + self.config.growth * jnp.log1p(intervals))
+        factors = 1 + self.config.growth * jnp.log1p(intervals)
+
+        def of_layer(layer: LayerOptions) -> jax.Array:
+            assert layer.rotated is not None
+            return jnp.where(layer.rotated, 1.0, factors)
+
+        return of_layer
 
 
 # --- Hugging Face: names of our modules, and config.json ---

@@ -1,6 +1,7 @@
 """Ministral 3: a Mistral whose queries are scaled with the logarithm of their position, as in Llama 4."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -36,10 +37,10 @@ class Ministral(Llama):
 
     config: MinistralConfig
 
-    def query_factors(self, positions: jax.Array, layer: LayerOptions) -> jax.Array:
-        del layer
+    def query_factors(self, positions: jax.Array) -> Callable[[LayerOptions], jax.Array]:
         intervals = (positions // self.config.interval).astype(jnp.float32)
-        return 1 + self.config.growth * jnp.log1p(intervals)
+        factors = 1 + self.config.growth * jnp.log1p(intervals)
+        return lambda layer: factors
 
 
 # --- Hugging Face: names of our modules, and config.json ---
