@@ -19,7 +19,7 @@ from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
 from peftjax.training.config import Config
-from peftjax.training.population import make_population_step
+from peftjax.training.population import make_population_step, own_leaves, shared_leaves
 from peftjax.training.split import split
 
 
@@ -92,10 +92,7 @@ def _trace_population(
 ) -> jax.stages.Traced:
     """Trace the step of a population of equal members. The model's leaves have shardings."""
     state, frozen, batch = arguments
-    kinds = variables.flat(model)[1]
-    own = {path: leaf for path, leaf in frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
-    shared = {path: leaf for path, leaf in frozen.items() if path not in own}
-    states = [state] * members
+    own, shared, states = own_leaves(model, frozen), shared_leaves(model, frozen), [state] * members
     step = make_population_step([split(config, task, model, config.method)] * members, states)
     return cast(jax.stages.Wrapped, step).trace(states, shared, [own] * members, [batch] * members)
 

@@ -252,11 +252,11 @@ def save(group: Sequence[Training], step: int) -> None:
 def share(group: Sequence[Training], steps: int) -> None:
     """Share the base and the eval steps of the first member among all, and one stream of batches among those of a seed."""
     first = group[0].run
-    shared = _shared_leaves(first)
+    shared = shared_leaves(first.model, first.frozen)
     eval_step = make_population_eval_step(variables.flat(first.model)[0], first.task, first.mesh)
     streams: dict[int, Batches] = {}
     for one in group:
-        one.run.frozen, one.run.eval_step = {**shared, **_own_leaves(one.run)}, first.eval_step
+        one.run.frozen, one.run.eval_step = {**shared, **own_leaves(one.run.model, one.run.frozen)}, first.eval_step
         one.eval_step = eval_step
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
     for stream in streams.values():
@@ -272,8 +272,8 @@ def _without_failed(group: Sequence[Training]) -> list[Training]:
 def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes all members to the step with the given number, compiled ahead in the `with` block."""
     first = group[0].run
-    own = [_own_leaves(one.run) for one in group]
-    shared = _shared_leaves(first)
+    own = [own_leaves(one.run.model, one.run.frozen) for one in group]
+    shared = shared_leaves(first.model, first.frozen)
     streams = {one.run.config.seed: one.run.batches for one in group}
     empty, states = first.task.empty_row(), [one.state for one in group]
     population_step = make_population_step([one.parts for one in group], states)
@@ -330,7 +330,8 @@ def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
     if len(group) < 2 or not group[0].run.config.data.eval:
         return [None] * len(group)
     first, run, started = group[0], group[0].run, time.perf_counter()
-    own, shared = [{**one.state.trainable, **_own_leaves(one.run)} for one in group], _shared_leaves(run)
+    own = [{**one.state.trainable, **own_leaves(one.run.model, one.run.frozen)} for one in group]
+    shared = shared_leaves(run.model, run.frozen)
     with first.log.progress.phase(EVALUATING):
         batches, accumulate = run.held_out_batches(first.log), run.config.train.accumulate
         found = evaluate_population(first.eval_step, run.task, own, shared, batches, run.mesh, accumulate)
@@ -355,16 +356,16 @@ def say(text: str) -> None:
         output.say(text)
 
 
-def _own_leaves(run: Run) -> variables.FlatTree:
+def own_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
     """The frozen leaves that came with the method, such as LoRA's scales."""
-    kinds = variables.flat(run.model)[1]
-    return {path: leaf for path, leaf in run.frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+    kinds = variables.flat(model)[1]
+    return {path: leaf for path, leaf in frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
 
 
-def _shared_leaves(run: Run) -> variables.FlatTree:
+def shared_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
     """The other frozen leaves, such as the base."""
-    own = _own_leaves(run)
-    return {path: leaf for path, leaf in run.frozen.items() if path not in own}
+    own = own_leaves(model, frozen)
+    return {path: leaf for path, leaf in frozen.items() if path not in own}
 
 
 def _report(going: Sequence[Training], step: int, total: int, progress: Progress) -> None:
