@@ -67,20 +67,17 @@ def _read(workdir: Path) -> list[Run]:
             members = [workdir / entry["run"] for entry in read_json(workdir / RESULTS)]
         except (TypeError, KeyError):
             raise UserError(f"{workdir / RESULTS} is not the result of a sweep; run the sweep again") from None
-        if started := [member for member in members if _has_metrics(member)]:
-            return [_read_run(member) for member in started]
+        runs = [_read_run(member) for member in members if (member / METRICS).exists()]
+        if started := [run for run in runs if run.lines]:
+            return started
         raise UserError(f"{workdir}: no run of this sweep has metrics yet; wait for its first logged step")
     if not (workdir / "config.json").exists():
         raise UserError(
             f"{workdir} has neither config.json nor {RESULTS}: not the workdir of a run or a sweep; check the path"
         )
-    if not _has_metrics(workdir):
+    if not (workdir / METRICS).exists() or not (run := _read_run(workdir)).lines:
         raise UserError(f"{workdir}: the run has no metrics yet; wait for its first logged step")
-    return [_read_run(workdir)]
-
-
-def _has_metrics(workdir: Path) -> bool:
-    return (workdir / METRICS).exists() and bool(read_metrics(workdir / METRICS))
+    return [run]
 
 
 def _read_run(workdir: Path) -> Run:
