@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -20,7 +20,7 @@ from peftjax.adapters.targeted import chosen_names
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, matches
-from peftjax.io.adapter_fit import older_names
+from peftjax.io.adapter_fit import older_names, stored_names
 from peftjax.io.adapter_keys import bare_key, with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
 from peftjax.methods.lora.experts import LoraExperts
@@ -28,7 +28,6 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
-T = TypeVar("T")
 Pattern = tuple[tuple[str, Any], ...]
 Single = tuple[int, str]  # an expert, and the name of one of its layers
 
@@ -63,7 +62,7 @@ def with_all_experts(
     layers = {
         bare_key(stored): (site, name)
         for site in _expert_sites(model)
-        for stored, name in zip(_stored_names(site), site.names, strict=True)
+        for stored, name in zip(stored_names(model, site), site.names, strict=True)
     }
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -166,7 +165,7 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
     """Targets that select these layers of experts: "experts.down_proj" if all layers are among them, or full names."""
     found: list[str] = []
     for site in _expert_sites(model):
-        spelled = zip(site.names, _stored_names(site), strict=True)
+        spelled = zip(site.names, stored_names(model, site), strict=True)
         of_layer = [name for either in spelled for name in dict.fromkeys(either) if name in ranks]
         every = len([number for number in site.numbers if not layers or number in layers])
         found += [".".join(of_layer[0].split(".")[-2:])] if of_layer and len(of_layer) == every else of_layer
@@ -208,7 +207,7 @@ def with_single_experts(
     older = {
         new: old
         for site in sites(model)
-        for new, old in zip(site.names, _stored_names(site), strict=True)
+        for new, old in zip(site.names, stored_names(model, site), strict=True)
         if new != old
     }
     kept = with_older_names({key: value for key, value in tensors.items() if key not in fused}, older)
@@ -217,7 +216,7 @@ def with_single_experts(
     for site, adapter in experts:
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
         a, b = (np.asarray(distributed.whole(leaf.get_value())) for leaf in (adapter.a, adapter.b))
-        names = zip(site.layers, _stored_names(site), method.alphas(site), adapter.ranks, strict=True)
+        names = zip(site.layers, stored_names(model, site), method.alphas(site), adapter.ranks, strict=True)
         for layer, stored, alpha, rank in names:
             if rank:
                 of_layer = [array if layer is None else array[layer] for array in (a, b)]
@@ -244,8 +243,8 @@ def with_single_experts(
 def _split(a: np.ndarray, b: np.ndarray, parts: tuple[str, ...], rank: int) -> Iterable[tuple[int, str, Any, Any]]:
     """Yield the expert, the name, A [r, in] and B [out, r] of every single layer, from a [E, in, R] and b [E, R, out].
 
-    An expert whose B is zero, as at initialization, keeps the first `rank` ranks at most, and none if its A is zero too. A layer of
-    rank 0 is left out.
+    An expert whose B is zero, as at initialization, keeps the first `rank` ranks at most, and none if its A is zero too. A
+    layer of rank 0 is left out.
     """
     for expert, (of_a, of_b) in enumerate(zip(a, b, strict=True)):
         initial = None if of_b.any() else np.flatnonzero(of_a.any(axis=0))[:rank]
@@ -292,10 +291,3 @@ def _value(name: str, table: Pattern, default: Any) -> Any:
 
 def _expert_sites(model: Model) -> list[Site]:
     return [site for site in sites(model) if isinstance(site.module, ExpertLinear)]
-
-
-def _stored_names(site: Site) -> tuple[str, ...]:
-    """The names of a site's layers in transformers 4."""
-    assert isinstance(site.model, Model)
-    older = site.model.hf_renamed.get(site.path)
-    return site.names if older is None else tuple(older.format(number) for number in site.numbers)

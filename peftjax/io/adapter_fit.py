@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.sites import depth_of, sites
+from peftjax.adapters.sites import Site, depth_of, sites
 from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key
@@ -34,12 +34,15 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     older: dict[str, str] = {}
     for site in sites(model):
         if site.path in model.hf_renamed:
-            older |= {
-                model.hf_renamed[site.path].format(number): name
-                for number, name in zip(site.numbers, site.names, strict=True)
-            }
+            older |= dict(zip(stored_names(model, site), site.names, strict=True))
     found = any(f".{name}." in f".{key}" for key in keys for name in older)
     return older if found else {}
+
+
+def stored_names(model: Model, site: Site) -> tuple[str, ...]:
+    """The older names of a site's layers, as in transformers 4; their names where they have not changed."""
+    older = model.hf_renamed.get(site.path)
+    return site.names if older is None else tuple(older.format(number) for number in site.numbers)
 
 
 def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> Method:
