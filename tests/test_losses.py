@@ -47,6 +47,7 @@ def test_every_chunking_equals_the_plain_sums_and_their_gradients(chunk: int) ->
     gradients, totals = gradient(head, hidden, chunked_cross_entropy, chunk)
     assert 0 < expected.correct < expected.tokens
     np.testing.assert_allclose(totals[:3], expected[:3], rtol=1e-6)
+    assert totals.balance is None
     for ours, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, reference, atol=1e-6)
 

@@ -13,17 +13,18 @@ pytest.importorskip("peft")
 RUN = Path(__file__).parents[2] / "benchmarks" / "against_peft" / "run.py"
 
 
-def test_a_cell_is_measured_on_both_sides_and_merged_into_the_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["tiny-lora-f32-2x32", "tiny-moe-lora-f32-2x32"])
+def test_a_cell_is_measured_on_both_sides_and_merged_into_the_results(step: str, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     results.write_text("{}")
-    for cell in ("tiny-moe-lora-f32-2x32", "tiny-load-dense-bf16"):
+    for cell in (step, "tiny-load-dense-bf16"):
         command = [sys.executable, str(RUN), cell, f"--torch-python={sys.executable}", "--rounds=2", "--turn=0.01"]
         places = [f"--models={tmp_path}", f"--results={results}"]
         ran = subprocess.run([*command, *places], capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
     found = json.loads(results.read_text())
-    assert set(found) == {"tiny-moe-lora-f32-2x32", "tiny-load-dense-bf16"}
-    entry = found["tiny-moe-lora-f32-2x32"]
+    assert set(found) == {step, "tiny-load-dense-bf16"}
+    entry = found[step]
     for side in ("torch", "peftjax"):
         assert len(entry["seconds"][side]) == 2
         assert entry["first_seconds"][side] > 0
@@ -31,7 +32,7 @@ def test_a_cell_is_measured_on_both_sides_and_merged_into_the_results(tmp_path: 
         assert entry["product_flops_per_second"][side] > 1e6
         assert side in entry["versions"][side]
     assert entry["first_result"]["torch"] == pytest.approx(entry["first_result"]["peftjax"], rel=1e-4)
-    assert "tiny-moe-lora-f32-2x32" in ran.stdout
+    assert step in ran.stdout
     table = results.with_suffix(".md").read_text()
     assert [line.split(" ")[1].rstrip("*\\") for line in table.splitlines()[2:4]] == list(found)[::-1]
     assert "<svg" in results.with_suffix(".svg").read_text()

@@ -67,9 +67,11 @@ def test_a_head_is_that_of_the_checkpoint_or_the_one_asked_for(folder: Path) -> 
     assert peftjax.load_model(folder / "classifier").config.labels == ("cat", "dog")
     fresh = peftjax.load_model(folder / "base", head="image_classification", labels=5)
     assert fresh(pixels()).shape == (2, 5)
-    states = peftjax.load_model(folder / "base")(pixels())
+    base = peftjax.load_model(folder / "base")
+    states = base(pixels())
     assert states.shape == (2, 1 + 4, 16)
-    np.testing.assert_allclose(fresh.hidden(pixels()), states, atol=1e-6)
+    np.testing.assert_array_equal(fresh.hidden(pixels()), base.hidden(pixels()))
+    np.testing.assert_allclose(states, base.hidden(pixels()), atol=1e-6)  # one program, which may round differently
     for asked, message in (
         ({"head": "sequence_classification", "labels": 2}, "is not one of none, image_classification"),
         ({"head": "image_classification"}, "give the number of labels of the new head"),
