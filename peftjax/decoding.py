@@ -208,8 +208,8 @@ def _token_ids(answers: Answers) -> list[list[int]]:
     if answers.failed.any():
         row = int(np.argmax(answers.failed))
         raise NotFiniteError(
-            f"generate: the logits after {answers.lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may have "
-            'diverged in training, or the dtype is too narrow: try dtype="float32"'
+            f"generate: the logits after {answers.lengths[row]} new tokens of prompts[{row}] are NaN or Inf; the adapter may "
+            'have diverged in training, or the dtype is too narrow: try dtype="float32"'
         )
     return [row[:length].tolist() for row, length in zip(answers.tokens, answers.lengths, strict=True)]
 

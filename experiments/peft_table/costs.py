@@ -74,12 +74,8 @@ class Prepared:
 
 def count_parameters(model: Model) -> int:
     """The number of parameters of the base; those of a quantized kernel are its codes."""
-    total = 0
-    for variable in variables.flat(model)[1].values():
-        if isinstance(variable, nnx.Param):
-            value = variable.get_value()
-            total += int(np.prod(value.shape))
-    return total
+    found = variables.flat(model)[1].values()
+    return sum(variable.get_value().size for variable in found if isinstance(variable, nnx.Param))
 
 
 def size(prepared: Prepared, method: str) -> dict[str, Any]:

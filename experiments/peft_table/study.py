@@ -5,7 +5,7 @@
 
 For each task and method, a sweep trains one run per learning rate with seed 0. The rate with the best validation score
 (for E2E, the lowest validation loss) is trained again with every seed, and each epoch is scored on the test file. A finished
-pair of task and method is one file, results/TASK-METHOD.json, and is not trained again. table.py makes the table of them.
+pair of task and method is one file, results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Make table.md and scores.png of the files in results/:
+"""Make table.md and scores.png from the files in results/:
 
 PYTHONPATH=. python experiments/peft_table/table.py --workdir=DIR
 """
@@ -163,7 +163,7 @@ def picture(found: dict[str, Results]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Make table.md and scores.png of the files in results/.")
+    parser = argparse.ArgumentParser(description="Make table.md and scores.png from the files in results/.")
     parser.add_argument(
         "--workdir", type=Path, help="That of study.py; needed to compare BLEU, as it has the references"
     )

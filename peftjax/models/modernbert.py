@@ -157,9 +157,8 @@ class ModernBert(TextEncoder):
         seen = jnp.pad(valid, ((0, 0), (prefix, 0)), constant_values=True)[:, None, None, :]  # [B, 1, 1, S]
         both = [rope.tables(positions[None]) for rope in (self.config.local_rope, self.config.rope)]
         norms, stacked, shared = open_stack(self.attention_norms)
-        padded = jax.tree.map(
-            lambda leaf: jnp.pad(leaf, [(1, 0)] + [(0, 0)] * (leaf.ndim - 1)), stacked
-        )  # no first one
+        # The first layer has no such norm; zeros take its place.
+        padded = {path: jnp.pad(leaf, [(1, 0)] + [(0, 0)] * (leaf.ndim - 1)) for path, leaf in stacked.items()}
 
         def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             number, local, own = inputs

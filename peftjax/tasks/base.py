@@ -108,7 +108,8 @@ class Task:
             raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
         if router_aux_loss_coef and not self.balances:
             raise UserError(
-                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it to 0"
+                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it "
+                "to 0"
             )
         self.router_aux_loss_coef = router_aux_loss_coef
         self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
