@@ -76,7 +76,8 @@ def test_a_process_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 def launch_ready(handler: str) -> subprocess.Popen[str]:
     """Two processes that have set a handler and wait for a signal."""
-    launched = launch(f"{handler}\nprint('ready')\ntime.sleep(60)", "--processes=2")
+    # Short sleeps: a signal that arrives just before a sleep begins is handled after it.
+    launched = launch(f"{handler}\nprint('ready')\nfor _ in range(600):\n    time.sleep(0.1)", "--processes=2")
     assert launched.stdout is not None
     assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     return launched
