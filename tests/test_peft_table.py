@@ -44,11 +44,10 @@ def write(folder: Path, names: list[str], records: list[dict[str, object]]) -> N
 @pytest.mark.slow
 def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in ("trec", "e2e"):
-        few = dataclasses.replace(setting.TASKS[task], rows=16, seeds=2, length=96 if task == "e2e" else 32)
+        few = dataclasses.replace(setting.TASKS[task], rows=16, epochs=2, seeds=2, length=96 if task == "e2e" else 32)
         monkeypatch.setitem(setting.TASKS, task, few)
     for method in ("lora", "full"):
         monkeypatch.setitem(setting.RATES, method, (1e-3, 1e-2))
-    monkeypatch.setattr(setting, "EPOCHS", 2)
     monkeypatch.setattr(setting, "MEANINGS", 2)
     monkeypatch.setattr(study, "NEW_TOKENS", 4)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")

@@ -15,9 +15,9 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-EPOCHS = 3
 BATCH = {"classification": 16, "causal_lm": 8}
-VALIDATION, TEST = 500, 1000  # maximum numbers of records; of E2E's test file see `MEANINGS`
+VALIDATION = {"classification": 500, "causal_lm": 100}  # maximum numbers of records
+TEST = 1000  # of E2E's test file see `MEANINGS`
 MEANINGS = 100  # meaning representations of E2E's test file that are verbalized, each with all its references
 References = list[list[str | None]]  # by column, as `columns` makes them
 SENTENCE = "Describe the restaurant in one or two sentences.\n{mr}\n"
@@ -30,6 +30,7 @@ class Setting:
     Attributes:
       folder: The folder of its files train, validation and test.
       rows: Number of training records.
+      epochs: Passes over them.
       seeds: Number of runs of each method with its best rate.
       score: The main score on the test file.
       length: Maximum number of tokens of a record.
@@ -39,6 +40,7 @@ class Setting:
 
     folder: str
     rows: int
+    epochs: int
     seeds: int
     score: str
     length: int
@@ -50,6 +52,11 @@ class Setting:
         """Whether answers are generated and compared with references."""
         return self.score == "bleu"
 
+    @property
+    def kind(self) -> str:
+        """The task type."""
+        return "causal_lm" if self.generates else "classification"
+
 
 def classes(*names: str, text: str = "{text}", pair: str = "") -> dict[str, Any]:
     templates = {"data.prompt_template": text, "data.pair_template": pair}
@@ -57,19 +64,19 @@ def classes(*names: str, text: str = "{text}", pair: str = "") -> dict[str, Any]
 
 
 TASKS = {
-    "sst2": Setting("sst2", 1000, 5, "accuracy", 48, classes("negative", "positive"), "train_sentences"),
-    "trec": Setting("trec", 1000, 5, "accuracy", 32, classes("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
+    "sst2": Setting("sst2", 1000, 3, 5, "accuracy", 48, classes("negative", "positive"), "train_sentences"),
+    "trec": Setting("trec", 1000, 3, 5, "accuracy", 32, classes("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
     "ag_news": Setting(
-        "ag_news_small", 1000, 5, "accuracy", 64, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
+        "ag_news_small", 500, 3, 5, "accuracy", 64, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
     ),
     "emotion": Setting(
-        "emotion", 2000, 5, "accuracy", 48, classes("sadness", "joy", "love", "anger", "fear", "surprise")
+        "emotion", 1000, 3, 5, "accuracy", 48, classes("sadness", "joy", "love", "anger", "fear", "surprise")
     ),
     "mrpc": Setting(
-        "mrpc", 1000, 5, "accuracy", 96, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
+        "mrpc", 1000, 3, 5, "accuracy", 96, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
     ),
     "e2e": Setting(
-        "e2e_nlg", 1000, 3, "bleu", 192,
+        "e2e_nlg", 400, 2, 3, "bleu", 192,
         {"data.format": "completion", "data.prompt_template": SENTENCE, "data.completion_template": "{ref}"},
     ),
 }  # fmt: skip
@@ -118,7 +125,6 @@ def make_config_of(task: str, method: str, rate: float, seed: int, model: str, d
       data: The folder that `prepare` filled.
     """
     setting, options = TASKS[task], dict(METHODS[method])
-    kind = "causal_lm" if setting.generates else "classification"
     return configs.changed(
         configs.load(CONFIGS / "base.py"),
         {
@@ -129,8 +135,8 @@ def make_config_of(task: str, method: str, rate: float, seed: int, model: str, d
             "data.train": (str(data / task / "train.jsonl"),),
             "data.eval": (str(data / task / "validation.jsonl"),),
             "data.max_length": setting.length,
-            "train.batch_size": BATCH[kind],
-            "train.epochs": float(EPOCHS),
+            "train.batch_size": BATCH[setting.kind],
+            "train.epochs": float(setting.epochs),
             "train.log_every": 50,
             "train.eval_every": "1 epoch",
             "optim.learning_rate": rate,
@@ -154,7 +160,7 @@ def prepare(task: str, source: Path, data: Path) -> None:
     records = {name: read(source / setting.folder / f"{file}.jsonl.gz") for name, file in files.items()}
     chosen = np.random.default_rng(0).permutation(len(records["train"]))[: setting.rows]
     records["train"] = [records["train"][index] for index in chosen]
-    records["validation"] = records["validation"][:VALIDATION]
+    records["validation"] = records["validation"][: VALIDATION[setting.kind]]
     if setting.generates:
         meanings = list(dict.fromkeys(record["mr"] for record in records["test"]))
         kept = {meanings[index] for index in np.linspace(0, len(meanings) - 1, MEANINGS).astype(int)}
