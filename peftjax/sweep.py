@@ -25,6 +25,7 @@ from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.config import flat
+from peftjax.core.config_file import read_sweep
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
@@ -47,6 +48,8 @@ def members(
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
+    They are added to the fields that `get_sweep()` of the config file returns, or replace their values.
+
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
 
@@ -54,15 +57,17 @@ def members(
       UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
         sweep.json records draws from other fields or values.
     """
-    swept: dict[str, Choice | Range] = {}
+    given: dict[str, Choice | Range] = {}
     for item in fields:
         name, values = space.parse(item)
-        if name in swept:
+        if name in given:
             raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
-        swept[name] = values
+        given[name] = values
+    swept = {name: space.parse_values(name, values) for name, values in read_sweep(path).items()} | given
     if not swept:
         raise UserError(
-            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4"
+            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define "
+            "get_sweep() in the config file"
         )
     if trials:
         defaults = flat(configs.to_dict(configs.load(path, overrides)))

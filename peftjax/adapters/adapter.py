@@ -54,6 +54,11 @@ def transposed(leaf: str) -> HfLeaf:
 class MethodAdapter(Adapter):
     """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged."""
 
+    @property
+    def zero_is_identity(self) -> bool:
+        """Whether the adapter has no effect, in training either, when all of its arrays are zero."""
+        return False
+
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         """The tensors that an adapter file holds for one layer (None: the module is not stacked), by key suffix; empty
         for a layer without the adapter."""

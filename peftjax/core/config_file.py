@@ -1,4 +1,7 @@
-"""Reading a config file: Python with a function `get_config()`, or the same sections and fields in YAML or JSON."""
+"""Reading a config file: Python with a function `get_config()`, or the same sections and fields in YAML or JSON.
+
+A Python file may also have a function `get_sweep()`, with the fields that `peftjax sweep` varies and their values.
+"""
 
 import importlib.util
 import json
@@ -27,8 +30,7 @@ def read(given: str | Path) -> tuple[dict[str, Any], Source]:
     Raises:
       UserError: The file is missing, malformed or fails; the message has the line if it is known.
     """
-    file, colon, argument = str(given).rpartition(".py:")
-    path = Path(file + ".py" if colon else given)
+    path, arguments = _split(given)
     if not path.is_file():
         near = suggest(path.name, [other.name for other in path.parent.glob("*") if other.suffix in SUFFIXES])
         raise UserError(f"--config={path}: no such file.{near}")
@@ -41,7 +43,34 @@ def read(given: str | Path) -> tuple[dict[str, Any], Source]:
         raise UserError(
             f"--config={path}: a config is a Python, YAML or JSON file, so its name ends in .py, .yaml or .json"
         )
-    return flat(_run(path, *([argument] if colon else []))), Source(str(path))
+    config = _call(path, "get_config", *arguments)
+    if config is None:
+        raise UserError(f"{path}: a config file needs a function get_config() that returns a ConfigDict")
+    if not isinstance(config, ConfigDict | Mapping):
+        raise UserError(f"{path}: get_config() must return a ConfigDict, but returned {config!r}")
+    return flat(config), Source(str(path))
+
+
+def read_sweep(given: str | Path) -> Mapping[str, Any]:
+    """What `get_sweep()` of a Python file returns, {"section.field": values}; empty without that function.
+
+    Args:
+      given: As in `read`.
+
+    Raises:
+      UserError: The file fails, or the function does not return a mapping.
+    """
+    path, _ = _split(given)
+    sweep = _call(path, "get_sweep") if path.suffix == ".py" else None
+    if not isinstance(sweep, Mapping | None):
+        raise UserError(f"{path}: get_sweep() must return a dict of fields and their values, but returned {sweep!r}")
+    return sweep or {}
+
+
+def _split(given: str | Path) -> tuple[Path, list[str]]:
+    """The path, and the argument of `get_config` if there is one."""
+    file, colon, argument = str(given).rpartition(".py:")
+    return (Path(file + ".py"), [argument]) if colon else (Path(given), [])
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -64,24 +93,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _run(path: Path, *arguments: str) -> ConfigDict | Mapping[str, Any]:
-    """What the `get_config()` of a Python file returns."""
+def _call(path: Path, name: str, *arguments: str) -> Any:
+    """What a function of a Python file returns; None if the file does not have the function."""
     spec = importlib.util.spec_from_file_location(f"peftjax_config_{path.stem}", path.absolute())
     assert spec is not None  # for a name that ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        get_config = vars(module).get("get_config")
-        if not callable(get_config):
-            raise UserError("a config file needs a function get_config() that returns a ConfigDict")
-        config = get_config(*arguments)
-        if not isinstance(config, ConfigDict | Mapping):
-            raise UserError(f"get_config() must return a ConfigDict, but returned {config!r}")
+        function = vars(module).get(name)
+        return function(*arguments) if callable(function) else None
     except (Exception, SystemExit) as error:  # the file may fail in any way; the user needs the place and the reason
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{_place(path, error)}: {kind}{' '.join(str(error).split())}") from error
-    return config
 
 
 def _place(path: Path, error: BaseException) -> str:

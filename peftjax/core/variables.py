@@ -138,9 +138,14 @@ def _padded(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(leaf, [(0, most - size) for most, size in zip(shape, leaf.shape, strict=True)])
 
 
+def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
+    """The tree with the paths of `like`: zeros of the same shape in place of the leaves that it lacks."""
+    return {path: tree[path] if path in tree else jax.tree.map(jnp.zeros_like, leaf) for path, leaf in like.items()}
+
+
 def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """Cut each leaf to the shape of the leaf in `like`, which removes the padding of `stack`."""
-    return jax.tree.map(lambda leaf, own: leaf[tuple(map(slice, own.shape))], tree, like)
+    """The leaves at the paths of `like`, cut to its shapes, which removes what `filled` and the padding of `stack` added."""
+    return jax.tree.map(lambda own, leaf: leaf[tuple(map(slice, own.shape))], like, {path: tree[path] for path in like})
 
 
 def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:

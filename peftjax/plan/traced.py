@@ -93,7 +93,8 @@ def _trace_population(
     """Trace the step of a population of equal members. The model's leaves have shardings."""
     state, frozen, batch = arguments
     own, shared, states = own_leaves(model, frozen), shared_leaves(model, frozen), [state] * members
-    step = make_population_step([split(config, task, model, config.method)] * members, states)
+    parts = split(config, task, model, config.method)
+    step = make_population_step(parts, [parts.tx] * members, states)
     return cast(jax.stages.Wrapped, step).trace(states, shared, [own] * members, [batch] * members)
 
 

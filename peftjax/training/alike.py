@@ -2,10 +2,11 @@
 
 One program trains all members. Whatever differs between them must therefore be an input of the program, such as an array of
 the model, or belong to the update, which is separate for each member. Arrays may differ in shape if padding them with zeros
-has no effect, as in the rank axis of LoRA.
+has no effect, as in the rank axis of LoRA. An adapter may be missing if it has no effect when all of its arrays are zero.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from flax import nnx
 
@@ -16,6 +17,8 @@ from peftjax.nn.dropout import Dropout
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training.config import Config
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 # Fields that only affect the update, or when a member is evaluated, saved and finished. `Method.traced_options` adds others.
 PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:")
@@ -59,6 +62,23 @@ def structure(model: nnx.Module) -> nnx.GraphDef:
         for name in site.module.adapters.active:
             adapter = site.module.adapters.adapter(name)
             if isinstance(adapter, RankedAdapter):
-                adapter.ranks = tuple(rank and 1 for rank in adapter.ranks)
+                adapter.ranks = (1,) * len(adapter.ranks)
     graph: nnx.GraphDef = nnx.split(view)[0]
     return graph
+
+
+def unite(one: ModelT, other: nnx.Module) -> ModelT | None:
+    """The first model with the adapters that only the second one has; None if one program cannot train both.
+
+    The models have the same base and an adapter of the same name. The result shares their variables.
+    """
+    united: ModelT = nnx.merge(*nnx.split(one))
+    added = nnx.merge(*nnx.split(other))
+    for site, counterpart in zip(sites(united), sites(added), strict=True):
+        mine, theirs = site.module.adapters, counterpart.module.adapters
+        for slot, source in ((mine, theirs), (theirs, mine)):
+            if not slot.names() and all(source.adapter(name).zero_is_identity for name in source.names()):
+                for name in source.names():
+                    slot.add(name, source.adapter(name))
+                slot.active = source.active
+    return united if structure(united) == structure(added) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -28,10 +29,11 @@ from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.totals import Batch
 from peftjax.training.abstract import abstract_batch
-from peftjax.training.alike import align_dropout, structure
+from peftjax.training.alike import align_dropout, structure, unite
 from peftjax.training.answers import Answer, answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
+from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.population_evaluation import (
     PopulationEvalStep,
@@ -70,15 +72,21 @@ class Member:
 
 @dataclasses.dataclass
 class Training:
-    """A member under way. `loss` is that of the last step; `eval_step` evaluates any members of its group."""
+    """A member under way. `loss` is that of the last step.
+
+    The members of a group share `united`, a model with the adapters of all of them (see `alike.unite`), `united_parts`, what
+    its step is made of, and `eval_step`, which evaluates any of them.
+    """
 
     member: Member
     run: Run
     parts: Parts
     state: TrainState
     checkpoints: Checkpoints
+    united: Model
     log: Log = dataclasses.field(init=False)
     loss: jax.Array = dataclasses.field(init=False)
+    united_parts: Parts = dataclasses.field(init=False)
     eval_step: PopulationEvalStep = dataclasses.field(init=False)
 
     @property
@@ -86,18 +94,33 @@ class Training:
         """The number of steps of the run."""
         return self.run.config.train.steps
 
+    @property
+    def own_frozen(self) -> variables.FlatTree:
+        """The frozen leaves that came with the method; zeros for adapters that only other members have."""
+        united = own_leaves(self.united, self.united_parts.frozen)
+        return variables.filled(own_leaves(self.run.model, self.run.frozen), united)
+
+    @property
+    def own(self) -> variables.FlatTree:
+        """`own_frozen` and the trainable leaves, with such zeros."""
+        return {**variables.filled(self.state.trainable, self.united_parts.trainable), **self.own_frozen}
+
 
 PopulationStep = Callable[..., list[tuple[TrainState, Metrics]]]
 
 
-def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -> PopulationStep:
+def make_population_step(
+    united: Parts, txs: Sequence[optax.GradientTransformation], states: Sequence[TrainState]
+) -> PopulationStep:
     """The jitted step (states, shared, own, batches) -> [(state, metrics), ...] of runs that differ in their leaves alone.
 
     Leaves of different shapes, such as those of LoRAs of different ranks, are padded with zeros where the gradients are
-    computed, and only there: each state, update and moment has the shape that it has in a separate run.
+    computed, and leaves that some runs lack are zero in these runs, there and only there: each state, update and moment has
+    the leaves and the shapes that it has in a separate run.
 
     Args:
-      parts: What each run's step is made of; the objectives are equal.
+      united: What a step of the model with the adapters of all runs is made of. Its optimizer is not used.
+      txs: The optimizer of each run.
       states: States with the shardings of those that the step gets. They are donated.
 
     The step's argument `shared` has the frozen leaves of all runs, such as the base, which is held, read and decoded once;
@@ -113,15 +136,18 @@ def make_population_step(parts: Sequence[Parts], states: Sequence[TrainState]) -
         batches: Sequence[Batch],
     ) -> list[tuple[TrainState, Metrics]]:
         def gradients(state: TrainState, own: variables.FlatTree, batch: Batch) -> Any:
-            return accumulate(parts[0].objective, state, {**shared, **own}, batch)
+            return accumulate(united.objective, state, {**shared, **own}, batch)
 
-        without_moments = [state._replace(optimizer=()) for state in states]
+        without_moments = [
+            state._replace(optimizer=(), trainable=variables.filled(state.trainable, united.trainable))
+            for state in states
+        ]
         together = jax.vmap(gradients)(variables.stack(without_moments), variables.stack(own), variables.stack(batches))
         results = []
-        for index, (each, state) in enumerate(zip(parts, states, strict=True)):
+        for index, (tx, state) in enumerate(zip(txs, states, strict=True)):
             padded, totals = jax.tree.map(lambda leaf, index=index: leaf[index], together)
             gradient = variables.cut(padded, state.trainable)
-            results.append((apply(each.tx, state, gradient), summary(gradient, totals)))
+            results.append((apply(tx, state, gradient), summary(gradient, totals)))
         return results
 
     return population_step
@@ -144,8 +170,9 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
     """Load the base once and attach each member's adapters to a model that shares it.
 
     Returns:
-      Groups of members with the same structure at the same step. Steps differ if a sweep was killed when only some
-      members had saved. Structures differ, for example, if an `init` of LoRA has a nonzero initial update.
+      Groups of members at the same step that one program can train. Steps differ if a sweep was killed when only some
+      members had saved. One program cannot train models that differ in structure, for example because an `init` of LoRA has
+      a nonzero initial update.
     """
     for member in population:
         opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
@@ -164,17 +191,27 @@ def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStac
         for model, (_, config, source, task, _, _) in zip(models, prepared, strict=True)
     ]
     align_dropout(models)
-    groups: dict[Any, list[Training]] = {}
+    groups: list[list[Training]] = []
     for model, method, (member, config, _, task, batches, checkpoints) in zip(models, attached, prepared, strict=True):
         sharding.place(model, mesh)
         parts = split(config, task, model, method)
         run = Run(config, member.workdir, mesh, task, batches, method, model, parts, base, NO_HOOKS)
         run.report = ReportData(sweep=True)
         state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
-        groups.setdefault((int(state.step), structure(model)), []).append(
-            Training(member, run, parts, state, checkpoints)
-        )
-    return list(groups.values())
+        join(Training(member, run, parts, state, checkpoints, model), groups)
+    return groups
+
+
+def join(one: Training, groups: list[list[Training]]) -> None:
+    """Add a member to the first group that it can be trained with, or to a new one."""
+    for group in groups:
+        united = unite(group[0].united, one.united) if group[0].state.step == one.state.step else None
+        if united is not None:
+            group.append(one)
+            for each in group:
+                each.united = united
+            return
+    groups.append([one])
 
 
 def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
@@ -250,14 +287,18 @@ def save(group: Sequence[Training], step: int) -> None:
 
 
 def share(group: Sequence[Training], steps: int) -> None:
-    """Share the base and the eval steps of the first member among all, and one stream of batches among those of a seed."""
-    first = group[0].run
+    """Share the base and the steps of the united model among all, the eval step of a single member among those of the same
+    structure, and one stream of batches among those of a seed."""
+    first, united = group[0].run, group[0].united
     shared = shared_leaves(first.model, first.frozen)
-    eval_step = make_population_eval_step(variables.flat(first.model)[0], first.task, first.mesh)
+    parts = split(first.config, first.task, united, first.method)
+    eval_step = make_population_eval_step(variables.flat(united)[0], first.task, first.mesh)
     streams: dict[int, Batches] = {}
+    alone: dict[nnx.GraphDef, EvalStep] = {}
     for one in group:
-        one.run.frozen, one.run.eval_step = {**shared, **own_leaves(one.run.model, one.run.frozen)}, first.eval_step
-        one.eval_step = eval_step
+        one.run.frozen = {**shared, **own_leaves(one.run.model, one.run.frozen)}
+        one.run.eval_step = alone.setdefault(structure(one.run.model), one.run.eval_step)
+        one.united_parts, one.eval_step = parts, eval_step
         one.run.batches = streams.setdefault(one.run.config.seed, one.run.batches)
     for stream in streams.values():
         if steps and not stream.ahead:
@@ -272,11 +313,11 @@ def _without_failed(group: Sequence[Training]) -> list[Training]:
 def make_advance(group: Sequence[Training], progress: Progress) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes all members to the step with the given number, compiled ahead in the `with` block."""
     first = group[0].run
-    own = [own_leaves(one.run.model, one.run.frozen) for one in group]
+    own = [one.own_frozen for one in group]
     shared = shared_leaves(first.model, first.frozen)
     streams = {one.run.config.seed: one.run.batches for one in group}
     empty, states = first.task.empty_row(), [one.state for one in group]
-    population_step = make_population_step([one.parts for one in group], states)
+    population_step = make_population_step(group[0].united_parts, [one.parts.tx for one in group], states)
 
     def advance(step: int) -> None:
         batches = {seed: next(stream) for seed, stream in streams.items()}
@@ -330,7 +371,7 @@ def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
     if len(group) < 2 or not group[0].run.config.data.eval:
         return [None] * len(group)
     first, run, started = group[0], group[0].run, time.perf_counter()
-    own = [{**one.state.trainable, **own_leaves(one.run.model, one.run.frozen)} for one in group]
+    own = [one.own for one in group]
     shared = shared_leaves(run.model, run.frozen)
     with first.log.progress.phase(EVALUATING):
         batches, accumulate = run.held_out_batches(first.log), run.config.train.accumulate
@@ -338,7 +379,7 @@ def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
         answered: list[list[Answer] | NotFiniteError] = [[] for _ in group]
         if prompts := run.prompts():
             limit = run.config.eval.max_new_tokens
-            answered = answer_each(run.model, own, shared, prompts, run.task.tokenizer, limit, first.log.progress)
+            answered = answer_each(first.united, own, shared, prompts, run.task.tokenizer, limit, first.log.progress)
     for one in group:
         one.run.timings["evaluation"] += (time.perf_counter() - started) / len(group)
     return [Measured(*both) for both in zip(found, answered, strict=True)]
@@ -365,7 +406,8 @@ def own_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
 def shared_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
     """The other frozen leaves, such as the base."""
     own = own_leaves(model, frozen)
-    return {path: leaf for path, leaf in frozen.items() if path not in own}
+    present = {path: leaf for path, leaf in frozen.items() if not isinstance(leaf, optax.MaskedNode)}
+    return {path: leaf for path, leaf in present.items() if path not in own}
 
 
 def _report(going: Sequence[Training], step: int, total: int, progress: Progress) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,21 @@ def parse(item: str) -> tuple[str, Choice | Range]:
     if not all(texts):
         raise UserError(f"{item}: a swept field needs values, --sweep.{name}=VALUE,VALUE,...")
     return name, Choice(texts)
+
+
+def parse_values(name: str, values: Any) -> Choice | Range:
+    """The values of a field in `get_sweep()` of a config file: a list, or a string as on the command line.
+
+    Raises:
+      UserError: The list is empty, or as for `parse`.
+    """
+    if isinstance(values, str):
+        return parse(f"--sweep.{name}={values}")[1]
+    if not isinstance(values, list | tuple) or not values:
+        raise UserError(
+            f"get_sweep(): {name} needs a list of values or a range such as 'loguniform(1e-5,1e-2)', not {values!r}"
+        )
+    return Choice(tuple(map(str, values)))
 
 
 def _parse_range(item: str, log: bool, bounds: str) -> Range:

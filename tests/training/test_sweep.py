@@ -132,6 +132,21 @@ def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path
         sweep.members(str(file), [], fields, tmp_path)
 
 
+def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path: Path) -> None:
+    space = (
+        """{"optim.learning_rate": "loguniform(1e-4,1e-3)", "method.targets": [("q_proj", "v_proj")], "seed": [0, 1]}"""
+    )
+    file.write_text(f"{file.read_text()}\n\ndef get_sweep():\n    return {space}\n")
+    drawn = [one.values for one in sweep.members(str(file), [], ["--sweep.seed=5"], tmp_path, trials=3)]
+    assert [values["method.targets"] for values in drawn] == [("q_proj", "v_proj")] * 3
+    assert all(1e-4 <= values["optim.learning_rate"] <= 1e-3 for values in drawn)
+    assert {values["seed"] for values in drawn} == {5}
+    for wrong, message in (("{'seed': 3}", "seed needs a list of values or a range"), ("3", "must return a dict")):
+        file.write_text(file.read_text() + f"\n\ndef get_sweep():\n    return {wrong}\n")
+        with pytest.raises(UserError, match=message):
+            sweep.members(str(file), [], [], tmp_path)
+
+
 def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:
     made = configs.defaults()
     made.method = methods.make_config("lora")
@@ -143,11 +158,14 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Pa
     targets = [
         member(made, tmp_path, method__targets=name, seed=seed) for seed in (0, 1) for name in ("q_proj", "v_proj")
     ]
-    assert sweep.populations(targets) == [[targets[0], targets[2]], [targets[1], targets[3]]]
+    assert sweep.populations(targets) == [targets]
+    made.method = methods.make_config("ia3")
+    activations = [
+        member(made, tmp_path, method__targets=name, seed=seed) for seed in (0, 1) for name in ("k_proj", "v_proj")
+    ]
+    assert sweep.populations(activations) == [[activations[0], activations[2]], [activations[1], activations[3]]]
     random = [member(made, tmp_path, model__init="random", seed=seed) for seed in (0, 1)]
     assert sweep.populations(random) == [[random[0]], [random[1]]]  # their bases differ
-    patterns = [member(made, tmp_path, method__alpha_pattern=(("q_proj", alpha),)) for alpha in (1.0, 2.0)]
-    assert len(sweep.populations(patterns)) == 2
 
 
 @pytest.fixture
@@ -195,6 +213,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rank": 5, "dropout": 0.2, "rslora": True, "lr_ratio": 2.0},
         {"rank": 3, "dropout": 0.1},
     ),
+    "targets": (
+        {"rank": 2, "targets": ("q_proj", "embed_tokens"), "rank_pattern": (("q_proj", 4),)},
+        {
+            "targets": "all-linear",
+            "exclude": "o_proj",
+            "layers_to_transform": (1,),
+            "alpha_pattern": (("v_proj", 2.0),),
+        },
+        {"rank": 3, "targets": ("down_proj",)},
+    ),
     "dora": ({"dora": True, "rank": 3}, {"dora": True, "rank": 4, "init": "orthogonal"}),
     "pissa": ({"init": "pissa", "rank": 2}, {"init": "olora", "rank": 3}),
     "loha": ({"rank": 2}, {"rank": 4, "alpha": 2.0}),
@@ -213,11 +241,15 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made.train.log_every, made.train.eval_every = 1, 3
-    if name != "lora":
+    if name not in ("lora", "targets"):
         made.data.eval = ()
+    if name == "targets":
+        made.eval.samples = 2
     members = []
     for index, options in enumerate(OPTIONS[name]):
-        made.method = methods.make_config({"dora": "lora", "pissa": "lora"}.get(name, name), **options)
+        made.method = methods.make_config(
+            {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **options
+        )
         made.optim.weight_decay = 0.1 * index
         members.append(member(made, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
     assert sweep.populations(members) == [members]
@@ -226,6 +258,7 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     for one in members:
         train(one.config, tmp_path / "alone" / one.name)
         assert_same_run(one.workdir, tmp_path / "alone" / one.name)
+        assert ReportData.load(one.workdir).after == ReportData.load(tmp_path / "alone" / one.name).after  # the answers
 
 
 def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path: Path) -> None:
@@ -391,9 +424,10 @@ def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Pat
     made.optim.eps = 1e-4  # else Adam takes a full step for a gradient that is only rounding
     for workdir, sizes in ((tmp_path / "one", {}), (tmp_path / "mesh", {"fsdp": 2, "tensor": 2})):
         made.mesh.update(sizes)
-        sweep.sweep([member(made, workdir, seed=seed) for seed in (0, 1)], workdir)
-    for seed in ("seed=0", "seed=1"):
-        assert_same_run(tmp_path / "mesh" / seed, tmp_path / "one" / seed)
+        pair = [member(made, workdir, method__targets=targets) for targets in ("q_proj", "all-linear")]
+        sweep.sweep(pair, workdir)
+    for one in pair:
+        assert_same_run(one.workdir, tmp_path / "one" / one.name)
 
 
 @pytest.mark.slow
