@@ -1,7 +1,7 @@
 """What mkdocs and mkdocstrings do not do by themselves.
 
 Links from a page to files of the repository outside docs/: in the repository such a link works as it is. The site does not
-contain these files, so there the link becomes the file's path. Pictures are copied into the site. A link to a file that
+contain these files, so there the link becomes the file's path. The pictures in `PICTURES` are copied into the site. A link to a file that
 does not exist fails the build.
 
 Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
@@ -19,12 +19,13 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+PICTURES = ("experiments/*/*.png", "benchmarks/results/*.svg")
 RESULTS = re.compile(r"<!-- results: (\S+) -->")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    for picture in ROOT.glob("experiments/*/*.png"):
+    for picture in (picture for pattern in PICTURES for picture in ROOT.glob(pattern)):
         files.append(File.generated(config, str(picture.relative_to(ROOT)), abs_src_path=str(picture)))
     return files
 
