@@ -1,8 +1,8 @@
 """What mkdocs and mkdocstrings do not do by themselves.
 
 Links from a page to files of the repository outside docs/: in the repository such a link works as it is. The site does not
-contain these files, so there the link becomes the file's path. The pictures in `PICTURES` are copied into the site. A link to a file that
-does not exist fails the build.
+contain these files, so there the link becomes the file's path. The pictures in `PICTURES` are copied into the site. A link to
+a file that does not exist fails the build.
 
 Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
 

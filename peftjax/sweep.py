@@ -37,6 +37,7 @@ from peftjax.training import config as configs
 from peftjax.training import duration, precision, space
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
+from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.space import Choice, Range
@@ -108,7 +109,7 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
     return drawn
 
 
-def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str, Any]]:
+def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int = 0) -> list[dict[str, Any]]:
     """Train the unfinished runs, and write sweep.json and sweep.html at the start and after each population.
 
     A run whose loss is not finite ends there; the others go on.
@@ -117,9 +118,10 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
       runs: All runs.
       workdir: The directory of the sweep.
       most: Maximum number of concurrent runs; 0: no limit.
+      reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
 
     Returns:
-      What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first.
+      What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first, stopped runs last.
 
     Raises:
       UserError: As for `train`, for any of the runs; or every run failed.
@@ -128,9 +130,16 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         for member in runs:
             workdirs.check(member.workdir, member.config.model.path)
         resolve(runs)
-        waiting = [member for member in runs if not finished(member)]
+        halving = None
+        if reduction:
+            rungs = find_rungs([member.config for member in runs], reduction)
+            record = partial(write_results, runs, workdir)
+            halving = Halving([member.workdir for member in runs], reduction, rungs, record)
+            for member in runs:
+                member.stopped = recorded_stops(workdir).get(member.name, 0)
+        waiting = [member for member in runs if not (member.stopped or finished(member))]
         if len(waiting) < len(runs):
-            say(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
+            say(f"{len(runs) - len(waiting)} of {len(runs)} runs have already ended")
         for population in populations(waiting):
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
@@ -143,7 +152,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
             say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
-            train_population(population, preemption)
+            train_population(population, preemption, halving)
             distributed.meet("all runs of the population have ended")
             found = write_results(runs, workdir)
     if all("failed" in one for one in found):
@@ -154,7 +163,8 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0) -> list[dict[str
 def write_results(runs: Iterable[Member], workdir: Path) -> list[dict[str, Any]]:
     """Write sweep.json and sweep.html, from one process; returns what sweep.json holds."""
     found = sorted(
-        map(outcome, runs), key=lambda one: one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))
+        map(outcome, runs),
+        key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
     )
     if jax.process_index() == 0:
         write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
@@ -230,8 +240,24 @@ def outcome(member: Member) -> dict[str, Any]:
         {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
     )
     failed = {"failed": member.failed} if member.failed else {}
+    stopped = {"stopped": member.stopped} if member.stopped else {}
     trial = {"trial": member.trial} if member.trial else {}
-    return {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts, **failed, **trial}
+    return {
+        "run": member.name,
+        "values": member.values,
+        "scores": scores,
+        "amounts": amounts,
+        **failed,
+        **stopped,
+        **trial,
+    }
+
+
+def recorded_stops(workdir: Path) -> dict[str, int]:
+    """The steps at which successive halving has stopped runs, by their names, from sweep.json."""
+    file = workdir / RESULTS
+    entries = json.loads(file.read_text()) if file.exists() else []
+    return {entry["run"]: entry["stopped"] for entry in entries if "stopped" in entry}
 
 
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
@@ -270,6 +296,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Maximum number of concurrent runs (default: no limit)",
     )
+    group.add_argument(
+        "--halving",
+        type=int,
+        default=0,
+        metavar="R",
+        help="Successive halving: after 1/R, 1/R^2, ... of the steps, continue only the best 1/R of the runs (default: "
+        "train all runs to their end)",
+    )
     distributed.add_options(parser)
 
 
@@ -282,10 +316,12 @@ def main(argv: list[str]) -> None:
     for name in ("trials", "search_seed"):
         if (value := getattr(options, name)) < 0:
             raise UserError(f"--{name}={value} must not be negative")
+    if options.halving < 0 or options.halving == 1:
+        raise UserError(f"--halving={options.halving} must be at least 2, or 0 to train all runs to their end")
     workdir = Path(options.workdir)
     runs = members(options.config, options.overrides, fields, workdir, options.trials, options.search_seed)
     distributed.start(options)
-    found = sweep(runs, workdir, options.together)
+    found = sweep(runs, workdir, options.together, options.halving)
     if jax.process_index() == 0:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")

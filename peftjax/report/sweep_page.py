@@ -25,6 +25,7 @@ class SweptRun(NamedTuple):
         values: The swept fields and their values.
         scores: The metrics.
         failed: Why the run failed; empty if it did not.
+        stopped: The step at which successive halving stopped the run; 0 if it did not.
         link: The relative link to its report; empty if it has none.
     """
 
@@ -32,6 +33,7 @@ class SweptRun(NamedTuple):
     values: dict[str, Any]
     scores: dict[str, float]
     failed: str
+    stopped: int
     link: str
 
 
@@ -61,8 +63,15 @@ def write_sweep_page(workdir: Path) -> Path:
 
 
 def _run(
-    workdir: Path, *, run: str, values: dict[str, Any], scores: dict[str, float], failed: str = "", **more: Any
+    workdir: Path,
+    *,
+    run: str,
+    values: dict[str, Any],
+    scores: dict[str, float],
+    failed: str = "",
+    stopped: int = 0,
+    **more: Any,
 ) -> SweptRun:
     del more
     there = (workdir / run / PAGE).exists()
-    return SweptRun(run, values, scores, failed, f"{quote(run)}/{PAGE}" if there else "")
+    return SweptRun(run, values, scores, failed, stopped, f"{quote(run)}/{PAGE}" if there else "")

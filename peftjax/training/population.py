@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
-from peftjax.core import output, variables
+from peftjax.core import distributed, output, variables
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
@@ -34,6 +34,7 @@ from peftjax.training.answers import Answer, answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
 from peftjax.training.evaluation import EvalStep
+from peftjax.training.halving import Halving
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.population_evaluation import (
     PopulationEvalStep,
@@ -56,6 +57,7 @@ class Member:
       workdir: The directory of the run.
       trial: In random search, the seed, the index of the draw and the drawn values as text.
       failed: Why the run failed; empty if it did not.
+      stopped: The step at which successive halving stopped the run; 0 if it did not.
     """
 
     values: dict[str, Any]
@@ -63,6 +65,7 @@ class Member:
     workdir: Path
     trial: dict[str, Any] | None = None
     failed: str = ""
+    stopped: int = 0
 
     @property
     def name(self) -> str:
@@ -153,8 +156,8 @@ def make_population_step(
     return population_step
 
 
-def train_population(population: Sequence[Member], preemption: Preemption) -> None:
-    """Train the members to their end, each from its newest checkpoint if it has one."""
+def train_population(population: Sequence[Member], preemption: Preemption, halving: Halving | None = None) -> None:
+    """Train the members to their end or until `halving` stops them, each from its newest checkpoint if it has one."""
     preemption.begin()
     mesh = sharding.make_mesh(population[0].config.mesh.sizes)
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
@@ -163,7 +166,7 @@ def train_population(population: Sequence[Member], preemption: Preemption) -> No
             names = "; ".join(" | ".join(one.member.name for one in group) for group in groups)
             say(f"the runs differ in structure or step and are trained by {len(groups)} separate programs: {names}")
         for group in groups:
-            train_side_by_side(group, preemption)
+            train_side_by_side(group, preemption, halving)
 
 
 def set_up(population: Sequence[Member], mesh: Mesh, opened: contextlib.ExitStack) -> list[list[Training]]:
@@ -214,11 +217,13 @@ def join(one: Training, groups: list[list[Training]]) -> None:
     groups.append([one])
 
 
-def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> None:
-    """Train members with the same structure, all at the same step, to their last steps, and write their results.
+def train_side_by_side(group: Sequence[Training], preemption: Preemption, halving: Halving | None = None) -> None:
+    """Train members of a group, all at the same step, to their last steps, and write their results.
 
-    A member with fewer steps leaves when it is finished; the others continue in a program without it.
+    A member with fewer steps leaves when it is finished, or when `halving` stops it; the others continue in a program
+    without it.
     """
+    rungs = halving.rungs if halving else ()
     start, total = int(group[0].state.step), max(one.steps for one in group)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
@@ -232,8 +237,8 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption) -> Non
         for one in group:
             one.run.introduce(one.state, one.log)
         going, done = list(group), start
-        while going:
-            end = min(one.steps for one in going)
+        while going := stop_worst(going, done, halving) if halving and done in rungs else going:
+            end = min([*(one.steps for one in going), *(rung for rung in rungs if rung > done)])
             going = train_until(end, going, done, total, preemption, progress)
             for one in going:
                 if one.steps == end:
@@ -274,6 +279,21 @@ def train_until(
                 for one in going:
                     one.checkpoints.wait()
                 raise stopped(step, total, going[0].run.workdir.parent)
+    return going
+
+
+def stop_worst(group: Sequence[Training], step: int, halving: Halving) -> list[Training]:
+    """End the members that are not among the best at a step; returns the others."""
+    distributed.meet("the metrics of this step are written")
+    losses = list(halving.losses(step))
+    best = losses[: halving.count(len(losses))]
+    going = [one for one in group if one.member.name in best]
+    for one in group:
+        if one not in going:
+            one.checkpoints.wait()
+            one.member.stopped = step
+            say(f"{one.member.name} stopped at step {step}: not among the best {len(best)} of {len(losses)} runs")
+    halving.record()
     return going
 
 

@@ -26,17 +26,25 @@ def make_table(found: Sequence[Outcome]) -> Table:
         groups.setdefault(repr([one["values"][name] for name in varied]), []).append(one)
     scores = compared_scores({name for one in found for name in one["scores"]})
     several = any(len(group) > 1 for group in groups.values())
+    halved = any("stopped" in one for one in found)
     caption = "mean ± standard deviation over the seeds" if several else None
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in [*(short_name(field, values) for field in varied), *["seeds"] * several]:
         table.add_column(name, justify="right", overflow="fold")
     for name in scores:
         table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right", no_wrap=True)
-    ranked = sorted(groups.values(), key=lambda group: _mean(_finite(group, scores[0])))
+    if halved:
+        table.add_column("stopped at", justify="right")
+    ranked = sorted(
+        groups.values(), key=lambda group: (all("stopped" in one for one in group), _mean(_finite(group, scores[0])))
+    )
     for group in ranked:
         going = [one for one in group if "failed" not in one]
         count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
         cells = [format_spread(_finite(group, name)) for name in scores] if going else ["not finite"]
+        cells += [""] * (len(scores) - len(cells))
+        if halved:
+            cells.append(", ".join(dict.fromkeys(str(one["stopped"]) for one in group if "stopped" in one)))
         table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
     return table
 

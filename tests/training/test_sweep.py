@@ -204,7 +204,7 @@ def test_runs_side_by_side_are_those_that_train_would_do(
     assert losses == sorted(losses)
     assert len(set(losses)) == 3
     assert sweep.sweep(several, tmp_path / "sweep") == found
-    assert "3 of 3 runs are already finished" in capsys.readouterr().out
+    assert "3 of 3 runs have already ended" in capsys.readouterr().out
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -270,6 +270,54 @@ def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path
         ours, theirs = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kernel)] for kernel in kernels)
     assert ours == theirs
     assert len(ours) == 4  # codes, absmax, their scales and mean
+
+
+@pytest.mark.slow
+def test_successive_halving_continues_the_best_runs(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.train.update({"steps": 8, "eval_every": 2})
+    rates = (1e-5, 1e-2, 1e-4, 1e-3)
+
+    def grid() -> list[Member]:
+        return [member(made, tmp_path / "sweep", optim__learning_rate=rate) for rate in rates]
+
+    found = sweep.sweep(grid(), tmp_path / "sweep", reduction=2)
+    ends = {one["values"]["optim__learning_rate"]: one.get("stopped") for one in found}
+    assert ends == {1e-2: None, 1e-3: 4, 1e-4: 2, 1e-5: 2}  # rungs after 8 / 4 and 8 / 2 steps
+    assert found[0]["values"] == {"optim__learning_rate": 1e-2}
+    printed = capsys.readouterr().out
+    assert "optim__learning_rate=0.0001 stopped at step 2: not among the best 2 of 4 runs" in printed
+    assert "stopped at step 2" in (tmp_path / "sweep" / "sweep.html").read_text()
+    train(grid()[1].config, tmp_path / "alone")
+    assert_same_run(tmp_path / "sweep" / "optim__learning_rate=0.01", tmp_path / "alone")
+
+    assert sweep.sweep(grid(), tmp_path / "sweep", reduction=2) == found
+    assert "4 of 4 runs have already ended" in capsys.readouterr().out
+    more = member(
+        made, tmp_path / "sweep", optim__learning_rate=1e-6
+    )  # alone in its population, compared with the others
+    assert sweep.sweep([*grid(), more], tmp_path / "sweep", reduction=2)[-1]["stopped"] == 2
+    assert "stopped" not in sweep.sweep(grid()[-1:], tmp_path / "sweep")[0]  # continues where it was stopped
+    assert runs.metrics(tmp_path / "sweep" / "optim__learning_rate=0.001")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train__eval_every": 0}, "set data.eval and train.eval_every"),
+        ({"train__eval_every": 4}, "compares runs after 2 of 4 steps, but train.eval_every=4"),
+        ({"data__eval": ()}, "set data.eval and train.eval_every"),
+    ],
+)
+def test_successive_halving_needs_evaluations(fields: dict[str, Any], message: str, made: Any, tmp_path: Path) -> None:
+    made.train.eval_every = 1
+    pair = [member(made, tmp_path / "sweep", seed=seed, **fields) for seed in (0, 1)]
+    with pytest.raises(UserError, match=message):
+        sweep.sweep(pair, tmp_path / "sweep", reduction=2)
+    other = member(made, tmp_path / "sweep", train__steps=8)
+    with pytest.raises(UserError, match=r"they need the same train\.steps"):
+        sweep.sweep([pair[0], other], tmp_path / "sweep", reduction=2)
 
 
 def test_a_run_that_is_not_finite_any_more_ends_alone(
@@ -373,6 +421,18 @@ def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
         "0.001 all 0.625 0.75",
         "1.0 all not finite",
     ]
+
+
+def test_the_table_shows_where_runs_were_stopped() -> None:
+    found = [
+        {"values": {"seed": seed, "rank": rank}, "scores": {"eval_loss": loss}} | stopped
+        for seed, rank, loss, stopped in ((0, 4, 1.0, {}), (0, 8, 0.5, {"stopped": 10}), (0, 2, 2.0, {"stopped": 5}))
+    ]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        make_console().print(make_table(found))
+    lines = [line.split() for line in printed.getvalue().splitlines() if line.strip()]
+    assert lines[0] == ["rank", "loss", "stopped", "at"]
+    assert lines[2:] == [["4", "1"], ["8", "0.5", "10"], ["2", "2", "5"]]
 
 
 def test_the_table_has_means_and_deviations_over_seeds() -> None:
