@@ -112,7 +112,10 @@ class Tracking:
             except Exception as error:
                 if not resume:
                     Trackers(started).close("failed")
-                    raise UserError(f"log.trackers={name!r}: the run cannot be started: {_text(error)}") from error
+                    raise UserError(
+                        f"log.trackers={name!r}: the run cannot be started: {_text(error)}; repair this, or remove "
+                        f"{name} from log.trackers"
+                    ) from error
                 say(f"warning: {name} does not continue the run: {_text(error)}")
                 continue
             ids[name] = tracker.id

@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import peftjax
 from peftjax.core.errors import UserError
 from peftjax.log import Log, read_metrics
 from peftjax.trackers import LogConfig, Tracking, check_installed
@@ -46,8 +48,6 @@ def init(**options):
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The runs of a stand-in for wandb and trackio, which have the same interface."""
-    import sys
-
     for name in ("WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "packages")
@@ -124,8 +124,6 @@ def test_a_tracker_that_does_not_start_ends_a_new_run_but_not_a_resumed_one(
 
 
 def test_only_the_first_process_tracks(runs: Any, tmp_path: Path) -> None:
-    import sys
-
     with Log(tmp_path / "none", total_steps=1, resume_step=0, enabled=False, tracking=tracking("wandb")) as log:
         log.step(1, {"loss": 1.0})
     assert "wandb" not in sys.modules
@@ -141,3 +139,23 @@ def test_an_unknown_tracker_and_a_missing_package_are_mistakes(tmp_path: Path, m
     for name, fix in (("wandb", r"peftjax\[wandb\]"), ("mlflow", r"peftjax\[mlflow\]"), ("trackio", "install trackio")):
         with pytest.raises(UserError, match=f"log.trackers='{name}' needs a package .*{fix}"):
             check_installed([name])
+
+
+@pytest.mark.slow
+def test_a_run_is_tracked_under_the_name_of_its_workdir(runs: Any, tmp_path: Path) -> None:
+    records = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(8)]
+    fields = {"data.format": "completion", "data.max_length": 32, "train.batch_size": 4, "train.log_every": 1}
+    for steps, project in ((2, "sums"), (3, "other")):  # the second call resumes
+        fields |= {"train.steps": steps, "log.trackers": ("wandb",), "log.project": project}
+        peftjax.train("embedded", peftjax.Lora(rank=2), records, workdir=tmp_path / "doubling", config=fields)
+    first, second = runs("wandb")
+    assert (first.options["name"], first.options["group"], first.options["project"]) == ("doubling", None, "sums")
+    assert first.options["id"] == second.options["id"]
+    assert (first.config["method.rank"], first.config["train.steps"], second.config["train.steps"]) == (2, 2, 3)
+    logged = read_metrics(tmp_path / "doubling" / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in logged if line["kind"] == "train"] == [
+        (step, numbers["train/loss"])
+        for run in (first, second)
+        for step, numbers in run.rows
+        if "train/loss" in numbers
+    ]

@@ -178,6 +178,7 @@ def test_trackio_continues_a_resumed_run(local: Path) -> None:
     log(local, "trackio", 0, 3)
     log(local, "trackio", 2, 4)
     (run,) = SQLiteStorage.get_runs("peftjax")
+    assert SQLiteStorage.get_run_config("peftjax", run)["train.steps"] == 4
     assert run.startswith("greetings-")
     logs = SQLiteStorage.get_logs("peftjax", run)
     assert [(one["step"], one["train/loss"]) for one in logs][:3] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
