@@ -1,4 +1,4 @@
-"""Logging of a training run: metrics.jsonl, TensorBoard events and terminal output.
+"""Logging of a training run: metrics.jsonl, trackers such as TensorBoard, and terminal output.
 
 metrics.jsonl contains one JSON object per line, ordered by step:
 
@@ -26,6 +26,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clocks
+from peftjax.trackers import Status, TensorBoard, Trackers, Tracking
 
 METRICS = "metrics.jsonl"
 SPEEDS = ("tokens_per_second", "images_per_second")
@@ -70,6 +71,7 @@ class Log:
         resume_step: int,
         enabled: bool = True,
         tensorboard: bool = True,
+        tracking: Tracking | None = None,
         quiet: bool = False,
         on_line: Callable[[dict[str, Any]], None] | None = None,
         progress: Progress | None = None,
@@ -81,15 +83,17 @@ class Log:
             resume_step: Number of completed steps.
             enabled: Write and print; False on every process but the first.
             tensorboard: Also write TensorBoard events, into `workdir`.
+            tracking: Other trackers, and what they show of the run.
             quiet: Do not print.
             on_line: Called with each line of metrics.jsonl after it was written.
             progress: That of several runs that train together; by default, the log has its own.
 
         Raises:
-            UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line.
+            UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line; or a tracker
+                cannot start a new run.
         """
         self._total, self._enabled, self._quiet, self._on_line = total_steps, enabled, quiet, on_line
-        self._events: _Events | None = None
+        self._trackers = Trackers(())
         self._own = contextlib.ExitStack()  # what ends with this log
         if not enabled:
             self.progress = progress or Progress(enabled=False)
@@ -100,8 +104,10 @@ class Log:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if logged and resume_step else []
         write_atomically(path, "".join(map(_line, kept)))
         self._began = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        trackers = tracking.start(workdir, resume=resume_step > 0) if tracking else []
         if tensorboard:
-            self._events = _Events(workdir, purge=(resume_step + 1 if resume_step else 0) if logged else None)
+            trackers.append(TensorBoard(workdir, purge=(resume_step + 1 if resume_step else 0) if logged else None))
+        self._trackers = Trackers(trackers)
         self._file = path.open("a", encoding="utf-8")
         self.progress = progress or self._own.enter_context(Progress(total_steps, resume_step, enabled=not quiet))
 
@@ -111,7 +117,8 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # Preempted and KeyboardInterrupt are not errors
+        self.close("finished" if error is None else "failed" if isinstance(error, Exception) else "stopped")
 
     @property
     def prints(self) -> bool:
@@ -164,12 +171,10 @@ class Log:
         if self._enabled:
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Stop the progress bar and close the files. Further calls have no effect."""
+    def close(self, status: Status = "finished") -> None:
+        """Stop the progress bar, end the run in the trackers and close the files. Further calls have no effect."""
         self._own.close()
-        if self._events:
-            self._events.close()
-            self._events = None
+        self._trackers.close(status)
         if self._enabled:
             self._file.close()
 
@@ -179,8 +184,7 @@ class Log:
         entry = {"step": step, "kind": kind, "seconds": seconds, **plain}
         self._file.write(_line(entry))
         self._file.flush()  # the line survives if the process is killed from here on
-        if self._events:
-            self._events.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
+        self._trackers.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
         if self._on_line:
             self._on_line(entry)
 
@@ -241,41 +245,6 @@ def peak_memory() -> int:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)
     return peak or _peak_resident()
-
-
-class _Events:
-    """TensorBoard scalars, on disk when `write` returns.
-
-    `SummaryWriter` of tensorboardX writes from a background thread, and its `flush` does not wait for the queue of that
-    thread: a killed process loses its last events. `EventsWriter` beneath it writes synchronously.
-    """
-
-    def __init__(self, directory: Path, purge: int | None) -> None:
-        """
-        Args:
-            directory: Directory of the event file, which is created.
-            purge: Step from which TensorBoard hides the events of earlier files; None for the first file.
-        """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        self._event = event_pb2.Event
-        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{purge or 0}")
-        if purge is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.write_event(self._event(step=purge, wall_time=time.time(), session_log=start))
-        self._writer.flush()
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        from tensorboardX.summary import scalar
-
-        now = time.time()
-        for tag, value in numbers.items():
-            self._writer.write_event(self._event(step=step, wall_time=now, summary=scalar(tag, value)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def _line(entry: Mapping[str, Any]) -> str:

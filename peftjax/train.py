@@ -80,7 +80,14 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
         first = jax.process_index() == 0
         with (
-            Log(workdir, total_steps=steps, resume_step=start, enabled=first, on_line=hooks.on_metrics) as log,
+            Log(
+                workdir,
+                total_steps=steps,
+                resume_step=start,
+                enabled=first,
+                tracking=run.tracking(),
+                on_line=hooks.on_metrics,
+            ) as log,
             Profiling(profile, start, steps, workdir, log) as profiling,
             run.compile_ahead(train_step, state, log) as step_ahead,
         ):

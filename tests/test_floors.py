@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "peftjax"
 # From the ground up. A room imports only from the floors below its own.
 FLOORS = [
     ["core"],
-    ["quant", "log"],
+    ["quant", "trackers"],
+    ["log"],
     ["sharding"],
     ["nn", "totals"],
     ["losses"],
@@ -34,7 +35,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 HEAVY = [
     "tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "pyarrow", "torch", "tensorflow", "sklearn",
-    "sacrebleu", "PIL", "transformers",
+    "sacrebleu", "PIL", "transformers", "wandb", "mlflow", "trackio",
 ]  # fmt: skip
 
 

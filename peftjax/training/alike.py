@@ -20,8 +20,9 @@ from peftjax.training.config import Config
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-# Fields that only affect the update, or when a member is evaluated, saved and finished. `Method.traced_options` adds others.
-PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:")
+# Fields that only affect the update, or when a member is evaluated, saved and finished, or where it is logged.
+# `Method.traced_options` adds others.
+PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:", "log.")
 
 
 def separating_fields(one: Config, other: Config) -> list[str]:

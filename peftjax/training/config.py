@@ -25,6 +25,7 @@ from peftjax.sharding import MeshConfig
 from peftjax.tasks import TASKS, TaskConfig
 from peftjax.tasks.metrics import check_answer_metrics
 from peftjax.tasks.model import ModelConfig
+from peftjax.trackers import LogConfig
 from peftjax.training.optim import OptimConfig
 
 __all__ = [
@@ -135,6 +136,7 @@ class Config:
     train: TrainConfig = section(TrainConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+    log: LogConfig = section(LogConfig)
     mesh: MeshConfig = section(MeshConfig)
     start_from: str = dataclasses.field(default="", metadata={"fields": {}})  # method.start_from
 

@@ -230,7 +230,13 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption, halvin
         progress = opened.enter_context(Progress(total, start, enabled=first))
         for one in group:
             log = Log(
-                one.run.workdir, total_steps=one.steps, resume_step=start, enabled=first, quiet=True, progress=progress
+                one.run.workdir,
+                total_steps=one.steps,
+                resume_step=start,
+                enabled=first,
+                tracking=one.run.tracking(sweep=True),
+                quiet=True,
+                progress=progress,
             )
             one.log = opened.enter_context(log)
         share(group, total - start)
@@ -244,6 +250,7 @@ def train_side_by_side(group: Sequence[Training], preemption: Preemption, halvin
                 if one.steps == end:
                     one.checkpoints.wait()
                     one.run.finish(one.state, one.log)
+                    one.log.close()  # this run is finished, even if an error ends the others
             going, done = [one for one in going if one.steps > end], end
 
 
@@ -291,6 +298,7 @@ def stop_worst(group: Sequence[Training], step: int, halving: Halving) -> list[T
     for one in group:
         if one not in going:
             one.checkpoints.wait()
+            one.log.close("stopped")
             one.member.stopped = step
             say(f"{one.member.name} stopped at step {step}: not among the best {len(best)} of {len(losses)} runs")
     halving.record()
@@ -408,6 +416,7 @@ def measure(group: Sequence[Training]) -> Sequence[Measured | None]:
 def fail(one: Training, error: NotFiniteError) -> None:
     """End a member; the others go on."""
     one.member.failed = str(error)
+    one.log.close("failed")
     say(f"{one.member.name} failed: {error}")
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import variables
+from peftjax.core.config import flat
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import EVALUATING, SAVING
@@ -40,6 +41,7 @@ from peftjax.report.outcome import concern
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
+from peftjax.trackers import Tracking
 from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_batch
@@ -112,6 +114,14 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint records of the run that wrote it."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
+
+    def tracking(self, *, sweep: bool = False) -> Tracking:
+        """What trackers show of the run. Those of a sweep are a group, each with the name of its directory."""
+        log, workdir = self.config.log, self.workdir.absolute()
+        name, group = (
+            (workdir.name, log.run_name or workdir.parent.name) if sweep else (log.run_name or workdir.name, "")
+        )
+        return Tracking(log.trackers, log.project, name, group, flat(configs.to_dict(self.config)))
 
     @functools.cached_property
     def held_out(self) -> HeldOut:

@@ -29,6 +29,7 @@ from peftjax.io.save import MARK
 from peftjax.models.base import Model
 from peftjax.nn.attention_kernels import SPLASH_BLOCK
 from peftjax.tasks import Task, make_task
+from peftjax.trackers import check_installed
 from peftjax.training import config as configs
 from peftjax.training import duration, precision, start_from
 from peftjax.training.abstract import abstract_model, abstract_step
@@ -37,7 +38,7 @@ from peftjax.training.hooks import NO_HOOKS, Hooks
 from peftjax.training.memory import check_batch, check_step
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
-FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "mesh.", "train.eval_every:")
+FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "log.", "mesh.", "train.eval_every:")
 # The same where train.steps is raised: the schedules span the new number of steps.
 FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
 
@@ -133,8 +134,9 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
         it, a token has no row in its embedding, the attention kernel does not support the batch, a step cannot fit the
-        memory, the data cannot be read, or it has nothing to learn from.
+        memory, the data cannot be read, or it has nothing to learn from; or a tracker is not installed.
     """
+    distributed.on_first(lambda: check_installed(config.log.trackers))
     fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
