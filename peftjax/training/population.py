@@ -294,15 +294,14 @@ def stop_worst(group: Sequence[Training], step: int, halving: Halving) -> list[T
     distributed.meet("the metrics of this step are written")
     losses = list(halving.losses(step))
     best = losses[: halving.count(len(losses))]
-    going = [one for one in group if one.member.name in best]
     for one in group:
-        if one not in going:
+        if one.member.name not in best:
             one.checkpoints.wait()
             one.log.close("stopped")
             one.member.stopped = step
             say(f"{one.member.name} stopped at step {step}: not among the best {len(best)} of {len(losses)} runs")
     halving.record()
-    return going
+    return [one for one in group if not one.member.stopped]
 
 
 def save(group: Sequence[Training], step: int) -> None:
