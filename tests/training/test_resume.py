@@ -172,15 +172,12 @@ def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: P
     assert re.search(r"the base model's weights: fingerprint [0-9a-f]{16} here, [0-9a-f]{16} there", message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not valid JSON: .* at column \d+"),
-        pytest.param(
-            '{"prompt": "1 and 2 "}',
-            r"train\.jsonl:150: the record has no field 'completion'",
-            marks=pytest.mark.slow,
-        ),
+        ('{"prompt": "1 and 2 "}', r"train\.jsonl:150: the record has no field 'completion'"),
     ],
 )
 def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
