@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # 8 devices, and little optimization: the programs run once, on tiny shapes, and compiling them is most of the work.
-# Processes that tests start (tests/runs.py) compile as users do.
+# Processes that tests start (tests/runs.py) compile as users do only where a test says so.
 XLA_FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
@@ -24,7 +24,7 @@ XLA_FLAGS = [
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
 # jax 0.10 still has XLA's older code generator for fusions, which compiles in half the time. Users run the newer one: so do
-# the tests on newer versions of jax, to which this flag is unknown and therefore fatal, and all processes that tests start.
+# the tests on newer versions of jax, to which this flag is unknown and therefore fatal.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)

@@ -20,8 +20,11 @@ from typing import Self
 # Imports only: JAX starts its threads with the first array, and a process with threads must not fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["peftjax.train", "peftjax.sweep", "peftjax.evaluate", "transformers.models.auto.tokenization_auto", "grain"]
-)
+    [
+        "peftjax.train", "peftjax.sweep", "peftjax.evaluate", "grain", "matplotlib.backends.backend_svg", "matplotlib.style",
+        "tensorboardX", "transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama",
+    ]
+)  # fmt: skip
 
 
 class Fork:

@@ -73,23 +73,23 @@ def make_world(root: Path) -> Path:
 Child = subprocess.Popen[str] | Fork
 
 USERS = "--xla_force_host_platform_device_count=1"  # compile as users do
-# As these tests do (see tests/conftest.py), in a third of the time, for processes whose bits are compared with each other only.
+# As these tests do (see tests/conftest.py), in a third of the time. Both sides of a comparison of bits have the same flags.
 QUICK = re.sub(r"--xla_force_host_platform_device_count=\d+", USERS, os.environ["XLA_FLAGS"])
 
 
-def start(
-    world: Path, workdir: Path, *overrides: str, devices: int = 1, command: str = "train"
-) -> subprocess.Popen[str]:
-    """The command in a new process, always the same for the same workdir."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def start(world: Path, workdir: Path, *overrides: str, flags: str = QUICK) -> subprocess.Popen[str]:
+    """`python -m peftjax.train` in a new process, as users start it. Only where that is the point: see `fork`."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"peftjax.{command}", *arguments(world, workdir), *overrides],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "peftjax.train", *arguments(world, workdir), *overrides],
+        env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def fork(world: Path, workdir: Path, *overrides: str, command: str = "train", flags: str = USERS) -> Fork:
+def fork(
+    world: Path, workdir: Path, *overrides: str, command: str = "train", flags: str = QUICK, devices: int = 1
+) -> Fork:
     """The command in a forked process: as `start`, but in a third of the time. Its bits are the same."""
+    flags = flags.replace(USERS, f"--xla_force_host_platform_device_count={devices}")
     return Fork(command, [*arguments(world, workdir), *overrides], {"XLA_FLAGS": flags})
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
-from flax import nnx
 
 import peftjax
 from experiments.peft_table import setting, study, table
@@ -57,7 +56,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     write(tmp_path / "data" / "trec", ["train", "validation", "test"], QUESTIONS * 6)
     write(tmp_path / "data" / "e2e_nlg", ["train", "validation", "test"], FACTS * 4)
     tiny.write_tokenizer(tmp_path / "bert")
-    peftjax.save_model(from_hf_config(BERT).make(nnx.Rngs(0)), tmp_path / "weights")
+    peftjax.save_model(tiny.make(from_hf_config(BERT)), tmp_path / "weights")
     for file in (tmp_path / "weights").iterdir():
         file.rename(tmp_path / "bert" / file.name)
     options = [f"--encoder={tmp_path / 'bert'}", f"--decoder={BASE}", f"--data={tmp_path / 'data'}"]

@@ -114,7 +114,7 @@ def test_a_model_that_does_not_learn_the_task_is_refused(tmp_path: Path, capsys:
         "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 32,
     }  # fmt: skip
-    peftjax.save_model(from_hf_config(fields).make(nnx.Rngs(0)), tmp_path / "bert")
+    peftjax.save_model(tiny.make(from_hf_config(fields)), tmp_path / "bert")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bert" / file).write_bytes((tmp_path / "model" / file).read_bytes())
     with pytest.raises(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -31,7 +30,7 @@ COLORS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny ViT and images of noisy colours, of many sizes."""
     root, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
-    peftjax.save_model(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), root / "model")
+    peftjax.save_model(tiny.make(from_hf_config(tiny.VIT)), root / "model")
     (root / "model" / "preprocessor_config.json").write_text(json.dumps({"size": 8}))
     for split, count in (("train", 12), ("eval", 5)):
         for name, color in COLORS.items():

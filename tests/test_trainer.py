@@ -62,6 +62,7 @@ def test_it_is_the_training_of_the_config_and_evaluate_reads_its_workdir(
     assert f"{trained.scores['eval_loss']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loaded_model_with_an_optax_optimizer_trains_as_the_config_that_describes_them_and_resumes(
     tmp_path: Path,
 ) -> None:

@@ -48,7 +48,12 @@ VIT: dict[str, Any] = {
 
 def model(seed: int = 0, *, dtype: str = "float32", remat: str = "none", **fields: Any) -> Any:
     """A random Llama of 3 layers; `fields` replace those of its config.json."""
-    return nnx.merge(*_made(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed), copy=True)
+    return make(from_hf_config(CONFIG | fields, dtype=dtype, remat=remat), seed)
+
+
+def make(config: Any, seed: int = 0) -> Any:
+    """A random model of any configuration, made by one program: `config.make` would compile hundreds."""
+    return nnx.merge(*_made(config, seed), copy=True)
 
 
 def quantized(model: Any, format_: str = "nf4") -> Any:
@@ -83,7 +88,7 @@ def directory(path: Path, seed: int = 0) -> Path:
     if not path.exists():
         write_tokenizer(path)
         config = CONFIG | {"vocab_size": 257, "eos_token_id": 256, "architectures": ["LlamaForCausalLM"]}
-        save_model(from_hf_config(config).make(nnx.Rngs(seed)), path.with_name("weights"))
+        save_model(make(from_hf_config(config), seed), path.with_name("weights"))
         for file in path.with_name("weights").iterdir():
             file.rename(path / file.name)
     return path

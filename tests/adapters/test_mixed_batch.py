@@ -34,7 +34,7 @@ def attached(method: adapters.Method) -> Any:
     [
         ("lora", ["two", None, "one", "two"]),
         ("lora", ["one", "one"]),
-        ("experts", ["two", None, "one", "two"]),
+        pytest.param("experts", ["two", None, "one", "two"], marks=pytest.mark.slow),
         ("prompt", ["two", "one", "two"]),
     ],
 )

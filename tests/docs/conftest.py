@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = peftjax.attach(peftjax.load_model(base), peftjax.Lora(rank=4), rngs=nnx.Rngs(seed))
         peftjax.save_adapter(tiny.randomize(model, seed=seed), root / folder)
     peftjax.save_model(peftjax.load_model(root / "model", quantize="nf4"), root / "quantized", source=root / "model")
-    peftjax.save_model(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), root / "vit")
+    peftjax.save_model(tiny.make(from_hf_config(tiny.VIT)), root / "vit")
     (root / "vit" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     Image.new("RGB", (10, 12), "red").save(root / "cat.jpg")
     return root

@@ -472,6 +472,7 @@ checkpoints.close()
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
@@ -540,6 +541,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_each_process_gets_its_own_data_state_back_and_all_agree_on_damage(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

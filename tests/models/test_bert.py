@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the directories of a model without a head, "base", and of one that classifies sequences, "classifier"."""
     path = tmp_path_factory.mktemp("bert")
     for name, fields in {"base": {}, "classifier": CLASSIFIER}.items():
-        model = from_hf_config(CONFIG | fields).make(nnx.Rngs(0))
+        model = tiny.make(from_hf_config(CONFIG | fields))
         rng = np.random.default_rng(0)
         moved = {  # the biases and the norms' scales too
             path: leaf.get_value() + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
@@ -202,7 +202,7 @@ def test_sentence_transformers_say_the_pooling_and_get_it_back(folder: Path, tmp
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
-    model = from_hf_config(CONFIG | {"model_type": "roberta"}).make(nnx.Rngs(0))
+    model = tiny.make(from_hf_config(CONFIG | {"model_type": "roberta"}))
     model(jnp.full((1, 14), 5))  # 16 rows, of which the padding and what is before it take two
     with pytest.raises(ValueError, match="15 tokens and 0 virtual ones exceed the model's 14 positions"):
         model(jnp.full((1, 15), 5))
@@ -228,7 +228,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_real_tokens_do_not_depend_on_padding(kind: str, method: Any) -> None:
-    model = from_hf_config(CONFIG | {"model_type": kind} | FAMILIES[kind]).make(nnx.Rngs(0))
+    model = tiny.make(from_hf_config(CONFIG | {"model_type": kind} | FAMILIES[kind]))
     before = model(tokens()[:, :4])
     tiny.randomize(peftjax.attach(model, method, rngs=nnx.Rngs(1)))
     alone = model(tokens()[:, :4])
@@ -238,7 +238,7 @@ def test_real_tokens_do_not_depend_on_padding(kind: str, method: Any) -> None:
 
 def test_local_attention_sees_a_prefix_only_within_its_reach() -> None:
     fields = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "local_attention": 2}
-    model = from_hf_config(CONFIG | {"model_type": "modernbert"} | fields).make(nnx.Rngs(0))
+    model = tiny.make(from_hf_config(CONFIG | {"model_type": "modernbert"} | fields))
     before = model(tokens())
     changed = np.abs(model_with_prefix(model)(tokens()) - before).max(axis=(0, 2))
     assert changed[0] > 0.01  # at distance 1 from the last of the three
@@ -250,7 +250,7 @@ def model_with_prefix(model: Any) -> Any:
 
 
 def test_a_prefix_needs_attention_with_a_slot() -> None:
-    model = from_hf_config(CONFIG | {"model_type": "deberta-v2"}).make(nnx.Rngs(0))
+    model = tiny.make(from_hf_config(CONFIG | {"model_type": "deberta-v2"}))
     with pytest.raises(ValueError, match="prefix' needs attention layers with a slot"):
         model_with_prefix(model)
 

@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 import pytest
-from flax import nnx
 
 from peftjax.models import from_hf_config
 from tests import tiny
@@ -110,6 +109,6 @@ def test_older_names_of_longrope_mean_the_same(kind: str) -> None:
 
 
 def test_more_tokens_than_gpt2_has_positions_are_refused() -> None:
-    model = from_hf_config(GPT2).make(nnx.Rngs(0))
+    model = tiny.make(from_hf_config(GPT2))
     with pytest.raises(ValueError, match="17 tokens exceed the model's 16 positions"):
         model(tiny.tokens(shape=(1, 17)))

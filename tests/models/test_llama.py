@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from peftjax.models import from_hf_config
 from tests import tiny
@@ -77,7 +76,7 @@ def test_the_cache_gives_the_logits_of_the_whole_pass(fields: dict) -> None:
 
 def test_bfloat16_computation_over_float32_parameters_stays_near_float32() -> None:
     config = from_hf_config(tiny.CONFIG, dtype="bfloat16", param_dtype="float32")
-    mixed = config.make(nnx.Rngs(0))
+    mixed = tiny.make(config)
     logits = mixed(tiny.tokens())
     assert logits.dtype == jnp.bfloat16
     assert mixed.head.kernel.dtype == jnp.float32

@@ -13,6 +13,7 @@ import peftjax
 from peftjax.core import variables
 from peftjax.models import from_hf_config
 from peftjax.quant.base import Quantized
+from tests import tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_on_nf4_computes_what_it_does_with_the_decoded_kernels(family: str, tmp_path: Path) -> None:
-    peftjax.save_model(from_hf_config(FAMILIES[family] | {"model_type": family}).make(nnx.Rngs(0)), tmp_path / "model")
+    peftjax.save_model(tiny.make(from_hf_config(FAMILIES[family] | {"model_type": family})), tmp_path / "model")
     model, plain = (peftjax.load_model(tmp_path / "model", quantize=format_) for format_ in ("nf4", None))
     kernels = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
     kernels = {path: kernel for path, kernel in kernels.items() if isinstance(kernel, Quantized)}

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the directories of a model without a head, "base", and of one that classifies images, "classifier"."""
     path = tmp_path_factory.mktemp("vit")
     for name, fields in {"base": {}, "classifier": CLASSIFIER}.items():
-        peftjax.save_model(from_hf_config(CONFIG | fields).make(nnx.Rngs(0)), path / name)
+        peftjax.save_model(tiny.make(from_hf_config(CONFIG | fields)), path / name)
     return path
 
 

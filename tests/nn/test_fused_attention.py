@@ -359,7 +359,7 @@ def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:
     use_kernel(llama, "auto", "gpu")
     assert kernel_of(llama, 256, packed=True, padded=False) == "triton"
     assert kernel_of(llama, 256, packed=True, padded=True) == "xla"  # of a classifier
-    bert = from_hf_config(BERT).make(nnx.Rngs(0))
+    bert = tiny.make(from_hf_config(BERT))
     use_kernel(bert, "auto", "tpu")
     assert kernel_of(bert, 256, packed=False, padded=True) == "xla"
     with pytest.raises(UserError, match="this Bert has no causal attention; choose 'auto' or 'xla'"):

@@ -221,6 +221,7 @@ print(json.dumps({"planned": found.needed, "grown": resident("VmHWM") - before})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc of Linux")
 def test_the_cpus_figure_is_the_growth_of_a_run() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "max_position_embeddings": 512}

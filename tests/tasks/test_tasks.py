@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods
@@ -42,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict], Path]:
     def write(fields: dict[str, Any]) -> Path:
         path = root / fields["model_type"]
         if not path.exists():
-            peftjax.save_model(from_hf_config(fields).make(nnx.Rngs(0)), path)
+            peftjax.save_model(tiny.make(from_hf_config(fields)), path)
             tiny.write_tokenizer(root / "tokenizer" / path.name)
             for file in (root / "tokenizer" / path.name).iterdir():
                 file.rename(path / file.name)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import peftjax
 from peftjax import methods, sharding
@@ -37,7 +36,7 @@ def test_padding_to_the_longest_example_changes_no_loss_and_no_parameter(
 ) -> None:
     model = tmp_path / "model"
     tiny.write_tokenizer(model)
-    peftjax.save_model(from_hf_config(MODELS[kind]).make(nnx.Rngs(0)), tmp_path / "weights")
+    peftjax.save_model(tiny.make(from_hf_config(MODELS[kind])), tmp_path / "weights")
     for file in (tmp_path / "weights").iterdir():
         file.rename(model / file.name)
     records = [{"prompt": "ab" * (n // 2), "completion": "c" * (1 + n // 3), "label": n % 2} for n in LENGTHS]

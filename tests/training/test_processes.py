@@ -22,6 +22,7 @@ from tests.runs import (
     assert_same_run,
     ended,
     finish,
+    fork,
     logged,
     make_world,
     metrics,
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(world: Path) -> Path:
     """The workdir of a run of one process on one device."""
-    finish(start(world, world / "alone", *SHORT))
+    finish(start(world, world / "alone", *SHORT, flags=USERS))
     return world / "alone"
 
 
@@ -103,8 +104,8 @@ def test_processes_compile_the_programs_of_several_lengths_ahead(world: Path, tm
     records = [{"prompt": f"{n} ", "completion": "x" * (5 if n % 12 else 40)} for n in range(200)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = (*SHORT, f"--config.data.train={tmp_path}/train.jsonl", "--config.data.pack=False")
-    finish(start(world, tmp_path / "one", *options))
-    outputs = assert_all_well(start_together(world, tmp_path / "two", 2, *options, *MESHES[2], flags=USERS))
+    finish(fork(world, tmp_path / "one", *options))
+    outputs = assert_all_well(start_together(world, tmp_path / "two", 2, *options, *MESHES[2]))
     assert "the first 8 batches to 32 or 64" in outputs[0]
     assert_same_numbers(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
 
@@ -164,14 +165,14 @@ def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
     world: Path, alone: Path, number: int, codes: list[int]
 ) -> None:
     workdir = world / f"preempted-{number}"
-    children = start_together(world, workdir, 2, *SHORT, *MESHES[2], flags=USERS)  # as the next run
+    children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
     wait_until(logged(workdir, 1), *children)
     children[1].send_signal(number)
     results = ended(*children)
     assert [code for code, _ in results] == codes, results
     assert "and the position in the data; run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
-    assert "resuming after step" in finish(start(world, workdir, *SHORT, *other, devices=4))
+    assert "resuming after step" in finish(fork(world, workdir, *SHORT, *other, devices=4))
     assert_same_numbers(metrics(workdir), metrics(alone))
 
 

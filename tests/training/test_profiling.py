@@ -47,6 +47,7 @@ def test_a_run_traces_the_steps_and_prints_their_operations(
         train(configs.validate(made), workdir, profile=parse_steps("3:4"))
 
 
+@pytest.mark.slow
 def test_a_trace_that_cannot_be_read_is_a_warning_and_the_run_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

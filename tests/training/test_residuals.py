@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": HEADS,
 }
-FORMATS = ["float32", "bfloat16", "nf4", "nf4_single", "int8"]
+FORMATS = ["float32", "bfloat16", "nf4", pytest.param("nf4_single", marks=pytest.mark.slow), "int8"]
 
 
 def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any, Any]:

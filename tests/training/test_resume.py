@@ -18,7 +18,6 @@ from peftjax.train import train
 from peftjax.training import config as configs
 from tests.runs import (
     EVERY,
-    QUICK,
     STEPS,
     USERS,
     assert_same_run,
@@ -91,7 +90,7 @@ def test_a_preempted_run_saves_says_so_and_goes_on_to_the_same_bits(world: Path,
     step = int(re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}; saved the trainable parameters", output)[1])
     assert str(step) in checkpoints(workdir)
     assert metrics(workdir)[-1]["step"] == step
-    assert f"resuming after step {step} of {STEPS}" in finish(start(world, workdir))
+    assert f"resuming after step {step} of {STEPS}" in finish(fork(world, workdir))
     assert_same_run(workdir, undisturbed)
 
 
@@ -123,7 +122,7 @@ def test_ctrl_c_saves_and_a_second_one_exits_at_once_also_during_a_save(world: P
     assert re.search(rf"{again}: {workdir}/checkpoints/({2 * EVERY}|{3 * EVERY})\n", output)
     assert "Traceback" not in output
 
-    assert "resuming after step" in finish(start(world, workdir))
+    assert "resuming after step" in finish(fork(world, workdir))
     assert_same_run(workdir, undisturbed)
 
 
@@ -135,7 +134,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_with_
     shutil.rmtree(workdir / "adapter")
     data = (workdir / "checkpoints" / str(STEPS)).rglob("d/*")
     os.truncate(largest := max(data, key=lambda path: path.stat().st_size), largest.stat().st_size // 2)
-    output = finish(start(world, workdir))
+    output = finish(fork(world, workdir))
     assert re.search(rf"checkpoint {STEPS} is damaged \(.+\); falling back to checkpoint {STEPS - EVERY}\n", output)
     assert_same_run(workdir, undisturbed)
 
@@ -173,15 +172,12 @@ def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: P
     assert re.search(r"the base model's weights: fingerprint [0-9a-f]{16} here, [0-9a-f]{16} there", message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "1 and 2 ", "completion":', r"train\.jsonl:150: not valid JSON: .* at column \d+"),
-        pytest.param(
-            '{"prompt": "1 and 2 "}',
-            r"train\.jsonl:150: the record has no field 'completion'",
-            marks=pytest.mark.slow,
-        ),
+        ('{"prompt": "1 and 2 "}', r"train\.jsonl:150: the record has no field 'completion'"),
     ],
 )
 def test_a_bad_record_in_the_middle_is_named_and_costs_no_checkpoint(
@@ -213,7 +209,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturb
     ).returncode:
         pytest.skip("no disk of its own can be mounted here")
     try:
-        child = start(world, workdir)
+        child = fork(world, workdir)
         wait_until(lambda: str(EVERY) in checkpoints(workdir), child)
         with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
             while True:
@@ -224,7 +220,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(world: Path, undisturb
         assert "No space left on device" in output
         assert str(EVERY) in checkpoints(workdir)
         (disk / "filler").unlink()
-        assert f"resuming after step {EVERY} of {STEPS}" in finish(start(world, workdir))
+        assert f"resuming after step {EVERY} of {STEPS}" in finish(fork(world, workdir))
         assert_same_run(workdir, undisturbed)
     finally:
         child.kill()
@@ -237,7 +233,7 @@ def test_a_run_killed_at_12_random_moments_ends_with_the_bits_of_one_that_never_
     world: Path, tmp_path: Path
 ) -> None:
     often = ("--config.checkpoint.every=1", "--config.train.eval_every=0", "--config.optim.schedule=constant")
-    run = partial(fork, world, flags=QUICK)
+    run = partial(fork, world, flags=USERS)
     overrides = (*often, "--config.train.steps=75")
     finish(run(tmp_path / "undisturbed", *overrides))
     began = time.monotonic()
@@ -268,8 +264,7 @@ def test_a_run_killed_at_12_random_moments_ends_with_the_bits_of_one_that_never_
 def test_other_ways_to_train_resume_exactly_too(
     world: Path, tmp_path: Path, overrides: tuple[str, ...], devices: int, result: str
 ) -> None:
-    flags = QUICK.replace(USERS, f"--xla_force_host_platform_device_count={devices}")
-    workdir, run = tmp_path / "killed", partial(fork, world, flags=flags)
+    workdir, run = tmp_path / "killed", partial(fork, world, devices=devices)
     finish(run(tmp_path / "undisturbed", *overrides))
     kill_when(run(workdir, *overrides), logged(workdir, EVERY + 4))
     kill_when(run(workdir, *overrides), logged(workdir, 3 * EVERY))  # as a save begins

@@ -58,7 +58,7 @@ TEXTS = {"tokens": tiny.tokens(shape=(2, 12)), "mask": jnp.arange(12)[None] < jn
     ids=["t5", "bert"],
 )
 def test_encoders_and_decoders_compute_the_same(config: dict[str, Any], given: dict[str, jax.Array]) -> None:
-    model, mesh = from_hf_config(config).make(nnx.Rngs(0)), sharding.make_mesh({"sequence": 4, "tensor": 2})
+    model, mesh = tiny.make(from_hf_config(config)), sharding.make_mesh({"sequence": 4, "tensor": 2})
     expected = model(**given)
     sharding.place(model, mesh)
     graph, leaves = variables.flat(model)
@@ -110,4 +110,4 @@ def test_a_length_that_the_mesh_does_not_divide_is_refused_by_name(tmp_path: Pat
         task.check_lengths(model, mesh)
     images = make_task(TaskConfig(kind="image_classification", labels=("a", "b")), DataConfig(), tmp_path)
     with pytest.raises(UserError, match=r"patches and the class token: 5 positions are not a multiple of mesh\.seq"):
-        images.check_lengths(from_hf_config(tiny.VIT).make(nnx.Rngs(0)), mesh)
+        images.check_lengths(tiny.make(from_hf_config(tiny.VIT)), mesh)

@@ -494,22 +494,22 @@ def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Pat
 def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_would_have_been(tmp_path: Path) -> None:
     world = runs.make_world(tmp_path)
     swept = ("--sweep.optim.learning_rate=1e-2,1e-3", "--config.train.steps=60", "--config.checkpoint.every=10")
-    start = partial(runs.start, world, world / "killed", *swept, command="sweep")
+    fork = partial(runs.fork, world, command="sweep")
     first = world / "killed" / "learning_rate=0.01"
-    runs.kill_when(runs.fork(world, world / "killed", *swept, command="sweep"), lambda: bool(runs.checkpoints(first)))
-    child = start()
+    runs.kill_when(fork(world / "killed", *swept), lambda: bool(runs.checkpoints(first)))
+    child = fork(world / "killed", *swept)
     runs.wait_until(runs.logged(first, 30), child)  # far from where it was killed
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
     assert code == 75, output
     assert "and the position in the data; run the same command to resume" in output
     split = (*swept, "--config.mesh.fsdp=2")
-    results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep", flags=runs.USERS))
+    results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
     assert [code for code, _ in results] == [0, 0], results
     assert "sweep.json" in results[0][1]
     assert "sweep.json" not in results[1][1]
 
-    said = runs.finish(runs.fork(world, world / "undisturbed", *swept, command="sweep"))
+    said = runs.finish(fork(world / "undisturbed", *swept))
     assert "population 1 of 1, 2 side by side" in said
     for name in ("learning_rate=0.01", "learning_rate=0.001"):
         assert_same_run(world / "killed" / name, world / "undisturbed" / name)
