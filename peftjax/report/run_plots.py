@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 GROUP_COLORS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _MARKERS = "os^Dvp"
 
+Drawer = Callable[["Axes"], None]
+
 _COLUMN = 3.3  # inches: the width of a column of a two-column paper
 _FAILED = {"color": COLORS["wrong"], "marker": "x", "linestyle": "none", "markeredgewidth": 1.75, "clip_on": False}
 _DOTTED = {"color": COLORS["wrong"], "linestyle": ":"}
@@ -54,7 +56,7 @@ class RunCurve(NamedTuple):
         values: The values, all finite.
         spread: The standard deviations; empty for one run.
         failed: Whether the run failed at the end of the curve.
-        best: Whether to draw it thick and on top.
+        width: The width of the line, relative to that of others. Wide lines are on top; those below 1 are faint.
     """
 
     name: str
@@ -63,7 +65,7 @@ class RunCurve(NamedTuple):
     values: Sequence[float]
     spread: Sequence[float] = ()
     failed: bool = False
-    best: bool = False
+    width: float = 1.0
 
 
 class Scale(NamedTuple):
@@ -144,21 +146,17 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
     values = [value for curve in good for value in curve.values]
     set_steps(axes, max(int(curve.steps[-1]) for curve in curves))
     set_values(axes, values, is_log(values), format_number)
-    few = len(curves) <= 8
     for curve in curves:
-        width = 1.6 if curve.best else 1.0 if few or curve.spread else 0.6
-        look: dict[str, Any] = {"color": curve.color, "solid_capstyle": "round", "zorder": 3 if curve.best else 2}
-        (line,) = axes.plot(curve.steps, curve.values, label=curve.name, **look)
-        line.set_linewidth(width * line.get_linewidth())
-        if not (curve.best or curve.failed or curve.spread or few):
-            line.set_alpha(0.7)
+        look: dict[str, Any] = {"color": curve.color, "alpha": min(curve.width, 1), "zorder": 2 + curve.width / 2}
+        (line,) = axes.plot(curve.steps, curve.values, label=curve.name, solid_capstyle="round", **look)
+        line.set_linewidth(curve.width * line.get_linewidth())
         if len(curve.steps) == 1:
             line.set_marker("o")
         if any(curve.spread):
             low, high = (
                 [value + sign * spread for value, spread in zip(curve.values, curve.spread, strict=True)] for sign in (-1, 1)
             )
-            axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2, linewidth=0)
+            axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2 * min(curve.width, 1), linewidth=0)
     if len(good) < len(curves):
         low, high = min(values), max(values)
         axes.set_ylim((low / 1.1, high * 1.1) if is_log(values) else (low - 0.05 * (high - low), high + 0.05 * (high - low)))
@@ -246,7 +244,7 @@ def draw_scores(axes: "Axes", names: Sequence[str], scores: Sequence[Sequence[fl
     for row, (values, color) in enumerate(zip(scores, colors, strict=True)):
         axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markeredgewidth=0, clip_on=False)
         spread = statistics.stdev(values) if len(values) > 1 else None
-        axes.errorbar([statistics.fmean(values)], [row], xerr=spread, color=color, marker="|", markersize=11, capsize=3)
+        axes.errorbar([statistics.fmean(values)], [row], xerr=spread, color=color, marker="|", markersize=9, capsize=2)
     everything = [value for values in scores for value in values]
     if is_log(everything):
         axes.set_xscale("log")
@@ -254,7 +252,7 @@ def draw_scores(axes: "Axes", names: Sequence[str], scores: Sequence[Sequence[fl
         axes.locator_params("x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
     axes.minorticks_off()
-    axes.grid(axis="x", color=COLORS["grid"], linewidth=1)
+    axes.grid(axis="x", color=COLORS["grid"])
     axes.set_axisbelow(True)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -298,7 +296,7 @@ def make_figure(
     title: str,
     note: str,
     legend: list[tuple[str, str]],
-    draw: Callable[["Axes"], None],
+    draw: Drawer,
     *,
     wide: bool = False,
     height: int = 250,
@@ -311,14 +309,16 @@ def make_figure(
     return Figure(title, note, legend, svg, narrow)
 
 
-def _page_svg(label: str, draw: Callable[["Axes"], None], size: tuple[int, int]) -> str:
+def _page_svg(label: str, draw: Drawer, size: tuple[int, int]) -> str:
     with page_figure(label, size) as figure:
         draw(plain_axes(figure))
         return element(figure, label)
 
 
-def save_figure(path: Path, draw: Callable[["Axes"], None], height: float, *, across: str, up: str, legend: bool) -> None:
-    """Save the drawing for a column of a paper: path.png with 300 dpi, and path.pdf with embedded TrueType fonts.
+def save_figure(path: Path, draw: Drawer, height: float, *, across: str, up: str = "", legend: bool = False) -> list[Path]:
+    """Save the drawing as path.png and path.pdf, and return these paths.
+
+    The figure is 3.3 inches wide, the column of a two-column paper, and has 300 dpi. The text of the PDF is embedded TrueType.
 
     Args:
         path: The path without the extension.
@@ -331,7 +331,7 @@ def save_figure(path: Path, draw: Callable[["Axes"], None], height: float, *, ac
     from matplotlib.figure import Figure
 
     settings = {
-        "font.sans-serif": ["DejaVu Sans"], "font.size": 7, "text.parse_math": False, "pdf.fonttype": 42, "lines.linewidth": 1.2, "lines.markersize": 3.5,
+        "font.sans-serif": ["DejaVu Sans"], "font.size": 7, "text.parse_math": False, "pdf.fonttype": 42, "lines.linewidth": 1.2, "lines.markersize": 3.5, "grid.linewidth": 0.5,
     }  # fmt: skip
     with style.context(["default", settings]):
         figure = Figure((_COLUMN, height), dpi=300, layout="constrained")
@@ -342,7 +342,10 @@ def save_figure(path: Path, draw: Callable[["Axes"], None], height: float, *, ac
         axes.set_ylabel(up)
         if legend:
             handles, names = axes.get_legend_handles_labels()
-            figure.set_figheight(height + 0.16 * len(names))
-            figure.legend(handles, names, loc="outside lower left", frameon=False)
-        figure.savefig(path.with_suffix(".png"))
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+            figure.set_figheight(height + 0.14 * min(len(names), len(GROUP_COLORS)))
+            best = slice(None, -len(GROUP_COLORS) - 1, -1)  # drawn last
+            figure.legend(handles[best], names[best], loc="outside lower left", frameon=False)
+        paths = [path.with_suffix(ending) for ending in (".png", ".pdf")]
+        for one in paths:
+            figure.savefig(one)
+    return paths

@@ -134,6 +134,7 @@ def page_figure(title: str, size: tuple[int, int]) -> Iterator["Figure"]:
         "path.simplify_threshold": 0.5,
         "lines.linewidth": 1.75,
         "lines.markersize": 5,
+        "grid.linewidth": 1,
     }
     with style.context(["default", settings]):
         yield Figure((width / 72, height / 72), facecolor="none", layout="constrained")
@@ -171,7 +172,7 @@ def set_values(axes: "Axes", values: Sequence[float], log: bool, text: Callable[
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(values) < 1e4 * min(values) else (1,)))
     axes.yaxis.set_major_formatter(lambda value, _: text(value))
     axes.minorticks_off()
-    axes.grid(axis="y", color=COLORS["grid"], linewidth=1, clip_on=False)
+    axes.grid(axis="y", color=COLORS["grid"], clip_on=False)
 
 
 def mixture(share: float) -> str:

@@ -108,7 +108,8 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
         if points:
             color = COLORS["wrong"] if run.failed else colors.get(number, COLORS["soft"])
             steps, values = zip(*points, strict=True)
-            curves.append(RunCurve(run.name, color, steps, values, failed=bool(run.failed), best=number == best))
+            width = 1.6 if number == best else 1 if len(runs) <= 8 else 0.7
+            curves.append(RunCurve(run.name, color, steps, values, failed=bool(run.failed), width=width))
     if curves:
         log = run_plots.is_log([value for curve in curves for value in curve.values])
         title = "Held-out loss" if score == "eval_loss" else "Training loss"

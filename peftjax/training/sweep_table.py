@@ -8,7 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from peftjax.report.comparison import SEED, compared_scores
+from peftjax.report.comparison import compared_scores
+from peftjax.report.sweep_figures import SEED
 from peftjax.report.text import format_spread, short_name, value_text
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
