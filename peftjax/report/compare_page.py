@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import printable
@@ -19,7 +19,7 @@ from peftjax.report.html import render
 from peftjax.report.run_plots import GROUP_COLORS, Drawer, Figure, RunCurve, make_figure
 from peftjax.report.svg import COLORS
 from peftjax.report.sweep_figures import SEED
-from peftjax.report.text import short_name, shorten, value_text
+from peftjax.report.text import format_number, short_name, shorten, value_text
 
 COMPARE_PAGE = "compare.html"
 
@@ -101,23 +101,26 @@ def _mean_curve(group: Group, loss: str) -> RunCurve:
 
 def _short_name(group: Group) -> str:
     """The fields with their values, short enough for a legend."""
-    parts = [
-        f"{short_name(field, group.values)}={shorten(value_text(value), 18)}" for field, value in group.values.items()
-    ]
+    parts = [f"{short_name(field, group.values)}={_short_value(value)}" for field, value in group.values.items()]
     return printable(", ".join(parts)) or group_name(group)
 
 
 def _row(group: Group) -> str:
     """The values of the fields, short enough for the label of a row."""
-    return printable(", ".join(shorten(value_text(value), 14) for value in group.values.values())) or group_name(group)
+    return printable(shorten(", ".join(map(_short_value, group.values.values())), 34)) or group_name(group)
+
+
+def _short_value(value: Any) -> str:
+    return format_number(value) if isinstance(value, float) else shorten(value_text(value), 16)
 
 
 def _drawings(shown: Sequence[_Shown]) -> tuple[Drawer, Drawer]:
     """What draws the curves, and what draws the final scores."""
     colors = [COLORS[one.color] for one in shown]
     curves = partial(run_plots.draw_curves, curves=[one.curve for one in reversed(shown)])
-    names = [shorten(one.row, 40) for one in shown]
-    return curves, partial(run_plots.draw_scores, names=names, scores=[one.scores for one in shown], colors=colors)
+    return curves, partial(
+        run_plots.draw_scores, names=[one.row for one in shown], scores=[one.scores for one in shown], colors=colors
+    )
 
 
 def _figures(shown: Sequence[_Shown], title: str, fields: str) -> list[Figure]:
@@ -129,16 +132,24 @@ def _figures(shown: Sequence[_Shown], title: str, fields: str) -> list[Figure]:
     rows = 60 + 26 * len(shown)
     return [
         make_figure(title, ", ".join(["by step", *log, *seeds]), legend, curves, wide=True, height=300),
-        make_figure(f"Final {title.lower()}", "; ".join([f"by {fields}"] * bool(fields) + seeds), [], scores, wide=True, height=rows),
+        make_figure(
+            f"Final {title.lower()}",
+            "; ".join([f"by {fields}"] * bool(fields) + seeds),
+            [],
+            scores,
+            wide=True,
+            height=rows,
+        ),
     ]
 
 
 def _save_figures(shown: Sequence[_Shown], title: str, fields: str, directory: Path) -> list[Path]:
     curves, scores = _drawings(shown)
+    across = shorten(" by ".join(filter(None, [f"Final {title.lower()}", fields])), 60)
     save = run_plots.save_figure
     return [
         *save(directory / "curves", curves, 2.2, across="Step", up=title, legend=len(shown) > 1),
-        *save(directory / "scores", scores, 0.5 + 0.2 * len(shown), across=f"Final {title.lower()}", up=fields),
+        *save(directory / "scores", scores, 0.5 + 0.2 * len(shown), across=across),
     ]
 
 

@@ -57,7 +57,9 @@ def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
 
 def compared_scores(runs: Sequence[Run]) -> list[str]:
     """The scores to compare: the loss, and the main score of the task if it has one."""
-    return comparison.compared_scores({name for run in runs for line in run.lines if line["kind"] == "eval" for name in line})
+    return comparison.compared_scores(
+        {name for run in runs for line in run.lines if line["kind"] == "eval" for name in line}
+    )
 
 
 def final_scores(group: Group, name: str) -> list[float]:

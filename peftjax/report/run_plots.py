@@ -24,8 +24,14 @@ _MARKERS = "os^Dvp"
 Drawer = Callable[["Axes"], None]
 
 _COLUMN = 3.3  # inches: the width of a column of a two-column paper
-_FAILED = {"color": COLORS["wrong"], "marker": "x", "linestyle": "none", "markeredgewidth": 1.75, "clip_on": False}
-_DOTTED = {"color": COLORS["wrong"], "linestyle": ":"}
+_FAILED: dict[str, Any] = {
+    "color": COLORS["wrong"],
+    "marker": "x",
+    "linestyle": "none",
+    "markeredgewidth": 1.75,
+    "clip_on": False,
+}
+_DOTTED: dict[str, Any] = {"color": COLORS["wrong"], "linestyle": ":"}
 
 
 class Figure(NamedTuple):
@@ -107,7 +113,9 @@ def make_scale(values: Sequence[Any]) -> Scale:
     It is categorical, in the order of their first occurrence, if they are not all finite numbers. It is logarithmic if they
     are positive, span a factor of 10 or more, and are not more evenly spread on a linear axis.
     """
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values):
+    if not all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    ):
         texts = [printable(value_text(value)) for value in values]
         names = list(dict.fromkeys(texts))
         return Scale("categorical", [float(names.index(text)) for text in texts], list(enumerate(names)))
@@ -154,12 +162,14 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
             line.set_marker("o")
         if any(curve.spread):
             low, high = (
-                [value + sign * spread for value, spread in zip(curve.values, curve.spread, strict=True)] for sign in (-1, 1)
+                [value + sign * spread for value, spread in zip(curve.values, curve.spread, strict=True)]
+                for sign in (-1, 1)
             )
             axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2 * min(curve.width, 1), linewidth=0)
     if len(good) < len(curves):
-        low, high = min(values), max(values)
-        axes.set_ylim((low / 1.1, high * 1.1) if is_log(values) else (low - 0.05 * (high - low), high + 0.05 * (high - low)))
+        bottom, top = min(values), max(values)
+        margin = 0.05 * (top - bottom)
+        axes.set_ylim(*((bottom / 1.1, top * 1.1) if is_log(values) else (bottom - margin, top + margin)))
     for curve in curves:
         if curve.failed:
             axes.plot(curve.steps[-1:], [min(curve.values[-1], axes.get_ylim()[1])], zorder=4, **_FAILED)
@@ -204,9 +214,7 @@ def draw_field(axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequen
     axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
 
 
-def draw_parallel(
-    axes: "Axes", names: Sequence[str], scales: Sequence[Scale], colors: Sequence[str | None]
-) -> None:
+def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], colors: Sequence[str | None]) -> None:
     """Draw parallel coordinates: each run is a line across the axes of the fields to that of its score.
 
     Args:
@@ -266,7 +274,9 @@ def _height(scale: Scale, place: float) -> float:
 
 def _characters(axes: "Axes") -> float:
     """How many characters fit into the width of a figure on the page."""
-    return float(axes.get_figure(root=True).get_size_inches()[0]) * 72 / 7.5
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return float(figure.get_size_inches()[0]) * 72 / 7.5
 
 
 def _ends(scale: Scale) -> tuple[float, float]:
@@ -315,7 +325,9 @@ def _page_svg(label: str, draw: Drawer, size: tuple[int, int]) -> str:
         return element(figure, label)
 
 
-def save_figure(path: Path, draw: Drawer, height: float, *, across: str, up: str = "", legend: bool = False) -> list[Path]:
+def save_figure(
+    path: Path, draw: Drawer, height: float, *, across: str, up: str = "", legend: bool = False
+) -> list[Path]:
     """Save the drawing as path.png and path.pdf, and return these paths.
 
     The figure is 3.3 inches wide, the column of a two-column paper, and has 300 dpi. The text of the PDF is embedded TrueType.
@@ -331,20 +343,28 @@ def save_figure(path: Path, draw: Drawer, height: float, *, across: str, up: str
     from matplotlib.figure import Figure
 
     settings = {
-        "font.sans-serif": ["DejaVu Sans"], "font.size": 7, "text.parse_math": False, "pdf.fonttype": 42, "lines.linewidth": 1.2, "lines.markersize": 3.5, "grid.linewidth": 0.5,
-    }  # fmt: skip
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 7,
+        "text.parse_math": False,
+        "pdf.fonttype": 42,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 3.5,
+        "grid.linewidth": 0.5,
+    }
     with style.context(["default", settings]):
         figure = Figure((_COLUMN, height), dpi=300, layout="constrained")
         axes = plain_axes(figure)
         axes.tick_params(labelcolor="black", pad=3)
         draw(axes)
-        axes.set_xlabel(across)
+        axes.set_xlabel(across, loc="right")  # a text that is wider than the axes has room on their left
         axes.set_ylabel(up)
         if legend:
             handles, names = axes.get_legend_handles_labels()
             figure.set_figheight(height + 0.14 * min(len(names), len(GROUP_COLORS)))
             best = slice(None, -len(GROUP_COLORS) - 1, -1)  # drawn last
-            figure.legend(handles[best], names[best], loc="outside lower left", frameon=False)
+            figure.legend(
+                handles[best], [shorten(name, 48) for name in names[best]], loc="outside lower left", frameon=False
+            )
         paths = [path.with_suffix(ending) for ending in (".png", ".pdf")]
         for one in paths:
             figure.savefig(one)

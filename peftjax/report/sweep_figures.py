@@ -46,7 +46,9 @@ def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
         note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
         cards.append(Card(f"{unit.capitalize()} trained", f"{sum(counts.get(unit, 0) for counts in ended):,}", note))
     if times := [max(line["seconds"] for line in run.lines) for run in runs if run.lines]:
-        cards.append(Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together"))
+        cards.append(
+            Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together")
+        )
     return cards
 
 
@@ -68,7 +70,7 @@ def make_figures(runs: Sequence[SweptRun], ranked_by: str) -> list[Figure]:
     """The learning curves, the score over each swept field, and with two or more such fields parallel coordinates."""
     if not runs:
         return []
-    varied = [field for field in runs[0].values if any(run.values[field] != runs[0].values[field] for run in runs)]
+    varied = [field for field in runs[0].values if any(run.values.get(field) != runs[0].values[field] for run in runs)]
     fields = [field for field in varied if field != SEED] or varied
     figures = list(_curves(runs, ranked_by))
     if _ranked(runs, ranked_by):
@@ -95,7 +97,7 @@ def _legend(runs: Sequence[SweptRun], ranked_by: str) -> list[tuple[str, str]]:
     """What the colors of `_colors` mean."""
     several = len(_ranked(runs, ranked_by)) > 1
     legend = [("linear-gradient(to right, var(--first), var(--second))", "from the best to the worst run")] * several
-    return legend + [("var(--wrong)", "× failed")] * any(run.failed for run in runs)
+    return legend + [("var(--wrong)", "✗ failed")] * any(run.failed for run in runs)
 
 
 def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
@@ -114,28 +116,32 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
         log = run_plots.is_log([value for curve in curves for value in curve.values])
         title = "Held-out loss" if score == "eval_loss" else "Training loss"
         draw = partial(run_plots.draw_curves, curves=curves)
-        yield make_figure(title, "by step" + ", logarithmic" * log, _legend(runs, ranked_by), draw, wide=True, height=300)
+        yield make_figure(
+            title, "by step" + ", logarithmic" * log, _legend(runs, ranked_by), draw, wide=True, height=300
+        )
 
 
-def _field_figure(
-    runs: Sequence[SweptRun], field: str, fields: Sequence[str], ranked_by: str, *, wide: bool
-) -> Figure:
+def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], ranked_by: str, *, wide: bool) -> Figure:
     """The score over a field, with one line for the runs that differ only in it and in the seed."""
-    scale = make_scale([run.values[field] for run in runs])
+    scale = make_scale([run.values.get(field) for run in runs])
     others = [other for other in fields if other != field]
     points: dict[str, list[tuple[float, float]]] = {}
     for number in _ranked(runs, ranked_by):
         run = runs[number]
-        name = ", ".join(f"{short_name(other, run.values)}={value_text(run.values[other])}" for other in others)
+        name = ", ".join(f"{short_name(other, run.values)}={value_text(run.values.get(other))}" for other in others)
         points.setdefault(name, []).append((scale.places[number], run.scores[ranked_by]))
     names = sorted(points) if len(points) <= len(GROUP_COLORS) else list(points)
     colors = GROUP_COLORS if len(names) <= len(GROUP_COLORS) else ["first"] * len(names)
     lines = [Line(name, color, points[name]) for name, color in zip(names, colors, strict=False)]
     legend = [(f"var(--{line.color})", line.name) for line in lines if 1 < len(lines) <= len(GROUP_COLORS)]
     failed = [scale.places[number] for number, run in enumerate(runs) if run.failed]
-    legend += [("var(--wrong)", "× failed")] * bool(failed)
+    legend += [("var(--wrong)", "✗ failed")] * bool(failed)
     repeated = any(len({place for place, _ in some}) < len(some) for some in points.values())
-    notes = [ranked_by, scale.kind * (scale.kind == "logarithmic"), "mean ± standard deviation over the seeds" * repeated]
+    notes = [
+        ranked_by,
+        scale.kind * (scale.kind == "logarithmic"),
+        "mean ± standard deviation over the seeds" * repeated,
+    ]
     draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed)
     return make_figure(short_name(field, fields), ", ".join(filter(None, notes)), legend, draw, wide=wide)
 
@@ -144,7 +150,7 @@ def _parallel_figure(runs: Sequence[SweptRun], fields: Sequence[str], ranked_by:
     """All runs across the axes of the fields and of the score."""
     ranked = _ranked(runs, ranked_by)
     shown = [*ranked, *(number for number, run in enumerate(runs) if run.failed and number not in ranked)]
-    scales = [make_scale([runs[number].values[field] for number in shown]) for field in fields]
+    scales = [make_scale([runs[number].values.get(field) for number in shown]) for field in fields]
     scales.append(make_scale([runs[number].scores[ranked_by] for number in ranked]))
     colors: list[str | None] = [*_colors(runs, ranked_by).values(), *[None] * (len(shown) - len(ranked))]
     names = [*(short_name(field, fields) for field in fields), ranked_by]
