@@ -33,6 +33,7 @@ from peftjax.core.terminal import make_console
 from peftjax.io.hf_files import enumerate_some
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
+from peftjax.report.text import short_name, value_text
 from peftjax.training import config as configs
 from peftjax.training import duration, precision, space
 from peftjax.training.alike import separating_fields
@@ -41,7 +42,7 @@ from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.space import Choice, Range
-from peftjax.training.sweep_table import make_table, short_name, value_text
+from peftjax.training.sweep_table import make_table
 
 
 def members(

@@ -10,9 +10,8 @@ from peftjax.core.errors import UserError
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, flat_config, read_json, read_object
+from peftjax.report.sweep_figures import SEED
 from peftjax.report.sweep_page import RESULTS
-
-SEED = "seed"
 
 
 class Run(NamedTuple):

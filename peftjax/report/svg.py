@@ -1,17 +1,27 @@
 """Curves drawn by matplotlib as an SVG element whose colors and fonts are the page's."""
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The page defines a CSS variable for each of these, with one value for the light and one for the dark theme.
-COLORS = {"first": "#3457d5", "second": "#c8641b", "soft": "#62656e", "grid": "#ecece8"}
+COLORS = {
+    "first": "#3457d5", "second": "#c8641b", "third": "#009e73", "fourth": "#cc79a7", "fifth": "#56b4e9", "sixth": "#e69f00",
+    "soft": "#62656e", "grid": "#ecece8", "wrong": "#c2343a",
+}  # fmt: skip
+
+CARD = "#fffffe"  # behind the charts; a white of its own, which the page replaces by var(--card)
 
 MEAN = "mean"  # the class of the element with a running mean
+
+_STEP = 5  # percent, from one mixture of two colors to the next
 
 MANY = 40  # points: shorter curves have a marker on each point
 
@@ -87,6 +97,29 @@ def draw(
         text: Formats the labels of the vertical axis.
         log: Whether the vertical axis is logarithmic.
     """
+    with page_figure(title, size) as figure:
+        axes = plain_axes(figure)
+        for curve in curves:
+            look: dict[str, Any] = {"alpha": 0.3} if curve.faint else {"marker": "o"} if len(curve.steps) < MANY else {}
+            look |= {"color": COLORS[curve.color], "solid_capstyle": "round", "clip_on": False}
+            (line,) = axes.plot(curve.steps, curve.values, **look)
+            if curve.mean:
+                line.set_gid(MEAN)
+        set_steps(axes, last_step)
+        set_values(axes, [value for curve in curves for value in curve.values], log, text)
+        if not log:
+            axes.set_ylim(*bounds)
+        return Drawing(element(figure, f"{title} by step"), _frame(axes, *size, log))
+
+
+@contextlib.contextmanager
+def page_figure(title: str, size: tuple[int, int]) -> Iterator["Figure"]:
+    """An empty figure in the style of the page; a figure of the same title and size gets the same ids.
+
+    Args:
+        title: Its title.
+        size: Width and height in pixels.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -94,30 +127,25 @@ def draw(
     # text stays text, in the page's font; simplification keeps a few points per pixel of a long curve
     settings = {
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 12,
         "svg.hashsalt": f"{title} {width}",
         "path.simplify_threshold": 0.5,
+        "lines.linewidth": 1.75,
+        "lines.markersize": 5,
+        "grid.linewidth": 1,
     }
     with style.context(["default", settings]):
-        figure = Figure((width / 72, height / 72), facecolor="none", layout="constrained")
-        axes = figure.subplots(subplot_kw={"facecolor": "none"})
-        for curve in curves:
-            look: dict[str, Any] = {"alpha": 0.3} if curve.faint else {"marker": "o"} if len(curve.steps) < MANY else {}
-            look |= {"color": COLORS[curve.color], "solid_capstyle": "round", "clip_on": False}
-            (line,) = axes.plot(curve.steps, curve.values, linewidth=1.75, markersize=5, **look)
-            if curve.mean:
-                line.set_gid(MEAN)
-        _set_scales(axes, curves, last_step, bounds, log)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_formatter(lambda value, _: text(value))
-        axes.tick_params(left=False, bottom=False, pad=6, labelcolor=COLORS["soft"])
-        axes.minorticks_off()
-        axes.grid(axis="y", color=COLORS["grid"], linewidth=1, clip_on=False)
-        axes.spines[:].set_visible(False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg")
-    return Drawing(_element(file.getvalue(), title, width, height), _frame(axes, width, height, log))
+        yield Figure((width / 72, height / 72), facecolor="none", layout="constrained")
+
+
+def plain_axes(figure: "Figure") -> "Axes":
+    """Axes without a frame and without marks at the labels."""
+    axes = figure.subplots(subplot_kw={"facecolor": "none"})
+    axes.tick_params(left=False, bottom=False, pad=6, labelcolor=COLORS["soft"])
+    axes.spines[:].set_visible(False)
+    return axes
 
 
 def _frame(axes: "Axes", width: int, height: int, log: bool) -> Frame:
@@ -127,25 +155,44 @@ def _frame(axes: "Axes", width: int, height: int, log: bool) -> Frame:
     return Frame(left, right, top, bottom, float(axes.get_xlim()[1]), float(low), float(high), log)
 
 
-def _set_scales(axes: "Axes", curves: Sequence[Curve], last_step: int, bounds: Bounds, log: bool) -> None:
-    from matplotlib.ticker import LogLocator
-
+def set_steps(axes: "Axes", last_step: int) -> None:
+    """Make the horizontal axis that of the steps up to the last one."""
     axes.set_xlim(0, max(last_step, 1))
     axes.locator_params("x", nbins=5, integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def set_values(axes: "Axes", values: Sequence[float], log: bool, text: Callable[[float], str]) -> None:
+    """Label the vertical axis with values, which `text` formats, and draw a line at each label."""
+    from matplotlib.ticker import LogLocator
+
     axes.locator_params("y", nbins=6)
     if log:
         axes.set_yscale("log")
-        values = [value for curve in curves for value in curve.values]
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(values) < 1e4 * min(values) else (1,)))
-    else:
-        axes.set_ylim(*bounds)
+    axes.yaxis.set_major_formatter(lambda value, _: text(value))
+    axes.minorticks_off()
+    axes.grid(axis="y", color=COLORS["grid"], clip_on=False)
 
 
-def _element(document: str, title: str, width: int, height: int) -> str:
-    """The drawing of an SVG document, without its date and its ids, in the page's colors."""
-    drawing = re.sub(r' id="[\w.]+_\d+"', "", document.split("</defs>", 1)[1]).replace(
-        f'id="{MEAN}"', f'class="{MEAN}"'
-    )
-    for name, color in COLORS.items():
+def mixture(share: float) -> str:
+    """The first color mixed with this share of the second, which is rounded to twentieths."""
+    percent = _STEP * round(100 * share / _STEP)
+    if percent in (0, 100):
+        return COLORS["second" if percent else "first"]
+    pairs = [[int(COLORS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in ("first", "second")]
+    return "#" + "".join(f"{round(a + (b - a) * percent / 100):02x}" for a, b in zip(*pairs, strict=True))
+
+
+def element(figure: "Figure", label: str) -> str:
+    """The figure as an svg element, without its date and its ids, in the page's colors; `label` is for screen readers."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    drawing = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue().split("</defs>", 1)[1])
+    drawing = drawing.replace(f'id="{MEAN}"', f'class="{MEAN}"')
+    for name, color in [*COLORS.items(), ("card", CARD)]:
         drawing = drawing.replace(color, f"var(--{name})")
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title} by step">{drawing}'
+    for percent in range(0, 101, _STEP):
+        drawing = drawing.replace(mixture(percent / 100), f"color-mix(in srgb, var(--second) {percent}%, var(--first))")
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{drawing}'

@@ -3,7 +3,8 @@
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def format_number(value: float) -> str:
@@ -45,3 +46,21 @@ def format_duration(seconds: float) -> str:
 def field_title(name: str) -> str:
     """Return a field of metrics.jsonl as a title: tokens_per_second becomes "Tokens per second"."""
     return name.replace("_", " ").capitalize()
+
+
+def short_name(field: str, fields: Iterable[str]) -> str:
+    """The field without its section, unless that is ambiguous."""
+    leaf = field.rpartition(".")[2]
+    return leaf if [other.rpartition(".")[2] for other in fields].count(leaf) == 1 else field
+
+
+def value_text(value: Any) -> str:
+    """A value of a field as text, also for the name of a directory."""
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def shorten(text: str, most: int) -> str:
+    """The text with at most so many characters; "…" stands for what is left out of its middle."""
+    if len(text) <= most:
+        return text
+    return text[: most // 2] + "…" + text[len(text) - (most - 1 - most // 2) :]

@@ -8,8 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from peftjax.report.comparison import SEED, compared_scores
-from peftjax.report.text import format_spread
+from peftjax.report.comparison import compared_scores
+from peftjax.report.sweep_figures import SEED
+from peftjax.report.text import format_spread, short_name, value_text
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
 
@@ -47,17 +48,6 @@ def make_table(found: Sequence[Outcome]) -> Table:
             cells.append(", ".join(dict.fromkeys(str(one["stopped"]) for one in group if "stopped" in one)))
         table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
     return table
-
-
-def short_name(field: str, fields: Iterable[str]) -> str:
-    """The field without its section, unless that is ambiguous."""
-    leaf = field.rpartition(".")[2]
-    return leaf if [other.rpartition(".")[2] for other in fields].count(leaf) == 1 else field
-
-
-def value_text(value: Any) -> str:
-    """A value of a field as text, also for the name of a directory."""
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _finite(group: Iterable[Outcome], name: str) -> list[float]:

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import re
 import runpy
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import image
+from scipy import stats
 
 from peftjax import compare
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from tests.report.test_report import DATA, eval_line, train_line, write_workdir
+from peftjax.report.compared_tables import difference_intervals
+from tests.report.test_report import DATA, check_tags, eval_line, train_line, words, write_workdir
 
 
 def write_run(workdir: Path, *, rank: int, seed: int, loss: float, **train: Any) -> Path:
@@ -72,6 +77,44 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "sweep.json").write_text("[3]")
     with pytest.raises(UserError, match=r"not the result of a sweep"):
         compare.main([str(tmp_path)])
+
+
+def test_the_output_has_a_page_tables_and_figures_of_the_size_of_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {(4, 0): 0.5, (4, 1): 0.6, (8, 0): 1.0, (8, 1): 2.0}
+    runs = [write_run(tmp_path / f"{r}-{s}", rank=r, seed=s, loss=loss) for (r, s), loss in losses.items()]
+    output = tmp_path / "new" / "output"
+    compare.main([*map(str, runs), f"--output={output}"])
+    names = ["scores.csv", "differences.csv", "costs.csv", "curves.png", "curves.pdf", "scores.png", "scores.pdf"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(output))]
+    assert printed == [str(output / name) for name in ("compare.html", *names)]
+    assert sorted(path.name for path in output.iterdir()) == sorted(["compare.html", *names])
+    for name in ("curves.png", "scores.png"):
+        height, width, _ = image.imread(output / name).shape
+        assert width == 990  # 3.3 inches of 300 dpi
+        assert 200 < height < 990
+    text = (output / "compare.html").read_text(encoding="utf-8")
+    check_tags(text)
+    assert "rank=4 2 0.550 ± 0.071" in words(text)
+    assert "Held-out loss by step, mean and standard deviation over the seeds rank=4 rank=8" in words(text)
+    assert "prompt one Expected 2001-01-01 ✓ rank=4, seed=0 2001-01-01 ✓ rank=8, seed=0 2001-01-01" in words(text)
+    assert len(re.findall(r"<svg", text)) == 4
+    assert "<script" not in text
+    rows = (output / "differences.csv").read_text().splitlines()
+    assert rows[:2] == ["run,seeds,loss minus that of the best group", "rank=4,2,best"]
+
+
+def test_the_interval_of_a_difference_is_that_of_welch() -> None:
+    a, b = [1.0, 1.1, 1.3], [1.2, 1.9]
+    _, text = difference_intervals([a, b])
+    means = statistics.fmean(b) - statistics.fmean(a)
+    errors = [statistics.variance(some) / len(some) for some in (a, b)]
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(s) - 1) for e, s in zip(errors, (a, b), strict=True))
+    half = stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
+    assert text == f"{means - half:+.2g} to {means + half:+.2g}"
+    assert difference_intervals([a, [0.1], [1.0, float("nan")], [0.5, 0.5]]) == [""] * 4
+    assert difference_intervals([[0.1], a, b]) == ["", "best", text]
 
 
 def test_the_module_runs_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:

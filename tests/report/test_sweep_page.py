@@ -1,7 +1,9 @@
 """The page of a sweep: its runs, their scores, and links to their reports."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -10,8 +12,9 @@ from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
+from peftjax.report.run_plots import make_scale
 from peftjax.report.sweep_page import write_sweep_page
-from tests.report.test_report import NASTY, check_tags, words
+from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words
 
 
 def test_the_page_links_to_the_reports_of_the_runs_and_these_link_back(
@@ -36,7 +39,9 @@ def test_the_page_links_to_the_reports_of_the_runs_and_these_link_back(
     (link,) = [part.partition('"')[0] for part in text.split('<a href="')[1:]]
     assert tmp_path / unquote(link) == tmp_path / name / "report.html"
     assert "<script" not in text
-    assert text.count("&lt;script&gt;") == 2
+    assert (
+        text.count("&lt;script&gt;") == 4
+    )  # in the table the value and the failure, and the value in a plot with its small copy
 
 
 @pytest.mark.parametrize("content", ["3", "[3]", '[{"values": {}}]', "{"])
@@ -44,3 +49,81 @@ def test_a_sweep_json_that_is_not_ours_is_refused(tmp_path: Path, content: str) 
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"sweep\.json is not"):
         write_sweep_page(tmp_path)
+
+
+def write_sweep(workdir: Path, swept: list[dict[str, Any]]) -> str:
+    """A sweep of runs with these values, of which the last one failed; returns the page."""
+    runs = []
+    for number, values in enumerate(swept):
+        name, failed = f"run{number}", number == len(swept) - 1
+        (workdir / name / "adapter").mkdir(parents=True)
+        loss = 1 + number / 10
+        lines = [eval_line(0, 2.5, 0.0), train_line(10), eval_line(10, 50.0 if failed else loss, 0.5)]
+        (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ReportData(counts={} if failed else {"tokens": 1000, "records": 7}).save(workdir / name)
+        outcome = {"scores": {}, "failed": "not finite"} if failed else {"scores": {"eval_loss": loss}}
+        runs.append({"run": name, "values": values, **outcome})
+    (workdir / "sweep.json").write_text(json.dumps(runs))
+    text = write_sweep_page(workdir).read_text(encoding="utf-8")
+    check_tags(text)
+    return text
+
+
+def figures(text: str) -> dict[str, str]:
+    """The figures of a page by their titles."""
+    found = re.findall(r"<figure.*?</figure>", text, flags=re.DOTALL)
+    return {re.findall(r"<h3>(.*?)</h3>", figure)[0]: figure for figure in found}
+
+
+def test_the_page_has_curves_a_plot_of_each_field_and_parallel_coordinates(tmp_path: Path) -> None:
+    swept = [
+        {"optim.learning_rate": rate, "method.targets": targets, "seed": seed}
+        for rate in (1e-4, 1e-3)
+        for targets in ("all-linear", ["$q_proj", NASTY])
+        for seed in (0, 1)
+    ]
+    text = write_sweep(tmp_path, swept)
+    found = figures(text)
+    assert list(found) == ["Held-out loss", "learning_rate", "targets", "Parallel coordinates"]
+    assert all("✗ failed" in figure and "stroke: var(--wrong)" in figure for figure in found.values())
+    curves = found["Held-out loss"].split("<svg")[2]
+    assert "stroke: var(--first); stroke-width: 2.8" in curves  # the best run is thick
+    assert ">50<" not in curves  # the failed run does not set the limits
+    assert "eval_loss, logarithmic, mean ± standard deviation over the seeds" in found["learning_rate"]
+    assert ">0.0001</text>" in found["learning_rate"]
+    assert "eval_loss, mean ± standard deviation" in found["targets"]
+    assert ">all-linear</text>" in found["targets"]
+    assert "color-mix(in srgb, var(--second) 50%, var(--first))" in found["Parallel coordinates"]
+    assert "Tokens trained 7,000 in 7 finished runs" in words(text)
+    assert "Wall time of the longest run 10 s" in words(text)
+    assert f"learning_rate 0.0001 targets all-linear seed 0 eval loss 1 adapter {tmp_path}/run0/adapter" in words(text)
+    assert not re.search(r"(fill|stroke): #", text)
+    assert "http:" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+
+
+def test_one_field_has_no_parallel_coordinates_and_a_search_has_points_without_lines(tmp_path: Path) -> None:
+    one = figures(write_sweep(tmp_path / "one", [{"method.rank": rank} for rank in (4, 8, 16)]))
+    assert list(one) == ["Held-out loss", "rank"]
+    drawn = [{"optim.learning_rate": 10.0**-k, "method.dropout": 0.01 * k, "method.rank": k} for k in range(1, 10)]
+    search = figures(write_sweep(tmp_path / "search", drawn))
+    assert list(search) == ["Held-out loss", "learning_rate", "dropout", "rank", "Parallel coordinates"]
+    assert "standard deviation" not in search["rank"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1e-4, 3e-4, 1e-3], "logarithmic"),
+        ([4, 8, 16], "linear"),
+        ([0.004, 0.1, 0.16, 0.2, 0.3], "linear"),  # uniform
+        ([0.0, 0.1], "linear"),
+        ([3, 3], "linear"),
+        ([True, False], "categorical"),
+        ([1, "auto"], "categorical"),
+        ([None, 0.5], "categorical"),
+    ],
+)
+def test_the_axis_of_a_field_fits_its_values(values: list[Any], kind: str) -> None:
+    scale = make_scale(values)
+    assert scale.kind == kind
+    assert {place for place, _ in scale.ticks} == set(scale.places)

@@ -1,0 +1,371 @@
+"""Plots of several runs: learning curves, the score over a field, parallel coordinates, and the score of each group.
+
+Each `draw_*` function draws on given axes. `make_figure` makes a figure of a page from such a drawing, and
+`save_figure` one for a paper.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftjax.core.terminal import printable
+from peftjax.report.svg import CARD, COLORS, element, page_figure, plain_axes, set_steps, set_values
+from peftjax.report.text import format_number, shorten, value_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Each group of runs has a color, which people with color blindness can tell apart, and a marker, which gray prints keep.
+GROUP_COLORS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_MARKERS = "os^Dvp"
+
+Drawer = Callable[["Axes"], None]
+
+_COLUMN = 3.3  # inches: the width of a column of a two-column paper
+_FAILED: dict[str, Any] = {
+    "color": COLORS["wrong"],
+    "marker": "x",
+    "linestyle": "none",
+    "markeredgewidth": 1.75,
+    "clip_on": False,
+}
+_DOTTED: dict[str, Any] = {"color": COLORS["wrong"], "linestyle": ":"}
+
+
+class Figure(NamedTuple):
+    """A plot on a page.
+
+    Attributes:
+        title: The title.
+        note: What is on the axes.
+        legend: (CSS color, name).
+        svg: The drawing.
+        narrow: For a plot of the page's whole width, a drawing for small screens; otherwise empty.
+    """
+
+    title: str
+    note: str
+    legend: list[tuple[str, str]]
+    svg: str
+    narrow: str
+
+
+class RunCurve(NamedTuple):
+    """The curve of a run, or the mean curve of a group.
+
+    Attributes:
+        name: The name in the legend.
+        color: The color, as "#rrggbb".
+        steps: The steps.
+        values: The values, all finite.
+        spread: The standard deviations; empty for one run.
+        failed: Whether the run failed at the end of the curve.
+        width: The width of the line, relative to that of others. Wide lines are on top; those below 1 are faint.
+    """
+
+    name: str
+    color: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    spread: Sequence[float] = ()
+    failed: bool = False
+    width: float = 1.0
+
+
+class Scale(NamedTuple):
+    """Where values are on an axis.
+
+    Attributes:
+        kind: "linear", "logarithmic" or "categorical".
+        places: The place of each value.
+        ticks: Places with their labels.
+    """
+
+    kind: str
+    places: list[float]
+    ticks: list[tuple[float, str]]
+
+
+class Line(NamedTuple):
+    """The runs that differ only in one field and the seed.
+
+    Attributes:
+        name: What they have in common.
+        color: A key of `COLORS`.
+        points: (place, score) of each run.
+    """
+
+    name: str
+    color: str
+    points: list[tuple[float, float]]
+
+
+def is_log(values: Collection[float]) -> bool:
+    """Whether scores need a logarithmic axis: they are positive and span more than a factor of 30."""
+    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+
+
+def make_scale(values: Sequence[Any]) -> Scale:
+    """The axis of the values of a field.
+
+    It is categorical, in the order of their first occurrence, if they are not all finite numbers. It is logarithmic if they
+    are positive, span a factor of 10 or more, and are not more evenly spread on a linear axis.
+    """
+    if not all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    ):
+        texts = [printable(value_text(value)) for value in values]
+        names = list(dict.fromkeys(texts))
+        return Scale("categorical", [float(names.index(text)) for text in texts], list(enumerate(names)))
+    low, high = min(values), max(values)
+    log = low > 0 and high >= 10 * low and _skew([*map(math.log, values)]) <= _skew(values)
+    place = math.log10 if log else float
+    marked = sorted(set(values))
+    if len(marked) > 6:
+        marked = _decades(low, high) if log else _round_values(low, high)
+    ticks = [(place(value), format_number(value)) for value in marked]
+    return Scale("logarithmic" if log else "linear", [place(value) for value in values], ticks)
+
+
+def _skew(values: Sequence[float]) -> float:
+    """The distance of the median from the middle of the range, as a fraction of the range, to six digits."""
+    low, high = min(values), max(values)
+    return round(abs(statistics.median(values) - (low + high) / 2) / (high - low), 6)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten in a range; of a range that is less than a factor of 1000, also three times these."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 3) if high < 1000 * low else (1,)
+    return [value for power in powers for factor in factors if low <= (value := float(f"{factor}e{power}")) <= high]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    return [value for value in MaxNLocator(5).tick_values(low, high) if low <= value <= high]
+
+
+def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
+    """Draw learning curves; a group's has a band of one standard deviation, and a failed run's ends with a cross."""
+    good = [curve for curve in curves if not curve.failed] or curves  # a loss that explodes does not set the limits
+    values = [value for curve in good for value in curve.values]
+    set_steps(axes, max(int(curve.steps[-1]) for curve in curves))
+    set_values(axes, values, is_log(values), format_number)
+    for curve in curves:
+        look: dict[str, Any] = {"color": curve.color, "alpha": min(curve.width, 1), "zorder": 2 + curve.width / 2}
+        (line,) = axes.plot(curve.steps, curve.values, label=curve.name, solid_capstyle="round", **look)
+        line.set_linewidth(curve.width * line.get_linewidth())
+        if len(curve.steps) == 1:
+            line.set_marker("o")
+        if any(curve.spread):
+            low, high = (
+                [value + sign * spread for value, spread in zip(curve.values, curve.spread, strict=True)]
+                for sign in (-1, 1)
+            )
+            axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2 * min(curve.width, 1), linewidth=0)
+    if len(good) < len(curves):
+        bottom, top = min(values), max(values)
+        margin = 0.05 * (top - bottom)
+        axes.set_ylim(*((bottom / 1.1, top * 1.1) if is_log(values) else (bottom - margin, top + margin)))
+    for curve in curves:
+        if curve.failed:
+            axes.plot(curve.steps[-1:], [min(curve.values[-1], axes.get_ylim()[1])], zorder=4, **_FAILED)
+
+
+def draw_field(axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequence[float]) -> None:
+    """Draw the score of each run over the place of its value, and the mean and standard deviation of equal values.
+
+    Args:
+        axes: Where to draw.
+        scale: The horizontal axis.
+        lines: The runs with a score.
+        failed: The places of failed runs, marked at the top.
+    """
+    scores = [score for line in lines for _, score in line.points]
+    set_values(axes, scores, is_log(scores), format_number)
+    low, high = _padded(scale)
+    axes.set_xlim(low, high)
+    shift = 0.012 * (high - low)  # the lines do not hide each other
+    for index, line in enumerate(lines):
+        color, offset = COLORS[line.color], shift * (index - (len(lines) - 1) / 2) * (len(lines) <= len(GROUP_COLORS))
+        marker = _MARKERS[GROUP_COLORS.index(line.color)] if line.color in GROUP_COLORS else "o"
+        axes.plot(
+            [place + offset for place, _ in line.points], [score for _, score in line.points],
+            marker, color=color, alpha=0.55, markeredgewidth=0,
+        )  # fmt: skip
+        equal: dict[float, list[float]] = {}
+        for place, score in sorted(line.points):
+            equal.setdefault(place, []).append(score)
+        if len(equal) > 1 or any(len(some) > 1 for some in equal.values()):
+            spreads = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in equal.values()]
+            means = [statistics.fmean(some) for some in equal.values()]
+            alpha = 1 if len(lines) <= len(GROUP_COLORS) else 0.35
+            axes.errorbar([place + offset for place in equal], means, spreads, color=color, capsize=3, alpha=alpha)
+    if failed:
+        axes.plot(failed, [0.98] * len(failed), transform=axes.get_xaxis_transform(), **_FAILED)
+    room = 0.85 * _characters(axes)
+    if scale.kind == "categorical":
+        ticks = [(place, shorten(text, max(int(room / len(scale.ticks)) - 1, 3))) for place, text in scale.ticks]
+    else:
+        ticks = _spaced(scale.ticks, low, high, room)
+    axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
+
+
+def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], colors: Sequence[str | None]) -> None:
+    """Draw parallel coordinates: each run is a line across the axes of the fields to that of its score.
+
+    Args:
+        axes: Where to draw.
+        names: The names of the axes.
+        scales: The axes. The last one lacks the failed runs, which are the last runs and have no score.
+        colors: The color of each run, the best first; None for a failed run.
+    """
+    for run in reversed(range(len(colors))):
+        heights = [_height(scale, scale.places[run]) for scale in scales if run < len(scale.places)]
+        look = {"color": colors[run], "alpha": 1 if run == 0 else 0.75} if colors[run] else _DOTTED
+        (line,) = axes.plot(range(len(heights)), heights, solid_capstyle="round", clip_on=False, **look)
+        line.set_linewidth((1.8 if run == 0 else 0.8) * line.get_linewidth())
+        if not colors[run]:
+            axes.plot([len(heights) - 1], heights[-1:], zorder=4, **_FAILED)
+    axes.vlines(range(len(scales)), 0, 1, color=COLORS["soft"], linewidth=1, zorder=3)
+    boxed = {"facecolor": CARD, "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    characters = int(_characters(axes) / len(scales))
+    for index, scale in enumerate(scales):
+        outside = -1 if index == 0 else 1  # labels of the first axis are on its left
+        for place, text in _spaced(scale.ticks, *_ends(scale), 12, lines=True):
+            axes.annotate(
+                shorten(text, max(characters - 3, 4)), (index, _height(scale, place)), (6 * outside, 0),
+                textcoords="offset points", ha="right" if outside < 0 else "left", va="center", fontsize="small",
+                color=COLORS["soft"], bbox=boxed, zorder=5,
+            )  # fmt: skip
+    axes.set_xlim(0, len(scales) - 1)
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_yticks([])
+    axes.set_xticks(range(len(names)), [shorten(name, max(characters - 1, 5)) for name in names])
+
+
+def draw_scores(axes: "Axes", names: Sequence[str], scores: Sequence[Sequence[float]], colors: Sequence[str]) -> None:
+    """Draw the scores of each group in a row, with their mean and standard deviation; the first group is at the top."""
+    for row, (values, color) in enumerate(zip(scores, colors, strict=True)):
+        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markeredgewidth=0, clip_on=False)
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        axes.errorbar([statistics.fmean(values)], [row], xerr=spread, color=color, marker="|", markersize=9, capsize=2)
+    everything = [value for values in scores for value in values]
+    if is_log(everything):
+        axes.set_xscale("log")
+    else:
+        axes.locator_params("x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
+    axes.minorticks_off()
+    axes.grid(axis="x", color=COLORS["grid"])
+    axes.set_axisbelow(True)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _height(scale: Scale, place: float) -> float:
+    """A place as a fraction of the axis."""
+    low, high = _ends(scale)
+    return (place - low) / (high - low) if high > low else 0.5
+
+
+def _characters(axes: "Axes") -> float:
+    """How many characters fit into the width of a figure on the page."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return float(figure.get_size_inches()[0]) * 72 / 7.5
+
+
+def _ends(scale: Scale) -> tuple[float, float]:
+    everything = [*scale.places, *(place for place, _ in scale.ticks)] if scale.kind == "categorical" else scale.places
+    return min(everything), max(everything)
+
+
+def _padded(scale: Scale) -> tuple[float, float]:
+    low, high = _ends(scale)
+    margin = 0.5 if scale.kind == "categorical" else 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _spaced(
+    ticks: Sequence[tuple[float, str]], low: float, high: float, room: float, lines: bool = False
+) -> list[tuple[float, str]]:
+    """The ticks that do not overlap. room: how many characters fit on the axis; with `lines`, how many lines."""
+    kept: list[tuple[float, str]] = []
+    for place, text in ticks:
+        needed = 1 if lines else (len(text) + (len(kept[-1][1]) if kept else 0)) / 2 + 1.5
+        if not kept or (place - kept[-1][0]) * room >= needed * (high - low):
+            kept.append((place, text))
+    return kept
+
+
+def make_figure(
+    title: str,
+    note: str,
+    legend: list[tuple[str, str]],
+    draw: Drawer,
+    *,
+    wide: bool = False,
+    height: int = 250,
+) -> Figure:
+    """The drawing as a figure of a page. height: in pixels. wide: whether it has the page's whole width."""
+    label = printable(f"{title}, {note}" if note else title)
+    svg, narrow = _page_svg(label, draw, (990 if wide else 468, height)), ""
+    if wide:
+        narrow = _page_svg(label, draw, (468, height))
+    return Figure(title, note, legend, svg, narrow)
+
+
+def _page_svg(label: str, draw: Drawer, size: tuple[int, int]) -> str:
+    with page_figure(label, size) as figure:
+        draw(plain_axes(figure))
+        return element(figure, label)
+
+
+def save_figure(
+    path: Path, draw: Drawer, height: float, *, across: str, up: str = "", legend: bool = False
+) -> list[Path]:
+    """Save the drawing as path.png and path.pdf, and return these paths.
+
+    The figure is 3.3 inches wide, the column of a two-column paper, and has 300 dpi. The text of the PDF is embedded TrueType.
+
+    Args:
+        path: The path without the extension.
+        draw: Draws on axes.
+        height: The height in inches, without the legend.
+        across, up: The labels of the axes; may be empty.
+        legend: Whether to have one, below the axes.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    settings = {
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 7,
+        "text.parse_math": False,
+        "pdf.fonttype": 42,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 3.5,
+        "grid.linewidth": 0.5,
+    }
+    with style.context(["default", settings]):
+        figure = Figure((_COLUMN, height), dpi=300, layout="constrained")
+        axes = plain_axes(figure)
+        axes.tick_params(labelcolor="black", pad=3)
+        draw(axes)
+        axes.set_xlabel(across, loc="right")  # a text that is wider than the axes has room on their left
+        axes.set_ylabel(up)
+        if legend:
+            handles, names = axes.get_legend_handles_labels()
+            figure.set_figheight(height + 0.14 * min(len(names), len(GROUP_COLORS)))
+            best = slice(None, -len(GROUP_COLORS) - 1, -1)  # drawn last
+            figure.legend(
+                handles[best], [shorten(name, 48) for name in names[best]], loc="outside lower left", frameon=False
+            )
+        paths = [path.with_suffix(ending) for ending in (".png", ".pdf")]
+        for one in paths:
+            figure.savefig(one)
+    return paths

@@ -1,0 +1,161 @@
+"""What sweep.html shows of all runs together: their costs, the best run, and the plots."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftjax.log import is_amount
+from peftjax.report import run_plots
+from peftjax.report.cards import Card
+from peftjax.report.run_plots import GROUP_COLORS, Figure, Line, RunCurve, make_figure, make_scale
+from peftjax.report.svg import COLORS, mixture
+from peftjax.report.text import format_duration, format_number, short_name, value_text
+
+SEED = "seed"
+
+
+class SweptRun(NamedTuple):
+    """A run of a sweep.
+
+    Attributes:
+        name: The name of the run's directory.
+        values: The swept fields and their values.
+        scores: The metrics.
+        failed: Why the run failed; empty if it did not.
+        link: The relative link to its report; empty if it has none.
+        lines: The lines of metrics.jsonl.
+        counts: The counts of its training data; empty if it has not ended.
+        stopped: The step at which successive halving stopped it; 0 if it did not.
+    """
+
+    name: str
+    values: dict[str, Any]
+    scores: dict[str, float]
+    failed: str
+    link: str
+    lines: list[dict[str, Any]]
+    counts: Mapping[str, int]
+    stopped: int = 0
+
+
+def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
+    """The tokens or records that the runs were trained on, and the time of the longest run."""
+    cards = []
+    if ended := [run.counts for run in runs if run.counts]:
+        unit = "tokens" if any("tokens" in counts for counts in ended) else "records"
+        note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
+        cards.append(Card(f"{unit.capitalize()} trained", f"{sum(counts.get(unit, 0) for counts in ended):,}", note))
+    if times := [max(line["seconds"] for line in run.lines) for run in runs if run.lines]:
+        cards.append(
+            Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together")
+        )
+    return cards
+
+
+def best_rows(runs: Sequence[SweptRun], ranked_by: str, workdir: Path) -> list[tuple[str, str]]:
+    """The values of the best run, its scores, and the path of its adapter or model; empty if no run has a score."""
+    if not (ranked := _ranked(runs, ranked_by)):
+        return []
+    best = runs[ranked[0]]
+    values = [(short_name(field, best.values), value_text(value)) for field, value in best.values.items()]
+    scores = [
+        (name.replace("_", " "), format_number(score)) for name, score in best.scores.items() if not is_amount(name)
+    ]
+    directory = workdir.resolve() / best.name
+    saved = [(name, str(directory / name)) for name in ("adapter", "model") if (directory / name).exists()][:1]
+    return [*values, *scores, *saved]
+
+
+def make_figures(runs: Sequence[SweptRun], ranked_by: str) -> list[Figure]:
+    """The learning curves, the score over each swept field, and with two or more such fields parallel coordinates."""
+    if not runs:
+        return []
+    varied = [field for field in runs[0].values if any(run.values.get(field) != runs[0].values[field] for run in runs)]
+    fields = [field for field in varied if field != SEED] or varied
+    figures = list(_curves(runs, ranked_by))
+    if _ranked(runs, ranked_by):
+        alone = fields[-1] if len(fields) % 2 else None  # in the last row
+        figures += [_field_figure(runs, field, fields, ranked_by, wide=field == alone) for field in fields]
+        if len(fields) > 1:
+            figures.append(_parallel_figure(runs, fields, ranked_by))
+    return figures
+
+
+def _ranked(runs: Sequence[SweptRun], ranked_by: str) -> list[int]:
+    """The numbers of the runs with a finite score, lowest first; those that were stopped come last."""
+    scored = [number for number, run in enumerate(runs) if math.isfinite(run.scores.get(ranked_by, math.nan))]
+    return sorted(scored, key=lambda number: (runs[number].stopped > 0, runs[number].scores[ranked_by]))
+
+
+def _colors(runs: Sequence[SweptRun], ranked_by: str) -> dict[int, str]:
+    """The colors of the runs with a score, by their numbers: from the first color for the best to the second."""
+    ranked = _ranked(runs, ranked_by)
+    return {number: mixture(place / max(len(ranked) - 1, 1)) for place, number in enumerate(ranked)}
+
+
+def _legend(runs: Sequence[SweptRun], ranked_by: str) -> list[tuple[str, str]]:
+    """What the colors of `_colors` mean."""
+    several = len(_ranked(runs, ranked_by)) > 1
+    legend = [("linear-gradient(to right, var(--first), var(--second))", "from the best to the worst run")] * several
+    return legend + [("var(--wrong)", "✗ failed")] * any(run.failed for run in runs)
+
+
+def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
+    score = "eval_loss" if any("eval_loss" in line for run in runs for line in run.lines) else "loss"
+    colors = _colors(runs, ranked_by)
+    best = next(iter(colors), None)
+    curves = []
+    for number, run in enumerate(runs):
+        points = [(line["step"], line[score]) for line in run.lines if score in line and math.isfinite(line[score])]
+        if points:
+            color = COLORS["wrong"] if run.failed else colors.get(number, COLORS["soft"])
+            steps, values = zip(*points, strict=True)
+            width = 1.6 if number == best else 1 if len(runs) <= 8 else 0.7
+            curves.append(RunCurve(run.name, color, steps, values, failed=bool(run.failed), width=width))
+    if curves:
+        log = run_plots.is_log([value for curve in curves for value in curve.values])
+        title = "Held-out loss" if score == "eval_loss" else "Training loss"
+        draw = partial(run_plots.draw_curves, curves=curves)
+        yield make_figure(
+            title, "by step" + ", logarithmic" * log, _legend(runs, ranked_by), draw, wide=True, height=300
+        )
+
+
+def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], ranked_by: str, *, wide: bool) -> Figure:
+    """The score over a field, with one line for the runs that differ only in it and in the seed."""
+    scale = make_scale([run.values.get(field) for run in runs])
+    others = [other for other in fields if other != field]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for number in _ranked(runs, ranked_by):
+        run = runs[number]
+        name = ", ".join(f"{short_name(other, run.values)}={value_text(run.values.get(other))}" for other in others)
+        points.setdefault(name, []).append((scale.places[number], run.scores[ranked_by]))
+    names = sorted(points) if len(points) <= len(GROUP_COLORS) else list(points)
+    colors = GROUP_COLORS if len(names) <= len(GROUP_COLORS) else ["first"] * len(names)
+    lines = [Line(name, color, points[name]) for name, color in zip(names, colors, strict=False)]
+    legend = [(f"var(--{line.color})", line.name) for line in lines if 1 < len(lines) <= len(GROUP_COLORS)]
+    failed = [scale.places[number] for number, run in enumerate(runs) if run.failed]
+    legend += [("var(--wrong)", "✗ failed")] * bool(failed)
+    repeated = any(len({place for place, _ in some}) < len(some) for some in points.values())
+    notes = [
+        ranked_by,
+        scale.kind * (scale.kind == "logarithmic"),
+        "mean ± standard deviation over the seeds" * repeated,
+        "of stopped runs the last one" * any(run.stopped for run in runs),
+    ]
+    draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed)
+    return make_figure(short_name(field, fields), ", ".join(filter(None, notes)), legend, draw, wide=wide)
+
+
+def _parallel_figure(runs: Sequence[SweptRun], fields: Sequence[str], ranked_by: str) -> Figure:
+    """All runs across the axes of the fields and of the score."""
+    ranked = _ranked(runs, ranked_by)
+    shown = [*ranked, *(number for number, run in enumerate(runs) if run.failed and number not in ranked)]
+    scales = [make_scale([runs[number].values.get(field) for number in shown]) for field in fields]
+    scales.append(make_scale([runs[number].scores[ranked_by] for number in ranked]))
+    colors: list[str | None] = [*_colors(runs, ranked_by).values(), *[None] * (len(shown) - len(ranked))]
+    names = [*(short_name(field, fields) for field in fields), ranked_by]
+    draw = partial(run_plots.draw_parallel, names=names, scales=scales, colors=colors)
+    return make_figure("Parallel coordinates", "", _legend(runs, ranked_by), draw, wide=True, height=320)
