@@ -17,7 +17,7 @@ from peftjax.report.text import format_number, shorten, value_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Each group of runs has a color, which people with color blindness can tell apart, and a marker, which gray prints keep.
+# Each group of runs has a color and, over a field, a marker. Four of the colors are from the palette of Okabe and Ito.
 GROUP_COLORS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _MARKERS = "os^Dvp"
 
