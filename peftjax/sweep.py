@@ -96,8 +96,7 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
       UserError: A recorded draw has other fields, or a value outside the lists and ranges.
     """
     file = workdir / RESULTS
-    entries = json.loads(file.read_text()) if file.exists() else []
-    for trial in (entry["trial"] for entry in entries if entry.get("trial", {}).get("seed") == seed):
+    for trial in (entry["trial"] for entry in _entries(workdir) if entry.get("trial", {}).get("seed") == seed):
         texts = trial["drawn"]
         if texts.keys() != swept.keys() or not all(text in swept[name] for name, text in texts.items()):
             values = ", ".join(f"{name}={text}" for name, text in texts.items())
@@ -136,8 +135,9 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
             rungs = find_rungs([member.config for member in runs], reduction)
             record = partial(write_results, runs, workdir)
             halving = Halving([member.workdir for member in runs], reduction, rungs, record)
+            stops = {entry["run"]: entry.get("stopped", 0) for entry in _entries(workdir)}
             for member in runs:
-                member.stopped = recorded_stops(workdir).get(member.name, 0)
+                member.stopped = stops.get(member.name, 0)
         waiting = [member for member in runs if not (member.stopped or finished(member))]
         if len(waiting) < len(runs):
             say(f"{len(runs) - len(waiting)} of {len(runs)} runs have already ended")
@@ -254,11 +254,10 @@ def outcome(member: Member) -> dict[str, Any]:
     }
 
 
-def recorded_stops(workdir: Path) -> dict[str, int]:
-    """The steps at which successive halving has stopped runs, by their names, from sweep.json."""
+def _entries(workdir: Path) -> list[dict[str, Any]]:
+    """What sweep.json holds, as `write_results` has written it; empty before."""
     file = workdir / RESULTS
-    entries = json.loads(file.read_text()) if file.exists() else []
-    return {entry["run"]: entry["stopped"] for entry in entries if "stopped" in entry}
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 
 from peftjax.log import SPEEDS
 from peftjax.report.points import curve_points
-from peftjax.report.svg import MANY, Bounds, Curve, Drawing, draw
+from peftjax.report.svg import MANY, NARROW, WIDE, Bounds, Curve, Drawing, draw, is_log
 from peftjax.report.text import field_title, format_number, format_percent
 
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -24,7 +24,7 @@ _FORMATS: Mapping[str, Callable[[float], str]] = {
     "number": format_number, "percent": format_percent, "count": "{:,.0f}".format,
 }  # fmt: skip
 
-_WIDE, _NARROW = (990, 280), (468, 180)  # sizes in pixels: the page's whole width, and half of it
+_WIDE, _NARROW = (WIDE, 280), (NARROW, 180)  # sizes in pixels
 
 
 class Chart(NamedTuple):
@@ -116,8 +116,7 @@ def _chart(
     if not curves:
         return None
     text = _FORMATS[form]
-    values = [value for curve in curves for value in curve.values]
-    log = log and min(values) > 0 and max(values) > 30 * min(values)
+    log = log and is_log([value for curve in curves for value in curve.values])
     drawn = functools.partial(draw, title, curves, last_step, bounds=bounds, text=text, log=log)
     return Chart(
         title,

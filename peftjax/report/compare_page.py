@@ -17,7 +17,7 @@ from peftjax.report.comparison import Group, Run, group_runs, warnings_of
 from peftjax.report.data import Sample
 from peftjax.report.html import render
 from peftjax.report.run_plots import GROUP_COLORS, Drawer, Figure, RunCurve, make_figure
-from peftjax.report.svg import COLORS
+from peftjax.report.svg import COLORS, is_log
 from peftjax.report.sweep_figures import SEED
 from peftjax.report.text import format_number, short_name, shorten, value_text
 
@@ -126,7 +126,7 @@ def _drawings(shown: Sequence[_Shown]) -> tuple[Drawer, Drawer]:
 def _figures(shown: Sequence[_Shown], title: str, fields: str) -> list[Figure]:
     curves, scores = _drawings(shown)
     seeds = ["mean and standard deviation over the seeds"] * any(len(one.scores) > 1 for one in shown)
-    log = ["logarithmic"] * run_plots.is_log([value for one in shown for value in one.curve.values])
+    log = ["logarithmic"] * is_log([value for one in shown for value in one.curve.values])
     legend = [(f"var(--{one.color})", one.curve.name) for one in shown if one.color != "soft"]
     legend += [("var(--soft)", "other groups")] * (len(shown) > len(legend))
     rows = 60 + 26 * len(shown)

@@ -31,7 +31,7 @@ class ComparedTable(NamedTuple):
 
 
 def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
-    """The scores of each group, its difference from the best group where several seeds tell it, and its costs."""
+    """The scores of each group, its difference from the best group if there are several seeds, and its costs."""
     groups = comparison.group_runs(runs)
     scores: dict[str, list[str]] = {}
     names = compared_scores(runs)

@@ -6,12 +6,23 @@ Each `draw_*` function draws on given axes. `make_figure` makes a figure of a pa
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftjax.core.terminal import printable
-from peftjax.report.svg import CARD, COLORS, element, page_figure, plain_axes, set_steps, set_values
+from peftjax.report.svg import (
+    CARD,
+    COLORS,
+    NARROW,
+    WIDE,
+    element,
+    is_log,
+    page_figure,
+    plain_axes,
+    set_steps,
+    set_values,
+)
 from peftjax.report.text import format_number, shorten, value_text
 
 if TYPE_CHECKING:
@@ -100,11 +111,6 @@ class Line(NamedTuple):
     name: str
     color: str
     points: list[tuple[float, float]]
-
-
-def is_log(values: Collection[float]) -> bool:
-    """Whether scores need a logarithmic axis: they are positive and span more than a factor of 30."""
-    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
 
 
 def make_scale(values: Sequence[Any]) -> Scale:
@@ -313,9 +319,9 @@ def make_figure(
 ) -> Figure:
     """The drawing as a figure of a page. height: in pixels. wide: whether it has the page's whole width."""
     label = printable(f"{title}, {note}" if note else title)
-    svg, narrow = _page_svg(label, draw, (990 if wide else 468, height)), ""
+    svg, narrow = _page_svg(label, draw, (WIDE if wide else NARROW, height)), ""
     if wide:
-        narrow = _page_svg(label, draw, (468, height))
+        narrow = _page_svg(label, draw, (NARROW, height))
     return Figure(title, note, legend, svg, narrow)
 
 

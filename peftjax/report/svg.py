@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ CARD = "#fffffe"  # behind the charts; a white of its own, which the page replac
 MEAN = "mean"  # the class of the element with a running mean
 
 _STEP = 5  # percent, from one mixture of two colors to the next
+
+WIDE, NARROW = 990, 468  # pixels: the page's whole width, and half of it
 
 MANY = 40  # points: shorter curves have a marker on each point
 
@@ -141,7 +143,7 @@ def page_figure(title: str, size: tuple[int, int]) -> Iterator["Figure"]:
 
 
 def plain_axes(figure: "Figure") -> "Axes":
-    """Axes without a frame and without marks at the labels."""
+    """Axes without a frame and without tick marks."""
     axes = figure.subplots(subplot_kw={"facecolor": "none"})
     axes.tick_params(left=False, bottom=False, pad=6, labelcolor=COLORS["soft"])
     axes.spines[:].set_visible(False)
@@ -153,6 +155,11 @@ def _frame(axes: "Axes", width: int, height: int, log: bool) -> Frame:
     left, right = (round(float(x * width), 2) for x in (box.x0, box.x1))
     top, bottom = (round(float((1 - y) * height), 2) for y in (box.y1, box.y0))
     return Frame(left, right, top, bottom, float(axes.get_xlim()[1]), float(low), float(high), log)
+
+
+def is_log(values: Collection[float]) -> bool:
+    """Whether values need a logarithmic axis: they are positive and span more than a factor of 30."""
+    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
 
 
 def set_steps(axes: "Axes", last_step: int) -> None:

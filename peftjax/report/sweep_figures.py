@@ -10,7 +10,7 @@ from peftjax.log import is_amount
 from peftjax.report import run_plots
 from peftjax.report.cards import Card
 from peftjax.report.run_plots import GROUP_COLORS, Figure, Line, RunCurve, make_figure, make_scale
-from peftjax.report.svg import COLORS, mixture
+from peftjax.report.svg import COLORS, is_log, mixture
 from peftjax.report.text import format_duration, format_number, short_name, value_text
 
 SEED = "seed"
@@ -115,7 +115,7 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
             width = 1.6 if number == best else 1 if len(runs) <= 8 else 0.7
             curves.append(RunCurve(run.name, color, steps, values, failed=bool(run.failed), width=width))
     if curves:
-        log = run_plots.is_log([value for curve in curves for value in curve.values])
+        log = is_log([value for curve in curves for value in curve.values])
         title = "Held-out loss" if score == "eval_loss" else "Training loss"
         draw = partial(run_plots.draw_curves, curves=curves)
         yield make_figure(
@@ -143,7 +143,7 @@ def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], r
         ranked_by,
         scale.kind * (scale.kind == "logarithmic"),
         "mean ± standard deviation over the seeds" * repeated,
-        "of stopped runs the last one" * any(run.stopped for run in runs),
+        "stopped runs with their last loss" * any(run.stopped for run in runs),
     ]
     draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed)
     return make_figure(short_name(field, fields), ", ".join(filter(None, notes)), legend, draw, wide=wide)
