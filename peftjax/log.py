@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,13 +86,15 @@ class Log:
             tracking: Other trackers, and what they show of the run.
             quiet: Do not print.
             on_line: Called with each line of metrics.jsonl after it was written.
-            progress: That of several runs that train together; by default, the log has its own.
+            progress: That of several runs that train together, which counts their steps itself; by default, the log has its
+                own.
 
         Raises:
             UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line; or a tracker
                 cannot start a new run.
         """
         self._total, self._enabled, self._quiet, self._on_line = total_steps, enabled, quiet, on_line
+        self._counts = progress is None  # steps, for the progress bar
         self._trackers = Trackers(())
         self._own = contextlib.ExitStack()  # what ends with this log
         if not enabled:
@@ -125,6 +127,16 @@ class Log:
         """Whether messages are printed."""
         return self._enabled and not self._quiet
 
+    def expect(self, evaluations: Sequence[int]) -> None:
+        """Set the steps after which the run is evaluated, in ascending order, to estimate the time left."""
+        if self._counts:
+            self.progress.expect(self._total, evaluations)
+
+    def advance(self, step: int) -> None:
+        """Count a step that has been dispatched."""
+        if self._counts:
+            self.progress.advance(step)
+
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the training metrics of a step.
 
@@ -136,7 +148,8 @@ class Log:
             return
         now, memory = time.perf_counter(), peak_memory()
         self._write(step, "train", {**numbers, "peak_memory_bytes": memory})
-        self.progress.computed(step)
+        if self._counts:
+            self.progress.computed(step)
         if self._quiet:
             return
         shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]

@@ -39,7 +39,8 @@ from peftjax.training import duration, precision, space
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
-from peftjax.training.population import Member, say, train_population
+from peftjax.training.member import Member, say
+from peftjax.training.population import train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.space import Choice, Range
 from peftjax.training.sweep_table import make_table
@@ -110,7 +111,7 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
 
 
 def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs, and write sweep.json and sweep.html at the start and after each population.
+    """Train the unfinished runs, and write sweep.json and sweep.html at the start and whenever runs have ended.
 
     A run whose loss is not finite ends there; the others go on.
 
@@ -133,8 +134,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
         halving = None
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
-            record = partial(write_results, runs, workdir)
-            halving = Halving([member.workdir for member in runs], reduction, rungs, record)
+            halving = Halving([member.workdir for member in runs], reduction, rungs)
             stops = {entry["run"]: entry.get("stopped", 0) for entry in _entries(workdir)}
             for member in runs:
                 member.stopped = stops.get(member.name, 0)
@@ -144,18 +144,23 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
         for population in populations(waiting):
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
-        groups = populations(waiting, most)
+        groups = populations(waiting)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
-        found = write_results(runs, workdir)  # the reports of the runs link to the page
+        record = partial(write_results, runs, workdir)
+        record()  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
-            several = f", {len(population)} side by side" if len(population) > 1 else ""
+            width = min(most or len(population), len(population))
+            several = (
+                f", {len(population)} runs, {width} at a time" if width < len(population) else f", {width} side by side"
+            )
+            several = several if len(population) > 1 else ""
             say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
-            train_population(population, preemption, halving)
+            train_population(population, preemption, most, halving, record)
             distributed.meet("all runs of the population have ended")
-            found = write_results(runs, workdir)
+        found = record()
     if all("failed" in one for one in found):
         raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
     return found
@@ -215,16 +220,16 @@ def finished(member: Member) -> bool:
     return done and (member.workdir / "report.html").exists()
 
 
-def populations(runs: Sequence[Member], most: int = 0) -> list[list[Member]]:
-    """The runs in groups of at most `most` (0: no limit) that one program can train."""
+def populations(runs: Sequence[Member]) -> list[list[Member]]:
+    """The runs in groups that one program can train."""
     groups: list[list[Member]] = []
     for member in runs:
         group = next((group for group in groups if not separating_fields(group[0].config, member.config)), None)
-        if group is None or len(group) == most:
-            group = []
-            groups.insert(0, group)  # the next one alike joins the newest
-        group.append(member)
-    return groups[::-1]
+        if group is None:
+            groups.append([member])
+        else:
+            group.append(member)
+    return groups
 
 
 def outcome(member: Member) -> dict[str, Any]:

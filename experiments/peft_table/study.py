@@ -46,7 +46,7 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.evaluation import EvalStep, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
-from peftjax.training.population import Member
+from peftjax.training.member import Member
 from peftjax.training.setup import batching
 from peftjax.training.trained import open_task
 

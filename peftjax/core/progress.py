@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
 from rich import progress
@@ -32,6 +32,7 @@ class Progress:
     redirected output, only messages are printed.
 
     Attributes:
+        total: Number of steps of the whole run.
         left: Estimate of the time left.
         began: When it was made, by `time.perf_counter`.
     """
@@ -43,7 +44,7 @@ class Progress:
             done: Number of completed steps.
             enabled: Print anything.
         """
-        self.left, self.began = TimeLeft(total), time.perf_counter()
+        self.total, self.left, self.began = total, TimeLeft(total), time.perf_counter()
         self._enabled, self._phase, self._done = enabled, COMPILING, done
         self._compiled: set[str] = set()  # the units whose first item is done
         self._display: _Display | None = None
@@ -56,6 +57,13 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def expect(self, total: int, evaluations: Sequence[int]) -> None:
+        """Set the number of steps of the whole run, and after which of them it is evaluated, in ascending order."""
+        self.total = total
+        self.left.expect(total, evaluations)
+        if self._display:
+            self._display.expect(total)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -180,6 +188,10 @@ class _Display(progress.Progress):
         yield self.make_tasks_table([task for task in self.tasks if task.visible])
         if self._text:
             yield Text(self._text, no_wrap=True, overflow="ellipsis")
+
+    def expect(self, total: int) -> None:
+        self._steps = total
+        self.update(self._run, total=total, visible=total > 0)
 
     def reach(self, step: int, phase: str, left: float | None, at_once: bool) -> None:
         self.update(self._run, completed=step, description=phase, left=left, refresh=at_once)

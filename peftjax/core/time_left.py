@@ -23,9 +23,9 @@ class TimeLeft:
         self._evaluated = (0, 0.0)  # the step of the last evaluation, and its seconds
         self._apart = 0.0  # seconds not spent on steps
 
-    def expect(self, evaluations: Sequence[int]) -> None:
-        """Set the steps after which the run is evaluated, in ascending order."""
-        self._evaluations = evaluations
+    def expect(self, total: int, evaluations: Sequence[int]) -> None:
+        """Set the number of steps of the run, and after which of them it is evaluated, in ascending order."""
+        self._total, self._evaluations = total, evaluations
 
     def dispatched(self, step: int) -> None:
         """Note that a step has been dispatched; the first one ends the compilation, which is not measured."""

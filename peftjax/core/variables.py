@@ -113,38 +113,42 @@ def join(graph: nnx.GraphDef, *trees: FlatTree) -> Any:
 
     A leaf is an array, or an `nnx.Variable`, which the model then shares.
     """
-    return nnx.merge(graph, nnx.from_flat_state([(_key(path), value) for path, value in _present(*trees).items()]))
+    return nnx.merge(graph, nnx.from_flat_state([(_key(path), value) for path, value in present(*trees).items()]))
 
 
 def update(model: nnx.Module, *trees: FlatTree) -> None:
     """Write the leaves of `trees` into the model's variables."""
     _, variables = flat(model)
-    for path, value in _present(*trees).items():
+    for path, value in present(*trees).items():
         variables[path].set_value(value)
     nnx.update(model, nnx.from_flat_state([(_key(path), variable) for path, variable in variables.items()]))
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Stack trees leaf by leaf. Leaves of different shapes are first padded with zeros at the end of each axis."""
-
-    def stacked(*leaves: jax.Array) -> jax.Array:
-        shape = tuple(map(max, *(leaf.shape for leaf in leaves))) if len(leaves) > 1 else leaves[0].shape
-        return jnp.stack([leaf if leaf.shape == shape else _padded(leaf, shape) for leaf in leaves])
-
-    return jax.tree.map(stacked, *trees)
-
-
-def _padded(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(leaf, [(0, most - size) for most, size in zip(shape, leaf.shape, strict=True)])
+    """Stack trees of the same shapes leaf by leaf."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """The tree with the paths of `like`: zeros of the same shape in place of the leaves that it lacks."""
-    return {path: tree[path] if path in tree else jax.tree.map(jnp.zeros_like, leaf) for path, leaf in like.items()}
+    """The tree with the paths and the shapes of `like`: padded with zeros at the end of each axis, and zeros for paths that it
+    lacks."""
+
+    def padded(leaf: jax.Array, other: jax.Array) -> jax.Array:
+        if leaf.shape == other.shape:
+            return leaf
+        return jnp.pad(leaf, [(0, most - size) for most, size in zip(other.shape, leaf.shape, strict=True)])
+
+    def zeros(other: jax.Array) -> jax.Array:
+        return jnp.zeros(other.shape, other.dtype)
+
+    return {
+        path: jax.tree.map(padded, tree[path], other) if path in tree else jax.tree.map(zeros, other)
+        for path, other in like.items()
+    }
 
 
 def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """The leaves at the paths of `like`, cut to its shapes, which removes what `filled` and the padding of `stack` added."""
+    """The leaves at the paths of `like`, cut to its shapes, which removes what `filled` added."""
     return jax.tree.map(lambda own, leaf: leaf[tuple(map(slice, own.shape))], like, {path: tree[path] for path in like})
 
 
@@ -159,7 +163,8 @@ def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) ->
     return {**tree, **fresh}
 
 
-def _present(*trees: FlatTree) -> FlatTree:
+def present(*trees: FlatTree) -> FlatTree:
+    """The leaves of all trees that are no `optax.MaskedNode`."""
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
 
 

@@ -5,6 +5,7 @@ The step of a population trains several members together, as `peftjax sweep` doe
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,13 @@ from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
+from peftjax.totals import Batch
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
 from peftjax.training.config import Config
-from peftjax.training.population import make_population_step, own_leaves, shared_leaves
+from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.split import split
+from peftjax.training.step import Metrics, TrainState, jit_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +97,20 @@ def _trace_population(
     state, frozen, batch = arguments
     own, shared, states = own_leaves(model, frozen), shared_leaves(model, frozen), [state] * members
     parts = split(config, task, model, config.method)
-    step = make_population_step(parts, [parts.tx] * members, states)
-    return cast(jax.stages.Wrapped, step).trace(states, shared, [own] * members, [batch] * members)
+    population_gradients, update = make_gradients(parts.objective), make_update(parts.tx)
+    options = jit_options(state)
+
+    @partial(jax.jit, donate_argnums=0, **options | {"out_shardings": [options["out_shardings"]] * members})
+    def population_step(
+        states: list[TrainState],
+        shared: variables.FlatTree,
+        own: list[variables.FlatTree],
+        batches: list[Batch],
+    ) -> list[tuple[TrainState, Metrics]]:
+        gradients = population_gradients([each._replace(optimizer=()) for each in states], shared, own, batches)
+        return [update(each, gradients, index) for index, each in enumerate(states)]
+
+    return cast(jax.stages.Wrapped, population_step).trace(states, shared, [own] * members, [batch] * members)
 
 
 def state_bytes(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> int:

@@ -88,13 +88,18 @@ def abstract_step(
     Call it inside `jax.set_mesh(mesh)`. The model's leaves get their shardings in place. `optimizer` replaces the one of
     `config.optim`, as in `split`. `row` has the shapes of a row by name; by default the longest one.
     """
-    _, leaves = variables.flat(model)
-    variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
+    place_shapes(model, mesh)
     objective, tx, trainable, frozen = split(config, task, model, config.method, optimizer)
     state = abstract_state(trainable, tx)
     batch = abstract_batch(config, row or task.row_shapes(), mesh)
     step = make_train_step(objective, tx, state)
     return cast(jax.stages.Wrapped, step), StepArguments(state, frozen, batch)
+
+
+def place_shapes(model: nnx.Module, mesh: Mesh) -> None:
+    """Give the shapes of a model's leaves their shardings, in place."""
+    _, leaves = variables.flat(model)
+    variables.update(model, {path: _placed(leaf.get_value(), leaf.axes, mesh) for path, leaf in leaves.items()})
 
 
 def abstract_batch(config: Config, row: Mapping[str, Any], mesh: Mesh) -> Batch:

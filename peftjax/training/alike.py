@@ -6,19 +6,24 @@ has no effect, as in the rank axis of LoRA. An adapter may be missing if it has 
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from peftjax.adapters import active_view
+from peftjax.adapters import Method, active_view
+from peftjax.adapters.attach import attach_unchecked
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.adapters.sites import sites
 from peftjax.nn.dropout import Dropout
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
+from peftjax.training.abstract import place_shapes
 from peftjax.training.config import Config
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
+Path = tuple[Any, ...]  # of a module
 
 # Fields that only affect the update, or when a member is evaluated, saved and finished, or where it is logged.
 # `Method.traced_options` adds others.
@@ -35,25 +40,47 @@ def separating_fields(one: Config, other: Config) -> list[str]:
     return [line.partition(":")[0] for line in lines if not line.startswith(free)]
 
 
-def align_dropout(models: Sequence[nnx.Module]) -> None:
-    """Turn the dropout rates that differ between models into variables, in place.
+def outline(base: ModelT, method: Method, mesh: Mesh) -> ModelT:
+    """The base with the adapters of a method, as shapes with shardings."""
+    graph, state = nnx.split(base)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+    def attached(state: nnx.State) -> ModelT:
+        model: ModelT = nnx.merge(graph, state)
+        return attach_unchecked(model, method, "default", rngs=nnx.Rngs(0))
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        model: ModelT = nnx.eval_shape(attached, shapes)
+    place_shapes(model, mesh)
+    return model
+
+
+def varied_dropout(models: Sequence[nnx.Module]) -> list[Path]:
+    """The paths of the dropout modules whose rates differ between models."""
+    dropouts = [_dropouts(model) for model in models]
+    return [
+        path
+        for path in dropouts[0]
+        if all(path in own for own in dropouts) and len({own[path].rate for own in dropouts}) > 1
+    ]
+
+
+def vary_dropout(model: nnx.Module, paths: Sequence[Path]) -> None:
+    """Turn the dropout rates at some paths into variables, in place.
 
     In a model without any dropout, these modules also get keys; at rate 0 they drop nothing. A rate of 0 in a model with
     other dropout, such as that of its base, stays as it is: an additional key would change the other masks. Such a model
     has a different structure.
     """
-    found = [dict(nnx.iter_modules(model)) for model in models]
-    dropouts = [{path: module for path, module in own.items() if isinstance(module, Dropout)} for own in found]
-    varied = [
-        path
-        for path in dropouts[0]
-        if all(path in own for own in dropouts) and len({own[path].rate for own in dropouts}) > 1
-    ]
-    for own in dropouts:
-        without = all(module.key is None for module in own.values())
-        for path in varied:
-            if without or own[path].rate:
-                own[path].vary()
+    dropouts = _dropouts(model)
+    without = all(module.key is None for module in dropouts.values())
+    for path in paths:
+        if without or dropouts[path].rate:
+            dropouts[path].vary()
+
+
+def _dropouts(model: nnx.Module) -> dict[Path, Dropout]:
+    return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Dropout)}
 
 
 def structure(model: nnx.Module) -> nnx.GraphDef:
@@ -83,3 +110,13 @@ def unite(one: ModelT, other: nnx.Module) -> ModelT | None:
                     slot.add(name, source.adapter(name))
                 slot.active = source.active
     return united if structure(united) == structure(added) else None
+
+
+def unite_all(models: Sequence[ModelT]) -> ModelT:
+    """The first model with the adapters of all; one program can train them."""
+    united = models[0]
+    for model in models[1:]:
+        one = unite(united, model)
+        assert one is not None
+        united = one
+    return united

@@ -6,7 +6,7 @@ If they are not all trained together, the first ones are compared with fewer run
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from peftjax.core.errors import UserError
@@ -22,13 +22,11 @@ class Halving:
       workdirs: The directories of all runs.
       reduction: R.
       rungs: The steps at which runs are compared.
-      record: Called after runs were stopped.
     """
 
     workdirs: Sequence[Path]
     reduction: int
     rungs: Sequence[int]
-    record: Callable[[], object]
 
     def losses(self, step: int) -> dict[str, float]:
         """The held-out losses of the runs that were evaluated at a step, by the names of their directories, lowest first."""

@@ -169,7 +169,7 @@ class Run:
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print what is trained on what, and write config.json and the start of the report's data."""
         config = self.config
-        log.progress.left.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
+        log.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
@@ -226,7 +226,7 @@ class Run:
         Raises:
           NotFiniteError: The loss or the gradient norm is not finite.
         """
-        log.progress.advance(step)
+        log.advance(step)
         if self.due.log(step) or self.due.save(step) or stopping:
             numbers = self.window.close()
             if self.due.log(step):

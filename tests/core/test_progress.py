@@ -121,7 +121,7 @@ def test_a_text_is_clipped_to_a_few_lines_without_control_characters(monkeypatch
 
 def test_the_time_left_includes_the_evaluations_to_come(clock: Callable[[float], None]) -> None:
     left = TimeLeft(10)
-    left.expect([4, 8, 10])
+    left.expect(10, [4, 8, 10])
     left.evaluated(0, 50)  # with its compilation
     clock(30)  # compilation of the step
     left.dispatched(1)

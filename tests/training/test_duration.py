@@ -18,7 +18,7 @@ from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import duration
 from peftjax.training.config import Config
-from peftjax.training.population import Member
+from peftjax.training.member import Member
 from peftjax.training.setup import open_data
 from tests.test_train import config
 

@@ -57,8 +57,9 @@ def test_members_of_different_ranks_have_the_predictions_of_each_alone(accumulat
     networks = [Network(rank, seed) for rank, seed in ((1, 0), (3, 5))]
     leaves = [{path: leaf.get_value() for path, leaf in variables.flat(network)[1].items()} for network in networks]
     graph = variables.flat(networks[0])[0]
+    padded = [variables.filled(each, leaves[1]) for each in leaves]
     together = evaluate_population(
-        make_population_eval_step(graph, task, mesh), task, leaves, {}, batches, mesh, accumulate
+        make_population_eval_step(graph, task, mesh), task, padded, {}, batches, mesh, accumulate
     )
     for one, found in zip(leaves, together, strict=True):
         alone = evaluate(make_eval_step(graph, task, mesh), task, one, {}, batches, mesh)

@@ -21,7 +21,7 @@ from peftjax.tasks.model import ModelConfig
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import start_from
-from peftjax.training.population import Member
+from peftjax.training.member import Member
 from peftjax.training.start_from import attach_trained, with_options
 from peftjax.training.trained import load_trained, measure, open_task
 from tests import tiny

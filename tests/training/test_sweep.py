@@ -22,12 +22,13 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers, population
+from peftjax.training import answers
 from peftjax.training import config as configs
-from peftjax.training.population import Member
+from peftjax.training.member import Member
 from peftjax.training.run import Measured, Run
 from peftjax.training.step import TrainState
 from peftjax.training.sweep_table import make_table
+from peftjax.training.united import unite_runs
 from tests import runs
 from tests.test_train import config
 
@@ -152,7 +153,6 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Pa
     made.method = methods.make_config("lora")
     numbers = [member(made, tmp_path, seed=seed, optim__name=name) for seed in (0, 1) for name in ("sgd", "adamw")]
     assert sweep.populations(numbers) == [numbers]
-    assert sweep.populations(numbers, 3) == [numbers[:3], numbers[3:]]
     ranks = [member(made, tmp_path, method__rank=rank, method__dropout=rate) for rate in (0.0, 0.1) for rank in (4, 8)]
     assert sweep.populations(ranks) == [ranks]
     targets = [
@@ -264,9 +264,10 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
 def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path: Path) -> None:
     made.model.quantize = "nf4"
     pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
-    with contextlib.ExitStack() as opened:
-        (group,) = population.set_up(pair, sharding.make_mesh(), opened)
-        kernels = [one.run.frozen["blocks.attention.query.kernel"] for one in group]
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        (united,) = unite_runs(pair, mesh)
+        kernels = [united.open(one).run.frozen["blocks.attention.query.kernel"] for one in pair]
         ours, theirs = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kernel)] for kernel in kernels)
     assert ours == theirs
     assert len(ours) == 4  # codes, absmax, their scales and mean

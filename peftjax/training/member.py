@@ -1,0 +1,115 @@
+"""A run of a sweep, waiting or under way."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peftjax.core import output
+from peftjax.core.errors import NotFiniteError
+from peftjax.io.checkpoint import Checkpoints
+from peftjax.log import Log
+from peftjax.training.config import Config
+from peftjax.training.population_step import Update
+from peftjax.training.run import Run
+from peftjax.training.step import TrainState
+
+
+@dataclasses.dataclass
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      values: The swept fields and their values.
+      config: The whole configuration.
+      workdir: The directory of the run.
+      trial: In random search, the seed, the index of the draw and the drawn values as text.
+      failed: Why the run failed; empty if it did not.
+      stopped: The step at which successive halving stopped the run; 0 if it did not.
+    """
+
+    values: dict[str, Any]
+    config: Config
+    workdir: Path
+    trial: dict[str, Any] | None = None
+    failed: str = ""
+    stopped: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return self.workdir.name
+
+
+@dataclasses.dataclass
+class Training:
+    """A member under way.
+
+    Attributes:
+      member: The member.
+      run: Its run. It shares the base, and the batches with members of the same seed that started with it.
+      update: The jitted update of its state.
+      state: Its state.
+      step: The number of steps done.
+      checkpoints: Its checkpoints.
+      opened: What is closed when the member ends.
+      log: Its log.
+      loss: The loss of the last step.
+    """
+
+    member: Member
+    run: Run
+    update: Update
+    state: TrainState
+    step: int
+    checkpoints: Checkpoints
+    opened: contextlib.ExitStack
+    log: Log = dataclasses.field(init=False)
+    loss: jax.Array = dataclasses.field(init=False)
+
+    @property
+    def last(self) -> int:
+        """The last step of the run."""
+        return self.run.config.train.steps
+
+    def log_step(self, *, stopping: bool) -> None:
+        """`Run.log_step`; a loss that is not finite ends this member alone."""
+        try:
+            self.run.log_step(self.step, self.log, stopping=stopping)
+        except NotFiniteError as error:
+            self.fail(error)
+
+    def finish(self) -> None:
+        """Write the result of the finished run."""
+        self.checkpoints.wait()
+        self.run.finish(self.state, self.log)
+        self.opened.close()  # this run is finished, even if an error ends the others
+
+    def stop(self, why: str) -> None:
+        """End the run before its last step."""
+        self.checkpoints.wait()
+        self.log.close("stopped")
+        self.opened.close()
+        self.member.stopped = self.step
+        say(f"{self.member.name} stopped at step {self.step}: {why}")
+
+    def fail(self, error: NotFiniteError) -> None:
+        """End the run; the others go on."""
+        self.member.failed = str(error)
+        self.log.close("failed")
+        self.opened.close()
+        say(f"{self.member.name} failed: {error}")
+
+
+def without_failed(members: Sequence[Training]) -> list[Training]:
+    """The members that have not failed."""
+    return [one for one in members if not one.member.failed]
+
+
+def say(text: str) -> None:
+    """Print a line, from one process."""
+    if jax.process_index() == 0:
+        output.say(text)

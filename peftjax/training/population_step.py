@@ -1,0 +1,66 @@
+"""The step of a population: the gradients of all members in one program, then each member's own update.
+
+For the gradients, the leaves of all members are padded to the same shapes (`variables.filled`), so that any run can take the
+place of another without compiling this program again. Leaves are padded there and only there: each state, update and moment
+has the leaves and the shapes that it has in a separate run.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+
+from peftjax.core import variables
+from peftjax.models.base import Model
+from peftjax.totals import Batch, Totals
+from peftjax.training.step import Metrics, Objective, TrainState, accumulate, apply, summary
+
+Gradients = tuple[variables.FlatTree, Totals]
+PopulationGradients = Callable[
+    [Sequence[TrainState], variables.FlatTree, Sequence[variables.FlatTree], Sequence[Batch]], Gradients
+]
+Update = Callable[[TrainState, Gradients, int], tuple[TrainState, Metrics]]
+
+
+def make_gradients(objective: Objective) -> PopulationGradients:
+    """The function (states, shared, own, batches) -> gradients and totals [M, ...] of M members.
+
+    Its argument `states` has no moments, and `shared` the frozen leaves of all members, such as the base, which is held, read
+    and decoded once; `own` has the other frozen leaves of each member.
+    """
+
+    def population_gradients(
+        states: Sequence[TrainState],
+        shared: variables.FlatTree,
+        own: Sequence[variables.FlatTree],
+        batches: Sequence[Batch],
+    ) -> Gradients:
+        def member(state: TrainState, own: variables.FlatTree, batch: Batch) -> Gradients:
+            return accumulate(objective, state, {**shared, **own}, batch)
+
+        return jax.vmap(member)(*map(variables.stack, (states, own, batches)))
+
+    return population_gradients
+
+
+def make_update(tx: optax.GradientTransformation) -> Update:
+    """The function (state, gradients, index) -> (state, metrics) of the member with an index in the population."""
+
+    def update(state: TrainState, gradients: Gradients, index: int) -> tuple[TrainState, Metrics]:
+        padded, totals = jax.tree.map(lambda leaf: leaf[index], gradients)
+        gradient = variables.cut(padded, state.trainable)
+        return apply(tx, state, gradient), summary(gradient, totals)
+
+    return update
+
+
+def own_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
+    """The frozen leaves that came with the method, such as LoRA's scales."""
+    kinds = variables.flat(model)[1]
+    return {path: leaf for path, leaf in frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+
+
+def shared_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
+    """The other frozen leaves, such as the base."""
+    own = own_leaves(model, frozen)
+    return {path: leaf for path, leaf in variables.present(frozen).items() if path not in own}

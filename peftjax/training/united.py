@@ -1,0 +1,190 @@
+"""What the runs of a population share: the base, a model with the adapters of all of them, and the compiled programs."""
+
+import contextlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from peftjax import sharding
+from peftjax.adapters.method import Method
+from peftjax.core import variables
+from peftjax.core import workdir as workdirs
+from peftjax.models.base import Model
+from peftjax.report.data import ReportData
+from peftjax.tasks import Task
+from peftjax.training import start_from
+from peftjax.training.alike import Path, outline, structure, unite, unite_all, varied_dropout, vary_dropout
+from peftjax.training.evaluation import EvalStep
+from peftjax.training.hooks import NO_HOOKS
+from peftjax.training.member import Member, Training
+from peftjax.training.population_evaluation import make_population_eval_step
+from peftjax.training.population_step import Update, make_gradients, make_update, own_leaves, shared_leaves
+from peftjax.training.run import Run
+from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
+from peftjax.training.split import split
+from peftjax.training.step import TrainState, init_state, jit_options
+
+
+class Base(NamedTuple):
+    """The base model of all runs.
+
+    Attributes:
+      model: The model.
+      fingerprint: Its fingerprint.
+      task: The task.
+      dropout: The paths of the dropout modules whose rates differ between runs.
+    """
+
+    model: Model
+    fingerprint: str
+    task: Task
+    dropout: Sequence[Path]
+
+
+class United:
+    """Runs that one program can train, and what they share.
+
+    Attributes:
+      members: The runs.
+      model: The base with the adapters of all runs, as shapes. Each is as large as in the run where it is largest.
+      mesh: The devices.
+      gradients: The jitted function of `make_gradients`.
+      eval_step: The jitted step of `make_population_eval_step`.
+      shared: The frozen leaves of all runs, such as the base; empty until the first run is opened.
+    """
+
+    def __init__(self, members: Sequence[Member], base: Base, outlines: Sequence[Model], mesh: Mesh) -> None:
+        """
+        Args:
+          members: The runs.
+          base: The base model.
+          outlines: The models of the runs; see `outline`.
+          mesh: The devices.
+        """
+        model = unite_all(outlines)
+        self.members, self.model, self.mesh = members, model, mesh
+        self.shared: variables.FlatTree = {}
+        self._base = base
+        self._updates: dict[Hashable, Update] = {}
+        self._alone: dict[nnx.GraphDef, EvalStep] = {}
+        config = members[0].config
+        parts = split(config, base.task, model, config.method)
+        self._trainable, self._own = Padded(parts.trainable), Padded(own_leaves(model, parts.frozen))
+        for each in outlines:
+            self._widen({path: leaf.get_value() for path, leaf in variables.flat(each)[1].items()})
+        options = sharding.compiler_options(mesh.devices.flat)
+        self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
+        self.eval_step = make_population_eval_step(variables.flat(model)[0], base.task, mesh)
+
+    def open(self, member: Member) -> Training:
+        """Attach the adapters of a run to the base, and restore its newest checkpoint if it has one."""
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
+            task, batches = open_data(member.config, self.mesh)
+            checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
+            config, source = resolve_config(member.config, task, batches, member.workdir, checkpoints)
+            model = nnx.clone(self._base.model)
+            method = attach_method(config, task, model, self.mesh, source)
+            vary_dropout(model, self._base.dropout)
+            sharding.place(model, self.mesh)
+            parts = split(config, task, model, method)
+            assert unite(self.model, model) is not None, f"{member.name} has another structure"
+            fingerprint = self._base.fingerprint
+            run = Run(config, member.workdir, self.mesh, task, batches, method, model, parts, fingerprint, NO_HOOKS)
+            run.report = ReportData(sweep=True)
+            run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
+            state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
+            self.shared = self.shared or shared_leaves(model, run.frozen)
+            run.frozen = {**self.shared, **own_leaves(model, run.frozen)}
+            self._widen(variables.present(state.trainable, run.frozen))  # ranks may have been chosen from data
+            key = config.optim, config.train.steps, config.method
+            if key not in self._updates:
+                self._updates[key] = jax.jit(make_update(parts.tx), donate_argnums=0, **jit_options(state))
+            return Training(member, run, self._updates[key], state, int(state.step), checkpoints, opened.pop_all())
+
+    def states(self, members: Sequence[Training]) -> list[TrainState]:
+        """The states of members without moments, padded."""
+        return [one.state._replace(optimizer=(), trainable=self._trainable(one.state.trainable)) for one in members]
+
+    def own_frozen(self, members: Sequence[Training]) -> list[variables.FlatTree]:
+        """The frozen leaves of each member that are not in `shared`, padded."""
+        return [self._own(own_leaves(one.run.model, one.run.frozen)) for one in members]
+
+    def own(self, members: Sequence[Training]) -> list[variables.FlatTree]:
+        """All leaves of each member that are not in `shared`, padded."""
+        return [
+            {**state.trainable, **frozen}
+            for state, frozen in zip(self.states(members), self.own_frozen(members), strict=True)
+        ]
+
+    def _widen(self, leaves: Mapping[str, Any]) -> None:
+        """Pad to shapes that are at least as large as those of a run's leaves."""
+        self._trainable.widen(leaves)
+        self._own.widen(leaves)
+
+
+def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
+    """Load the base of some runs, and group the runs by what one program can train.
+
+    One program cannot train models that differ in structure, for example because an `init` of LoRA has a nonzero initial
+    update.
+    """
+    config = members[0].config
+    task, batches = open_data(config, mesh)
+    batches.close()
+    model = task.load_model(config.model, task.directory, mesh, config.seed)
+    runs: dict[Method, list[Member]] = {}
+    for member in members:
+        runs.setdefault(start_from.with_options(member.config).method, []).append(member)
+    outlines = {method: outline(model, method.tokenized(lambda text: [0]), mesh) for method in runs}
+    base = Base(model, base_fingerprint(model), task, varied_dropout(list(outlines.values())))
+    groups: list[list[Method]] = []
+    for method, own in outlines.items():
+        vary_dropout(own, base.dropout)
+        group = next((group for group in groups if unite(unite_all([outlines[one] for one in group]), own)), None)
+        groups.append([method]) if group is None else group.append(method)
+    return [
+        United([one for method in group for one in runs[method]], base, [outlines[method] for method in group], mesh)
+        for group in groups
+    ]
+
+
+class Padded:
+    """Pads flat trees to the same shapes.
+
+    Args:
+      like: A tree of arrays or shapes. Where a tree lacks one of its leaves, it gets zeros.
+    """
+
+    def __init__(self, like: variables.FlatTree) -> None:
+        self._set(like)
+
+    def __call__(self, tree: variables.FlatTree) -> variables.FlatTree:
+        """The padded tree; the tree itself if it has all of the shapes."""
+        if tree.keys() == self._like.keys() and _shapes(tree) == _shapes(self._like):
+            return tree
+        return self._fill(tree)
+
+    def widen(self, leaves: Mapping[str, Any]) -> None:
+        """Pad to shapes that are at least as large as those of some leaves."""
+        wider = {
+            path: jax.tree.map(_wider, leaf, leaves[path]) if path in leaves and jax.tree.leaves(leaf) else leaf
+            for path, leaf in self._like.items()
+        }
+        if _shapes(wider) != _shapes(self._like):
+            self._set(wider)
+
+    def _set(self, like: variables.FlatTree) -> None:
+        self._like = like
+        self._fill = jax.jit(lambda tree: variables.filled(tree, like))
+
+
+def _shapes(tree: variables.FlatTree) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def _wider(leaf: jax.ShapeDtypeStruct, other: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(map(max, leaf.shape, other.shape)), leaf.dtype)
