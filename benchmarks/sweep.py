@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 
 from peftjax import sharding, sweep
-from peftjax.core.progress import Progress
 from peftjax.io.hf_files import resolve
-from peftjax.training import population
+from peftjax.training.population import Population
+from peftjax.training.united import unite_runs
 
 COUNTS, ROUNDS = (1, 2, 4, 8), 7
 
@@ -51,19 +51,20 @@ def main() -> None:
         swept = [f"--sweep.optim.learning_rate={rates}"]
         mesh = sharding.make_mesh()
         opened.enter_context(jax.set_mesh(mesh))
-        steps = {}
+        together = {}
         for count in COUNTS:
             members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
-            (group,) = population.set_up(members, mesh, opened)
-            steps[count] = group, opened.enter_context(population.make_advance(group, Progress(enabled=False)))
-            steps[count][1](0)  # compiles
+            (united,) = unite_runs(members, mesh)
+            together[count] = Population(united)
+            opened.enter_context(together[count].start())
+            together[count].advance()  # compiles
         seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
-        for number in range(1, ROUNDS + 1):
-            for count, (group, advance) in steps.items():
-                jax.block_until_ready([one.state for one in group])
+        for _ in range(ROUNDS):
+            for count, population in together.items():
+                jax.block_until_ready([one.state for one in population.live])
                 started = time.perf_counter()
-                advance(number)
-                jax.block_until_ready([one.state for one in group])
+                population.advance()
+                jax.block_until_ready([one.state for one in population.live])
                 seconds[count].append(time.perf_counter() - started)
     print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens per LoRA")
     for count in COUNTS[1:]:

@@ -174,7 +174,7 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
             axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2 * min(curve.width, 1), linewidth=0)
     if len(good) < len(curves):
         bottom, top = min(values), max(values)
-        margin = 0.05 * (top - bottom)
+        margin = 0.05 * (top - bottom or abs(top) or 1.0)
         axes.set_ylim(*((bottom / 1.1, top * 1.1) if is_log(values) else (bottom - margin, top + margin)))
     for curve in curves:
         if curve.failed:

@@ -67,7 +67,13 @@ class Population:
         compile it again.
     """
 
-    def __init__(self, united: United, together: int, halving: Halving | None, record: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        united: United,
+        together: int = 0,
+        halving: Halving | None = None,
+        record: Callable[[], object] = lambda: None,
+    ) -> None:
         self.live: list[Training] = []
         self.waiting = collections.deque(united.members)
         self.width = min(together or len(self.waiting), len(self.waiting))

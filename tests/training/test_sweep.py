@@ -6,7 +6,7 @@ import json
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers
+from peftjax.training import answers, population
 from peftjax.training import config as configs
 from peftjax.training.member import Member
 from peftjax.training.run import Measured, Run
 from peftjax.training.step import TrainState
 from peftjax.training.sweep_table import make_table
-from peftjax.training.united import unite_runs
+from peftjax.training.united import United, unite_runs
 from tests import runs
 from tests.test_train import config
 
@@ -301,6 +301,41 @@ def test_successive_halving_continues_the_best_runs(
     assert sweep.sweep([*grid(), more], tmp_path / "sweep", reduction=2)[-1]["stopped"] == 2
     assert "stopped" not in sweep.sweep(grid()[-1:], tmp_path / "sweep")[0]  # continues where it was stopped
     assert runs.metrics(tmp_path / "sweep" / "optim__learning_rate=0.001")[-1]["step"] == 8
+
+
+@pytest.mark.slow
+def test_runs_take_the_places_of_stopped_ones_in_the_same_program(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.train.update({"steps": 8, "eval_every": 2})
+    made.method, groups = methods.make_config("lora"), list[United]()
+    monkeypatch.setattr(population, "unite_runs", lambda *given: groups.extend(unite_runs(*given)) or groups)
+    options = {
+        "optim__learning_rate": (1e-5, 1e-2, 1e-4, 1e-3),
+        "method__rank": (2, 3, 4, 1),
+        "method__targets": ("q_proj", "v_proj", "all-linear", "q_proj"),
+    }
+    several = [
+        member(made, tmp_path / "sweep", **dict(zip(options, values, strict=True)))
+        for values in zip(*options.values(), strict=True)
+    ]
+    found = sweep.sweep(several, tmp_path / "sweep", most=2, reduction=2)
+    ends = {one["values"]["optim__learning_rate"]: one.get("stopped") for one in found}
+    assert ends == {1e-2: None, 1e-3: 2, 1e-4: 4, 1e-5: 2}  # each compared with those that have been there before
+    assert "population 1 of 1, 4 runs, 2 at a time" in capsys.readouterr().out
+    (united,) = groups
+    assert cast(Any, united.gradients)._cache_size() == 1  # compiled once
+    _, best, other, _ = several
+    for one in (best, other):
+        train(one.config, tmp_path / "alone" / one.name)
+    assert_same_run(best.workdir, tmp_path / "alone" / best.name)
+    losses, alone = (
+        [line for line in runs.metrics(root / other.name) if line["kind"] == "eval"]
+        for root in (tmp_path / "sweep", tmp_path / "alone")
+    )
+    assert len(losses) == 3  # at steps 0, 2 and 4
+    for line, expected in zip(losses, alone, strict=False):
+        assert line == pytest.approx(expected, rel=2e-4)
 
 
 @pytest.mark.parametrize(
