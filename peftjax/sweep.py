@@ -51,7 +51,8 @@ def members(
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
-    They are added to the fields that `get_sweep()` of the config file returns, or replace their values.
+    They are added to the fields that `get_sweep()` of the config file returns, or replace their values. If it returns several
+    search spaces, this is done in each of them.
 
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
@@ -66,22 +67,25 @@ def members(
         if name in given:
             raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
         given[name] = values
-    swept = {name: space.parse_values(name, values) for name, values in read_sweep(path).items()} | given
+    spaces = [
+        {name: space.parse_values(name, values) for name, values in each.items()} | given
+        for each in read_sweep(path) or [{}]
+    ]
+    swept = list(dict.fromkeys(name for each in spaces for name in each))
     if not swept:
         raise UserError(
             "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define "
             "get_sweep() in the config file"
         )
     if trials:
-        defaults = flat(configs.to_dict(configs.load(path, overrides)))
-        integers = {name for name in swept if type(defaults.get(name)) is int}
-        chosen = _recorded(swept, seed, workdir, space.draw(swept, trials, seed, integers))
+        integers = {name for each in spaces for name in _integers(path, overrides, each)}
+        chosen = _recorded(spaces, seed, workdir, space.draw(spaces, trials, seed, integers))
     else:
-        chosen = space.grid(swept)
+        chosen = [texts for each in spaces for texts in space.grid(each)]
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
         config = configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
-        fixed = {name: _value(config, name) for name in swept}
+        fixed = {name: _value(config, name) for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
         if name in found and not trials:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
@@ -90,7 +94,17 @@ def members(
     return list(found.values())
 
 
-def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str, str]]) -> list[dict[str, str]]:
+def _integers(path: str, overrides: Iterable[str], swept: space.Space) -> list[str]:
+    """The fields of a search space whose values are integers."""
+    lists = {name: values.texts[0] for name, values in swept.items() if isinstance(values, Choice)}
+    config = configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in lists.items())])
+    defaults = flat(configs.to_dict(config))
+    return [name for name in swept if type(defaults.get(name)) is int]
+
+
+def _recorded(
+    spaces: Sequence[space.Space], seed: int, workdir: Path, drawn: list[dict[str, str]]
+) -> list[dict[str, str]]:
     """Replace the draws that sweep.json has recorded for this seed by the recorded ones.
 
     Raises:
@@ -99,14 +113,15 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
     file = workdir / RESULTS
     for trial in (entry["trial"] for entry in _entries(workdir) if entry.get("trial", {}).get("seed") == seed):
         texts = trial["drawn"]
-        if texts.keys() != swept.keys() or not all(text in swept[name] for name, text in texts.items()):
+        accepting = next((each for each in spaces if space.accepts(each, texts)), None)
+        if accepting is None:
             values = ", ".join(f"{name}={text}" for name, text in texts.items())
             raise UserError(
                 f"{file} records a draw from other fields or values: {values}; choose another workdir or another "
                 "--search_seed"
             )
         if trial["index"] < len(drawn):
-            drawn[trial["index"]] = {name: texts[name] for name in swept}
+            drawn[trial["index"]] = {name: texts[name] for name in accepting}
     return drawn
 
 

@@ -51,20 +51,23 @@ def read(given: str | Path) -> tuple[dict[str, Any], Source]:
     return flat(config), Source(str(path))
 
 
-def read_sweep(given: str | Path) -> Mapping[str, Any]:
-    """What `get_sweep()` of a Python file returns, {"section.field": values}; empty without that function.
+def read_sweep(given: str | Path) -> list[Mapping[str, Any]]:
+    """The search spaces that `get_sweep()` of a Python file returns, {"section.field": values} each; none without that function.
 
     Args:
       given: As in `read`.
 
     Raises:
-      UserError: The file fails, or the function does not return a mapping.
+      UserError: The file fails, or the function does not return a mapping or a list of mappings.
     """
     path, _ = _split(given)
     sweep = _call(path, "get_sweep") if path.suffix == ".py" else None
-    if not isinstance(sweep, Mapping | None):
-        raise UserError(f"{path}: get_sweep() must return a dict of fields and their values, but returned {sweep!r}")
-    return sweep or {}
+    spaces = sweep if isinstance(sweep, list | tuple) else [] if sweep is None else [sweep]
+    if not all(isinstance(space, Mapping) for space in spaces):
+        raise UserError(
+            f"{path}: get_sweep() must return a dict of fields and their values, or a list of such dicts, but returned {sweep!r}"
+        )
+    return [space for space in spaces if space]
 
 
 def _split(given: str | Path) -> tuple[Path, list[str]]:

@@ -72,7 +72,8 @@ def make_figures(runs: Sequence[SweptRun], ranked_by: str) -> list[Figure]:
     """The learning curves, the score over each swept field, and with two or more such fields parallel coordinates."""
     if not runs:
         return []
-    varied = [field for field in runs[0].values if any(run.values.get(field) != runs[0].values[field] for run in runs)]
+    swept = dict.fromkeys(field for run in runs for field in run.values)
+    varied = [field for field in swept if any(run.values.get(field) != runs[0].values.get(field) for run in runs)]
     fields = [field for field in varied if field != SEED] or varied
     figures = list(_curves(runs, ranked_by))
     if _ranked(runs, ranked_by):
@@ -125,12 +126,15 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
 
 def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], ranked_by: str, *, wide: bool) -> Figure:
     """The score over a field, with one line for the runs that differ only in it and in the seed."""
-    scale = make_scale([run.values.get(field) for run in runs])
+    runs = [run for run in runs if field in run.values]
+    scale = make_scale([run.values[field] for run in runs])
     others = [other for other in fields if other != field]
     points: dict[str, list[tuple[float, float]]] = {}
     for number in _ranked(runs, ranked_by):
         run = runs[number]
-        name = ", ".join(f"{short_name(other, run.values)}={value_text(run.values.get(other))}" for other in others)
+        name = ", ".join(
+            f"{short_name(other, fields)}={value_text(run.values[other])}" for other in others if other in run.values
+        )
         points.setdefault(name, []).append((scale.places[number], run.scores[ranked_by]))
     names = sorted(points) if len(points) <= len(GROUP_COLORS) else list(points)
     colors = GROUP_COLORS if len(names) <= len(GROUP_COLORS) else ["first"] * len(names)
@@ -153,7 +157,7 @@ def _parallel_figure(runs: Sequence[SweptRun], fields: Sequence[str], ranked_by:
     """All runs across the axes of the fields and of the score."""
     ranked = _ranked(runs, ranked_by)
     shown = [*ranked, *(number for number, run in enumerate(runs) if run.failed and number not in ranked)]
-    scales = [make_scale([runs[number].values.get(field) for number in shown]) for field in fields]
+    scales = [make_scale([runs[number].values.get(field, "not set") for number in shown]) for field in fields]
     scales.append(make_scale([runs[number].scores[ranked_by] for number in ranked]))
     colors: list[str | None] = [*_colors(runs, ranked_by).values(), *[None] * (len(shown) - len(ranked))]
     names = [*(short_name(field, fields) for field in fields), ranked_by]

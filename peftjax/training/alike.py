@@ -37,7 +37,13 @@ def separating_fields(one: Config, other: Config) -> list[str]:
     traced = tuple(f"method.{option}:" for option in one.method.traced_options)
     free = (*PER_MEMBER, *traced, *(() if drawn else ("seed:",)))
     lines = configs.differences(one, configs.to_dict(other))
-    return [line.partition(":")[0] for line in lines if not line.startswith(free)]
+    names = [line.partition(":")[0] for line in lines if not line.startswith(free)]
+    # Other methods have other options.
+    return (
+        [name for name in names if not name.startswith("method.")] + ["method.name"]
+        if "method.name" in names
+        else names
+    )
 
 
 def outline(base: ModelT, method: Method, mesh: Mesh) -> ModelT:

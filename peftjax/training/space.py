@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,11 @@ class Range:
 
 
 Space = Mapping[str, Choice | Range]  # the values of each field, by its dotted name
+
+
+def accepts(space: Space, texts: Mapping[str, str]) -> bool:
+    """Whether a combination of values is in the space."""
+    return texts.keys() == space.keys() and all(text in space[name] for name, text in texts.items())
 
 
 def parse(item: str) -> tuple[str, Choice | Range]:
@@ -118,20 +123,22 @@ def grid(space: Space) -> list[dict[str, str]]:
     return [dict(zip(texts, combination, strict=True)) for combination in itertools.product(*texts.values())]
 
 
-def draw(space: Space, trials: int, seed: int, integers: Collection[str]) -> list[dict[str, str]]:
-    """Return independent draws of all fields, for random search (Bergstra & Bengio 2012).
+def draw(spaces: Sequence[Space], trials: int, seed: int, integers: Collection[str]) -> list[dict[str, str]]:
+    """Return independent draws, for random search (Bergstra & Bengio 2012): of a space, then of all its fields.
 
     Draw i depends only on the seed and on i, so a larger number of draws starts with the same ones.
 
     Args:
-      space: The values of each field.
+      spaces: The values of each field; every space is as likely.
       trials: The number of draws.
       seed: The random seed.
       integers: The fields whose values are integers.
     """
     drawn = []
     for index in range(trials):
-        quantiles = np.random.default_rng([seed, index]).random(len(space))
+        rng = np.random.default_rng([seed, index])
+        space = spaces[int(rng.integers(len(spaces)))] if len(spaces) > 1 else spaces[0]
+        quantiles = rng.random(len(space))
         drawn.append(
             {
                 name: space[name].draw(float(quantile), integer=name in integers)

@@ -20,11 +20,12 @@ def make_table(found: Sequence[Outcome]) -> Table:
 
     Runs that differ only in their seeds share a row, with the mean of their scores and its standard deviation.
     """
-    values: dict[str, list[Any]] = {name: [one["values"][name] for one in found] for name in found[0]["values"]}
+    fields = dict.fromkeys(name for one in found for name in one["values"])
+    values = {name: [one["values"].get(name, "") for one in found] for name in fields}
     varied = [name for name, given in values.items() if name != SEED and any(value != given[0] for value in given)]
     groups: dict[str, list[Outcome]] = {}
     for one in found:
-        groups.setdefault(repr([one["values"][name] for name in varied]), []).append(one)
+        groups.setdefault(repr([one["values"].get(name) for name in varied]), []).append(one)
     scores = compared_scores({name for one in found for name in one["scores"]})
     several = any(len(group) > 1 for group in groups.values())
     halved = any("stopped" in one for one in found)
@@ -46,7 +47,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
         cells += [""] * (len(scores) - len(cells))
         if halved:
             cells.append(", ".join(dict.fromkeys(str(one["stopped"]) for one in group if "stopped" in one)))
-        table.add_row(*(value_text(group[0]["values"][name]) for name in varied), *[count] * several, *cells)
+        table.add_row(*(value_text(group[0]["values"].get(name, "")) for name in varied), *[count] * several, *cells)
     return table
 
 
