@@ -39,6 +39,7 @@ from peftjax.training import duration, precision, space
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
+from peftjax.training.packing import pack
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.space import Choice, Range
@@ -109,7 +110,7 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
     return drawn
 
 
-def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int = 0) -> list[dict[str, Any]]:
+def sweep(runs: Sequence[Member], workdir: Path, most: int | None = None, reduction: int = 0) -> list[dict[str, Any]]:
     """Train the unfinished runs, and write sweep.json and sweep.html at the start and after each population.
 
     A run whose loss is not finite ends there; the others go on.
@@ -117,7 +118,7 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      most: Maximum number of concurrent runs; 0: no limit.
+      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `packing.pack`.
       reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
 
     Returns:
@@ -144,11 +145,14 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
         for population in populations(waiting):
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
-        groups = populations(waiting, most)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
+        if most is None:
+            groups = [group for population in populations(waiting) for group in pack(population)]
+        else:
+            groups = populations(waiting, most)
         found = write_results(runs, workdir)  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
@@ -292,9 +296,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--together",
         type=int,
-        default=0,
         metavar="N",
-        help="Maximum number of concurrent runs (default: no limit)",
+        help="Maximum number of concurrent runs; 0: no limit (default: as many as fit the memory of the devices)",
     )
     group.add_argument(
         "--halving",
@@ -311,7 +314,7 @@ def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of field values, or for each draw of a random search."
     fields, rest = cli.config_fields(argv, "--sweep.")
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
-    if options.together < 0:
+    if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
     for name in ("trials", "search_seed"):
         if (value := getattr(options, name)) < 0:

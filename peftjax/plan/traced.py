@@ -6,7 +6,7 @@ The step of a population trains several members together, as `peftjax sweep` doe
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from flax import nnx
@@ -18,9 +18,8 @@ from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
+from peftjax.training.abstract_population import abstract_population
 from peftjax.training.config import Config
-from peftjax.training.population import make_population_step, own_leaves, shared_leaves
-from peftjax.training.split import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,11 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members
     with jax.set_mesh(mesh):
         use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
         step, arguments = abstract_step(config, task, model, mesh)
-        traced = step.trace(*arguments) if members == 1 else _trace_population(config, task, model, arguments, members)
+        if members == 1:
+            traced = step.trace(*arguments)
+        else:
+            together, given = abstract_population(config, task, model, arguments, members)
+            traced = together.trace(*given)
     return TracedStep(
         task=task,
         model=model,
@@ -85,17 +88,6 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members
         gradient_bytes=members * _gradient_bytes(config, arguments),
         temporary_bytes=jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
     )
-
-
-def _trace_population(
-    config: Config, task: Task, model: Model, arguments: StepArguments, members: int
-) -> jax.stages.Traced:
-    """Trace the step of a population of equal members. The model's leaves have shardings."""
-    state, frozen, batch = arguments
-    own, shared, states = own_leaves(model, frozen), shared_leaves(model, frozen), [state] * members
-    parts = split(config, task, model, config.method)
-    step = make_population_step(parts, [parts.tx] * members, states)
-    return cast(jax.stages.Wrapped, step).trace(states, shared, [own] * members, [batch] * members)
 
 
 def state_bytes(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> int:
