@@ -43,6 +43,7 @@ from peftjax.training.packing import pack
 from peftjax.training.population import Member, say, train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
 from peftjax.training.space import Choice, Range
+from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_table import make_table
 
 
@@ -110,8 +111,14 @@ def _recorded(swept: space.Space, seed: int, workdir: Path, drawn: list[dict[str
     return drawn
 
 
-def sweep(runs: Sequence[Member], workdir: Path, most: int | None = None, reduction: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs, and write sweep.json and sweep.html at the start and after each population.
+def sweep(
+    runs: Sequence[Member],
+    workdir: Path,
+    most: int | None = None,
+    reduction: int = 0,
+    part: SweepPart = SweepPart(),  # noqa: B008  it is immutable
+) -> list[dict[str, Any]]:
+    """Train the unfinished runs of a part, and write sweep.json and sweep.html at the start and after each population.
 
     A run whose loss is not finite ends there; the others go on.
 
@@ -120,28 +127,30 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int | None = None, reduct
       workdir: The directory of the sweep.
       most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `packing.pack`.
       reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
+      part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
       What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first, stopped runs last.
 
     Raises:
-      UserError: As for `train`, for any of the runs; or every run failed.
+      UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
     """
-    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
-        for member in runs:
+    mine = part.of(populations(runs))
+    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
+        for member in mine:
             workdirs.check(member.workdir, member.config.model.path)
-        resolve(runs)
+        resolve(mine)
         halving = None
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
-            record = partial(write_results, runs, workdir)
+            record = partial(write_results, runs, workdir, mine)
             halving = Halving([member.workdir for member in runs], reduction, rungs, record)
             stops = {entry["run"]: entry.get("stopped", 0) for entry in _entries(workdir)}
             for member in runs:
                 member.stopped = stops.get(member.name, 0)
-        waiting = [member for member in runs if not (member.stopped or finished(member))]
-        if len(waiting) < len(runs):
-            say(f"{len(runs) - len(waiting)} of {len(runs)} runs have already ended")
+        waiting = [member for member in mine if not (member.stopped or finished(member))]
+        if len(waiting) < len(mine):
+            say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
         for population in populations(waiting):
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
@@ -153,27 +162,41 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int | None = None, reduct
             groups = [group for population in populations(waiting) for group in pack(population)]
         else:
             groups = populations(waiting, most)
-        found = write_results(runs, workdir)  # the reports of the runs link to the page
+        found = write_results(runs, workdir, mine)  # the reports of the runs link to the page
         for number, population in enumerate(groups, 1):
             several = f", {len(population)} side by side" if len(population) > 1 else ""
             say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
             train_population(population, preemption, halving)
             distributed.meet("all runs of the population have ended")
-            found = write_results(runs, workdir)
-    if all("failed" in one for one in found):
-        raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
+            found = write_results(runs, workdir, mine)
+    if all(member.failed for member in mine):
+        raise UserError(f"every run of the sweep failed; the first: {mine[0].failed}")
     return found
 
 
-def write_results(runs: Iterable[Member], workdir: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds."""
-    found = sorted(
-        map(outcome, runs),
-        key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
-    )
-    if jax.process_index() == 0:
-        write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
-        write_sweep_page(workdir)
+def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
+    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds.
+
+    Args:
+      runs: All runs.
+      workdir: The directory of the sweep.
+      mine: The runs that this job trains (default: all). Why another one failed is read from sweep.json.
+    """
+    shared = mine is not None and len(mine) < len(runs)
+    with workdirs.turn(workdir) if shared and jax.process_index() == 0 else contextlib.nullcontext():
+        if mine is not None and shared:
+            failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)}
+            own = {member.name for member in mine}
+            for member in runs:
+                if member.name not in own:
+                    member.failed = failed.get(member.name, "")
+        found = sorted(
+            map(outcome, runs),
+            key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
+        )
+        if jax.process_index() == 0:
+            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+            write_sweep_page(workdir)
     return found
 
 
@@ -307,6 +330,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Successive halving: after 1/R, 1/R^2, ... of the steps, continue only the best 1/R of the runs (default: "
         "train all runs to their end)",
     )
+    group.add_argument(
+        "--part",
+        metavar="I/N",
+        default="1/1",
+        help="Train only part I of N, from 1; other jobs train the other parts in the same workdir (default: all runs)",
+    )
     distributed.add_options(parser)
 
 
@@ -321,10 +350,16 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name}={value} must not be negative")
     if options.halving < 0 or options.halving == 1:
         raise UserError(f"--halving={options.halving} must be at least 2, or 0 to train all runs to their end")
+    part = parse_part(options.part)
+    if options.halving and part.count > 1:
+        raise UserError(
+            f"--part={part} cannot be combined with --halving={options.halving}, which compares all runs of a sweep; omit "
+            "one of them"
+        )
     workdir = Path(options.workdir)
     runs = members(options.config, options.overrides, fields, workdir, options.trials, options.search_seed)
     distributed.start(options)
-    found = sweep(runs, workdir, options.together, options.halving)
+    found = sweep(runs, workdir, options.together, options.halving, part)
     if jax.process_index() == 0:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")
