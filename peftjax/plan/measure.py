@@ -1,7 +1,7 @@
 """From a config and a device to a plan, with the device's own compiler or, if it is not installed, by estimate."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}
 
 
 def measure(
-    config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True
+    config: Config,
+    hf_config: Mapping[str, Any],
+    device: Device,
+    *,
+    members: int = 1,
+    population: Sequence[Config] = (),
+    advise: bool = True,
 ) -> Plan:
     """Return the plan of `config` on a device.
 
@@ -37,15 +43,16 @@ def measure(
         hf_config: The fields of the model's config.json.
         device: The device. This process must have been started with `device.environment()`.
         members: Number of runs that the step trains together; see `traced`.
+        population: Configs of runs that may be trained together; see `trace_step`.
         advise: If the step does not fit, find changes that save memory.
 
     Raises:
         UserError: The model, the method and the config do not go together.
     """
-    config = precision.resolve(config, hf_config, device.platform)
+    config, *alike = (precision.resolve(one, hf_config, device.platform) for one in (config, *population))
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
-    step = trace_step(config, hf_config, mesh, members)
+    step = trace_step(config, hf_config, mesh, members, alike)
     plan = _estimated(config, hf_config, device, mesh, step)
     if installed:
         plan = _compiled(plan, device, mesh, step)

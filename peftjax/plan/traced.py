@@ -1,10 +1,10 @@
 """A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take.
 
-The step of a population trains several members together, as `peftjax sweep` does. They are planned as equal.
+The step of a population trains several members together, as `peftjax sweep` does. They are planned as equally large.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
-from peftjax.training.abstract_population import abstract_population
+from peftjax.training.abstract_population import abstract_population, largest_step, united_models
 from peftjax.training.config import Config
 
 
@@ -54,24 +54,31 @@ class TracedStep:
         return sum(self.argument_bytes.values()) + self.temporary_bytes
 
 
-def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1) -> TracedStep:
+def trace_step(
+    config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1, population: Sequence[Config] = ()
+) -> TracedStep:
     """Trace the train step of `config` on a mesh.
+
+    If the models of a population differ in structure, the step is that of the structure with the most runs.
 
     Args:
         config: The training config.
         hf_config: The fields of the model's config.json.
         mesh: The devices, simulated or not.
         members: Number of runs that the step trains together.
+        population: Configs of runs that may be trained together. Each member then has the adapters of all of them, their
+            largest ranks, and their largest optimizer state. Default: all members have `config`.
 
     Raises:
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.
     """
     task = _task(config, hf_config)
-    model = abstract_model(config, task, hf_config)
+    models = united_models(population or [config], lambda other: abstract_model(other, task, hf_config))
+    model, runs = max(models, key=lambda found: len(found[1]))
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
         use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
-        step, arguments = abstract_step(config, task, model, mesh)
+        config, step, arguments = largest_step(runs, task, model, mesh)
         if members == 1:
             traced = step.trace(*arguments)
         else:

@@ -23,9 +23,14 @@ from peftjax.training.memory import rejected_bytes, rough_bytes
 from peftjax.training.population import Member, own_leaves, say, shared_leaves
 from peftjax.training.setup import abstract_run, open_checkpoints
 
-# The part of the free memory that a train step may take. The rest is for what its compiler does not count: the next batches,
-# evaluation, checkpoints that are being written, and fragmentation.
-SHARE = 0.8
+
+def usable(memory: int, platform: str) -> int:
+    """The part of a device's memory that a population's train step may take.
+
+    The rest is for what its compiler does not count: the next batches, evaluation, fragmentation, and on CPUs also the scratch
+    memory of XLA's threads and checkpoints that are being written.
+    """
+    return int((0.8 if platform == "cpu" else 0.9) * memory)
 
 
 def pack(population: Sequence[Member]) -> list[list[Member]]:
@@ -46,7 +51,9 @@ def pack(population: Sequence[Member]) -> list[list[Member]]:
     groups = []
     for model, alike in united_models(configs.values(), lambda config: abstract_run(config, task)):
         members = [member for member in population if configs[member.name] in alike]
-        groups += split_evenly(members, how_many(alike, task, model, mesh, len(members), int(SHARE * memory)))
+        groups += split_evenly(
+            members, how_many(alike, task, model, mesh, len(members), usable(memory, mesh.devices.flat[0].platform))
+        )
     return groups
 
 

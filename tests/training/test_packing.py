@@ -79,7 +79,7 @@ def test_no_more_runs_are_trained_together_than_fit(
         return step
 
     monkeypatch.setattr(population, "make_population_step", make_step)
-    monkeypatch.setattr(packing, "free_memory", lambda devices: int((predicted + 1) / packing.SHARE))
+    monkeypatch.setattr(packing, "free_memory", lambda devices: int((predicted + 1) / 0.8))
     sweep.sweep(several, tmp_path / "sweep")
     assert "2 of 5 runs are trained side by side: their step takes" in capsys.readouterr().out
     assert sorted(count for count, _ in taken) == [1, 1, 2, 2]
