@@ -36,8 +36,8 @@ def usable(memory: int, platform: str) -> int:
 def pack(population: Sequence[Member]) -> list[list[Member]]:
     """Split a population into groups that are trained one after the other, each as large as fits the memory.
 
-    A rough estimate from shapes, several times as high as what is needed, decides whether all members fit. Only if they might
-    not, the step of the population is compiled, and the memory that its compiler assigns decides. Members whose models differ
+    All members fit if a rough estimate from shapes, which is usually too high, is at most half of the memory. Otherwise the
+    step of the population is compiled, and the memory that its compiler assigns decides. Members whose models differ
     in structure are in separate groups, as `train_population` would train them. All processes return the same groups.
     """
     if len(population) < 2:
@@ -101,8 +101,8 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, mo
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
         room = f"of the {format_bytes(memory)} per device that are available"
-        if (needed := base + most * each) <= memory:
-            say(f"all {most} runs fit side by side: they need less than {format_bytes(needed)} {room}")
+        if (needed := base + most * each) <= memory // 2:
+            say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
             return most
         tried: dict[int, int] = {}
 
