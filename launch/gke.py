@@ -43,10 +43,10 @@ def main(argv: list[str]) -> None:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
-        manifest = jobset(options)
+        manifests = [jobset(one) for one in parts(options)]
     except ValueError as error:
         parser.error(str(error))
-    sys.stdout.write(yaml.safe_dump(manifest, sort_keys=False))
+    sys.stdout.write(yaml.safe_dump_all(manifests, sort_keys=False))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="TPU type and topology (v5e:4x4), or GPU type and number per machine (h100:8)",
     )
     add("--count", type=int, default=1, help="Number of TPU slices or GPU machines (default: 1)")
+    add("--parts", type=int, default=1, help="Number of runs that train a sweep, each one part of it (default: 1)")
     add("--queue", required=True, help="LocalQueue of Kueue")
     add("--bucket", help=f"Bucket to mount at {MOUNT}, for the workdir")
     add("--claim", help=f"PersistentVolumeClaim to mount at {MOUNT} instead of a bucket")
@@ -79,6 +80,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("command", nargs="+", metavar="COMMAND", help="Command of each process, as in: -- python -m peftjax.train ...")
     return parser
+
+
+def parts(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each part of a sweep, NAME-1 to NAME-N, whose command ends with --part=I/N.
+
+    Each part is a JobSet of its own, so that it starts, restarts and fails without the others.
+
+    Args:
+        options: Parsed command line.
+
+    Raises:
+        ValueError: The number of parts is not positive.
+    """
+    if options.parts < 1:
+        raise ValueError(f"--parts={options.parts}: must be at least 1")
+    if options.parts == 1:
+        return [options]
+    return [
+        argparse.Namespace(
+            **vars(options)
+            | {"name": f"{options.name}-{index}", "command": [*options.command, f"--part={index}/{options.parts}"]}
+        )
+        for index in range(1, options.parts + 1)
+    ]
 
 
 def jobset(options: argparse.Namespace) -> Json:

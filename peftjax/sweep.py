@@ -25,7 +25,6 @@ from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.config import flat
-from peftjax.core.config_file import read_sweep
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
@@ -34,15 +33,17 @@ from peftjax.io.hf_files import enumerate_some
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.report.text import short_name, value_text
+from peftjax.training import alike, duration, precision, space
 from peftjax.training import config as configs
-from peftjax.training import duration, precision, space
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
+from peftjax.training.packing import pack
 from peftjax.training.population import train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
-from peftjax.training.space import Choice, Range
+from peftjax.training.space import Choice
+from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_table import make_table
 
 
@@ -61,16 +62,7 @@ def members(
       UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
         sweep.json records draws from other fields or values.
     """
-    given: dict[str, Choice | Range] = {}
-    for item in fields:
-        name, values = space.parse(item)
-        if name in given:
-            raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
-        given[name] = values
-    spaces = [
-        {name: space.parse_values(name, values) for name, values in each.items()} | given
-        for each in read_sweep(path) or [{}]
-    ]
+    spaces = space.read_spaces(path, fields)
     swept = list(dict.fromkeys(name for each in spaces for name in each))
     if not swept:
         raise UserError(
@@ -125,27 +117,35 @@ def _recorded(
     return drawn
 
 
-def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int = 0) -> list[dict[str, Any]]:
-    """Train the unfinished runs, and write sweep.json and sweep.html at the start and whenever runs have ended.
+def sweep(
+    runs: Sequence[Member],
+    workdir: Path,
+    most: int | None = None,
+    reduction: int = 0,
+    part: SweepPart = SweepPart(),  # noqa: B008  it is immutable
+) -> list[dict[str, Any]]:
+    """Train the unfinished runs of a part, and write sweep.json and sweep.html at the start and whenever runs have ended.
 
     A run whose loss is not finite ends there; the others go on.
 
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      most: Maximum number of concurrent runs; 0: no limit.
+      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `packing.pack`.
       reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
+      part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
       What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first, stopped runs last.
 
     Raises:
-      UserError: As for `train`, for any of the runs; or every run failed.
+      UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
     """
-    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path):
-        for member in runs:
+    mine = part.of(populations(runs))
+    with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
+        for member in mine:
             workdirs.check(member.workdir, member.config.model.path)
-        resolve(runs)
+        resolve(mine)
         halving = None
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
@@ -153,43 +153,56 @@ def sweep(runs: Sequence[Member], workdir: Path, most: int = 0, reduction: int =
             stops = {entry["run"]: entry.get("stopped", 0) for entry in _entries(workdir)}
             for member in runs:
                 member.stopped = stops.get(member.name, 0)
-        waiting = [member for member in runs if not (member.stopped or finished(member))]
-        if len(waiting) < len(runs):
-            say(f"{len(runs) - len(waiting)} of {len(runs)} runs have already ended")
+        waiting = [member for member in mine if not (member.stopped or finished(member))]
+        if len(waiting) < len(mine):
+            say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
         for population in populations(waiting):
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
-        groups = populations(waiting)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
-        record = partial(write_results, runs, workdir)
+        groups = [group for population in populations(waiting) for group in pack(population, most)]
+        record = partial(write_results, runs, workdir, mine)
         record()  # the reports of the runs link to the page
-        for number, population in enumerate(groups, 1):
-            width = min(most or len(population), len(population))
-            several = (
-                f", {len(population)} runs, {width} at a time" if width < len(population) else f", {width} side by side"
+        for number, (population, width) in enumerate(groups, 1):
+            at_a_time = (
+                f"{len(population)} runs, {width} at a time" if width < len(population) else f"{width} side by side"
             )
-            several = several if len(population) > 1 else ""
+            several = f", {at_a_time}" if len(population) > 1 else ""
             say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
-            train_population(population, preemption, most, halving, record)
+            train_population(population, preemption, width, halving, record)
             distributed.meet("all runs of the population have ended")
         found = record()
-    if all("failed" in one for one in found):
-        raise UserError(f"every run of the sweep failed; the first: {found[0]['failed']}")
+    if all(member.failed for member in mine):
+        raise UserError(f"every run of the sweep failed; the first: {mine[0].failed}")
     return found
 
 
-def write_results(runs: Iterable[Member], workdir: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds."""
-    found = sorted(
-        map(outcome, runs),
-        key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
-    )
-    if jax.process_index() == 0:
-        write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
-        write_sweep_page(workdir)
+def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
+    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds.
+
+    Args:
+      runs: All runs.
+      workdir: The directory of the sweep.
+      mine: The runs that this job trains (default: all). Why another one failed is read from sweep.json.
+    """
+    shared = mine is not None and len(mine) < len(runs)
+    with workdirs.turn(workdir) if shared and jax.process_index() == 0 else contextlib.nullcontext():
+        if mine is not None and shared:
+            failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)}
+            own = {member.name for member in mine}
+            for member in runs:
+                if member.name not in own:
+                    member.failed = failed.get(member.name, "")
+        found = sorted(
+            map(outcome, runs),
+            key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
+        )
+        if jax.process_index() == 0:
+            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+            write_sweep_page(workdir)
     return found
 
 
@@ -235,16 +248,9 @@ def finished(member: Member) -> bool:
     return done and (member.workdir / "report.html").exists()
 
 
-def populations(runs: Sequence[Member]) -> list[list[Member]]:
+def populations(runs: Iterable[Member]) -> list[list[Member]]:
     """The runs in groups that one program can train."""
-    groups: list[list[Member]] = []
-    for member in runs:
-        group = next((group for group in groups if not separating_fields(group[0].config, member.config)), None)
-        if group is None:
-            groups.append([member])
-        else:
-            group.append(member)
-    return groups
+    return alike.populations(runs, lambda member: member.config)
 
 
 def outcome(member: Member) -> dict[str, Any]:
@@ -312,9 +318,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--together",
         type=int,
-        default=0,
         metavar="N",
-        help="Maximum number of concurrent runs (default: no limit)",
+        help="Maximum number of concurrent runs; 0: no limit (default: as many as fit the memory of the devices)",
     )
     group.add_argument(
         "--halving",
@@ -324,6 +329,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Successive halving: after 1/R, 1/R^2, ... of the steps, continue only the best 1/R of the runs (default: "
         "train all runs to their end)",
     )
+    group.add_argument(
+        "--part",
+        metavar="I/N",
+        default="1/1",
+        help="Train only part I of N, from 1; other jobs train the other parts in the same workdir (default: all runs)",
+    )
     distributed.add_options(parser)
 
 
@@ -331,17 +342,23 @@ def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of field values, or for each draw of a random search."
     fields, rest = cli.config_fields(argv, "--sweep.")
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
-    if options.together < 0:
+    if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
     for name in ("trials", "search_seed"):
         if (value := getattr(options, name)) < 0:
             raise UserError(f"--{name}={value} must not be negative")
     if options.halving < 0 or options.halving == 1:
         raise UserError(f"--halving={options.halving} must be at least 2, or 0 to train all runs to their end")
+    part = parse_part(options.part)
+    if options.halving and part.count > 1:
+        raise UserError(
+            f"--part={part} cannot be combined with --halving={options.halving}, which compares all runs of a sweep; omit "
+            "one of them"
+        )
     workdir = Path(options.workdir)
     runs = members(options.config, options.overrides, fields, workdir, options.trials, options.search_seed)
     distributed.start(options)
-    found = sweep(runs, workdir, options.together, options.halving)
+    found = sweep(runs, workdir, options.together, options.halving, part)
     if jax.process_index() == 0:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")

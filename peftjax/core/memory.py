@@ -1,5 +1,6 @@
 """The memory of this machine and of its devices."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -36,3 +37,44 @@ def most_memory(devices: Sequence[jax.Device]) -> int | None:
         return None
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return min(limits) or None
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Return how many bytes a program can allocate now on each of these local devices; None if that is not known.
+
+    CPU devices share the available memory of their host, or what its control group (a container, or a SLURM job) allows.
+    """
+    if devices[0].platform == "cpu":
+        return min([_available(), *_group_limits()]) // len(devices)
+    if (most := most_memory(devices)) is None:
+        return None
+    return min(most, *(most - (device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices))
+
+
+def _available() -> int:
+    """The bytes of memory that new programs can use without swapping."""
+    try:
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        return host_memory()
+    return 1024 * int(found[1]) if found else host_memory()
+
+
+def _group_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """The memory limits of the control groups of this process, in bytes.
+
+    Args:
+        groups: The file that lists the groups, "0::/PATH" (version 2) or "N:memory:/PATH" (version 1).
+        mounted: Where they are mounted. In a container, its own group is at the top.
+    """
+    limits = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        top, name = (mounted, "memory.max") if not kinds else (mounted / "memory", "memory.limit_in_bytes")
+        here = top / path.strip("/")
+        for directory in (here, *here.parents) if not kinds or "memory" in kinds.split(",") else ():
+            with contextlib.suppress(OSError, ValueError):  # no such directory, or "max"
+                limits.append(int((directory / name).read_text()))
+            if directory == top:
+                break
+    return limits

@@ -4,6 +4,8 @@ A run writes only into a directory that is new, empty, or marked as a workdir. T
 the process that uses the directory:
 
     .peftjax    a line of text; while a run is using the directory, a second line with its process ID and host
+
+The jobs that train the parts of a sweep share its directory. They take turns to write its results (`turn`).
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
 
 MARK = ".peftjax"
+TURN = ".peftjax-turn"  # the lock of the job that writes shared files
 LEASE = 120.0  # seconds after which a file server has released the locks of a host that is gone; NFSv4: 90 by default
 _NOTE = "This directory belongs to a run of peftjax. This file is its lock: do not delete it while the run is active.\n"
 _SECTIONS = {"model", "method", "data", "optim", "train", "checkpoint"}  # in the config.json of every version
@@ -70,7 +73,7 @@ def check(workdir: Path, base: str = "") -> None:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, base: str = "") -> Iterator[None]:
+def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[None]:
     """Mark a directory as a workdir and lock it for this run; process 0 does this for all processes.
 
     The kernel releases the lock when the process ends, however it ends. The lock also holds between hosts that share the
@@ -81,16 +84,17 @@ def claim(workdir: Path, base: str = "") -> Iterator[None]:
     Args:
         workdir: The directory.
         base: The base model of the run, a directory or a hub id.
+        shared: Share the directory with other processes that also ask for that.
 
     Raises:
-        UserError: As `check`; or another process is using the directory.
+        UserError: As `check`; or another process is using the directory, and one of both does not share it.
     """
     held: list[_Lock] = []
 
     def take() -> None:
         try:
             check(workdir, base)
-            held.append(_Lock(workdir))
+            held.append(_Lock(workdir, shared=shared))
         except OSError as error:
             place = error.filename or workdir
             raise UserError(
@@ -107,16 +111,35 @@ def claim(workdir: Path, base: str = "") -> Iterator[None]:
             lock.release()
 
 
+@contextlib.contextmanager
+def turn(workdir: Path) -> Iterator[None]:
+    """Wait until no other process is in a `with turn(workdir)` block of this directory.
+
+    On a file system without locks, it does not wait.
+    """
+    descriptor = os.open(workdir / TURN, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class _Lock:
     """The lock on a directory, which is created and marked."""
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, *, shared: bool) -> None:
+        self._shared = shared
         here = workdir.absolute()
         self._created = [path for path in (here, *here.parents) if not path.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
         self._mark = workdir / MARK
         deadline = 0.0
-        while (descriptor := _try_lock(self._mark)) is None:
+        while (descriptor := _try_lock(self._mark, shared=shared)) is None:
             holder, host = _holder(self._mark)
             if not deadline:
                 deadline = time.monotonic() + (LEASE if host not in ("", socket.gethostname()) else 0.0)
@@ -138,9 +161,10 @@ class _Lock:
             raise
 
     def release(self) -> None:
-        """Release the lock. A directory without other files loses its mark, and is removed if this lock created it."""
+        """Release the lock. A directory without other files loses its mark, and is removed if this lock created it, unless
+        it is shared."""
         try:
-            if [path.name for path in self._mark.parent.iterdir()] == [MARK]:
+            if not self._shared and [path.name for path in self._mark.parent.iterdir()] == [MARK]:
                 self._mark.unlink()
                 for path in self._created:
                     path.rmdir()
@@ -156,7 +180,7 @@ class _Lock:
         os.pwrite(self._descriptor, text.encode(), 0)
 
 
-def _try_lock(mark: Path) -> int | None:
+def _try_lock(mark: Path, *, shared: bool = False) -> int | None:
     """The descriptor of the locked file, or None if another process has locked it.
 
     flock, not lockf: a lock of lockf would be lost when any other descriptor of the file is closed in this process. On
@@ -165,7 +189,7 @@ def _try_lock(mark: Path) -> int | None:
     while True:
         descriptor = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None

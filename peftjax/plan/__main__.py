@@ -1,7 +1,7 @@
 """The command that plans a training run: does its train step fit a device, and how fast can it be?
 
     peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--members=N]
-        [--search=batch|length|rank|members] [--compare]
+        [--search=batch|length|rank|members] [--compare] [--sweep.FIELD=V,V]
 
 The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
@@ -10,9 +10,10 @@ every line that depends on them says so. docs/plan.md explains the output.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ from peftjax.core.terminal import make_console
 from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import read_json, resolve
 from peftjax.plan import devices
+from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
+from peftjax.plan.populations import swept_configs
 from peftjax.plan.search import search
 from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
 from peftjax.training import config as configs
 from peftjax.training import precision, start_from
+from peftjax.training.alike import populations
 from peftjax.training.config import Config
+from peftjax.training.packing import usable
 
 _SUMMARY = """\
 Plan a training run: whether its train step fits a device, and how fast it can be at best.
@@ -62,27 +67,35 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     modes.add_argument(
         "--compare", action="store_true", help="compare full fine-tuning, LoRA, QLoRA and the config's method"
     )
+    modes.add_argument(
+        "--sweep.FIELD",
+        metavar="V,V",
+        help="values of a config field, as for peftjax sweep: find how many of the runs fit side by side, and what their "
+        "steps cost",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
-    given = cli.parse(argv, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
+    fields, rest = cli.config_fields(argv, "--sweep.")
+    given = cli.parse(rest, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")
+    if fields and (given.search or given.compare or given.members > 1):
+        raise UserError("--sweep.FIELD cannot be combined with --members, --search or --compare; omit one of them")
     device = devices.find(given.device)
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
-    directory = resolve(config.model.path, config.model.revision, files=("config.json",))
-    hf_config = read_json(directory / "config.json")
-    hf_config["quantization_config"] = stored_quantization(directory)
-    config = precision.resolve(config, hf_config, device.platform)
+    fields_of = functools.cache(_hf_config)  # runs of a sweep may have different models
+    config = precision.resolve(config, fields_of(config.model.path, config.model.revision), device.platform)
     console = make_console(soft_wrap=True)
-    one = not (given.search or given.compare)
+    one = not (given.search or given.compare or fields)
 
-    def probe(other: Config, members: int) -> Plan:
+    def probe(other: Config, members: int, population: Sequence[Config] = ()) -> Plan:
         with make_console(file=sys.stderr).status(Text(f"compiling for {device.name}")):
-            return ask(other, hf_config, device, members=members, advise=one)
+            hf_config = fields_of(other.model.path, other.model.revision)
+            return ask(other, hf_config, device, members=members, population=population, advise=one)
 
     result: Any
     missing = device.missing()
@@ -91,6 +104,9 @@ def main(argv: list[str]) -> int:
     if given.search:
         parts = shape["data"] * shape["fsdp"]
         fits, result = _search(console, given.search, search(given.search, config, parts, probe, given.members))
+    elif fields:
+        runs = map(start_from.with_options, swept_configs(given.config, given.overrides, fields))
+        fits, result = _plan_sweep(console, populations(runs, lambda config: config), device, probe)
     elif given.compare:
         fits, result = _compare(console, config, partial(probe, members=given.members))
     else:
@@ -100,6 +116,12 @@ def main(argv: list[str]) -> int:
     if given.json:
         write_atomically(given.json, json.dumps(result, indent=1) + "\n")
     return 0 if fits else 1
+
+
+def _hf_config(path: str, revision: str | None) -> dict[str, Any]:
+    """The fields of a model's config.json, with the quantization of its weights."""
+    directory = resolve(path, revision, files=("config.json",))
+    return read_json(directory / "config.json") | {"quantization_config": stored_quantization(directory)}
 
 
 def _search(
@@ -112,6 +134,29 @@ def _search(
     name = "number of members" if kind == "members" else kind
     console.print(f"largest {name} that fits: {best or 'none'}")
     return best is not None, [{kind: value} | _record(found) for value, found in probes]
+
+
+def _plan_sweep(
+    console: Console, populations: Sequence[Sequence[Config]], device: Device, probe: Callable[..., Plan]
+) -> tuple[bool, list[list[dict[str, Any]]]]:
+    """Print how many members of each population fit; return whether one of each does, and the record of all plans."""
+    everything, records = True, []
+    for number, population in enumerate(populations, 1):
+
+        def probe_members(config: Config, members: int, population: Sequence[Config] = population) -> Plan:
+            plan = probe(config, members, population)
+            return dataclasses.replace(plan, memory=usable(plan.memory, device.platform))
+
+        count = len(population)
+        probes = list(search("members", population[0], 1, probe_members, most=count))
+        best = max((value for value, plan in probes if isinstance(plan, Plan) and plan.fits), default=0)
+        console.print(f"population {number} of {len(populations)}: {count} run{'s' * (count > 1)}")
+        console.print(search_table("members", probes))
+        groups = f", in {-(-count // best)} groups" if 0 < best < count else ""
+        console.print(f"runs side by side: {best}{groups}\n" if best else "not even one run fits\n")
+        everything = everything and best > 0
+        records.append([{"members": value} | _record(plan) for value, plan in probes])
+    return everything, records
 
 
 def _compare(console: Console, config: Config, probe: Callable[[Config], Plan]) -> tuple[bool, dict[str, Any]]:

@@ -1,8 +1,7 @@
 """From a config and a device to a plan, with the device's own compiler or, if it is not installed, by estimate."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from peftjax.models.base import LanguageModel, Model
 from peftjax.models.kernels import kernel_of
 from peftjax.plan import hlo_cost
 from peftjax.plan.advice import advice
-from peftjax.plan.chips import GIB
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
 from peftjax.plan.traced import TracedStep, state_bytes, trace_step
@@ -23,13 +21,20 @@ from peftjax.plan.variants import full_fine_tuning
 from peftjax.training import jaxpr_cost, precision
 from peftjax.training.abstract import bytes_per_device
 from peftjax.training.config import Config
+from peftjax.training.memory import rejected_bytes
 
 _EXPERTS = ".experts."  # in the path of a parameter
 _COMPILERS = {"tpu": "libtpu", "cuda": "XLA:GPU", "cpu": "XLA:CPU"}
 
 
 def measure(
-    config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True
+    config: Config,
+    hf_config: Mapping[str, Any],
+    device: Device,
+    *,
+    members: int = 1,
+    population: Sequence[Config] = (),
+    advise: bool = True,
 ) -> Plan:
     """Return the plan of `config` on a device.
 
@@ -38,15 +43,16 @@ def measure(
         hf_config: The fields of the model's config.json.
         device: The device. This process must have been started with `device.environment()`.
         members: Number of runs that the step trains together; see `traced`.
+        population: Configs of runs that may be trained together; see `trace_step`.
         advise: If the step does not fit, find changes that save memory.
 
     Raises:
         UserError: The model, the method and the config do not go together.
     """
-    config = precision.resolve(config, hf_config, device.platform)
+    config, *alike = (precision.resolve(one, hf_config, device.platform) for one in (config, *population))
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
-    step = trace_step(config, hf_config, mesh, members)
+    step = trace_step(config, hf_config, mesh, members, alike)
     plan = _estimated(config, hf_config, device, mesh, step)
     if installed:
         plan = _compiled(plan, device, mesh, step)
@@ -94,9 +100,9 @@ def _compiled(plan: Plan, device: Device, mesh: Mesh, step: TracedStep) -> Plan:
     try:
         program = compile_step(step, device, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if (needed := rejected_bytes(str(error))) is None:
             raise
-        needed = max(_rejected_bytes(str(error)), device.memory + 1)
+        needed = max(needed, device.memory + 1)
         return dataclasses.replace(plan, temporaries=needed - known, refused=" ".join(str(error).split()))
     memory = program.memory_analysis()
     assert memory is not None
@@ -115,12 +121,6 @@ def compile_step(step: TracedStep, device: Device, mesh: Mesh) -> jax.stages.Com
     """Compile a traced train step with the device's compiler."""
     with jax.set_mesh(mesh):
         return step.traced.lower(lowering_platforms=(device.platform,)).compile(device.compiler_options)
-
-
-def _rejected_bytes(message: str) -> int:
-    """The total memory in the message of a TPU compiler that rejects a program because it does not fit; 0 if none."""
-    total = re.search(r"(?:temporaries \(|Used )([\d.]+)G", message)
-    return int(float(total[1]) * GIB) if total else 0
 
 
 def _estimated_traffic(config: Config, step: TracedStep) -> int:

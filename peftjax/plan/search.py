@@ -10,7 +10,7 @@ Probe = Callable[[Config, int], Plan]  # the plan of a config, for a number of m
 
 
 def search(
-    kind: str, config: Config, parts: int, probe: Probe, members: int = 1
+    kind: str, config: Config, parts: int, probe: Probe, members: int = 1, most: int | None = None
 ) -> Iterator[tuple[int, Plan | UserError]]:
     """Yield plans of ever larger or smaller values until the largest that fits is among them.
 
@@ -24,6 +24,7 @@ def search(
         parts: The number of devices that split a batch.
         probe: Makes the plan of a config.
         members: Number of runs that the step trains together.
+        most: The largest value to try; None: no limit.
 
     Yields:
         A value, and its plan or the error that rejects it, such as a rank that is larger than a layer.
@@ -52,8 +53,10 @@ def search(
         fits, found = plan_of(value)
         yield value, found
         low, high = (value, high) if fits else (low, value)
+        if low == most:
+            return
         if not high:
-            value = 2 * low
+            value = min(2 * low, most or 2 * low)
         elif not low:
             if high == step:
                 return

@@ -151,13 +151,19 @@ def _advice_table(plan: Plan) -> Table:
 
 
 def search_table(kind: str, probes: Sequence[tuple[int, Plan | UserError]]) -> Table:
-    """Return the table of a search: each value with the memory it needs, or why it is not possible."""
-    table = _table(kind, "needs", "of", "")
+    """Return the table of a search: each value with the memory it needs, or why it is not possible.
+
+    Numbers of members also have the least time of a step, and its share for each member.
+    """
+    timed = kind == "members" and any(isinstance(plan, Plan) and plan.seconds() for _, plan in probes)
+    table = _table(kind, "needs", "of", *["step, at least", "each member"] * timed, "")
     for value, plan in sorted(probes, key=lambda item: item[0]):
         if isinstance(plan, UserError):
-            table.add_row(str(value), "-", "-", str(plan))
-        else:
-            table.add_row(str(value), format_bytes(plan.needed), format_bytes(plan.memory), _fits(plan))
+            table.add_row(str(value), *["-"] * (4 if timed else 2), str(plan))
+            continue
+        bound = max(plan.seconds().values(), default=0.0)
+        times = [_clock(bound), _clock(bound / plan.members)] if timed else []
+        table.add_row(str(value), format_bytes(plan.needed), format_bytes(plan.memory), *times, _fits(plan))
     return table
 
 

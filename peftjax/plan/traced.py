@@ -1,13 +1,12 @@
 """A train step traced from shapes, not compiled, and the bytes that its arguments and temporaries take.
 
-The step of a population trains several members together, as `peftjax sweep` does. They are planned as equal.
+The step of a population trains several members together, as `peftjax sweep` does. They are planned as equally large.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,13 +16,10 @@ from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
-from peftjax.totals import Batch
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
+from peftjax.training.abstract_population import abstract_population, largest_step, united_models
 from peftjax.training.config import Config
-from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
-from peftjax.training.split import split
-from peftjax.training.step import Metrics, TrainState, jit_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +54,36 @@ class TracedStep:
         return sum(self.argument_bytes.values()) + self.temporary_bytes
 
 
-def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1) -> TracedStep:
+def trace_step(
+    config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1, population: Sequence[Config] = ()
+) -> TracedStep:
     """Trace the train step of `config` on a mesh.
+
+    If the models of a population differ in structure, the step is that of the structure with the most runs.
 
     Args:
         config: The training config.
         hf_config: The fields of the model's config.json.
         mesh: The devices, simulated or not.
         members: Number of runs that the step trains together.
+        population: Configs of runs that may be trained together. Each member then has the adapters of all of them, their
+            largest ranks, and their largest optimizer state. Default: all members have `config`.
 
     Raises:
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.
     """
     task = _task(config, hf_config)
-    model = abstract_model(config, task, hf_config)
+    models = united_models(population or [config], lambda other: abstract_model(other, task, hf_config))
+    model, runs = max(models, key=lambda found: len(found[1]))
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
         use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
-        step, arguments = abstract_step(config, task, model, mesh)
-        traced = step.trace(*arguments) if members == 1 else _trace_population(config, task, model, arguments, members)
+        config, step, arguments = largest_step(runs, task, model, mesh)
+        if members == 1:
+            traced = step.trace(*arguments)
+        else:
+            together, given = abstract_population(config, task, model, arguments, members)
+            traced = together.trace(*given)
     return TracedStep(
         task=task,
         model=model,
@@ -88,29 +95,6 @@ def trace_step(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members
         gradient_bytes=members * _gradient_bytes(config, arguments),
         temporary_bytes=jaxpr_cost.live_bytes(traced.jaxpr.jaxpr) // mesh.size,
     )
-
-
-def _trace_population(
-    config: Config, task: Task, model: Model, arguments: StepArguments, members: int
-) -> jax.stages.Traced:
-    """Trace the step of a population of equal members. The model's leaves have shardings."""
-    state, frozen, batch = arguments
-    own, shared, states = own_leaves(model, frozen), shared_leaves(model, frozen), [state] * members
-    parts = split(config, task, model, config.method)
-    population_gradients, update = make_gradients(parts.objective), make_update(parts.tx)
-    options = jit_options(state)
-
-    @partial(jax.jit, donate_argnums=0, **options | {"out_shardings": [options["out_shardings"]] * members})
-    def population_step(
-        states: list[TrainState],
-        shared: variables.FlatTree,
-        own: list[variables.FlatTree],
-        batches: list[Batch],
-    ) -> list[tuple[TrainState, Metrics]]:
-        gradients = population_gradients([each._replace(optimizer=()) for each in states], shared, own, batches)
-        return [update(each, gradients, index) for index, each in enumerate(states)]
-
-    return cast(jax.stages.Wrapped, population_step).trace(states, shared, [own] * members, [batch] * members)
 
 
 def state_bytes(config: Config, hf_config: Mapping[str, Any], mesh: Mesh) -> int:

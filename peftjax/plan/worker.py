@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
@@ -20,7 +20,15 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 
-def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, members: int = 1, advise: bool = True) -> Plan:
+def ask(
+    config: Config,
+    hf_config: Mapping[str, Any],
+    device: Device,
+    *,
+    members: int = 1,
+    population: Sequence[Config] = (),
+    advise: bool = True,
+) -> Plan:
     """Call `measure` in another process.
 
     Raises:
@@ -31,6 +39,7 @@ def ask(config: Config, hf_config: Mapping[str, Any], device: Device, *, members
         "hf_config": hf_config,
         "device": device.name,
         "members": members,
+        "population": [configs.to_dict(one) for one in population],
         "advise": advise,
     }
     ended = subprocess.run(
@@ -58,7 +67,8 @@ def answer() -> None:
     config = configs.validate(request["config"])
     try:
         options = {name: request[name] for name in ("members", "advise")}
-        plan = measure(config, request["hf_config"], devices.find(request["device"]), **options)
+        population = [configs.validate(one) for one in request["population"]]
+        plan = measure(config, request["hf_config"], devices.find(request["device"]), population=population, **options)
         print(json.dumps(dataclasses.asdict(plan)))
     except UserError as error:
         print(json.dumps({"error": str(error)}))

@@ -5,24 +5,25 @@ the model, or belong to the update, which is separate for each member. Arrays ma
 has no effect, as in the rank axis of LoRA. An adapter may be missing if it has no effect when all of its arrays are zero.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from peftjax.adapters import Method, active_view
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.adapters.sites import sites
+from peftjax.core import variables
+from peftjax.models.base import Model
 from peftjax.nn.dropout import Dropout
 from peftjax.tasks import TASKS
 from peftjax.training import config as configs
-from peftjax.training.abstract import place_shapes
 from peftjax.training.config import Config
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
+RunT = TypeVar("RunT")
 Path = tuple[Any, ...]  # of a module
 
 # Fields that only affect the update, or when a member is evaluated, saved and finished, or where it is logged.
@@ -46,8 +47,25 @@ def separating_fields(one: Config, other: Config) -> list[str]:
     )
 
 
-def outline(base: ModelT, method: Method, mesh: Mesh) -> ModelT:
-    """The base with the adapters of a method, as shapes with shardings."""
+def populations(runs: Iterable[RunT], config_of: Callable[[RunT], Config]) -> list[list[RunT]]:
+    """The runs in groups that one program can train.
+
+    Args:
+      runs: The runs.
+      config_of: Returns the config of a run.
+    """
+    groups: list[list[RunT]] = []
+    for run in runs:
+        group = next((group for group in groups if not separating_fields(config_of(group[0]), config_of(run))), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return groups
+
+
+def outline(base: ModelT, method: Method) -> ModelT:
+    """The base with the adapters of a method, as shapes."""
     graph, state = nnx.split(base)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
@@ -57,18 +75,7 @@ def outline(base: ModelT, method: Method, mesh: Mesh) -> ModelT:
 
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model: ModelT = nnx.eval_shape(attached, shapes)
-    place_shapes(model, mesh)
     return model
-
-
-def varied_dropout(models: Sequence[nnx.Module]) -> list[Path]:
-    """The paths of the dropout modules whose rates differ between models."""
-    dropouts = [_dropouts(model) for model in models]
-    return [
-        path
-        for path in dropouts[0]
-        if all(path in own for own in dropouts) and len({own[path].rate for own in dropouts}) > 1
-    ]
 
 
 def vary_dropout(model: nnx.Module, paths: Sequence[Path]) -> None:
@@ -118,11 +125,56 @@ def unite(one: ModelT, other: nnx.Module) -> ModelT | None:
     return united if structure(united) == structure(added) else None
 
 
-def unite_all(models: Sequence[ModelT]) -> ModelT:
-    """The first model with the adapters of all; one program can train them."""
-    united = models[0]
-    for model in models[1:]:
-        one = unite(united, model)
-        assert one is not None
-        united = one
-    return united
+class Alike(NamedTuple):
+    """Models that one program can train.
+
+    Attributes:
+      model: The first of them with the adapters of all, as shapes. Each leaf is as large as in the model where it is largest.
+      indices: Their places among the given models.
+    """
+
+    model: Model
+    indices: list[int]
+
+
+def unite_models(models: Sequence[Model]) -> tuple[list[Alike], list[Path]]:
+    """Group models by what one program can train.
+
+    Args:
+      models: Models with the same base, as shapes.
+
+    Returns:
+      The groups, and the paths of the dropout modules whose rates differ between models; see `vary_dropout`.
+    """
+    dropout = _varied_dropout(models)
+    groups: list[Alike] = []
+    for index, model in enumerate(models):
+        vary_dropout(model, dropout)
+        for place, group in enumerate(groups):
+            if (united := unite(group.model, model)) is not None:
+                _widen(united, model)
+                groups[place] = Alike(united, [*group.indices, index])
+                break
+        else:
+            groups.append(Alike(model, [index]))
+    return groups, dropout
+
+
+def _varied_dropout(models: Sequence[nnx.Module]) -> list[Path]:
+    """The paths of the dropout modules whose rates differ between models."""
+    dropouts = [_dropouts(model) for model in models]
+    return [
+        path
+        for path in dropouts[0]
+        if all(path in own for own in dropouts) and len({own[path].rate for own in dropouts}) > 1
+    ]
+
+
+def _widen(model: Model, other: Model) -> None:
+    """Give each leaf that came with a method the larger of its sizes in both models, in place."""
+    leaves, others = variables.flat(model)[1], variables.flat(other)[1]
+    for path, leaf in leaves.items():
+        if path in others and type(leaf) is not nnx.Param:
+            mine, theirs = leaf.get_value(), others[path].get_value()
+            leaf.set_value(jax.ShapeDtypeStruct(tuple(map(max, mine.shape, theirs.shape)), mine.dtype))
+    variables.update(model, {path: leaf.get_value() for path, leaf in leaves.items()})

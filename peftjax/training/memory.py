@@ -4,6 +4,8 @@ The bounds are low: what is refused here cannot run. What is not refused may sti
 `peftjax plan` compiles the step and gives the exact amount.
 """
 
+import re
+
 import jax
 from jax.sharding import Mesh
 
@@ -65,7 +67,7 @@ def check_step(
         return
     state = bytes_per_device((arguments.state, arguments.frozen))
     given = state + bytes_per_device(arguments.batch)
-    if given + _rough_bytes(config, task, model) // mesh.size < memory:
+    if given + rough_bytes(config, task, model) // mesh.size < memory:
         return
     stored = jaxpr_cost.stored_bytes(step.trace(*arguments).jaxpr.jaxpr) // mesh.size  # at best, all devices share them
     if given + stored <= memory:
@@ -84,12 +86,24 @@ def check_step(
     )
 
 
-def _rough_bytes(config: Config, task: Task, model: Model) -> int:
-    """More bytes than the backward pass of a microbatch usually needs; it only decides whether to count them."""
+def rough_bytes(config: Config, task: Task, model: Model) -> int:
+    """More bytes than the backward pass of a microbatch usually needs; they only decide whether to count exactly."""
     rows = config.train.batch_size // config.train.accumulate
     length, sizes = task.positions(model) + model.virtual, model.config
     each = 4 * sizes.heads * length + 24 * (sizes.embed + sizes.mlp)  # per position and layer: scores and activations
-    return 4 * rows * length * sizes.layers * each
+    logits = 4 * min(config.train.loss_chunk, length) * vars(sizes).get("vocab", 0)
+    return 4 * rows * (length * sizes.layers * each + logits)
+
+
+def rejected_bytes(message: str) -> int | None:
+    """The bytes that a program needs, from the message of a compiler that rejects it because it does not fit.
+
+    None if this is not such a message; 0 if it does not say how many.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    total = re.search(r"(?:temporaries \(|Used )([\d.]+)G", message)
+    return int(float(total[1]) * 2**30) if total else 0
 
 
 def _describe(config: Config, task: Task) -> str:

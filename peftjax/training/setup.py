@@ -137,10 +137,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
         memory, the data cannot be read, or it has nothing to learn from; or a tracker is not installed.
     """
     distributed.on_first(lambda: check_installed(config.log.trackers))
-    fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
-        model = abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
+    model = abstract_run(config, task)
     task.accept(hooks.model or model, config.model.path)
     task.check_lengths(model, mesh)
 
@@ -155,6 +152,14 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
     data.preview(config.train.steps)
     check(trace=False)  # the first batches are longer than the shortest that are possible
     check_held_out(config, task, mesh)
+
+
+def abstract_run(config: Config, task: Task) -> Model:
+    """The model that a run trains, as shapes; see `abstract_model`."""
+    fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
+        return abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
 
 
 def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:

@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from peftjax.core.config_file import read_sweep
 from peftjax.core.errors import UserError
 
 RANGE = re.compile(r"(uniform|loguniform)\((.*)\)")
@@ -105,6 +106,31 @@ def _parse_range(item: str, log: bool, bounds: str) -> Range:
             f"{item}: the lower bound of loguniform must be more than 0; use uniform for a range that starts at {low:g}"
         )
     return Range(low, high, log)
+
+
+def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
+    """The search spaces that `get_sweep()` of a config file returns, each with `fields` in addition or with their values.
+
+    Args:
+      path: The config file.
+      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `parse`.
+
+    Returns:
+      At least one space, which may be empty.
+
+    Raises:
+      UserError: A field is given twice, or has no valid values.
+    """
+    given: dict[str, Choice | Range] = {}
+    for item in fields:
+        name, values = parse(item)
+        if name in given:
+            raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
+        given[name] = values
+    return [
+        {name: parse_values(name, values) for name, values in space.items()} | given
+        for space in read_sweep(path) or [{}]
+    ]
 
 
 def grid(space: Space) -> list[dict[str, str]]:

@@ -16,7 +16,8 @@ from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.tasks import Task
 from peftjax.training import start_from
-from peftjax.training.alike import Path, outline, structure, unite, unite_all, varied_dropout, vary_dropout
+from peftjax.training.abstract import place_shapes
+from peftjax.training.alike import Path, outline, structure, unite, unite_models, vary_dropout
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
@@ -56,15 +57,15 @@ class United:
       shared: The frozen leaves of all runs, such as the base; empty until the first run is opened.
     """
 
-    def __init__(self, members: Sequence[Member], base: Base, outlines: Sequence[Model], mesh: Mesh) -> None:
+    def __init__(self, members: Sequence[Member], base: Base, model: Model, mesh: Mesh) -> None:
         """
         Args:
           members: The runs.
           base: The base model.
-          outlines: The models of the runs; see `outline`.
+          model: As the attribute.
           mesh: The devices.
         """
-        model = unite_all(outlines)
+        place_shapes(model, mesh)
         self.members, self.model, self.mesh = members, model, mesh
         self.shared: variables.FlatTree = {}
         self._base = base
@@ -73,8 +74,6 @@ class United:
         config = members[0].config
         parts = split(config, base.task, model, config.method)
         self._trainable, self._own = Padded(parts.trainable), Padded(own_leaves(model, parts.frozen))
-        for each in outlines:
-            self._widen({path: leaf.get_value() for path, leaf in variables.flat(each)[1].items()})
         options = sharding.compiler_options(mesh.devices.flat)
         self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
         self.eval_step = make_population_eval_step(variables.flat(model)[0], base.task, mesh)
@@ -139,16 +138,10 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     runs: dict[Method, list[Member]] = {}
     for member in members:
         runs.setdefault(start_from.with_options(member.config).method, []).append(member)
-    outlines = {method: outline(model, method.tokenized(lambda text: [0]), mesh) for method in runs}
-    base = Base(model, base_fingerprint(model), task, varied_dropout(list(outlines.values())))
-    groups: list[list[Method]] = []
-    for method, own in outlines.items():
-        vary_dropout(own, base.dropout)
-        group = next((group for group in groups if unite(unite_all([outlines[one] for one in group]), own)), None)
-        groups.append([method]) if group is None else group.append(method)
+    groups, dropout = unite_models([outline(model, method.tokenized(lambda text: [0])) for method in runs])
+    base, alike = Base(model, base_fingerprint(model), task, dropout), list(runs.values())
     return [
-        United([one for method in group for one in runs[method]], base, [outlines[method] for method in group], mesh)
-        for group in groups
+        United([one for index in group.indices for one in alike[index]], base, group.model, mesh) for group in groups
     ]
 
 

@@ -73,7 +73,7 @@ def test_any_other_directory_is_refused_and_left_as_it_is(kind: str, tmp_path: P
 def test_a_lock_that_cannot_be_written_names_the_file_and_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(mark: Path) -> None:
+    def full(mark: Path, *, shared: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(mark))
 
     monkeypatch.setattr(workdirs, "_try_lock", full)
@@ -159,3 +159,19 @@ def test_without_locks_the_run_warns_and_goes_on(tmp_path: Path, monkeypatch: py
         claim(tmp_path / "run"),
     ):
         assert (tmp_path / "run" / MARK).exists()
+
+
+def test_processes_that_share_a_workdir_keep_others_out_and_take_turns(tmp_path: Path) -> None:
+    place = tmp_path / "sweep"
+    with claim(place, shared=True):
+        with claim(place, shared=True), pytest.raises(UserError, match="is in use by process"), claim(place):
+            pytest.fail("claimed")
+        assert (place / MARK).exists()  # the first one still uses it
+        with workdirs.turn(place):
+            other = os.open(place / workdirs.TURN, os.O_RDWR)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    with claim(place), pytest.raises(UserError, match="is in use"), claim(place, shared=True):
+        pytest.fail("claimed")

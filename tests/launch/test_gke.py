@@ -89,6 +89,19 @@ def test_what_was_stopped_begins_again_uncounted_and_what_failed_three_times(
     assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
 
 
+def test_each_part_of_a_sweep_is_a_run_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--name=mine", "--image=i", "--queue=q", "--device=h100:8", "--claim=our-disk", "--parts=3"]
+    gke.main([*options, "--", "python", "-m", "peftjax.sweep", "--sweep.seed=0,1,2"])
+    manifests = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [manifest["metadata"]["name"] for manifest in manifests] == ["mine-1", "mine-2", "mine-3"]
+    for index, manifest in enumerate(manifests, 1):
+        assert fits_schema(manifest)
+        (main,) = job_of(manifest)[1]["containers"]
+        assert main["command"][3:6] == [
+            "--sweep.seed=0,1,2", f"--part={index}/3", f"--coordinator=mine-{index}-worker-0-0.mine-{index}:8476",
+        ]  # fmt: skip
+
+
 def test_the_schema_would_notice(capsys: pytest.CaptureFixture[str]) -> None:
     manifest = render(capsys, "--device=v5p:2x2x2", "--claim=our-disk")
     misspelt, wrong = copy.deepcopy(manifest), copy.deepcopy(manifest)
@@ -116,6 +129,7 @@ def test_a_machine_has_four_chips(capsys: pytest.CaptureFixture[str], device: st
         (["--device=h100"], "give the number of GPUs per machine, as in h100:8"),
         (["--device=tpu:4"], "unknown device 'tpu'; choose from v4, v5e, v5p, v6e, l4"),
         (["--device=l4:1", "--count=0"], "--count=0: must be at least 1"),
+        (["--device=l4:1", "--parts=0"], "--parts=0: must be at least 1"),
         (["--device=l4:1", "--name=My_Run"], "--name=My_Run: use at most 40 lowercase letters"),
         (["--device=l4:1", "--bucket=ours"], "give either --bucket or --claim"),
     ],

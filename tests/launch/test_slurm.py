@@ -217,3 +217,15 @@ def test_a_job_without_a_command_says_how(slurm: Slurm) -> None:
     job = slurm.submit("launch/slurm.sbatch")
     assert slurm.wait(job)["ExitCode"] == "2:0"
     assert slurm.log(job) == "usage: sbatch [OPTIONS] launch/slurm.sbatch COMMAND ...\n"
+
+
+@pytest.mark.parametrize(("task", "part"), [("3", "--part=3/4"), ("", "--part=$SLURM_ARRAY_TASK_ID/4")])
+def test_a_command_can_name_the_task_of_a_job_array(task: str, part: str, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"  # SLURM itself is not needed
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    environment |= {"SLURM_ARRAY_TASK_ID": task}
+    command = ["launch/slurm.sbatch", "peftjax", "sweep", "--part=$SLURM_ARRAY_TASK_ID/4", "two words", "$HOME"]
+    done = subprocess.run(["bash", *command], cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-5:] == ["peftjax", "sweep", part, "two words", "$HOME"]

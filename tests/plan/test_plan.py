@@ -449,6 +449,62 @@ def test_a_mistake_is_told_before_anything_is_compiled(written: Path, monkeypatc
             command.main([config, f"--device={device}"])
 
 
+def test_the_populations_of_a_sweep_are_planned_as_far_as_they_fit(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: plan.Plan
+) -> None:
+    asked: list[tuple[int, int, list[int]]] = []
+
+    def ask(config: Any, fields: Any, device: Device, *, members: int, population: Any, advise: bool) -> plan.Plan:
+        asked.append((config.data.max_length, members, [one.method.rank for one in population]))
+        needed = {"frozen base": 10 * config.data.max_length * members}
+        return dataclasses.replace(
+            alone,
+            device=device.name,
+            members=members,
+            arguments=needed,
+            padding=0,
+            temporaries=0,
+            others=0,
+            memory=1100,
+        )
+
+    monkeypatch.setattr(command, "ask", ask)
+    swept = ["--sweep.method.rank=2,4,8", "--sweep.optim.learning-rate=1e-3,1e-2", "--sweep.data.max_length=16,32,200"]
+    file = written / "plan.json"
+    code = command.main([f"--config={written / 'config.py'}", "--device=h100", *swept, f"--json={file}"])
+    assert code == 1  # not even one run of 200 tokens fits
+    assert [(length, members) for length, members, _ in asked] == [
+        (16, 1), (16, 2), (16, 4), (16, 6), (32, 1), (32, 2), (32, 4), (32, 3), (200, 1),
+    ]  # fmt: skip
+    assert {tuple(ranks) for _, _, ranks in asked} == {(2, 2, 4, 4, 8, 8)}
+    out = capsys.readouterr().out
+    assert "population 1 of 3: 6 runs" in out
+    assert "runs side by side: 6\n" in out
+    assert "runs side by side: 3, in 2 groups" in out
+    assert "not even one run fits" in out
+    assert "step, at least" in out
+    assert [record["members"] for record in json.loads(file.read_text())[0]] == [1, 2, 4, 6]
+    with pytest.raises(UserError, match=r"--sweep\.FIELD cannot be combined with --members"):
+        command.main([f"--config={written / 'config.py'}", "--device=cpu", *swept, "--members=2"])
+    with pytest.raises(UserError, match="a plan needs values instead of a range"):
+        command.main([f"--config={written / 'config.py'}", "--device=cpu", "--sweep.optim.learning_rate=uniform(1,2)"])
+
+
+def test_each_member_is_planned_with_the_ranks_and_layers_of_all() -> None:
+    base = make_config()
+    options = ({"rank": 4, "targets": "q_proj"}, {"rank": 2, "targets": "down_proj"}, {"rank": 3, "targets": "q_proj"})
+    runs = [configs.changed(base, {f"method.{name}": value for name, value in each.items()}) for each in options]
+    runs.append(configs.changed(runs[0], {"optim.name": "sgd"}))
+    mesh = devices.find("cpu").mesh({})
+    together = traced.trace_step(runs[1], SMALL, mesh, 2, runs)
+    apart = [traced.trace_step(runs[index], SMALL, mesh) for index in (0, 1)]
+    name = "adapters"
+    assert together.argument_bytes[name] == 2 * sum(step.argument_bytes[name] for step in apart)
+    assert together.argument_bytes["frozen base"] == apart[0].argument_bytes["frozen base"]
+    moments = [step.argument_bytes["optimizer state"] - 16 for step in (together, *apart)]
+    assert moments[0] == pytest.approx(2 * (moments[1] + moments[2]), rel=0.01)  # those of AdamW, also for SGD
+
+
 def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], input: str, **options: Any) -> Any:  # noqa: A002  subprocess.run's name for it
         monkeypatch.setattr("sys.stdin", io.StringIO(input))

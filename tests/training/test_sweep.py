@@ -548,7 +548,7 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     fork = partial(runs.fork, world, command="sweep")
     first = world / "killed" / "learning_rate=0.01"
     runs.kill_when(fork(world / "killed", *swept), lambda: bool(runs.checkpoints(first)))
-    child = fork(world / "killed", *swept)
+    child = fork(world / "killed", *swept, "--together=1")
     runs.wait_until(runs.logged(first, 30), child)  # far from where it was killed
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
@@ -562,5 +562,12 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
 
     said = runs.finish(fork(world / "undisturbed", *swept))
     assert "population 1 of 1, 2 side by side" in said
+    parts = runs.ended(*(fork(world / "parts", *swept, f"--part={index}/2") for index in (1, 2)))  # at the same time
+    assert [code for code, _ in parts] == [0, 0], parts
     for name in ("learning_rate=0.01", "learning_rate=0.001"):
         assert_same_run(world / "killed" / name, world / "undisturbed" / name)
+        assert_same_run(world / "parts" / name, world / "undisturbed" / name)
+    whole, found = (json.loads((world / name / "sweep.json").read_text()) for name in ("undisturbed", "parts"))
+    for entry, expected in zip(found, whole, strict=True):
+        assert entry.pop("scores") == pytest.approx(expected.pop("scores"), rel=2e-4)
+        assert entry == expected

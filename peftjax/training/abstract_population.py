@@ -1,0 +1,87 @@
+"""The train step of a population from shapes alone."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+from jax.sharding import Mesh
+
+from peftjax.adapters.method import Method
+from peftjax.core import variables
+from peftjax.models.base import Model
+from peftjax.tasks import Task
+from peftjax.training.abstract import Batch, StepArguments, abstract_step, bytes_per_device
+from peftjax.training.alike import unite_models
+from peftjax.training.config import Config
+from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
+from peftjax.training.split import split
+from peftjax.training.step import Metrics, TrainState, jit_options
+
+
+class PopulationArguments(NamedTuple):
+    """The arguments of a population's train step, as `jax.ShapeDtypeStruct`s with shardings."""
+
+    states: list[TrainState]
+    shared: variables.FlatTree
+    own: list[variables.FlatTree]
+    batches: list[Batch]
+
+
+def united_models(configs: Iterable[Config], make: Callable[[Config], Model]) -> list[tuple[Model, list[Config]]]:
+    """The models of a population, as shapes: one for each structure, with the configs that one program can train.
+
+    A model has the adapters of all its configs, and their largest ranks, as in the program.
+
+    Args:
+      configs: Configs that differ only in fields that `separating_fields` allows.
+      make: Makes the model of a config, as shapes.
+    """
+    by_method: dict[Method, list[Config]] = {}
+    for config in configs:
+        by_method.setdefault(config.method, []).append(config)
+    alike = list(by_method.values())
+    groups, _ = unite_models([make(one[0]) for one in alike])
+    return [(group.model, [config for index in group.indices for config in alike[index]]) for group in groups]
+
+
+def largest_step(
+    configs: Iterable[Config], task: Task, model: Model, mesh: Mesh
+) -> tuple[Config, jax.stages.Wrapped, StepArguments]:
+    """The config whose optimizer has the largest state, its step and the step's arguments; see `abstract_step`."""
+    steps = [
+        (config, *abstract_step(config, task, model, mesh)) for config in {one.optim: one for one in configs}.values()
+    ]
+    return max(steps, key=lambda step: bytes_per_device(step[2].state))
+
+
+def abstract_population(
+    config: Config, task: Task, model: Model, arguments: StepArguments, members: int
+) -> tuple[jax.stages.Wrapped, PopulationArguments]:
+    """The jitted step of a population of equal members, and its arguments as shapes with shardings.
+
+    Call it inside `jax.set_mesh(mesh)`.
+
+    Args:
+      config: The config of each member.
+      task: Its task.
+      model: The model as shapes with shardings.
+      arguments: The arguments of the step of one member, from `abstract_step`.
+      members: Number of members.
+    """
+    state, frozen, batch = arguments
+    states = [state] * members
+    parts = split(config, task, model, config.method)
+    population_gradients, update = make_gradients(parts.objective), make_update(parts.tx)
+    options = jit_options(state)
+
+    @partial(jax.jit, donate_argnums=0, **options | {"out_shardings": [options["out_shardings"]] * members})
+    def population_step(
+        states: list[TrainState], shared: variables.FlatTree, own: list[variables.FlatTree], batches: list[Any]
+    ) -> list[tuple[TrainState, Metrics]]:
+        gradients = population_gradients([each._replace(optimizer=()) for each in states], shared, own, batches)
+        return [update(each, gradients, index) for index, each in enumerate(states)]
+
+    own, shared = own_leaves(model, frozen), shared_leaves(model, frozen)
+    given = PopulationArguments(states, shared, [own] * members, [batch] * members)
+    return cast(jax.stages.Wrapped, population_step), given

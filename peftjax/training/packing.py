@@ -1,0 +1,159 @@
+"""How many runs of a sweep are trained side by side: as many as fit the memory of the devices."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from peftjax import sharding
+from peftjax.core import distributed
+from peftjax.core.memory import free_memory
+from peftjax.core.units import format_bytes
+from peftjax.io.hf_files import resolve
+from peftjax.models.base import Model
+from peftjax.tasks import Task, make_task
+from peftjax.training import precision, start_from
+from peftjax.training.abstract import StepArguments, bytes_per_device
+from peftjax.training.abstract_population import abstract_population, largest_step, united_models
+from peftjax.training.config import Config
+from peftjax.training.member import Member, say
+from peftjax.training.memory import rejected_bytes, rough_bytes
+from peftjax.training.population_step import own_leaves, shared_leaves
+from peftjax.training.setup import abstract_run, open_checkpoints
+
+
+def usable(memory: int, platform: str) -> int:
+    """The part of a device's memory that a population's train step may take.
+
+    The rest is for what its compiler does not count: the next batches, evaluation, fragmentation, and on CPUs also the scratch
+    memory of XLA's threads and checkpoints that are being written.
+    """
+    return int((0.8 if platform == "cpu" else 0.9) * memory)
+
+
+def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
+    """Groups of a population that are trained one after the other, and how many members of each are trained at a time.
+
+    All members fit if a rough estimate from shapes, which is usually too high, is at most half of the memory. Otherwise the
+    step of the population is compiled, and the memory that its compiler assigns decides. Members whose models differ
+    in structure are in separate groups, as `train_population` would train them. All processes return the same groups.
+
+    Args:
+      population: Runs that differ only in fields that `separating_fields` allows.
+      most: Maximum number of members that are trained at a time; 0: all; None: as many as fit the memory.
+    """
+    everyone = len(population)
+    if most is not None or everyone < 2:
+        return [(list(population), min(most or everyone, everyone))]
+    mesh = sharding.make_mesh(population[0].config.mesh.sizes)
+    memory = common_memory(mesh)
+    if memory is None:
+        say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
+        return [(list(population), everyone)]
+    task, configs = resolved(population)
+    room = usable(memory, mesh.devices.flat[0].platform)
+    groups = []
+    for model, alike in united_models(configs.values(), lambda config: abstract_run(config, task)):
+        members = [member for member in population if configs[member.name] in alike]
+        groups.append((members, how_many(alike, task, model, mesh, len(members), room)))
+    return groups
+
+
+def common_memory(mesh: Mesh) -> int | None:
+    """The bytes that a program can use on every device of a mesh; None if that is not known."""
+    found = distributed.gather([socket.gethostname(), free_memory(mesh.local_devices)])
+    if any(free is None for _, free in found):
+        return None
+    hosts = [host for host, _ in found]
+    shared = mesh.devices.flat[0].platform == "cpu"  # by the processes of a host
+    return min(free // (hosts.count(host) if shared else 1) for host, free in found)
+
+
+def resolved(population: Sequence[Member]) -> tuple[Task, dict[str, Config]]:
+    """The task of a population, and the config of each member with its dtype and the options of the method, by name."""
+    first = population[0].config
+    task = make_task(first.task, first.data, resolve(first.model.path, first.model.revision), first.train.loss_chunk)
+    configs = {}
+    for member in population:
+        with contextlib.closing(open_checkpoints(member.config, member.workdir)) as checkpoints:
+            config = precision.resolve(member.config, task.hf_config)
+            configs[member.name], _ = start_from.resolve(config, member.workdir, checkpoints)
+    return task, configs
+
+
+def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, most: int, memory: int) -> int:
+    """The number of members, from 1 to `most`, whose train step takes at most `memory` bytes per device.
+
+    Args:
+      configs: The configs of the members.
+      task: Their task.
+      model: Their model, from `united_models`.
+      mesh: The devices.
+      most: The number of members.
+      memory: The memory to use.
+    """
+    with jax.set_mesh(mesh):
+        config, _, arguments = largest_step(configs, task, model, mesh)
+        base, each = _bytes(config, task, model, arguments, mesh)
+        room = f"of the {format_bytes(memory)} per device that are available"
+        if (needed := base + most * each) <= memory // 2:
+            say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
+            return most
+        tried: dict[int, int] = {}
+
+        def needed_by(members: int) -> int:
+            tried[members] = compiled_bytes(config, task, model, arguments, members)
+            return tried[members]
+
+        found = largest(needed_by, base, each, most, memory)
+        say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(tried[found])} {room}")
+        return found
+
+
+def _bytes(config: Config, task: Task, model: Model, arguments: StepArguments, mesh: Mesh) -> tuple[int, int]:
+    """The bytes per device of what all members share, and a high estimate of what each of them needs in addition."""
+    state, frozen, batch = arguments
+    shared = bytes_per_device(shared_leaves(model, frozen))
+    own = bytes_per_device((state, own_leaves(model, frozen), batch)) + bytes_per_device(state.trainable, bits=32)
+    return shared, own + rough_bytes(config, task, model) // mesh.size
+
+
+def compiled_bytes(config: Config, task: Task, model: Model, arguments: StepArguments, members: int) -> int:
+    """The bytes per device that the train step of a population takes, from its compiler."""
+    step, given = abstract_population(config, task, model, arguments, members)
+    try:
+        memory = step.lower(*given).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if (size := rejected_bytes(str(error))) is None:
+            raise
+        return max(distributed.gather(size or 2**60))
+    assert memory is not None
+    created = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    return max(distributed.gather(memory.argument_size_in_bytes + memory.temp_size_in_bytes + created))
+
+
+def largest(needed: Callable[[int], int], base: int, each: int, most: int, memory: int) -> int:
+    """The largest number of members, from 1 to `most`, that needs at most `memory` bytes, up to an eighth.
+
+    The first number is the one that the estimate allows. Each number that is tried predicts the next one, as if everything but
+    the base were proportional to it. The result has been tried, unless it is 1.
+
+    Args:
+      needed: The bytes that a number of members needs.
+      base: The bytes that they share.
+      each: An estimate of the bytes that each member needs in addition.
+      most: The largest number.
+      memory: The bytes to use.
+    """
+    fits, over = 0, most + 1  # the largest number that is known to fit, and the smallest that is known not to
+    count = min(max((memory - base) // each, 1), most)
+    while fits + 1 < over:
+        taken = needed(count)
+        fits, over = (count, over) if taken <= memory else (fits, count)
+        predicted = (memory - base) * count // max(taken - base, 1)
+        if fits and predicted - fits <= fits // 8:
+            break
+        count = min(max(predicted, fits + 1), over - 1)
+    return max(fits, 1)

@@ -1,0 +1,90 @@
+"""As many runs of a sweep are trained side by side as fit the memory."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import pytest
+
+from peftjax import methods, sharding, sweep
+from peftjax.core import memory
+from peftjax.training import packing
+from peftjax.training.compile_ahead import CompileAhead
+from tests.test_train import config
+from tests.training.test_sweep import member
+
+
+@pytest.mark.parametrize(("shared", "each", "guess"), [(0, 10, 10), (40, 10, 50), (40, 10, 1), (5, 30, 30), (99, 5, 2)])
+@pytest.mark.parametrize("most", [1, 2, 7, 64])
+def test_the_largest_number_that_fits_is_found_by_a_few_trials(shared: int, each: int, guess: int, most: int) -> None:
+    tried: dict[int, int] = {}
+
+    def needed(members: int) -> int:
+        tried[members] = 100 + shared + members * each  # 100 for the base
+        return tried[members]
+
+    found = packing.largest(needed, 100, guess, most, 300)
+    best = max((count for count in range(1, most + 1) if needed(count) <= 300), default=1)
+    tried.clear()
+    assert packing.largest(needed, 100, guess, most, 300) == found
+    assert best - best // 8 <= found <= best
+    assert len(tried) <= 5
+    assert most == 1 or (tried[found] <= 300 and max(tried) <= most)
+
+
+@pytest.mark.slow
+def test_no_more_runs_are_trained_together_than_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(tmp_path, eval__exact_match=0, eval__samples=0, train__steps=1)
+    made.data.eval, made.method = (), methods.make_config("lora", rank=2)
+    options: list[dict[str, Any]] = [
+        {"method__rank": 5}, {"method__targets": "q_proj"}, {"method__targets": "down_proj"}, {"method__alpha": 2.0},
+        {"optim__name": "sgd"}, {"method__init": "pissa"},
+    ]  # fmt: skip
+    several = [member(made, tmp_path / "sweep", **values) for values in options]
+    (task, configs), mesh = packing.resolved(several), sharding.make_mesh()
+    models = packing.united_models(configs.values(), lambda config: packing.abstract_run(config, task))
+    assert [len(alike) for _, alike in models] == [5, 1]  # the structure of PiSSA differs
+    with jax.set_mesh(mesh):
+        largest, _, arguments = packing.largest_step(models[0][1], task, models[0][0], mesh)
+        predicted = packing.compiled_bytes(largest, task, models[0][0], arguments, 2)
+
+    monkeypatch.setattr(packing, "free_memory", lambda devices: 2**40)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "compiled_bytes", lambda *given: pytest.fail("a step was compiled"))
+        assert packing.pack(several) == [(several[:5], 5), (several[5:], 1)]
+    assert "all 5 runs fit side by side: they need at most about" in capsys.readouterr().out
+
+    taken = list[tuple[int, int]]()
+    call = CompileAhead.__call__
+
+    def measured_call(ahead: CompileAhead, *arguments: Any) -> Any:
+        found = cast(Any, ahead._step).lower(*arguments).compile().memory_analysis()
+        created = found.output_size_in_bytes + found.generated_code_size_in_bytes
+        taken.append((len(arguments[0]), found.argument_size_in_bytes + found.temp_size_in_bytes + created))
+        return call(ahead, *arguments)
+
+    monkeypatch.setattr(CompileAhead, "__call__", measured_call)
+    monkeypatch.setattr(packing, "free_memory", lambda devices: int((predicted + 1) / 0.8))
+    sweep.sweep(several, tmp_path / "sweep")
+    assert "2 of 5 runs are trained side by side: their step takes" in capsys.readouterr().out
+    assert sorted(count for count, _ in taken) == [1, 1, 2, 2]
+    assert 0.8 * predicted < max(size for _, size in taken) <= predicted  # without the moments
+
+
+def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
+    groups, mounted = tmp_path / "cgroup", tmp_path / "fs"
+    job = mounted / "slurm" / "job_1" / "step_0"
+    job.mkdir(parents=True)
+    (job / "memory.max").write_text("max\n")
+    (job.parent / "memory.max").write_text("4096\n")
+    groups.write_text("0::/slurm/job_1/step_0\n")
+    assert memory._group_limits(groups, mounted) == [4096]
+    (mounted / "memory").mkdir()
+    (mounted / "memory" / "memory.limit_in_bytes").write_text("512\n")  # a container sees only its own group
+    groups.write_text("5:cpuset:/\n4:memory:/elsewhere/0db1\n0::/\n")
+    assert memory._group_limits(groups, mounted) == [512]
+    assert memory._group_limits(tmp_path / "no file", mounted) == []
+    devices = jax.devices()
+    assert 0 < (memory.free_memory(devices) or 0) <= memory.host_memory() // len(devices)
