@@ -48,7 +48,7 @@ def with_all_experts(
         The method with the targets, ranks and alphas of all experts, and the tensors.
 
     Raises:
-        UserError: A tensor is missing, or does not fit the model or its rank in the config.
+        UserError: A tensor is missing, or does not fit the model or its rank in the config, or it is DoRA.
     """
     found: dict[str, dict[Single, dict[str, np.ndarray]]] = {}
     rest: dict[str, np.ndarray] = {}
@@ -59,6 +59,10 @@ def with_all_experts(
             rest[key] = tensor
     if not found or not isinstance(model, Model) or not any(model.hf_experts.values()) or not isinstance(method, Lora):
         return method, tensors
+    if method.dora:
+        raise UserError(
+            "adapter file: use_dora=true is not supported for single experts; merge it where it was trained"
+        )
     layers = {
         bare_key(stored): (site, name)
         for site in _expert_sites(model)

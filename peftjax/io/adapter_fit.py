@@ -5,6 +5,7 @@ have an adapter, and peft ignores the rest.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,10 +17,12 @@ from peftjax.adapters.sites import Site, depth_of, sites
 from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key
+from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
+from peftjax.nn.experts import ExpertLinear
 
 PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
 
@@ -35,7 +38,10 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     for site in sites(model):
         if site.path in model.hf_renamed:
             older |= dict(zip(stored_names(model, site), site.names, strict=True))
-    found = any(f".{name}." in f".{key}" for key in keys for name in older)
+    keys = set(keys)
+    own = [f".{key}" for key in keys.difference(in_other_parts(keys))]
+    # In Llama 4 a name ends in the older one.
+    found = any(f".{old}." in key and f".{name}." not in key for key in own for old, name in older.items())
     return older if found else {}
 
 
@@ -81,6 +87,36 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
             name for _, name in by_layer if back.get(name, name).endswith(tuple(feedforward))
         )
     return dataclasses.replace(method, **changes)
+
+
+def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], parameters: Iterable[str]) -> Method:
+    """Return the method without the experts that only target_modules matches. In peft, experts are parameters of a module.
+
+    Unchanged if the experts are modules in peft: in a file with single experts, or if peft converts target_modules to
+    target_parameters, as it does for LoRA in families whose experts were modules in transformers 4.
+
+    Args:
+        method: The method of the file.
+        model: The model.
+        keys: The keys of the tensors.
+        parameters: The target_parameters of the file.
+    """
+    if not isinstance(method, Targeted) or not isinstance(model, Model) or method.targets == method.every:
+        return method
+    if isinstance(method, Lora) and any(model.hf_experts.values()):
+        return method
+    if any(re.search(r"\.experts\.\d+\.", key) for key in keys):
+        return method
+    experts = [name for site in sites(model) if isinstance(site.module, ExpertLinear) for name in site.names]
+    named = [name for name in experts if matches(name, tuple(parameters))]
+    matched = {name for name in experts if matches(name, method.targets) and name not in named}
+    if not matched:
+        return method
+    left_out = sorted(matched if named else {".".join(name.split(".")[-2:]) for name in matched})  # "experts.down_proj"
+    if isinstance(method.exclude, str):
+        either = "|".join(map(re.escape, left_out))
+        return dataclasses.replace(method, exclude=rf"(?:{method.exclude})|(?:.*\.)?(?:{either})")
+    return dataclasses.replace(method, exclude=(*method.exclude, *left_out))
 
 
 def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[Method, str | None]:

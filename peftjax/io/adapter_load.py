@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
 from peftjax.io.adapter_experts import with_all_experts
-from peftjax.io.adapter_fit import older_names, with_factors_of, with_names, without_nested, without_unmatched
+from peftjax.io.adapter_fit import (
+    older_names,
+    with_factors_of,
+    with_names,
+    without_nested,
+    without_parameters,
+    without_unmatched,
+)
 from peftjax.io.adapter_keys import respelled, with_older_names
 from peftjax.io.adapter_method import method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
@@ -84,7 +91,8 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         method, has_head = _read_method(path, model)
         tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
         method, tensors = with_all_experts(method, tensors, model)
-        method, tensors = _fitted(method, tensors, model, path)
+        parameters = read_json(path / CONFIG).get("target_parameters")
+        method, tensors = _fitted(method, tensors, model, path, parameters or ())
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
@@ -145,7 +153,7 @@ def _without_unknown(fields: dict[str, Any], method: type[Method], version: str 
 
 
 def _fitted(
-    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path
+    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, parameters: Iterable[str]
 ) -> tuple[Method, dict[str, np.ndarray]]:
     """The method and the tensors in this model's names, without what peft ignores; one warning names it.
 
@@ -154,7 +162,8 @@ def _fitted(
     """
     older = older_names(model, tensors)
     with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
-        method, inner = without_nested(with_names(method, model, older), model)
+        method = without_parameters(with_names(method, model, older), model, tensors, parameters)
+        method, inner = without_nested(method, model)
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))
     if inner:
         warnings.warn(

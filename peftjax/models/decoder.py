@@ -241,10 +241,7 @@ class Decoder(LanguageModel):
     def hf_modules(self) -> Mapping[str, str]:
         if not self.hf_part:
             return self.hf_names
-        return {
-            path: multimodal.IN_CLASS + name.removeprefix(self.hf_prefix) if name.startswith(self.hf_prefix) else name
-            for path, name in self.hf_names.items()
-        }
+        return {path: multimodal.class_name(self.config.whole, name) for path, name in self.hf_names.items()}
 
     @property
     def hf_renamed(self) -> Mapping[str, str]:
@@ -410,7 +407,7 @@ class Decoder(LanguageModel):
 
     def hf_stored(self, name: str) -> str:
         """Return our name for a checkpoint tensor; a checkpoint saved without the head lacks `hf_prefix`."""
-        complete = (self.hf_prefix, f"{self.hf_modules['head']}.")
+        complete = (self.hf_prefix, f"{self.hf_names['head']}.")
         return name if name.startswith(complete) else self.hf_prefix + name
 
     def make_cache(self, batch: int, length: int) -> Cache:

@@ -1,7 +1,8 @@
 """Multimodal checkpoints whose text model is supported: its configuration and its tensors. The rest is not loaded.
 
-The transformers class holds the text model as `model.language_model` and its head as `lm_head`. Checkpoint files use one of
-several older names for the same tensors, which end in those of the text model alone.
+The transformers class holds the text model as `model.language_model` and its head as `lm_head`; that of Llama 4 holds both as
+`language_model`. Checkpoint files use one of several older names for the same tensors, which end in those of the text model
+alone.
 """
 
 import dataclasses
@@ -12,13 +13,12 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 
-IN_CLASS = "model.language_model."  # the text model in the transformers class, in place of "model."
 # The names of the text model's tensors and of its head in checkpoint files: bare, in one or two containers, and with the
 # container named twice, as some versions of transformers 5 wrote them.
 _TEXT = re.compile(r"((?:model\.|language_model\.)+)((?:embed_tokens|layers|norm)\..*)")
 _HEAD = re.compile(r"(?:model\.|language_model\.)*(lm_head\..*)")
 # The other parts of the transformers classes.
-OTHERS = frozenset({"vision_tower", "visual", "multi_modal_projector", "image_newline"})
+OTHERS = frozenset({"vision_tower", "vision_model", "visual", "multi_modal_projector", "image_newline"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Whole:
         text: The family of its text model, if text_config has no model_type or one that belongs to the multimodal model.
         defaults: Defaults of transformers for text fields that differ from those of `text`.
         flat: Fields that describe the other parts, in a config.json that has no text_config.
+        in_class: The names of the text model and of its head in the transformers class.
     """
 
     text: str
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     flat: frozenset[str] = frozenset()
+    in_class: tuple[str, str] = ("model.language_model", "lm_head")
 
 
 _QWEN = Whole(
@@ -47,6 +49,7 @@ _QWEN = Whole(
 WHOLES = {
     "gemma3": Whole("gemma3_text"),
     "internvl": Whole("qwen2"),
+    "llama4": Whole("llama4_text", in_class=("language_model.model", "language_model.lm_head")),
     "llava": Whole("llama"),
     "llava_next": Whole("llama"),
     "mistral3": Whole("mistral", {"tie_word_embeddings": True}),
@@ -62,6 +65,10 @@ _SIZES: dict[str, dict[str, int]] = {
     "llama": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32,
+    },
+    "llama4_text": {
+        "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192, "num_hidden_layers": 48,
+        "num_attention_heads": 40,
     },
     "mistral": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -115,6 +122,17 @@ def with_text(whole: str, changed: Mapping[str, Any]) -> dict[str, Any]:
     if "text_config" in fields:
         fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k != "torch_dtype"} | dict(changed)
     return fields | top
+
+
+def class_name(whole: str, name: str) -> str:
+    """Return the name that a module of the text model has in the transformers class.
+
+    Args:
+        whole: The multimodal config.json, as JSON.
+        name: Its name in the class of the text model alone.
+    """
+    model, head = WHOLES[json.loads(whole)["model_type"]].in_class
+    return head if name == "lm_head" else f"{model}.{name.removeprefix('model.')}"
 
 
 def text_name(name: str) -> str | None:

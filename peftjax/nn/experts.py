@@ -139,7 +139,7 @@ class ExpertLinear(SlottedLayer):
         return grouped_matmul(x, self.kernel.get_value() if kernel is None else kernel, groups.owner, groups.used)
 
 
-class UprightExpertLinear(ExpertLinear):
+class UntransposedExpertLinear(ExpertLinear):
     """An ExpertLinear whose kernels are [E, in, out] in checkpoints. peft treats them as [E, out, in]."""
 
     hf_leaves: ClassVar[HfLeaves] = {"kernel": ("", None)}

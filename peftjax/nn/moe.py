@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, Groups, UprightExpertLinear, make_groups
+from peftjax.nn.experts import BiasedExpertLinear, ExpertLinear, Groups, UntransposedExpertLinear, make_groups
 from peftjax.nn.feedforward import GatedFeedForward, gated
 from peftjax.nn.linear import Linear
 from peftjax.nn.recompute import recomputed
@@ -192,7 +192,7 @@ class Experts(nnx.Module):
 class InputWeightedExperts(Experts):
     """f(w x) with the weight w of a choice, in place of w f(x): the experts of Llama 4."""
 
-    linear: ClassVar = UprightExpertLinear
+    linear: ClassVar = UntransposedExpertLinear
 
     def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         return groups.spread(x) * groups.spread_weights(weights).astype(x.dtype), jnp.ones_like(weights)

@@ -16,7 +16,7 @@ from peftjax.decoding import generate
 from peftjax.methods import Lora, PromptTuning
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
-EXPERTS = Lora(rank=2, targets=("gate_up_proj", "down_proj"))
+EXPERTS = Lora(rank=2, targets=("mlp.gate", "gate_up_proj", "down_proj"))
 METHODS = {"lora": LORA, "experts": EXPERTS, "prompt": PromptTuning(tokens=3)}
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 

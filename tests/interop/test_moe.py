@@ -268,6 +268,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj", "shared_expert.up_proj"], "target_parameters": EXPERTS_OF_LLAMA4},
     ),
     "llama4-dense": ("llama4-dense", {"target_modules": ["o_proj", "feed_forward.up_proj"]}),
+    "modules-named-as-experts": ("gpt-oss", {"target_modules": ["q_proj", "down_proj"]}),
+    "modules-named-as-some-experts": (
+        "llama4-dense",
+        {"target_modules": r".*\.(q|down)_proj", "target_parameters": ["1.feed_forward.experts.down_proj"]},
+    ),
     "names-of-transformers-4": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
 }
 

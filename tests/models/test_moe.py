@@ -1,5 +1,6 @@
 """Mixture-of-experts models: files with missing experts, quantized experts, several devices, dense layers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,11 @@ def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tm
         save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
         with pytest.raises(UserError, match=message):
             peftjax.load_adapter(model, path.parent, "other")
+    (path.parent / "adapter_config.json").write_text(
+        json.dumps(json.loads((path.parent / "adapter_config.json").read_text()) | {"use_dora": True})
+    )
+    with pytest.raises(UserError, match="adapter file: use_dora=true is not supported for single experts"):
+        peftjax.load_adapter(model, path.parent, "other")
     assert list(adapters.attached(model)) == ["default"]
     for other, method, message in (
         (

@@ -176,6 +176,19 @@ def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_:
         assert kernel.shape not in {shape for shape in shapes if len(shape) == 3}, "all experts were decoded at once"
 
 
+@pytest.mark.parametrize("format_", ["nf4", "int8"])
+def test_a_population_decodes_one_expert_of_each_member_at_a_time(format_: str) -> None:
+    layer, members = experts(), 3
+    for part in (layer.gate_up, layer.down):
+        part.kernel.set_value(quant.quantize(part.kernel.get_value(), format_))
+    gradient = jax.grad(lambda x, weights, chosen: jnp.sin(layer(x, weights, chosen)).sum())
+    given = [jnp.stack([value] * members) for value in inputs(length=2)]  # blocks of 8 rows
+    arrays = arrays_in(jax.make_jaxpr(jax.vmap(gradient))(*given).jaxpr)
+    for kernel in (layer.gate_up.kernel, layer.down.kernel):
+        kernels = {aval.shape[:-2] for aval in arrays if sorted(aval.shape[-2:]) == sorted(kernel.shape[-2:])}
+        assert max(map(np.prod, kernels)) == members, kernels
+
+
 def arrays_in(jaxpr: Any) -> list[Any]:
     """The floating-point arrays that a jaxpr computes, in nested ones too."""
     found = []

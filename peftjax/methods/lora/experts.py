@@ -42,8 +42,8 @@ class LoraExperts(LoraLinear):
         return {"lora_A.weight": (-1, self.a.shape[-2]), "lora_B.weight": (self.b.shape[-1], -1)}
 
 
-class UprightLoraExperts(LoraExperts):
-    """LoRA of an `UprightExpertLinear`, whose kernels peft adapts as transposed ones: its A is B here, and its B is A."""
+class SwappedLoraExperts(LoraExperts):
+    """LoRA of an `UntransposedExpertLinear`, whose kernels peft adapts as transposed ones: its A is B here, and its B is A."""
 
     names: ClassVar = {"lora_A.weight": HfLeaf("b"), "lora_B.weight": HfLeaf("a", axes=(1, 2, 0))}
 

@@ -33,14 +33,14 @@ from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.biases import train_biases
 from peftjax.methods.lora.dora import DoraEmbedding, DoraLinear, DoraResidual
-from peftjax.methods.lora.experts import LoraExperts, UprightLoraExperts
+from peftjax.methods.lora.experts import LoraExperts, SwappedLoraExperts
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
 from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
 from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
 from peftjax.nn.embedding import Embedding
-from peftjax.nn.experts import ExpertLinear, UprightExpertLinear
+from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
 from peftjax.nn.linear import Linear
 from peftjax.nn.patches import PatchEmbedding
 
@@ -201,7 +201,7 @@ class Lora(Ranked):
 
     def _kind(self, layer: nnx.Module) -> type[LoraLinear]:
         if isinstance(layer, ExpertLinear):
-            return UprightLoraExperts if isinstance(layer, UprightExpertLinear) else LoraExperts
+            return SwappedLoraExperts if isinstance(layer, UntransposedExpertLinear) else LoraExperts
         if isinstance(layer, Embedding):
             return DoraEmbedding if self.dora else LoraEmbedding
         if isinstance(layer, PatchEmbedding):
