@@ -152,8 +152,7 @@ def _plan_sweep(
         best = max((value for value, plan in probes if isinstance(plan, Plan) and plan.fits), default=0)
         console.print(f"population {number} of {len(populations)}: {count} run{'s' * (count > 1)}")
         console.print(search_table("members", probes))
-        groups = f", in {-(-count // best)} groups" if 0 < best < count else ""
-        console.print(f"runs side by side: {best}{groups}\n" if best else "not even one run fits\n")
+        console.print(f"runs side by side: {best} of {count}\n" if best else "not even one run fits\n")
         everything = everything and best > 0
         records.append([{"members": value} | _record(plan) for value, plan in probes])
     return everything, records

@@ -479,8 +479,8 @@ def test_the_populations_of_a_sweep_are_planned_as_far_as_they_fit(
     assert {tuple(ranks) for _, _, ranks in asked} == {(2, 2, 4, 4, 8, 8)}
     out = capsys.readouterr().out
     assert "population 1 of 3: 6 runs" in out
-    assert "runs side by side: 6\n" in out
-    assert "runs side by side: 3, in 2 groups" in out
+    assert "runs side by side: 6 of 6" in out
+    assert "runs side by side: 3 of 6" in out
     assert "not even one run fits" in out
     assert "step, at least" in out
     assert [record["members"] for record in json.loads(file.read_text())[0]] == [1, 2, 4, 6]
