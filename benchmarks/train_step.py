@@ -14,9 +14,10 @@ from peftjax.core import variables
 from peftjax.io.hf_files import resolve
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
+from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.setup import attach_method
 from peftjax.training.split import split
-from peftjax.training.step import init_state, make_train_step
+from peftjax.training.step import init_state, jit_options, make_train_step, mesh_of
 
 DOCUMENTS = 4  # in each packed row
 
@@ -40,9 +41,9 @@ class Step:
     def __init__(self, config: Config) -> None:
         mesh = sharding.make_mesh(config.mesh.sizes)
         jax.set_mesh(mesh)
-        task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
+        self.task = task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
         self.model = model = task.load_model(config.model, task.directory, mesh, config.seed)
-        method = attach_method(config, task, model, mesh)
+        self.method = method = attach_method(config, task, model, mesh)
         self.objective, tx, trainable, self.frozen = split(config, task, model, method)
         self.state = init_state(trainable, tx, config.seed)
         variables.update(model, self.state.trainable)  # as train.py: the state holds copies, so let go of the originals
@@ -63,6 +64,31 @@ class Step:
         sizes = compiled.memory_analysis()
         kept = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + kept
+
+
+class PopulationStep(Step):
+    """The step of several runs of a sweep with the same config, on batches of the same random tokens."""
+
+    def __init__(self, config: Config, runs: int) -> None:
+        super().__init__(config)
+        mesh = mesh_of(self.state)
+        model, parts = self.model, split(config, self.task, self.model, self.method)
+        self.shared = shared_leaves(model, self.frozen)
+        self.own = [own_leaves(model, self.frozen)] * runs
+        self.states = [init_state(parts.trainable, parts.tx, seed) for seed in range(runs)]
+        options = sharding.compiler_options(mesh.devices.flat)
+        self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
+        self.update = jax.jit(make_update(parts.tx), donate_argnums=0, **jit_options(self.state))
+
+    def run(self, count: int = 1) -> float:
+        """Take a number of steps and wait for the last one; returns the loss of the last run."""
+        for _ in range(count):
+            inputs = [state._replace(optimizer=()) for state in self.states]
+            gradients = self.gradients(inputs, self.shared, self.own, [self.batch] * len(inputs))
+            results = [self.update(state, gradients, index) for index, state in enumerate(self.states)]
+            self.states = [state for state, _ in results]
+        jax.block_until_ready(self.states)
+        return float(results[-1][1]["loss"])
 
 
 def random_rows(task: Task, rows: int, vocab: int) -> dict[str, np.ndarray]:

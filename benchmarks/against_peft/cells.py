@@ -53,6 +53,7 @@ class Cell:
       dtype: The compute dtype.
       rows, length: The size of a train step's batch, or the number and length of the prompts in a decoding cell.
       compiled: Whether the peer runs under torch.compile.
+      runs: Number of runs that are trained side by side; the peer trains them one after the other.
     """
 
     kind: str
@@ -62,13 +63,15 @@ class Cell:
     rows: int = 1
     length: int = 0
     compiled: bool = False
+    runs: int = 1
 
     @property
     def name(self) -> str:
         short = next(short for short, dtype in DTYPES.items() if dtype == self.dtype)
         batch = {"step": f"-{self.rows}x{self.length}", "decode": f"-{self.rows}", "load": ""}[self.kind]
         method = self.method if self.kind == "step" else f"{self.kind}-{self.method}"
-        return f"{self.shape}-{method}-{short}{batch}{'-compiled' * self.compiled}"
+        several = f"-{self.runs}runs" if self.runs > 1 else ""
+        return f"{self.shape}-{method}-{short}{batch}{'-compiled' * self.compiled}{several}"
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ class Cell:
     @property
     def work(self) -> int:
         """Tokens of a step, or of all answers; 0 for loading."""
-        return {"step": self.rows * self.length, "decode": self.rows * NEW, "load": 0}[self.kind]
+        return {"step": self.runs * self.rows * self.length, "decode": self.rows * NEW, "load": 0}[self.kind]
 
     def flops(self) -> float:
         """FLOP of the matrix products of a train step; 0 for the other kinds.
@@ -115,7 +118,9 @@ class Cell:
             a_row += 3 * 2 * positions * RANK * sum(a + b for a, b in adapted)
         if self.method == "houlsby":
             a_row += 3 * 2 * positions * 2 * 2 * BOTTLENECK * width
-        return float(self.rows * (layers * a_row + passes * 2 * self.length * width * self.sizes["vocab_size"]))
+        return float(
+            self.runs * self.rows * (layers * a_row + passes * 2 * self.length * width * self.sizes["vocab_size"])
+        )
 
 
 def _steps(shapes: tuple[str, ...], methods: tuple[str, ...], *batches: tuple[int, int]) -> list[Cell]:
@@ -131,6 +136,10 @@ def _all() -> list[Cell]:
         dataclasses.replace(cell, compiled=True)
         for cell in _steps(("110m",), ("lora", "full", "qlora"), (4, 128))
     ]  # fmt: skip
+    together = [
+        dataclasses.replace(cell, runs=runs)
+        for cell in _steps(("15m",), ("lora", "qlora"), (1, 64)) for runs in (8, 32)
+    ]  # fmt: skip
     bases = (("dense", "float32"), ("dense", "bfloat16"), ("nf4", "bfloat16"))
     decode = [
         Cell("decode", shape, method, dtype, rows, PROMPT)
@@ -140,9 +149,20 @@ def _all() -> list[Cell]:
     tests = [
         *_steps(("tiny",), METHODS, (2, 32)),
         *_steps(("tiny-moe",), ("lora", "full"), (2, 32)),
+        Cell("step", "tiny", "lora", "float32", 2, 32, runs=2),
         Cell("decode", "tiny", "dense", "float32", 2, PROMPT),
     ]
-    return [*small, *large, *mixture, *compiled, *decode, *load, *tests, Cell("load", "tiny", "dense", "bfloat16")]
+    return [
+        *small,
+        *large,
+        *mixture,
+        *compiled,
+        *together,
+        *decode,
+        *load,
+        *tests,
+        Cell("load", "tiny", "dense", "bfloat16"),
+    ]
 
 
 CELLS = {cell.name: cell for cell in _all()}

@@ -11,7 +11,7 @@ import numpy as np
 from cells import BOTTLENECK, NEW, RANK, VIRTUAL, Cell
 from child import Side, product_shape, serve
 from flax import nnx
-from train_step import Step
+from train_step import PopulationStep, Step
 
 import peftjax
 from peftjax.core import variables
@@ -37,12 +37,13 @@ def make_method(cell: Cell) -> peftjax.Method:
 
 
 def train(cell: Cell, directory: Path) -> Callable[[int], float]:
-    """The train step of `peftjax train` with the defaults of the config."""
+    """The train step of `peftjax train`, or of several runs in `peftjax sweep`, with the defaults of the config."""
     fields = {
         "model.path": str(directory), "model.dtype": cell.dtype, "model.param_dtype": cell.dtype,
         "model.quantize": "nf4" if cell.quantized else "", "train.batch_size": cell.rows, "data.max_length": cell.length,
     }  # fmt: skip
-    return Step(configs.changed(configs.Config(method=make_method(cell)), fields)).run
+    config = configs.changed(configs.Config(method=make_method(cell)), fields)
+    return PopulationStep(config, cell.runs).run if cell.runs > 1 else Step(config).run
 
 
 def decode(cell: Cell, directory: Path) -> Callable[[int], float]:

@@ -95,7 +95,7 @@ def train(cell: Cell, directory: Path) -> Callable[[int], float]:
     batch = torch.from_numpy(tokens.astype(np.int64))
 
     def run(count: int) -> float:
-        for _ in range(count):
+        for _ in range(count * cell.runs):
             loss = forward(input_ids=batch, labels=batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

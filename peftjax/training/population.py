@@ -211,6 +211,7 @@ class Population:
             if len(self.live) < before:
                 distributed.meet("some runs have ended")
                 self._record()
+                self._progress.expect(*self._expected())
             if reached := self._open():
                 self._begin(reached)
         if not self.waiting and 2 * len(self.live) <= self.width:
