@@ -117,7 +117,7 @@ def _orthogonal(inputs: int, outputs: int, rank: int, key: jax.Array) -> Pair:
     return a / 10, b / 10
 
 
-def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.Array) -> Pair:
+def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float | jax.Array, key: jax.Array) -> Pair:
     """A [in, r] and B [r, out] from a kernel [in, out], for "olora", "pissa" and "pissa_niter_N"."""
     if init == "olora":
         q, r = jnp.linalg.qr(kernel.T)
