@@ -16,7 +16,6 @@ loftq          s A B close to the quantization error of W, loftq_niter_N by a ra
 PiSSA and OLoRA have a nonzero initial update, which `ResidualLora` subtracts.
 """
 
-import functools
 import re
 
 import jax
@@ -50,46 +49,22 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
     key, owner, rank = rngs.params(), site.module, int(ranks.max())
     stack = (*site.stack, owner.experts) if isinstance(owner, ExpertLinear) else site.stack
     a_shape, b_shape = (*stack, owner.in_features, rank), (*stack, rank, owner.out_features)
-    beside = [1] * (len(stack) - len(site.stack))
-    active = within(ranks, site.stack).reshape(*site.stack, *beside, rank)
-    if isinstance(owner, Embedding) or init in ("kaiming", "eva", "gaussian") or init.startswith("loftq"):
-        draw = "embedding" if isinstance(owner, Embedding) else "gaussian" if init == "gaussian" else "kaiming"
-        deviations = (1 / np.maximum(ranks, 1)).astype(np.float32).reshape(*site.stack, *beside, 1, 1)
-        return _drawn(draw, key, a_shape, b_shape, deviations, active)
+    beside = [1] * (len(a_shape) - len(site.stack))
+    by_layer = lambda values: np.asarray(values, np.float32).reshape(*site.stack, *beside)  # noqa: E731
+    active = within(ranks, site.stack).reshape(*site.stack, *[1] * (len(stack) - len(site.stack)), rank)
+    if isinstance(owner, Embedding):
+        return jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32) * active[..., None]
+    if init in ("kaiming", "eva") or init.startswith("loftq"):
+        bound = owner.in_features**-0.5
+        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+        return a * active[..., None, :], jnp.zeros(b_shape)
+    if init == "gaussian":
+        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1))
+        return a * active[..., None, :], jnp.zeros(b_shape)
     keys = jax.random.split(key, len(ranks))
     pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]
     a = jnp.stack([pair[0] for pair in pairs]).reshape(a_shape)
     b = jnp.stack([pair[1] for pair in pairs]).reshape(b_shape)
-    return a * active[..., None, :], b * active[..., None]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _drawn(
-    draw: str,
-    key: jax.Array,
-    a_shape: tuple[int, ...],
-    b_shape: tuple[int, ...],
-    deviations: jax.Array,
-    active: jax.Array,
-) -> Pair:
-    """A and B, one of them random and the other zero, in one program for all layers of the same shapes.
-
-    Args:
-        draw: "kaiming", "gaussian" or "embedding".
-        key: Random key.
-        a_shape: [*stack, in, R].
-        b_shape: [*stack, R, out].
-        deviations: The standard deviation of each layer for "gaussian".
-        active: 1 within each layer's rank and 0 beyond, [*stack, R].
-    """
-    a, b = jnp.zeros(a_shape), jnp.zeros(b_shape)
-    if draw == "embedding":
-        b = jax.random.normal(key, b_shape)
-    elif draw == "gaussian":
-        a = jax.random.normal(key, a_shape) * deviations
-    else:
-        bound = a_shape[-2] ** -0.5
-        a = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
     return a * active[..., None, :], b * active[..., None]
 
 
