@@ -134,7 +134,7 @@ def run(loop: str, directory: Path, rate: float = 0.1, quantize: str = "None", p
     return Run(values, len(scope["traces"]), nnx.merge(scope["graph"], state, scope[others]), before)
 
 
-@pytest.mark.parametrize("loop", ["split", "optimizer", "mask", slow("masked")])
+@pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask"), slow("masked")])
 def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, directory: Path) -> None:
     done = run(loop, directory)
     assert done.losses[-1] < done.losses[0] - 0.3
@@ -146,7 +146,8 @@ def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, d
     assert done.traces <= (1 if loop == "split" else 2)
 
 
-@pytest.mark.parametrize("loop", ["optimizer", slow("mask")])
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["optimizer", "mask"])
 def test_without_dropout_the_loops_compute_the_same_losses(loop: str, directory: Path) -> None:
     expected = run("split", directory, rate=0).losses
     np.testing.assert_allclose(run(loop, directory, rate=0).losses, expected, rtol=1e-6)

@@ -170,6 +170,7 @@ def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
     assert np.abs(tuned(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, workdir = config(tmp_path, train__steps=2, data__prompt_template="Q {prompt}"), tmp_path / "run"
     scores = train(configs.validate(made), workdir).scores

@@ -58,6 +58,7 @@ def make_config(world: Path) -> Callable[..., Any]:
     return make
 
 
+@pytest.mark.slow
 def test_lora_learns_the_classes_of_folders_and_a_resumed_run_ends_with_the_same_bits(
     make_config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

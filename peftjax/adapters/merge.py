@@ -1,6 +1,8 @@
 """Merge adapters into the base's parameters, and restore the base bit-identically."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -138,12 +140,17 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
     graph, leaves = variables.flat(site.module.adapters.adapter(name))
     adapter = {path: leaf.get_value() for path, leaf in leaves.items()}
     own = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-    change = lambda adapter, own: variables.join(graph, adapter).merged(**own)  # noqa: E731
-    shapes = jax.eval_shape(change, adapter, own)
+    shapes = jax.eval_shape(functools.partial(_merged, graph), adapter, own)
     placed = {leaf: jax.tree.leaves(own[leaf])[0].sharding for leaf in shapes}
     options = {}
     for leaf, where in placed.items():
         if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
             placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
             options = sharding.compiler_options(where.mesh.devices.flat)
-    return jax.jit(change, out_shardings=placed, compiler_options=options)(adapter, own)
+    # one function for all layers: those of the same shapes share a program
+    change = jax.jit(_merged, static_argnums=0, out_shardings=placed, compiler_options=options)
+    return change(graph, adapter, own)
+
+
+def _merged(graph: nnx.GraphDef, adapter: variables.FlatTree, own: dict[str, Any]) -> dict[str, jax.Array]:
+    return variables.join(graph, adapter).merged(**own)

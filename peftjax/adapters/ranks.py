@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -92,6 +91,6 @@ class RankedAdapter(DeltaAdapter):
         return dataclasses.replace(leaf, window=tuple(slice(rank if axis == "rank" else None) for axis in axes))
 
 
-def within(ranks: np.ndarray, stack: tuple[int, ...]) -> jnp.ndarray:
+def within(ranks: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
     """1 for the entries within the rank of each layer and 0 for the padding, float32 [*stack, R]."""
-    return jnp.asarray(np.arange(ranks.max()) < ranks[:, None], jnp.float32).reshape(*stack, ranks.max())
+    return (np.arange(ranks.max()) < ranks[:, None]).astype(np.float32).reshape(*stack, ranks.max())

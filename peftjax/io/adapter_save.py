@@ -100,7 +100,7 @@ def write_adapter(
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
-    tensors = {key: distributed.whole(value) for key, value in adapter_tensors(model, name).items()}
+    tensors = adapter_tensors(model, name, read=distributed.whole)
     config = _peft_config(model, method, name, base) if method.peft_type else {}
     if single_experts:
         tensors, config = with_single_experts(model, name, method, tensors, config)

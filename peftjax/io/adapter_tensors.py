@@ -1,6 +1,7 @@
 """The tensors of an adapter directory: their keys, and where their values are in the model."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,9 +123,18 @@ def _wrappers(model: nnx.Module, name: str) -> dict[str, str]:
     return found
 
 
-def adapter_tensors(model: nnx.Module, name: str = "default") -> dict[str, jax.Array]:
-    """Return the arrays that the files of adapter `name` hold, by key."""
-    return {
-        tensor.key: tensor.leaf.write(tensor.of_layer(tensor.variable.get_value()))
-        for tensor in tensors_of(model, name)
-    }
+def adapter_tensors(
+    model: nnx.Module, name: str = "default", read: Callable[[jax.Array], Any] = lambda value: value
+) -> dict[str, Any]:
+    """Return the arrays that the files of adapter `name` hold, by key.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        read: Applied once to the value of each variable, before it is cut into tensors. On the host, cutting needs no compiled
+            programs.
+    """
+    tensors = tensors_of(model, name)
+    values = {id(tensor.variable): tensor.variable for tensor in tensors}
+    arrays = {key: read(variable.get_value()) for key, variable in values.items()}
+    return {tensor.key: tensor.leaf.write(tensor.of_layer(arrays[id(tensor.variable)])) for tensor in tensors}

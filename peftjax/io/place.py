@@ -36,12 +36,8 @@ def read_parameter(
         mesh: Devices.
         encode: Quantizes each layer as soon as it is read, or unpacks one that is stored quantized.
     """
-    stored: Any = jax.ShapeDtypeStruct(entry.stored_shape, dtype)
-    order = entry.order
-    if isinstance(encode, Unpack):
-        stored, order = encode.inputs, None
-    make = functools.partial(_made, order=order, dtype=dtype, encode=encode)
-    one = jax.eval_shape(make, stored)
+    order = None if isinstance(encode, Unpack) else entry.order
+    one = _shapes(entry.stored_shape, order, dtype, encode)
     stack = entry.shape[: entry.stacked]
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*stack, *leaf.shape), leaf.dtype), one)
     placed = sharding.placement(whole, entry.axes, mesh)
@@ -107,6 +103,13 @@ def _made(value: Any, order: Order, dtype: np.dtype, encode: Encode | None) -> A
         return encode(value)
     value = ordered(value, order).astype(dtype)
     return jnp.copy(value) if encode is None else encode(value)  # what was read may alias the file's pages
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(stored: tuple[int, ...], order: Order, dtype: np.dtype, encode: Encode | None) -> Any:
+    """The shapes and dtypes of what `_made` returns for a tensor of the shape `stored`."""
+    value = encode.inputs if isinstance(encode, Unpack) else jax.ShapeDtypeStruct(stored, dtype)
+    return jax.eval_shape(functools.partial(_made, order=order, dtype=dtype, encode=encode), value)
 
 
 def ordered(value: ArrayT, order: Order) -> ArrayT:

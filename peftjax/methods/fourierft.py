@@ -132,7 +132,7 @@ class FourierLinear(DeltaAdapter):
         columns, rows = np.divmod(found, self.shape[0])  # torch's weight is [out, in]
         self.place = PeftConstant(jnp.asarray(np.stack([rows, columns]), jnp.int32), axes=(None, None))
         active = within(counts, site.stack)
-        self.scale = PeftConstant(active * method.scaling, axes=site.lead(None))
+        self.scale = PeftConstant(jnp.asarray(active * method.scaling), axes=site.lead(None))
         drawn = jax.random.normal(rngs.params(), active.shape, jnp.float32) * active
         self.spectrum = PeftParam(jnp.zeros_like(drawn) if method.init_weights else drawn, axes=site.lead(None))
         self.dropout = Dropout(0.0, site.stack)

@@ -58,7 +58,7 @@ class LoHaLinear(RankedAdapter):
     def __init__(self, method: LoHa, site: Site, ranks: np.ndarray, rngs: nnx.Rngs) -> None:
         self.set_ranks(ranks)
         active, rank = within(ranks, site.stack), int(ranks.max())
-        self.active = PeftConstant(active, axes=site.lead("rank"))
+        self.active = PeftConstant(jnp.asarray(active), axes=site.lead("rank"))
         self.scale = PeftConstant(method.scales(site, ranks), axes=site.lead())
         inputs, outputs = site.module.in_features, site.module.out_features
         first, second = site.lead(site.module.axes[0], "rank"), site.lead("rank", site.module.axes[1])

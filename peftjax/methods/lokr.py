@@ -103,7 +103,9 @@ class LoKrLinear(RankedAdapter):
         self.update_dropout = method.update_dropout(site, rescale=method.rank_dropout_scale)
         active, rank = within(ranks, site.stack), int(ranks.max())
         self.scale = PeftConstant(method.scales(site, ranks), axes=site.lead())
-        self.active: Any = nnx.data(None if full_c and full_d else PeftConstant(active, axes=site.lead("rank")))
+        self.active: Any = nnx.data(
+            None if full_c and full_d else PeftConstant(jnp.asarray(active), axes=site.lead("rank"))
+        )
 
         def matrix(value: jax.Array, *axes: str | None) -> PeftParam:
             return PeftParam(value, axes=site.lead(*axes))

@@ -46,6 +46,7 @@ def test_each_row_is_what_its_adapter_alone_computes(method: str, names: list[st
         np.testing.assert_allclose(mixed[row], use(model, name)(tokens[row : row + 1])[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_answers_each_prompt_with_its_own_adapter() -> None:
     model = attached(LORA)
     prompts, names = [[5, 9, 2], [5, 9, 2], [1, 30, 8, 21]], ["one", None, "two"]

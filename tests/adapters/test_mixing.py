@@ -52,7 +52,11 @@ EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok
     ("parts", "fields"),
     [
         ((Lora(rank=2), LoHa(rank=2)), {}),
-        ((Lora(rank=2, targets=("gate_up_proj", "down_proj")), Lora(rank=3, targets=("down_proj",))), EXPERTS),
+        pytest.param(
+            (Lora(rank=2, targets=("gate_up_proj", "down_proj")), Lora(rank=3, targets=("down_proj",))),
+            EXPERTS,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_weight_methods_at_once_are_their_merges_one_after_the_other(parts: Any, fields: dict[str, Any]) -> None:

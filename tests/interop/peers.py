@@ -91,7 +91,7 @@ def attached(base: Path, method: Method) -> Any:
     leaves = variables.flat(model)[1]
     rng = np.random.default_rng(0)
     moved = {
-        path: leaf.get_value() + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+        path: jnp.asarray(np.asarray(leaf.get_value()) + 0.1 * rng.normal(size=leaf.shape).astype(np.float32))
         for path, leaf in leaves.items()
         if type(leaf) is variables.PeftParam
     }

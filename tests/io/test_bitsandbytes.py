@@ -60,7 +60,7 @@ def values(model: Any) -> dict[str, Any]:
     return {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
 
 
-@pytest.mark.parametrize("format_", ["nf4", "nf4_single"])
+@pytest.mark.parametrize("format_", ["nf4", pytest.param("nf4_single", marks=pytest.mark.slow)])
 def test_a_written_model_comes_back_with_every_bit_in_shards_too(format_: str, tmp_path: Path) -> None:
     model = tiny.quantized(tiny.model(hidden_size=64, intermediate_size=80, num_hidden_layers=2), format_)
     save_model(model, tmp_path / "model", max_shard_bytes=25_000)

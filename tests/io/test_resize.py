@@ -61,6 +61,7 @@ def extended(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) -> None:
     made = configs.defaults()
     made.model.path, made.method = str(extended), methods.make_config("lora")

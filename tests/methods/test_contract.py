@@ -220,7 +220,7 @@ FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-b
 FIELDS["lora-experts"] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 FIELDS["trainable-tokens-tied"] = {"tie_word_embeddings": True}
 QUICK = ("full", "lora", "lora-everything", "prompt", "prefix", "ia3")
-QUICKEST = ("full", "lora", "prefix", "ia3")  # also in what compiles much
+QUICKEST = ("lora", "prefix")  # also in what compiles much
 FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.values()  # the first case of each method
 OF_EACH = [
     name
@@ -344,8 +344,8 @@ def trained(name: str, dtype: str = "float32") -> Trained:
 
 NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-experts", "lora-pissa"} - {"full"}]
 IN_EACH = [
-    *marked(OF_EACH, "float32", quick=QUICKEST),
-    *marked(OF_EACH, "bfloat16", quick=("lora", "prefix")),
+    *marked(OF_EACH, "float32", quick=("full", *QUICKEST)),
+    *marked(OF_EACH, "bfloat16", quick=QUICKEST),
     *marked(NF4, "nf4", quick=("lora",)),
 ]
 
@@ -392,26 +392,27 @@ differentiated = functools.cache(differentiable)  # compiled once for several te
 def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unrolled(block: Any, body: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
         graph, leaves = variables.flat(block)
+        run = jax.jit(lambda one, x, inputs: body(variables.join(graph, one), x, inputs)[0])  # compiled for one layer
         for layer in range(L):
             inputs = jax.tree.map(lambda leaf, layer=layer: leaf[layer], per_layer)
             one = {
                 path: leaf.get_value()[layer] if variables.is_stacked(leaf) else leaf.get_value()
                 for path, leaf in leaves.items()
             }
-            x, _ = body(variables.join(graph, one), x, inputs)
+            x = run(one, x, inputs)
         return x, None
 
     _, gradient, trainable = differentiated(name)
     scanned = arrays(gradient(trainable))
     rematerialised = arrays(differentiable(name, "block")[1](trainable))
     monkeypatch.setattr(decoder, "scan_stack", unrolled)
-    _, gradient, trainable = differentiable(name)
-    for path, expected in arrays(gradient(trainable)).items():
+    loss, _, trainable = differentiable(name)
+    for path, expected in arrays(jax.grad(loss)(trainable)).items():
         np.testing.assert_allclose(scanned[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
-MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32", quick=("full", "prefix", "ia3"))
+MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32", quick=("full", "prefix"))
 MESHES += marked((name for name in CASES if name in FIRST), {"fsdp": 2, "tensor": 2}, "bfloat16", quick=())
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32", quick=("lora",))
 MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4", quick=())

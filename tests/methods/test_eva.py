@@ -84,6 +84,7 @@ def test_it_starts_as_the_base_with_orthonormal_rows_and_ranks_that_move(tmp_pat
     np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
 
 
+@pytest.mark.slow
 def test_with_rho_1_the_method_stays_and_sharded_batches_give_the_same_directions() -> None:
     method = Lora(rank=4, alpha=8, init="eva", eva_rho=1.0, targets=("q_proj",))
     one = adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0), batches=batches())

@@ -20,7 +20,10 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+ENCODED = [pytest.param(name, marks=pytest.mark.slow) for name in ("p_tuning", "projected")]  # compile more
+
+
+@pytest.fixture(params=["prompt", "prefix", *ENCODED])
 def method(request: pytest.FixtureRequest) -> adapters.Method:
     return METHODS[request.param]
 

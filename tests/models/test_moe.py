@@ -39,6 +39,7 @@ def logits(model: Any) -> jax.Array:
     return model(tiny.tokens())
 
 
+@pytest.mark.slow
 def test_a_model_on_eight_devices_computes_what_it_does_on_one(directory: Path) -> None:
     """Each device reads the experts that it holds."""
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
@@ -49,6 +50,7 @@ def test_a_model_on_eight_devices_computes_what_it_does_on_one(directory: Path) 
         np.testing.assert_allclose(logits(model), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path, tmp_path: Path) -> None:
     model, plain = peftjax.load_model(directory, quantize="nf4"), peftjax.load_model(directory)
     kernels = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}

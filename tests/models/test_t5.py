@@ -95,6 +95,7 @@ def test_the_loss_is_that_of_the_logits_at_the_targets() -> None:
     np.testing.assert_allclose(totals.loss, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_draws_by_its_keys_in_training_and_is_absent_in_evaluation(tmp_path: Path) -> None:
     peftjax.save_model(model(), tmp_path)
     loaded, given = peftjax.load_model(tmp_path), inputs()

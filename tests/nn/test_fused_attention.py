@@ -249,11 +249,18 @@ GEMMA2 = {"model_type": "gemma2", "sliding_window": 3, "num_hidden_layers": 2, "
 @pytest.mark.parametrize(
     ("config", "method", "remat"),
     [
-        (GEMMA2, peftjax.Lora(rank=4), "block"),
-        ({"model_type": "mistral", "sliding_window": 3}, peftjax.PrefixTuning(tokens=2), "none"),
-        ({"model_type": "mistral", "sliding_window": 3}, peftjax.PromptTuning(tokens=2), "dots"),
+        pytest.param(GEMMA2, peftjax.Lora(rank=4), "block", marks=pytest.mark.slow, id="gemma2"),
+        pytest.param(
+            {"model_type": "mistral", "sliding_window": 3}, peftjax.PrefixTuning(tokens=2), "none", id="prefix"
+        ),
+        pytest.param(
+            {"model_type": "mistral", "sliding_window": 3},
+            peftjax.PromptTuning(tokens=2),
+            "dots",
+            marks=pytest.mark.slow,
+            id="prompt",
+        ),
     ],
-    ids=["gemma2", "prefix", "prompt"],
 )
 def test_a_model_with_blocks_has_the_same_gradients_and_decodes_as_before(
     config: dict[str, Any], method: Any, remat: str

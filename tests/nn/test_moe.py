@@ -109,6 +109,7 @@ def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int], make: 
         assert_close(outcome(Experts.__call__, layer, *given), expected)
 
 
+@pytest.mark.slow
 def test_shards_of_tokens_draw_different_dropout_masks() -> None:
     fields = {"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES}
     model = adapters.attach(

@@ -80,7 +80,7 @@ def printed(config: Any, found: plan.Plan, missing: str = "") -> str:
 # --- What is counted ---
 
 
-@pytest.mark.parametrize("name", ["alone", "together"])
+@pytest.mark.parametrize("name", ["alone", pytest.param("together", marks=pytest.mark.slow)])
 def test_the_arguments_by_shape_are_the_compilers(name: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(name)
     assert found.compiler == "XLA:CPU"

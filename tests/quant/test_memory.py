@@ -12,6 +12,8 @@ from peftjax.tasks import make_task
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_model, abstract_step
 
+pytestmark = pytest.mark.slow  # core has the same of one kernel (test_nf4.py)
+
 WIDE = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,
 }  # fmt: skip

@@ -93,13 +93,14 @@ def config(root: Path, model: Path, kind: str, labels: tuple[str, ...] = (), **f
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "labels", "measured"),
     [
         ("classification", ("without", "with"), {"accuracy", "f1", "matthews"}),
-        slow("multi_label", ("a", "b", "c"), {"accuracy", "micro_f1", "macro_f1"}),
-        slow("regression", (), {"pearson", "spearman"}),
-        slow("token_classification", ("a", "b", "c"), {"accuracy", "macro_f1", "matthews"}),
+        ("multi_label", ("a", "b", "c"), {"accuracy", "micro_f1", "macro_f1"}),
+        ("regression", (), {"pearson", "spearman"}),
+        ("token_classification", ("a", "b", "c"), {"accuracy", "macro_f1", "matthews"}),
     ],
 )
 def test_an_encoder_learns_a_task_and_is_evaluated_as_it_was_left(

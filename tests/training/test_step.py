@@ -44,7 +44,7 @@ def trained_once(microbatches: int, *, dropout: float = 0.0, step: int = 0) -> t
     return state.trainable, {name: float(value) for name, value in measured.items()}
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_microbatches_equal_one_batch_however_the_tokens_fall(microbatches: int) -> None:
     whole, numbers = trained_once(1)
     parts, accumulated = trained_once(microbatches)

@@ -371,6 +371,7 @@ def test_successive_halving_needs_evaluations(fields: dict[str, Any], message: s
         sweep.sweep([pair[0], other], tmp_path / "sweep", reduction=2)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finite_any_more_ends_alone(
     made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

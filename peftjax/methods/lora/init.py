@@ -50,21 +50,21 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
     stack = (*site.stack, owner.experts) if isinstance(owner, ExpertLinear) else site.stack
     a_shape, b_shape = (*stack, owner.in_features, rank), (*stack, rank, owner.out_features)
     beside = [1] * (len(a_shape) - len(site.stack))
-    by_layer = lambda values: jnp.asarray(values, jnp.float32).reshape(*site.stack, *beside)  # noqa: E731
-    if isinstance(owner, Embedding):
-        a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
-    elif init in ("kaiming", "eva") or init.startswith("loftq"):
-        bound = owner.in_features**-0.5
-        a, b = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound), jnp.zeros(b_shape)
-    elif init == "gaussian":
-        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1))
-        b = jnp.zeros(b_shape)
-    else:
-        keys = jax.random.split(key, len(ranks))
-        pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]
-        a = jnp.stack([pair[0] for pair in pairs]).reshape(a_shape)
-        b = jnp.stack([pair[1] for pair in pairs]).reshape(b_shape)
+    by_layer = lambda values: np.asarray(values, np.float32).reshape(*site.stack, *beside)  # noqa: E731
     active = within(ranks, site.stack).reshape(*site.stack, *[1] * (len(stack) - len(site.stack)), rank)
+    if isinstance(owner, Embedding):
+        return jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32) * active[..., None]
+    if init in ("kaiming", "eva") or init.startswith("loftq"):
+        bound = owner.in_features**-0.5
+        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+        return a * active[..., None, :], jnp.zeros(b_shape)
+    if init == "gaussian":
+        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1))
+        return a * active[..., None, :], jnp.zeros(b_shape)
+    keys = jax.random.split(key, len(ranks))
+    pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]
+    a = jnp.stack([pair[0] for pair in pairs]).reshape(a_shape)
+    b = jnp.stack([pair[1] for pair in pairs]).reshape(b_shape)
     return a * active[..., None, :], b * active[..., None]
 
 
@@ -92,7 +92,7 @@ def _orthogonal(inputs: int, outputs: int, rank: int, key: jax.Array) -> Pair:
     return a / 10, b / 10
 
 
-def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float, key: jax.Array) -> Pair:
+def of_kernel(init: str, kernel: jax.Array, rank: int, scale: float | jax.Array, key: jax.Array) -> Pair:
     """A [in, r] and B [r, out] from a kernel [in, out], for "olora", "pissa" and "pissa_niter_N"."""
     if init == "olora":
         q, r = jnp.linalg.qr(kernel.T)

@@ -5,6 +5,7 @@ change, so the adapter fits any base that is quantized in the same way; more ite
 Hugging Face PEFT's replace_lora_weights_loftq does the same to a loaded base, except that it assumes s = 1.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from peftjax.adapters.method import Kernels
 from peftjax.adapters.sites import Site
 from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.methods.lora.dora import DoraLinear
-from peftjax.methods.lora.init import of_kernel
+from peftjax.methods.lora.init import Pair, of_kernel
 from peftjax.quant.base import Quantized
 
 
@@ -32,17 +33,25 @@ def begin(init: str, site: Site, adapter: LoraLinear, kernels: Kernels, key: jax
     if not isinstance(site.kernel, Quantized):
         return
     a, b = (np.array(leaf.get_value()) for leaf in (adapter.a, adapter.b))
+    scales = np.asarray(adapter.scale.get_value()).reshape(len(adapter.ranks), -1)[:, 0]
     for index, (layer, rank) in enumerate(zip(site.layers, adapter.ranks, strict=True)):
         if not rank:
             continue
-        one: Any = site.kernel if layer is None else jax.tree.map(lambda leaf, layer=layer: leaf[layer], site.kernel)
-        lost = jnp.asarray(kernels(site.path, layer), jnp.float32) - one.astype(jnp.float32)
-        scale = float(adapter.scale.get_value().reshape(len(adapter.ranks), -1)[index, 0])
+        exact = jnp.asarray(kernels(site.path, layer), jnp.float32)
         with jax.default_matmul_precision("highest"):
-            factors = of_kernel(init.replace("loftq", "pissa"), lost, rank, scale, jax.random.fold_in(key, index))
+            factors = _factors(init, exact, site.kernel, layer, rank, scales[index], jax.random.fold_in(key, index))
         at = () if layer is None else (layer,)
         a[(*at, slice(None), slice(rank))], b[(*at, slice(rank))] = factors
     for leaf, value in ((adapter.a, a), (adapter.b, b)):
         leaf.set_value(jax.device_put(value, leaf.get_value().sharding))
     if isinstance(adapter, DoraLinear):
         adapter.measure(site.kernel)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _factors(
+    init: str, exact: jax.Array, kernel: Any, layer: jax.Array | None, rank: int, scale: jax.Array, key: jax.Array
+) -> Pair:
+    """A and B of one layer of a quantized kernel, whose values were `exact` [in, out]."""
+    one = kernel if layer is None else jax.tree.map(lambda leaf: leaf[layer], kernel)
+    return of_kernel(init.replace("loftq", "pissa"), exact - one.astype(jnp.float32), rank, scale, key)

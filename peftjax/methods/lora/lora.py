@@ -179,7 +179,7 @@ class Lora(Ranked):
             self._check_other(site)
         ranks, (inputs, outputs) = self.ranks(site, mask), site.module.axes
         scales = self.alphas(site) / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
-        by_layer = jnp.asarray(scales, jnp.float32).reshape(*site.stack, 1)
+        by_layer = scales.astype(np.float32).reshape(*site.stack, 1)
         a, b = (factor.astype(self.dtype) for factor in initial(self.init, site, ranks, scales, rngs))
         lead = ("expert",) if isinstance(site.module, ExpertLinear) else ()
         a_axes = site.lead(*lead, inputs, "rank")
@@ -187,7 +187,7 @@ class Lora(Ranked):
             a, a_axes = a.reshape(*site.module.kernel.shape[:-1], -1), (None, None, None, "rank")
         adapter = self._kind(site.module)(
             tuple(int(rank) for rank in ranks),
-            PeftConstant(within(ranks, site.stack) * by_layer, axes=site.lead("rank")),
+            PeftConstant(jnp.asarray(within(ranks, site.stack) * by_layer), axes=site.lead("rank")),
             (PeftConstant if self.freeze_a else PeftParam)(a, axes=a_axes),
             PeftParam(b, axes=site.lead(*lead, "rank", outputs)),
             0.0 if isinstance(site.module, Embedding) else self.dropout,  # peft has no dropout for embeddings
