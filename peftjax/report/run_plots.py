@@ -116,15 +116,15 @@ class Line(NamedTuple):
 def make_scale(values: Sequence[Any]) -> Scale:
     """The axis of the values of a field.
 
-    It is categorical, in the order of their first occurrence, if they are not all finite numbers. It is logarithmic if they
-    are positive, span a factor of 10 or more, and are not more evenly spread on a linear axis.
+    It is categorical if they are not all finite numbers: numbers in ascending order, then the others in the order of their
+    first occurrence. It is logarithmic if they are positive, span a factor of 10 or more, and are not more evenly spread on a
+    linear axis.
     """
-    if not all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    ):
-        texts = [printable(value_text(value)) for value in values]
-        names = list(dict.fromkeys(texts))
-        return Scale("categorical", [float(names.index(text)) for text in texts], list(enumerate(names)))
+    if not all(map(_is_number, values)):
+        ordered = sorted(values, key=lambda value: (0, value) if _is_number(value) else (1, 0))
+        names = list(dict.fromkeys(printable(value_text(value)) for value in ordered))
+        places = [float(names.index(printable(value_text(value)))) for value in values]
+        return Scale("categorical", places, list(enumerate(names)))
     low, high = min(values), max(values)
     log = low > 0 and high >= 10 * low and _skew([*map(math.log, values)]) <= _skew(values)
     place = math.log10 if log else float
@@ -133,6 +133,10 @@ def make_scale(values: Sequence[Any]) -> Scale:
         marked = _decades(low, high) if log else _round_values(low, high)
     ticks = [(place(value), format_number(value)) for value in marked]
     return Scale("logarithmic" if log else "linear", [place(value) for value in values], ticks)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _skew(values: Sequence[float]) -> float:

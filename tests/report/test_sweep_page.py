@@ -127,3 +127,9 @@ def test_the_axis_of_a_field_fits_its_values(values: list[Any], kind: str) -> No
     scale = make_scale(values)
     assert scale.kind == kind
     assert {place for place, _ in scale.ticks} == set(scale.places)
+
+
+def test_numbers_beside_other_values_are_in_ascending_order() -> None:
+    scale = make_scale([8, "not set", 2, 16])
+    assert [name for _, name in scale.ticks] == ["2", "8", "16", "not set"]
+    assert scale.places == [1, 3, 0, 2]
