@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/peft_table/costs.py --encoder=DIR --decoder=DIR --data=DIR --workdir=DIR
 
-Writes costs.json. Peak memory is that of a process that loads the model and makes four train steps. Step times and latencies
+Writes costs.json; with one of the two models, its figures alone are replaced. Peak memory is that of a process that loads the model and makes four train steps. Step times and latencies
 are medians of rounds in which all methods take turns, so that what else the machine does falls on all alike.
 """
 
@@ -143,7 +143,7 @@ def measure(config_of: Callable[[str], Config], task: str, arguments: list[str])
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what the methods cost.")
     for name in MODELS:
-        parser.add_argument(f"--{name}", required=True, help=f"Hugging Face directory of the {name}")
+        parser.add_argument(f"--{name}", help=f"Hugging Face directory of the {name}")
     parser.add_argument("--data", required=True, type=Path, help="Folder with FOLDER/{train,validation,test}.jsonl.gz")
     parser.add_argument("--workdir", required=True, type=Path, help="Folder for the prepared data")
     parser.add_argument(
@@ -159,12 +159,14 @@ def main() -> None:
         Prepared(config_of(*options.only)).steps(STEPS)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     for kind, task in MODELS.items():
+        if getattr(options, kind) is None:
+            continue
         prepare(task, options.data, options.workdir / "data")
         arguments = [*sys.argv[1:], "--only", kind]
         found[kind] = measure(partial(config_of, kind), task, arguments)
-    write_atomically(COSTS, json.dumps(found, indent=1) + "\n")
+        write_atomically(COSTS, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
