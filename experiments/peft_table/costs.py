@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python experiments/peft_table/costs.py --encoder=DIR --decoder=DIR --data=DIR --workdir=DIR
 
-Writes costs.json; with one of the two models, its figures alone are replaced. Peak memory is that of a process that loads the model and makes four train steps. Step times and latencies
-are medians of rounds in which all methods take turns, so that what else the machine does falls on all alike.
+Writes costs.json; with one of the two models, only its figures are replaced. Peak memory is that of a process that loads the
+model and makes four train steps. Step times and latencies are medians of rounds in which all methods take turns, so that what
+else the machine does falls on all alike.
 """
 
 import argparse
