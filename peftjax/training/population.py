@@ -63,8 +63,8 @@ class Population:
     Attributes:
       live: The runs under way.
       waiting: The runs that take the places of those that end.
-      width: The number of runs in the program. If fewer are under way, it computes some of them twice, which is cheaper than to
-        compile it again.
+      width: The number of runs that the program is compiled for. If fewer are under way, the first one fills the free places:
+        compiling a smaller program would take longer.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Population:
         return list(dict.fromkeys(one.run.batches for one in self.live))
 
     def _places(self, members: Sequence[Training]) -> list[Training]:
-        """As many members as the program has, some of them repeated."""
+        """The members, with the first one in the free places of the program."""
         return [*members, *[members[0]] * (self.width - len(members))]
 
     def _step(self, preempted: Callable[[], bool]) -> None:
@@ -253,7 +253,7 @@ class Population:
         if not members or self.width == 1 or not members[0].run.config.data.eval:
             return [None] * len(members)
         united, run, started = self._united, members[0].run, time.perf_counter()
-        # Some are computed twice, so that few programs are compiled.
+        # The first one is repeated up to a power of two, so that few programs are compiled.
         size = min(self.width, 2 ** (len(members) - 1).bit_length())
         own = united.own([*members, *[members[0]] * (size - len(members))])
         with self._progress.phase(EVALUATING):
