@@ -10,6 +10,7 @@ import jax
 
 from peftjax.core import output
 from peftjax.core.errors import NotFiniteError
+from peftjax.core.variables import FlatTree
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.training.config import Config
@@ -51,6 +52,7 @@ class Training:
     Attributes:
       member: The member.
       run: Its run. It shares the base, and the batches with members of the same seed that started with it.
+      own: The frozen leaves that came with its method.
       update: The jitted update of its state.
       state: Its state.
       step: The number of steps done.
@@ -62,6 +64,7 @@ class Training:
 
     member: Member
     run: Run
+    own: FlatTree
     update: Update
     state: TrainState
     step: int

@@ -97,12 +97,14 @@ class United:
             run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
             state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
             self.shared = self.shared or shared_leaves(model, run.frozen)
-            run.frozen = {**self.shared, **own_leaves(model, run.frozen)}
-            self._widen(variables.present(state.trainable, run.frozen))  # ranks may have been chosen from data
+            own = own_leaves(model, run.frozen)
+            run.frozen = {**self.shared, **own}
+            self._widen(variables.present(state.trainable, own))  # ranks may have been chosen from data
             key = config.optim, config.train.steps, config.method
             if key not in self._updates:
                 self._updates[key] = jax.jit(make_update(parts.tx), donate_argnums=0, **jit_options(state))
-            return Training(member, run, self._updates[key], state, int(state.step), checkpoints, opened.pop_all())
+            update, step = self._updates[key], int(state.step)
+            return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
 
     def states(self, members: Sequence[Training]) -> list[TrainState]:
         """The states of members without moments, padded."""
@@ -110,7 +112,7 @@ class United:
 
     def own_frozen(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """The frozen leaves of each member that are not in `shared`, padded."""
-        return [self._own(own_leaves(one.run.model, one.run.frozen)) for one in members]
+        return [self._own(one.own) for one in members]
 
     def own(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """All leaves of each member that are not in `shared`, padded."""
