@@ -140,7 +140,7 @@ def generate_each(
 
     Args:
         model: One of the models, in evaluation mode.
-        own: For each model, the leaves that are not in `shared`. Leaves of different shapes are padded with zeros.
+        own: For each model, the leaves that are not in `shared`, of the same shapes in all models; see `variables.filled`.
         shared: The leaves that all models share, such as the base, which is read and decoded once for all.
         prompts: Token ids, at least one per prompt. Every model gets all of them.
         max_new_tokens: The largest number of new tokens per prompt.

@@ -111,6 +111,7 @@ def test_members_of_a_population_answer_as_they_do_alone_and_fail_alone(members:
     alone = [generate(model, PROMPTS, max_new_tokens=6, stop=[stop]) for model in models]
     assert alone[0] != alone[1]
     own = [own_and_shared(model)[0] for model in models]
+    own = [variables.filled(leaves, own[1]) for leaves in own]
     own[2] = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), own[2])
     found = generate_each(models[0], own, own_and_shared(models[0])[1], PROMPTS, max_new_tokens=6, stop=[stop])
     assert found[:2] == alone[:2]
