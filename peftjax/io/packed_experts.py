@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
-from peftjax.io.bitsandbytes import Packed, PackedKernel, Unpack
-from peftjax.quant.nf4 import BLOCK, Nf4
+from peftjax.io.bitsandbytes import Packed, PackedKernel, Unpack, tensors
+from peftjax.quant.nf4 import BLOCK, GROUP, Nf4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,3 +119,37 @@ def join_kernels(name: str, kernels: Sequence[Sequence[PackedKernel]]) -> Packed
         )
     shape = (len(kernels), projections * outputs, inputs)
     return PackedExperts(name, shape, first.decoded, tuple(tuple(of_one) for of_one in kernels))
+
+
+def can_split(kernel: Nf4, projections: int) -> bool:
+    """Whether the kernels of experts, [..., in, P out], can be divided into P kernels with the same bits.
+
+    With double quantization, groups of absmax must not continue from one projection in the next.
+    """
+    inputs, outputs = kernel.features
+    unit = BLOCK if kernel.scales is None else BLOCK * GROUP
+    return projections == 1 or (projections > 1 and inputs * outputs // projections % unit == 0)
+
+
+def split_kernels(
+    names: Sequence[Sequence[str]], arrays: Mapping[str, np.ndarray], kernel: Nf4
+) -> dict[str, np.ndarray]:
+    """Return the tensors of the kernels of all experts of a layer, by name.
+
+    Args:
+        names: The names of the weights of every expert, E sequences of P.
+        arrays: What `bitsandbytes.pack` made of every expert, [E, ...].
+        kernel: The kernels, which `can_split` divides.
+    """
+    inputs, outputs = kernel.features
+    count = len(names[0])
+    one = dataclasses.replace(kernel, features=(inputs, outputs // count))
+    result: dict[str, np.ndarray] = {}
+    for expert, of_one in enumerate(names):
+        pieces = {
+            part: [array[expert]] * count if part == "offset" else np.split(array[expert], count)
+            for part, array in arrays.items()
+        }
+        for i, name in enumerate(of_one):
+            result |= tensors(name, {part: piece[i] for part, piece in pieces.items()}, one)
+    return result

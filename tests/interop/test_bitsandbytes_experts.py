@@ -1,6 +1,7 @@
 """Experts in NF4 as bitsandbytes quantizes them one by one under transformers 4."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*peers.THEIRS)]
 
 TWO = COMMON | {"num_hidden_layers": 2, "head_dim": 16}
 QWEN = transformers.Qwen3MoeConfig(
-    **TWO | {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+    **TWO | {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 )
 # Rows that are no multiple of 64.
 MIXTRAL = transformers.MixtralConfig(**TWO | {"hidden_size": 48, "intermediate_size": 80, "num_local_experts": 3})
@@ -64,8 +65,8 @@ def write(folder: Path, config: Any, nested: bool) -> tuple[Path, Path]:
 
 
 def is_kernel(name: str) -> bool:
-    """Whether transformers 4 quantizes the tensor. Its routers are Linears too, which we expect to be skipped."""
-    return name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+    """Whether transformers 4 quantizes the tensor. Its routers are Linears too."""
+    return name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight", "gate.weight"))
 
 
 def decode(codes: torch.Tensor, state: Any) -> torch.Tensor:
@@ -84,8 +85,25 @@ def values(model: Any) -> dict[str, Any]:
     return {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
 
 
+def dequantized(directory: Path) -> dict[str, np.ndarray]:
+    """The kernels that bitsandbytes reads from a directory, by name; it decides by the parts of each."""
+    stored = load_file(directory / "model.safetensors")
+    names = [name.partition(".quant_state")[0] for name in stored if ".quant_state" in name]
+    return {
+        name: decode(stored[name], bitsandbytes.functional.QuantState.from_dict(parts_of(name, stored), "cpu")).numpy()
+        for name in names
+    }
+
+
+def parts_of(name: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_experts_have_the_values_of_bitsandbytes(name: str, tmp_path: Path) -> None:
+def test_experts_have_the_values_of_bitsandbytes_here_and_when_they_are_written_again(
+    name: str, tmp_path: Path
+) -> None:
     config, nested = VARIANTS[name]
     packed, dense = write(tmp_path, config, nested)
     model, plain = peftjax.load_model(packed), values(peftjax.load_model(dense))
@@ -98,7 +116,33 @@ def test_experts_have_the_values_of_bitsandbytes(name: str, tmp_path: Path) -> N
             np.testing.assert_array_equal(jax.jit(lambda kernel: kernel.astype(jnp.float32))(kernel), plain[path])
     expected = their_logits(their_model(dense))
     assert np.abs(our_logits(model, tokens()) - expected).max() < 5e-5 * np.abs(expected).max()
-    if name != "qwen3-moe-plain":
-        for axes in ({"fsdp": 2, "tensor": 2}, {"tensor": 3}):
-            mesh = sharding.make_mesh(axes, jax.devices()[: 4 if len(axes) == 2 else 3])
-            assert fingerprint(values(peftjax.load_model(packed, mesh=mesh))) == fingerprint(ours)
+
+    peftjax.save_model(model, tmp_path / "again")
+    stored, again = (load_file(path / "model.safetensors") for path in (packed, tmp_path / "again"))
+    decoded = [key for key in stored if not torch.equal(stored[key], again.get(key, torch.zeros(0)))]
+    gates = ("gate_proj", "up_proj", "w1", "w3")
+    assert all(any(f".{part}.weight." in key for part in gates) or "quant_state" in key for key in decoded)
+    np.testing.assert_equal(dequantized(tmp_path / "again"), dequantized(packed))
+    assert fingerprint(values(peftjax.load_model(tmp_path / "again"))) == fingerprint(ours)
+    # 8 does not divide the number of experts, so their outputs are split.
+    for axes in {"qwen3-moe": [{"fsdp": 2, "tensor": 4}, {"tensor": 8}], "mixtral": [{"tensor": 3}]}.get(name, []):
+        mesh = sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+        split = values(peftjax.load_model(packed, mesh=mesh))
+        assert not split[EXPERTS[0]].codes.sharding.is_fully_replicated
+        assert fingerprint(split) == fingerprint(ours)
+
+
+@pytest.mark.slow
+def test_experts_quantized_here_are_read_by_bitsandbytes(tmp_path: Path) -> None:
+    write(tmp_path, QWEN, True)
+    model = peftjax.load_model(tmp_path / "original", quantize="nf4")
+    peftjax.save_model(model, tmp_path / "ours")
+    found = dequantized(tmp_path / "ours")
+    gate_up, down = (jax.jit(lambda kernel: kernel.astype(jnp.float32))(values(model)[path]) for path in EXPERTS)
+    for layer, expert in ((0, 0), (1, 3)):
+        kernel = f"model.layers.{layer}.mlp.experts.{expert}.{{}}.weight"
+        both = np.concatenate([found[kernel.format(part)] for part in ("gate_proj", "up_proj")])
+        np.testing.assert_array_equal(both.T, gate_up[layer, expert])
+        np.testing.assert_array_equal(found[kernel.format("down_proj")].T, down[layer, expert])
+    again = peftjax.load_model(tmp_path / "ours")
+    np.testing.assert_array_equal(our_logits(again, tokens()), our_logits(model, tokens()))
