@@ -46,7 +46,7 @@ def save_model(
 
     Raises:
         UserError: Adapters are active, kernels are int8 or, in the text model of a multimodal model, quantized in any
-            format, `source` is missing or another model, or `path` holds something else.
+            format, quantized experts cannot be divided, `source` is missing or another model, or `path` holds something else.
 
     Examples:
         >>> import peftjax
