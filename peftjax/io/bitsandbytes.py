@@ -16,8 +16,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,7 +137,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
         for key in (name, *(_name(weight, part) for part in parts)):
             del result[key]
         offset = float(state["nested_offset"]) if "nested_blocksize" in state else None
-        packed = Packed(weight, tuple(state["shape"]), state["dtype"], offset, parts)
+        packed = PackedKernel(weight, tuple(state["shape"]), state["dtype"], offset, parts)
         if quantize not in (None, packed.unpack.format):
             raise UserError(
                 f"{weight} is stored in {packed.unpack.format}, but quantize={quantize!r} asks for another format; leave out "
@@ -150,7 +149,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
 
 @dataclasses.dataclass(frozen=True)
 class Unpack:
-    """A function from the arrays of one stored kernel, as `Packed.read` returns them, to an `Nf4`.
+    """A function from the arrays of a stored kernel, as `Packed.read` returns them, to an `Nf4`.
 
     Attributes:
         features: (in, out).
@@ -198,21 +197,17 @@ class Unpack:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A stored kernel that has not been read.
+    """A stored kernel, or the kernels of all experts of a layer, that have not been read.
 
     Attributes:
         name: The name of its weight.
-        shape: (out, in).
+        shape: (out, in), or (E, out, in).
         decoded: The dtype that it decodes to.
-        offset: The offset of the absmax; None without double quantization.
-        parts: Its tensors, by the suffix of their names ("weight" for the codes).
     """
 
     name: str
     shape: tuple[int, ...]
     decoded: str
-    offset: float | None
-    parts: Mapping[str, StoredTensor]
 
     @property
     def dtype(self) -> str:
@@ -222,11 +217,39 @@ class Packed:
     @property
     def unpack(self) -> Unpack:
         """The function that makes an `Nf4` of what `read` returns."""
+        raise NotImplementedError
+
+    def faults(self) -> tuple[list[str], list[str], list[str]]:
+        """Return the names of missing parts, the names of unexpected parts, and messages about wrong ones."""
+        raise NotImplementedError
+
+    def read(self, placed: Nf4) -> dict[str, jax.Array]:
+        """Read the arrays for `unpack`. Each process reads only what its devices hold.
+
+        Args:
+            placed: An `Nf4` with the parameter's shardings in place of arrays.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedKernel(Packed):
+    """A stored kernel [out, in].
+
+    Attributes:
+        offset: The offset of the absmax; None without double quantization.
+        parts: Its tensors, by the suffix of their names ("weight" for the codes).
+    """
+
+    offset: float | None
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def unpack(self) -> Unpack:
         outputs, inputs = self.shape
         return Unpack((inputs, outputs), self.decoded, self.offset is not None)
 
     def faults(self) -> tuple[list[str], list[str], list[str]]:
-        """Return the names of missing parts, the names of unexpected parts, and messages about wrong ones."""
         inputs = {part: array for part, array in self.unpack.inputs.items() if part != "offset"}
         maps = tuple(_MAPS) if self.offset is not None else ("quant_map",)
         wanted = (*inputs, *maps)
@@ -246,11 +269,6 @@ class Packed:
         return missing, unexpected, wrong
 
     def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        """Read the arrays for `unpack`. Each process reads only what its devices hold.
-
-        Args:
-            placed: An `Nf4` with the parameter's shardings in place of arrays.
-        """
         unpack, sharding = self.unpack, cast(NamedSharding, placed.absmax)
         specs: dict[str, tuple] = {}
         if unpack.even:
@@ -259,28 +277,32 @@ class Packed:
         arrays: dict[str, jax.Array] = {}
         for part, array in unpack.inputs.items():
             where = NamedSharding(sharding.mesh, PartitionSpec(*specs.get(part, ())))
-            if part == "offset":
-                stored = np.asarray(self.offset, np.float32)
-            else:
-                stored = self.parts[part].mapped().view(array.dtype).reshape(array.shape)
-            read = partial(_slice, stored)
-            if array.dtype == np.float32:  # the absmax, its scales and their offset
-                read = partial(self._finite, stored, part)
-            arrays[part] = jax.make_array_from_callback(array.shape, where, read)
+            arrays[part] = jax.make_array_from_callback(array.shape, where, self.reader(part))
         return arrays
 
-    def _finite(self, stored: np.ndarray, part: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`_slice`, of floats that must be finite."""
-        file = self.parts["weight"].file
-        return finite.converted(stored[index], stored.dtype, _name(self.name, part), file)
+    def reader(self, part: str) -> Callable[[Any], np.ndarray]:
+        """Return a function that reads a slice of one of the arrays for `unpack`. Floats must be finite."""
+        array = self.unpack.inputs[part]
+        if part == "offset":
+            stored = np.asarray(self.offset, np.float32)
+        else:
+            stored = self.parts[part].mapped().view(array.dtype).reshape(array.shape)
+        if array.dtype == np.float32:  # the absmax, its scales and their offset
+            file = self.parts["weight"].file
+            return lambda index: finite.converted(stored[index], stored.dtype, _name(self.name, part), file)
+        return lambda index: np.asarray(stored[index], order="C")
+
+    def block_absmax(self) -> np.ndarray:
+        """Read the absmax of every block, float32, in the order of the file; bit-identical to `Nf4.block_absmax`."""
+        absmax = self.reader("absmax")(...)
+        if self.offset is None:
+            return absmax
+        scales = np.repeat(self.reader("nested_absmax")(...), GROUP)[: absmax.size].reshape(absmax.shape)
+        return DYNAMIC_MAP[absmax] * scales + self.reader("offset")(...)
 
 
 def _name(weight: str, part: str) -> str:
     return weight if part == "weight" else f"{weight}.{part}"
-
-
-def _slice(stored: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    return np.asarray(stored[index], order="C")
 
 
 def _read_state(name: str, stored: np.ndarray) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peftjax.core.errors import UserError
 from peftjax.io.bitsandbytes import Packed
 from peftjax.io.entries import Entry
 from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.io.packed_experts import PackedExperts, join_kernels
 from peftjax.models.base import Model
 
 Stored = StoredTensor | Packed
@@ -68,6 +69,12 @@ def single_names(model: Model, key: str) -> list[list[str]]:
     return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(count)]
 
 
+def projections(model: Model, key: str) -> int:
+    """The number of tensors of each expert for a tensor of all experts; 0 if the tensor does not belong to experts."""
+    names = single_names(model, key)
+    return len(names[0]) if names else 0
+
+
 def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """Replace the tensors of single experts by one tensor for all of them.
 
@@ -77,7 +84,7 @@ def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stor
         stored: The tensors of its checkpoint, by their names there.
 
     Raises:
-        UserError: Experts are missing, differ in shape, or are quantized.
+        UserError: Experts are missing, or differ in shape or format.
     """
     if not any(model.hf_experts.values()):
         return stored
@@ -95,19 +102,20 @@ def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stor
     return result
 
 
-def _joined(key: str, parts: Sequence[Sequence[Stored]]) -> StoredExperts:
+def _joined(key: str, parts: Sequence[Sequence[Stored]]) -> StoredExperts | PackedExperts:
     first = parts[0][0]
     for part in (part for of_expert in parts for part in of_expert):
-        if isinstance(part, Packed):
+        if isinstance(part, Packed) != isinstance(first, Packed):
+            one, other = (first, part) if isinstance(first, Packed) else (part, first)
             raise UserError(
-                f"{part.name} is stored in NF4, which is not supported for experts; load the directory of the original "
-                'model with quantize="nf4"'
+                f"{one.name} is stored in NF4, and {other.name} is not quantized: all experts of a layer must have one format"
             )
-        if part.shape != first.shape or len(part.shape) != 2:
+        if not isinstance(part, Packed) and (part.shape != first.shape or len(part.shape) != 2):
             raise UserError(f"{part.name} is stored as {list(part.shape)}, and {first.name} as {list(first.shape)}")
-    assert isinstance(first, StoredTensor)
-    shape = (len(parts), len(parts[0]) * first.shape[0], first.shape[1])
     given: Any = tuple(tuple(of_expert) for of_expert in parts)
+    if isinstance(first, Packed):
+        return join_kernels(key, given)
+    shape = (len(parts), len(parts[0]) * first.shape[0], first.shape[1])
     return StoredExperts(first.file, key, first.dtype, shape, given)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 import re
@@ -251,10 +252,24 @@ class StoredTensor:
 
     def mapped(self) -> np.ndarray:
         """Map its bytes into memory, uint8 [nbytes]."""
-        with self.file.open("rb") as stream:  # the safetensors library checks the header, but does not expose offsets
-            length = int.from_bytes(stream.read(8), "little")
-            begin, end = json.loads(stream.read(length))[self.name]["data_offsets"]
-        return np.memmap(self.file, np.uint8, mode="r", offset=8 + length + begin, shape=(end - begin,))
+        status = self.file.stat()
+        begin, end = _offsets(self.file, status.st_ino, status.st_mtime_ns)[self.name]
+        return np.memmap(self.file, np.uint8, mode="r", offset=begin, shape=(end - begin,))
+
+
+@functools.lru_cache(maxsize=4)
+def _offsets(file: Path, inode: int, changed: int) -> dict[str, tuple[int, int]]:
+    """Where the tensors of a file begin and end, in bytes. The safetensors library checks this, but does not expose it.
+
+    A file may have tens of thousands of tensors, one or several for every expert, so its header is parsed once and not for
+    each of them. `inode` and `changed` (its last change in ns) tell another file at the same path.
+    """
+    del inode, changed
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    spans = {name: fields["data_offsets"] for name, fields in header.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in spans.items()}
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:

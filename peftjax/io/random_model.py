@@ -12,6 +12,7 @@ from peftjax import quant, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.entries import entries
+from peftjax.io.experts import projections
 from peftjax.io.formats import encoders
 from peftjax.io.hf_config import read_config, stored_quantization
 from peftjax.io.hf_files import resolve
@@ -78,12 +79,24 @@ def make(
     return jax.jit(make, out_shardings=sharding.as_jit_returns(shardings))()
 
 
-def make_quantized(config: ModelConfig, quantize: str | None, skip: Sequence[str], seed: int) -> Model:
-    """Make a model with random weights, its kernels quantized as by `load_model`. Meant to be traced."""
+def make_quantized(
+    config: ModelConfig, quantize: str | None, skip: Sequence[str], seed: int, *, stored: bool = False
+) -> Model:
+    """Make a model with random weights, its kernels quantized as by `load_model`. Meant to be traced.
+
+    Args:
+        config: The model's configuration.
+        quantize: As in `load_model`.
+        skip: As in `load_model`.
+        seed: Random seed.
+        stored: Whether the kernels have the formats in which those of a bitsandbytes directory are loaded.
+    """
     model = config.make(nnx.Rngs(seed))
-    leaves = variables.flat(model)[1]
-    chosen = encoders(model, entries(model), quantize, skip)
-    variables.update(model, {path: quant.quantize(leaves[path].get_value(), quantize or "") for path in chosen})
+    leaves, table = variables.flat(model)[1], entries(model)
+    formats = dict.fromkeys(encoders(model, table, quantize, skip), quantize or "")
+    if stored:  # the absmax of several projections in one kernel are decoded
+        formats |= {entry.path: "nf4_single" for entry in table if projections(model, entry.keys[0]) > 1}
+    variables.update(model, {path: quant.quantize(leaves[path].get_value(), kind) for path, kind in formats.items()})
     return model
 
 

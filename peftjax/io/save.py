@@ -13,7 +13,9 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import entries, is_linear
+from peftjax.io.experts import projections
 from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.packed_experts import can_split
 from peftjax.io.parts import Surroundings
 from peftjax.io.sentence import MODULES, POOLING, write_pooling
 from peftjax.io.shards import write_weights
@@ -44,7 +46,7 @@ def save_model(
 
     Raises:
         UserError: Adapters are active, kernels are int8 or, in the text model of a multimodal model, quantized in any
-            format, `source` is missing or another model, or `path` holds something else.
+            format, quantized experts cannot be divided, `source` is missing or another model, or `path` holds something else.
 
     Examples:
         >>> import peftjax
@@ -111,11 +113,15 @@ def _quantization_config(model: Model) -> dict[str, Any]:
             f"{other[0]} is in {type(kernels[other[0]]).__name__.lower()}, which Hugging Face directories cannot hold "
             '(bitsandbytes\' int8 rounds the activations too); load the unquantized model with quantize="int8" instead'
         )
-    if experts := [path for path, value in kernels.items() if value.ndim > 3]:
-        raise UserError(
-            f"{experts[0]} is quantized, and Hugging Face directories cannot hold quantized experts; load the unquantized "
-            f'model with quantize="{kernels[experts[0]].format}" instead'
-        )
+    for entry in entries(model):
+        value = kernels.get(entry.path)
+        if not isinstance(value, Nf4) or value.ndim - entry.stacked == 2:
+            continue
+        if not can_split(value, projections(model, entry.keys[0])):
+            raise UserError(
+                f"{entry.path} is quantized in {value.format}, and cannot be divided into the kernels of single experts that "
+                f'bitsandbytes directories have; load the unquantized model with quantize="{value.format}" instead'
+            )
     if not kernels:
         return {}
     nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())

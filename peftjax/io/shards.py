@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors.numpy import save_file
 from peftjax.core import variables
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import Entry, entries
-from peftjax.io.experts import split_experts
+from peftjax.io.experts import single_names, split_experts
+from peftjax.io.packed_experts import split_kernels
 from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model
 from peftjax.quant.base import Quantized
@@ -37,7 +39,7 @@ def write_weights(
     """
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
-    sizes = {key: _stored_bytes(values[entry.path], entry) for key, (entry, _) in sources.items()}
+    sizes = {key: _stored_bytes(model, key, values[entry.path], entry) for key, (entry, _) in sources.items()}
     # Unstacked parameters first, then layer by layer.
     keys = sorted(sources, key=lambda key: sources[key][1] if sources[key][0].stacked else -1)
     others = around.others if around else {}
@@ -56,9 +58,10 @@ def write_weights(
             entry, layer = sources[key]
             stored_as = around.stored_name(key) if around else key
             # in every process, to gather the shards of others
-            fetched = _fetch(stored_as, values[entry.path], entry, layer)
-            for stored_key, array in fetched.items() if writing else ():
-                arrays |= split_experts(model, stored_key, array)
+            value = values[entry.path]
+            fetched = _fetch(value, entry, layer)
+            if writing:
+                arrays |= _tensors(model, stored_as, fetched, value)
         where |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
         if writing:
@@ -85,15 +88,16 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _stored_bytes(value: jax.Array | Quantized, entry: Entry) -> int:
+def _stored_bytes(model: Model, key: str, value: jax.Array | Quantized, entry: Entry) -> int:
     """The size of one layer in a file."""
     taken = jax.eval_shape(functools.partial(_take, stacked=entry.stacked, order=entry.order), value, 0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(taken))
-    return size + (bitsandbytes.OVERHEAD if isinstance(value, Nf4) else 0)
+    kernels = sum(map(len, single_names(model, key))) or 1
+    return size + (bitsandbytes.OVERHEAD * kernels if isinstance(value, Nf4) else 0)
 
 
-def _fetch(key: str, value: jax.Array | Quantized, entry: Entry, layer: int) -> dict[str, np.ndarray]:
-    """One layer on the host of every process, by tensor name; a kernel in NF4 is several tensors."""
+def _fetch(value: jax.Array | Quantized, entry: Entry, layer: int) -> Any:
+    """What `_take` returns, on the host of every process."""
     everywhere = None
     leaf = jax.tree.leaves(value)[0]
     if not leaf.is_fully_addressable:  # only then the devices must gather it
@@ -102,8 +106,15 @@ def _fetch(key: str, value: jax.Array | Quantized, entry: Entry, layer: int) -> 
     take = jax.jit(_take, static_argnums=(2, 3), out_shardings=everywhere)
     taken = take(value, layer, entry.stacked, entry.order)
     # In C order, as save_file assumes; a TPU may use another.
-    host = jax.tree.map(lambda array: np.asarray(array, order="C"), taken)
-    return bitsandbytes.tensors(key, host, value) if isinstance(value, Nf4) else {key: host}
+    return jax.tree.map(lambda array: np.asarray(array, order="C"), taken)
+
+
+def _tensors(model: Model, key: str, fetched: Any, value: jax.Array | Quantized) -> dict[str, np.ndarray]:
+    """The tensors of one layer by name. A kernel in NF4 is several; experts have tensors of their own."""
+    if not isinstance(value, Nf4):
+        return split_experts(model, key, fetched)
+    names = single_names(model, key)
+    return split_kernels(names, fetched, value) if names else bitsandbytes.tensors(key, fetched, value)
 
 
 def _take(
@@ -113,5 +124,5 @@ def _take(
     if stacked:
         value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
     if isinstance(value, Nf4):
-        return bitsandbytes.pack(value)
+        return bitsandbytes.pack(value) if value.ndim == 2 else jax.vmap(bitsandbytes.pack)(value)
     return value if order is None else value.transpose(order)

@@ -65,7 +65,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     method = config.method.tokenized(lambda text: [0])  # the tokens do not change any shape
 
     def make() -> Model:
-        model = make_quantized(family, quantize or None, config.model.skip_quantize, config.seed)
+        model = make_quantized(family, quantize or None, config.model.skip_quantize, config.seed, stored=bool(stored))
         if not config.start_from:  # `check` rejects some options that an adapter file may have
             method.check(model)
         # `attach` would require the data or the kernels that some adapters start from; they do not change any shape

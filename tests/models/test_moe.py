@@ -60,9 +60,40 @@ def test_quantized_experts_compute_what_their_decoded_kernels_do(directory: Path
     variables.update(plain, {path: kernel.astype(jnp.float32) for path, kernel in kernels.items()})
     np.testing.assert_allclose(logits(model), logits(plain), atol=1e-5)
     with pytest.raises(
-        UserError, match='cannot hold quantized experts; load the unquantized model with quantize="nf4"'
+        UserError,
+        match=r'experts.gate_up.kernel is quantized in nf4, and cannot be divided .*; load .* with quantize="nf4"',
     ):
         peftjax.save_model(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"dtype": "float16"},
+            r"experts.1.up_proj.weight is nf4_single of float16 \[64, 32\], and .*0.gate_proj.weight is ",
+        ),
+        (
+            None,
+            r"experts.0.gate_proj.weight is stored in NF4, and .*experts.1.up_proj.weight is not quantized: all experts",
+        ),
+    ],
+)
+def test_experts_of_several_formats_are_refused(change: dict[str, str] | None, message: str, tmp_path: Path) -> None:
+    peftjax.save_model(tiny.quantized(tiny.model(**CONFIG), "nf4_single"), tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.1.up_proj.weight"
+    tensors = {key: array.copy() for key, array in load_file(file).items()}
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    if change:
+        fields = json.loads(tensors[state].tobytes()) | change
+        tensors[state] = np.frombuffer(json.dumps(fields).encode(), np.uint8)
+    else:
+        tensors = {key: array for key, array in tensors.items() if not key.startswith(name)}
+        tensors[name] = np.zeros((64, 32), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=message) as error:
+        peftjax.load_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:

@@ -145,6 +145,12 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
     assert single.blocks.attention.query.kernel.get_value().format == "nf4_single"
     nested = abstract_model(dense, SMALL | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}})
     assert nested.blocks.attention.query.kernel.get_value().format == "nf4"
+    mixtral = SMALL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = abstract_model(
+        dense, mixtral | {"quantization_config": stored | {"bnb_4bit_use_double_quant": True}}
+    ).blocks.feedforward.experts
+    assert experts.gate_up.kernel.get_value().format == "nf4_single"
+    assert experts.down.kernel.get_value().format == "nf4"
 
 
 def test_added_embedding_rows_are_planned(tmp_path: Path) -> None:
