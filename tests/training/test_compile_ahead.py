@@ -18,7 +18,7 @@ from peftjax.core.progress import COMPILING, Progress
 from peftjax.sweep import members, sweep
 from peftjax.train import train
 from peftjax.training import config as configs
-from peftjax.training import population, run
+from peftjax.training import population_step, run
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.hooks import Hooks
 from tests import runs
@@ -137,7 +137,7 @@ def test_the_step_of_a_population_is_compiled_for_the_longest_of_its_batches(
     made = world(tmp_path)
     made.data.shuffle = True
     (tmp_path / "config.json").write_text(configs.to_json(configs.validate(made)))
-    traced = traces_of(monkeypatch, population)
+    traced = traces_of(monkeypatch, population_step)
     pair = members(str(tmp_path / "config.json"), [], ["--sweep.seed=0,1"], tmp_path / "sweep")
     found = sweep(pair, tmp_path / "sweep")
     assert all(np.isfinite(one["scores"]["loss"]) for one in found)
