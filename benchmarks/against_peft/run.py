@@ -105,8 +105,11 @@ def measure(cell: Cell, pythons: dict[str, str], directory: Path, rounds: int, t
 
 
 def check_results(cell: Cell, results: dict[str, float]) -> None:
-    """Check that both sides compute the same: the first loss where the method starts as the base model, or the tokens."""
-    starts_alike = cell.kind == "step" and cell.method not in ("prompt", "prefix")
+    """Check that both sides compute the same: the first loss where the method starts as the base model, or the tokens.
+
+    The peer takes the steps of several runs with one model, so its first result is the loss after some of them.
+    """
+    starts_alike = cell.kind == "step" and cell.method not in ("prompt", "prefix") and cell.runs == 1
     if (starts_alike or cell.kind == "decode") and abs(results["torch"] - results["peftjax"]) > 0.01 * results["torch"]:
         raise SystemExit(f"{cell.name}: the sides differ in their first results: {results}")
 
