@@ -17,7 +17,7 @@ from peftjax.training.config import Config
 from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.setup import attach_method
 from peftjax.training.split import split
-from peftjax.training.step import init_state, jit_options, make_train_step, mesh_of
+from peftjax.training.step import init_state, jit_options, make_train_step
 
 DOCUMENTS = 4  # in each packed row
 
@@ -41,13 +41,13 @@ class Step:
     def __init__(self, config: Config) -> None:
         mesh = sharding.make_mesh(config.mesh.sizes)
         jax.set_mesh(mesh)
-        self.task = task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
+        task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
         self.model = model = task.load_model(config.model, task.directory, mesh, config.seed)
-        self.method = method = attach_method(config, task, model, mesh)
-        self.objective, tx, trainable, self.frozen = split(config, task, model, method)
-        self.state = init_state(trainable, tx, config.seed)
+        method = attach_method(config, task, model, mesh)
+        self.objective, self.tx, trainable, self.frozen = split(config, task, model, method)
+        self.state = init_state(trainable, self.tx, config.seed)
         variables.update(model, self.state.trainable)  # as train.py: the state holds copies, so let go of the originals
-        self.step = make_train_step(self.objective, tx, self.state)
+        self.step = make_train_step(self.objective, self.tx, self.state)
         rows = random_rows(task, config.train.batch_size, model.config.vocab)
         self.batch = sharding.shard_batch(rows, mesh, config.train.accumulate)
 
@@ -71,14 +71,12 @@ class PopulationStep(Step):
 
     def __init__(self, config: Config, runs: int) -> None:
         super().__init__(config)
-        mesh = mesh_of(self.state)
-        model, parts = self.model, split(config, self.task, self.model, self.method)
-        self.shared = shared_leaves(model, self.frozen)
-        self.own = [own_leaves(model, self.frozen)] * runs
-        self.states = [init_state(parts.trainable, parts.tx, seed) for seed in range(runs)]
-        options = sharding.compiler_options(mesh.devices.flat)
-        self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
-        self.update = jax.jit(make_update(parts.tx), donate_argnums=0, **jit_options(self.state))
+        self.shared = shared_leaves(self.model, self.frozen)
+        self.own = [own_leaves(self.model, self.frozen)] * runs
+        self.states = [init_state(self.state.trainable, self.tx, seed) for seed in range(runs)]
+        options = jit_options(self.state)
+        self.gradients = jax.jit(make_gradients(self.objective), compiler_options=options["compiler_options"])
+        self.update = jax.jit(make_update(self.tx), donate_argnums=0, **options)
 
     def run(self, count: int = 1) -> float:
         """Take a number of steps and wait for the last one; returns the loss of the last run."""

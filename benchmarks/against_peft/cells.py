@@ -170,8 +170,9 @@ SHORT = ("15m-lora-f32-4x128", "15m-qlora-bf16-4x128", "110m-lora-bf16-4x128")
 
 
 def select(patterns: list[str]) -> list[Cell]:
-    """The cells whose names contain all the words of one of the patterns ("110m lora"); a whole name selects
-    only that cell, "short" and "all" are sets.
+    """The cells whose names contain all the words of one of the patterns ("110m lora").
+
+    A whole name selects only that cell; "short" and "all" are sets.
 
     Cells of tiny shapes are only selected by name.
     """
