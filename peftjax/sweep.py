@@ -33,7 +33,7 @@ from peftjax.io.hf_files import enumerate_some
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
 from peftjax.report.text import short_name, value_text
-from peftjax.training import alike, duration, precision, space
+from peftjax.training import alike, duration, precision, space, start_from
 from peftjax.training import config as configs
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
@@ -76,7 +76,7 @@ def members(
         chosen = [texts for each in spaces for texts in space.grid(each)]
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
-        config = configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
+        config = space.load(path, overrides, texts)
         fixed = {name: _value(config, name) for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
         if name in found and not trials:
@@ -89,8 +89,7 @@ def members(
 def _integers(path: str, overrides: Iterable[str], swept: space.Space) -> list[str]:
     """The fields of a search space whose values are integers."""
     lists = {name: values.texts[0] for name, values in swept.items() if isinstance(values, Choice)}
-    config = configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in lists.items())])
-    defaults = flat(configs.to_dict(config))
+    defaults = flat(configs.to_dict(space.load(path, overrides, lists)))
     return [name for name in swept if type(defaults.get(name)) is int]
 
 
@@ -156,14 +155,15 @@ def sweep(
         waiting = [member for member in mine if not (member.stopped or finished(member))]
         if len(waiting) < len(mine):
             say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
-        for population in populations(waiting):
+        waiting_alike = populations(waiting)
+        for population in waiting_alike:
             for member in {one.config.method: one for one in reversed(population)}.values():
                 check_member(member)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
-        groups = [group for population in populations(waiting) for group in pack(population, most)]
+        groups = [group for population in waiting_alike for group in pack(population, most)]
         record = partial(write_results, runs, workdir, mine)
         record()  # the reports of the runs link to the page
         for number, (population, width) in enumerate(groups, 1):
@@ -188,14 +188,12 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
       workdir: The directory of the sweep.
       mine: The runs that this job trains (default: all). Why another one failed is read from sweep.json.
     """
-    shared = mine is not None and len(mine) < len(runs)
-    with workdirs.turn(workdir) if shared and jax.process_index() == 0 else contextlib.nullcontext():
-        if mine is not None and shared:
-            failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)}
-            own = {member.name for member in mine}
-            for member in runs:
-                if member.name not in own:
-                    member.failed = failed.get(member.name, "")
+    own = {member.name for member in (runs if mine is None else mine)}
+    others = [member for member in runs if member.name not in own]
+    with workdirs.turn(workdir) if others and jax.process_index() == 0 else contextlib.nullcontext():
+        failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)} if others else {}
+        for member in others:
+            member.failed = failed.get(member.name, "")
         found = sorted(
             map(outcome, runs),
             key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
@@ -207,7 +205,8 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
 
 
 def resolve(runs: Iterable[Member]) -> None:
-    """Put all lengths in the runs' configs in steps and take the dtype of started runs, so that runs can be compared."""
+    """Put all lengths in the runs' configs in steps, take the dtype of started runs, and complete the method's options, so that
+    runs can be compared."""
     counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
 
     def rows(config: Config) -> int:
@@ -224,6 +223,7 @@ def resolve(runs: Iterable[Member]) -> None:
             with open_checkpoints(member.config, member.workdir) as checkpoints:
                 if (identity := checkpoints.identity()) is not None:
                     member.config = precision.as_stored(member.config, identity["config"])
+                member.config, _ = start_from.resolve(member.config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
 

@@ -147,6 +147,11 @@ def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
     }
 
 
+def widest(one: Any, other: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array to which both can be padded; each axis is as long as the longer one."""
+    return jax.ShapeDtypeStruct(tuple(map(max, one.shape, other.shape)), one.dtype)
+
+
 def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
     """The leaves at the paths of `like`, cut to its shapes, which removes what `filled` added."""
     return jax.tree.map(lambda own, leaf: leaf[tuple(map(slice, own.shape))], like, {path: tree[path] for path in like})

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 from peftjax.core.errors import UserError
-from peftjax.training import config as configs
 from peftjax.training import space
 from peftjax.training.config import Config
 
@@ -21,8 +20,4 @@ def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str]) ->
                 f"--sweep.{name}: a plan needs values instead of a range; list some, or use --members=N for N runs of the same "
                 "size"
             )
-    return [
-        configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
-        for each in spaces
-        for texts in space.grid(each)
-    ]
+    return [space.load(path, overrides, texts) for each in spaces for texts in space.grid(each)]

@@ -18,7 +18,8 @@ from peftjax.plan.experts import ExpertUse, expert_use
 from peftjax.tasks import Task, make_task
 from peftjax.training import jaxpr_cost
 from peftjax.training.abstract import StepArguments, abstract_model, abstract_step, bytes_per_device
-from peftjax.training.abstract_population import abstract_population, largest_step, united_models
+from peftjax.training.abstract_population import abstract_population, largest_step
+from peftjax.training.alike import group_runs
 from peftjax.training.config import Config
 
 
@@ -73,8 +74,10 @@ def trace_step(
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.
     """
     task = _task(config, hf_config)
-    models = united_models(population or [config], lambda other: abstract_model(other, task, hf_config))
-    model, runs = max(models, key=lambda found: len(found[1]))
+    groups, _ = group_runs(
+        population or [config], lambda one: one.method, lambda one: abstract_model(one, task, hf_config)
+    )
+    model, runs = max(groups, key=lambda group: len(group[1]))
     task.check_lengths(model, mesh)
     with jax.set_mesh(mesh):
         use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))

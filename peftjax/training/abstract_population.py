@@ -1,18 +1,16 @@
 """The train step of a population from shapes alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import Mesh
 
-from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.tasks import Task
 from peftjax.training.abstract import Batch, StepArguments, abstract_step, bytes_per_device
-from peftjax.training.alike import unite_models
 from peftjax.training.config import Config
 from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.split import split
@@ -26,23 +24,6 @@ class PopulationArguments(NamedTuple):
     shared: variables.FlatTree
     own: list[variables.FlatTree]
     batches: list[Batch]
-
-
-def united_models(configs: Iterable[Config], make: Callable[[Config], Model]) -> list[tuple[Model, list[Config]]]:
-    """The models of a population, as shapes: one for each structure, with the configs that one program can train.
-
-    A model has the adapters of all its configs, and their largest ranks, as in the program.
-
-    Args:
-      configs: Configs that differ only in fields that `separating_fields` allows.
-      make: Makes the model of a config, as shapes.
-    """
-    by_method: dict[Method, list[Config]] = {}
-    for config in configs:
-        by_method.setdefault(config.method, []).append(config)
-    alike = list(by_method.values())
-    groups, _ = unite_models([make(one[0]) for one in alike])
-    return [(group.model, [config for index in group.indices for config in alike[index]]) for group in groups]
 
 
 def largest_step(

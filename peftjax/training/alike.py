@@ -6,7 +6,7 @@ has no effect, as in the rank axis of LoRA. An adapter may be missing if it has 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -39,12 +39,9 @@ def separating_fields(one: Config, other: Config) -> list[str]:
     free = (*PER_MEMBER, *traced, *(() if drawn else ("seed:",)))
     lines = configs.differences(one, configs.to_dict(other))
     names = [line.partition(":")[0] for line in lines if not line.startswith(free)]
-    # Other methods have other options.
-    return (
-        [name for name in names if not name.startswith("method.")] + ["method.name"]
-        if "method.name" in names
-        else names
-    )
+    if "method.name" in names:  # other methods have other options
+        return [*(name for name in names if not name.startswith("method.")), "method.name"]
+    return names
 
 
 def populations(runs: Iterable[RunT], config_of: Callable[[RunT], Config]) -> list[list[RunT]]:
@@ -66,6 +63,7 @@ def populations(runs: Iterable[RunT], config_of: Callable[[RunT], Config]) -> li
 
 def outline(base: ModelT, method: Method) -> ModelT:
     """The base with the adapters of a method, as shapes."""
+    method = method.tokenized(lambda text: [0])  # the tokens do not change any shape
     graph, state = nnx.split(base)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
@@ -125,38 +123,35 @@ def unite(one: ModelT, other: nnx.Module) -> ModelT | None:
     return united if structure(united) == structure(added) else None
 
 
-class Alike(NamedTuple):
-    """Models that one program can train.
-
-    Attributes:
-      model: The first of them with the adapters of all, as shapes. Each leaf is as large as in the model where it is largest.
-      indices: Their places among the given models.
-    """
-
-    model: Model
-    indices: list[int]
-
-
-def unite_models(models: Sequence[Model]) -> tuple[list[Alike], list[Path]]:
-    """Group models by what one program can train.
+def group_runs(
+    runs: Iterable[RunT], method_of: Callable[[RunT], Method], make: Callable[[RunT], Model]
+) -> tuple[list[tuple[Model, list[RunT]]], list[Path]]:
+    """Group runs by what one program can train.
 
     Args:
-      models: Models with the same base, as shapes.
+      runs: Runs with the same base, which differ only in fields that `separating_fields` allows.
+      method_of: Returns the method of a run, with all its options.
+      make: Makes the model of a run, as shapes. It is called once for each method.
 
     Returns:
-      The groups, and the paths of the dropout modules whose rates differ between models; see `vary_dropout`.
+      For each group, a model with the adapters of all its runs, as shapes, and the runs. Each leaf is as large as in the run
+      where it is largest. And the paths of the dropout modules whose rates differ between runs; see `vary_dropout`.
     """
+    by_method: dict[Method, list[RunT]] = {}
+    for run in runs:
+        by_method.setdefault(method_of(run), []).append(run)
+    models = [make(alike[0]) for alike in by_method.values()]
     dropout = _varied_dropout(models)
-    groups: list[Alike] = []
-    for index, model in enumerate(models):
+    groups: list[tuple[Model, list[RunT]]] = []
+    for model, alike in zip(models, by_method.values(), strict=True):
         vary_dropout(model, dropout)
-        for place, group in enumerate(groups):
-            if (united := unite(group.model, model)) is not None:
+        for place, (one, members) in enumerate(groups):
+            if (united := unite(one, model)) is not None:
                 _widen(united, model)
-                groups[place] = Alike(united, [*group.indices, index])
+                groups[place] = united, [*members, *alike]
                 break
         else:
-            groups.append(Alike(model, [index]))
+            groups.append((model, alike))
     return groups, dropout
 
 
@@ -175,6 +170,5 @@ def _widen(model: Model, other: Model) -> None:
     leaves, others = variables.flat(model)[1], variables.flat(other)[1]
     for path, leaf in leaves.items():
         if path in others and type(leaf) is not nnx.Param:
-            mine, theirs = leaf.get_value(), others[path].get_value()
-            leaf.set_value(jax.ShapeDtypeStruct(tuple(map(max, mine.shape, theirs.shape)), mine.dtype))
+            leaf.set_value(variables.widest(leaf.get_value(), others[path].get_value()))
     variables.update(model, {path: leaf.get_value() for path, leaf in leaves.items()})

@@ -1,6 +1,5 @@
 """How many runs of a sweep are trained side by side: as many as fit the memory of the devices."""
 
-import contextlib
 import socket
 from collections.abc import Callable, Sequence
 
@@ -14,14 +13,15 @@ from peftjax.core.units import format_bytes
 from peftjax.io.hf_files import resolve
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
-from peftjax.training import precision, start_from
+from peftjax.training import precision
 from peftjax.training.abstract import StepArguments, bytes_per_device
-from peftjax.training.abstract_population import abstract_population, largest_step, united_models
+from peftjax.training.abstract_population import abstract_population, largest_step
+from peftjax.training.alike import group_runs
 from peftjax.training.config import Config
 from peftjax.training.member import Member, say
 from peftjax.training.memory import rejected_bytes, rough_bytes
 from peftjax.training.population_step import own_leaves, shared_leaves
-from peftjax.training.setup import abstract_run, open_checkpoints
+from peftjax.training.setup import abstract_run
 
 
 def usable(memory: int, platform: str) -> int:
@@ -52,13 +52,17 @@ def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[li
     if memory is None:
         say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
         return [(list(population), everyone)]
-    task, configs = resolved(population)
+    first = population[0].config
+    task = make_task(first.task, first.data, resolve(first.model.path, first.model.revision), first.train.loss_chunk)
+    configs = {one.name: precision.resolve(one.config, task.hf_config) for one in population}
     room = usable(memory, mesh.devices.flat[0].platform)
-    groups = []
-    for model, alike in united_models(configs.values(), lambda config: abstract_run(config, task)):
-        members = [member for member in population if configs[member.name] in alike]
-        groups.append((members, how_many(alike, task, model, mesh, len(members), room)))
-    return groups
+    groups, _ = group_runs(
+        population, lambda one: configs[one.name].method, lambda one: abstract_run(configs[one.name], task)
+    )
+    return [
+        (members, how_many([configs[one.name] for one in members], task, model, mesh, room))
+        for model, members in groups
+    ]
 
 
 def common_memory(mesh: Mesh) -> int | None:
@@ -71,29 +75,17 @@ def common_memory(mesh: Mesh) -> int | None:
     return min(free // (hosts.count(host) if shared else 1) for host, free in found)
 
 
-def resolved(population: Sequence[Member]) -> tuple[Task, dict[str, Config]]:
-    """The task of a population, and the config of each member with its dtype and the options of the method, by name."""
-    first = population[0].config
-    task = make_task(first.task, first.data, resolve(first.model.path, first.model.revision), first.train.loss_chunk)
-    configs = {}
-    for member in population:
-        with contextlib.closing(open_checkpoints(member.config, member.workdir)) as checkpoints:
-            config = precision.resolve(member.config, task.hf_config)
-            configs[member.name], _ = start_from.resolve(config, member.workdir, checkpoints)
-    return task, configs
-
-
-def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, most: int, memory: int) -> int:
-    """The number of members, from 1 to `most`, whose train step takes at most `memory` bytes per device.
+def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, memory: int) -> int:
+    """The number of members, from 1 to all, whose train step takes at most `memory` bytes per device.
 
     Args:
       configs: The configs of the members.
       task: Their task.
-      model: Their model, from `united_models`.
+      model: Their model, from `group_runs`.
       mesh: The devices.
-      most: The number of members.
       memory: The memory to use.
     """
+    most = len(configs)
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)

@@ -152,15 +152,11 @@ class Population:
 
     def _inputs(self) -> tuple[list[TrainState], variables.FlatTree, list[variables.FlatTree]]:
         """The arguments of the gradients without the batches."""
-        places = self._places(self.live)
+        places = repeated(self.live, self.width)
         return self._united.states(places), self._united.shared, self._united.own_frozen(places)
 
     def _streams(self) -> list[Batches]:
         return list(dict.fromkeys(one.run.batches for one in self.live))
-
-    def _places(self, members: Sequence[Training]) -> list[Training]:
-        """The members, with the first one in the free places of the program."""
-        return [*members, *[members[0]] * (self.width - len(members))]
 
     def _step(self, preempted: Callable[[], bool]) -> None:
         """Take the members under way a step further."""
@@ -193,7 +189,9 @@ class Population:
             stream: first.shard(dataclasses.replace(batch, arrays=arrays))
             for (stream, batch), arrays in zip(batches.items(), alike, strict=True)
         }
-        gradients = self._gradients(*self._inputs(), [placed[one.run.batches] for one in self._places(self.live)])
+        gradients = self._gradients(
+            *self._inputs(), [placed[one.run.batches] for one in repeated(self.live, self.width)]
+        )
         for index, one in enumerate(self.live):
             one.state, metrics = one.update(one.state, gradients, index)
             one.loss, one.step = metrics["loss"], one.step + 1
@@ -255,7 +253,7 @@ class Population:
         united, run, started = self._united, members[0].run, time.perf_counter()
         # The first one is repeated up to a power of two, so that few programs are compiled.
         size = min(self.width, 2 ** (len(members) - 1).bit_length())
-        own = united.own([*members, *[members[0]] * (size - len(members))])
+        own = united.own(repeated(members, size))
         with self._progress.phase(EVALUATING):
             batches, accumulate = run.held_out_batches(members[0].log), run.config.train.accumulate
             found = evaluate_population(united.eval_step, run.task, own, united.shared, batches, run.mesh, accumulate)
@@ -292,6 +290,11 @@ class Population:
         clock = format_clocks(time.perf_counter() - self._progress.began, self._progress.left.after(self._done))
         place = f"step {self._done:>{len(str(total))}}/{total}"
         self._progress.report(loss, "  ".join([place, loss, clock]))
+
+
+def repeated(members: Sequence[Training], size: int) -> list[Training]:
+    """The members, the first of them repeated so that there are `size`."""
+    return [*members, *[members[0]] * (size - len(members))]
 
 
 def stop_worst(members: Sequence[Training], step: int, halving: Halving) -> None:

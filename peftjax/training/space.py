@@ -11,6 +11,8 @@ import numpy as np
 
 from peftjax.core.config_file import read_sweep
 from peftjax.core.errors import UserError
+from peftjax.training import config as configs
+from peftjax.training.config import Config
 
 RANGE = re.compile(r"(uniform|loguniform)\((.*)\)")
 DIGITS = 4  # significant digits of a drawn value, so that the names of runs are short and exact
@@ -131,6 +133,11 @@ def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
         {name: parse_values(name, values) for name, values in space.items()} | given
         for space in read_sweep(path) or [{}]
     ]
+
+
+def load(path: str, overrides: Iterable[str], texts: Mapping[str, str]) -> Config:
+    """The config of a combination of values."""
+    return configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
 
 
 def grid(space: Space) -> list[dict[str, str]]:

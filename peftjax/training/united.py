@@ -9,22 +9,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
-from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core import workdir as workdirs
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.tasks import Task
-from peftjax.training import start_from
 from peftjax.training.abstract import place_shapes
-from peftjax.training.alike import Path, outline, structure, unite, unite_models, vary_dropout
+from peftjax.training.alike import Path, group_runs, outline, structure, unite, vary_dropout
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
 from peftjax.training.population_evaluation import make_population_eval_step
 from peftjax.training.population_step import Update, make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.run import Run
-from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import (
+    attach_method,
+    base_fingerprint,
+    open_checkpoints,
+    open_data,
+    resolve_config,
+)
 from peftjax.training.split import split
 from peftjax.training.step import TrainState, init_state, jit_options
 
@@ -137,14 +141,9 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     task, batches = open_data(config, mesh)
     batches.close()
     model = task.load_model(config.model, task.directory, mesh, config.seed)
-    runs: dict[Method, list[Member]] = {}
-    for member in members:
-        runs.setdefault(start_from.with_options(member.config).method, []).append(member)
-    groups, dropout = unite_models([outline(model, method.tokenized(lambda text: [0])) for method in runs])
-    base, alike = Base(model, base_fingerprint(model), task, dropout), list(runs.values())
-    return [
-        United([one for index in group.indices for one in alike[index]], base, group.model, mesh) for group in groups
-    ]
+    groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
+    base = Base(model, base_fingerprint(model), task, dropout)
+    return [United(runs, base, united, mesh) for united, runs in groups]
 
 
 class Padded:
@@ -166,7 +165,9 @@ class Padded:
     def widen(self, leaves: Mapping[str, Any]) -> None:
         """Pad to shapes that are at least as large as those of some leaves."""
         wider = {
-            path: jax.tree.map(_wider, leaf, leaves[path]) if path in leaves and jax.tree.leaves(leaf) else leaf
+            path: jax.tree.map(variables.widest, leaf, leaves[path])
+            if path in leaves and jax.tree.leaves(leaf)
+            else leaf
             for path, leaf in self._like.items()
         }
         if _shapes(wider) != _shapes(self._like):
@@ -179,7 +180,3 @@ class Padded:
 
 def _shapes(tree: variables.FlatTree) -> list[tuple[int, ...]]:
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
-
-
-def _wider(leaf: jax.ShapeDtypeStruct, other: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(map(max, leaf.shape, other.shape)), leaf.dtype)

@@ -8,8 +8,10 @@ import pytest
 
 from peftjax import methods, sharding, sweep
 from peftjax.core import memory
-from peftjax.training import packing
+from peftjax.training import packing, precision
+from peftjax.training.alike import group_runs
 from peftjax.training.compile_ahead import CompileAhead
+from peftjax.training.setup import abstract_run, open_data
 from tests.test_train import config
 from tests.training.test_sweep import member
 
@@ -43,8 +45,10 @@ def test_no_more_runs_are_trained_together_than_fit(
         {"optim__name": "sgd"}, {"method__init": "pissa"},
     ]  # fmt: skip
     several = [member(made, tmp_path / "sweep", **values) for values in options]
-    (task, configs), mesh = packing.resolved(several), sharding.make_mesh()
-    models = packing.united_models(configs.values(), lambda config: packing.abstract_run(config, task))
+    mesh = sharding.make_mesh()
+    task, _ = open_data(several[0].config, mesh)
+    configs = [precision.resolve(one.config, task.hf_config) for one in several]
+    models, _ = group_runs(configs, lambda one: one.method, lambda one: abstract_run(one, task))
     assert [len(alike) for _, alike in models] == [5, 1]  # the structure of PiSSA differs
     with jax.set_mesh(mesh):
         largest, _, arguments = packing.largest_step(models[0][1], task, models[0][0], mesh)

@@ -169,15 +169,23 @@ def test_the_runs_of_a_sweep_start_from_an_adapter(tmp_path: Path) -> None:
         peftjax.load_model(tiny.directory(tmp_path / "model")), peftjax.Lora(rank=2), rngs=nnx.Rngs(0)
     )
     adapter = peftjax.save_adapter(tiny.randomize(given), tmp_path / "adapter")
-    members = []
-    for rate in (1e-3, 1e-2):
-        made = from_adapter(tmp_path, adapter)
-        made.optim.learning_rate = rate
-        values = {"optim.learning_rate": rate}
-        members.append(Member(values, configs.validate(made), tmp_path / "sweep" / str(rate)))
+
+    def make(steps: int) -> list[Member]:
+        made, members = from_adapter(tmp_path, adapter), []
+        made.train.steps = steps
+        for rate in (1e-3, 1e-2):
+            made.optim.learning_rate = rate
+            values = {"optim.learning_rate": rate}
+            members.append(Member(values, configs.validate(made), tmp_path / "sweep" / str(rate)))
+        return members
+
+    members = make(2)
     sweep.sweep(members, tmp_path / "sweep")
     lines = [metrics(member.workdir) for member in members]
     assert lines[0][0] == lines[1][0]  # the evaluation before the first step
     assert lines[0][-1]["eval_loss"] != lines[1][-1]["eval_loss"]
     assert all(json.loads((one.workdir / "config.json").read_text())["method"]["rank"] == 2 for one in members)
     assert sweep.finished(members[0])
+    shutil.rmtree(adapter)
+    sweep.sweep(make(3), tmp_path / "sweep")  # each run has kept a copy
+    assert [metrics(member.workdir)[-1]["step"] for member in members] == [3, 3]
