@@ -241,7 +241,8 @@ def _decode_each(
         state = nnx.state(variables.join(graph, own, shared))
         return _decode(graph, state, *arguments, sampling=sampling, max_new=max_new, axis="models")
 
-    return jax.vmap(decode, axis_name="models")(variables.stack(own))
+    over_models = jax.vmap(decode, axis_name="models", spmd_axis_name=sharding.members_axis(len(own)))
+    return over_models(variables.stack(own))
 
 
 def _decode(

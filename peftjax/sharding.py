@@ -18,6 +18,7 @@ from peftjax.quant.base import Quantized
 K = TypeVar("K", bound=jax.Array | Quantized)
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MEMBERS = "members"  # the additional axis of a population's mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,26 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(np.array(devices[:needed]).reshape(shape), MESH_AXES, axis_types=axis_types)
+
+
+def split_members(mesh: Mesh, count: int) -> Mesh:
+    """Return the mesh of a population with `count` members: its axis "members" takes over a part of the axis "data".
+
+    Each device then computes whole batches of some members, instead of a part of every batch. The axis is as large as the
+    largest common divisor of `count` and "data"; if that is 1, the mesh stays as it is.
+    """
+    data = mesh.shape["data"]
+    members = math.gcd(count, data)
+    if members == 1:
+        return mesh
+    devices = mesh.devices.reshape(members, data // members, *mesh.devices.shape[1:])
+    return Mesh(devices, (MEMBERS, *MESH_AXES), axis_types=(AxisType.Auto,) * devices.ndim)
+
+
+def members_axis(count: int) -> str | None:
+    """Return the axis of the current mesh that splits `count` members, for `jax.vmap(..., spmd_axis_name=...)`."""
+    size = jax.sharding.get_abstract_mesh().shape.get(MEMBERS, 1)
+    return MEMBERS if size > 1 and count % size == 0 else None
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -272,7 +293,7 @@ def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
 def batch_share(mesh: Mesh) -> dict[str, int]:
     """Return which part of a batch this process loads.
 
-    Processes between which only features are sharded load the same rows.
+    Processes between which only features or members are sharded load the same rows.
 
     Returns:
         `process_index` and `process_count`, arguments of the functions in `data`: the part's index and the number of equal
@@ -281,7 +302,8 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     Raises:
         UserError: The parts of the processes overlap.
     """
-    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)  # [rows, features]
+    devices = mesh.devices.reshape(mesh.shape.get(MEMBERS, 1), mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    parts = devices.swapaxes(0, 1).reshape(devices.shape[1], -1)  # [rows, members and features]
     own = [row for row, part in enumerate(parts) if any(device.process_index == jax.process_index() for device in part)]
     count, rest = divmod(len(parts), len(own))
     if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):

@@ -101,14 +101,24 @@ def test_what_the_mesh_does_not_divide_is_told_with_what_a_device_holds_more_of_
     assert sharding.undivided(leaves, mesh) == {"odd": 1 / 4 - 1 / 8, "blocks": 1 / 2 - 1 / 8}
 
 
-def test_processes_that_split_only_features_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_a_population_take_over_what_divides_both_their_number_and_the_data_axis() -> None:
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+    assert sharding.split_members(mesh, 3) is mesh
+    split = sharding.split_members(mesh, 6)
+    assert dict(split.shape) == {"members": 2, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert list(split.devices.flat) == list(mesh.devices.flat)
+    with jax.set_mesh(split):
+        assert (sharding.members_axis(4), sharding.members_axis(3)) == ("members", None)
+
+
+def test_processes_that_split_only_features_or_members_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     class Device(NamedTuple):
         process_index: int
 
     def shares(sizes: dict[str, int], local: int) -> list[tuple[int, int]]:
         devices = np.empty(8, object)
         devices[:] = [Device(index // local) for index in range(8)]
-        shape = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | sizes
+        shape = {"members": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | sizes
         mesh = SimpleNamespace(shape=shape, devices=devices.reshape(*shape.values()))
         found = []
         for process in range(8 // local):
@@ -120,3 +130,5 @@ def test_processes_that_split_only_features_share_their_rows(monkeypatch: pytest
     assert shares({"data": 2, "tensor": 4}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert shares({"tensor": 8}, local=4) == [(0, 1), (0, 1)]
     assert shares({"data": 2, "sequence": 2, "tensor": 2}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shares({"members": 2, "data": 2, "tensor": 2}, local=2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert shares({"members": 4, "fsdp": 2}, local=2) == [(0, 1)] * 4

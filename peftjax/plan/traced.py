@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from peftjax import sharding
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.plan.experts import ExpertUse, expert_use
@@ -79,6 +80,7 @@ def trace_step(
     )
     model, runs = max(groups, key=lambda group: len(group[1]))
     task.check_lengths(model, mesh)
+    mesh = sharding.split_members(mesh, members)
     with jax.set_mesh(mesh):
         use = expert_use(model, config.train.batch_size // config.train.accumulate, task.positions(model))
         config, step, arguments = largest_step(runs, task, model, mesh)

@@ -14,7 +14,7 @@ from peftjax.io.hf_files import resolve
 from peftjax.models.base import Model
 from peftjax.tasks import Task, make_task
 from peftjax.training import precision
-from peftjax.training.abstract import StepArguments, bytes_per_device
+from peftjax.training.abstract import StepArguments, abstract_step, bytes_per_device
 from peftjax.training.abstract_population import abstract_population, largest_step
 from peftjax.training.alike import group_runs
 from peftjax.training.config import Config
@@ -89,19 +89,19 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
-        room = f"of the {format_bytes(memory)} per device that are available"
-        if (needed := base + most * each) <= memory // 2:
-            say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
-            return most
-        tried: dict[int, int] = {}
+    room = f"of the {format_bytes(memory)} per device that are available"
+    if (needed := base + most * each) <= memory // 2:
+        say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
+        return most
+    tried: dict[int, int] = {}
 
-        def needed_by(members: int) -> int:
-            tried[members] = compiled_bytes(config, task, model, arguments, members)
-            return tried[members]
+    def needed_by(members: int) -> int:
+        tried[members] = compiled_bytes(config, task, model, sharding.split_members(mesh, members), members)
+        return tried[members]
 
-        found = largest(needed_by, base, each, most, memory)
-        say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(tried[found])} {room}")
-        return found
+    found = largest(needed_by, base, each, most, memory)
+    say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(tried[found])} {room}")
+    return found
 
 
 def _bytes(config: Config, task: Task, model: Model, arguments: StepArguments, mesh: Mesh) -> tuple[int, int]:
@@ -112,11 +112,13 @@ def _bytes(config: Config, task: Task, model: Model, arguments: StepArguments, m
     return shared, own + rough_bytes(config, task, model) // mesh.size
 
 
-def compiled_bytes(config: Config, task: Task, model: Model, arguments: StepArguments, members: int) -> int:
+def compiled_bytes(config: Config, task: Task, model: Model, mesh: Mesh, members: int) -> int:
     """The bytes per device that the train step of a population takes, from its compiler."""
-    step, given = abstract_population(config, task, model, arguments, members)
     try:
-        memory = step.lower(*given).compile().memory_analysis()
+        with jax.set_mesh(mesh):
+            _, arguments = abstract_step(config, task, model, mesh)
+            step, given = abstract_population(config, task, model, arguments, members)
+            memory = step.lower(*given).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if (size := rejected_bytes(str(error))) is None:
             raise

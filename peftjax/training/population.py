@@ -47,7 +47,7 @@ def train_population(
       record: Called after runs have ended.
     """
     preemption.begin()
-    mesh = sharding.make_mesh(members[0].config.mesh.sizes)
+    mesh = sharding.split_members(sharding.make_mesh(members[0].config.mesh.sizes), together or len(members))
     with jax.set_mesh(mesh):
         groups = unite_runs(members, mesh)
         if len(groups) > 1:
@@ -64,7 +64,7 @@ class Population:
       live: The runs under way.
       waiting: The runs that take the places of those that end.
       width: The number of runs that the program is compiled for. If fewer are under way, the first one fills the free places:
-        compiling a smaller program would take longer.
+        compiling a smaller program would take longer. The devices that split the members divide it.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Population:
     ) -> None:
         self.live: list[Training] = []
         self.waiting = collections.deque(united.members)
-        self.width = min(together or len(self.waiting), len(self.waiting))
         self._united, self._halving, self._record = united, halving, record
+        self.width = self._divisible(min(together or len(self.waiting), len(self.waiting)))
 
     def train(self, preemption: Preemption) -> None:
         """Train all runs.
@@ -213,7 +213,12 @@ class Population:
             if reached := self._open():
                 self._begin(reached)
         if not self.waiting and 2 * len(self.live) <= self.width:
-            self.width = len(self.live)
+            self.width = self._divisible(len(self.live))
+
+    def _divisible(self, count: int) -> int:
+        """The number of places for `count` members that the devices divide."""
+        split = self._united.mesh.shape.get(sharding.MEMBERS, 1)
+        return -(-count // split) * split
 
     def _end(self, reached: Sequence[Training]) -> None:
         """End members."""
@@ -252,7 +257,7 @@ class Population:
             return [None] * len(members)
         united, run, started = self._united, members[0].run, time.perf_counter()
         # The first one is repeated up to a power of two, so that few programs are compiled.
-        size = min(self.width, 2 ** (len(members) - 1).bit_length())
+        size = self._divisible(min(self.width, 2 ** (len(members) - 1).bit_length()))
         own = united.own(repeated(members, size))
         with self._progress.phase(EVALUATING):
             batches, accumulate = run.held_out_batches(members[0].log), run.config.train.accumulate

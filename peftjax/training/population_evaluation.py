@@ -39,7 +39,7 @@ def make_population_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> Po
                 jax.tree.map(jnp.sum, totals), jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), labelled)
             )
 
-        return jax.vmap(member)(variables.stack(own))
+        return jax.vmap(member, spmd_axis_name=sharding.members_axis(len(own)))(variables.stack(own))
 
     return eval_step
 

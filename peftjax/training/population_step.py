@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import optax
 
+from peftjax import sharding
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
@@ -38,7 +39,8 @@ def make_gradients(objective: Objective) -> PopulationGradients:
         def member(state: TrainState, own: variables.FlatTree, batch: Batch) -> Gradients:
             return accumulate(objective, state, {**shared, **own}, batch)
 
-        return jax.vmap(member)(*map(variables.stack, (states, own, batches)))
+        over_members = jax.vmap(member, spmd_axis_name=sharding.members_axis(len(states)))
+        return over_members(*map(variables.stack, (states, own, batches)))
 
     return population_gradients
 

@@ -5,10 +5,15 @@ from typing import Any, cast
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
 from peftjax import methods, sharding, sweep
 from peftjax.core import memory
+from peftjax.tasks import make_task
+from peftjax.training import config as configs
 from peftjax.training import packing, precision
+from peftjax.training.abstract import abstract_step
+from peftjax.training.abstract_population import abstract_population
 from peftjax.training.alike import group_runs
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.setup import abstract_run, open_data
@@ -47,12 +52,12 @@ def test_no_more_runs_are_trained_together_than_fit(
     several = [member(made, tmp_path / "sweep", **values) for values in options]
     mesh = sharding.make_mesh()
     task, _ = open_data(several[0].config, mesh)
-    configs = [precision.resolve(one.config, task.hf_config) for one in several]
-    models, _ = group_runs(configs, lambda one: one.method, lambda one: abstract_run(one, task))
+    resolved = [precision.resolve(one.config, task.hf_config) for one in several]
+    models, _ = group_runs(resolved, lambda one: one.method, lambda one: abstract_run(one, task))
     assert [len(alike) for _, alike in models] == [5, 1]  # the structure of PiSSA differs
     with jax.set_mesh(mesh):
-        largest, _, arguments = packing.largest_step(models[0][1], task, models[0][0], mesh)
-        predicted = packing.compiled_bytes(largest, task, models[0][0], arguments, 2)
+        largest, _, _ = packing.largest_step(models[0][1], task, models[0][0], mesh)
+    predicted = packing.compiled_bytes(largest, task, models[0][0], mesh, 2)
 
     monkeypatch.setattr(packing, "free_memory", lambda devices: 2**40)
     with monkeypatch.context() as patch:
@@ -75,6 +80,24 @@ def test_no_more_runs_are_trained_together_than_fit(
     assert "2 of 5 runs are trained side by side: their step takes" in capsys.readouterr().out
     assert sorted(count for count, _ in taken) == [1, 1, 2, 2]
     assert 0.8 * predicted < max(size for _, size in taken) <= predicted  # without the moments
+
+
+@pytest.mark.slow
+def test_the_data_axis_splits_members_even_if_it_does_not_divide_their_batches(tmp_path: Path) -> None:
+    made = config(tmp_path, train__batch_size=1, train__accumulate=1)
+    made.method = methods.make_config("lora", rank=2)
+    one = configs.validate(made)
+    task = make_task(one.task, one.data, Path(one.model.path))
+    model = abstract_run(one, task)
+
+    def flops(mesh: Mesh) -> float:
+        with jax.set_mesh(mesh):
+            _, arguments = abstract_step(one, task, model, mesh)
+            step, given = abstract_population(one, task, model, arguments, 2)
+            return cast(dict[str, float], step.lower(*given).compile().cost_analysis())["flops"]
+
+    mesh = sharding.make_mesh({"data": 2})
+    assert flops(sharding.split_members(mesh, 2)) < 0.6 * flops(mesh)
 
 
 def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:

@@ -534,7 +534,7 @@ def test_a_rank_that_does_not_fit_is_refused_with_its_run_before_any_run_starts(
 def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Path) -> None:
     made.model.quantize = "nf4"
     made.optim.eps = 1e-4  # else Adam takes a full step for a gradient that is only rounding
-    for workdir, sizes in ((tmp_path / "one", {}), (tmp_path / "mesh", {"fsdp": 2, "tensor": 2})):
+    for workdir, sizes in ((tmp_path / "one", {}), (tmp_path / "mesh", {"data": 2, "fsdp": 2, "tensor": 2})):
         made.mesh.update(sizes)
         pair = [member(made, workdir, method__targets=targets) for targets in ("q_proj", "all-linear")]
         sweep.sweep(pair, workdir)
@@ -555,7 +555,7 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     ((code, output),) = runs.ended(child)
     assert code == 75, output
     assert "and the position in the data; run the same command to resume" in output
-    split = (*swept, "--config.mesh.fsdp=2")
+    split = (*swept, "--config.mesh.data=2")  # each process computes one member
     results = runs.ended(*runs.start_together(world, world / "killed", 2, *split, command="sweep"))
     assert [code for code, _ in results] == [0, 0], results
     assert "sweep.json" in results[0][1]
