@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ class Run(NamedTuple):
         config: The config, {"section.field": value}.
         lines: The lines of metrics.jsonl.
         data: The content of report.json; empty while the run has not ended.
+        ended: How a sweep ended the run before its last step; empty if it did not.
     """
 
     workdir: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     data: ReportData
+    ended: str = ""
 
 
 class Group(NamedTuple):
@@ -63,10 +65,10 @@ def read_runs(workdirs: Iterable[Path]) -> list[Run]:
 def _read(workdir: Path) -> list[Run]:
     if (workdir / RESULTS).exists():
         try:
-            members = [workdir / entry["run"] for entry in read_json(workdir / RESULTS)]
+            members = {workdir / entry["run"]: _ended(entry) for entry in read_json(workdir / RESULTS)}
         except (TypeError, KeyError):
             raise UserError(f"{workdir / RESULTS} is not the result of a sweep; run the sweep again") from None
-        runs = [_read_run(member) for member in members if (member / METRICS).exists()]
+        runs = [_read_run(member, ended) for member, ended in members.items() if (member / METRICS).exists()]
         if started := [run for run in runs if run.lines]:
             return started
         raise UserError(f"{workdir}: no run of this sweep has metrics yet; wait for its first logged step")
@@ -79,9 +81,16 @@ def _read(workdir: Path) -> list[Run]:
     return [run]
 
 
-def _read_run(workdir: Path) -> Run:
+def _ended(entry: Mapping[str, Any]) -> str:
+    """How a run ended before its last step, from its entry in sweep.json; empty if it did not."""
+    if "failed" in entry:
+        return f"failed: {entry['failed']}"
+    return f"was stopped by successive halving after step {entry['stopped']:,}" if "stopped" in entry else ""
+
+
+def _read_run(workdir: Path, ended: str = "") -> Run:
     config = flat_config(read_object(workdir / "config.json"))
-    return Run(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir))
+    return Run(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -140,11 +149,13 @@ def median_speed(run: Run) -> float | None:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
-    """What makes the comparison of these runs unfair: unfinished or repeated runs, other held-out data, shared costs."""
+    """What makes the comparison of these runs unfair: incomplete or repeated runs, other held-out data, shared costs."""
     found = []
     for run in runs:
         step, steps = max(line["step"] for line in run.lines), run.config.get("train.steps")
-        if isinstance(steps, int) and step < steps:
+        if run.ended:
+            found.append(f"{run.workdir} {run.ended}")
+        elif isinstance(steps, int) and step < steps:
             found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
     for group in group_runs(runs):
         of_seed: dict[Any, Run] = {}

@@ -56,6 +56,14 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     unfinished = write_run(tmp_path / "b", rank=8, seed=0, loss=0.5, steps=31)
     compare.main([str(run), str(unfinished)])
     assert capsys.readouterr().err == f"warning: {unfinished} is at step 30 of 31\n"
+    entries = [{"run": "a"}, {"run": "b", "stopped": 1030}, {"run": "c", "failed": "step 3: the loss is NaN"}]
+    (tmp_path / "sweep.json").write_text(json.dumps(entries))
+    failed = write_run(tmp_path / "c", rank=2, seed=0, loss=0.5, steps=31)
+    compare.main([str(tmp_path)])
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {unfinished} was stopped by successive halving after step 1,030",
+        f"warning: {failed} failed: step 3: the loss is NaN",
+    ]
     again = write_run(tmp_path / "again", rank=4, seed=0, loss=0.6)
     compare.main([str(run), str(again)])
     warned = f"warning: {run} and {again} have the same config and the same seed, but count as two\n"
