@@ -64,6 +64,7 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
         f"warning: {unfinished} was stopped by successive halving after step 1,030",
         f"warning: {failed} failed: step 3: the loss is NaN",
     ]
+    (tmp_path / "sweep.json").unlink()
     again = write_run(tmp_path / "again", rank=4, seed=0, loss=0.6)
     compare.main([str(run), str(again)])
     warned = f"warning: {run} and {again} have the same config and the same seed, but count as two\n"
