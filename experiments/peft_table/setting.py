@@ -15,9 +15,9 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BATCH = {"classification": 16, "causal_lm": 8}
+BATCH = {"classification": 16, "causal_lm": 4}
 VALIDATION = {"classification": 500, "causal_lm": 100}  # maximum numbers of records
-TEST = 1000  # of E2E's test file see `MEANINGS`
+TEST = 500  # of E2E's test file see `MEANINGS`
 MEANINGS = 100  # meaning representations of E2E's test file that are verbalized, each with all its references
 References = list[list[str | None]]  # by column, as `columns` makes them
 SENTENCE = "Describe the restaurant in one or two sentences.\n{mr}\n"
@@ -64,19 +64,19 @@ def classes(*names: str, text: str = "{text}", pair: str = "") -> dict[str, Any]
 
 
 TASKS = {
-    "sst2": Setting("sst2", 1000, 3, 5, "accuracy", 48, classes("negative", "positive"), "train_sentences"),
+    "sst2": Setting("sst2", 1000, 3, 5, "accuracy", 32, classes("negative", "positive"), "train_sentences"),
     "trec": Setting("trec", 1000, 3, 5, "accuracy", 32, classes("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
     "ag_news": Setting(
-        "ag_news_small", 500, 3, 5, "accuracy", 64, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
+        "ag_news_small", 500, 3, 5, "accuracy", 32, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
     ),
     "emotion": Setting(
-        "emotion", 1000, 3, 5, "accuracy", 48, classes("sadness", "joy", "love", "anger", "fear", "surprise")
+        "emotion", 1000, 3, 5, "accuracy", 32, classes("sadness", "joy", "love", "anger", "fear", "surprise")
     ),
     "mrpc": Setting(
-        "mrpc", 1000, 3, 5, "accuracy", 96, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
+        "mrpc", 1000, 3, 5, "accuracy", 64, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
     ),
     "e2e": Setting(
-        "e2e_nlg", 400, 2, 3, "bleu", 192,
+        "e2e_nlg", 128, 2, 3, "bleu", 128,
         {"data.format": "completion", "data.prompt_template": SENTENCE, "data.completion_template": "{ref}"},
     ),
 }  # fmt: skip
