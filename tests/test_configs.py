@@ -10,11 +10,13 @@ import pytest
 from peftjax.core.errors import UserError
 from peftjax.data.fields import fill
 from peftjax.training import config as configs
-from peftjax.training import duration
+from peftjax.training import duration, space
 from peftjax.training.config import DEFAULT_STEPS
 
 FOLDER = Path(__file__).parents[1] / "configs"
-EXPERIMENTS = sorted((FOLDER.parent / "experiments").glob("*/config.py"))
+EXPERIMENTS = sorted(
+    path for name in ("config.py", "large.py") for path in (FOLDER.parent / "experiments").glob(f"*/{name}")
+)
 GLUE = FOLDER / "glue_roberta_lora.py"
 
 
@@ -27,6 +29,8 @@ def test_a_config_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert (few.train.epochs, several.train.steps) == (0, DEFAULT_STEPS)
     assert duration.in_steps(several, lambda: 1000).train.steps == math.ceil(100 / several.train.batch_size)
     assert ast.get_docstring(ast.parse(path.read_text()))
+    for swept in space.read_spaces(str(path), []):
+        space.load(str(path), [], space.grid(swept)[-1])
 
 
 FIELDS = {

@@ -47,14 +47,15 @@ def train_population(
       record: Called after runs have ended.
     """
     preemption.begin()
-    mesh = sharding.split_members(sharding.make_mesh(members[0].config.mesh.sizes), together or len(members))
+    width = min(together or len(members), len(members))
+    mesh = sharding.split_members(sharding.make_mesh(members[0].config.mesh.sizes), width)
     with jax.set_mesh(mesh):
         groups = unite_runs(members, mesh)
         if len(groups) > 1:
             names = "; ".join(" | ".join(member.name for member in united.members) for united in groups)
             say(f"the runs differ in structure and are trained by {len(groups)} separate programs: {names}")
         for united in groups:
-            Population(united, together, halving, record).train(preemption)
+            Population(united, width, halving, record).train(preemption)
 
 
 class Population:
