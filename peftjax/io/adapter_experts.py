@@ -1,16 +1,20 @@
 """Conversion between adapters of single experts, as in transformers 4, and adapters of all experts of a layer.
 
 With A_g, B_g of an expert's gate and A_u, B_u of its `up`, the LoRA of gate_up is [A_g, A_u] and the block diagonal of B_g
-and B_u. Its rank is the sum of theirs. peft does the same with transformers 5. Experts of smaller rank are padded with zeros
-in A and B, which therefore get no gradient.
+and B_u. Its rank is the sum of theirs. peft does the same with transformers 5. If A_g and A_u are equal, as in files from here,
+the LoRA of gate_up is A_g and [B_g, B_u]. Experts of smaller rank are padded with zeros in A and B, which therefore get no
+gradient. The magnitudes of DoRA are those of the gate followed by those of `up`; they are 0
+where a file has none.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -23,15 +27,18 @@ from peftjax.core.paths import first_match, matches
 from peftjax.io.adapter_fit import older_names, stored_names
 from peftjax.io.adapter_keys import bare_key, with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
-from peftjax.methods.lora.experts import LoraExperts
+from peftjax.methods.lora.experts import DoraExperts, LoraExperts
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
+T = TypeVar("T")
 Pattern = tuple[tuple[str, Any], ...]
 Single = tuple[int, str]  # an expert, and the name of one of its layers
 
-_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_KEY = re.compile(rf"(.*\.experts)\.(\d+)\.(\w+)\.({A}|{B}|{MAGNITUDE})")
+_KEY_OF_ALL = re.compile(r".*\.experts\.(base_layer\.)*lora_.*")
 
 
 # --- Reading ---
@@ -48,21 +55,24 @@ def with_all_experts(
         The method with the targets, ranks and alphas of all experts, and the tensors.
 
     Raises:
-        UserError: A tensor is missing, or does not fit the model or its rank in the config, or it is DoRA.
+        UserError: A tensor is missing, or does not fit the model or its rank in the config, or a DoRA is not one of single
+            experts.
     """
+    dora = isinstance(method, Lora) and method.dora
+    if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
+        raise UserError(
+            f"adapter file: use_dora=true is not supported for parameters, as in peft, and {of_all} belongs to one; write "
+            "LoRAs on the modules of single experts where the adapter was trained (in peftjax, save_adapter does so)"
+        )
     found: dict[str, dict[Single, dict[str, np.ndarray]]] = {}
     rest: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
-        if parsed := _KEY.fullmatch(key):
+        if (parsed := _KEY.fullmatch(key)) and (dora or parsed[4] != MAGNITUDE):
             found.setdefault(parsed[1], {}).setdefault((int(parsed[2]), parsed[3]), {})[parsed[4]] = tensor
         else:
             rest[key] = tensor
     if not found or not isinstance(model, Model) or not any(model.hf_experts.values()) or not isinstance(method, Lora):
         return method, tensors
-    if method.dora:
-        raise UserError(
-            "adapter file: use_dora=true is not supported for single experts; merge it where it was trained"
-        )
     layers = {
         bare_key(stored): (site, name)
         for site in _expert_sites(model)
@@ -78,7 +88,7 @@ def with_all_experts(
                 raise UserError(f"adapter file: this model has no experts {container}")
             site, name = layer
             module = f"{PREFIX}{name.rpartition('.')[0]}{'.base_layer' * depth}"
-            own = {single: pair for single, pair in singles.items() if single[1] in parts}
+            own = {single: given for single, given in singles.items() if single[1] in parts}
             joined, ranks[name], alphas[name] = _joined(method, container, own, parts, site.module)
             rest |= {f"{module}.{suffix}": tensor for suffix, tensor in joined.items()}
     singles_found = [f"{container}.{expert}.{part}" for container in found for expert, part in found[container]]
@@ -96,46 +106,55 @@ def _joined(
     parts: tuple[str, ...],
     layer: ExpertLinear,
 ) -> tuple[dict[str, np.ndarray], int, float]:
-    """A [E * R, in] and B [out, R * E] of a LoRA of all experts, in the order of `LoraExperts`; its rank and its alpha.
+    """The tensors of a LoRA of all experts, as `LoraExperts` or `DoraExperts` reads them; its rank and its alpha.
 
     Its scale is the first nonzero one. Where an expert has another scale, B is multiplied by the ratio.
     """
     width = layer.out_features // len(parts)
     scales: dict[Single, float] = {}
-    for (expert, part), pair in singles.items():
+    for (expert, part), given in singles.items():
         name = f"{container}.{expert}.{part}"
         rank, alpha = (
             _value(name, table, default)
             for table, default in ((method.rank_pattern, method.rank), (method.alpha_pattern, method.alpha))
         )
-        for factor, shape in (("A", (rank, layer.in_features)), ("B", (width, rank))):
-            if expert >= layer.experts or pair.keys() != {"A", "B"} or pair[factor].shape != shape:
-                got = f"has shape {pair[factor].shape}" if factor in pair else "is missing"
+        shapes: dict[str, tuple[int, ...]] = {A: (rank, layer.in_features), B: (width, rank)}
+        for suffix, shape in (shapes | ({MAGNITUDE: (width,)} if method.dora else {})).items():
+            if expert >= layer.experts or suffix not in given or given[suffix].shape != shape:
+                got = f"has shape {given[suffix].shape}" if suffix in given else "is missing"
                 raise UserError(
-                    f"adapter file: {name}.lora_{factor}.weight {got}, but this model, with {layer.experts} experts, and "
+                    f"adapter file: {name}.{suffix} {got}, but this model, with {layer.experts} experts, and "
                     f"adapter_config.json require {shape}"
                 )
         scales[expert, part] = alpha / (math.sqrt(rank) if method.rslora else rank)
-    by_expert = [[(expert, part) for part in parts if (expert, part) in singles] for expert in range(layer.experts)]
-    largest = max(sum(len(singles[one]["A"]) for one in own) for own in by_expert)
-    some = next(iter(singles.values()))["A"]
+    placed = _ranks_of_parts({single: given[A] for single, given in singles.items()}, parts)
+    largest = max(own.stop for own in placed.values())
+    some = next(iter(singles.values()))[A]
     scale = next((value for value in scales.values() if value), 1.0)
     a = np.zeros((layer.experts, largest, layer.in_features), some.dtype)
     b = np.zeros((layer.experts, layer.out_features, largest), some.dtype)
-    for own in by_expert:
-        start = 0
-        for expert, part in own:
-            factors, row, ratio = singles[expert, part], width * parts.index(part), scales[expert, part] / scale
-            stop = start + len(factors["A"])
-            a[expert, start:stop] = factors["A"]
-            b[expert, row : row + width, start:stop] = factors["B"] if ratio == 1 else factors["B"] * ratio
-            start = stop
+    magnitude = np.zeros((layer.experts, layer.out_features), np.float32)
+    for (expert, part), own in placed.items():
+        tensors, ratio, first = singles[expert, part], scales[expert, part] / scale, width * parts.index(part)
+        a[expert, own] = tensors[A]
+        b[expert, first : first + width, own] = tensors[B] if ratio == 1 else tensors[B] * ratio
+        if method.dora:
+            magnitude[expert, first : first + width] = tensors[MAGNITUDE]
     alpha = scale * (math.sqrt(largest) if method.rslora else largest)
-    joined = {
-        "lora_A.weight": a.reshape(-1, layer.in_features),
-        "lora_B.weight": b.transpose(1, 2, 0).reshape(layer.out_features, -1),
-    }
-    return joined, largest, alpha
+    joined = {A: a.reshape(-1, layer.in_features), B: b.transpose(1, 2, 0).reshape(layer.out_features, -1)}
+    return joined | ({MAGNITUDE: magnitude} if method.dora else {}), largest, alpha
+
+
+def _ranks_of_parts(a: Mapping[Single, np.ndarray], parts: tuple[str, ...]) -> dict[Single, slice]:
+    """The ranks of the LoRA of all experts that belong to A of each single layer. Equal A of one expert share them."""
+    found: dict[Single, slice] = {}
+    for expert in sorted({expert for expert, _ in a}):
+        own = [(expert, part) for part in parts if (expert, part) in a]
+        for index, one in enumerate(own):
+            alike = (found[other] for other in own[:index] if np.array_equal(a[other], a[one]))
+            start = max((found[other].stop for other in own[:index]), default=0)
+            found[one] = next(alike, slice(start, start + len(a[one])))
+    return found
 
 
 def _with_targets(
@@ -179,6 +198,11 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
 # --- Writing ---
 
 
+def requires_single_experts(model: nnx.Module, name: str) -> bool:
+    """Whether the files of adapter `name` can only hold LoRAs of single experts: peft has no DoRA of parameters."""
+    return any(isinstance(adapter, DoraExperts) for _, adapter in _of_experts(model, name))
+
+
 def with_single_experts(
     model: nnx.Module, name: str, method: Method, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -200,38 +224,29 @@ def with_single_experts(
     Raises:
         UserError: The adapter has no experts, or the model's family has no modules of single experts.
     """
-    experts = [(site, adapter) for site, adapter in adapters_named(model, name) if isinstance(adapter, LoraExperts)]
+    experts = _of_experts(model, name)
     if not experts or not isinstance(model, Model) or not isinstance(method, Lora):
         raise UserError(f"save_adapter: single_experts=True requires a LoRA on experts, and adapter {name!r} has none")
     if not any(model.hf_experts.values()):
         raise UserError(
             f"save_adapter: single_experts=True: {type(model).__name__} has no modules of single experts; leave it out"
         )
-    fused = {tensor.key for tensor in tensors_of(model, name) if isinstance(tensor.adapter, LoraExperts)}
-    older = {
-        new: old
-        for site in sites(model)
-        for new, old in zip(site.names, stored_names(model, site), strict=True)
-        if new != old
-    }
-    kept = with_older_names({key: value for key, value in tensors.items() if key not in fused}, older)
+    older = _new_to_older(model)
+    kept = _of_others(model, name, tensors)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for site, adapter in experts:
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
-        a, b = (np.asarray(distributed.whole(leaf.get_value())) for leaf in (adapter.a, adapter.b))
+        arrays = {leaf: np.asarray(distributed.whole(vars(adapter)[leaf].get_value())) for leaf in _leaves(adapter)}
         names = zip(site.layers, stored_names(model, site), method.alphas(site), adapter.ranks, strict=True)
         for layer, stored, alpha, rank in names:
-            if rank:
-                of_layer = [array if layer is None else array[layer] for array in (a, b)]
-                for expert, part, one_a, one_b in _split(
-                    of_layer[0][..., :rank], of_layer[1][:, :rank], parts, method.rank
-                ):
-                    single = f"{stored.rpartition('.')[0]}.{expert}.{part}"
-                    kept[f"{PREFIX}{single}.lora_A.weight"], kept[f"{PREFIX}{single}.lora_B.weight"] = one_a, one_b
-                    ranks[single] = len(one_a)
-                    share = len(one_a) / rank
-                    alphas[single] = float(alpha * (math.sqrt(share) if method.rslora else share))
+            of_layer = {leaf: array if layer is None else array[layer] for leaf, array in arrays.items()}
+            for expert, part, single_tensors in _split(of_layer, parts, rank, method.rank) if rank else ():
+                single = f"{stored.rpartition('.')[0]}.{expert}.{part}"
+                kept |= {f"{PREFIX}{single}.{suffix}": tensor for suffix, tensor in single_tensors.items()}
+                ranks[single] = len(single_tensors[A])
+                share = ranks[single] / rank
+                alphas[single] = float(alpha * (math.sqrt(share) if method.rslora else share))
     others = [(site, mask) for site, mask in method.chosen(model) if not isinstance(site.module, ExpertLinear)]
     modules = [older.get(module, module) for module in chosen_names(others)]
     fields = dict(config) | {"target_modules": [*modules, *_endings(ranks)], "lora_dropout": method.dropout}
@@ -244,18 +259,72 @@ def with_single_experts(
     return kept, fields
 
 
-def _split(a: np.ndarray, b: np.ndarray, parts: tuple[str, ...], rank: int) -> Iterable[tuple[int, str, Any, Any]]:
-    """Yield the expert, the name, A [r, in] and B [out, r] of every single layer, from a [E, in, R] and b [E, R, out].
+def shapes_of_single_experts(model: Model, name: str, tensors: Mapping[str, T]) -> dict[str, T | jax.ShapeDtypeStruct]:
+    """The tensors that `with_single_experts` writes after training, as shapes. The model may be abstract.
 
-    An expert whose B is zero, as at initialization, keeps the first `rank` ranks at most, and none if its A is zero too. A
-    layer of rank 0 is left out.
+    Args:
+        model: The model.
+        name: The adapter.
+        tensors: The tensors of all experts in the file; the others are kept.
     """
-    for expert, (of_a, of_b) in enumerate(zip(a, b, strict=True)):
-        initial = None if of_b.any() else np.flatnonzero(of_a.any(axis=0))[:rank]
-        for part, own in zip(parts, np.split(of_b, len(parts), axis=1), strict=True):
-            used = np.flatnonzero(own.any(axis=1)) if initial is None else initial
+    kept: dict[str, T | jax.ShapeDtypeStruct] = dict(_of_others(model, name, tensors))
+    for site, adapter in _of_experts(model, name):
+        parts = model.hf_experts[site.names[0].rpartition(".")[2]]
+        for stored, rank in zip(stored_names(model, site), adapter.ranks, strict=True):
+            width = adapter.b.shape[-1] // len(parts)
+            shapes = {A: (rank, adapter.a.shape[-2]), B: (width, rank), MAGNITUDE: (width,)}
+            for expert, part in itertools.product(range(site.module.experts), parts if rank else ()):
+                single = f"{PREFIX}{stored.rpartition('.')[0]}.{expert}.{part}"
+                for suffix, leaf in zip(shapes, _leaves(adapter), strict=False):
+                    kept[f"{single}.{suffix}"] = jax.ShapeDtypeStruct(shapes[suffix], vars(adapter)[leaf].dtype)
+    return kept
+
+
+def _of_experts(model: nnx.Module, name: str) -> list[tuple[Site, LoraExperts]]:
+    return [(site, adapter) for site, adapter in adapters_named(model, name) if isinstance(adapter, LoraExperts)]
+
+
+def _leaves(adapter: LoraExperts) -> tuple[str, ...]:
+    return ("a", "b", "magnitude") if isinstance(adapter, DoraExperts) else ("a", "b")
+
+
+def _of_others(model: Model, name: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of the layers that are not experts, by the keys that files with single experts have."""
+    of_all = {tensor.key for tensor in tensors_of(model, name) if isinstance(tensor.adapter, LoraExperts)}
+    rest = {key: value for key, value in tensors.items() if key not in of_all}
+    return with_older_names(rest, _new_to_older(model))
+
+
+def _new_to_older(model: Model) -> dict[str, str]:
+    """The older names of the modules that have one, as in transformers 4."""
+    pairs = (pair for site in sites(model) for pair in zip(site.names, stored_names(model, site), strict=True))
+    return {new: old for new, old in pairs if new != old}
+
+
+def _split(
+    arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], rank: int, initial: int
+) -> Iterable[tuple[int, str, dict[str, np.ndarray]]]:
+    """Yield the expert, the name, and the tensors of every single layer.
+
+    An expert whose B is zero, as at initialization, keeps the first `initial` ranks at most, and none if its A is zero too. A
+    layer of rank 0 is left out. A layer with magnitudes keeps a rank at least, and one without is left out.
+
+    Args:
+        arrays: a [E, in, R], b [E, R, out] and, in a DoRA, magnitude [E, out].
+        parts: The names of an expert's layers.
+        rank: The rank, at most R.
+        initial: The rank of an expert before training.
+    """
+    for expert, (a, b) in enumerate(zip(arrays["a"][..., :rank], arrays["b"][:, :rank], strict=True)):
+        magnitudes = np.split(arrays["magnitude"][expert], len(parts)) if "magnitude" in arrays else [None] * len(parts)
+        first = np.flatnonzero(a.any(axis=0))[:initial]
+        for part, own, magnitude in zip(parts, np.split(b, len(parts), axis=1), magnitudes, strict=True):
+            used = np.flatnonzero(own.any(axis=1)) if b.any() else first
+            if magnitude is not None:
+                used = (used if len(used) else np.arange(min(initial, rank))) if magnitude.any() else used[:0]
             if len(used):
-                yield expert, part, of_a[:, used].T, own[used].T
+                tensors = {A: a[:, used].T, B: own[used].T}
+                yield expert, part, tensors | ({} if magnitude is None else {MAGNITUDE: magnitude})
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
-from peftjax.io.adapter_experts import with_single_experts
+from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
 from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
@@ -57,6 +57,7 @@ def save_adapter(
             file that the adapter was loaded from, or the path that the model was loaded from.
         single_experts: Write a LoRA on experts as LoRAs on the layers of each expert, such as `experts.7.gate_proj`, which
             are modules in transformers 4. Default: LoRAs on all experts of a layer, which are parameters in transformers 5.
+            A DoRA on experts is always written so, since peft has no DoRA of parameters.
 
     Returns:
         The directory.
@@ -102,7 +103,7 @@ def write_adapter(
     method = _method(model, name)
     tensors = adapter_tensors(model, name, read=distributed.whole)
     config = _peft_config(model, method, name, base) if method.peft_type else {}
-    if single_experts:
+    if single_experts or requires_single_experts(model, name):
         tensors, config = with_single_experts(model, name, method, tensors, config)
     metadata = base_record(model, base_fingerprints(model, name))
     if isinstance(method, Bottleneck):
@@ -125,6 +126,8 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
     method = _method(model, name)
     graph, state = nnx.split(model)
     tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
+    if isinstance(model, Model) and requires_single_experts(model, name):
+        tensors = shapes_of_single_experts(model, name, tensors)
     metadata = base_record(model, placeholder_fingerprints(model, name))
     if not isinstance(method, Bottleneck):
         return _file_bytes(tensors, metadata)

@@ -17,13 +17,14 @@ from peftjax.methods import Lora, PromptTuning
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
 EXPERTS = Lora(rank=2, targets=("mlp.gate", "gate_up_proj", "down_proj"))
-METHODS = {"lora": LORA, "experts": EXPERTS, "prompt": PromptTuning(tokens=3)}
+DORA = Lora(rank=2, targets=("gate_up_proj", "down_proj"), dora=True)
+METHODS = {"lora": LORA, "experts": EXPERTS, "experts-dora": DORA, "prompt": PromptTuning(tokens=3)}
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def attached(method: adapters.Method) -> Any:
     """A model with the adapters "one" and "two", neither as it was made."""
-    model = tiny.model(**(MOE if method == EXPERTS else {}))
+    model = tiny.model(**(MOE if method in (EXPERTS, DORA) else {}))
     for seed, name in enumerate(("one", "two")):
         adapters.attach(model, method, name, rngs=nnx.Rngs(seed))
     return tiny.randomize(model)
@@ -35,6 +36,7 @@ def attached(method: adapters.Method) -> Any:
         ("lora", ["two", None, "one", "two"]),
         ("lora", ["one", "one"]),
         pytest.param("experts", ["two", None, "one", "two"], marks=pytest.mark.slow),
+        pytest.param("experts-dora", ["two", None, "one", "two"], marks=pytest.mark.slow),
         ("prompt", ["two", "one", "two"]),
     ],
 )

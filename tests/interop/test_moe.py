@@ -363,16 +363,19 @@ def with_single_experts(path: Path, variant: str) -> Any:
 
 @pytest.mark.parametrize(
     ("variant", "kind"),
-    [("mixtral", "all"), ("mixtral", "some"), ("qwen2-moe", "all"), ("qwen3-moe", "all"), ("qwen3-moe", "some")],
-)
+    [
+        ("mixtral", "all"), ("mixtral", "some"), ("mixtral", "dora"), ("qwen2-moe", "all"), ("qwen3-moe", "all"),
+        ("qwen3-moe", "some"), ("qwen3-moe", "some-dora"),
+    ],
+)  # fmt: skip
 def test_adapters_of_single_experts_go_to_peft_and_back(
     variant: str, kind: str, directories: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Of every expert alike, or with other ranks and alphas for some, and none for others. Qwen2 has a shared expert too."""
     block, gate, up, down = SINGLE[variant]
-    options: dict[str, Any] = {"target_modules": ["q_proj", gate, up, down]}
-    if kind == "some":
-        options = {
+    options: dict[str, Any] = {"target_modules": ["q_proj", gate, up, down], "use_dora": "dora" in kind}
+    if "some" in kind:
+        options |= {
             "target_modules": rf".*(\.q_proj|\.[02]\.{block}\.experts\.[13]\.({gate}|{down})|experts\.[13]\.{up})",
             "rank_pattern": {f"experts.3.{gate}": 4, rf"layers\.2.*\.{up}": 2, "q_proj": 5},
             "alpha_pattern": {f"experts.1.{up}": 2.0, down: 1.5},
@@ -393,10 +396,11 @@ def test_adapters_of_single_experts_go_to_peft_and_back(
     peers.assert_close(peers.logits(again), expected)
     given, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
     assert {key: value.shape for key, value in given.items()} == {key: value.shape for key, value in written.items()}
-    if kind == "all":  # in the same scale
-        assert all((given[key] == written[key]).all() for key in given)
-    else:
+    if "some" in kind:
         assert_padding_has_no_gradient(ours)
+    else:  # in the same scale
+        assert all((given[key] == written[key]).all() for key in given)
+    peers.assert_close(peers.logits(peftjax.merge(ours)), expected)
     if kind == "all" and variant != "qwen2-moe":  # whose shared expert peft confuses with the others
         converted = peft.PeftModel.from_pretrained(peers.load_theirs(directories(variant)), tmp_path / "ours").eval()
         peers.assert_close(peers.logits(converted), expected)
@@ -414,6 +418,47 @@ def assert_padding_has_no_gradient(model: Any) -> None:
     of_a, of_b = (np.abs(np.asarray(gradient[leaf].get_value())).max(axis) for leaf, axis in (("a", -2), ("b", -1)))
     assert not (of_a + of_b)[padding].any()
     assert (of_a + of_b)[~padding].all()
+    if "magnitude" in gradient:
+        of_magnitude = np.asarray(gradient["magnitude"].get_value())  # [L, E, out]
+        assert ((of_magnitude != 0).any(-1) == ~padding.all(-1)).all()
+
+
+def test_gradients_of_a_dora_on_single_experts_are_those_of_peft(
+    directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In peft the LoRAs of gate and up are separate, so that only the diagonal blocks of B have gradients there."""
+    block, gate, up, down = SINGLE["qwen3-moe"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", use_dora=True, target_modules=[gate, up, down])
+    theirs = peft.get_peft_model(with_single_experts(directories("qwen3-moe"), "qwen3-moe"), config)
+    peers.shake({name: p for name, p in theirs.named_parameters() if p.requires_grad}, 0.1)
+    theirs.save_pretrained(tmp_path)
+    theirs(torch.tensor(peers.tokens())).logits.square().mean().backward()
+    found = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    largest = max(np.abs(gradient).max() for gradient in found.values())
+
+    model = peftjax.load_adapter(load_model(directories("qwen3-moe")), tmp_path)
+    graph, adapter, rest = nnx.split(model, variables.PeftParam, ...)
+    loss = lambda adapter: jnp.square(nnx.merge(graph, adapter, rest)(jnp.asarray(peers.tokens()))).mean()  # noqa: E731
+    gradients = jax.grad(loss)(adapter)["blocks"]["feedforward"]["experts"]
+    for part, (whole, first_rank, first_column) in {
+        gate: ("gate_up", 0, 0), up: ("gate_up", 3, 12), down: ("down", 0, 0)
+    }.items():  # fmt: skip
+        own = {leaf: np.asarray(value.get_value()) for leaf, value in gradients[whole]["adapters"]["default"].items()}
+        ranks = slice(first_rank, first_rank + 3)
+        for layer, expert in np.ndindex(3, 6):
+            module = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{part}"
+            expected = [
+                found[f"{module}.{name}"]
+                for name in ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight")
+            ]
+            columns = slice(first_column, first_column + len(expected[2]))
+            ours = (
+                own["a"][layer, expert, :, ranks].T,
+                own["b"][layer, expert, ranks, columns].T,
+                own["magnitude"][layer, expert, columns],
+            )
+            for one, other in zip(ours, expected, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max() + 1e-7 * largest)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2-moe", "qwen3-moe"])
@@ -433,3 +478,6 @@ def test_a_trained_adapter_of_all_experts_is_written_for_single_ones(
     assert "target_parameters" not in config
     back = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "single")
     peers.assert_close(peers.logits(back), expected)
+    lora = lambda model: model.blocks.feedforward.experts.gate_up.adapters.default  # noqa: E731
+    assert lora(back).ranks == lora(model).ranks == (3, 2, 3)  # gate and up have one A
+    np.testing.assert_array_equal(lora(back).b.get_value()[0], lora(model).b.get_value()[0])

@@ -93,6 +93,10 @@ CASES = {
         methods.Lora(rank=3, targets=("q_proj", "gate_up_proj", "down_proj"), rank_pattern={"layers.1.mlp.experts.down_proj": 2}),
         L * 3 * (E + E) + 4 * (L * 3 * (E + 2 * F) + (3 + 2 + 3) * (F + E)),
     ),
+    "lora-experts-dora": Case(
+        methods.Lora(rank=2, dora=True, targets=("gate_up_proj", "down_proj"), layers_to_transform=(0, 2)),
+        4 * 2 * (2 * (E + 2 * F) + 2 * F + 2 * (F + E) + E), noop=False,
+    ),
     "prompt": Case(methods.PromptTuning(tokens=5), 5 * E, noop=False, merges=False),
     "p-tuning": Case(
         methods.PTuning(tokens=5, hidden=6), 5 * E + (E + 1) * 6 + 7 * 6 + 7 * E, noop=False, merges=False,
@@ -217,7 +221,8 @@ CASES = {
     "parallel": Case(methods.ParallelAdapter(learned_scale="scalar"), L * (2 * E * 16 + 16 + E + 1), merges=False),
 }  # fmt: skip
 FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft")}
-FIELDS["lora-experts"] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+FIELDS |= {"lora-experts": MOE, "lora-experts-dora": MOE}
 FIELDS["trainable-tokens-tied"] = {"tie_word_embeddings": True}
 QUICK = ("full", "lora", "lora-everything", "prompt", "prefix", "ia3")
 QUICKEST = ("lora", "prefix")  # also in what compiles much
@@ -225,7 +230,8 @@ FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.valu
 OF_EACH = [
     name
     for name in CASES
-    if name in {*FIRST, "lora-everything", "lora-experts", "lora-dora", "lora-pissa", "prefix-projection"}
+    if name
+    in {*FIRST, "lora-everything", "lora-experts", "lora-experts-dora", "lora-dora", "lora-pissa", "prefix-projection"}
 ]
 
 
@@ -342,7 +348,11 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [name for name in CASES if name in {*FIRST, "lora-dora", "lora-experts", "lora-pissa"} - {"full"}]
+NF4 = [
+    name
+    for name in CASES
+    if name in {*FIRST, "lora-dora", "lora-experts", "lora-experts-dora", "lora-pissa"} - {"full"}
+]
 IN_EACH = [
     *marked(OF_EACH, "float32", quick=("full", *QUICKEST)),
     *marked(OF_EACH, "bfloat16", quick=QUICKEST),

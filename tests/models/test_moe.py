@@ -26,6 +26,10 @@ CONFIG: dict[str, Any] = tiny.CONFIG | {
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 GPT_OSS: dict[str, Any] = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+LLAMA4 = tiny.CONFIG | {
+    "model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+    "intermediate_size": 64, "intermediate_size_mlp": 64, "attention_chunk_size": 5, "floor_scale": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +111,19 @@ def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
             peftjax.attach(model, method(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
         assert "\n" not in str(error.value)
     for options, what in (
-        ({"dora": True}, "dora=True is not supported for experts, as in peft"),
         ({"lora_bias": True}, "lora_bias=True adds its bias to a Linear's output"),
         ({"init": "pissa"}, "init='pissa'"),
     ):
         with pytest.raises(UserError, match=f"method.{what}.*; leave model.layers.0.mlp.experts.down_proj out"):
             peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("fields", [GPT_OSS, LLAMA4], ids=["gpt-oss", "llama4"])
+def test_dora_of_experts_that_are_always_one_parameter_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"dora=True is not supported for .* one parameter: in peft, only modules have DoRA"
+    ):
+        peftjax.attach(tiny.model(**fields), peftjax.Lora(dora=True, targets=("down_proj",)), rngs=nnx.Rngs(0))
 
 
 def test_loras_of_experts_are_not_combined(directory: Path) -> None:
@@ -147,12 +158,6 @@ def test_missing_experts_are_named(directory: Path, tmp_path: Path) -> None:
 # --- Models in which some layers are dense ---
 
 DENSE = CONFIG | {"num_hidden_layers": 4, "decoder_sparse_step": 2}  # layers 1 and 3 have experts
-
-
-LLAMA4 = tiny.CONFIG | {
-    "model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
-    "intermediate_size": 64, "intermediate_size_mlp": 64, "attention_chunk_size": 5, "floor_scale": 4,
-}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -227,11 +232,17 @@ def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tm
         save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
         with pytest.raises(UserError, match=message):
             peftjax.load_adapter(model, path.parent, "other")
-    (path.parent / "adapter_config.json").write_text(
-        json.dumps(json.loads((path.parent / "adapter_config.json").read_text()) | {"use_dora": True})
-    )
-    with pytest.raises(UserError, match="adapter file: use_dora=true is not supported for single experts"):
+    spell = lambda path, **fields: path.write_text(json.dumps(json.loads(path.read_text()) | fields))  # noqa: E731
+    spell(path.parent / "adapter_config.json", use_dora=True)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"experts\.0\.gate_proj\.lora_magnitude_vector is missing, .* require \(64,\)"):
         peftjax.load_adapter(model, path.parent, "other")
+    whole = peftjax.save_adapter(model, tmp_path / "whole")
+    spell(whole / "adapter_config.json", use_dora=True)
+    with pytest.raises(
+        UserError, match=r"use_dora=true is not supported for parameters, .*layers.0.mlp.experts.lora_A"
+    ):
+        peftjax.load_adapter(model, whole, "other")
     assert list(adapters.attached(model)) == ["default"]
     for other, method, message in (
         (

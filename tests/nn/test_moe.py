@@ -12,7 +12,8 @@ from flax import nnx
 from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.core.variables import PeftParam
+from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.lora.experts import DoraExperts
 from peftjax.nn.experts import make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
@@ -157,8 +158,28 @@ def test_ragged_dot_computes_the_same_as_one_block_after_another() -> None:
     assert_close(*both())
 
 
-@pytest.mark.parametrize("format_", ["nf4", "int8"])
-def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_: str) -> None:
+def with_dora(layer: Experts) -> Experts:
+    """The experts with a DoRA of rank 2 and random values."""
+    keys = jax.random.split(jax.random.key(4), 6)
+    for i, part in enumerate((layer.gate_up, layer.down)):
+        shapes = (
+            ((EXPERTS, part.in_features, 2), ("expert", None, "rank")),
+            ((EXPERTS, 2, part.out_features), ("expert", "rank", None)),
+        )
+        a, b = (
+            PeftParam(0.3 * jax.random.normal(keys[2 * i + j], shape), axes=axes)
+            for j, (shape, axes) in enumerate(shapes)
+        )
+        dora = DoraExperts((2,), PeftConstant(jnp.array([0.5, 0.5]), axes=("rank",)), a, b)
+        dora.measure(part.kernel.get_value())
+        a.set_value(2 * a.get_value())  # the ratio of magnitude and norm is not 1
+        part.adapters.add("default", dora)
+        part.adapters.active = ("default",)
+    return layer
+
+
+@pytest.mark.parametrize(("format_", "adapt"), [("nf4", lambda layer: layer), ("nf4", with_dora), ("int8", with_dora)])
+def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_: str, adapt: Any) -> None:
     layer, given = experts(), inputs()
     decoded = experts()
     for part in ("gate_up", "down"):
@@ -168,8 +189,13 @@ def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_:
 
     def both(layer: Experts) -> Any:
         """The output and the gradients."""
-        loss = lambda x, w: (jnp.sin(y := layer(x, w, given[2])).sum(), y)  # noqa: E731
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)
+        graph, adapter, base = nnx.split(adapt(layer), PeftParam, ...)
+
+        def loss(adapter: Any, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = nnx.merge(graph, adapter, base)(x, weights, given[2])
+            return jnp.sin(y).sum(), y
+
+        return functools.partial(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), adapter)
 
     assert_close(jax.jit(both(layer))(*given[:2]), jax.jit(both(decoded))(*given[:2]))
     shapes = {tuple(aval.shape) for aval in arrays_in(jax.make_jaxpr(both(layer))(*given[:2]).jaxpr)}
@@ -177,14 +203,15 @@ def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_:
         assert kernel.shape not in {shape for shape in shapes if len(shape) == 3}, "all experts were decoded at once"
 
 
-@pytest.mark.parametrize("format_", ["nf4", "int8"])
-def test_a_population_decodes_one_expert_of_each_member_at_a_time(format_: str) -> None:
+@pytest.mark.parametrize(("format_", "adapt"), [("nf4", with_dora), ("int8", lambda layer: layer)])
+def test_a_population_decodes_one_expert_of_each_member_at_a_time(format_: str, adapt: Any) -> None:
     layer, members = experts(), 3
     for part in (layer.gate_up, layer.down):
         part.kernel.set_value(quant.quantize(part.kernel.get_value(), format_))
-    gradient = jax.grad(lambda x, weights, chosen: jnp.sin(layer(x, weights, chosen)).sum())
-    given = [jnp.stack([value] * members) for value in inputs(length=2)]  # blocks of 8 rows
-    arrays = arrays_in(jax.make_jaxpr(jax.vmap(gradient))(*given).jaxpr)
+    graph, adapter, base = nnx.split(adapt(layer), PeftParam, ...)
+    loss = lambda adapter, *given: jnp.sin(nnx.merge(graph, adapter, base)(*given)).sum()  # noqa: E731
+    given = [jax.tree.map(lambda leaf: jnp.stack([leaf] * members), value) for value in (adapter, *inputs(length=2))]
+    arrays = arrays_in(jax.make_jaxpr(jax.vmap(jax.grad(loss, argnums=(0, 1))))(*given).jaxpr)  # blocks of 8 rows
     for kernel in (layer.gate_up.kernel, layer.down.kernel):
         kernels = {aval.shape[:-2] for aval in arrays if sorted(aval.shape[-2:]) == sorted(kernel.shape[-2:])}
         assert max(map(np.prod, kernels)) == members, kernels

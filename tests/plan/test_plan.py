@@ -126,6 +126,15 @@ def test_the_adapter_file_has_the_bytes_that_are_written(method: adapters.Method
     assert weights_bytes(model) == sum(file.stat().st_size for file in written)
 
 
+def test_the_file_of_a_dora_on_experts_has_the_bytes_that_are_written_after_training(tmp_path: Path) -> None:
+    """With a tensor for each part of each expert."""
+    model = tiny.model(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+    method = methods.Lora(rank=2, dora=True, dtype="bfloat16", layers_to_transform=(0, 2))
+    model = tiny.randomize(adapters.attach(model, method, rngs=nnx.Rngs(0)))
+    written = save_adapter(model, tmp_path / "adapter", base="some/base") / "adapter_model.safetensors"
+    assert weights_bytes(model) == written.stat().st_size
+
+
 def test_the_adapter_file_of_shapes_alone_has_the_bytes_of_a_real_one(alone: plan.Plan, tmp_path: Path) -> None:
     model = adapters.attach(tiny.quantized(tiny.model(**SMALL)), methods.Lora(rank=4), rngs=nnx.Rngs(0))
     written = save_adapter(model, tmp_path / "adapter", base="some/base") / "adapter_model.safetensors"

@@ -18,6 +18,7 @@ from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.nn.slot import Base
+from peftjax.quant.matmul import Kernel
 
 
 class DoraLinear(LoraLinear):
@@ -45,7 +46,7 @@ class DoraLinear(LoraLinear):
 
     def measure(self, kernel: jax.Array) -> None:
         """Set the magnitudes to the norms ||W + s A B|| of the kernel [*stack, in, out] and the current A and B."""
-        norm = over_layers(self, lambda one, kernel: one.norm(kernel.astype(jnp.float32)), kernel)
+        norm = over_layers(self, lambda one, kernel: one.norm(kernel), kernel)
         self.magnitude = nnx.data(PeftParam(norm, axes=(*self.b.axes[:-2], self.b.axes[-1])))
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
@@ -56,24 +57,34 @@ class DoraLinear(LoraLinear):
         if base.has("bias"):
             bias = biases["bias"] if biases else base.parameter("bias")
             turned = turned - jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-        ratio = self.ratio(base.parameter(self.kernel).astype(jnp.float32))
+        ratio = self.ratio(base.parameter(self.kernel))
         factor = (ratio - 1).astype(y.dtype)  # a ratio near 1 would lose its digits in bfloat16
         return y + update + jnp.broadcast_to(factor, y.shape) * (turned + update)
 
-    def ratio(self, kernel: jax.Array) -> jax.Array:
-        """m / ||W + s A B|| of one layer, [out]; kernel: float32 [in, out]."""
+    def ratio(self, kernel: Kernel) -> jax.Array:
+        """m / ||W + s A B|| of one layer, [out]; kernel: [in, out]."""
         return self.layers.or_one(self.magnitude.get_value() / jax.lax.stop_gradient(self.norm(kernel)))
 
-    def norm(self, kernel: jax.Array) -> jax.Array:
-        """||W + s A B|| of one layer, [out]; positive, so that an output that is always 0 stays 0."""
-        a, b = self.factors()
-        cross = jnp.matmul(a.T, kernel, precision="highest")  # [R, out]
-        gram = jnp.matmul(jnp.matmul(a.T, a, precision="highest"), b, precision="highest")  # [R, out]
-        square = jnp.square(kernel).sum(0) + (b * (2 * cross + gram)).sum(0)
-        return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+    def norm(self, kernel: Kernel) -> jax.Array:
+        """||W + s A B|| of one layer, [out]."""
+        return column_norms(kernel.astype(jnp.float32), *self.factors())
 
     def changed(self, kernel: jax.Array) -> jax.Array:
-        return super().changed(kernel) * self.ratio(kernel)[None]
+        return super().changed(kernel) * self.ratio(kernel)[..., None, :]
+
+
+def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """||W + A B||, [out]; positive, so that an output that is always 0 stays 0.
+
+    Args:
+        kernel: W, float32 [in, out].
+        a: Float32 [in, R].
+        b: Float32 [R, out].
+    """
+    cross = jnp.matmul(a.T, kernel, precision="highest")  # [R, out]
+    gram = jnp.matmul(jnp.matmul(a.T, a, precision="highest"), b, precision="highest")  # [R, out]
+    square = jnp.square(kernel).sum(0) + (b * (2 * cross + gram)).sum(0)
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
 
 class DoraEmbedding(DoraLinear, LoraEmbedding):

@@ -1,15 +1,18 @@
-"""LoRA of experts: x W_e + s (x A_e) B_e in the rows of each expert e."""
+"""LoRA of experts, x W_e + s (x A_e) B_e in the rows of each expert e, and DoRA of experts."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from peftjax.adapters.adapter import HfLeaf
 from peftjax.methods.lora.adapter import LoraLinear
+from peftjax.methods.lora.dora import DoraLinear, column_norms
 from peftjax.nn.experts import Groups
 from peftjax.nn.slot import Base
 from peftjax.quant.grouped import grouped_matmul
+from peftjax.quant.matmul import Kernel
 
 
 class LoraExperts(LoraLinear):
@@ -36,7 +39,8 @@ class LoraExperts(LoraLinear):
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         shapes = self._shapes()
-        return {key: dataclasses.replace(leaf, shape=shapes[key]) for key, leaf in super().hf_leaves(layer).items()}
+        leaves = super().hf_leaves(layer).items()
+        return {key: dataclasses.replace(leaf, shape=shapes.get(key)) for key, leaf in leaves}
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {"lora_A.weight": (-1, self.a.shape[-2]), "lora_B.weight": (self.b.shape[-1], -1)}
@@ -49,3 +53,31 @@ class SwappedLoraExperts(LoraExperts):
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {"lora_A.weight": (-1, self.b.shape[-1]), "lora_B.weight": (self.a.shape[-2], -1)}
+
+
+class DoraExperts(LoraExperts, DoraLinear):
+    """DoRA of each expert. An output of an expert whose magnitude is exactly 0 has no adapter.
+
+    Magnitudes start as norms, which are positive. Files of only some experts leave 0 for the others, which get no gradient.
+
+    Attributes:
+        magnitude: m, [*stack, E, out].
+    """
+
+    names: ClassVar = LoraExperts.names | {"lora_magnitude_vector": HfLeaf("magnitude")}
+
+    def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:  # type: ignore[override]
+        y, dropped = base(x, groups), self.dropout(x)
+        update = self._update(dropped, groups).astype(y.dtype)
+        turned = y if dropped is x else base(dropped, groups)  # one product without dropout
+        factor = (self.ratio(base.parameter(self.kernel)) - 1)[groups.owner, None]  # [n, 1, out]
+        return y + update + jnp.broadcast_to(factor.astype(y.dtype), y.shape) * (turned + update)
+
+    def ratio(self, kernel: Kernel) -> jax.Array:
+        """m_e / ||W_e + s A_e B_e|| of one layer, [E, out]; 1 without an adapter. kernel: [E, in, out]."""
+        return jnp.where(self.magnitude.get_value() == 0, 1, super().ratio(kernel))
+
+    def norm(self, kernel: Kernel) -> jax.Array:
+        """||W_e + s A_e B_e|| of one layer, [E, out], one expert after another, so that only one is decoded at a time."""
+        a, b = jax.lax.stop_gradient(self.factors())  # no derivatives of the loop
+        return jax.lax.map(lambda one: column_norms(one[0].astype(jnp.float32), one[1], one[2]), (kernel, a, b))

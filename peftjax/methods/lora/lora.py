@@ -33,12 +33,13 @@ from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.biases import train_biases
 from peftjax.methods.lora.dora import DoraEmbedding, DoraLinear, DoraResidual
-from peftjax.methods.lora.experts import LoraExperts, SwappedLoraExperts
+from peftjax.methods.lora.experts import DoraExperts, LoraExperts, SwappedLoraExperts
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
 from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
 from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
+from peftjax.models.base import Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
 from peftjax.nn.linear import Linear
@@ -201,7 +202,8 @@ class Lora(Ranked):
 
     def _kind(self, layer: nnx.Module) -> type[LoraLinear]:
         if isinstance(layer, ExpertLinear):
-            return SwappedLoraExperts if isinstance(layer, UntransposedExpertLinear) else LoraExperts
+            swapped = isinstance(layer, UntransposedExpertLinear)
+            return SwappedLoraExperts if swapped else DoraExperts if self.dora else LoraExperts
         if isinstance(layer, Embedding):
             return DoraEmbedding if self.dora else LoraEmbedding
         if isinstance(layer, PatchEmbedding):
@@ -217,7 +219,10 @@ class Lora(Ranked):
         refused = {
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
             "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
-            "dora": (self.dora and of_experts, "is not supported for experts, as in peft"),
+            "dora": (
+                self.dora and of_experts and not _single_names(site),
+                "is not supported for experts that are always one parameter: in peft, only modules have DoRA",
+            ),
             "init": (
                 self.init not in ("kaiming", "gaussian") if of_experts else RESIDUAL.fullmatch(self.init),
                 "is not supported for experts" if of_experts else "starts from a Linear's kernel",
@@ -336,6 +341,12 @@ class Lora(Ranked):
                 "path_initial_model_for_weight_conversion)"
             )
         return super().from_hf(_with_parameters(config))
+
+
+def _single_names(site: Site) -> tuple[str, ...]:
+    """The names of a single expert's layers in adapter files; empty if the family has no modules of single experts."""
+    names = site.model.hf_experts if isinstance(site.model, Model) else {}
+    return names.get(site.names[0].rpartition(".")[2], ())
 
 
 def _with_parameters(config: dict[str, Any]) -> dict[str, Any]:

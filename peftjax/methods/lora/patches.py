@@ -11,7 +11,7 @@ from peftjax.adapters.adapter import HfLeaf, transposed
 from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.methods.lora.dora import DoraLinear
 from peftjax.nn.patches import to_patches
-from peftjax.quant.matmul import matmul
+from peftjax.quant.matmul import Kernel, matmul
 
 
 class LoraPatches(LoraLinear):
@@ -50,8 +50,8 @@ class DoraPatches(LoraPatches, DoraLinear):
 
     names: ClassVar = LoraPatches.names | {"lora_magnitude_vector": HfLeaf("magnitude")}
 
-    def norm(self, kernel: jax.Array) -> jax.Array:
-        return super().norm(_flat(kernel))
+    def norm(self, kernel: Kernel) -> jax.Array:
+        return super().norm(_flat(kernel.astype(jnp.float32)))
 
 
 def _flat(kernel: jax.Array) -> jax.Array:
