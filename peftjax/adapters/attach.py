@@ -172,6 +172,8 @@ def detach(model: ModelT, name: str = "default") -> ModelT:
 def count_trainable(model: nnx.Module, name: str = "default") -> int:
     """Return the number of parameters that an adapter trains, without the padding of layers of smaller rank.
 
+    All experts of a layer count with the largest rank among them.
+
     Raises:
         UserError: The adapter is not attached.
     """

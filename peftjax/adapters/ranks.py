@@ -92,5 +92,5 @@ class RankedAdapter(DeltaAdapter):
 
 
 def within(ranks: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
-    """1 for the entries within the rank of each layer and 0 for the padding, float32 [*stack, R]."""
-    return (np.arange(ranks.max()) < ranks[:, None]).astype(np.float32).reshape(*stack, ranks.max())
+    """1 for the entries within each rank and 0 for the padding, float32 [*stack, R]."""
+    return (np.arange(ranks.max()) < ranks[..., None]).astype(np.float32).reshape(*stack, ranks.max())

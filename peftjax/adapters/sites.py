@@ -1,6 +1,8 @@
 """The layers of a model that have a slot, their Hugging Face names, and which of them a method's options select."""
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +14,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, matches, matching, suggest, unmatched
 from peftjax.models.base import LanguageModel, Model
 from peftjax.nn.embedding import Embedding
+from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.slot import Adapter
 
@@ -47,6 +50,18 @@ class Site:
         return self.model.layer_numbers(self.path, self.stack[0])
 
     @property
+    def single_experts(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The names of the layers of single experts, by layer and expert; () if it has no experts that adapter files split."""
+        parts = self.model.hf_experts.get(self.names[0].rpartition(".")[2], ()) if isinstance(self.model, Model) else ()
+        if not parts or not isinstance(self.module, ExpertLinear):
+            return ()
+        containers = (name.rpartition(".")[0] for name in self.names)
+        return tuple(
+            tuple(tuple(f"{container}.{expert}.{part}" for part in parts) for expert in range(self.module.experts))
+            for container in containers
+        )
+
+    @property
     def parameters(self) -> dict[str, nnx.Variable]:
         """The layer's own parameters, by name."""
         return {key: value for key, value in vars(self.module).items() if isinstance(value, nnx.Param)}
@@ -61,6 +76,8 @@ class Site:
         """Return the logical axes of an adapter parameter at this site: `axes` after the stack's."""
         return ("layers", *axes) if self.stack else axes
 
+
+_OF_ALL_EXPERTS = re.compile(r"[\w.\\]*experts\\?\.\w+")  # "experts.down_proj", which names no single one
 
 Chosen = list[tuple[Site, np.ndarray]]  # sites, each with a bool per layer
 
@@ -179,6 +196,39 @@ def by_name(site: Site, table: tuple[tuple[str, Any], ...], default: Any) -> np.
     return np.array([default if value is None else value for value in found])
 
 
+def by_expert(option: str, table: tuple[tuple[str, Any], ...], site: Site, others: np.ndarray) -> np.ndarray:
+    """Return the values of an option such as rank_pattern for every expert of every layer of a site, [layers, E].
+
+    Args:
+        option: The option's name.
+        table: Its value. An entry for single experts contains the word "experts": "experts.3.down_proj".
+        site: A site with experts.
+        others: The values for experts that no entry matches, [layers].
+
+    Raises:
+        UserError: The layers of an expert that share A have different values.
+    """
+    table = _for_experts(table)
+    values = np.repeat(np.asarray(others)[:, None], site.module.experts, axis=1).tolist()
+    if not table:
+        return np.array(values)
+    with matching(f"method.{option}", *(key for key, _ in table)):
+        for layer, names in enumerate(site.single_experts):
+            for expert, parts in enumerate(names):
+                found = [first_match(name, table) for name in parts]
+                given = [values[layer][expert] if value is None else value for value in found]
+                if len(set(given)) > 1:
+                    every = " and ".join(f"{value} for {name}" for name, value in zip(parts, given, strict=True))
+                    raise UserError(f"method.{option} has {every}, which share A; give them one value")
+                values[layer][expert] = given[0]
+    return np.array(values)
+
+
+def _for_experts(table: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """The entries that may name single experts. Others, such as "gate_proj", are for dense layers."""
+    return tuple((key, value) for key, value in table if "experts" in key and not _OF_ALL_EXPERTS.fullmatch(key))
+
+
 def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen) -> None:
     """Check that every entry of an option such as rank_pattern matches a selected layer.
 
@@ -186,14 +236,24 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen)
         UserError: An entry matches none.
     """
     names = [name for site, mask in chosen for name, used in zip(site.names, mask, strict=True) if used]
+    singles = _single_names(chosen) if _for_experts(table) else []
     for key, value in table:
+        candidates = itertools.chain(names, singles if _for_experts(((key, value),)) else ())
         with matching(f"method.{option}", key):
-            matched = any(first_match(name, ((key, value),)) is not None for name in names)
+            matched = any(first_match(name, ((key, value),)) is not None for name in candidates)
         if not matched:
             last = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(
                 f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}"
             )
+
+
+def _single_names(chosen: Chosen) -> list[str]:
+    """The names of the layers of all single experts."""
+    by_layer = (
+        (experts, used) for site, mask in chosen for experts, used in zip(site.single_experts, mask, strict=False)
+    )
+    return [name for experts, used in by_layer if used for parts in experts for name in parts]
 
 
 def check_rank(rank: int, site: Site, option: str = "rank") -> None:

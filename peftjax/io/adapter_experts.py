@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
+from peftjax.adapters.registry import attached
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.adapters.targeted import chosen_names
 from peftjax.core import distributed
@@ -199,8 +200,16 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
 
 
 def requires_single_experts(model: nnx.Module, name: str) -> bool:
-    """Whether the files of adapter `name` can only hold LoRAs of single experts: peft has no DoRA of parameters."""
-    return any(isinstance(adapter, DoraExperts) for _, adapter in _of_experts(model, name))
+    """Whether the files of adapter `name` can only hold LoRAs of single experts: a DoRA, or ranks or alphas that differ."""
+    method = attached(model)[name]
+    return isinstance(method, Lora) and any(
+        isinstance(adapter, DoraExperts)
+        or any(
+            (values != values[:, :1]).any()
+            for values in (method.expert_ranks(site, np.array(adapter.ranks) > 0), method.expert_alphas(site))
+        )
+        for site, adapter in _of_experts(model, name)
+    )
 
 
 def with_single_experts(
@@ -238,15 +247,15 @@ def with_single_experts(
     for site, adapter in experts:
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
         arrays = {leaf: np.asarray(distributed.whole(vars(adapter)[leaf].get_value())) for leaf in _leaves(adapter)}
-        names = zip(site.layers, stored_names(model, site), method.alphas(site), adapter.ranks, strict=True)
-        for layer, stored, alpha, rank in names:
+        own_ranks, own_alphas = method.expert_ranks(site, np.array(adapter.ranks) > 0), method.expert_alphas(site)
+        for index, (layer, stored) in enumerate(zip(site.layers, stored_names(model, site), strict=True)):
             of_layer = {leaf: array if layer is None else array[layer] for leaf, array in arrays.items()}
-            for expert, part, single_tensors in _split(of_layer, parts, rank, method.rank) if rank else ():
+            for expert, part, single_tensors in _split(of_layer, parts, own_ranks[index]):
                 single = f"{stored.rpartition('.')[0]}.{expert}.{part}"
                 kept |= {f"{PREFIX}{single}.{suffix}": tensor for suffix, tensor in single_tensors.items()}
                 ranks[single] = len(single_tensors[A])
-                share = ranks[single] / rank
-                alphas[single] = float(alpha * (math.sqrt(share) if method.rslora else share))
+                share = ranks[single] / own_ranks[index, expert]
+                alphas[single] = float(own_alphas[index, expert] * (math.sqrt(share) if method.rslora else share))
     others = [(site, mask) for site, mask in method.chosen(model) if not isinstance(site.module, ExpertLinear)]
     modules = [older.get(module, module) for module in chosen_names(others)]
     fields = dict(config) | {"target_modules": [*modules, *_endings(ranks)], "lora_dropout": method.dropout}
@@ -259,24 +268,32 @@ def with_single_experts(
     return kept, fields
 
 
-def shapes_of_single_experts(model: Model, name: str, tensors: Mapping[str, T]) -> dict[str, T | jax.ShapeDtypeStruct]:
+def shapes_of_single_experts(
+    model: Model, name: str, method: Lora, tensors: Mapping[str, T]
+) -> dict[str, T | jax.ShapeDtypeStruct]:
     """The tensors that `with_single_experts` writes after training, as shapes. The model may be abstract.
 
     Args:
         model: The model.
         name: The adapter.
+        method: Its method.
         tensors: The tensors of all experts in the file; the others are kept.
     """
     kept: dict[str, T | jax.ShapeDtypeStruct] = dict(_of_others(model, name, tensors))
     for site, adapter in _of_experts(model, name):
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
-        for stored, rank in zip(stored_names(model, site), adapter.ranks, strict=True):
-            width = adapter.b.shape[-1] // len(parts)
-            shapes = {A: (rank, adapter.a.shape[-2]), B: (width, rank), MAGNITUDE: (width,)}
-            for expert, part in itertools.product(range(site.module.experts), parts if rank else ()):
-                single = f"{PREFIX}{stored.rpartition('.')[0]}.{expert}.{part}"
-                for suffix, leaf in zip(shapes, _leaves(adapter), strict=False):
-                    kept[f"{single}.{suffix}"] = jax.ShapeDtypeStruct(shapes[suffix], vars(adapter)[leaf].dtype)
+        ranks, width = method.expert_ranks(site, np.array(adapter.ranks) > 0), adapter.b.shape[-1] // len(parts)
+        for stored, of_layer in zip(stored_names(model, site), ranks, strict=True):
+            for expert, part in itertools.product(np.flatnonzero(of_layer), parts):
+                rank, single = int(of_layer[expert]), f"{PREFIX}{stored.rpartition('.')[0]}.{expert}.{part}"
+                shapes = {
+                    "a": (A, (rank, adapter.a.shape[-2])),
+                    "b": (B, (width, rank)),
+                    "magnitude": (MAGNITUDE, (width,)),
+                }
+                for leaf in _leaves(adapter):
+                    suffix, shape = shapes[leaf]
+                    kept[f"{single}.{suffix}"] = jax.ShapeDtypeStruct(shape, vars(adapter)[leaf].dtype)
     return kept
 
 
@@ -302,26 +319,25 @@ def _new_to_older(model: Model) -> dict[str, str]:
 
 
 def _split(
-    arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], rank: int, initial: int
+    arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], ranks: np.ndarray
 ) -> Iterable[tuple[int, str, dict[str, np.ndarray]]]:
     """Yield the expert, the name, and the tensors of every single layer.
 
-    An expert whose B is zero, as at initialization, keeps the first `initial` ranks at most, and none if its A is zero too. A
-    layer of rank 0 is left out. A layer with magnitudes keeps a rank at least, and one without is left out.
+    An expert whose B is zero, as at initialization, keeps the ranks for which A is not. A layer of rank 0 is left out. A layer
+    with magnitudes keeps all its ranks if it would have none, and one without is left out.
 
     Args:
         arrays: a [E, in, R], b [E, R, out] and, in a DoRA, magnitude [E, out].
         parts: The names of an expert's layers.
-        rank: The rank, at most R.
-        initial: The rank of an expert before training.
+        ranks: The rank of each expert, at most R, int [E].
     """
-    for expert, (a, b) in enumerate(zip(arrays["a"][..., :rank], arrays["b"][:, :rank], strict=True)):
+    for expert, rank in enumerate(ranks):
+        a, b = arrays["a"][expert, :, :rank], arrays["b"][expert, :rank]
         magnitudes = np.split(arrays["magnitude"][expert], len(parts)) if "magnitude" in arrays else [None] * len(parts)
-        first = np.flatnonzero(a.any(axis=0))[:initial]
         for part, own, magnitude in zip(parts, np.split(b, len(parts), axis=1), magnitudes, strict=True):
-            used = np.flatnonzero(own.any(axis=1)) if b.any() else first
+            used = np.flatnonzero(own.any(axis=1) if b.any() else a.any(axis=0))
             if magnitude is not None:
-                used = (used if len(used) else np.arange(min(initial, rank))) if magnitude.any() else used[:0]
+                used = (used if len(used) else np.arange(rank)) if magnitude.any() else used[:0]
             if len(used):
                 tensors = {A: a[:, used].T, B: own[used].T}
                 yield expert, part, tensors | ({} if magnitude is None else {MAGNITUDE: magnitude})

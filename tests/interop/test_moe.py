@@ -481,3 +481,46 @@ def test_a_trained_adapter_of_all_experts_is_written_for_single_ones(
     lora = lambda model: model.blocks.feedforward.experts.gate_up.adapters.default  # noqa: E731
     assert lora(back).ranks == lora(model).ranks == (3, 2, 3)  # gate and up have one A
     np.testing.assert_array_equal(lora(back).b.get_value()[0], lora(model).b.get_value()[0])
+
+
+RANKS = {
+    r"experts\.1\.(gate|up)_proj": 5,
+    "layers.2.mlp.experts.0.down_proj": 1,
+    "experts.gate_up_proj": 4,
+    "q_proj": 2,
+}
+ALPHAS = {r"experts\.[23]\..*_proj": 2.5, "layers.0.mlp.experts.down_proj": 3.0}
+
+
+@pytest.mark.parametrize("options", [{"rslora": True}, {"dora": True, "init": "gaussian"}], ids=["rslora", "dora"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_ranks_and_alphas_of_single_experts_go_to_peft_and_back(
+    options: dict[str, Any], trained: bool, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    method = peftjax.Lora(
+        rank=3, alpha=6.0, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj"), rank_pattern=RANKS,
+        alpha_pattern=ALPHAS, **options,
+    )  # fmt: skip
+    if trained:
+        model = peers.attached(directories("qwen3-moe"), method)
+    else:
+        model = peftjax.attach(load_model(directories("qwen3-moe")), method, rngs=nnx.Rngs(0))
+    expected = peers.logits(model)
+    peftjax.save_adapter(model, tmp_path / "ours")
+
+    theirs = peers.load_into(with_single_experts(directories("qwen3-moe"), "qwen3-moe"), tmp_path / "ours").eval()
+    peers.assert_close(peers.logits(theirs), expected)
+    modules = dict(theirs.base_model.model.model.layers.named_modules())
+    scale = lambda alpha, rank: alpha / (rank**0.5 if "rslora" in options else rank)  # noqa: E731
+    for name, rank, alpha in (
+        ("0.mlp.experts.1.gate_proj", 5, 6), ("2.mlp.experts.1.up_proj", 5, 6), ("1.mlp.experts.2.up_proj", 4, 2.5),
+        ("2.mlp.experts.0.down_proj", 1, 6), ("1.mlp.experts.0.down_proj", 3, 6), ("0.mlp.experts.3.down_proj", 3, 2.5),
+        ("0.mlp.experts.0.down_proj", 3, 3), ("1.self_attn.q_proj", 2, 6),
+    ):  # fmt: skip
+        assert modules[name].r["default"] == rank, name
+        assert modules[name].scaling["default"] == pytest.approx(scale(alpha, rank)), name
+        assert modules[name].lora_A["default"].weight.any(dim=1).all(), name  # nothing is padding
+
+    back = peftjax.load_adapter(load_model(directories("qwen3-moe")), tmp_path / "ours")
+    peers.assert_close(peers.logits(back), expected)
+    peers.assert_close(peers.logits(peftjax.merge(model)), expected)

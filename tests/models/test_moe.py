@@ -126,6 +126,39 @@ def test_dora_of_experts_that_are_always_one_parameter_is_refused(fields: dict[s
         peftjax.attach(tiny.model(**fields), peftjax.Lora(dora=True, targets=("down_proj",)), rngs=nnx.Rngs(0))
 
 
+def test_ranks_of_single_experts(directory: Path) -> None:
+    """Padding is zero and has the scale 0. An entry without the word "experts" is for dense layers."""
+    model = peftjax.load_model(directory)
+    both = ("gate_up_proj", "shared_expert.gate_proj")
+    method = peftjax.Lora(
+        rank=2,
+        targets=both,
+        rank_pattern={r"0\.mlp\.experts\.3\.\w+": 4, "gate_proj": 1},
+        alpha_pattern={"experts.1.gate_proj": 4.0, "experts.1.up_proj": 4.0},
+    )
+    lora = peftjax.attach(model, method, rngs=nnx.Rngs(0)).blocks.feedforward.experts.gate_up.adapters.default
+    ranks = np.array([[2, 2, 2, 4], [2, 2, 2, 2]])
+    within = np.arange(4) < ranks[..., None]
+    assert lora.ranks == (4, 2)
+    np.testing.assert_array_equal(np.asarray(lora.a.get_value() != 0).all(axis=-2), within)
+    alphas = np.array([8.0, 4.0, 8.0, 8.0])[None, :, None]
+    np.testing.assert_array_equal(lora.scale.get_value(), within * alphas / ranks[..., None])
+    for options, message in (
+        (
+            {"rank_pattern": {"experts.1.gate_proj": 4}},
+            r"rank_pattern has 4 for model.layers.0.mlp.experts.1.gate_proj and 8 for \S*experts.1.up_proj, which share A",
+        ),
+        (
+            {"alpha_pattern": {r"experts\.1\.up_proj": 4.0}},
+            "alpha_pattern has 8.0 for .*gate_proj and 4.0 for .*up_proj",
+        ),
+        ({"rank_pattern": {"experts.4.gate_proj": 4}}, "rank_pattern: 'experts.4.gate_proj' matches no target"),
+        ({"rank_pattern": {r"experts\.1\.\w+": 33}}, "rank=33 exceeds the smaller dimension"),
+    ):
+        with pytest.raises(UserError, match=message):
+            peftjax.attach(model, peftjax.Lora(targets=both, **options), "other", rngs=nnx.Rngs(0))
+
+
 def test_loras_of_experts_are_not_combined(directory: Path) -> None:
     model = peftjax.load_model(directory)
     for name in ("one", "two"):

@@ -170,7 +170,7 @@ def with_dora(layer: Experts) -> Experts:
             PeftParam(0.3 * jax.random.normal(keys[2 * i + j], shape), axes=axes)
             for j, (shape, axes) in enumerate(shapes)
         )
-        dora = DoraExperts((2,), PeftConstant(jnp.array([0.5, 0.5]), axes=("rank",)), a, b)
+        dora = DoraExperts((2,), PeftConstant(jnp.full((EXPERTS, 2), 0.5), axes=("expert", "rank")), a, b)
         dora.measure(part.kernel.get_value())
         a.set_value(2 * a.get_value())  # the ratio of magnitude and norm is not 1
         part.adapters.add("default", dora)

@@ -43,7 +43,7 @@ class LoraLinear(RankedAdapter):
         self.bias: Any = nnx.data(None)
         self.bias_layers: Any = nnx.data(None)
         self.shift: Any = nnx.data(None)
-        self.dropout = Dropout(dropout, scale.shape[:-1])
+        self.dropout = Dropout(dropout, scale.shape[: scale.axes.count("layers")])
 
     @property
     def zero_is_identity(self) -> bool:

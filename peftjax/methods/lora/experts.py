@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.adapters.adapter import HfLeaf
+from peftjax.adapters.diagonal import times
 from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.methods.lora.dora import DoraLinear, column_norms
 from peftjax.nn.experts import Groups
@@ -21,7 +22,11 @@ class LoraExperts(LoraLinear):
     The file holds A of all experts as one matrix [E * R, in], and B as [out, R * E], in which the expert index varies faster,
     as in peft's files with `target_parameters`.
 
+    R is the largest rank of all experts in the stack. The scale of an expert is 0 beyond its own rank.
+
     Attributes:
+        ranks: The largest rank of each layer's experts.
+        scale: s, [*stack, E, R].
         a: [*stack, E, in, R].
         b: [*stack, E, R, out].
     """
@@ -35,7 +40,12 @@ class LoraExperts(LoraLinear):
     def _update(self, x: jax.Array, groups: Groups) -> jax.Array:
         """s (x A_e) B_e: [n, rows, in] -> [n, rows, out]."""
         product = lambda x, factor: grouped_matmul(x, factor.get_value(), groups.owner, groups.used)  # noqa: E731
-        return product(self.scaled(product(x, self.a)), self.b)
+        scale = self.scale.get_value()[groups.owner, None]  # [n, 1, R]
+        return product(times(product(x, self.a), scale), self.b)
+
+    def scaled(self, low: jax.Array) -> jax.Array:
+        """s low for each expert, [E, ..., R]."""
+        return times(low, self.scale.get_value()[:, None])
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         shapes = self._shapes()

@@ -35,23 +35,21 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: nnx.Rngs) -> Pair:
-    """Initial A [*stack, in, R] and B [*stack, R, out] of a site, or of its experts, float32, zero beyond each layer's rank.
+    """Initial A [*stack, in, R] and B [*stack, R, out] of a site, float32, zero beyond each rank. The stack includes experts.
 
     For an embedding A is zero and B normal with any `init`, as in peft.
 
     Args:
         init: One of the words above.
         site: The layers.
-        ranks: The rank of each layer, int [layers].
-        scales: The scale s of each layer, [layers].
+        ranks: The rank of each layer, int [layers]; of experts, [layers, E].
+        scales: The scale s of each, of the same shape.
         rngs: Random keys.
     """
     key, owner, rank = rngs.params(), site.module, int(ranks.max())
     stack = (*site.stack, owner.experts) if isinstance(owner, ExpertLinear) else site.stack
     a_shape, b_shape = (*stack, owner.in_features, rank), (*stack, rank, owner.out_features)
-    beside = [1] * (len(a_shape) - len(site.stack))
-    by_layer = lambda values: np.asarray(values, np.float32).reshape(*site.stack, *beside)  # noqa: E731
-    active = within(ranks, site.stack).reshape(*site.stack, *[1] * (len(stack) - len(site.stack)), rank)
+    active = within(ranks, stack)
     if isinstance(owner, Embedding):
         return jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32) * active[..., None]
     if init in ("kaiming", "eva") or init.startswith("loftq"):
@@ -59,7 +57,8 @@ def initial(init: str, site: Site, ranks: np.ndarray, scales: np.ndarray, rngs: 
         a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
         return a * active[..., None, :], jnp.zeros(b_shape)
     if init == "gaussian":
-        a = jax.random.normal(key, a_shape, jnp.float32) / by_layer(np.maximum(ranks, 1))
+        own = np.maximum(ranks, 1).astype(np.float32).reshape(*stack, 1, 1)
+        a = jax.random.normal(key, a_shape, jnp.float32) / own
         return a * active[..., None, :], jnp.zeros(b_shape)
     keys = jax.random.split(key, len(ranks))
     pairs = [_of_layer(init, site, layer, ranks, scales, keys[layer]) for layer in range(len(ranks))]

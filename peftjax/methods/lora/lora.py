@@ -25,7 +25,7 @@ from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.sites import Chosen, Site, adapters_named
+from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert
 from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -39,7 +39,6 @@ from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
 from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
-from peftjax.models.base import Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
 from peftjax.nn.linear import Linear
@@ -154,6 +153,22 @@ class Lora(Ranked):
                 "model.quantize, or choose another init"
             )
 
+    # --- Ranks ---
+
+    def ranks(self, site: Site, mask: np.ndarray) -> np.ndarray:
+        """The rank of each layer of a site, int [layers], or the largest of its experts; 0 in a layer that is left out."""
+        experts = isinstance(site.module, ExpertLinear)
+        return self.expert_ranks(site, mask).max(axis=1) if experts else super().ranks(site, mask)
+
+    def expert_ranks(self, site: Site, mask: np.ndarray) -> np.ndarray:
+        """The rank of every expert of each layer of a site, int [layers, E]; 0 in a layer that is left out."""
+        own = by_expert("rank_pattern", self.rank_pattern, site, super().ranks(site, mask))
+        return np.where(mask[:, None], own, 0)
+
+    def expert_alphas(self, site: Site) -> np.ndarray:
+        """The alpha of every expert of each layer of a site, [layers, E]."""
+        return by_expert("alpha_pattern", self.alpha_pattern, site, self.alphas(site))
+
     # --- The adapters ---
 
     def saved(self, model: nnx.Module) -> Chosen:
@@ -178,17 +193,19 @@ class Lora(Ranked):
         linear = isinstance(site.module, Linear)
         if not linear:
             self._check_other(site)
-        ranks, (inputs, outputs) = self.ranks(site, mask), site.module.axes
-        scales = self.alphas(site) / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
-        by_layer = scales.astype(np.float32).reshape(*site.stack, 1)
+        (inputs, outputs), experts = site.module.axes, isinstance(site.module, ExpertLinear)
+        ranks = self.expert_ranks(site, mask) if experts else self.ranks(site, mask)
+        alphas = self.expert_alphas(site) if experts else self.alphas(site)
+        scales = alphas / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
         a, b = (factor.astype(self.dtype) for factor in initial(self.init, site, ranks, scales, rngs))
-        lead = ("expert",) if isinstance(site.module, ExpertLinear) else ()
+        lead, stack = (("expert",), b.shape[:-2]) if experts else ((), site.stack)
+        scale = within(ranks, stack) * scales.astype(np.float32).reshape(*stack, 1)
         a_axes = site.lead(*lead, inputs, "rank")
         if isinstance(site.module, PatchEmbedding):
             a, a_axes = a.reshape(*site.module.kernel.shape[:-1], -1), (None, None, None, "rank")
         adapter = self._kind(site.module)(
-            tuple(int(rank) for rank in ranks),
-            PeftConstant(jnp.asarray(within(ranks, site.stack) * by_layer), axes=site.lead("rank")),
+            tuple(int(rank) for rank in self.ranks(site, mask)),
+            PeftConstant(jnp.asarray(scale), axes=site.lead(*lead, "rank")),
             (PeftConstant if self.freeze_a else PeftParam)(a, axes=a_axes),
             PeftParam(b, axes=site.lead(*lead, "rank", outputs)),
             0.0 if isinstance(site.module, Embedding) else self.dropout,  # peft has no dropout for embeddings
@@ -220,7 +237,7 @@ class Lora(Ranked):
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
             "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
             "dora": (
-                self.dora and of_experts and not _single_names(site),
+                self.dora and of_experts and not site.single_experts,
                 "is not supported for experts that are always one parameter: in peft, only modules have DoRA",
             ),
             "init": (
@@ -341,12 +358,6 @@ class Lora(Ranked):
                 "path_initial_model_for_weight_conversion)"
             )
         return super().from_hf(_with_parameters(config))
-
-
-def _single_names(site: Site) -> tuple[str, ...]:
-    """The names of a single expert's layers in adapter files; empty if the family has no modules of single experts."""
-    names = site.model.hf_experts if isinstance(site.model, Model) else {}
-    return names.get(site.names[0].rpartition(".")[2], ())
 
 
 def _with_parameters(config: dict[str, Any]) -> dict[str, Any]:
