@@ -38,7 +38,7 @@ Pattern = tuple[tuple[str, Any], ...]
 Single = tuple[int, str]  # an expert, and the name of one of its layers
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-_KEY = re.compile(rf"(.*\.experts)\.(\d+)\.(\w+)\.({A}|{B}|{MAGNITUDE})")
+_KEY = re.compile(rf"(.*\.experts)\.(\d+)\.(\w+)\.({A}|{B}|{MAGNITUDE})(?:(?<=vector)\.weight)?")
 _KEY_OF_ALL = re.compile(r".*\.experts\.(base_layer\.)*lora_.*")
 
 

@@ -16,7 +16,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, depth_of, sites
 from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
 from peftjax.core.paths import first_match, matches, unmatched
-from peftjax.io.adapter_keys import bare_key
+from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
@@ -105,7 +105,7 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
         return method
     if isinstance(method, Lora) and any(model.hf_experts.values()):
         return method
-    if any(re.search(r"\.experts\.\d+\.", key) for key in keys):
+    if has_single_experts(keys):
         return method
     experts = [name for site in sites(model) if isinstance(site.module, ExpertLinear) for name in site.names]
     named = [name for name in experts if matches(name, tuple(parameters))]

@@ -1,5 +1,6 @@
 """Keys of adapter files that were not written by peft's `save_pretrained`."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -44,6 +45,11 @@ def _by_bare_key(keys: Iterable[str]) -> dict[str, list[str]]:
     for key in keys:
         found.setdefault(bare_key(key), []).append(key)
     return found
+
+
+def has_single_experts(keys: Iterable[str]) -> bool:
+    """Whether these keys of an adapter file belong to modules of single experts."""
+    return any(re.search(r"\.experts\.\d+\.", key) for key in keys)
 
 
 def with_older_names(tensors: Mapping[str, T], older: Mapping[str, str]) -> dict[str, T]:

@@ -88,11 +88,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         method, tensors = adapter_hub.read(path, model, name)
         has_head = (path / adapter_hub.HEAD).is_file()
     else:
-        method, has_head = _read_method(path, model)
-        tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
-        method, tensors = with_all_experts(method, tensors, model)
-        parameters = read_json(path / CONFIG).get("target_parameters")
-        method, tensors = _fitted(method, tensors, model, path, parameters or ())
+        method, tensors, has_head = _read(path, model)
     before = active(model)
     attach_unchecked(model, method, name, rngs=nnx.Rngs(0))
     try:
@@ -108,6 +104,24 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         use(detach(model, name), before)
         raise
     return model
+
+
+def method_for(path: Path, model: nnx.Module) -> Method:
+    """Return the method of a PEFT directory as `load_adapter` attaches it to a model, which may be abstract.
+
+    Raises:
+        UserError: As `load_adapter`, except for tensors that are missing or unexpected.
+    """
+    return _read(path, model)[0]
+
+
+def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray], bool]:
+    """The method and the tensors of a PEFT directory in the model's names, and whether its file holds the task head."""
+    method, has_head = _read_method(path, model)
+    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+    method, tensors = with_all_experts(method, tensors, model)
+    parameters = read_json(path / CONFIG).get("target_parameters")
+    return *_fitted(method, tensors, model, path, parameters or ()), has_head
 
 
 def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:

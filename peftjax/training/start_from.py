@@ -7,6 +7,7 @@ LoRA-FA's A. The directory itself is read once.
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,16 @@ from peftjax.core.config_values import as_tuples
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.variables import DropoutKey
-from peftjax.io.adapter_load import load_adapter
+from peftjax.io import hf_files
+from peftjax.io.adapter_keys import has_single_experts
+from peftjax.io.adapter_load import load_adapter, method_for
 from peftjax.io.adapter_method import read_method
+from peftjax.io.adapter_tensors import WEIGHTS
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.model_card import hub_id
+from peftjax.models import from_hf_config
 from peftjax.models.base import Model
+from peftjax.tasks.model import ModelConfig
 from peftjax.training.config import Config
 
 KEPT = "start_from"  # the copy in the workdir
@@ -67,7 +73,7 @@ def with_options(config: Config) -> Config:
     """
     if not config.start_from:
         return config
-    theirs = read_method(Path(config.start_from).expanduser())
+    theirs = _method(Path(config.start_from).expanduser(), config.model)
     method = _completed(config.method, theirs)
     _require_agreement(method, theirs, config.start_from)
     if found := [f"{name}={value!r}" for name, value in vars(method).items() if unusual(value)]:
@@ -162,6 +168,19 @@ def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:
         )
     for path, leaf in ours.items():
         leaf.set_value(jnp.asarray(theirs[path].get_value(), leaf.get_value().dtype))
+
+
+def _method(path: Path, base: ModelConfig) -> Method:
+    """The method of an adapter directory. If its file has modules of single experts, in the base's names of all experts."""
+    method = read_method(path)
+    if not (path / WEIGHTS).is_file() or not has_single_experts(hf_files.read_header(path / WEIGHTS)):
+        return method
+    directory = hf_files.resolve(base.path, base.revision, files=("config.json",))
+    fields = hf_files.read_json(directory / "config.json")
+    fields.pop("quantization_config", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # load_adapter gives them
+        return method_for(path, from_hf_config(fields).abstract())
 
 
 def _options(method: Method) -> set[str]:

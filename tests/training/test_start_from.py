@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import peftjax
 from peftjax import methods, sharding, sweep
@@ -139,6 +140,28 @@ def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, t
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
     assert theirs == ours  # what a step trains, by path
+
+
+def test_a_file_of_single_experts_gives_the_options_of_all_experts(tmp_path: Path) -> None:
+    """The magnitudes have the keys of a state dict that peft did not write."""
+    fields = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    base = tmp_path / "moe"
+    peftjax.save_model(tiny.model(**fields), base)
+    method = peftjax.Lora(
+        rank=2, dora=True, targets=("v_proj", "gate_up_proj", "down_proj"), rank_pattern={r"experts\.1\.w\d": 3}
+    )
+    source = tiny.randomize(peftjax.attach(peftjax.load_model(base), method, rngs=nnx.Rngs(0)))
+    path = peftjax.save_adapter(source, tmp_path / "adapter")
+    tensors = load_file(path / "adapter_model.safetensors")
+    renamed = {key.replace("magnitude_vector", "magnitude_vector.weight"): value for key, value in tensors.items()}
+    save_file(renamed, path / "adapter_model.safetensors")
+    made = from_adapter(tmp_path, path)
+    made.model.path = str(base)
+    resolved = with_options(configs.validate(made)).method
+    assert dict(resolved.rank_pattern) == {r"experts\.gate_up_proj": 3, r"experts\.down_proj": 3}
+    model = peftjax.load_model(base)
+    assert attach_trained(model, resolved, path, nnx.Rngs(1)) == resolved
+    np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), atol=1e-5)
 
 
 def test_parameters_that_a_directory_does_not_have_are_refused(tmp_path: Path) -> None:
