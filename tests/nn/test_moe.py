@@ -13,9 +13,11 @@ from peftjax import adapters, methods, quant, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.lora.dora import DoraLinear
 from peftjax.methods.lora.experts import DoraExperts
-from peftjax.nn.experts import make_groups
+from peftjax.nn.experts import ExpertLinear, Groups, make_groups
 from peftjax.nn.feedforward import silu
+from peftjax.nn.linear import Linear
 from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
 from peftjax.quant import grouped
 from peftjax.totals import balanced_next_token_loss
@@ -215,6 +217,34 @@ def test_a_population_decodes_one_expert_of_each_member_at_a_time(format_: str, 
     for kernel in (layer.gate_up.kernel, layer.down.kernel):
         kernels = {aval.shape[:-2] for aval in arrays if sorted(aval.shape[-2:]) == sorted(kernel.shape[-2:])}
         assert max(map(np.prod, kernels)) == members, kernels
+
+
+def test_a_dora_of_one_expert_is_that_of_a_linear_layer() -> None:
+    """With dropout; a magnitude of 0 stands for no magnitude in experts."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, kernel = jax.random.normal(keys[0], (3, 8, WIDTH)), jax.random.normal(keys[1], (WIDTH, HIDDEN))
+    a, b = (0.5 * jax.random.normal(key, shape) for key, shape in zip(keys[2:], ((WIDTH, 2), (2, HIDDEN)), strict=True))
+    common: dict[str, Any] = {"axes": (None, None), "stddev": 1.0, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    linear, layer = Linear(WIDTH, HIDDEN, **common), ExpertLinear(1, WIDTH, HIDDEN, **common)
+    groups = Groups(jnp.zeros(3, int), jnp.array(3), jnp.arange(24), jnp.arange(24)[:, None], 8)
+    outputs = []
+    for kind, each, lead, given in ((DoraLinear, linear, (), ()), (DoraExperts, layer, ("expert",), (groups,))):
+        stacked = lambda value, lead=lead: value[None] if lead else value  # noqa: E731
+        each.kernel.set_value(stacked(kernel))
+        scale = PeftConstant(stacked(jnp.array([0.5, 2.0])), axes=(*lead, "rank"))
+        factors = [PeftParam(stacked(value), axes=(*lead, None, None)) for value in (a, b)]
+        dora = kind((2,), scale, *factors, 0.5)
+        dora.measure(each.kernel.get_value())
+        dora.magnitude.set_value(1.5 * dora.magnitude.get_value())
+        each.adapters.add("default", dora)
+        each.adapters.active = ("default",)
+        each.train()
+        outputs.append(each(x, *given))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    dora.magnitude.set_value(dora.magnitude.get_value().at[0, 3].set(0))
+    without = layer(x, groups)[..., 3]
+    update = dora._update(dora.dropout(x), groups)[..., 3]
+    np.testing.assert_allclose(without, (x @ kernel)[..., 3] + update, atol=1e-5)
 
 
 def arrays_in(jaxpr: Any) -> list[Any]:

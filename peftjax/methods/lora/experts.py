@@ -66,9 +66,9 @@ class SwappedLoraExperts(LoraExperts):
 
 
 class DoraExperts(LoraExperts, DoraLinear):
-    """DoRA of each expert. An output of an expert whose magnitude is exactly 0 has no adapter.
+    """DoRA of each expert. Where a magnitude is exactly 0, m / ||W + s A B|| is 1, and the magnitude gets no gradient.
 
-    Magnitudes start as norms, which are positive. Files of only some experts leave 0 for the others, which get no gradient.
+    Magnitudes start as norms, which are positive. In adapters from files with only some experts, those of the others are 0.
 
     Attributes:
         magnitude: m, [*stack, E, out].
@@ -84,7 +84,7 @@ class DoraExperts(LoraExperts, DoraLinear):
         return y + update + jnp.broadcast_to(factor.astype(y.dtype), y.shape) * (turned + update)
 
     def ratio(self, kernel: Kernel) -> jax.Array:
-        """m_e / ||W_e + s A_e B_e|| of one layer, [E, out]; 1 without an adapter. kernel: [E, in, out]."""
+        """m_e / ||W_e + s A_e B_e|| of one layer, [E, out]; 1 where m_e is 0. kernel: [E, in, out]."""
         return jnp.where(self.magnitude.get_value() == 0, 1, super().ratio(kernel))
 
     def norm(self, kernel: Kernel) -> jax.Array:
