@@ -142,6 +142,7 @@ def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, t
     assert theirs == ours  # what a step trains, by path
 
 
+@pytest.mark.slow
 def test_a_file_of_single_experts_gives_the_options_of_all_experts(tmp_path: Path) -> None:
     """The magnitudes have the keys of a state dict that peft did not write."""
     fields = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
