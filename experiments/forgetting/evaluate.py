@@ -1,0 +1,104 @@
+"""Evaluate the runs of learning_rates on the text that the base was pretrained on, and write results.json, table.md and losses.png:
+
+PYTHONPATH=. python experiments/forgetting/evaluate.py WORKDIR --text=FILE
+
+WORKDIR is that of the sweep; FILE has the pretraining text.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+import peftjax
+from experiments.report import COLORS, PACKAGES, RATE, name_of
+from peftjax import sharding
+from peftjax.training.config import Config
+from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
+
+HERE = Path(__file__).parent
+
+
+def config_of(workdir: Path, text: str) -> Config:
+    """The config of a run, with other held-out data."""
+    fields = {"data.eval": (text,), "data.text_field": "text", "train.eval_batches": 100}
+    return run_config(workdir, overrides=[f"--config.{name}={value}" for name, value in fields.items()])
+
+
+def evaluate(runs: list[dict[str, Any]], workdir: Path, text: str) -> dict[str, Any]:
+    """The held-out losses of the base and of each run on both texts."""
+    mesh, found = sharding.make_mesh(), []
+    first = config_of(workdir / runs[0]["run"], text)
+    task = open_task(first)
+    base = peftjax.load_model(first.model.path, dtype="float32")
+    with jax.set_mesh(mesh):
+        before = measure(first, base, task, mesh)["eval_loss"]
+        for run in runs:
+            config = config_of(workdir / run["run"], text)
+            model = load_trained(config, task, result_of(config, workdir / run["run"]), mesh)
+            losses = {"new": run["scores"]["eval_loss"], "pretraining": measure(config, model, task, mesh)["eval_loss"]}
+            found.append({"values": run["values"], **losses})
+            print(run["run"], losses, flush=True)
+    return {"versions": {name: version(name) for name in PACKAGES}, "base": before, "runs": found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Each method with its rate of the lowest mean loss on the new text: means and standard deviations over seeds, as Markdown."""
+    lines = ["| | learning rate | loss on the new text | loss on the pretraining text |", "|---|---:|---:|---:|"]
+    lines.append(f"| (the base) | | | {results['base']:.3f} |")
+    by_rate: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for run in results["runs"]:
+        by_rate.setdefault(name_of(run["values"]), {}).setdefault(run["values"][RATE], []).append(run)
+    for name, rates in by_rate.items():
+        rate, seeds = min(rates.items(), key=lambda item: np.mean([run["new"] for run in item[1]]))
+        cells = [np.array([run[text] for run in seeds]) for text in ("new", "pretraining")]
+        lines.append(
+            f"| {name} | {rate:g} | {' | '.join(f'{each.mean():.3f} ± {each.std(ddof=1):.3f}' for each in cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict[str, Any]) -> None:
+    """What is learned against what is forgotten: one dot for each run, larger for higher learning rates.
+
+    Runs that learn much less than the worst group at its best are cut off.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    names = dict.fromkeys(name_of(run["values"]) for run in results["runs"])
+    groups = {name: [run for run in results["runs"] if name_of(run["values"]) == name] for name in names}
+    for color, (name, runs) in zip(COLORS, groups.items(), strict=False):
+        rates = sorted({run["values"][RATE] for run in runs})
+        sizes = [8 + 12 * rates.index(run["values"][RATE]) for run in runs]
+        losses = ([run["new"] for run in runs], [run["pretraining"] for run in runs])
+        axes.scatter(*losses, s=sizes, color=color, label=name, linewidths=0, alpha=0.7)
+    axes.axhline(results["base"], color="gray", linewidth=0.8, linestyle="--", label="before training")
+    axes.set_xlim(right=1.3 * max(min(run["new"] for run in runs) for runs in groups.values()))
+    axes.set(xlabel="Loss on the new text (nats per character)", ylabel="Loss on the pretraining text")
+    axes.grid(color="lightgray", linewidth=0.5)
+    axes.legend(fontsize="small")
+    figure.savefig(HERE / "losses.png", dpi=200)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Evaluate the runs of learning_rates on the pretraining text.")
+    parser.add_argument("workdir", type=Path, help="Workdir of the sweep of learning_rates")
+    parser.add_argument("--text", required=True, help="File of records with the pretraining text in the field text")
+    options = parser.parse_args()
+    entries = json.loads((options.workdir / "sweep.json").read_text())
+    runs = sorted((run for run in entries if "failed" not in run), key=lambda run: list(run["values"].items()))
+    results = evaluate(runs, options.workdir, options.text)
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "table.md").write_text(table(results))
+    picture(results)
+
+
+if __name__ == "__main__":
+    main()
