@@ -10,7 +10,6 @@ else the machine does falls on all alike.
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -110,6 +109,12 @@ def inference(model: Model) -> Callable[[], object]:
     return lambda: jax.block_until_ready(forward(state, tokens[None]))
 
 
+def resident_peak() -> int:
+    """The peak resident memory of this process in bytes. Unlike `ru_maxrss`, it does not start at that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def peak_memory(arguments: list[str], method: str) -> int:
     """The peak resident memory in bytes of a process that makes `STEPS` train steps."""
     command = [sys.executable, __file__, *arguments, method]
@@ -158,7 +163,7 @@ def main() -> None:
 
     if options.only:
         Prepared(config_of(*options.only)).steps(STEPS)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(resident_peak())
         return
     found: dict[str, Any] = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     for kind, task in MODELS.items():
