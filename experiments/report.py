@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from scipy import stats
 
 RATE = "optim.learning_rate"
 PACKAGES = ("jax", "flax", "optax")
+Run = dict[str, Any]  # an entry of sweep.json
 COLORS = ("black", "#CC79A7", "#E69F00", "#009E73", "#0072B2", "#56B4E9", "#D55E00", "#999999")
 
 
@@ -73,10 +74,20 @@ def name_of(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{names[field]}{value or 'none'}" for field, value in shared.items())
 
 
-def groups_of(runs: list[dict[str, Any]]) -> Iterator[Group]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def by_values(runs: Iterable[Run]) -> list[Run]:
+    """The runs, sorted by their values."""
+    return sorted(runs, key=lambda run: list(run["values"].items()))
+
+
+def groups_of(runs: list[Run]) -> Iterator[Group]:
     """The groups of a sweep, sorted by their values."""
     losses: dict[str, dict[tuple[float, int], float]] = {}
-    for run in sorted(runs, key=lambda run: list(run["values"].items())):
+    for run in by_values(runs):
         found = losses.setdefault(name_of(run["values"]), {})
         found[run["values"][RATE], run["values"]["seed"]] = run["scores"].get("eval_loss", math.inf)
     for name, found in losses.items():
@@ -91,6 +102,7 @@ def interval(differences: np.ndarray) -> str:
 
 
 def row(group: Group, baseline: Group) -> str:
+    """The row of a group in `table`."""
     optima, edge = group.optima(), group.best in (0, len(group.rates) - 1)
     ratios = optima / baseline.optima()
     known, same = np.isfinite(ratios).all(), group is baseline
@@ -135,7 +147,7 @@ def main() -> None:
     parser.add_argument("--baseline", required=True, metavar="GROUP", help="Group that the others are compared with")
     options = parser.parse_args()
     runs = json.loads((options.workdir / "sweep.json").read_text())
-    results = {"versions": {name: version(name) for name in PACKAGES}, "runs": runs}
+    results = {"versions": versions(), "runs": runs}
     (options.study / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     groups = list(groups_of(runs))
     (baseline,) = (group for group in groups if group.name == options.baseline)

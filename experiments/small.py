@@ -1,11 +1,9 @@
-"""What the small studies have in common: a pretrained character-level model of 0.9 million parameters, which has read children's
-stories, continues on short descriptions of restaurants (E2E NLG; Novikova et al. 2017, arXiv:1706.09254)."""
+"""What the small studies have in common: a character-level model of 0.9 million parameters, pretrained on children's stories, is
+fine-tuned on short descriptions of restaurants (E2E NLG; Novikova et al. 2017, arXiv:1706.09254)."""
 
 from ml_collections import ConfigDict
 
 from peftjax.core.config import defaults
-
-CHARACTERS = 128  # of a row; a description has 110 on average
 
 
 def get_config() -> ConfigDict:
@@ -13,7 +11,7 @@ def get_config() -> ConfigDict:
     config = defaults()
     config.model.dtype = "float32"
     config.data.text_field = "ref"
-    config.data.max_length = CHARACTERS
+    config.data.max_length = 128  # a description has 110 characters on average
     config.data.pack = True
     config.optim.schedule = "constant"
     config.train.steps = 200

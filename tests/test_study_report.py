@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import report
@@ -17,7 +18,7 @@ def test_the_best_rate_of_each_group_is_found_and_compared_with_the_baseline(
     runs = [
         {
             "values": values | {"optim.learning_rate": factor * rate, "seed": seed},
-            "scores": {"eval_loss": lowest + spread * seed + 0.5 * report.np.log(factor * rate / BEST[name]) ** 2},
+            "scores": {"eval_loss": lowest + spread * seed + 0.5 * np.log(factor * rate / BEST[name]) ** 2},
         }
         for name, values, factor, lowest, spread in (
             ("lora, rank=4", {"method.name": "lora", "method.rank": 4}, 20, 2.5, 0.2),

@@ -7,7 +7,6 @@ WORKDIR is that of the sweep; FILE has the pretraining text.
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import matplotlib
 import numpy as np
 
 import peftjax
-from experiments.report import COLORS, PACKAGES, RATE, name_of
+from experiments.report import COLORS, RATE, Run, by_values, name_of, versions
 from peftjax import sharding
 from peftjax.training.config import Config
 from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
@@ -30,7 +29,7 @@ def config_of(workdir: Path, text: str) -> Config:
     return run_config(workdir, overrides=[f"--config.{name}={value}" for name, value in fields.items()])
 
 
-def evaluate(runs: list[dict[str, Any]], workdir: Path, text: str) -> dict[str, Any]:
+def evaluate(runs: list[Run], workdir: Path, text: str) -> dict[str, Any]:
     """The held-out losses of the base and of each run on both texts."""
     mesh, found = sharding.make_mesh(), []
     first = config_of(workdir / runs[0]["run"], text)
@@ -44,17 +43,22 @@ def evaluate(runs: list[dict[str, Any]], workdir: Path, text: str) -> dict[str, 
             losses = {"new": run["scores"]["eval_loss"], "pretraining": measure(config, model, task, mesh)["eval_loss"]}
             found.append({"values": run["values"], **losses})
             print(run["run"], losses, flush=True)
-    return {"versions": {name: version(name) for name in PACKAGES}, "base": before, "runs": found}
+    return {"versions": versions(), "base": before, "runs": found}
+
+
+def by_method(results: dict[str, Any]) -> dict[str, dict[float, list[Run]]]:
+    """The runs of each method and learning rate."""
+    found: dict[str, dict[float, list[Run]]] = {}
+    for run in results["runs"]:
+        found.setdefault(name_of(run["values"]), {}).setdefault(run["values"][RATE], []).append(run)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """Each method with its rate of the lowest mean loss on the new text: means and standard deviations over seeds, as Markdown."""
     lines = ["| | learning rate | loss on the new text | loss on the pretraining text |", "|---|---:|---:|---:|"]
     lines.append(f"| (the base) | | | {results['base']:.3f} |")
-    by_rate: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for run in results["runs"]:
-        by_rate.setdefault(name_of(run["values"]), {}).setdefault(run["values"][RATE], []).append(run)
-    for name, rates in by_rate.items():
+    for name, rates in by_method(results).items():
         rate, seeds = min(rates.items(), key=lambda item: np.mean([run["new"] for run in item[1]]))
         cells = [np.array([run[text] for run in seeds]) for text in ("new", "pretraining")]
         lines.append(
@@ -72,15 +76,15 @@ def picture(results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    names = dict.fromkeys(name_of(run["values"]) for run in results["runs"])
-    groups = {name: [run for run in results["runs"] if name_of(run["values"]) == name] for name in names}
-    for color, (name, runs) in zip(COLORS, groups.items(), strict=False):
-        rates = sorted({run["values"][RATE] for run in runs})
-        sizes = [8 + 12 * rates.index(run["values"][RATE]) for run in runs]
+    methods = by_method(results)
+    for color, (name, rates) in zip(COLORS, methods.items(), strict=False):
+        runs = [run for seeds in rates.values() for run in seeds]
+        sizes = [8 + 12 * index for index, seeds in enumerate(rates.values()) for _ in seeds]
         losses = ([run["new"] for run in runs], [run["pretraining"] for run in runs])
         axes.scatter(*losses, s=sizes, color=color, label=name, linewidths=0, alpha=0.7)
     axes.axhline(results["base"], color="gray", linewidth=0.8, linestyle="--", label="before training")
-    axes.set_xlim(right=1.3 * max(min(run["new"] for run in runs) for runs in groups.values()))
+    worst = max(min(run["new"] for seeds in rates.values() for run in seeds) for rates in methods.values())
+    axes.set_xlim(right=1.3 * worst)
     axes.set(xlabel="Loss on the new text (nats per character)", ylabel="Loss on the pretraining text")
     axes.grid(color="lightgray", linewidth=0.5)
     axes.legend(fontsize="small")
@@ -93,7 +97,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="File of records with the pretraining text in the field text")
     options = parser.parse_args()
     entries = json.loads((options.workdir / "sweep.json").read_text())
-    runs = sorted((run for run in entries if "failed" not in run), key=lambda run: list(run["values"].items()))
+    runs = by_values(run for run in entries if "failed" not in run)
     results = evaluate(runs, options.workdir, options.text)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "table.md").write_text(table(results))

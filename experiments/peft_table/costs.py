@@ -31,6 +31,7 @@ from peftjax.core import variables
 from peftjax.core.files import write_atomically
 from peftjax.decoding import generate
 from peftjax.io.adapter_tensors import adapter_tensors
+from peftjax.log import peak_memory
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
 from peftjax.training.config import Config
@@ -109,13 +110,7 @@ def inference(model: Model) -> Callable[[], object]:
     return lambda: jax.block_until_ready(forward(state, tokens[None]))
 
 
-def resident_peak() -> int:
-    """The peak resident memory of this process in bytes. Unlike `ru_maxrss`, it does not start at that of the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def peak_memory(arguments: list[str], method: str) -> int:
+def peak_of_training(arguments: list[str], method: str) -> int:
     """The peak resident memory in bytes of a process that makes `STEPS` train steps."""
     command = [sys.executable, __file__, *arguments, method]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
@@ -137,7 +132,7 @@ def measure(config_of: Callable[[str], Config], task: str, arguments: list[str])
     return {
         method: size(one, method)
         | {
-            "peak_bytes": peak_memory(arguments, method),
+            "peak_bytes": peak_of_training(arguments, method),
             "step_seconds": steps[method] / STEPS,
             "latency": attached[method] / attached["base"],
         }
@@ -163,7 +158,7 @@ def main() -> None:
 
     if options.only:
         Prepared(config_of(*options.only)).steps(STEPS)
-        print(resident_peak())
+        print(peak_memory())
         return
     found: dict[str, Any] = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     for kind, task in MODELS.items():

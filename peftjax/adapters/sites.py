@@ -208,7 +208,7 @@ def by_expert(option: str, table: tuple[tuple[str, Any], ...], site: Site, other
     Raises:
         UserError: The layers of an expert that share A have different values.
     """
-    table = _for_experts(table)
+    table = tuple((key, value) for key, value in table if _may_name_experts(key))
     values = np.repeat(np.asarray(others)[:, None], site.module.experts, axis=1).tolist()
     if not table:
         return np.array(values)
@@ -224,9 +224,9 @@ def by_expert(option: str, table: tuple[tuple[str, Any], ...], site: Site, other
     return np.array(values)
 
 
-def _for_experts(table: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    """The entries that may name single experts. Others, such as "gate_proj", are for dense layers."""
-    return tuple((key, value) for key, value in table if "experts" in key and not _OF_ALL_EXPERTS.fullmatch(key))
+def _may_name_experts(key: str) -> bool:
+    """Whether an entry may name single experts. Others, such as "gate_proj", are for dense layers."""
+    return "experts" in key and not _OF_ALL_EXPERTS.fullmatch(key)
 
 
 def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen) -> None:
@@ -236,9 +236,9 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen)
         UserError: An entry matches none.
     """
     names = [name for site, mask in chosen for name, used in zip(site.names, mask, strict=True) if used]
-    singles = _single_names(chosen) if _for_experts(table) else []
+    singles = _single_names(chosen) if any(_may_name_experts(key) for key, _ in table) else []
     for key, value in table:
-        candidates = itertools.chain(names, singles if _for_experts(((key, value),)) else ())
+        candidates = itertools.chain(names, singles if _may_name_experts(key) else ())
         with matching(f"method.{option}", key):
             matched = any(first_match(name, ((key, value),)) is not None for name in candidates)
         if not matched:

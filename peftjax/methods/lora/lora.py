@@ -204,7 +204,7 @@ class Lora(Ranked):
         if isinstance(site.module, PatchEmbedding):
             a, a_axes = a.reshape(*site.module.kernel.shape[:-1], -1), (None, None, None, "rank")
         adapter = self._kind(site.module)(
-            tuple(int(rank) for rank in self.ranks(site, mask)),
+            tuple(int(rank) for rank in (ranks.max(axis=1) if experts else ranks)),
             PeftConstant(jnp.asarray(scale), axes=site.lead(*lead, "rank")),
             (PeftConstant if self.freeze_a else PeftParam)(a, axes=a_axes),
             PeftParam(b, axes=site.lead(*lead, "rank", outputs)),
