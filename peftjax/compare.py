@@ -24,12 +24,12 @@ def main(argv: list[str]) -> None:
         description="Compare the scores and costs of runs and sweeps. Runs that differ only in the seed share a row.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="workdir of a run or of a sweep")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Workdir of a run or of a sweep")
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
-        help="directory for compare.html, the tables as CSV, and figures for a paper (default: only print)",
+        help="Directory for compare.html, the tables as CSV, and figures for a paper (default: only print)",
     )
     options = cli.parse_options(parser, argv)
     runs = comparison.read_runs(options.runs)

@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
         metavar="DIR",
         help='model directory, Hugging Face Hub id, or "embedded" for the bundled demo model (default)',
     )
-    parser.add_argument("--method", metavar="NAME", help="explain this method and its options instead")
+    parser.add_argument("--method", metavar="NAME", help="Explain this method and its options instead")
     given = cli.parse_options(parser, argv)
     console = make_console()
     if given.method:

@@ -42,13 +42,12 @@ from peftjax.training.member import Member, say
 from peftjax.training.packing import pack
 from peftjax.training.population import train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
-from peftjax.training.space import Choice
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_table import make_table
 
 
 def members(
-    path: str, overrides: Iterable[str], fields: Iterable[str], workdir: Path, trials: int = 0, seed: int = 0
+    path: str, overrides: Sequence[str], fields: Iterable[str], workdir: Path, trials: int = 0, seed: int = 0
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
@@ -69,11 +68,9 @@ def members(
             "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define "
             "get_sweep() in the config file"
         )
+    chosen = space.chosen_values(path, overrides, spaces, trials, seed)
     if trials:
-        integers = {name for each in spaces for name in _integers(path, overrides, each)}
-        chosen = _recorded(spaces, seed, workdir, space.draw(spaces, trials, seed, integers))
-    else:
-        chosen = [texts for each in spaces for texts in space.grid(each)]
+        chosen = _recorded(spaces, seed, workdir, chosen)
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
         config = space.load(path, overrides, texts)
@@ -84,13 +81,6 @@ def members(
         trial = {"seed": seed, "index": index, "drawn": texts} if trials else None
         found.setdefault(name, Member(fixed, config, workdir / quote(name, safe=",=+ "), trial))
     return list(found.values())
-
-
-def _integers(path: str, overrides: Iterable[str], swept: space.Space) -> list[str]:
-    """The fields of a search space whose values are integers."""
-    lists = {name: values.texts[0] for name, values in swept.items() if isinstance(values, Choice)}
-    defaults = flat(configs.to_dict(space.load(path, overrides, lists)))
-    return [name for name in swept if type(defaults.get(name)) is int]
 
 
 def _recorded(
@@ -305,16 +295,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Config field to sweep and its values (separated by ; if they contain commas); with --trials also "
         "uniform(LOW,HIGH) or loguniform(LOW,HIGH)",
     )
-    group.add_argument(
-        "--trials",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Number of random draws (default: all combinations of the values)",
-    )
-    group.add_argument(
-        "--search_seed", type=int, default=0, metavar="SEED", help="Random seed of the draws (default: 0)"
-    )
+    space.add_search_options(group)
     group.add_argument(
         "--together",
         type=int,
@@ -344,9 +325,7 @@ def main(argv: list[str]) -> None:
     options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
     if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
-    for name in ("trials", "search_seed"):
-        if (value := getattr(options, name)) < 0:
-            raise UserError(f"--{name}={value} must not be negative")
+    space.check_search_options(options)
     if options.halving < 0 or options.halving == 1:
         raise UserError(f"--halving={options.halving} must be at least 2, or 0 to train all runs to their end")
     part = parse_part(options.part)

@@ -1,7 +1,7 @@
 """The command that plans a training run: does its train step fit a device, and how fast can it be?
 
     peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--members=N]
-        [--search=batch|length|rank|members] [--compare] [--sweep.FIELD=V,V]
+        [--search=batch|length|rank|members] [--compare] [--sweep] [--sweep.FIELD=V,V] [--trials=N]
 
 The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
@@ -36,7 +36,7 @@ from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
 from peftjax.plan.worker import ask
 from peftjax.training import config as configs
-from peftjax.training import precision, start_from
+from peftjax.training import precision, space, start_from
 from peftjax.training.alike import populations
 from peftjax.training.config import Config
 from peftjax.training.packing import usable
@@ -49,31 +49,34 @@ The devices need not be attached, and no weights are read. Exits with 0 if the s
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", required=True, metavar="NAME", help="target device: v5e:4x4, a6000, h100:8, cpu, ..."
+        "--device", required=True, metavar="NAME", help="Target device: v5e:4x4, a6000, h100:8, cpu, ..."
     )
     parser.add_argument(
         "--members",
         type=int,
         default=1,
         metavar="N",
-        help="number of runs of a sweep that are trained together over one frozen base (default: 1)",
+        help="Number of runs of a sweep that are trained together over one frozen base (default: 1)",
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--search",
         choices=("batch", "length", "rank", "members"),
-        help="find the largest batch size, sequence length, rank or number of members that fits",
+        help="Find the largest batch size, sequence length, rank or number of members that fits",
     )
     modes.add_argument(
-        "--compare", action="store_true", help="compare full fine-tuning, LoRA, QLoRA and the config's method"
+        "--compare", action="store_true", help="Compare full fine-tuning, LoRA, QLoRA and the config's method"
     )
     modes.add_argument(
-        "--sweep.FIELD",
-        metavar="V,V",
-        help="values of a config field, as for peftjax sweep: find how many of the runs fit side by side, and what their "
-        "steps cost",
+        "--sweep",
+        action="store_true",
+        help="Find how many runs of the config file's get_sweep() fit side by side, and what their steps cost",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
+    parser.add_argument(
+        "--sweep.FIELD", metavar="V,V", help="The same with values of a config field, as for peftjax sweep"
+    )
+    space.add_search_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to FILE")
 
 
 def main(argv: list[str]) -> int:
@@ -82,15 +85,17 @@ def main(argv: list[str]) -> int:
     given = cli.parse(rest, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")
-    if fields and (given.search or given.compare or given.members > 1):
-        raise UserError("--sweep.FIELD cannot be combined with --members, --search or --compare; omit one of them")
+    space.check_search_options(given)
+    swept = bool(given.sweep or fields or given.trials)
+    if swept and (given.search or given.compare or given.members > 1):
+        raise UserError("a sweep cannot be combined with --members, --search or --compare; omit one of them")
     device = devices.find(given.device)
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
     fields_of = functools.cache(_hf_config)  # runs of a sweep may have different models
     config = precision.resolve(config, fields_of(config.model.path, config.model.revision), device.platform)
     console = make_console(soft_wrap=True)
-    one = not (given.search or given.compare or fields)
+    one = not (given.search or given.compare or swept)
 
     def probe(other: Config, members: int, population: Sequence[Config] = ()) -> Plan:
         with make_console(file=sys.stderr).status(Text(f"compiling for {device.name}")):
@@ -104,8 +109,9 @@ def main(argv: list[str]) -> int:
     if given.search:
         parts = shape["data"] * shape["fsdp"]
         fits, result = _search(console, given.search, search(given.search, config, parts, probe, given.members))
-    elif fields:
-        runs = map(start_from.with_options, swept_configs(given.config, given.overrides, fields))
+    elif swept:
+        chosen = swept_configs(given.config, given.overrides, fields, given.trials, given.search_seed)
+        runs = map(start_from.with_options, chosen)
         fits, result = _plan_sweep(console, populations(runs, lambda config: config), device, probe)
     elif given.compare:
         fits, result = _compare(console, config, partial(probe, members=given.members))

@@ -7,17 +7,24 @@ from peftjax.training import space
 from peftjax.training.config import Config
 
 
-def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str]) -> list[Config]:
-    """The config of each run of a sweep over `fields`, strings "--sweep.method.rank=4,8", and those of `get_sweep()`.
+def swept_configs(
+    path: str, overrides: Sequence[str], fields: Iterable[str], trials: int = 0, seed: int = 0
+) -> list[Config]:
+    """The config of each run that `peftjax sweep` would train with the same arguments. Draws are those of a new workdir.
+
+    Args:
+      path: The config file, whose `get_sweep()` defines the search space.
+      overrides: Strings "--config.train.steps=100".
+      fields: Strings "--sweep.method.rank=4,8".
+      trials: The number of random draws; 0 for all combinations.
+      seed: The random seed of the draws.
 
     Raises:
-      UserError: A field has a range instead of values, or a config is invalid.
+      UserError: There is nothing to sweep, a field has a range and there are no trials, or a config is invalid.
     """
     spaces = space.read_spaces(path, fields)
-    for name, values in (item for each in spaces for item in each.items()):
-        if isinstance(values, space.Range):
-            raise UserError(
-                f"--sweep.{name}: a plan needs values instead of a range; list some, or use --members=N for N runs of the same "
-                "size"
-            )
-    return [space.load(path, overrides, texts) for each in spaces for texts in space.grid(each)]
+    if not any(spaces):
+        raise UserError("--sweep: the config file has no get_sweep(); name a field and its values, --sweep.FIELD=V,V")
+    chosen = space.chosen_values(path, overrides, spaces, trials, seed)
+    different = dict.fromkeys(tuple(texts.items()) for texts in chosen)  # as in a sweep, repeated draws count once
+    return [space.load(path, overrides, dict(texts)) for texts in different]

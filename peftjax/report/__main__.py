@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
         description="Rewrite a run's report.html or a sweep's sweep.html, for example after an upgrade or during the run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the training run, or of a sweep")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="Directory of the training run, or of a sweep")
     options = cli.parse_options(parser, argv)
     cli.require_value(options, "workdir")
     workdir = Path(options.workdir)

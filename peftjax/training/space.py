@@ -1,5 +1,6 @@
 """Search spaces: the values of swept fields, all of their combinations, and random draws from them."""
 
+import argparse
 import dataclasses
 import itertools
 import math
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.core.config import flat
 from peftjax.core.config_file import read_sweep
 from peftjax.core.errors import UserError
 from peftjax.training import config as configs
@@ -179,3 +181,48 @@ def draw(spaces: Sequence[Space], trials: int, seed: int, integers: Collection[s
             }
         )
     return drawn
+
+
+def add_search_options(parser: argparse._ActionsContainer) -> None:
+    """Add --trials and --search_seed."""
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Number of random draws (default: all combinations of the values)",
+    )
+    parser.add_argument(
+        "--search_seed", type=int, default=0, metavar="SEED", help="Random seed of the draws (default: 0)"
+    )
+
+
+def check_search_options(options: argparse.Namespace) -> None:
+    """Check the values of these options.
+
+    Raises:
+      UserError: One is negative.
+    """
+    for name in ("trials", "search_seed"):
+        if (value := getattr(options, name)) < 0:
+            raise UserError(f"--{name}={value} must not be negative")
+
+
+def chosen_values(
+    path: str, overrides: Sequence[str], spaces: Sequence[Space], trials: int, seed: int
+) -> list[dict[str, str]]:
+    """The values of each run of a sweep: all combinations, or `trials` random draws, which may repeat.
+
+    Raises:
+      UserError: A field has a range, and there are no trials.
+    """
+    if not trials:
+        return [texts for space in spaces for texts in grid(space)]
+    return draw(spaces, trials, seed, {name for space in spaces for name in _integers(path, overrides, space)})
+
+
+def _integers(path: str, overrides: Sequence[str], swept: Space) -> list[str]:
+    """The fields of a search space whose values are integers."""
+    lists = {name: values.texts[0] for name, values in swept.items() if isinstance(values, Choice)}
+    defaults = flat(configs.to_dict(load(path, overrides, lists)))
+    return [name for name in swept if type(defaults.get(name)) is int]

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from peftjax import adapters, methods
+from peftjax import adapters, methods, sweep
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
 from peftjax.io.adapter_save import save_adapter, weights_bytes
@@ -499,10 +499,35 @@ def test_the_populations_of_a_sweep_are_planned_as_far_as_they_fit(
     assert "not even one run fits" in out
     assert "step, at least" in out
     assert [record["members"] for record in json.loads(file.read_text())[0]] == [1, 2, 4, 6]
-    with pytest.raises(UserError, match=r"--sweep\.FIELD cannot be combined with --members"):
+    with pytest.raises(UserError, match="a sweep cannot be combined with --members"):
         command.main([f"--config={written / 'config.py'}", "--device=cpu", *swept, "--members=2"])
-    with pytest.raises(UserError, match="a plan needs values instead of a range"):
-        command.main([f"--config={written / 'config.py'}", "--device=cpu", "--sweep.optim.learning_rate=uniform(1,2)"])
+
+
+def test_random_draws_and_the_sweep_of_the_config_file_are_planned_as_the_sweep_would_train_them(
+    written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
+) -> None:
+    asked: list[tuple[int, list[tuple[float, int]]]] = []
+
+    def ask(config: Any, fields: Any, device: Device, *, members: int, population: Any, advise: bool) -> plan.Plan:
+        asked.append((members, [(one.optim.learning_rate, one.method.rank) for one in population]))
+        return dataclasses.replace(alone, members=members)
+
+    monkeypatch.setattr(command, "ask", ask)
+    config = ["--device=cpu", f"--config={written / 'config.py'}"]
+    fields = ["--sweep.optim.learning_rate=loguniform(1e-4,1e-2)", "--sweep.method.rank=2,4"]
+    with pytest.raises(UserError, match="a range needs random search"):
+        command.main([*config, *fields])
+    with pytest.raises(UserError, match=r"--sweep: the config file has no get_sweep\(\)"):
+        command.main([*config, "--sweep"])
+    command.main([*config, *fields, "--trials=3", "--search_seed=1"])
+    runs = sweep.members(str(written / "config.py"), [], fields, written / "new", trials=3, seed=1)
+    assert asked[-1] == (3, [(run.config.optim.learning_rate, run.config.method.rank) for run in runs])
+    searched = written / "searched.py"
+    searched.write_text(
+        (written / "config.py").read_text() + "\n\ndef get_sweep():\n    return {'method.rank': [2, 4]}\n"
+    )
+    command.main(["--device=cpu", f"--config={searched}", "--sweep"])
+    assert [rank for _, rank in asked[-1][1]] == [2, 4]
 
 
 def test_each_member_is_planned_with_the_ranks_and_layers_of_all() -> None:
