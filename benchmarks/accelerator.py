@@ -374,10 +374,10 @@ def main() -> None:
         device = ask("device", tiny=options.tiny)
         if "error" in device:
             sys.exit(f"the device cannot be measured: {device['error']}")
-        forms = attention_forms(device["platform"])
-        checked = check(Path(folder), forms)
+        chosen = runs(shape, lengths, attention_forms(device["platform"]), options.words)
+        checked = check(Path(folder), list(dict.fromkeys(run.attention for run in chosen)))
         results = {"device": device, "versions": versions(), "check": checked, "steps": before.get("steps", {})}
-        for run in runs(shape, lengths, forms, options.words):
+        for run in chosen:
             found = measure(run, directory, device, options.torch_python if peer else "", 1 if options.tiny else ROUNDS)
             results["steps"][run.name] = found | {"length": run.length, "flops": run.flops}
             done = found.get("error") or f"{statistics.median(found['seconds']):.3g} s"

@@ -3,7 +3,8 @@
     PYTHONPATH=. python experiments/report.py STUDY WORKDIR --baseline=GROUP
 
 STUDY is a folder here, and WORKDIR that of the sweep. Writes results.json, table.md and losses.png into STUDY. Runs that differ
-only in the learning rate and the seed are a group, which is named by the other values.
+only in the learning rate and the seed are a group, which is named by the other values. Of several baselines, a group is compared
+with the one that has the most values in common with it.
 """
 
 import argparse
@@ -30,14 +31,19 @@ class Group:
     """Runs that differ only in the learning rate and the seed.
 
     Attributes:
-      name: The values that they share.
+      values: The values that they share.
       rates: The learning rates, ascending.
       losses: The held-out losses [seeds, rates]; inf where a run failed.
     """
 
-    name: str
+    values: dict[str, Any]
     rates: np.ndarray
     losses: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The name of the group, e.g. "lora, rank=4"."""
+        return name_of(self.values)
 
     @property
     def best(self) -> int:
@@ -67,11 +73,20 @@ def optimum(rates: np.ndarray, losses: np.ndarray) -> float:
     return float(np.exp(-slope / (2 * curvature)))
 
 
+def shared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a run shares with its group."""
+    return {field: value for field, value in values.items() if field not in (RATE, "seed")}
+
+
 def name_of(values: Mapping[str, Any]) -> str:
     """The name of a run's group, e.g. "lora, rank=4"."""
-    shared = {field: value for field, value in values.items() if field not in (RATE, "seed")}
-    names = {field: "" if field == "method.name" else f"{field.rpartition('.')[2]}=" for field in shared}
-    return ", ".join(f"{names[field]}{value or 'none'}" for field, value in shared.items())
+    names = {field: "" if field == "method.name" else f"{field.rpartition('.')[2]}=" for field in shared(values)}
+    return ", ".join(f"{names[field]}{text_of(value)}" for field, value in shared(values).items())
+
+
+def text_of(value: Any) -> str:
+    """A value in the name of a group."""
+    return "+".join(value) if isinstance(value, list) else str(value or "none")
 
 
 def versions() -> dict[str, str]:
@@ -86,19 +101,27 @@ def by_values(runs: Iterable[Run]) -> list[Run]:
 
 def groups_of(runs: list[Run]) -> Iterator[Group]:
     """The groups of a sweep, sorted by their values."""
-    losses: dict[str, dict[tuple[float, int], float]] = {}
+    members: dict[str, list[Run]] = {}
     for run in by_values(runs):
-        found = losses.setdefault(name_of(run["values"]), {})
-        found[run["values"][RATE], run["values"]["seed"]] = run["scores"].get("eval_loss", math.inf)
-    for name, found in losses.items():
+        members.setdefault(name_of(run["values"]), []).append(run)
+    for group in members.values():
+        found = {
+            (run["values"][RATE], run["values"]["seed"]): run["scores"].get("eval_loss", math.inf) for run in group
+        }
         rates, seeds = (sorted(set(each)) for each in zip(*found, strict=True))
-        yield Group(name, np.array(rates), np.array([[found[rate, seed] for rate in rates] for seed in seeds]))
+        losses = np.array([[found[rate, seed] for rate in rates] for seed in seeds])
+        yield Group(shared(group[0]["values"]), np.array(rates), losses)
 
 
 def interval(differences: np.ndarray) -> str:
     """The mean of the differences with the same seed, and its 95 % interval by Student's t."""
     low, high = stats.t.interval(0.95, len(differences) - 1, differences.mean(), stats.sem(differences))
     return f"{differences.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def baseline_of(group: Group, baselines: list[Group]) -> Group:
+    """The baseline with the most values in common with a group."""
+    return max(baselines, key=lambda baseline: sum(group.values.get(k) == v for k, v in baseline.values.items()))
 
 
 def row(group: Group, baseline: Group) -> str:
@@ -117,11 +140,12 @@ def row(group: Group, baseline: Group) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(groups: list[Group], baseline: Group) -> str:
+def table(groups: list[Group], baselines: list[Group]) -> str:
     """The best rate of each group, and its losses with this rate, as Markdown."""
-    name = baseline.name
+    name = baselines[0].name if len(baselines) == 1 else "the baseline"
     head = f"| | best rate tried | fitted best rate | relative to {name} | held-out loss | difference from {name} |"
-    return "\n".join([head, "|---|---:|---:|---:|---:|---:|", *(row(group, baseline) for group in groups)]) + "\n"
+    rows = (row(group, baseline_of(group, baselines)) for group in groups)
+    return "\n".join([head, "|---|---:|---:|---:|---:|---:|", *rows]) + "\n"
 
 
 def picture(groups: list[Group], file: Path) -> None:
@@ -144,14 +168,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Report a study.")
     parser.add_argument("study", type=Path, help="Folder of the study")
     parser.add_argument("workdir", type=Path, help="Workdir of its sweep")
-    parser.add_argument("--baseline", required=True, metavar="GROUP", help="Group that the others are compared with")
+    parser.add_argument(
+        "--baseline",
+        required=True,
+        action="append",
+        metavar="GROUP",
+        help="Group that others are compared with; may be repeated",
+    )
     options = parser.parse_args()
     runs = json.loads((options.workdir / "sweep.json").read_text())
     results = {"versions": versions(), "runs": runs}
     (options.study / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     groups = list(groups_of(runs))
-    (baseline,) = (group for group in groups if group.name == options.baseline)
-    (options.study / "table.md").write_text(table(groups, baseline))
+    if unknown := set(options.baseline) - {group.name for group in groups}:
+        parser.error(
+            f"--baseline={min(unknown)} is no group; the groups are: {'; '.join(group.name for group in groups)}"
+        )
+    baselines = [group for group in groups if group.name in options.baseline]
+    (options.study / "table.md").write_text(table(groups, baselines))
     picture(groups, options.study / "losses.png")
 
 

@@ -13,6 +13,7 @@ from peftjax import methods, sharding
 from peftjax.plan.traced import trace_step
 from peftjax.training import config as configs
 from peftjax.training import jaxpr_cost
+from tests.runs import QUICK
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
 
@@ -42,15 +43,15 @@ def test_the_accelerator_benchmark_checks_and_measures_tiny_shapes(tmp_path: Pat
     file = tmp_path / "all.json"
     file.write_text(json.dumps({"steps": {"earlier": {"error": "out of memory"}}}))
     command = [sys.executable, str(SCRIPT), "qlora packed xla block", "--tiny", "--torch-python=", f"--json={file}"]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(SCRIPT.parents[1])}
+    environment = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(SCRIPT.parents[1])}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads(file.read_text())
     assert found["device"]["platform"] == "cpu"
     assert min(value for name, value in found["device"].items() if name.endswith("per_second")) > 1e6
-    checked = [case for case in found["check"] if case["attention"] == "xla"]
-    assert [(case["method"], case["dtype"]) for case in checked[::2]] == [
-        ("lora", "float32"), ("lora", "bfloat16"), ("qlora", "bfloat16"),
+    checked = found["check"]
+    assert [(case["method"], case["dtype"], case["attention"]) for case in checked[::2]] == [
+        ("lora", "float32", "xla"), ("lora", "bfloat16", "xla"), ("qlora", "bfloat16", "xla"),
     ]  # fmt: skip
     assert all(max(case[kind] for kind in ("loss", "logits", "gradient")) < 1e-6 for case in checked)
     (step,) = (found["steps"][name] for name in found["steps"] if name != "earlier")

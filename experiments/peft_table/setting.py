@@ -16,7 +16,6 @@ from peftjax.training.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BATCH = {"classification": 16, "causal_lm": 4}
-VALIDATION = {"classification": 500, "causal_lm": 100}  # maximum numbers of records
 TEST = 500  # of E2E's test file see `MEANINGS`
 MEANINGS = 100  # meaning representations of E2E's test file that are verbalized, each with all its references
 References = list[list[str | None]]  # by column, as `columns` makes them
@@ -30,6 +29,7 @@ class Setting:
     Attributes:
       folder: The folder of its files train, validation and test.
       rows: Number of training records.
+      validation: Number of validation records.
       epochs: Passes over them.
       seeds: Number of runs of each method with its best rate.
       score: The main score on the test file.
@@ -40,6 +40,7 @@ class Setting:
 
     folder: str
     rows: int
+    validation: int
     epochs: int
     seeds: int
     score: str
@@ -64,19 +65,19 @@ def classes(*names: str, text: str = "{text}", pair: str = "") -> dict[str, Any]
 
 
 TASKS = {
-    "sst2": Setting("sst2", 1000, 3, 5, "accuracy", 32, classes("negative", "positive"), "train_sentences"),
-    "trec": Setting("trec", 1000, 3, 5, "accuracy", 32, classes("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
+    "sst2": Setting("sst2", 480, 240, 3, 5, "accuracy", 32, classes("negative", "positive"), "train_sentences"),
+    "trec": Setting("trec", 1000, 500, 3, 5, "accuracy", 32, classes("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
     "ag_news": Setting(
-        "ag_news_small", 500, 3, 5, "accuracy", 32, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
+        "ag_news_small", 480, 240, 3, 5, "accuracy", 32, classes("World", "Sports", "Business", "Sci/Tech", text="{title}. {text}")
     ),
     "emotion": Setting(
-        "emotion", 1000, 3, 5, "accuracy", 32, classes("sadness", "joy", "love", "anger", "fear", "surprise")
+        "emotion", 1000, 240, 3, 5, "accuracy", 32, classes("sadness", "joy", "love", "anger", "fear", "surprise")
     ),
     "mrpc": Setting(
-        "mrpc", 1000, 3, 5, "accuracy", 64, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
+        "mrpc", 1000, 240, 3, 5, "accuracy", 64, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
     ),
     "e2e": Setting(
-        "e2e_nlg", 128, 2, 3, "bleu", 128,
+        "e2e_nlg", 128, 100, 2, 3, "bleu", 128,
         {"data.format": "completion", "data.prompt_template": SENTENCE, "data.completion_template": "{ref}"},
     ),
 }  # fmt: skip
@@ -160,7 +161,7 @@ def prepare(task: str, source: Path, data: Path) -> None:
     records = {name: read(source / setting.folder / f"{file}.jsonl.gz") for name, file in files.items()}
     chosen = np.random.default_rng(0).permutation(len(records["train"]))[: setting.rows]
     records["train"] = [records["train"][index] for index in chosen]
-    records["validation"] = records["validation"][: VALIDATION[setting.kind]]
+    records["validation"] = records["validation"][: setting.validation]
     if setting.generates:
         meanings = list(dict.fromkeys(record["mr"] for record in records["test"]))
         kept = {meanings[index] for index in np.linspace(0, len(meanings) - 1, MEANINGS).astype(int)}
