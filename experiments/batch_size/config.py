@@ -1,4 +1,4 @@
-"""Full fine-tuning and LoRA with three batch sizes, each with five learning rates and three seeds."""
+"""Full fine-tuning and LoRA with two batch sizes, each with five learning rates and three seeds."""
 
 from ml_collections import ConfigDict
 
@@ -7,7 +7,7 @@ from peftjax.core.config import defaults
 from peftjax.methods import make_config
 
 RATES = {"full": [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3], "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
-BATCH_SIZES = [4, 16, 64]
+BATCH_SIZES = [4, 32]
 SEEDS = [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""The same study with Llama 3.1 8B: a quarter of an epoch with batches of 32, 128 and 512."""
+"""The same study with Llama 3.1 8B: a quarter of an epoch with batches of 32 and 256."""
 
 from ml_collections import ConfigDict
 
@@ -7,7 +7,7 @@ from peftjax.core.config import defaults
 from peftjax.methods import make_config
 
 RATES = {"full": [3e-6, 1e-5, 3e-5, 1e-4], "lora": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]}
-BATCH_SIZES = [32, 128, 512]
+BATCH_SIZES = [32, 256]
 SEEDS = [0, 1, 2]
 
 

@@ -1,11 +1,11 @@
-"""LoRA of rank 4 from six initializations on a float32 base, and from two on an NF4 base, with four learning rates and three seeds."""
+"""LoRA of rank 4 from six initializations on a float32 base, and from two on an NF4 base, with three learning rates and three seeds."""
 
 from ml_collections import ConfigDict
 
 from experiments import small
 from peftjax.methods import make_config
 
-RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]
+RATES = [5e-4, 1e-3, 2e-3]
 SEEDS = [0, 1, 2]
 
 
