@@ -35,7 +35,7 @@ def main() -> None:
     print(f"{model} on {device_name}, NF4 base, rank {fields['method.rank']}, 2048 positions; sizes in GiB")
     for knobs in KNOBS:
         config = make_config(fields | {"data.max_length": 2048}, knobs)
-        mesh = device.mesh(config.mesh)
+        mesh = device.mesh(config.mesh.sizes)
         found = compile_step(trace_step(config, sizes(model), mesh), device, mesh).memory_analysis()
         arguments, temporary = (size / GIB for size in (found.argument_size_in_bytes, found.temp_size_in_bytes))
         described = " ".join(knob.removeprefix("--config.") for knob in knobs) or "remat=block"

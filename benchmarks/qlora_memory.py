@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{name}: {model} on {device_name}: {' '.join(rest)} {config.model.quantize or config.model.dtype}", flush=True
     )
     started = time.perf_counter()
-    mesh = device.mesh(config.mesh)
+    mesh = device.mesh(config.mesh.sizes)
     compiled = compile_step(trace_step(config, sizes(model), mesh), device, mesh)
     found = compiled.memory_analysis()
     if dumped:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from peftjax import methods, sharding
 from peftjax.plan.traced import trace_step
 from peftjax.training import config as configs
 from peftjax.training import jaxpr_cost
+from tests import tiny
 from tests.runs import QUICK
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
@@ -36,6 +38,34 @@ def test_the_bound_counts_the_products_of_a_step_without_masked_scores(
     scores = cell.rows * layers * 2 * cell.length**2 * width  # one product, masked or not
     masked, recomputed = 3 * scores, scores  # half of six products, and q k^T again in the backward pass
     assert jaxpr_cost.matmul_flops(traced.jaxpr.jaxpr) == cell.flops() + masked + recomputed
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_comes_from_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    for variable in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(variable, "cpu")  # restored after the import, which sets them
+    import knobs
+    import qlora_memory
+
+    wide = tiny.CONFIG | {  # never in memory
+        "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32_000, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    for module in (knobs, qlora_memory):
+        monkeypatch.setitem(module.CASES, "wide", qlora_memory.case("wide", "cpu", 4, 256))
+        monkeypatch.setattr(module, "sizes", lambda model: wide)
+    monkeypatch.setattr(knobs, "KNOBS", ((), ("--config.train.batch_size=4",)))
+    monkeypatch.setattr(sys, "argv", ["knobs.py", "wide"])
+    knobs.main()
+    qlora_memory.main(["wide", "--base=bfloat16"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "arguments" in line]
+    (nf4, small), (same, large), (dense, _) = (
+        [float(number) for number in re.findall(r"(?:arguments|temporaries) ([\d.]+)", line)] for line in lines
+    )
+    assert nf4 == same < dense
+    assert 2 * small < large
 
 
 @pytest.mark.slow
