@@ -85,8 +85,8 @@ def name_of(values: Mapping[str, Any]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value in the name of a group."""
-    return "+".join(value) if isinstance(value, list) else str(value or "none")
+    """A value in the name of a group, e.g. "q+k+v+o" for a list of layers."""
+    return "+".join(value).replace("_proj", "") if isinstance(value, list) else str(value or "none")
 
 
 def versions() -> dict[str, str]:
@@ -152,6 +152,7 @@ def picture(groups: list[Group], file: Path) -> None:
     """The loss by learning rate: a dot for each seed, and a line through the means. Rates that are far too high are cut off."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for color, group in zip(COLORS, groups, strict=False):
@@ -159,6 +160,9 @@ def picture(groups: list[Group], file: Path) -> None:
         axes.plot(group.rates, group.losses.mean(0), color=color, label=group.name)
     axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups)))
     axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(color="lightgray", linewidth=0.5)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=200)
