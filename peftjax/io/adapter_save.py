@@ -25,7 +25,6 @@ from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
 from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
-from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def save_adapter(
             file that the adapter was loaded from, or the path that the model was loaded from.
         single_experts: Write a LoRA on experts as LoRAs on the layers of each expert, such as `experts.7.gate_proj`, which
             are modules in transformers 4. Default: LoRAs on all experts of a layer, which are parameters in transformers 5.
-            A DoRA on experts and a LoRA whose ranks or alphas differ between experts are always written so.
+            A DoRA on experts, a LoRA whose ranks or alphas differ between experts, and other methods are always written so.
 
     Returns:
         The directory.
@@ -127,7 +126,7 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
     method = _method(model, name)
     graph, state = nnx.split(model)
     tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
-    if isinstance(model, Model) and isinstance(method, Lora) and requires_single_experts(model, name):
+    if isinstance(model, Model) and requires_single_experts(model, name):
         tensors = shapes_of_single_experts(model, name, method, tensors)
     metadata = base_record(model, placeholder_fingerprints(model, name))
     if not isinstance(method, Bottleneck):
