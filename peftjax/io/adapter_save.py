@@ -124,8 +124,7 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
-    graph, state = nnx.split(model)
-    tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
+    tensors = _placeholders(model, name)
     if isinstance(model, Model) and requires_single_experts(model, name):
         tensors = shapes_of_single_experts(model, name, method, tensors)
     metadata = base_record(model, placeholder_fingerprints(model, name))
@@ -134,6 +133,22 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
     rest, head = _without_head(tensors)
     size = _file_bytes(adapter_hub.with_both_names(rest, method), metadata)
     return size + (_file_bytes(head, {}) if head else 0)
+
+
+def _placeholders(model: nnx.Module, name: str) -> dict[str, Any]:
+    """Arrays of zeros, without memory of their own, in place of the tensors that the files hold.
+
+    Only what computes tensors is traced. Tracing the thousands of cuts into the tensors of single experts would take long.
+    """
+    tensors: dict[str, Any] = {}
+    graph, state = nnx.split(model)
+
+    def record(state: nnx.State) -> None:
+        zeros = lambda value: np.broadcast_to(np.zeros((), value.dtype), value.shape)  # noqa: E731
+        tensors.update(adapter_tensors(nnx.merge(graph, state), name, read=zeros))
+
+    jax.eval_shape(record, state)
+    return tensors
 
 
 def task_type(model: nnx.Module) -> str | None:

@@ -81,12 +81,12 @@ class Ia3(Targeted):
 
     def _split(self, chosen: Chosen) -> tuple[Chosen, Chosen]:
         """The sites, once with the layers whose input is scaled, and once with those whose output is."""
-        means = [
-            np.array([any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings])
-            for site, _ in chosen
-        ]
-        into = [(site, mask & own) for (site, mask), own in zip(chosen, means, strict=True)]
-        return into, [(site, mask & ~own) for (site, mask), own in zip(chosen, means, strict=True)]
+        into, out_of = [], []
+        for site, mask in chosen:
+            means = [any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings]
+            into.append((site, mask & np.array(means)))
+            out_of.append((site, mask & ~np.array(means)))
+        return into, out_of
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config, chosen = super().to_hf(model, name), self.chosen(model)
@@ -194,7 +194,7 @@ class Ia3Experts(SingleExperts):
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         def kernel(one: "Ia3Experts", kernel: jax.Array) -> jax.Array:
-            every = jnp.arange(len(kernel))
+            every = jnp.arange(kernel.shape[0])
             scaled = one.scale_input(kernel.astype(kernel.dtype).swapaxes(1, 2), every)
             return one.scale_output(scaled.swapaxes(1, 2), every)
 
