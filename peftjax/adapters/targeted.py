@@ -171,9 +171,10 @@ class Targeted(Method):
         config, chosen = super().to_hf(model, name), self.chosen(model)
         left_out = [option for option in ("exclude", "layers_to_transform") if getattr(self, option)]
         part = isinstance(model, Model) and model.hf_part  # the other parts have layers with the same names
-        singles = any(isinstance(site, SingleSite) for site, _ in chosen)
-        if singles and (part or left_out or self.targets != self.every):  # peft does not know the names of all experts
-            config["target_modules"] = entries(chosen)
+        singles = [site for site, _ in chosen if isinstance(site, SingleSite)]
+        known = self.targets == self.every or all(matches(ending_of(site), self.targets) for site in singles)
+        if singles and (part or left_out or not known):  # peft does not know the names of all experts
+            config["target_modules"] = target_entries(chosen)
             config |= {self.hf_fields[option][0]: None for option in left_out if option in self.hf_fields}
         elif part or any(option not in self.hf_fields for option in left_out):
             config["target_modules"] = chosen_names(chosen)  # peft has no field that leaves a layer out
@@ -237,17 +238,29 @@ def chosen_names(chosen: Chosen) -> list[str]:
     return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
 
 
-def entries(chosen: Chosen) -> list[str]:
-    """Entries for target_modules: full names, and "experts.7.gate_proj" for a layer of an expert that is chosen everywhere."""
+def chosen_spellings(chosen: Chosen) -> list[str]:
+    """All names by which options select the chosen layers."""
     return [
-        entry
+        name
         for site, mask in chosen
-        for entry in (
-            [".".join(site.names[0].split(".")[-3:])]
-            if isinstance(site, SingleSite) and mask.all()
-            else chosen_names([(site, mask)])
-        )
+        for names, used in zip(site.spellings, mask, strict=True)
+        if used
+        for name in names
     ]
+
+
+def target_entries(chosen: Chosen) -> list[str]:
+    """Entries for target_modules: full names, and "experts.7.gate_proj" for a layer of an expert that is chosen everywhere."""
+    found = []
+    for site, mask in chosen:
+        shortens = isinstance(site, SingleSite) and mask.all()
+        found += [ending_of(site)] if shortens else chosen_names([(site, mask)])
+    return found
+
+
+def ending_of(site: Site) -> str:
+    """The last part of the name of a layer of a single expert, "experts.7.gate_proj"."""
+    return ".".join(site.names[0].split(".")[-3:])
 
 
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:

@@ -14,7 +14,16 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled
-from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
+from peftjax.adapters.targeted import (
+    Targeted,
+    chosen_names,
+    chosen_spellings,
+    ending_of,
+    is_saved,
+    nested,
+    outermost,
+    target_entries,
+)
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts
@@ -68,39 +77,54 @@ def stored_names(model: Model, site: Site) -> tuple[str, ...]:
 
 
 def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> Method:
-    """Return the method with the modules that its options select by older names selected by their full names."""
+    """Return the method with the modules that its options select by older names selected by their new ones."""
     if not older or not isinstance(method, Targeted):
         return method
     back = {name: old for old, name in older.items()}
     fitting = method.candidates(model)
-    by_layer = [pair for site in fitting for pair in zip(site.numbers, site.names, strict=True)]
     names = [name for site in sites(model) for name in site.names]
 
-    def selected(pattern: Any, name: str) -> bool:
-        return bool(pattern) and matches(back.get(name, name), pattern)
+    def selected(layer: int | None, name: str) -> bool:
+        name = back.get(name, name)
+        excluded = bool(method.exclude) and matches(name, method.exclude)
+        everywhere = not method.layers_to_transform or layer in method.layers_to_transform
+        return (method.targets == method.every or matches(name, method.targets)) and not excluded and everywhere
+
+    def select(rule: Callable[[int | None, str], bool]) -> tuple[str, ...]:
+        masks = [[rule(*layer) for layer in zip(site.numbers, site.names, strict=True)] for site in fitting]
+        return tuple(target_entries([(site, np.array(mask)) for site, mask in zip(fitting, masks, strict=True)]))
 
     changes: dict[str, Any] = {}
     if method.targets != method.every:
-        changes["targets"] = tuple(
-            name
-            for layer, name in by_layer
-            if selected(method.targets, name)
-            and not selected(method.exclude, name)
-            and (not method.layers_to_transform or layer in method.layers_to_transform)
-        )
-        changes |= {"exclude": (), "layers_to_transform": ()}
+        changes |= {"targets": select(selected), "exclude": (), "layers_to_transform": ()}
     saved = method.modules_to_save
     changes["modules_to_save"] = tuple(
         name for name in names if any(is_saved(back.get(name, name), entry) for entry in saved)
     )
     for option, table in _tables(method).items():
         if table:
-            found = ((name, first_match(back.get(name, name), table)) for _, name in by_layer)
+            found = ((name, first_match(back.get(name, name), table)) for site in fitting for name in site.names)
             changes[option] = tuple((name, value) for name, value in found if value is not None)
     if isinstance(method, Ia3):
-        targets = changes.get("targets", [name for _, name in by_layer])
-        scaled = [name for name in targets if is_feedforward(back.get(name, name), method.feedforward)]
-        changes["feedforward"] = tuple(scaled)
+        inputs: str | tuple[str, ...] = method.feedforward
+        changes["feedforward"] = select(
+            lambda layer, name: selected(layer, name) and is_feedforward(back.get(name, name), inputs)
+        )
+    return dataclasses.replace(method, **changes)
+
+
+def with_joined_experts(method: Method, model: nnx.Module) -> Method:
+    """Return the method with all experts selected by one name, where its options name every one of them."""
+    if not isinstance(method, Targeted) or not method.splits_experts:
+        return method
+    changes = {key: getattr(method, key) for key in ("targets", "feedforward") if hasattr(method, key)}
+    for option, entries in changes.items():
+        for site in sites(model) if isinstance(entries, tuple) else ():
+            every = {ending_of(single) for single in single_sites(site)}
+            if every and every.issubset(entries):
+                joint = ".".join(site.names[0].split(".")[-2:])  # "experts.down_proj"
+                entries = (*(entry for entry in entries if entry not in every), joint)
+        changes[option] = entries
     return dataclasses.replace(method, **changes)
 
 
@@ -123,11 +147,17 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
     if has_single_experts(keys):
         return method
     experts = [site for site in sites(model) if isinstance(site.module, ExpertLinear)]
-    spellings: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for site in experts for name in site.names]
+    whole = [name for site in experts for name in site.names]
+    candidates = method.candidates(model)
+    if not {site.path for site in experts}.intersection(
+        site.path for site in candidates
+    ):  # the method cannot adapt them
+        return dataclasses.replace(method, targets=_besides(whole, method.targets, spelled(candidates)))
+    spellings: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in whole]
     if method.splits_experts:
         singles = (single for site in experts for single in single_sites(site))
         spellings += [(names[-1], names) for single in singles for names in single.spellings]
-    named = {name for name, _ in spellings if matches(name, tuple(parameters))}
+    named = {name for name in whole if matches(name, tuple(parameters))}
     matched = {name for name, names in spellings if any(matches(each, method.targets) for each in names)} - named
     if not matched:
         return method
@@ -136,6 +166,16 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
         either = "|".join(map(re.escape, left_out))
         return dataclasses.replace(method, exclude=rf"(?:{method.exclude})|(?:.*\.)?(?:{either})")
     return dataclasses.replace(method, exclude=(*method.exclude, *left_out))
+
+
+def _besides(experts: list[str], targets: str | tuple[str, ...], names: list[str]) -> str | tuple[str, ...]:
+    """The targets, in which the `names` that an entry selects take its place if it selects experts, too."""
+    if isinstance(targets, str):
+        selected = tuple(name for name in names if matches(name, targets))
+        return selected if any(matches(name, targets) for name in experts) else targets
+    others = {entry: [name for name in names if matches(name, (entry,))] for entry in targets}
+    kept = unmatched(experts, targets)
+    return tuple(name for entry in targets for name in ([entry] if entry in kept else others[entry]))
 
 
 def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[Method, str | None]:
@@ -216,7 +256,8 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     )
     tables = _tables(method)
     method = dataclasses.replace(method, **changes, **dict.fromkeys(tables, ()))
-    targeted = chosen_names(Targeted.chosen(method, model))
+    chosen = Targeted.chosen(method, model)
+    targeted, spellings = chosen_names(chosen), chosen_spellings(chosen)
     for option, table in tables.items():
         tables[option] = keep(
             option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
@@ -226,7 +267,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
         later["feedforward"] = keep(
             "feedforward",
             method.feedforward,
-            lambda entry: any(is_feedforward(name, (entry,)) for name in targeted),
+            lambda entry: any(is_feedforward(name, (entry,)) for name in spellings),
         )
     method = dataclasses.replace(method, **later)
     if isinstance(method, Lora) and method.bias != "none" and not has_bias(method, model):

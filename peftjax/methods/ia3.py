@@ -19,8 +19,8 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, over_layers
 from peftjax.adapters.options import names_or_pattern
 from peftjax.adapters.single_experts import SingleExperts, layer_mask, vectors
-from peftjax.adapters.sites import Chosen, SingleSite, Site, joined, spelled
-from peftjax.adapters.targeted import Targeted, entries
+from peftjax.adapters.sites import Chosen, SingleSite, Site, joined
+from peftjax.adapters.targeted import Targeted, chosen_spellings, target_entries
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matching, suggest
 from peftjax.nn.experts import ExpertLinear, Groups
@@ -62,7 +62,7 @@ class Ia3(Targeted):
 
     def _check_feedforward(self, chosen: Chosen) -> None:
         """Raises a UserError if an entry of `feedforward` means none of the targets."""
-        names = spelled(site for site, _ in chosen)
+        names = chosen_spellings(chosen)
         for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
             if not any(
                 is_feedforward(name, self.feedforward if entry == self.feedforward else (entry,)) for name in names
@@ -97,7 +97,7 @@ class Ia3(Targeted):
             known = isinstance(targets, str) or set(feedforward) <= set(targets)
         if known:
             return config | {"feedforward_modules": feedforward if isinstance(feedforward, str) else list(feedforward)}
-        into, out_of = map(entries, self._split(chosen))
+        into, out_of = map(target_entries, self._split(chosen))
         return config | {"target_modules": [*out_of, *into], "feedforward_modules": into}
 
     @classmethod
