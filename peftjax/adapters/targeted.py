@@ -18,7 +18,6 @@ from peftjax.adapters.sites import (
     choose,
     head_sites,
     insert,
-    joined,
     single_sites,
     sites,
     tied_kernel,
@@ -86,7 +85,7 @@ class Targeted(Method):
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, MethodAdapter]]:
         """The new adapters of all sites; overridden where they share arrays."""
-        for site, mask in joined(chosen):
+        for site, mask in chosen:
             yield site, self.adapter(site, mask, rngs)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
@@ -139,11 +138,10 @@ class Targeted(Method):
             ]
         if named:
             site, name = named[0]
-            why = (
-                ": they are always one parameter in this model, and in peft only modules have it" * self.splits_experts
-            )
+            parameter = "they are always one parameter in this model, and in peft only modules have it"
             raise UserError(
-                f"method.targets={self.targets!r} names experts ({name}), which {self.method} cannot adapt{why}; use "
+                f"method.targets={self.targets!r} names experts ({name}), which {self.method} cannot adapt"
+                f"{f': {parameter}' if self.splits_experts else ''}; use "
                 f"{'lora, ia3 or vera' if site.parts else 'lora'}, or name other layers"
             )
 

@@ -270,6 +270,23 @@ def test_llama4_has_no_load_balancing_loss(tmp_path: Path) -> None:
         task.require(from_hf_config(LLAMA4).abstract(), "llama4")
 
 
+def test_targets_from_a_file_of_single_experts_name_all_of_them_where_they_can(tmp_path: Path) -> None:
+    """Mixtral's file has the names of transformers 4."""
+    method = methods.Ia3(
+        targets=("v_proj", "experts.down_proj", "w1"), feedforward=("down_proj",), exclude=("1.mlp.experts.2.w1",)
+    )
+    model = tiny.model(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    path = peftjax.save_adapter(peftjax.attach(model, method, rngs=nnx.Rngs(0)), tmp_path / "adapter")
+    fields = json.loads((path / "adapter_config.json").read_text())
+    assert "model.layers.0.block_sparse_moe.experts.2.w1" in fields["target_modules"]
+    again = adapters.attached(peftjax.load_adapter(model, path, "again"))["again"]
+    singles = {"experts.0.w1", "experts.1.w1", "experts.3.w1", "model.layers.0.mlp.experts.2.w1"}
+    attention = {f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)}
+    assert set(again.targets) == {"experts.down_proj", *singles, *attention}
+    assert again.feedforward == ("experts.down_proj",)
+    assert adapters.count_trainable(model, "again") == adapters.count_trainable(model, "default")
+
+
 def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tmp_path: Path) -> None:
     model = peftjax.load_model(directory)
     model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("gate_up_proj",)), rngs=nnx.Rngs(0))

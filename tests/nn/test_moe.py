@@ -123,7 +123,7 @@ def with_vectors(layer: Experts) -> Experts:
         ({"fsdp": 2, "sequence": 2, "tensor": 2}, experts),
         ({"tensor": 8}, experts),
         ({"fsdp": 4, "tensor": 2}, clamped),
-        ({"fsdp": 2, "tensor": 4}, lambda: with_vectors(experts())),
+        pytest.param({"fsdp": 2, "tensor": 4}, lambda: with_vectors(experts()), marks=pytest.mark.slow),
     ],
 )
 def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int], make: Any) -> None:
