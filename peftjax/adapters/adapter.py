@@ -1,6 +1,7 @@
 """What sits in a layer's slot: adapters that can be counted, written to a file and merged."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -24,6 +25,11 @@ class HfLeaf:
     window: tuple[slice, ...] = ()
     axes: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
+
+    def part(self, shape: tuple[int, ...]) -> tuple[range, ...]:
+        """The window as indices of each axis of one layer's array of the leaf, which has this shape."""
+        windows = itertools.chain(self.window, itertools.repeat(slice(None)))
+        return tuple(range(*window.indices(size)) for window, size in zip(windows, shape, strict=False))
 
     def write(self, array: Any) -> Any:
         """The file's tensor, from one layer's array of the leaf."""

@@ -3,6 +3,7 @@
 Each function changes the model it is given and returns it. Base parameters never change here (`merge` does that).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -172,14 +173,14 @@ def detach(model: ModelT, name: str = "default") -> ModelT:
 def count_trainable(model: nnx.Module, name: str = "default") -> int:
     """Return the number of parameters that an adapter trains, without the padding of layers of smaller rank.
 
-    All experts of a layer count with the largest rank among them.
+    In a LoRA, all experts of a layer count with the largest rank among them.
 
     Raises:
         UserError: The adapter is not attached.
     """
     require(model, name)
     counted: set[int] = set()  # variables that a method shares among layers, counted once
-    counted_layers: set[tuple[int, int | None]] = set()
+    counted_parts: set[tuple[int, int | None, tuple[range, ...]]] = set()
     total = 0
     for site, adapter in adapters_named(model, name):
         of_layers = [(layer, adapter.hf_leaves(layer)) for layer in site.layers]
@@ -187,10 +188,10 @@ def count_trainable(model: nnx.Module, name: str = "default") -> int:
         for layer, leaves in of_layers:
             for leaf in leaves.values():
                 variable = vars(adapter)[leaf.leaf]
-                if isinstance(variable, PeftParam) and (id(variable), layer) not in counted_layers:
-                    counted_layers.add((id(variable), layer))
-                    shape = variable.shape[0 if layer is None else 1 :]
-                    total += np.broadcast_to(np.zeros(()), shape)[leaf.window].size
+                part = leaf.part(variable.shape[0 if layer is None else 1 :])
+                if isinstance(variable, PeftParam) and (id(variable), layer, part) not in counted_parts:
+                    counted_parts.add((id(variable), layer, part))
+                    total += math.prod(map(len, part))
         for path, variable in variables.flat(adapter)[1].items():
             if isinstance(variable, PeftParam) and path not in in_file and id(variable) not in counted:
                 counted.add(id(variable))

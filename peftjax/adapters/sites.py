@@ -50,10 +50,21 @@ class Site:
         return self.model.layer_numbers(self.path, self.stack[0])
 
     @property
+    def spellings(self) -> list[tuple[str, ...]]:
+        """For each layer, the names by which options select it."""
+        return [(name,) for name in self.names]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The layers of a single expert that its kernel consists of, by name; () if it has no experts that files split."""
+        if not isinstance(self.module, ExpertLinear) or not isinstance(self.model, Model):
+            return ()
+        return self.model.hf_experts.get(self.names[0].rpartition(".")[2], ())
+
+    @property
     def single_experts(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """The names of the layers of single experts, by layer and expert; () if it has no experts that adapter files split."""
-        parts = self.model.hf_experts.get(self.names[0].rpartition(".")[2], ()) if isinstance(self.model, Model) else ()
-        if not parts or not isinstance(self.module, ExpertLinear):
+        if not (parts := self.parts):
             return ()
         containers = (name.rpartition(".")[0] for name in self.names)
         return tuple(
@@ -75,6 +86,27 @@ class Site:
     def lead(self, *axes: str | None) -> tuple[str | None, ...]:
         """Return the logical axes of an adapter parameter at this site: `axes` after the stack's."""
         return ("layers", *axes) if self.stack else axes
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleSite(Site):
+    """One layer of one expert, such as `experts.7.gate_proj`, in all layers of a stack.
+
+    Its path and module are those of all experts, and the names of all experts select it, too.
+
+    Attributes:
+        experts: All experts.
+        expert: The number of its expert.
+        part: The position of the layer in the expert's kernel, as in `Site.parts`.
+    """
+
+    experts: Site
+    expert: int
+    part: int
+
+    @property
+    def spellings(self) -> list[tuple[str, ...]]:
+        return list(zip(self.names, self.experts.names, strict=True))
 
 
 _OF_ALL_EXPERTS = re.compile(r"[\w.\\]*experts\\?\.\w+")  # "experts.down_proj", which names no single one
@@ -100,6 +132,38 @@ def sites(model: nnx.Module) -> list[Site]:
                 site = dataclasses.replace(site, names=tuple(site.names[0].format(number) for number in site.numbers))
             found.append(site)
     return sorted(found, key=lambda site: site.path)
+
+
+def single_sites(site: Site) -> list[SingleSite]:
+    """Return the layers of the single experts of a site; none if it has no experts that adapter files split."""
+    by_layer = site.single_experts
+    return [
+        SingleSite(
+            site.path, site.module, tuple(names[expert][part] for names in by_layer), site.stack, site.model, site, expert, part
+        )
+        for expert in range(len(by_layer[0]) if by_layer else 0)
+        for part in range(len(site.parts))
+    ]  # fmt: skip
+
+
+def joined(chosen: Chosen) -> Chosen:
+    """Replace the layers of single experts by all experts, with a mask of bools, [layers, E, parts]."""
+    found: Chosen = []
+    masks: dict[str, np.ndarray] = {}
+    for site, mask in chosen:
+        if not isinstance(site, SingleSite):
+            found.append((site, mask))
+            continue
+        if site.path not in masks:
+            masks[site.path] = np.zeros((len(mask), site.module.experts, len(site.experts.parts)), bool)
+            found.append((site.experts, masks[site.path]))
+        masks[site.path][:, site.expert, site.part] = mask
+    return found
+
+
+def spelled(found: Iterable[Site]) -> list[str]:
+    """Return all names by which options select the layers of some sites."""
+    return list(dict.fromkeys(name for site in found for names in site.spellings for name in names))
 
 
 def depth_of(found: Iterable[Site]) -> int:
@@ -159,7 +223,7 @@ def _choose(
     what: str,
 ) -> Chosen:
     """`choose`, without a time limit."""
-    names = [name for site in candidates for name in site.names]
+    names = spelled(candidates)
     if not names:
         raise UserError(f"method.{what}={targets!r}: this model has no layer of a suitable kind with a slot")
     for option, pattern in ((what, targets), ("exclude", exclude)):
@@ -177,10 +241,10 @@ def _choose(
     chosen = []
     for site in candidates:
         mask = np.array([
-            matches(name, targets)
-            and not (exclude and matches(name, exclude))
+            any(matches(name, targets) for name in names)
+            and not (exclude and any(matches(name, exclude) for name in names))
             and not (layers and number not in layers)
-            for number, name in zip(site.numbers, site.names, strict=True)
+            for number, names in zip(site.numbers, site.spellings, strict=True)
         ])  # fmt: skip
         if mask.any():
             chosen.append((site, mask))

@@ -11,7 +11,17 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import names_or_pattern, probability, split_names
-from peftjax.adapters.sites import Chosen, Site, choose, head_sites, insert, sites, tied_kernel
+from peftjax.adapters.sites import (
+    Chosen,
+    SingleSite,
+    Site,
+    choose,
+    head_sites,
+    insert,
+    single_sites,
+    sites,
+    tied_kernel,
+)
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, matching
 from peftjax.models.base import Model
@@ -29,8 +39,8 @@ class Targeted(Method):
 
     Attributes:
         targets (str or tuple, default "all-linear"): The layers that get an adapter: "all-linear" (every Linear
-            except the head and routers, and with LoRA also experts), a tuple of names or name endings, comma-separated
-            names, or a regular expression for full names.
+            except the head and routers, and with lora, ia3 and vera also experts), a tuple of names or name endings,
+            comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
         modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their
@@ -44,6 +54,7 @@ class Targeted(Method):
     modules_to_save: tuple[str, ...] = ()
 
     fits: ClassVar[tuple[type[nnx.Module], ...]] = (Linear,)  # kinds of layers that can be targets
+    splits_experts: ClassVar[bool] = False  # whether each layer of each expert is a target of its own
     every: ClassVar[str] = "all-linear"  # the word for all targets, `in_every`
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {
         "targets": ("target_modules", None),
@@ -84,8 +95,7 @@ class Targeted(Method):
 
     def chosen(self, model: nnx.Module) -> Chosen:
         """The sites that get an adapter."""
-        layers = [site for site in sites(model) if isinstance(site.module, self.fits)]
-        targets = self.targets
+        layers, targets = self.candidates(model), self.targets
         if targets != self.every:
             self._check_experts(model)
         if targets == self.every:
@@ -101,6 +111,14 @@ class Targeted(Method):
             )
         return chosen
 
+    def candidates(self, model: nnx.Module) -> list[Site]:
+        """The sites that can be targets."""
+        found = [site for site in sites(model) if isinstance(site.module, self.fits)]
+        if not self.splits_experts:
+            return found
+        split = (single_sites(site) if isinstance(site.module, ExpertLinear) else [site] for site in found)
+        return [site for each in split for site in each]
+
     def in_every(self, site: Site, model: nnx.Module) -> bool:
         """Whether the word `every` includes a site."""
         outputs = model.output_layers if isinstance(model, Model) else ()
@@ -109,18 +127,22 @@ class Targeted(Method):
 
     def _check_experts(self, model: nnx.Module) -> None:
         """Refuse targets that name experts, if the method cannot adapt them."""
+        fitting = {site.path for site in self.candidates(model)}
         with matching("method.targets", self.targets, self.exclude):
             named = [
-                name
+                (site, name)
                 for site in sites(model)
-                if isinstance(site.module, ExpertLinear) and not isinstance(site.module, self.fits)
+                if isinstance(site.module, ExpertLinear) and site.path not in fitting
                 for name in site.names
                 if matches(name, self.targets) and not (self.exclude and matches(name, self.exclude))
             ]
         if named:
+            site, name = named[0]
+            parameter = "they are always one parameter in this model, and in peft only modules have it"
             raise UserError(
-                f"method.targets={self.targets!r} names experts ({named[0]}), which {self.method} cannot adapt; use lora, or "
-                "name other layers"
+                f"method.targets={self.targets!r} names experts ({name}), which {self.method} cannot adapt"
+                f"{f': {parameter}' if self.splits_experts else ''}; use "
+                f"{'lora, ia3 or vera' if site.parts else 'lora'}, or name other layers"
             )
 
     def saved(self, model: nnx.Module) -> Chosen:
@@ -144,19 +166,22 @@ class Targeted(Method):
         return choose(layers, meant, what="modules_to_save") if meant else []
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        config = super().to_hf(model, name)
-        options = ("exclude", "layers_to_transform")
+        config, chosen = super().to_hf(model, name), self.chosen(model)
+        left_out = [option for option in ("exclude", "layers_to_transform") if getattr(self, option)]
         part = isinstance(model, Model) and model.hf_part  # the other parts have layers with the same names
-        if part or any(getattr(self, option) and option not in self.hf_fields for option in options):
-            config["target_modules"] = chosen_names(self.chosen(model))  # peft has no field that leaves a layer out
+        singles = [site for site, _ in chosen if isinstance(site, SingleSite)]
+        known = self.targets == self.every or all(matches(ending_of(site), self.targets) for site in singles)
+        if singles and (part or left_out or not known):  # peft does not know the names of all experts
+            config["target_modules"] = target_entries(chosen)
+            config |= {self.hf_fields[option][0]: None for option in left_out if option in self.hf_fields}
+        elif part or any(option not in self.hf_fields for option in left_out):
+            config["target_modules"] = chosen_names(chosen)  # peft has no field that leaves a layer out
         elif self.targets == self.every:
-            config["target_modules"] = sorted(
-                {hf.rsplit(".", 1)[-1] for site, _ in self.chosen(model) for hf in site.names}
-            )
+            config["target_modules"] = sorted({hf.rsplit(".", 1)[-1] for site, _ in chosen for hf in site.names})
         if (saved := outermost(model, self.modules_to_save)) != self.modules_to_save:  # peft could not load nested ones
             config["modules_to_save"] = list(saved)
         if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
-            config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in self.chosen(model))
+            config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in chosen)
         return config
 
     @classmethod
@@ -209,6 +234,31 @@ def is_saved(name: str, entry: str) -> bool:
 def chosen_names(chosen: Chosen) -> list[str]:
     """The full Hugging Face names of all chosen layers."""
     return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
+
+
+def chosen_spellings(chosen: Chosen) -> list[str]:
+    """All names by which options select the chosen layers."""
+    return [
+        name
+        for site, mask in chosen
+        for names, used in zip(site.spellings, mask, strict=True)
+        if used
+        for name in names
+    ]
+
+
+def target_entries(chosen: Chosen) -> list[str]:
+    """Entries for target_modules: full names, and "experts.7.gate_proj" for a layer of an expert that is chosen everywhere."""
+    found = []
+    for site, mask in chosen:
+        shortens = isinstance(site, SingleSite) and mask.all()
+        found += [ending_of(site)] if shortens else chosen_names([(site, mask)])
+    return found
+
+
+def ending_of(site: Site) -> str:
+    """The last part of the name of a layer of a single expert, "experts.7.gate_proj"."""
+    return ".".join(site.names[0].split(".")[-3:])
 
 
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:

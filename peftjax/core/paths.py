@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -37,7 +38,18 @@ def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
     """
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == end or name.endswith("." + end) for end in pattern)
+    return not _entries(pattern).isdisjoint(_endings(name))
+
+
+def _endings(name: str) -> list[str]:
+    """A dotted name, and what is left of it after each of its dots."""
+    return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
+
+
+@functools.lru_cache
+def _entries(pattern: tuple[str, ...]) -> frozenset[str]:
+    """The entries of a pattern as a set: experts have tens of thousands of names, and a file may list hundreds of them."""
+    return frozenset(pattern)
 
 
 def first_match(name: str, table: Iterable[tuple[str, object]]) -> object | None:
@@ -58,13 +70,10 @@ def first_match(name: str, table: Iterable[tuple[str, object]]) -> object | None
 
 def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]:
     """Return the entries of `pattern` that match none of `names`."""
-    names = list(names)
-    entries = (pattern,) if isinstance(pattern, str) else pattern
-    return [
-        entry
-        for entry in entries
-        if not any(matches(n, pattern if isinstance(pattern, str) else (entry,)) for n in names)
-    ]
+    if isinstance(pattern, str):
+        return [] if any(matches(name, pattern) for name in names) else [pattern]
+    endings = {ending for name in names for ending in _endings(name)}
+    return [entry for entry in pattern if entry not in endings]
 
 
 @contextlib.contextmanager

@@ -19,12 +19,13 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.registry import attached
+from peftjax.adapters.single_experts import SingleExperts
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.adapters.targeted import chosen_names
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, matches
-from peftjax.io.adapter_fit import older_names, stored_names
+from peftjax.io.adapter_fit import new_to_older, older_names, stored_names
 from peftjax.io.adapter_keys import bare_key, with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
 from peftjax.methods.lora.experts import DoraExperts, LoraExperts
@@ -199,9 +200,14 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
 
 
 def requires_single_experts(model: nnx.Module, name: str) -> bool:
-    """Whether the files of adapter `name` can only hold LoRAs of single experts: a DoRA, or ranks or alphas that differ."""
+    """Whether the files of adapter `name` can only hold modules of single experts.
+
+    They can if it is a LoRA, not a DoRA, whose ranks and alphas are those of all experts of a layer.
+    """
     method = attached(model)[name]
-    return isinstance(method, Lora) and any(
+    if not isinstance(method, Lora):
+        return _are_single(model, name)
+    return any(
         isinstance(adapter, DoraExperts)
         or any(
             (values != values[:, :1]).any()
@@ -211,13 +217,19 @@ def requires_single_experts(model: nnx.Module, name: str) -> bool:
     )
 
 
+def _are_single(model: nnx.Module, name: str) -> bool:
+    """Whether the layers of single experts have adapters of their own."""
+    return any(isinstance(adapter, SingleExperts) for _, adapter in adapters_named(model, name))
+
+
 def with_single_experts(
     model: nnx.Module, name: str, method: Method, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Replace the tensors of all experts in an adapter file by those of single experts, and their fields in the config.
 
-    The parts of a fused layer get the ranks for which their part of B is not zero. If B is block diagonal, as it is in an
-    adapter from such a file, these are their own; otherwise, each part gets all ranks.
+    If single experts have adapters of their own, only names are replaced, by those of transformers 4. Of a LoRA, the parts of
+    a fused layer get the ranks for which their part of B is not zero. If B is block diagonal, as it is in an adapter from
+    such a file, these are their own; otherwise, each part gets all ranks.
 
     Args:
         model: The model.
@@ -232,14 +244,16 @@ def with_single_experts(
     Raises:
         UserError: The adapter has no experts, or the model's family has no modules of single experts.
     """
+    if isinstance(model, Model) and _are_single(model, name):
+        return _with_older_names(model, tensors, config)
     experts = _of_experts(model, name)
     if not experts or not isinstance(model, Model) or not isinstance(method, Lora):
-        raise UserError(f"save_adapter: single_experts=True requires a LoRA on experts, and adapter {name!r} has none")
+        raise UserError(f"save_adapter: single_experts=True requires adapted experts, and adapter {name!r} has none")
     if not any(model.hf_experts.values()):
         raise UserError(
             f"save_adapter: single_experts=True: {type(model).__name__} has no modules of single experts; leave it out"
         )
-    older = _new_to_older(model)
+    older = new_to_older(model)
     kept = _of_others(model, name, tensors)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -267,8 +281,17 @@ def with_single_experts(
     return kept, fields
 
 
+def _with_older_names(
+    model: Model, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    older = new_to_older(model)
+    lists = {field: value for field, value in config.items() if isinstance(value, list)}
+    named = {field: [older.get(entry, entry) for entry in value] for field, value in lists.items()}
+    return with_older_names(tensors, older), {**config, **named}
+
+
 def shapes_of_single_experts(
-    model: Model, name: str, method: Lora, tensors: Mapping[str, T]
+    model: Model, name: str, method: Method, tensors: Mapping[str, T]
 ) -> dict[str, T | jax.ShapeDtypeStruct]:
     """The tensors that `with_single_experts` writes after training, as shapes. The model may be abstract.
 
@@ -279,6 +302,8 @@ def shapes_of_single_experts(
         tensors: The tensors of all experts in the file; the others are kept.
     """
     kept: dict[str, T | jax.ShapeDtypeStruct] = dict(_of_others(model, name, tensors))
+    if not isinstance(method, Lora):
+        return kept
     for site, adapter in _of_experts(model, name):
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
         ranks, width = method.expert_ranks(site, np.array(adapter.ranks) > 0), adapter.b.shape[-1] // len(parts)
@@ -308,13 +333,7 @@ def _of_others(model: Model, name: str, tensors: Mapping[str, T]) -> dict[str, T
     """The tensors of the layers that are not experts, by the keys that files with single experts have."""
     of_all = {tensor.key for tensor in tensors_of(model, name) if isinstance(tensor.adapter, LoraExperts)}
     rest = {key: value for key, value in tensors.items() if key not in of_all}
-    return with_older_names(rest, _new_to_older(model))
-
-
-def _new_to_older(model: Model) -> dict[str, str]:
-    """The older names of the modules that have one, as in transformers 4."""
-    pairs = (pair for site in sites(model) for pair in zip(site.names, stored_names(model, site), strict=True))
-    return {new: old for new, old in pairs if new != old}
+    return with_older_names(rest, new_to_older(model))
 
 
 def _split(

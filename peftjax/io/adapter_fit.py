@@ -13,13 +13,23 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.sites import Site, depth_of, sites
-from peftjax.adapters.targeted import Targeted, chosen_names, is_saved, nested, outermost
+from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled
+from peftjax.adapters.targeted import (
+    Targeted,
+    chosen_names,
+    chosen_spellings,
+    ending_of,
+    is_saved,
+    nested,
+    outermost,
+    target_entries,
+)
 from peftjax.core.paths import first_match, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
+from peftjax.methods.ia3 import Ia3, is_feedforward
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
@@ -34,10 +44,7 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     """
     if not isinstance(model, Model) or not model.hf_renamed:
         return {}
-    older: dict[str, str] = {}
-    for site in sites(model):
-        if site.path in model.hf_renamed:
-            older |= dict(zip(stored_names(model, site), site.names, strict=True))
+    older = {old: new for new, old in new_to_older(model).items()}
     keys = set(keys)
     own = [f".{key}" for key in keys.difference(in_other_parts(keys))]
     # In Llama 4 a name ends in the older one.
@@ -45,47 +52,79 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     return older if found else {}
 
 
+def new_to_older(model: Model) -> dict[str, str]:
+    """Return the older names of the modules that have one, those of single experts too, as in transformers 4."""
+    renamed = [site for site in sites(model) if site.path in model.hf_renamed]
+    return {
+        new: old
+        for site in renamed
+        for each in (site, *single_sites(site))
+        for new, old in zip(each.names, stored_names(model, each), strict=True)
+        if new != old
+    }
+
+
 def stored_names(model: Model, site: Site) -> tuple[str, ...]:
     """The older names of a site's layers, as in transformers 4; their names where they have not changed."""
     older = model.hf_renamed.get(site.path)
-    return site.names if older is None else tuple(older.format(number) for number in site.numbers)
+    if older is None:
+        return site.names
+    names = (older.format(number) for number in site.numbers)
+    if not isinstance(site, SingleSite):
+        return tuple(names)
+    last = ".".join(site.names[0].split(".")[-2:])  # "7.w1"
+    return tuple(f"{name.rpartition('.')[0]}.{last}" for name in names)
 
 
 def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> Method:
-    """Return the method with the modules that its options select by older names selected by their full names."""
+    """Return the method with the modules that its options select by older names selected by their new ones."""
     if not older or not isinstance(method, Targeted):
         return method
     back = {name: old for old, name in older.items()}
-    fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
-    by_layer = [pair for site in fitting for pair in zip(site.numbers, site.names, strict=True)]
+    fitting = method.candidates(model)
     names = [name for site in sites(model) for name in site.names]
 
-    def selected(pattern: Any, name: str) -> bool:
-        return bool(pattern) and matches(back.get(name, name), pattern)
+    def selected(layer: int | None, name: str) -> bool:
+        name = back.get(name, name)
+        excluded = bool(method.exclude) and matches(name, method.exclude)
+        everywhere = not method.layers_to_transform or layer in method.layers_to_transform
+        return (method.targets == method.every or matches(name, method.targets)) and not excluded and everywhere
+
+    def select(rule: Callable[[int | None, str], bool]) -> tuple[str, ...]:
+        masks = [[rule(*layer) for layer in zip(site.numbers, site.names, strict=True)] for site in fitting]
+        return tuple(target_entries([(site, np.array(mask)) for site, mask in zip(fitting, masks, strict=True)]))
 
     changes: dict[str, Any] = {}
     if method.targets != method.every:
-        changes["targets"] = tuple(
-            name
-            for layer, name in by_layer
-            if selected(method.targets, name)
-            and not selected(method.exclude, name)
-            and (not method.layers_to_transform or layer in method.layers_to_transform)
-        )
-        changes |= {"exclude": (), "layers_to_transform": ()}
+        changes |= {"targets": select(selected), "exclude": (), "layers_to_transform": ()}
     saved = method.modules_to_save
     changes["modules_to_save"] = tuple(
         name for name in names if any(is_saved(back.get(name, name), entry) for entry in saved)
     )
     for option, table in _tables(method).items():
         if table:
-            found = ((name, first_match(back.get(name, name), table)) for _, name in by_layer)
+            found = ((name, first_match(back.get(name, name), table)) for site in fitting for name in site.names)
             changes[option] = tuple((name, value) for name, value in found if value is not None)
-    feedforward = getattr(method, "feedforward", ())
-    if feedforward and not isinstance(feedforward, str):
-        changes["feedforward"] = tuple(
-            name for _, name in by_layer if back.get(name, name).endswith(tuple(feedforward))
+    if isinstance(method, Ia3):
+        inputs: str | tuple[str, ...] = method.feedforward
+        changes["feedforward"] = select(
+            lambda layer, name: selected(layer, name) and is_feedforward(back.get(name, name), inputs)
         )
+    return dataclasses.replace(method, **changes)
+
+
+def with_joined_experts(method: Method, model: nnx.Module) -> Method:
+    """Return the method with all experts selected by one name, where its options name every one of them."""
+    if not isinstance(method, Targeted) or not method.splits_experts:
+        return method
+    changes = {key: getattr(method, key) for key in ("targets", "feedforward") if hasattr(method, key)}
+    for option, entries in changes.items():
+        for site in sites(model) if isinstance(entries, tuple) else ():
+            every = {ending_of(single) for single in single_sites(site)}
+            if every and every.issubset(entries):
+                joint = ".".join(site.names[0].split(".")[-2:])  # "experts.down_proj"
+                entries = (*(entry for entry in entries if entry not in every), joint)
+        changes[option] = entries
     return dataclasses.replace(method, **changes)
 
 
@@ -107,9 +146,19 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
         return method
     if has_single_experts(keys):
         return method
-    experts = [name for site in sites(model) if isinstance(site.module, ExpertLinear) for name in site.names]
-    named = [name for name in experts if matches(name, tuple(parameters))]
-    matched = {name for name in experts if matches(name, method.targets) and name not in named}
+    experts = [site for site in sites(model) if isinstance(site.module, ExpertLinear)]
+    whole = [name for site in experts for name in site.names]
+    candidates = method.candidates(model)
+    if not {site.path for site in experts}.intersection(
+        site.path for site in candidates
+    ):  # the method cannot adapt them
+        return dataclasses.replace(method, targets=_besides(whole, method.targets, spelled(candidates)))
+    spellings: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in whole]
+    if method.splits_experts:
+        singles = (single for site in experts for single in single_sites(site))
+        spellings += [(names[-1], names) for single in singles for names in single.spellings]
+    named = {name for name in whole if matches(name, tuple(parameters))}
+    matched = {name for name, names in spellings if any(matches(each, method.targets) for each in names)} - named
     if not matched:
         return method
     left_out = sorted(matched if named else {".".join(name.split(".")[-2:]) for name in matched})  # "experts.down_proj"
@@ -117,6 +166,16 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
         either = "|".join(map(re.escape, left_out))
         return dataclasses.replace(method, exclude=rf"(?:{method.exclude})|(?:.*\.)?(?:{either})")
     return dataclasses.replace(method, exclude=(*method.exclude, *left_out))
+
+
+def _besides(experts: list[str], targets: str | tuple[str, ...], names: list[str]) -> str | tuple[str, ...]:
+    """The targets, in which the `names` that an entry selects take its place if it selects experts, too."""
+    if isinstance(targets, str):
+        selected = tuple(name for name in names if matches(name, targets))
+        return selected if any(matches(name, targets) for name in experts) else targets
+    others = {entry: [name for name in names if matches(name, (entry,))] for entry in targets}
+    kept = unmatched(experts, targets)
+    return tuple(name for entry in targets for name in ([entry] if entry in kept else others[entry]))
 
 
 def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[Method, str | None]:
@@ -165,8 +224,8 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
             removed.append(f"{method.hf_fields.get(option, (option,))[0]} {', '.join(dropped)}")
         return kept
 
-    fitting = [site for site in sites(model) if isinstance(site.module, method.fits)]
-    names = [name for site in fitting for name in site.names]
+    fitting = method.candidates(model)
+    names = spelled(fitting)
     every = [name for site in sites(model) for name in site.names]
     depth = depth_of(fitting)
 
@@ -179,13 +238,15 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
             removed.append(f"target_modules {', '.join(map(repr, given))}")
             changes["targets"] = with_tensors
     elif not isinstance(method.targets, str):
-        changes["targets"] = keep("targets", method.targets, lambda entry: not unmatched(names, (entry,)))
+        missing = unmatched(names, method.targets)
+        changes["targets"] = keep("targets", method.targets, lambda entry: entry not in missing)
     if isinstance(method.exclude, str):
         changes["exclude"] = next(
             iter(keep("exclude", (method.exclude,), lambda entry: not unmatched(names, entry))), ()
         )
     else:
-        changes["exclude"] = keep("exclude", method.exclude, lambda entry: not unmatched(names, (entry,)))
+        missing = unmatched(names, method.exclude)
+        changes["exclude"] = keep("exclude", method.exclude, lambda entry: entry not in missing)
     if any(0 <= layer < depth for layer in method.layers_to_transform):
         changes["layers_to_transform"] = keep(
             "layers_to_transform", method.layers_to_transform, lambda layer: 0 <= layer < depth
@@ -195,16 +256,18 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     )
     tables = _tables(method)
     method = dataclasses.replace(method, **changes, **dict.fromkeys(tables, ()))
-    targeted = chosen_names(Targeted.chosen(method, model))
+    chosen = Targeted.chosen(method, model)
+    targeted, spellings = chosen_names(chosen), chosen_spellings(chosen)
     for option, table in tables.items():
         tables[option] = keep(
             option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
         )
     later: dict[str, Any] = dict(tables)
-    feedforward = getattr(method, "feedforward", ())
-    if feedforward and not isinstance(feedforward, str):
+    if isinstance(method, Ia3) and not isinstance(method.feedforward, str):
         later["feedforward"] = keep(
-            "feedforward", feedforward, lambda entry: any(name.endswith(entry) for name in targeted)
+            "feedforward",
+            method.feedforward,
+            lambda entry: any(is_feedforward(name, (entry,)) for name in spellings),
         )
     method = dataclasses.replace(method, **later)
     if isinstance(method, Lora) and method.bias != "none" and not has_bias(method, model):

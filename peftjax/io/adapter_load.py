@@ -25,6 +25,7 @@ from peftjax.io.adapter_experts import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
     with_factors_of,
+    with_joined_experts,
     with_names,
     without_nested,
     without_parameters,
@@ -176,7 +177,8 @@ def _fitted(
     """
     older = older_names(model, tensors)
     with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
-        method = without_parameters(with_names(method, model, older), model, tensors, parameters)
+        method = with_joined_experts(with_names(method, model, older), model)
+        method = without_parameters(method, model, tensors, parameters)
         method, inner = without_nested(method, model)
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))
     if inner:

@@ -25,7 +25,6 @@ from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
 from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
-from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def save_adapter(
             file that the adapter was loaded from, or the path that the model was loaded from.
         single_experts: Write a LoRA on experts as LoRAs on the layers of each expert, such as `experts.7.gate_proj`, which
             are modules in transformers 4. Default: LoRAs on all experts of a layer, which are parameters in transformers 5.
-            A DoRA on experts and a LoRA whose ranks or alphas differ between experts are always written so.
+            A DoRA on experts, a LoRA whose ranks or alphas differ between experts, and other methods are always written so.
 
     Returns:
         The directory.
@@ -125,9 +124,8 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
-    graph, state = nnx.split(model)
-    tensors = jax.eval_shape(lambda state: adapter_tensors(nnx.merge(graph, state), name), state)
-    if isinstance(model, Model) and isinstance(method, Lora) and requires_single_experts(model, name):
+    tensors = _placeholders(model, name)
+    if isinstance(model, Model) and requires_single_experts(model, name):
         tensors = shapes_of_single_experts(model, name, method, tensors)
     metadata = base_record(model, placeholder_fingerprints(model, name))
     if not isinstance(method, Bottleneck):
@@ -135,6 +133,22 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
     rest, head = _without_head(tensors)
     size = _file_bytes(adapter_hub.with_both_names(rest, method), metadata)
     return size + (_file_bytes(head, {}) if head else 0)
+
+
+def _placeholders(model: nnx.Module, name: str) -> dict[str, Any]:
+    """Arrays of zeros, without memory of their own, in place of the tensors that the files hold.
+
+    Only what computes tensors is traced. Tracing the thousands of cuts into the tensors of single experts would take long.
+    """
+    tensors: dict[str, Any] = {}
+    graph, state = nnx.split(model)
+
+    def record(state: nnx.State) -> None:
+        zeros = lambda value: np.broadcast_to(np.zeros((), value.dtype), value.shape)  # noqa: E731
+        tensors.update(adapter_tensors(nnx.merge(graph, state), name, read=zeros))
+
+    jax.eval_shape(record, state)
+    return tensors
 
 
 def task_type(model: nnx.Module) -> str | None:

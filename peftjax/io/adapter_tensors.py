@@ -9,6 +9,7 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter
 from peftjax.adapters.registry import attached
+from peftjax.adapters.single_experts import SingleExperts
 from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.adapters.soft_prompt import SoftPrompt
 from peftjax.io import adapter_hub
@@ -89,7 +90,7 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
     found: dict[str, AdapterTensor] = {}
     keys = layout(model, name)
     heads = [site.path for site in head_sites(model)]
-    modules = _wrappers(model, name)
+    modules = _modules(model, name)
     for site, adapter in adapters_named(model, name):
         key_of = keys.head_key if site.path in heads else keys.key
         written = adapter.exported() if exported else adapter
@@ -102,20 +103,20 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
     return list(found.values())
 
 
-def _wrappers(model: nnx.Module, name: str) -> dict[str, str]:
-    """The modules of peft that hold LoRAs of experts, by the experts' name.
+def _modules(model: nnx.Module, name: str) -> dict[str, str]:
+    """The modules of peft that hold the adapters of experts, by the experts' name.
 
-    peft wraps the module of all experts once for each adapted parameter, the first one innermost.
+    If the layers of single experts have adapters of their own, this is the module of all experts. Of a LoRA, peft wraps that
+    module once for each adapted parameter, the first one innermost.
     """
     found: dict[str, str] = {}
     order = list(model.hf_experts) if isinstance(model, Model) else []
-    names = {
-        hf
-        for site, adapter in adapters_named(model, name)
-        if isinstance(adapter, LoraExperts)
-        for layer, hf in zip(site.layers, site.names, strict=True)
-        if adapter.hf_leaves(layer)
-    }
+    names = set()
+    for site, adapter in adapters_named(model, name):
+        if isinstance(adapter, SingleExperts):
+            found |= {hf: hf.rpartition(".")[0] for hf in site.names}
+        elif isinstance(adapter, LoraExperts):
+            names |= {hf for layer, hf in zip(site.layers, site.names, strict=True) if adapter.hf_leaves(layer)}
     for hf in names:
         container, _, last = hf.rpartition(".")
         outer = sum(f"{container}.{other}" in names for other in order[order.index(last) + 1 :])

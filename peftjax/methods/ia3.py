@@ -3,10 +3,12 @@
 Liu et al. 2022 (arXiv:2205.05638), section 3.3: l_k and l_v scale the keys and the values, and l_ff scales the hidden
 activations of the feed-forward block, the input of its last projection. In Llama's names this is
 targets=("k_proj", "v_proj", "down_proj") with feedforward=("down_proj",). The bias is scaled with the output, as in peft.
+Every layer of every expert has its own l.
 """
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import jax
@@ -14,19 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, over_layers
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter, over_layers
 from peftjax.adapters.options import names_or_pattern
-from peftjax.adapters.sites import Chosen, Site
-from peftjax.adapters.targeted import Targeted, chosen_names
+from peftjax.adapters.single_experts import SingleExperts, layer_mask, vectors
+from peftjax.adapters.sites import Chosen, SingleSite, Site, joined
+from peftjax.adapters.targeted import Targeted, chosen_spellings, target_entries
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matching, suggest
-from peftjax.core.variables import PeftParam
+from peftjax.nn.experts import ExpertLinear, Groups
+from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ia3(Targeted):
-    """Options of (IA)3.
+    """Options of (IA)3. Targets can be Linear layers and layers of experts.
 
     Attributes:
         feedforward (str or tuple, default none): The targets whose input is scaled instead of their output: a regular
@@ -37,6 +41,8 @@ class Ia3(Targeted):
 
     method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
+    fits: ClassVar = (Linear, ExpertLinear)
+    splits_experts: ClassVar = True
     hf_fields: ClassVar = {key: Targeted.hf_fields[key] for key in ("targets", "exclude", "modules_to_save")} | {
         "feedforward": ("feedforward_modules", None)
     }
@@ -51,32 +57,48 @@ class Ia3(Targeted):
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
         with matching("method.feedforward", self.feedforward):
-            self._check_feedforward(chosen_names(chosen))
+            self._check_feedforward(chosen)
         return chosen
 
-    def _check_feedforward(self, names: list[str]) -> None:
+    def _check_feedforward(self, chosen: Chosen) -> None:
         """Raises a UserError if an entry of `feedforward` means none of the targets."""
+        names = chosen_spellings(chosen)
         for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
-            if not any(_means(self.feedforward if entry == self.feedforward else (entry,), name) for name in names):
+            if not any(
+                is_feedforward(name, self.feedforward if entry == self.feedforward else (entry,)) for name in names
+            ):
                 last = sorted({name.rsplit(".", 1)[-1] for name in names})
                 raise UserError(
                     f"method.feedforward: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}"
                 )
 
-    def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "Ia3Linear":
+    def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "Ia3Linear | Ia3Experts"]]:
         del rngs
-        feedforward = np.array([_means(self.feedforward, name) for name in site.names])
-        return Ia3Linear(site, mask & feedforward, mask & ~feedforward)
+        into, out_of = (joined(part) for part in self._split(chosen))
+        for (site, inputs), (_, outputs) in zip(into, out_of, strict=True):
+            kind = Ia3Experts if isinstance(site.module, ExpertLinear) else Ia3Linear
+            yield site, kind(site, inputs, outputs)
+
+    def _split(self, chosen: Chosen) -> tuple[Chosen, Chosen]:
+        """The sites, once with the layers whose input is scaled, and once with those whose output is."""
+        into, out_of = [], []
+        for site, mask in chosen:
+            means = [any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings]
+            into.append((site, mask & np.array(means)))
+            out_of.append((site, mask & ~np.array(means)))
+        return into, out_of
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        config = super().to_hf(model, name)
-        if isinstance(self.feedforward, str):
-            return config
-        targets, feedforward = config["target_modules"], list(self.feedforward)
-        if not isinstance(targets, str) and not set(feedforward) <= set(targets):  # peft requires a subset of the names
-            targets = chosen_names(self.chosen(model))
-            feedforward = [target for target in targets if _means(self.feedforward, target)]
-        return config | {"target_modules": targets, "feedforward_modules": feedforward}
+        config, chosen = super().to_hf(model, name), self.chosen(model)
+        targets, feedforward = config["target_modules"], self.feedforward
+        if isinstance(feedforward, str):
+            known = not any(isinstance(site, SingleSite) for site, _ in chosen)  # peft may spell experts differently
+        else:  # peft requires a subset of the names
+            known = isinstance(targets, str) or set(feedforward) <= set(targets)
+        if known:
+            return config | {"feedforward_modules": feedforward if isinstance(feedforward, str) else list(feedforward)}
+        into, out_of = map(target_entries, self._split(chosen))
+        return config | {"target_modules": [*out_of, *into], "feedforward_modules": into}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
@@ -88,7 +110,8 @@ class Ia3(Targeted):
         return super().from_hf(config)
 
 
-def _means(feedforward: str | tuple[str, ...], name: str) -> bool:
+def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
+    """Whether the option `feedforward` means a layer, by the rule of peft's feedforward_modules."""
     return re.fullmatch(feedforward, name) is not None if isinstance(feedforward, str) else name.endswith(feedforward)
 
 
@@ -132,12 +155,65 @@ class Ia3Linear(MethodAdapter):
         return {}
 
 
+class Ia3Experts(SingleExperts):
+    """((x * into_e) W_e) * out_of_e in the rows x of each expert e.
+
+    Attributes:
+        into: [*stack, E, 1, in], or None if no layer scales its input. The parts of a kernel have one input.
+        out_of: [*stack, E, parts, out / parts], or None if no layer scales its output.
+        into_layers, out_of_layers: The layers of experts that they apply to; in the others they stand for 1.
+    """
+
+    def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
+        owner, self.parts = site.module, site.parts
+        if into.any() and len(self.parts) > 1:
+            layer, expert, part = np.argwhere(into)[0]
+            raise UserError(
+                f"method.feedforward names {site.single_experts[layer][expert][part]}, whose input cannot be scaled alone: "
+                f"{' and '.join(self.parts)} of an expert have one input; remove them from feedforward or from the targets"
+            )
+        self.into, self.into_layers = _ones(site, into, owner.in_features, owner.axes[0])
+        self.out_of, self.out_of_layers = _ones(site, out_of, owner.out_features // len(self.parts), owner.axes[1])
+
+    def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:
+        return self.scale_output(base(self.scale_input(x, groups.owner), groups), groups.owner)
+
+    def scale_input(self, x: jax.Array, owner: jax.Array) -> jax.Array:
+        """Scale rows [n, rows, in], where block i belongs to expert owner[i]."""
+        if self.into is None:
+            return x
+        scale = self.into_layers.or_one(self.into.get_value())[:, 0]  # [E, in]
+        return _scaled(x, scale[owner, None])
+
+    def scale_output(self, y: jax.Array, owner: jax.Array) -> jax.Array:
+        """Scale rows [n, rows, out], where block i belongs to expert owner[i]."""
+        if self.out_of is None:
+            return y
+        scale = self.out_of_layers.or_one(self.out_of.get_value())  # [E, parts, out / parts]
+        return _scaled(y, scale.reshape(len(scale), -1)[owner, None])
+
+    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
+        def kernel(one: "Ia3Experts", kernel: jax.Array) -> jax.Array:
+            every = jnp.arange(kernel.shape[0])
+            scaled = one.scale_input(kernel.astype(kernel.dtype).swapaxes(1, 2), every)
+            return one.scale_output(scaled.swapaxes(1, 2), every)
+
+        return {"kernel": over_layers(self, kernel, parameters["kernel"])}
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        leaves: dict[str, HfLeaf] = {}
+        if self.into is not None:
+            leaves |= self.leaves_in(self.into_layers, layer, {"ia3_l": HfLeaf("into", shape=(1, -1))})
+        if self.out_of is not None:
+            leaves |= self.leaves_in(self.out_of_layers, layer, {"ia3_l": HfLeaf("out_of", shape=(-1, 1))})
+        return leaves
+
+
 def _ones(site: Site, layers: np.ndarray, size: int, axis: str) -> tuple[Any, Any]:
     """A trained scale of ones and the layers that it applies to; None for both if there are none."""
     if not layers.any():
         return nnx.data(None), nnx.data(None)
-    value = PeftParam(jnp.ones((*site.stack, size), jnp.float32), axes=site.lead(axis))
-    return nnx.data(value), nnx.data(LayerMask(layers))
+    return nnx.data(vectors(site, size, axis, 1.0)), nnx.data(layer_mask(site, layers))
 
 
 def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:

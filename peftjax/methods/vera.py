@@ -2,7 +2,7 @@
 
 Kopiczko et al. 2023 (arXiv:2310.11454), section 3.1, eq. 2, where d and l are the diagonals of Lambda_d and Lambda_b. At
 initialization l is zero and d is `d_initial`. A fits the largest input and B the largest output; smaller layers use
-their first rows and columns, as in peft.
+their first rows and columns, as in peft. Every layer of every expert has its own d and l.
 """
 
 import dataclasses
@@ -14,19 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, transposed
+from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, transposed
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
-from peftjax.adapters.sites import Chosen, Site
-from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.adapters.single_experts import ExpertMask, SingleExperts, layer_mask, vectors
+from peftjax.adapters.sites import Chosen, Site, joined
+from peftjax.core.variables import PeftConstant
 from peftjax.nn.dropout import Dropout
+from peftjax.nn.experts import ExpertLinear, Groups
+from peftjax.nn.linear import Linear
+from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vera(Projected):
-    """Options of VeRA.
+    """Options of VeRA. Targets can be Linear layers and layers of experts.
 
     Attributes:
         rank (int, default 256): Rank of A and B.
@@ -38,6 +42,8 @@ class Vera(Projected):
 
     method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
+    fits: ClassVar = (Linear, ExpertLinear)
+    splits_experts: ClassVar = True
     traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial", "projection_prng_key"}
     hf_fields: ClassVar = Projected.hf_fields | {
         "rank": ("r", 256),
@@ -51,13 +57,21 @@ class Vera(Projected):
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "VeraLinear"]]:
         del rngs
+        chosen = joined(chosen)
         largest_in = max(site.module.in_features for site, _ in chosen)
-        largest_out = max(site.module.out_features for site, _ in chosen)
+        largest_out = max(_outputs(site) for site, _ in chosen)
         keys = jax.random.split(jax.random.key(self.projection_prng_key))
         a = PeftConstant(_kaiming(keys[0], (largest_in, self.rank)), axes=(None, "rank"))
         b = PeftConstant(_kaiming(keys[1], (self.rank, largest_out)), axes=("rank", None))
         for site, mask in chosen:
-            yield site, VeraLinear(site, mask, a, b, d_initial=self.d_initial, dropout=self.dropout)
+            kind = VeraExperts if isinstance(site.module, ExpertLinear) else VeraLinear
+            yield site, kind(site, mask, a, b, d_initial=self.d_initial, dropout=self.dropout)
+
+
+def _outputs(site: Site) -> int:
+    """The width of a layer's output, or of that of a layer of a single expert."""
+    width: int = site.module.out_features
+    return width // max(len(site.parts), 1)
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -81,17 +95,16 @@ class VeraLinear(DeltaAdapter):
     def __init__(
         self, site: Site, mask: np.ndarray, a: PeftConstant, b: PeftConstant, *, d_initial: float, dropout: float
     ) -> None:
-        stack, self.inputs, self.outputs = site.stack, site.module.in_features, site.module.out_features
-        self.layers = LayerMask(mask)
+        self.inputs, self.outputs, self.parts = site.module.in_features, _outputs(site), site.parts
+        self.layers = layer_mask(site, mask)
         self.a, self.b = a, b
-        self.lambda_d = PeftParam(jnp.full((*stack, a.shape[1]), d_initial, jnp.float32), axes=site.lead("rank"))
-        self.lambda_b = PeftParam(jnp.zeros((*stack, self.outputs), jnp.float32), axes=site.lead(site.module.axes[1]))
-        self.dropout = Dropout(dropout, stack)
+        self.lambda_d = vectors(site, a.shape[1], "rank", d_initial)
+        self.lambda_b = vectors(site, self.outputs, site.module.axes[1], 0.0)
+        self.dropout = Dropout(dropout, site.stack)
 
     def delta(self) -> jax.Array:
         """A diag(d) B diag(l)."""
-        a, lambda_d, b, lambda_b = self.factors()
-        return times(times(a, lambda_d) @ b, lambda_b)
+        return _delta(*self.factors())
 
     def update(self, x: jax.Array) -> jax.Array:
         a, lambda_d, b, lambda_b = self.factors()
@@ -105,3 +118,37 @@ class VeraLinear(DeltaAdapter):
 
     def hf_shared(self) -> dict[str, HfLeaf]:
         return {"base_model.vera_A": transposed("a"), "base_model.vera_B": transposed("b")}
+
+
+def _delta(a: jax.Array, lambda_d: jax.Array, b: jax.Array, lambda_b: jax.Array) -> jax.Array:
+    return times(times(a, lambda_d) @ b, lambda_b)
+
+
+class VeraExperts(VeraLinear, SingleExperts):
+    """x W_e + ((dropout(x) A * lambda_d) B) * lambda_b for each part of the kernel of each expert e.
+
+    Attributes:
+        lambda_d: d, [*stack, E, parts, R].
+        lambda_b: l, [*stack, E, parts, out / parts].
+    """
+
+    layers: ExpertMask
+
+    def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:  # type: ignore[override]
+        y = base(x, groups)
+        a, lambda_d, b, lambda_b = self.factors()
+        low = matmul(self.dropout(x), a)[:, :, None]  # [n, rows, 1, R]
+        low = jnp.broadcast_to(low, (*x.shape[:2], len(self.parts), a.shape[1]))
+        parts = times(matmul(times(low, lambda_d[groups.owner, None]), b), lambda_b[groups.owner, None])
+        return y + parts.reshape(y.shape)
+
+    def delta(self) -> jax.Array:
+        """A diag(d) B diag(l) of the parts of each expert, [E, in, out]."""
+        a, lambda_d, b, lambda_b = self.factors()
+        one = jax.vmap(lambda own_d, own_b: _delta(a, own_d, b, own_b), out_axes=1)  # [in, parts, out / parts]
+        by_expert = jax.lax.map(lambda own: one(*own), (lambda_d, lambda_b))  # one expert after another
+        return by_expert.reshape(*by_expert.shape[:2], -1)
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        vector = {suffix: dataclasses.replace(leaf, shape=(-1,)) for suffix, leaf in self.names.items()}
+        return self.leaves_in(self.layers, layer, vector)

@@ -15,6 +15,7 @@ moment and no update.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from peftjax.core.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 CUSTOM = "custom"  # the optax transformation given to `peftjax.train`
+STACKED = ("layers", "expert", "part")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -177,10 +179,15 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
 
     Args:
       trainable: The trainable leaves; frozen ones are `optax.MaskedNode()` and stay so.
-      axes: The logical axes of each parameter. A leading "layers" stacks the parameters of the layers and does not count.
+      axes: The logical axes of each parameter. Leading ones in `STACKED` stack the parameters of layers and experts, and do not
+        count.
     """
+
+    def stacked(path: str) -> int:
+        return len(list(itertools.takewhile(STACKED.__contains__, axes[path])))
+
     return {
-        path: value if isinstance(value, optax.MaskedNode) else value.ndim - (axes[path][:1] == ("layers",)) >= 2
+        path: value if isinstance(value, optax.MaskedNode) else value.ndim - stacked(path) >= 2
         for path, value in trainable.items()
     }
 

@@ -13,18 +13,21 @@ from peftjax import adapters
 from peftjax.adapters import rows, use
 from peftjax.adapters.registry import active
 from peftjax.decoding import generate
-from peftjax.methods import Lora, PromptTuning
+from peftjax.methods import Ia3, Lora, PromptTuning, Vera
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
 EXPERTS = Lora(rank=2, targets=("mlp.gate", "gate_up_proj", "down_proj"))
 DORA = Lora(rank=2, targets=("gate_up_proj", "down_proj"), dora=True)
-METHODS = {"lora": LORA, "experts": EXPERTS, "experts-dora": DORA, "prompt": PromptTuning(tokens=3)}
+IA3 = Ia3(targets=("gate_up_proj", "w2"), feedforward=("w2",))
+VERA = Vera(rank=2, targets=("w1", "experts.down_proj"))
+ON_EXPERTS = {"experts": EXPERTS, "experts-dora": DORA, "experts-ia3": IA3, "experts-vera": VERA}
+METHODS = {"lora": LORA, "prompt": PromptTuning(tokens=3)} | ON_EXPERTS
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def attached(method: adapters.Method) -> Any:
     """A model with the adapters "one" and "two", neither as it was made."""
-    model = tiny.model(**(MOE if method in (EXPERTS, DORA) else {}))
+    model = tiny.model(**(MOE if method in ON_EXPERTS.values() else {}))
     for seed, name in enumerate(("one", "two")):
         adapters.attach(model, method, name, rngs=nnx.Rngs(seed))
     return tiny.randomize(model)
@@ -35,8 +38,7 @@ def attached(method: adapters.Method) -> Any:
     [
         ("lora", ["two", None, "one", "two"]),
         ("lora", ["one", "one"]),
-        pytest.param("experts", ["two", None, "one", "two"], marks=pytest.mark.slow),
-        pytest.param("experts-dora", ["two", None, "one", "two"], marks=pytest.mark.slow),
+        *(pytest.param(name, ["two", None, "one", "two"], marks=pytest.mark.slow) for name in ON_EXPERTS),
         ("prompt", ["two", "one", "two"]),
     ],
 )

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import peftjax
-from peftjax import sharding
+from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.data.config import DataConfig
+from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from peftjax.nn import moe
@@ -293,6 +294,31 @@ def test_adapters_go_to_peft_and_back(name: str, directories: Callable[[str], Pa
     np.testing.assert_array_equal(peers.logits(again), expected)
 
 
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        (
+            "qwen2-moe",
+            peft.IA3Config(target_modules=["k_proj", "gate_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        ),
+        ("qwen2-moe", peft.LoHaConfig(r=2, target_modules=["q_proj", "down_proj"])),
+        ("llama4", peft.VeraConfig(r=4, target_modules=r".*\.(v|up|down)_proj")),
+    ],
+    ids=["ia3", "loha", "vera"],
+)
+def test_targets_of_peft_are_no_experts_that_are_parameters(
+    variant: str, config: peft.PeftConfig, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With transformers 5, only the shared expert has modules of these names."""
+    theirs = peers.adapted(directories(variant), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "theirs")
+    peers.assert_close(peers.logits(ours), peers.logits(theirs))
+    peftjax.save_adapter(ours, tmp_path / "ours")
+    again = peers.load_into_theirs(directories(variant), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(peers.logits(again), peers.logits(theirs))
+
+
 @pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 def test_virtual_tokens_are_in_the_chunks_of_llama4_as_in_peft(
     method: Any, directories: Callable[[str], Path], tmp_path: Path
@@ -459,6 +485,78 @@ def test_gradients_of_a_dora_on_single_experts_are_those_of_peft(
             )
             for one, other in zip(ours, expected, strict=True):
                 np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max() + 1e-7 * largest)
+
+
+VECTORS: dict[str, tuple[str, Any]] = {
+    "ia3": (
+        "qwen2-moe",
+        lambda block, gate, up, down: peft.IA3Config(
+            target_modules=["k_proj", gate, up, down], feedforward_modules=[down]
+        ),
+    ),
+    "ia3-some": (
+        "mixtral",
+        lambda block, gate, up, down: peft.IA3Config(
+            target_modules=rf".*(\.v_proj|\.[02]\.{block}\.experts\.[13]\.({gate}|{down})|experts\.[12]\.({up}|{down}))",
+            feedforward_modules=rf".*\.1\.{block}\.experts\.1\.{down}|.*experts\.3\.{down}",
+        ),
+    ),
+    "vera": (
+        "mixtral",
+        lambda block, gate, up, down: peft.VeraConfig(r=5, target_modules=["v_proj", gate, up, down]),
+    ),
+    "vera-some": (
+        "qwen3-moe",
+        lambda block, gate, up, down: peft.VeraConfig(
+            r=5, target_modules=[f"experts.1.{gate}", f"layers.2.{block}.experts.0.{up}", f"experts.3.{down}"]
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_of_single_experts_go_to_peft_and_back(
+    name: str, directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """(IA)3 and VeRA, whose files never have adapters of all experts. The gradients of one step are those of peft, too."""
+    variant, make = VECTORS[name]
+    config = make(*SINGLE[variant])
+    config.task_type = "CAUSAL_LM"
+    theirs = peft.get_peft_model(with_single_experts(directories(variant), variant), config).eval()
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    peers.shake(trained, 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = peers.logits(theirs)
+
+    ours = peftjax.load_adapter(load_model(directories(variant)), tmp_path / "theirs")
+    peers.assert_close(peers.logits(ours), expected)
+    peers.assert_far(expected, peers.logits(peers.load_theirs(directories(variant))))
+    assert adapters.count_trainable(ours) == sum(parameter.numel() for parameter in trained.values())
+
+    peftjax.save_adapter(ours, tmp_path / "ours", single_experts=True)
+    again = peers.load_into(with_single_experts(directories(variant), variant), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(peers.logits(again), expected)
+    given, written = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "ours"))
+    assert given.keys() == written.keys()
+    assert all((given[key] == written[key]).all() for key in given)
+    if name == "ia3":  # targets that peft knows are kept
+        fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+        assert set(fields["target_modules"]) == config.target_modules
+        assert set(fields["feedforward_modules"]) == config.feedforward_modules
+
+    theirs(torch.tensor(peers.tokens())).logits.square().mean().backward()
+    graph, adapter, rest = nnx.split(ours, variables.PeftParam, ...)
+    loss = lambda adapter: jnp.square(nnx.merge(graph, adapter, rest)(jnp.asarray(peers.tokens()))).mean()  # noqa: E731
+    gradients = nnx.merge(graph, jax.jit(jax.grad(loss))(adapter), rest)
+    found = adapter_tensors(gradients, read=np.asarray)
+    key = lambda name: name.replace(".default", "").replace("block_sparse_moe", "mlp")  # noqa: E731
+    wanted = {key(name): parameter.grad.numpy() for name, parameter in trained.items()}
+    largest = max(np.abs(gradient).max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        np.testing.assert_allclose(found[name], gradient, atol=2e-5 * largest, err_msg=name)
+    everything = sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(nnx.state(gradients, variables.PeftParam)))
+    np.testing.assert_allclose(sum(np.abs(found[name]).sum() for name in wanted), everything, rtol=1e-5)
+    peers.assert_close(peers.logits(peftjax.merge(ours)), expected)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2-moe", "qwen3-moe"])

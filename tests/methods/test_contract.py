@@ -190,6 +190,17 @@ CASES = {
         methods.Vera(rank=4, dropout=0.25, exclude=("layers.1.self_attn.v_proj",)),
         L * sum(4 + o for _, o in SIDES) - 4 - KV,
     ),
+    "ia3-experts": Case(
+        methods.Ia3(
+            targets=("k_proj", "gate_up_proj", "down_proj"), feedforward=("down_proj",),
+            exclude=("experts.1.w3", "layers.1.mlp.experts.down_proj"),
+        ),
+        L * (KV + (4 + 3) * F) + 2 * 4 * F,
+    ),
+    "vera-experts": Case(
+        methods.Vera(rank=4, targets=("v_proj", "w1", "experts.2.w3", "w2"), layers_to_transform=(0, 2)),
+        2 * ((4 + KV) + (4 + 1) * (4 + F) + 4 * (4 + E)),
+    ),
     "fourierft": Case(
         methods.FourierFT(
             n_frequency=6, targets=("q_proj", "v_proj", "down_proj"), exclude=("layers.0.mlp.down_proj",), scaling=300.0,
@@ -222,7 +233,8 @@ CASES = {
 }  # fmt: skip
 FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft")}
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-FIELDS |= {"lora-experts": MOE, "lora-experts-dora": MOE}
+EXPERTS = ("lora-experts", "lora-experts-dora", "ia3-experts", "vera-experts")
+FIELDS |= dict.fromkeys(EXPERTS, MOE)
 FIELDS["trainable-tokens-tied"] = {"tie_word_embeddings": True}
 QUICK = ("full", "lora", "lora-everything", "prompt", "prefix", "ia3")
 QUICKEST = ("lora", "prefix")  # also in what compiles much
@@ -230,8 +242,7 @@ FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.valu
 OF_EACH = [
     name
     for name in CASES
-    if name
-    in {*FIRST, "lora-everything", "lora-experts", "lora-experts-dora", "lora-dora", "lora-pissa", "prefix-projection"}
+    if name in {*FIRST, *EXPERTS, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"}
 ]
 
 
@@ -348,11 +359,7 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [
-    name
-    for name in CASES
-    if name in {*FIRST, "lora-dora", "lora-experts", "lora-experts-dora", "lora-pissa"} - {"full"}
-]
+NF4 = [name for name in CASES if name in {*FIRST, *EXPERTS, "lora-dora", "lora-pissa"} - {"full"}]
 IN_EACH = [
     *marked(OF_EACH, "float32", quick=("full", *QUICKEST)),
     *marked(OF_EACH, "bfloat16", quick=QUICKEST),

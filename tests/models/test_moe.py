@@ -102,11 +102,12 @@ def test_experts_of_several_formats_are_refused(change: dict[str, str] | None, m
 
 def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
     model = peftjax.load_model(directory)
-    kinds = "Ia3 LoHa LoKr Vera RandLora FourierFT Miss Oft Boft Hra VbLora"
+    kinds = "LoHa LoKr RandLora FourierFT Miss Oft Boft Hra VbLora"
     for method in (getattr(methods, kind) for kind in kinds.split()):
         with pytest.raises(
             UserError,
-            match=rf"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which {method.method} cannot adapt",
+            match=rf"names experts \(model.layers.0.mlp.experts.gate_up_proj\), which {method.method} cannot adapt; use lora, "
+            "ia3 or vera, or name other layers",
         ) as error:
             peftjax.attach(model, method(targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
         assert "\n" not in str(error.value)
@@ -118,12 +119,29 @@ def test_methods_that_cannot_adapt_experts_say_so(directory: Path) -> None:
             peftjax.attach(model, peftjax.Lora(targets=("experts.down_proj",), **options), rngs=nnx.Rngs(0))
 
 
+def test_gate_and_up_of_an_expert_have_no_separate_inputs_to_scale(directory: Path) -> None:
+    for feedforward in (("gate_up_proj", "down_proj"), ("up_proj",), r".*\.experts\.3\.gate_proj"):
+        method = methods.Ia3(feedforward=feedforward)
+        with pytest.raises(
+            UserError,
+            match=r"method.feedforward names \S*experts.[03].(gate|up)_proj, whose input .* alone: gate_proj and up_proj of",
+        ):
+            peftjax.attach(peftjax.load_model(directory), method, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("fields", [GPT_OSS, LLAMA4], ids=["gpt-oss", "llama4"])
-def test_dora_of_experts_that_are_always_one_parameter_is_refused(fields: dict[str, Any]) -> None:
+def test_what_needs_modules_is_refused_for_experts_that_are_always_one_parameter(fields: dict[str, Any]) -> None:
     with pytest.raises(
         UserError, match=r"dora=True is not supported for .* one parameter: in peft, only modules have DoRA"
     ):
         peftjax.attach(tiny.model(**fields), peftjax.Lora(dora=True, targets=("down_proj",)), rngs=nnx.Rngs(0))
+    for method in (methods.Ia3, methods.Vera):
+        with pytest.raises(
+            UserError,
+            match=rf"experts \(.*\), which {method.method} cannot adapt: they are always one parameter .*; use lora, or name",
+        ):
+            peftjax.attach(tiny.model(**fields), method(targets=("down_proj",)), rngs=nnx.Rngs(0))
+        assert not any("experts" in site.path for site, _ in method().chosen(tiny.model(**fields)))
 
 
 def test_ranks_of_single_experts(directory: Path) -> None:
@@ -169,10 +187,13 @@ def test_loras_of_experts_are_not_combined(directory: Path) -> None:
         peftjax.combine(model, ["one", "two"], [0.5, 0.5], name="both")
 
 
-def test_all_linear_leaves_routers_out_and_takes_experts_for_lora_only(directory: Path) -> None:
+def test_all_linear_leaves_routers_out_and_takes_experts_if_the_method_can_adapt_them(directory: Path) -> None:
     model = peftjax.load_model(directory)
-    lora = {site.path.removeprefix("blocks.") for site, _ in peftjax.Lora().chosen(model)}
-    other = {site.path.removeprefix("blocks.") for site, _ in peftjax.Oft(block_size=8).chosen(model)}
+    lora, ia3, vera, other = (
+        {site.path.removeprefix("blocks.") for site, _ in method.chosen(model)}
+        for method in (peftjax.Lora(), peftjax.Ia3(), peftjax.Vera(), peftjax.Oft(block_size=8))
+    )
+    assert lora == ia3 == vera
     assert lora - other == {"feedforward.experts.gate_up", "feedforward.experts.down"}
     assert other == {f"attention.{name}" for name in ("query", "key", "value", "out")} | {
         f"feedforward.shared.{name}" for name in ("gate", "up", "down")
@@ -249,6 +270,23 @@ def test_llama4_has_no_load_balancing_loss(tmp_path: Path) -> None:
         task.require(from_hf_config(LLAMA4).abstract(), "llama4")
 
 
+def test_targets_from_a_file_of_single_experts_name_all_of_them_where_they_can(tmp_path: Path) -> None:
+    """Mixtral's file has the names of transformers 4."""
+    method = methods.Ia3(
+        targets=("v_proj", "experts.down_proj", "w1"), feedforward=("down_proj",), exclude=("1.mlp.experts.2.w1",)
+    )
+    model = tiny.model(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    path = peftjax.save_adapter(peftjax.attach(model, method, rngs=nnx.Rngs(0)), tmp_path / "adapter")
+    fields = json.loads((path / "adapter_config.json").read_text())
+    assert "model.layers.0.block_sparse_moe.experts.2.w1" in fields["target_modules"]
+    again = adapters.attached(peftjax.load_adapter(model, path, "again"))["again"]
+    singles = {"experts.0.w1", "experts.1.w1", "experts.3.w1", "model.layers.0.mlp.experts.2.w1"}
+    attention = {f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)}
+    assert set(again.targets) == {"experts.down_proj", *singles, *attention}
+    assert again.feedforward == ("experts.down_proj",)
+    assert adapters.count_trainable(model, "again") == adapters.count_trainable(model, "default")
+
+
 def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tmp_path: Path) -> None:
     model = peftjax.load_model(directory)
     model = peftjax.attach(model, peftjax.Lora(rank=2, targets=("gate_up_proj",)), rngs=nnx.Rngs(0))
@@ -281,7 +319,7 @@ def test_files_of_single_experts_that_do_not_fit_are_refused(directory: Path, tm
         (
             tiny.model(),
             peftjax.Lora(rank=2),
-            "single_experts=True requires a LoRA on experts, and adapter 'default' has none",
+            "single_experts=True requires adapted experts, and adapter 'default' has none",
         ),
         (tiny.model(**GPT_OSS), peftjax.Lora(rank=2), "GptOss has no modules of single experts; leave it out"),
     ):

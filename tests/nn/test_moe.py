@@ -10,11 +10,14 @@ import pytest
 from flax import nnx
 
 from peftjax import adapters, methods, quant, sharding
+from peftjax.adapters.sites import Site
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
+from peftjax.methods.ia3 import Ia3Experts
 from peftjax.methods.lora.dora import DoraLinear
 from peftjax.methods.lora.experts import DoraExperts
+from peftjax.methods.vera import VeraExperts
 from peftjax.nn.experts import ExpertLinear, Groups, make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.linear import Linear
@@ -64,11 +67,11 @@ def by_loop(layer: Experts, x: jax.Array, weights: jax.Array, chosen: jax.Array)
 
 
 def outcome(compute: Any, layer: Experts, *inputs: jax.Array) -> Any:
-    """The output, and a loss's gradients of the kernels, the tokens and the weights."""
-    graph, state = nnx.split(layer)
+    """The output, and a loss's gradients of the parameters, the tokens and the weights."""
+    graph, state, rest = nnx.split(layer, (nnx.Param, PeftParam), ...)
 
     def loss(state: Any, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = compute(nnx.merge(graph, state), x, weights, inputs[2])
+        y = compute(nnx.merge(graph, state, rest), x, weights, inputs[2])
         return jnp.sum(jnp.sin(y)), y
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(state, *inputs[:2])
@@ -98,14 +101,35 @@ def test_second_derivatives_of_experts_are_those_of_a_loop() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
 
 
+def with_vectors(layer: Experts) -> Experts:
+    """The experts with an (IA)3 and a VeRA of some layers of single experts, and random values."""
+    model = tiny.model(model_type="mixtral", num_local_experts=EXPERTS, num_experts_per_tok=CHOICES)
+    some = np.array([True, True, False, True])[None, :, None]  # [layers, E, parts]
+    a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((WIDTH, 3), (3, WIDTH))))
+    shared = PeftConstant(a, axes=(None, "rank")), PeftConstant(b, axes=("rank", None))
+    for part, name in ((layer.gate_up, "gate_up_proj"), (layer.down, "down_proj")):
+        site = Site("", part, (f"experts.{name}",), (), model)
+        mask = np.repeat(some, len(site.parts), axis=2)
+        into = mask & (name == "down_proj")
+        part.adapters.add("ia3", Ia3Experts(site, into, mask & ~into))
+        part.adapters.add("vera", VeraExperts(site, ~mask, *shared, d_initial=0.1, dropout=0.0))
+        part.adapters.active = ("ia3", "vera")
+    return tiny.randomize(layer)
+
+
 @pytest.mark.parametrize(
     ("sizes", "make"),
-    [({"fsdp": 2, "sequence": 2, "tensor": 2}, experts), ({"tensor": 8}, experts), ({"fsdp": 4, "tensor": 2}, clamped)],
+    [
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, experts),
+        ({"tensor": 8}, experts),
+        ({"fsdp": 4, "tensor": 2}, clamped),
+        pytest.param({"fsdp": 2, "tensor": 4}, lambda: with_vectors(experts()), marks=pytest.mark.slow),
+    ],
 )
 def test_sharded_experts_equal_those_on_one_device(sizes: dict[str, int], make: Any) -> None:
     """On a mesh of 8 devices that splits tokens, experts or both; eight devices cannot split four experts."""
     layer, given = make(), inputs(length=4)
-    expected = outcome(by_loop, layer, *given)
+    expected = outcome(Experts.__call__ if layer.down.adapters.active else by_loop, layer, *given)
     mesh = sharding.make_mesh(sizes)
     sharding.place(layer, mesh)
     with jax.set_mesh(mesh):
@@ -180,7 +204,9 @@ def with_dora(layer: Experts) -> Experts:
     return layer
 
 
-@pytest.mark.parametrize(("format_", "adapt"), [("nf4", lambda layer: layer), ("nf4", with_dora), ("int8", with_dora)])
+@pytest.mark.parametrize(
+    ("format_", "adapt"), [("nf4", lambda layer: layer), ("nf4", with_dora), ("int8", with_dora), ("nf4", with_vectors)]
+)
 def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_: str, adapt: Any) -> None:
     layer, given = experts(), inputs()
     decoded = experts()
@@ -205,7 +231,9 @@ def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_:
         assert kernel.shape not in {shape for shape in shapes if len(shape) == 3}, "all experts were decoded at once"
 
 
-@pytest.mark.parametrize(("format_", "adapt"), [("nf4", with_dora), ("int8", lambda layer: layer)])
+@pytest.mark.parametrize(
+    ("format_", "adapt"), [("nf4", with_dora), ("int8", lambda layer: layer), ("int8", with_vectors)]
+)
 def test_a_population_decodes_one_expert_of_each_member_at_a_time(format_: str, adapt: Any) -> None:
     layer, members = experts(), 3
     for part in (layer.gate_up, layer.down):

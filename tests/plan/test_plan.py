@@ -126,10 +126,20 @@ def test_the_adapter_file_has_the_bytes_that_are_written(method: adapters.Method
     assert weights_bytes(model) == sum(file.stat().st_size for file in written)
 
 
-def test_the_file_of_a_dora_on_experts_has_the_bytes_that_are_written_after_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.Lora(rank=2, dora=True, dtype="bfloat16", layers_to_transform=(0, 2)),
+        methods.Ia3(feedforward=("w2",)),
+        methods.Vera(rank=4, targets=("experts.1.w1", "experts.down_proj")),
+    ],
+    ids=["dora", "ia3", "vera"],
+)
+def test_the_file_of_an_adapter_of_experts_has_the_bytes_that_are_written_after_training(
+    method: adapters.Method, tmp_path: Path
+) -> None:
     """With a tensor for each part of each expert."""
     model = tiny.model(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
-    method = methods.Lora(rank=2, dora=True, dtype="bfloat16", layers_to_transform=(0, 2))
     model = tiny.randomize(adapters.attach(model, method, rngs=nnx.Rngs(0)))
     written = save_adapter(model, tmp_path / "adapter", base="some/base") / "adapter_model.safetensors"
     assert weights_bytes(model) == written.stat().st_size

@@ -295,6 +295,10 @@ def test_decay_meets_matrices_only_and_stacked_layers_are_no_dimension() -> None
         "norm.scale": ((4,), ("embed",)),
         "gate": ((), ()),
         "blocks.gate": ((3,), ("layers",)),
+        "blocks.router.kernel": ((3, 4, 2), ("layers", "embed", "expert")),
+        "blocks.experts.kernel": ((3, 2, 4, 4), ("layers", "expert", "embed", "mlp")),
+        "blocks.experts.bias": ((3, 2, 4), ("layers", "expert", "mlp")),
+        "blocks.experts.adapters.default.lambda_d": ((3, 2, 2, 5), ("layers", "expert", "part", "rank")),
     }
     trainable = {path: jnp.zeros(shape) for path, (shape, _) in shapes_axes.items()} | {"frozen": FROZEN}
     axes = {path: axes for path, (_, axes) in shapes_axes.items()} | {"frozen": ("embed", "mlp")}
@@ -309,6 +313,10 @@ def test_decay_meets_matrices_only_and_stacked_layers_are_no_dimension() -> None
         "norm.scale": False,
         "gate": False,
         "blocks.gate": False,
+        "blocks.router.kernel": True,
+        "blocks.experts.kernel": True,
+        "blocks.experts.bias": False,
+        "blocks.experts.adapters.default.lambda_d": False,
     }
 
 
