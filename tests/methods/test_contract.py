@@ -242,7 +242,7 @@ FIRST = {type(case.method): name for name, case in reversed(CASES.items())}.valu
 OF_EACH = [
     name
     for name in CASES
-    if name in {*FIRST, *EXPERTS, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"}
+    if name in {*FIRST, *EXPERTS, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"} - {"ia3-experts"}
 ]
 
 
@@ -359,7 +359,7 @@ def trained(name: str, dtype: str = "float32") -> Trained:
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [name for name in CASES if name in {*FIRST, *EXPERTS, "lora-dora", "lora-pissa"} - {"full"}]
+NF4 = [name for name in CASES if name in {*FIRST, *EXPERTS, "lora-dora", "lora-pissa"} - {"full", "ia3-experts"}]
 IN_EACH = [
     *marked(OF_EACH, "float32", quick=("full", *QUICKEST)),
     *marked(OF_EACH, "bfloat16", quick=QUICKEST),
