@@ -108,7 +108,10 @@ def main(argv: list[str]) -> int:
         console.print(f"{missing}\n", style="yellow")
     if given.search:
         parts = shape["data"] * shape["fsdp"]
-        fits, result = _search(console, given.search, search(given.search, config, parts, probe, given.members))
+        positions = fields_of(config.model.path, config.model.revision).get("max_position_embeddings")
+        most = positions if given.search == "length" else None
+        probes = search(given.search, config, parts, probe, given.members, most)
+        fits, result = _search(console, given.search, probes)
     elif swept:
         chosen = swept_configs(given.config, given.overrides, fields, given.trials, given.search_seed)
         runs = map(start_from.with_options, chosen)

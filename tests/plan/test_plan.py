@@ -513,6 +513,22 @@ def test_the_populations_of_a_sweep_are_planned_as_far_as_they_fit(
         command.main([f"--config={written / 'config.py'}", "--device=cpu", *swept, "--members=2"])
 
 
+def test_a_search_for_the_length_ends_at_the_models_positions(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: plan.Plan
+) -> None:
+    asked: list[int] = []
+
+    def ask(config: Any, *given: Any, **named: Any) -> plan.Plan:
+        asked.append(config.data.max_length)
+        return alone
+
+    monkeypatch.setattr(command, "ask", ask)
+    given = [f"--config={written / 'config.py'}", "--device=h100", "--search=length", "--config.data.max_length=16"]
+    assert command.main(given) == 0
+    assert asked == [64]
+    assert "largest length that fits: 64" in capsys.readouterr().out
+
+
 def test_random_draws_and_the_sweep_of_the_config_file_are_planned_as_the_sweep_would_train_them(
     written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
 ) -> None:
