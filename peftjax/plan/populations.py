@@ -24,7 +24,9 @@ def swept_configs(
     """
     spaces = space.read_spaces(path, fields)
     if not any(spaces):
-        raise UserError("nothing to sweep: the config file has no get_sweep(); name a field and its values, --sweep.FIELD=V,V")
+        raise UserError(
+            "nothing to sweep: the config file has no get_sweep(); name a field and its values, --sweep.FIELD=V,V"
+        )
     chosen = space.chosen_values(path, overrides, spaces, trials, seed)
     different = dict.fromkeys(tuple(texts.items()) for texts in chosen)  # as in a sweep, repeated draws count once
     return [space.load(path, overrides, dict(texts)) for texts in different]
