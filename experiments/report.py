@@ -158,7 +158,9 @@ def picture(groups: list[Group], file: Path) -> None:
     for color, group in zip(COLORS, groups, strict=False):
         axes.plot(group.rates, group.losses.T, ".", color=color, markersize=4)
         axes.plot(group.rates, group.losses.mean(0), color=color, label=group.name)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups)))
+    top = min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups))
+    lowest = min(group.losses.min() for group in groups)
+    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
     axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
