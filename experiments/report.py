@@ -8,6 +8,7 @@ with the one that has the most values in common with it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -80,8 +81,11 @@ def shared(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_of(values: Mapping[str, Any]) -> str:
     """The name of a run's group, e.g. "lora, rank=4"."""
-    names = {field: "" if field == "method.name" else f"{field.rpartition('.')[2]}=" for field in shared(values)}
-    return ", ".join(f"{names[field]}{text_of(value)}" for field, value in shared(values).items())
+    prefixes = {"method.name": ""}
+    return ", ".join(
+        f"{prefixes.get(field, field.rpartition('.')[2] + '=')}{text_of(value)}"
+        for field, value in shared(values).items()
+    )
 
 
 def text_of(value: Any) -> str:
@@ -148,26 +152,34 @@ def table(groups: list[Group], baselines: list[Group]) -> str:
     return "\n".join([head, "|---|---:|---:|---:|---:|---:|", *rows]) + "\n"
 
 
-def picture(groups: list[Group], file: Path) -> None:
-    """The loss by learning rate: a dot for each seed, and a line through the means. Rates that are far too high are cut off."""
+@contextlib.contextmanager
+def plot(file: Path) -> Iterator[Any]:
+    """The axes of a new figure, which is saved with a grid and a legend."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for color, group in zip(COLORS, groups, strict=False):
-        axes.plot(group.rates, group.losses.T, ".", color=color, markersize=4)
-        axes.plot(group.rates, group.losses.mean(0), color=color, label=group.name)
-    top = min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups))
-    lowest = min(group.losses.min() for group in groups)
-    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
-    axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    yield axes
     axes.grid(color="lightgray", linewidth=0.5)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=200)
+
+
+def picture(groups: list[Group], file: Path) -> None:
+    """The loss by learning rate: a dot for each seed, and a line through the means. Rates that are far too high are cut off."""
+    from matplotlib.ticker import LogLocator
+
+    with plot(file) as axes:
+        for color, group in zip(COLORS, groups, strict=False):
+            axes.plot(group.rates, group.losses.T, ".", color=color, markersize=4)
+            axes.plot(group.rates, group.losses.mean(0), color=color, label=group.name)
+        top = min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups))
+        lowest = min(group.losses.min() for group in groups)
+        axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
 
 
 def main() -> None:

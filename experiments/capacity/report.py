@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from experiments.report import COLORS, Group, Run, by_values, groups_of, interval, versions
+from experiments.report import COLORS, Group, Run, by_values, groups_of, interval, plot, versions
 
 HERE = Path(__file__).parent
 STEP_CHARACTERS = 4 * 128  # of a batch
@@ -49,19 +47,15 @@ def cell(group: Group, baseline: Group) -> str:
 
 def picture(found: dict[int, dict[str, Group]], file: Path) -> None:
     """The difference of each group from the baseline by amount of data: a dot for each seed, and a line through the means."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     data = [step * STEP_CHARACTERS / 1000 for step in found]
-    for color, name in zip(COLORS, next(iter(found.values())), strict=False):
-        losses = [groups[name].best_losses - groups[BASELINE].best_losses for groups in found.values()]
-        axes.plot(data, losses, ".", color=color, markersize=4)
-        axes.plot(data, [each.mean() for each in losses], color=color, label=name)
-    axes.set(xlabel="Training data (thousand characters)", ylabel="Held-out loss minus that of full\n(nats per token)")
-    axes.grid(color="lightgray", linewidth=0.5)
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=200)
+    with plot(file) as axes:
+        for color, name in zip(COLORS, next(iter(found.values())), strict=False):
+            losses = [groups[name].best_losses - groups[BASELINE].best_losses for groups in found.values()]
+            axes.plot(data, losses, ".", color=color, markersize=4)
+            axes.plot(data, [each.mean() for each in losses], color=color, label=name)
+        axes.set(
+            xlabel="Training data (thousand characters)", ylabel="Held-out loss minus that of full\n(nats per token)"
+        )
 
 
 def main() -> None:

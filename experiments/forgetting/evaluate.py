@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
 import peftjax
-from experiments.report import COLORS, RATE, Run, by_values, name_of, versions
+from experiments.report import COLORS, RATE, Run, by_values, name_of, plot, versions
 from peftjax import sharding
 from peftjax.training.config import Config
 from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
@@ -72,23 +71,17 @@ def picture(results: dict[str, Any]) -> None:
 
     Runs that learn much less than the worst group at its best are cut off.
     """
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     methods = by_method(results)
-    for color, (name, rates) in zip(COLORS, methods.items(), strict=False):
-        runs = [run for seeds in rates.values() for run in seeds]
-        sizes = [8 + 12 * index for index, seeds in enumerate(rates.values()) for _ in seeds]
-        losses = ([run["new"] for run in runs], [run["pretraining"] for run in runs])
-        axes.scatter(*losses, s=sizes, color=color, label=name, linewidths=0, alpha=0.7)
-    axes.axhline(results["base"], color="gray", linewidth=0.8, linestyle="--", label="before training")
     worst = max(min(run["new"] for seeds in rates.values() for run in seeds) for rates in methods.values())
-    axes.set_xlim(right=1.3 * worst)
-    axes.set(xlabel="Loss on the new text (nats per character)", ylabel="Loss on the pretraining text")
-    axes.grid(color="lightgray", linewidth=0.5)
-    axes.legend(fontsize="small")
-    figure.savefig(HERE / "losses.png", dpi=200)
+    with plot(HERE / "losses.png") as axes:
+        for color, (name, rates) in zip(COLORS, methods.items(), strict=False):
+            runs = [run for seeds in rates.values() for run in seeds]
+            sizes = [8 + 12 * index for index, seeds in enumerate(rates.values()) for _ in seeds]
+            losses = ([run["new"] for run in runs], [run["pretraining"] for run in runs])
+            axes.scatter(*losses, s=sizes, color=color, label=name, linewidths=0, alpha=0.7)
+        axes.axhline(results["base"], color="gray", linewidth=0.8, linestyle="--", label="before training")
+        axes.set_xlim(right=1.3 * worst)
+        axes.set(xlabel="Loss on the new text (nats per character)", ylabel="Loss on the pretraining text")
 
 
 def main() -> None:
