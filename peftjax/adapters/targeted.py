@@ -23,7 +23,7 @@ from peftjax.adapters.sites import (
     tied_kernel,
 )
 from peftjax.core.errors import UserError
-from peftjax.core.paths import matches, matching
+from peftjax.core.paths import last_parts, matches, matching
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import Layer
@@ -138,7 +138,7 @@ class Targeted(Method):
             ]
         if named:
             site, name = named[0]
-            parameter = "they are always one parameter in this model, and in peft only modules have it"
+            parameter = f"they are always one parameter in this model, and in peft only modules have {self.method}"
             raise UserError(
                 f"method.targets={self.targets!r} names experts ({name}), which {self.method} cannot adapt"
                 f"{f': {parameter}' if self.splits_experts else ''}; use "
@@ -258,7 +258,7 @@ def target_entries(chosen: Chosen) -> list[str]:
 
 def ending_of(site: Site) -> str:
     """The last part of the name of a layer of a single expert, "experts.7.gate_proj"."""
-    return ".".join(site.names[0].split(".")[-3:])
+    return last_parts(site.names[0], 3)
 
 
 def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:

@@ -41,6 +41,11 @@ def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
     return not _entries(pattern).isdisjoint(_endings(name))
 
 
+def last_parts(name: str, count: int) -> str:
+    """Return the last parts of a dotted name: "experts.down_proj" with 2."""
+    return ".".join(name.split(".")[-count:])
+
+
 def _endings(name: str) -> list[str]:
     """A dotted name, and what is left of it after each of its dots."""
     return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]

@@ -24,7 +24,7 @@ from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.adapters.targeted import chosen_names
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, matches
+from peftjax.core.paths import first_match, last_parts, matches
 from peftjax.io.adapter_fit import new_to_older, older_names, stored_names
 from peftjax.io.adapter_keys import bare_key, with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
@@ -192,7 +192,7 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
         spelled = zip(site.names, stored_names(model, site), strict=True)
         of_layer = [name for either in spelled for name in dict.fromkeys(either) if name in ranks]
         every = len([number for number in site.numbers if not layers or number in layers])
-        found += [".".join(of_layer[0].split(".")[-2:])] if of_layer and len(of_layer) == every else of_layer
+        found += [last_parts(of_layer[0], 2)] if of_layer and len(of_layer) == every else of_layer
     return tuple(found)
 
 
@@ -365,7 +365,7 @@ def _endings(names: Iterable[str]) -> list[str]:
     """Target modules for single experts: "experts.7.gate_proj" if all layers that have adapters have it, or full names."""
     by_ending: dict[str, list[str]] = {}
     for name in names:
-        by_ending.setdefault(".".join(name.split(".")[-3:]), []).append(name)
+        by_ending.setdefault(last_parts(name, 3), []).append(name)
     most = max(map(len, by_ending.values()))
     return [entry for ending, found in by_ending.items() for entry in ([ending] if len(found) == most else found)]
 

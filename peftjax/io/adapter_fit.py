@@ -24,7 +24,7 @@ from peftjax.adapters.targeted import (
     outermost,
     target_entries,
 )
-from peftjax.core.paths import first_match, matches, unmatched
+from peftjax.core.paths import first_match, last_parts, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
@@ -72,7 +72,7 @@ def stored_names(model: Model, site: Site) -> tuple[str, ...]:
     names = (older.format(number) for number in site.numbers)
     if not isinstance(site, SingleSite):
         return tuple(names)
-    last = ".".join(site.names[0].split(".")[-2:])  # "7.w1"
+    last = last_parts(site.names[0], 2)  # "7.w1"
     return tuple(f"{name.rpartition('.')[0]}.{last}" for name in names)
 
 
@@ -122,7 +122,7 @@ def with_joined_experts(method: Method, model: nnx.Module) -> Method:
         for site in sites(model) if isinstance(entries, tuple) else ():
             every = {ending_of(single) for single in single_sites(site)}
             if every and every.issubset(entries):
-                joint = ".".join(site.names[0].split(".")[-2:])  # "experts.down_proj"
+                joint = last_parts(site.names[0], 2)  # "experts.down_proj"
                 entries = (*(entry for entry in entries if entry not in every), joint)
         changes[option] = entries
     return dataclasses.replace(method, **changes)
@@ -161,7 +161,7 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
     matched = {name for name, names in spellings if any(matches(each, method.targets) for each in names)} - named
     if not matched:
         return method
-    left_out = sorted(matched if named else {".".join(name.split(".")[-2:]) for name in matched})  # "experts.down_proj"
+    left_out = sorted(matched if named else {last_parts(name, 2) for name in matched})  # "experts.down_proj"
     if isinstance(method.exclude, str):
         either = "|".join(map(re.escape, left_out))
         return dataclasses.replace(method, exclude=rf"(?:{method.exclude})|(?:.*\.)?(?:{either})")

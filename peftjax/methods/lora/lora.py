@@ -28,6 +28,7 @@ from peftjax.adapters.ranks import Ranked, within
 from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert
 from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
+from peftjax.core.paths import last_parts
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
@@ -325,7 +326,7 @@ class Lora(Ranked):
             named = chosen_names([(site, mask)])
             if isinstance(site.module, ExpertLinear) or site.path.endswith(".router"):
                 suffix = "" if isinstance(site.module, ExpertLinear) else ".weight"
-                short = ".".join(named[0].split(".")[-2:])
+                short = last_parts(named[0], 2)
                 parameters += [f"{name}{suffix}" for name in ([short] if mask.all() else named)]
             else:
                 modules += named
