@@ -64,6 +64,7 @@ def compiled_decode(model: nnx.Module) -> Any:
     return _compiled(_decode, frozenset(jax.tree.leaves(nnx.state(model))[0].devices()))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("members", [1, 2])
 def test_every_token_is_written_into_the_cache_in_place(members: int) -> None:
     """The loops carry the cache: if a layer returned its part instead, every token would copy all keys and values.
@@ -134,6 +135,7 @@ def test_prompts_of_similar_length_share_a_compiled_function() -> None:
     assert len(set(padded.tolist())) == 512 // 32 + 8 * 4  # the sizes up to 512, and 8 for each of 4 doublings
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
 def test_logits_that_are_not_finite_are_an_error_and_never_a_token(sampling: Sampling) -> None:
     model = tiny.model()

@@ -32,6 +32,7 @@ def plain(logits_fn: Callable, hidden: jax.Array, targets: jax.Array, weights: j
     return Totals(jnp.sum(weights * losses), jnp.sum(weights), jnp.sum(weights * hits))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 7, 11, 12, 13, 100])
 def test_every_chunking_equals_the_plain_sums_and_their_gradients(chunk: int) -> None:
     head, hidden, targets, weights = make_inputs()
@@ -52,6 +53,7 @@ def test_every_chunking_equals_the_plain_sums_and_their_gradients(chunk: int) ->
         np.testing.assert_allclose(ours, reference, atol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("chunk", [3, 5, T])
 def test_a_sharded_batch_under_a_sharded_vocabulary_gives_the_same_and_stays_sharded(chunk: int) -> None:
     head, hidden, targets, weights = make_inputs()
@@ -86,6 +88,7 @@ def test_parameters_that_the_head_closes_over_get_their_gradients(chunk: int) ->
         np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("chunk", [5, T])
 @pytest.mark.parametrize("ignored", [-100, V, 2**31 - 1, -(2**31)])
 def test_a_target_of_weight_zero_may_be_any_number(chunk: int, ignored: int) -> None:

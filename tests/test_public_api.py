@@ -134,6 +134,7 @@ def run(loop: str, directory: Path, rate: float = 0.1, quantize: str = "None", p
     return Run(values, len(scope["traces"]), nnx.merge(scope["graph"], state, scope[others]), before)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask"), slow("masked")])
 def test_a_loop_lowers_the_loss_and_changes_nothing_but_the_adapter(loop: str, directory: Path) -> None:
     done = run(loop, directory)
@@ -153,6 +154,7 @@ def test_without_dropout_the_loops_compute_the_same_losses(loop: str, directory:
     np.testing.assert_allclose(run(loop, directory, rate=0).losses, expected, rtol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask")])
 def test_dropout_is_active_in_every_loop(loop: str, directory: Path) -> None:
     without, dropped = run(loop, directory, rate=0).losses, run(loop, directory).losses

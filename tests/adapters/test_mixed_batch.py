@@ -33,6 +33,7 @@ def attached(method: adapters.Method) -> Any:
     return tiny.randomize(model)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("method", "names"),
     [

@@ -35,6 +35,7 @@ def logits(model: Any) -> np.ndarray:
     return np.asarray(model(tiny.tokens()))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_part_has_its_effect_beside_the_others(mix: str) -> None:
     model = mixed(*MIXES[mix])
@@ -72,6 +73,7 @@ def test_the_order_of_use_is_the_order_of_wrapping() -> None:
     assert np.abs(scaled_last - scaled_first).max() > 1e-3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("mix", MIXES)
 def test_all_parts_are_trained_in_one_step(mix: str) -> None:
     model = mixed(*MIXES[mix])

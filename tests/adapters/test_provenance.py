@@ -51,6 +51,7 @@ def test_an_adapter_of_a_base_in_another_format_is_loaded_with_a_warning(
         load_adapter(base(format_), over_nf4)
 
 
+@pytest.mark.slow
 def test_merging_into_the_exact_base_says_by_how_much_the_quantized_one_was_away(
     over_nf4: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,7 @@ def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None
 # --- What is read ---
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "options",
     [
@@ -235,6 +236,7 @@ def test_load_of_save_is_the_same_bit_for_bit(options: dict[str, Any], tied: boo
     np.testing.assert_array_equal(back(tiny.tokens()), model(tiny.tokens()))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", [methods.Lora(rank=4), methods.Houlsby(reduction_factor=4)])
 def test_names_may_have_dashes_and_dots(method: methods.Method, tmp_path: Path) -> None:
     model = adapters.attach(tiny.model(), method, "my-adapter", rngs=nnx.Rngs(0))
@@ -372,6 +374,7 @@ def test_one_layer_may_be_a_number_or_a_list(layers: Any, tmp_path: Path) -> Non
     assert model.blocks.attention.query.adapters.default.ranks == (0, 8, 0)
 
 
+@pytest.mark.slow
 def test_parameters_of_the_base_are_gathered_in_the_same_order_by_all_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

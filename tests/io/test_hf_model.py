@@ -474,6 +474,7 @@ def test_offline_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 # --- Saving ---
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "tensor": 4}])

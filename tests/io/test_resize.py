@@ -22,6 +22,7 @@ from tests.runs import in_process
 VOCAB, MORE = 48, 54
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_are_the_mean_of_the_old_ones_and_are_saved(tmp_path: Path, tied: bool) -> None:
     before = tiny.model(tie_word_embeddings=tied)

@@ -1,7 +1,7 @@
 """What every method promises. A new method joins by an entry in CASES.
 
-The promises that compile much are checked for the first case of each method. But for a few methods all of it is slow
-(make test-slow), and so is most of what compiles much.
+The promises that compile much are checked for the first case of each method, some of them side by side in one model
+(GROUPS). But for a few methods all of it is slow (make test-slow), and so is most of what compiles much.
 """
 
 import dataclasses
@@ -157,16 +157,16 @@ CASES = {
         methods.Hra(rank=3, gram_schmidt=True, targets=("q_proj", "down_proj"), layers_to_transform=(1,)), 3 * (E + F),
         noop=False,
     ),
-    "adalora": Case(
-        methods.AdaLora(init_rank=4, target_rank=3, total_steps=4, warmup_steps=1),
-        L * 4 * sum(i + 1 + o for i, o in SIDES), moments=4,
-    ),
     "adalora-some": Case(
         methods.AdaLora(
             init_rank=4, target_rank=2, total_steps=2, dropout=0.25, orthogonality=0.0, targets=("q_proj", "v_proj"),
             layers_to_transform=(0, 2),
         ),
         2 * 4 * (E + 1 + E + E + 1 + KV), moments=4,
+    ),
+    "adalora": Case(
+        methods.AdaLora(init_rank=4, target_rank=3, total_steps=4, warmup_steps=1),
+        L * 4 * sum(i + 1 + o for i, o in SIDES), moments=4,
     ),
     "loha": Case(
         methods.LoHa(
@@ -244,6 +244,19 @@ OF_EACH = [
     for name in CASES
     if name in {*FIRST, *EXPERTS, "lora-everything", "lora-dora", "lora-pissa", "prefix-projection"} - {"ia3-experts"}
 ]
+# Methods side by side in one model, some on one kind of layer only: one program checks them all.
+GROUPS: dict[str, dict[str, str | None]] = {
+    "weights": {
+        "lora-dora": "q_proj", "miss": "k_proj", "oft": "v_proj", "loha": "o_proj", "lokr": "gate_proj", "hra": "up_proj",
+        "vblora": "down_proj",
+    },
+    "more-weights": {
+        "lora-pissa": "q_proj", "boft": "k_proj", "vera": "v_proj", "fourierft": "o_proj", "randlora": "down_proj",
+    },
+    "others": dict.fromkeys(("ia3", "ln-tuning", "bitfit", "trainable-tokens")),
+}  # fmt: skip
+FIELDS["others"] = {"attention_bias": True}
+GROUPED = [*(name for name in OF_EACH if not any(name in group for group in GROUPS.values())), *GROUPS]
 
 
 def marked(names: Iterable[str], *others: Any, quick: Iterable[str] = QUICK) -> list[Any]:
@@ -254,7 +267,7 @@ def marked(names: Iterable[str], *others: Any, quick: Iterable[str] = QUICK) -> 
     ]
 
 
-ALL, HEAVY = marked(CASES), marked(OF_EACH, quick=QUICKEST)
+ALL, HEAVY = marked(CASES), marked(GROUPED, quick=QUICKEST)
 PEFT = marked(name for name in CASES if name != "full")
 PEFT_OF_EACH = marked(name for name in OF_EACH if name != "full")
 
@@ -264,14 +277,38 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def methods_of(name: str) -> dict[str, Any]:
+    """The methods of a group, or a case's alone, by the names of their adapters."""
+    if name in CASES:
+        return {"default": CASES[name].method}
+    return {part: only(CASES[part].method, kind) for part, kind in GROUPS[name].items()}
+
+
+def only(method: Any, kind: str | None) -> Any:
+    """The method on one kind of layer, if given; its other options stay, but for patterns that name layers."""
+    if kind is None:
+        return method
+    patterns = {field.name: {} for field in dataclasses.fields(method) if field.name.endswith("_pattern")}
+    return dataclasses.replace(method, targets=(kind,), exclude=(), **patterns)
+
+
+def first_method(name: str) -> adapters.Method:
+    """Stands for its whole group, where no method has a penalty or an optimizer of its own."""
+    return next(iter(methods_of(name).values()))
+
+
 def attached(name: str, *, dtype: str = "float32", remat: str = "none", adapter: str = "default", seed: int = 1) -> Any:
-    """The method on the tiny model; dtype "nf4": on a float32 one that is quantized, as wide as whole blocks but for the
-    inputs of down_proj."""
+    """The method, or those of a group, on the tiny model; dtype "nf4": on a float32 one that is quantized, as wide as
+    whole blocks but for the inputs of down_proj."""
     if dtype == "nf4":
         model = tiny.quantized(tiny.model(remat=remat, hidden_size=64, intermediate_size=72, **FIELDS.get(name, {})))
     else:
         model = tiny.model(dtype=dtype, remat=remat, **FIELDS.get(name, {}))
-    return adapters.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
+    if name in CASES:
+        return adapters.attach(model, CASES[name].method, adapter, rngs=nnx.Rngs(seed))
+    for part, method in methods_of(name).items():
+        adapters.attach(model, method, part, rngs=nnx.Rngs(seed))
+    return adapters.use(model, tuple(GROUPS[name]))
 
 
 LOSS = functools.partial(next_token_loss, chunk=8)
@@ -353,16 +390,16 @@ class Trained:
 def trained(name: str, dtype: str = "float32") -> Trained:
     model = attached(name, dtype=dtype)
     base = tiny.bits(model)
-    step, state, frozen = trainer(model, CASES[name].method)
+    step, state, frozen = trainer(model, first_method(name))
     first = arrays(state.trainable)
     state, losses = run(step, state, frozen, 3)
     return Trained(base, first, frozen, state, losses, step._cache_size())
 
 
-NF4 = [name for name in CASES if name in {*FIRST, *EXPERTS, "lora-dora", "lora-pissa"} - {"full", "ia3-experts"}]
+NF4 = [name for name in GROUPED if name not in ("full", "lora-everything", "prefix-projection")]
 IN_EACH = [
-    *marked(OF_EACH, "float32", quick=("full", *QUICKEST)),
-    *marked(OF_EACH, "bfloat16", quick=QUICKEST),
+    *marked([*OF_EACH, *GROUPS], "float32", quick=("full", *QUICKEST)),
+    *marked(GROUPED, "bfloat16", quick=QUICKEST),
     *marked(NF4, "nf4", quick=("lora",)),
 ]
 
@@ -380,7 +417,8 @@ def test_training_is_traced_once_and_changes_and_keeps_moments_of_what_the_mask_
     assert all(tiny.in_bytes(ran.frozen[path]) == ran.base[path] for path in frozen_base)
     assert (name == "full") == (not frozen_base)
     moments = [leaf.size for leaf in jax.tree.leaves(ran.state.optimizer) if leaf.ndim]
-    assert sum(moments) == CASES[name].moments * sum(value.size for value in after.values())
+    kept = CASES[name].moments if name in CASES else 2
+    assert sum(moments) == kept * sum(value.size for value in after.values())
     assert ran.traces == 1
 
 
@@ -397,7 +435,7 @@ def differentiable(name: str, remat: str = "none") -> tuple[Callable, Callable, 
     """A loss of the trainable parameters, its jitted gradient, and parameters with random values."""
     model = tiny.randomize(attached(name, remat=remat))
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, CASES[name].method.trains))
+    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, first_method(name).trains))
     loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     return loss, jax.jit(jax.grad(loss)), trainable
 
@@ -429,7 +467,7 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
         np.testing.assert_allclose(rematerialised[path], expected, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
-MESHES = marked(OF_EACH, {"fsdp": 2, "tensor": 2}, "float32", quick=("full", "prefix"))
+MESHES = marked(GROUPED, {"fsdp": 2, "tensor": 2}, "float32", quick=("full", "prefix"))
 MESHES += marked(("full", "lora", "oft", "houlsby", "prefix"), {"fsdp": 2, "tensor": 2}, "bfloat16", quick=())
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32", quick=("lora",))
 MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4", quick=())
@@ -445,7 +483,7 @@ MESHES += marked(("lora",), {"data": 2, "sequence": 2, "tensor": 2}, "nf4", quic
 @pytest.mark.parametrize(("name", "sizes", "dtype"), MESHES)
 def test_sharded_training_equals_training_on_one_device(name: str, sizes: dict[str, int], dtype: str) -> None:
     one, mesh = trained(name, dtype), sharding.make_mesh(sizes)
-    step, state, frozen = trainer(attached(name, dtype=dtype), CASES[name].method, mesh)
+    step, state, frozen = trainer(attached(name, dtype=dtype), first_method(name), mesh)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((frozen, state.trainable)))
     state, losses = run(step, state, frozen, 3, mesh)
     if dtype == "bfloat16":  # sums in another order are rounded to 8 bits
@@ -509,13 +547,19 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused() -> None:
         attached("full", dtype="nf4")
 
 
-@pytest.mark.parametrize("name", marked((name for name in NF4 if CASES[name].merges), quick=("lora",)))
+MERGED_INTO_NF4 = [name for name in NF4 if name not in CASES or CASES[name].merges]
+
+
+@pytest.mark.parametrize("name", marked(MERGED_INTO_NF4, quick=("lora",)))
 def test_merged_into_an_nf4_base_equals_attached_and_unmerging_restores_the_codes(name: str) -> None:
     model = tiny.randomize(attached(name, dtype="nf4"), scale=0.05)
-    before, expected = tiny.bits(model), model(tiny.tokens())
-    adapters.merge(model, "default")
+    before, expected, parts = tiny.bits(model), model(tiny.tokens()), list(methods_of(name))
+    for part in parts:
+        adapters.merge(model, part)
     np.testing.assert_allclose(model(tiny.tokens()), expected, atol=2e-5 * np.abs(expected).max())
-    assert tiny.bits(adapters.unmerge(model, "default")) == before
+    for part in reversed(parts):
+        adapters.unmerge(model, part)
+    assert tiny.bits(model) == before
 
 
 @pytest.mark.parametrize("name", PEFT_OF_EACH)
@@ -559,7 +603,7 @@ def test_a_population_under_vmap_equals_its_members_one_by_one(name: str) -> Non
             np.testing.assert_allclose(together[path][index], expected, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("name", HEAVY)
+@pytest.mark.parametrize("name", marked(("full", "lora", "lora-dora", "prefix", "adalora-some"), quick=QUICKEST))
 def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     saved = flatten(trained(name).state)
     abstract = {

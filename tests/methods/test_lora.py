@@ -176,6 +176,7 @@ def test_a_tied_head_that_is_trained_whole_leaves_the_embedding_alone() -> None:
         np.testing.assert_allclose(logits(model), 2 * base, rtol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
 def test_merging_one_of_a_tied_pair_unties_it_and_unmerging_ties_it_again(targets: tuple[str, ...]) -> None:
     model = tiny.randomize(attached(model=tiny.model(tie_word_embeddings=True), targets=targets))
@@ -317,6 +318,7 @@ def test_two_merged_adapters_add_up_and_are_undone_from_the_last() -> None:
     np.testing.assert_array_equal(logits(model), one)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "options", [{"targets": ("embed_tokens", "lm_head")}, {"targets": ("q_proj",), "modules_to_save": ("lm_head",)}]
 )

@@ -209,6 +209,7 @@ def test_olora_starts_with_the_first_columns_of_a_qr_decomposition() -> None:
     np.testing.assert_allclose((a @ b)[:, :4], kernels(model)[:, :4], atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_starts_as_a_part_of_the_kernel_changes_no_bit_at_first(init: str, dtype: str) -> None:

@@ -46,6 +46,7 @@ def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() ->
     np.testing.assert_allclose(prompted, adapters.use(model, None)(longer)[:, 3:], atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [{}, mistral(4)], ids=["full", "windowed"])
 def test_packed_documents_are_computed_as_if_each_were_alone(method: adapters.Method, fields: dict[str, Any]) -> None:
     model = attached(method, **fields)
@@ -59,6 +60,7 @@ def test_packed_documents_are_computed_as_if_each_were_alone(method: adapters.Me
     np.testing.assert_allclose(packed[:, 7:], model(second), atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [{}, mistral(40)], ids=["full", "windowed"])
 def test_padding_on_the_left_changes_nothing(method: adapters.Method, fields: dict[str, Any]) -> None:
     model = attached(method, **fields)
@@ -69,6 +71,7 @@ def test_padding_on_the_left_changes_nothing(method: adapters.Method, fields: di
     np.testing.assert_allclose(model(padded, mask=mask, positions=positions)[:, 4:], model(tokens), atol=1e-5)
 
 
+@pytest.mark.slow_cases
 def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(method: adapters.Method) -> None:
     model = tiny.randomize(attached(method))
     prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]

@@ -217,6 +217,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -295,6 +296,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folde
     assert np.abs(model(tokens()) - before).max() > 0.1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", [peftjax.Lora(rank=2), peftjax.Houlsby(), peftjax.PromptTuning(tokens=3)])
 def test_the_head_is_in_the_adapters_file_and_comes_back(method: Any, folder: Path, tmp_path: Path) -> None:
     model = peftjax.load_model(folder / "classifier")
@@ -315,6 +317,7 @@ def test_a_merged_head_is_the_models_own(folder: Path) -> None:
     np.testing.assert_allclose(peftjax.merge(model)(tokens()), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_have_their_own_adapters_and_heads(folder: Path) -> None:
     model = peftjax.load_model(folder / "classifier")
     for index, name in enumerate(("one", "two")):

@@ -64,6 +64,7 @@ def test_padding_on_the_left_changes_nothing_for_the_tokens_behind_it() -> None:
     np.testing.assert_allclose(model(padded, mask=mask, positions=positions)[:, 3:], model(tokens), atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 3}])
 def test_the_cache_gives_the_logits_of_the_whole_pass(fields: dict) -> None:
     model, tokens = tiny.model(**fields), tiny.tokens(shape=(2, 8))

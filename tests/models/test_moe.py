@@ -129,6 +129,7 @@ def test_gate_and_up_of_an_expert_have_no_separate_inputs_to_scale(directory: Pa
             peftjax.attach(peftjax.load_model(directory), method, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [GPT_OSS, LLAMA4], ids=["gpt-oss", "llama4"])
 def test_what_needs_modules_is_refused_for_experts_that_are_always_one_parameter(fields: dict[str, Any]) -> None:
     with pytest.raises(

@@ -74,6 +74,7 @@ def test_each_version_says_its_head_and_its_scaling_in_its_own_way() -> None:
     assert head(model_type="mt5") == (True, False)
 
 
+@pytest.mark.slow
 def test_a_target_read_in_parts_has_the_states_of_the_whole() -> None:
     whole = model(num_decoder_layers=3)
     given = inputs()
@@ -128,6 +129,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.filterwarnings("ignore:adapter_config.json. .* says how it was trained")  # by a projection
 @pytest.mark.parametrize("name", METHODS)
 def test_adapters_sit_in_both_stacks_and_go_through_their_files(name: str, tmp_path: Path) -> None:

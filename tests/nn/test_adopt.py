@@ -75,6 +75,7 @@ def test_its_layers_are_still_flaxs_at_their_paths_with_their_values() -> None:
             np.testing.assert_array_equal(np.ravel(ours[path].get_value()), np.ravel(leaf.get_value()), err_msg=path)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("target", ALL)
 def test_lora_in_any_layer_is_the_update_of_its_matrix(target: str) -> None:
     model = adopted(Lora(rank=2, targets=(target,)))

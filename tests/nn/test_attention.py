@@ -73,6 +73,7 @@ def reference(layer: Attention, x: np.ndarray, rope: Any, allowed: np.ndarray) -
 CAUSAL = np.tril(np.ones((T, T), bool))[None].repeat(B, axis=0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_grouped_query_attention_equals_numpy(kv_heads: int, masked: bool) -> None:
@@ -138,6 +139,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny.model(**request.param)
 
 
+@pytest.mark.slow_cases
 def test_packed_documents_equal_the_same_documents_alone(model: Any) -> None:
     lengths = (5, 1, 6)
     packed = tiny.tokens(shape=(1, 14))
@@ -177,6 +179,7 @@ def test_a_windowed_model_does_not_see_further_than_its_windows() -> None:
     assert seen.tolist() == [True] * 5 + [False] * 5  # two layers of a window of 3 reach 4 positions back
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("chunks", [(6, 1, 1, 1), (2, 5, 2)])
 def test_a_cache_filled_in_pieces_equals_the_whole_pass(model: Any, chunks: tuple[int, ...]) -> None:
     tokens = tiny.tokens(shape=(2, 9))
@@ -189,6 +192,7 @@ def test_a_cache_filled_in_pieces_equals_the_whole_pass(model: Any, chunks: tupl
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), model(tokens), atol=1e-5)
 
 
+@pytest.mark.slow_cases
 def test_a_cache_with_left_padded_prompts_equals_each_row_alone(model: Any) -> None:
     lengths, width, new = (7, 3), 7, 4
     rows = [tiny.tokens(seed, (1, length + new)) for seed, length in enumerate(lengths)]
@@ -229,6 +233,7 @@ def test_attention_written_out_is_attention_and_a_cap_bends_its_scores() -> None
     np.testing.assert_allclose(capped[0, 1, 0], weights @ v[0, :2, 0], atol=1e-5)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 2}, {"sequence": 2, "tensor": 2}])
 def test_splash_attention_is_causal_attention_on_a_mesh_too(sizes: dict[str, int] | None) -> None:
     keys = jax.random.split(jax.random.key(0), 3)

@@ -97,6 +97,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", MASKS)
 def test_blocks_equal_dense_attention(name: str) -> None:
     cap = 2.0 if name in ("packed", "soft prompt") else None
@@ -151,6 +152,7 @@ def test_queries_without_any_key_get_zeros_and_finite_gradients() -> None:
     assert all(np.isfinite(gradient).all() for gradient in back(jnp.ones_like(out)))
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_blocks_are_those_of_dense_attention() -> None:
     """The reverse-mode derivative of a gradient, where for some queries no key of a block counts."""
     mask = make_mask(24, window=5, packed=True)
@@ -218,6 +220,7 @@ SPLASH: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -236,6 +239,7 @@ def test_splash_attention_equals_dense_attention(name: str, sizes: dict[str, int
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("packed", "sizes"), [(False, None), (True, {"data": 2, "tensor": 2})])
 def test_triton_attention_equals_dense_attention(packed: bool, sizes: dict[str, int] | None) -> None:
     check_equal(lambda *given: triton(*given, scale=0.3, interpret=True), make_mask(256, packed=packed), None, sizes)
@@ -286,6 +290,7 @@ def test_a_model_with_blocks_has_the_same_gradients_and_decodes_as_before(
     np.testing.assert_array_equal(cache.key, same.key)
 
 
+@pytest.mark.slow
 def test_a_population_under_vmap_attends_in_blocks_on_a_mesh() -> None:
     mask = make_mask(32, packed=True)
     q, k, v = (jax.random.normal(jax.random.key(i), (3, B, 32, heads, H)) for i, heads in enumerate((N, K, K)))

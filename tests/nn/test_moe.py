@@ -81,6 +81,7 @@ def assert_close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found, expected)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("make", [experts, clamped])
 def test_experts_and_their_gradients_are_those_of_a_loop(make: Any) -> None:
     layer, given = make(), inputs()
@@ -117,6 +118,7 @@ def with_vectors(layer: Experts) -> Experts:
     return tiny.randomize(layer)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("sizes", "make"),
     [
@@ -204,6 +206,7 @@ def with_dora(layer: Experts) -> Experts:
     return layer
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("format_", "adapt"), [("nf4", lambda layer: layer), ("nf4", with_dora), ("int8", with_dora), ("nf4", with_vectors)]
 )
@@ -330,6 +333,7 @@ def test_the_load_balancing_loss_counts_choices_and_probabilities() -> None:
     np.testing.assert_allclose(load_balancing_loss(mixed, 1, mask), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_documents_have_the_load_balancing_loss_of_padded_ones() -> None:
     model = tiny.model(model_type="mixtral", num_local_experts=EXPERTS, num_experts_per_tok=CHOICES)
     first, second = tiny.tokens(shape=(1, 5)), tiny.tokens(1, (1, 3))

@@ -30,6 +30,7 @@ def gradients(remat: str) -> tuple[dict[str, np.ndarray], Any]:
     return jax.tree.map(np.asarray, program(trainable, frozen)), program.memory_analysis()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("remat", ["dots", "block", "offload"])
 def test_gradients_are_the_same_whatever_is_kept_for_the_backward_pass(remat: str) -> None:
     for path, expected in gradients("none")[0].items():

@@ -24,6 +24,7 @@ def layer() -> MixtureOfExperts:
     return MixtureOfExperts(EXPERTS, CHOICES, True, WIDTH, HIDDEN, **options)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("sizes", "padding"),
     [

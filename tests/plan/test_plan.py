@@ -309,6 +309,7 @@ def test_the_estimate_of_temporaries_is_near_what_the_compiler_says(
     assert found.temporaries / 4 < step.temporary_bytes < 2 * found.temporaries
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compiler")
 def test_what_does_not_fit_is_told_with_what_to_change() -> None:
     config = make_config(
@@ -556,6 +557,7 @@ def test_random_draws_and_the_sweep_of_the_config_file_are_planned_as_the_sweep_
     assert [rank for _, rank in asked[-1][1]] == [2, 4]
 
 
+@pytest.mark.slow
 def test_each_member_is_planned_with_the_ranks_and_layers_of_all() -> None:
     base = make_config()
     options = ({"rank": 4, "targets": "q_proj"}, {"rank": 2, "targets": "down_proj"}, {"rank": 3, "targets": "q_proj"})

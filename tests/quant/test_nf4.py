@@ -118,6 +118,7 @@ def test_what_was_decoded_is_encoded_to_the_same_codes(shape: Any, dtype: str) -
     assert jax.tree.structure(kernel) == jax.tree.structure(again)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("shape", [(128, 40), (37, 33)])
 def test_a_stack_is_its_layers_one_by_one_and_encodes_others_as_it_was(shape: Any) -> None:
     kernels, kernel = stacked(3, *shape, dtype=jnp.bfloat16)
@@ -149,6 +150,7 @@ def test_the_mean_is_exact_to_a_unit_in_the_last_place_and_has_the_same_bits_in_
 # --- The product ---
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("inputs", [128, 72])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_product_and_its_gradient_are_those_of_the_decoded_kernel_which_gets_none(inputs: int, dtype: str) -> None:
@@ -171,6 +173,7 @@ def test_the_product_and_its_gradient_are_those_of_the_decoded_kernel_which_gets
         assert leaf.dtype == jax.dtypes.float0 or not np.asarray(leaf).any()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("outputs", [48, 33])
 @pytest.mark.parametrize("nested", [False, True])
 def test_decoding_in_parts_on_a_cpu_is_bit_identical(outputs: int, nested: bool) -> None:
@@ -203,6 +206,7 @@ def scanned(layers: int, remat: bool) -> Any:
     return jax.jit(jax.grad(loss)).lower(scales, abstract, x).compile(options).memory_analysis()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("remat", [False, True])
 def test_twice_the_layers_of_a_scan_take_no_more_than_one_decoded_kernel(remat: bool) -> None:
     more = scanned(16, remat).temp_size_in_bytes - scanned(8, remat).temp_size_in_bytes

@@ -263,8 +263,9 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
         made.eval.samples = 2
     members = []
     for index, options in enumerate(OPTIONS[name]):
+        targets = {} if name in ("lora", "targets") else {"targets": ("q_proj", "down_proj")}
         made.method = methods.make_config(
-            {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **options
+            {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **targets | options
         )
         made.optim.weight_decay = 0.1 * index
         members.append(member(made, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
