@@ -90,7 +90,8 @@ def difference_intervals(losses: Sequence[Sequence[float]]) -> list[str]:
     for values, use in zip(losses, usable, strict=True):
         if use and values is not best:
             interval = stats.ttest_ind(values, best, equal_var=False).confidence_interval(0.95)
-            texts.append(f"{interval.low:+.2g} to {interval.high:+.2g}")
+            digits = max(1 - math.floor(math.log10(interval.high - interval.low)), 0)
+            texts.append(f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}")
         else:
             texts.append("best" if values is best else "")
     return texts

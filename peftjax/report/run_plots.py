@@ -158,9 +158,23 @@ def _round_values(low: float, high: float) -> list[float]:
     return [value for value in MaxNLocator(5).tick_values(low, high) if low <= value <= high]
 
 
-def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
-    """Draw learning curves; a group's has a band of one standard deviation, and a failed run's ends with a cross."""
-    good = [curve for curve in curves if not curve.failed] or curves  # a loss that explodes does not set the limits
+def highest_shown(losses: Sequence[float]) -> float:
+    """The highest loss on an axis, at whose end the runs that diverged are marked; infinite if all runs are shown.
+
+    A run is left out if its loss is above the median by more than five times the median's distance from the lowest loss, and
+    if the runs left out would take more than half of the axis.
+    """
+    lowest, median = min(losses, default=0), statistics.median(losses or [0])
+    highest = max((loss for loss in losses if loss <= median + 5 * (median - lowest)), default=0)
+    return highest if max(losses, default=0) - highest > highest - lowest > 0 else math.inf
+
+
+def draw_curves(axes: "Axes", curves: Sequence[RunCurve], highest: float = math.inf) -> None:
+    """Draw learning curves; a group's has a band of one standard deviation, and a failed run's ends with a cross.
+
+    Failed runs and those that end above `highest` do not set the limits of the axis.
+    """
+    good = [curve for curve in curves if not curve.failed and curve.values[-1] <= highest] or curves
     values = [value for curve in good for value in curve.values]
     set_steps(axes, max(int(curve.steps[-1]) for curve in curves))
     set_values(axes, values, is_log(values), format_number)
@@ -185,7 +199,9 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve]) -> None:
             axes.plot(curve.steps[-1:], [min(curve.values[-1], axes.get_ylim()[1])], zorder=4, **_FAILED)
 
 
-def draw_field(axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequence[float]) -> None:
+def draw_field(
+    axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequence[float], highest: float = math.inf
+) -> None:
     """Draw the score of each run over the place of its value, and the mean and standard deviation of equal values.
 
     Args:
@@ -193,8 +209,9 @@ def draw_field(axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequen
         scale: The horizontal axis.
         lines: The runs with a score.
         failed: The places of failed runs, marked at the top.
+        highest: The end of the vertical axis; triangles there mark runs with higher scores, which have no mean.
     """
-    scores = [score for line in lines for _, score in line.points]
+    scores = [score for line in lines for _, score in line.points if score <= highest]
     set_values(axes, scores, is_log(scores), format_number)
     low, high = _padded(scale)
     axes.set_xlim(low, high)
@@ -202,13 +219,19 @@ def draw_field(axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequen
     for index, line in enumerate(lines):
         color, offset = COLORS[line.color], shift * (index - (len(lines) - 1) / 2) * (len(lines) <= len(GROUP_COLORS))
         marker = _MARKERS[GROUP_COLORS.index(line.color)] if line.color in GROUP_COLORS else "o"
+        shown = sorted(point for point in line.points if point[1] <= highest)
+        higher = {place for place, score in line.points if score > highest}
         axes.plot(
-            [place + offset for place, _ in line.points], [score for _, score in line.points],
+            [place + offset for place, _ in shown], [score for _, score in shown],
             marker, color=color, alpha=0.55, markeredgewidth=0,
         )  # fmt: skip
+        if higher:
+            places = [place + offset for place in higher]
+            axes.plot(places, [1] * len(places), "^", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
         equal: dict[float, list[float]] = {}
-        for place, score in sorted(line.points):
-            equal.setdefault(place, []).append(score)
+        for place, score in shown:
+            if place not in higher:
+                equal.setdefault(place, []).append(score)
         if len(equal) > 1 or any(len(some) > 1 for some in equal.values()):
             spreads = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in equal.values()]
             means = [statistics.fmean(some) for some in equal.values()]

@@ -90,6 +90,10 @@ def _ranked(runs: Sequence[SweptRun], ranked_by: str) -> list[int]:
     return sorted(scored, key=lambda number: (runs[number].stopped > 0, runs[number].scores[ranked_by]))
 
 
+def _highest(runs: Sequence[SweptRun], ranked_by: str) -> float:
+    return run_plots.highest_shown([runs[number].scores[ranked_by] for number in _ranked(runs, ranked_by)])
+
+
 def _colors(runs: Sequence[SweptRun], ranked_by: str) -> dict[int, str]:
     """The colors of the runs with a score, by their numbers: from the first color for the best to the second."""
     ranked = _ranked(runs, ranked_by)
@@ -118,7 +122,7 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
     if curves:
         log = is_log([value for curve in curves for value in curve.values])
         title = "Held-out loss" if score == "eval_loss" else "Training loss"
-        draw = partial(run_plots.draw_curves, curves=curves)
+        draw = partial(run_plots.draw_curves, curves=curves, highest=_highest(runs, ranked_by))
         yield make_figure(
             title, "by step" + ", logarithmic" * log, _legend(runs, ranked_by), draw, wide=True, height=300
         )
@@ -130,26 +134,31 @@ def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], r
     scale = make_scale([run.values[field] for run in runs])
     others = [other for other in fields if other != field]
     points: dict[str, list[tuple[float, float]]] = {}
+    orders = [make_scale([run.values.get(other, "") for run in runs]).places for other in others]
+    order: dict[str, tuple[float, ...]] = {}
     for number in _ranked(runs, ranked_by):
         run = runs[number]
         name = ", ".join(
             f"{short_name(other, fields)}={value_text(run.values[other])}" for other in others if other in run.values
         )
         points.setdefault(name, []).append((scale.places[number], run.scores[ranked_by]))
-    names = sorted(points) if len(points) <= len(GROUP_COLORS) else list(points)
+        order[name] = tuple(places[number] for places in orders)
+    names = sorted(points, key=order.__getitem__) if len(points) <= len(GROUP_COLORS) else list(points)
     colors = GROUP_COLORS if len(names) <= len(GROUP_COLORS) else ["first"] * len(names)
     lines = [Line(name, color, points[name]) for name, color in zip(names, colors, strict=False)]
     legend = [(f"var(--{line.color})", line.name) for line in lines if 1 < len(lines) <= len(GROUP_COLORS)]
     failed = [scale.places[number] for number, run in enumerate(runs) if run.failed]
     legend += [("var(--wrong)", "✗ failed")] * bool(failed)
     repeated = any(len({place for place, _ in some}) < len(some) for some in points.values())
+    highest = _highest(runs, ranked_by)
     notes = [
         ranked_by,
-        scale.kind * (scale.kind == "logarithmic"),
         "mean ± standard deviation over the seeds" * repeated,
         "stopped runs with their last loss" * any(run.stopped for run in runs),
+        f"▲ above {format_number(highest)}" * math.isfinite(highest),
+        "logarithmic horizontal axis" * (scale.kind == "logarithmic"),
     ]
-    draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed)
+    draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed, highest=highest)
     return make_figure(short_name(field, fields), ", ".join(filter(None, notes)), legend, draw, wide=wide)
 
 
@@ -158,8 +167,10 @@ def _parallel_figure(runs: Sequence[SweptRun], fields: Sequence[str], ranked_by:
     ranked = _ranked(runs, ranked_by)
     shown = [*ranked, *(number for number, run in enumerate(runs) if run.failed and number not in ranked)]
     scales = [make_scale([runs[number].values.get(field, "not set") for number in shown]) for field in fields]
-    scales.append(make_scale([runs[number].scores[ranked_by] for number in ranked]))
+    highest = _highest(runs, ranked_by)
+    scales.append(make_scale([min(runs[number].scores[ranked_by], highest) for number in ranked]))
     colors: list[str | None] = [*_colors(runs, ranked_by).values(), *[None] * (len(shown) - len(ranked))]
     names = [*(short_name(field, fields) for field in fields), ranked_by]
     draw = partial(run_plots.draw_parallel, names=names, scales=scales, colors=colors)
-    return make_figure("Parallel coordinates", "", _legend(runs, ranked_by), draw, wide=True, height=320)
+    note = f"{ranked_by} above {format_number(highest)} at the end of its axis" * math.isfinite(highest)
+    return make_figure("Parallel coordinates", note, _legend(runs, ranked_by), draw, wide=True, height=320)

@@ -121,7 +121,7 @@ def test_the_interval_of_a_difference_is_that_of_welch() -> None:
     errors = [statistics.variance(some) / len(some) for some in (a, b)]
     freedom = sum(errors) ** 2 / sum(e**2 / (len(s) - 1) for e, s in zip(errors, (a, b), strict=True))
     half = stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
-    assert text == f"{means - half:+.2g} to {means + half:+.2g}"
+    assert text == f"{means - half:+.1f} to {means + half:+.1f}"
     assert difference_intervals([a, [0.1], [1.0, float("nan")], [0.5, 0.5]]) == [""] * 4
     assert difference_intervals([[0.1], a, b]) == ["", "best", text]
 

@@ -1,6 +1,7 @@
 """The page of a sweep: its runs, their scores, and links to their reports."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
-from peftjax.report.run_plots import make_scale
+from peftjax.report.run_plots import highest_shown, make_scale
 from peftjax.report.sweep_page import write_sweep_page
 from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words
 
@@ -89,7 +90,7 @@ def test_the_page_has_curves_a_plot_of_each_field_and_parallel_coordinates(tmp_p
     curves = found["Held-out loss"].split("<svg")[2]
     assert "stroke: var(--first); stroke-width: 2.8" in curves  # the best run is thick
     assert ">50<" not in curves  # the failed run does not set the limits
-    assert "eval_loss, logarithmic, mean ± standard deviation over the seeds" in found["learning_rate"]
+    assert "eval_loss, mean ± standard deviation over the seeds, logarithmic horizontal axis" in found["learning_rate"]
     assert ">0.0001</text>" in found["learning_rate"]
     assert "eval_loss, mean ± standard deviation" in found["targets"]
     assert ">all-linear</text>" in found["targets"]
@@ -108,6 +109,29 @@ def test_one_field_has_no_parallel_coordinates_and_a_search_has_points_without_l
     search = figures(write_sweep(tmp_path / "search", drawn))
     assert list(search) == ["Held-out loss", "learning_rate", "dropout", "rank", "Parallel coordinates"]
     assert "standard deviation" not in search["rank"]
+
+
+def test_a_run_that_diverged_does_not_set_the_limits(tmp_path: Path) -> None:
+    swept = [{"optim.learning_rate": rate, "method.rank": rank} for rank in (16, 4) for rate in (1e-3, 2e-3, 4e-3)]
+    runs = [
+        {"run": str(number), "values": values, "scores": {"eval_loss": 80.0 if number == 4 else 1 + number / 10}}
+        for number, values in enumerate(swept)
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps(runs))
+    found = figures(write_sweep_page(tmp_path).read_text(encoding="utf-8"))
+    assert "eval_loss, ▲ above 1.5" in found["learning_rate"]
+    assert words(found["learning_rate"]).index("rank=4") < words(found["learning_rate"]).index("rank=16")
+    assert ">80<" not in found["learning_rate"]
+    assert "eval_loss above 1.5 at the end of its axis" in found["Parallel coordinates"]
+
+
+def test_only_outliers_are_left_out_of_an_axis() -> None:
+    assert highest_shown([0.6, 0.7, 0.65, 0.62, 3.0]) == 0.7
+    assert highest_shown([0.6, 0.7, 0.8, 3.0]) == 0.8
+    assert highest_shown([1.0, 1.2, 1.4, 1.6, 1.8, 2.9]) == math.inf
+    assert highest_shown([0.5] * 9 + [0.6]) == math.inf
+    assert highest_shown([0.5, 3.0]) == math.inf
+    assert highest_shown([]) == math.inf
 
 
 @pytest.mark.parametrize(
