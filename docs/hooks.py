@@ -6,11 +6,17 @@ a file that does not exist fails the build.
 
 Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
 
+API reference: `::: peftjax.attach` shows the module of that name, not the function, and fails the build.
+
 Dataclasses: `ClassVar` without a type is a class variable too, and not a parameter of the constructor.
+
+Methods: their equation, which is in the docstring of the module, is shown with their options, and so are those of the base
+classes.
 """
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +55,57 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(replace, RESULTS.sub(include, markdown))
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> None:
+    if module := re.search(r'<h3 id="peftjax\.(\w+)\.\1"', html):
+        raise PluginError(f"{page.file.src_path}: {module[1]} is shown as a module; write the function's full path")
+
+
 class BareClassVars(griffe.Extension):
     """Take the annotation from class variables without a type, which griffe would show as parameters."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         if str(attr.annotation) == "ClassVar":
             attr.annotation = None
+
+
+class WholeMethods(griffe.Extension):
+    """Add to the docstring of a method that of its module and the options that it inherits."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        for module in all_modules(pkg["methods"]):
+            for method in module.classes.values():
+                if not method.is_alias and method.docstring:
+                    text = with_inherited(method)
+                    if module.docstring and text.startswith("Options of "):
+                        text = f"{module.docstring.value.rstrip()}\n\n{text.partition('.')[2].strip()}"
+                    method.docstring.value = text
+
+
+def all_modules(package: griffe.Module) -> Iterator[griffe.Module]:
+    for module in package.modules.values():
+        if not module.is_alias:
+            yield module
+            yield from all_modules(module)
+
+
+OPTION = re.compile(r"^    (\w+)[ :].*(?:\n {8}.*)*\n?", re.MULTILINE)
+OPTIONS = re.compile(r"(?<=^Attributes:\n)(?: {4}.*\n?)*", re.MULTILINE)
+
+
+def options_of(docstring: str) -> dict[str, str]:
+    block = OPTIONS.search(docstring)
+    return {option[1]: option[0].rstrip() for option in OPTION.finditer(block[0])} if block else {}
+
+
+def with_inherited(method: griffe.Class) -> str:
+    """The docstring of a class, with the options of its base classes below `Method`."""
+    text, bases = method.docstring.value, method.mro()
+    names = [base.name for base in bases]
+    inherited: dict[str, str] = {}
+    for base in reversed(bases[: names.index("Method")] if "Method" in names else []):
+        inherited |= options_of(base.docstring.value if base.docstring else "")
+    own = options_of(text)
+    listed = "\n".join([*(option for name, option in inherited.items() if name not in own), *own.values()])
+    if OPTIONS.search(text):
+        return OPTIONS.sub(lambda _: listed + "\n", text)
+    return f"{text}\n\nAttributes:\n{listed}" if listed else text

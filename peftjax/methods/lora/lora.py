@@ -1,12 +1,13 @@
 """LoRA: y = x W + s (x A) B, with W frozen, A random and B zero at initialization.
 
 Hu et al. 2021 (arXiv:2106.09685), section 4.1, eq. 3, with s = alpha / r; rank-stabilized LoRA has s = alpha / sqrt(r)
-(Kalajdzievski 2023, arXiv:2312.03732, eq. 3). The adapter is in adapter.py, initial values of A and B in init.py, DoRA in
-dora.py; docs/lora.md has the derivations. Two variants change no equation:
+(Kalajdzievski 2023, arXiv:2312.03732, eq. 3). docs/lora.md has the derivations. Two variants change no equation:
 
-LoRA+    The learning rate of B is `lr_ratio` times that of A: Hayou et al. 2024 (arXiv:2402.12354), section 4.
-LoRA-FA  A keeps its initial value: Zhang et al. 2023 (arXiv:2308.03303). The paper's second version, and peft's optimizer
-         for it, also multiply B's gradient by (A^T A)^-1 / s^2; here it is B's own gradient.
+- LoRA+: the learning rate of B is `lr_ratio` times that of A (Hayou et al. 2024, arXiv:2402.12354, section 4).
+- LoRA-FA: A keeps its initial value (Zhang et al. 2023, arXiv:2308.03303). The paper's second version, and peft's
+  optimizer for it, also multiply B's gradient by (A^T A)^-1 / s^2; here it is B's own gradient.
+
+The adapter is in adapter.py, initial values of A and B in init.py, DoRA in dora.py.
 """
 
 import dataclasses
