@@ -154,14 +154,18 @@ def table(groups: list[Group], baselines: list[Group]) -> str:
 
 @contextlib.contextmanager
 def plot(file: Path) -> Iterator[Any]:
-    """The axes of a new figure, which is saved with a grid and a legend."""
+    """The axes of a new figure, which is saved with a grid and a legend; one of many entries is beside the axes."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     yield axes
     axes.grid(color="lightgray", linewidth=0.5)
-    axes.legend(fontsize="small")
+    if len(axes.get_legend_handles_labels()[0]) > 6:
+        figure.set_figwidth(7.2)
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    else:
+        axes.legend(fontsize="small")
     figure.savefig(file, dpi=200)
 
 
