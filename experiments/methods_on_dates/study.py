@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import nnx
 
 from experiments.methods_on_dates.config import get_config
+from experiments.methods_on_dates.picture import draw
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.data.batches import Batching, HeldOut, train_batches
@@ -158,26 +158,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(results: dict[str, Any]) -> None:
-    """Held-out loss over the number of trained parameters; the names stand beside it, for many points lie close together."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
-    ordered = sorted(results["methods"].items(), key=lambda item: item[1]["eval_loss"])
-    for index, (name, one) in enumerate(ordered):
-        place = (one["trained"], one["eval_loss"])
-        axes.plot(*place, "o", color="tab:blue", markersize=5)
-        height = (index + 0.5) / len(ordered)
-        line = {"arrowstyle": "-", "color": "lightgray", "linewidth": 0.7}
-        axes.annotate(name, place, xytext=(1.03, height), textcoords="axes fraction", va="center", fontsize=8,
-                      arrowprops=line, zorder=0)  # fmt: skip
-    axes.axhline(results["base_loss"], color="gray", linestyle=":", label="the base alone")
-    axes.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="held-out loss, nats a token")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.96))
-    figure.savefig(HERE / "methods.png", dpi=110)
-
-
 def main() -> None:
     base = resolve(config.model.path)
     task, batching = make_task(config.task, config.data, base), Batching(config.train.batch_size)
@@ -201,7 +181,7 @@ def main() -> None:
             print(name, results["methods"][name], flush=True)
             file.write_text(json.dumps(results, indent=2) + "\n")
     (HERE / "table.md").write_text(table(results))
-    picture(results)
+    draw(results)
 
 
 if __name__ == "__main__":
