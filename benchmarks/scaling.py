@@ -1,12 +1,12 @@
 """How the time of a train step grows, and the share of the training loop spent waiting for data.
 
-    python benchmarks/scaling.py [length batch rank layers input] [--shape=15m] [--results=DIR]
+    python benchmarks/scaling.py [length batch rank layers runs input] [--shape=15m] [--results=DIR]
 
 Rank-16 LoRA on all linear layers of a random Llama in float32, 4 x 128 tokens. Each study changes one number and measures the
 steps in turns. The exponent is the slope of a line through the logarithms of the number and the median time: 1 means
-proportional, 0 means independent. "input" runs the loop of `peftjax train` and measures how long it waits for batches of
-tokenized texts. Prints the results, and with --results writes scaling.json and scaling.svg. `sweep.py` measures several LoRAs
-that are trained together.
+proportional, 0 means independent. "runs" is the number of LoRAs that a sweep trains together. "input" runs the loop of `peftjax
+train` and measures how long it waits for batches of tokenized texts. Prints the results, and with --results writes
+scaling.json and scaling.svg.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_step import Step, model_directory
+from train_step import PopulationStep, Step, model_directory
 
 import peftjax
 from peftjax import sharding
@@ -38,6 +38,7 @@ STUDIES = {
     "batch": (1, 2, 4, 8, 16),
     "rank": (4, 16, 64, 256),
     "layers": (2, 4, 8, 16),
+    "runs": (1, 2, 4, 8),
 }
 
 
@@ -57,7 +58,11 @@ def make_config(root: Path, shape: str, study: str = "", value: int = 0, **field
 
 def grow(root: Path, shape: str, study: str, rounds: int) -> dict[int, float]:
     """The median time of a step by the number that a study changes."""
-    steps = {value: Step(make_config(root, shape, study, value)) for value in STUDIES[study]}
+    configs_of = {value: make_config(root, shape, study, value) for value in STUDIES[study]}
+    steps = {
+        value: PopulationStep(config, value) if study == "runs" else Step(config)
+        for value, config in configs_of.items()
+    }
     for step in steps.values():
         step.run(2)  # compiles
     seconds: dict[int, list[float]] = {value: [] for value in steps}

@@ -41,6 +41,23 @@ def test_the_bound_counts_the_products_of_a_step_without_masked_scores(
 
 
 @pytest.mark.slow
+def test_growth_is_measured_and_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import scaling
+
+    for study in ("runs", "length"):
+        monkeypatch.setitem(scaling.STUDIES, study, (1, 2) if study == "runs" else (16, 32))
+    monkeypatch.setattr(
+        sys, "argv", ["scaling.py", "runs", "length", "--shape=tiny", "--rounds=1", f"--results={tmp_path}"]
+    )
+    scaling.main()
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert {study: list(times) for study, times in found.items()} == {"length": ["16", "32"], "runs": ["1", "2"]}
+    assert all(seconds > 0 for times in found.values() for seconds in times.values())
+    assert "runs: exponent" in (tmp_path / "scaling.svg").read_text()
+
+
+@pytest.mark.slow
 def test_the_memory_of_a_step_comes_from_the_compiler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
