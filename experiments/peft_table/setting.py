@@ -15,7 +15,7 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BATCH = {"classification": 16, "causal_lm": 4}
+BATCH = {"classification": 16, "causal_lm": 1}  # rows; those of the decoder hold three to four records
 TEST = 500  # of E2E's test file see `MEANINGS`
 MEANINGS = 100  # meaning representations of E2E's test file that are verbalized, each with all its references
 References = list[list[str | None]]  # by column, as `columns` makes them
@@ -33,7 +33,7 @@ class Setting:
       epochs: Passes over them.
       seeds: Number of runs of each method with its best rate.
       score: The main score on the test file.
-      length: Maximum number of tokens of a record.
+      length: Maximum number of tokens of a row.
       fields: Other fields of the config.
       train: The name of the training file.
     """
@@ -77,8 +77,8 @@ TASKS = {
         "mrpc", 1000, 240, 3, 5, "accuracy", 64, classes("different", "equivalent", text="{sentence1}", pair="{sentence2}")
     ),
     "e2e": Setting(
-        "e2e_nlg", 128, 100, 2, 3, "bleu", 128,
-        {"data.format": "completion", "data.prompt_template": SENTENCE, "data.completion_template": "{ref}"},
+        "e2e_nlg", 128, 100, 2, 3, "bleu", 256,
+        {"data.pack": True, "data.format": "completion", "data.prompt_template": SENTENCE, "data.completion_template": "{ref}"},
     ),
 }  # fmt: skip
 
