@@ -6,7 +6,8 @@ a file that does not exist fails the build.
 
 Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
 
-API reference: `::: peftjax.attach` shows the module of that name, not the function, and fails the build.
+API reference: `::: peftjax.attach` shows the module of that name, not the function, and fails the build. The path of a page of
+the documentation in a docstring, such as docs/lora.md, becomes a link with the page's title.
 
 Dataclasses: `ClassVar` without a type is a class variable too, and not a parameter of the constructor.
 
@@ -27,6 +28,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PICTURES = ("experiments/*/*.png", "benchmarks/results/*.svg")
 RESULTS = re.compile(r"<!-- results: (\S+) -->")
+PAGE = re.compile(r"\bdocs/(\w+\.md)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)\)")
 
 
@@ -50,14 +52,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             raise PluginError(f"{page.file.src_path}: the link to {target} leads nowhere")
         if picture:
             return f"![{text}]({path})"
-        return f"`{path}`" if text in (path, Path(path).name, "output") else f"{text} (`{path}`)"
+        same = text in (path, Path(path).name, str(Path(path).parent), "output")
+        return f"`{path}`" if same else f"{text} (`{path}`)"
 
     return LINK.sub(replace, RESULTS.sub(include, markdown))
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> None:
+def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
     if module := re.search(r'<h3 id="peftjax\.(\w+)\.\1"', html):
         raise PluginError(f"{page.file.src_path}: {module[1]} is shown as a module; write the function's full path")
+
+    def link(path: re.Match[str]) -> str:
+        file = files.get_file_from_path(path[1])
+        if file is None:
+            raise PluginError(f"{page.file.src_path}: a docstring names {path[0]}, which does not exist")
+        return f'<a href="{file.url_relative_to(page.file)}">{file.page.title}</a>'
+
+    return PAGE.sub(link, html) if page.file.src_path.startswith("api/") else html
 
 
 class BareClassVars(griffe.Extension):
@@ -105,7 +116,8 @@ def with_inherited(method: griffe.Class) -> str:
     for base in reversed(bases[: names.index("Method")] if "Method" in names else []):
         inherited |= options_of(base.docstring.value if base.docstring else "")
     own = options_of(text)
-    listed = "\n".join([*(option for name, option in inherited.items() if name not in own), *own.values()])
+    listed = "\n".join((inherited | own).values())
+    listed = listed.replace("default -", "default \N{MINUS SIGN}")  # griffe would read "default -1" as a subtraction
     if OPTIONS.search(text):
         return OPTIONS.sub(lambda _: listed + "\n", text)
     return f"{text}\n\nAttributes:\n{listed}" if listed else text

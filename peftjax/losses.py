@@ -3,10 +3,10 @@
 `next_token`, `seq2seq`, `classification`, `token_classification`, `multi_label`, `regression` and `image_classification`
 take a model and a batch and return the mean loss. They share two arguments:
 
-    train: Whether dropout is active, that of the adapters and that of the base model. True for training; False for
-        evaluation. The model itself keeps its mode and its keys.
-    key: A JAX random key for dropout. By default it is derived from the batch and the trainable parameters, so that the
-        masks change from step to step and a run is reproducible; see `training_view`.
+- `train`: Whether dropout is active, that of the adapters and that of the base model. True for training; False for
+  evaluation. The model itself keeps its mode and its keys.
+- `key`: A JAX random key for dropout. By default it is derived from the batch and the trainable parameters, so that the
+  masks change from step to step and a run is reproducible; see `training_view`.
 
 Two methods need more than a loss. AdaLoRA minimizes the mean loss plus `method.penalty(model)`, which is None for all
 other methods and is not included here. It also prunes ranks during training, which `method.optimizer(tx, leaves)` adds to
@@ -85,7 +85,8 @@ def next_token(
         >>> from peftjax import losses
         >>> model = peftjax.load_model("embedded")
         >>> tokens = jnp.array([[5, 6, 7, 8]])
-        >>> batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": jnp.ones((1, 3))}
+        >>> batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:],
+        ...          "loss_weights": jnp.ones((1, 3))}
         >>> loss = jax.jit(lambda batch: losses.next_token(model, batch))(batch)
         >>> loss.shape, loss.dtype
         ((), dtype('float32'))
@@ -148,7 +149,8 @@ def classification(
         ...     def __call__(self, tokens, mask=None, token_types=None):
         ...         return jnp.zeros((1, 2))  # logits
         >>> model = Classifier()
-        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool),
+        ...          "loss_weights": jnp.ones(1)}
         >>> print(f"{losses.classification(model, batch | {'labels': jnp.array([0])}):.4f}")
         0.6931
     """
@@ -178,7 +180,8 @@ def token_classification(
         ...     def __call__(self, tokens, mask=None, token_types=None):
         ...         return jnp.zeros((1, 4, 2))  # logits
         >>> model = Classifier()
-        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones((1, 4))}
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool),
+        ...          "loss_weights": jnp.ones((1, 4))}
         >>> print(f"{losses.token_classification(model, batch | {'labels': jnp.zeros((1, 4), int)}):.4f}")
         0.6931
     """
@@ -205,7 +208,8 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
         ...     def __call__(self, tokens, mask=None, token_types=None):
         ...         return jnp.zeros((1, 2))  # logits
         >>> model = Classifier()
-        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool),
+        ...          "loss_weights": jnp.ones(1)}
         >>> print(f"{losses.multi_label(model, batch | {'labels': jnp.array([[1.0, 1.0]])}):.4f}")
         0.6931
     """
@@ -232,7 +236,8 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
         ...     def __call__(self, tokens, mask=None, token_types=None):
         ...         return jnp.zeros((1, 1))  # logits
         >>> model = Classifier()
-        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool), "loss_weights": jnp.ones(1)}
+        >>> batch = {"tokens": jnp.ones((1, 4), int), "mask": jnp.ones((1, 4), bool),
+        ...          "loss_weights": jnp.ones(1)}
         >>> print(f"{losses.regression(model, batch | {'labels': jnp.array([3.0])}):.4f}")
         9.0000
     """
@@ -261,7 +266,8 @@ def image_classification(
         >>> class Classifier(nnx.Module):
         ...     def __call__(self, pixels):
         ...         return jnp.zeros((len(pixels), 2))  # logits
-        >>> batch = {"pixels": jnp.zeros((1, 8, 8, 3)), "labels": jnp.array([0]), "loss_weights": jnp.ones(1)}
+        >>> batch = {"pixels": jnp.zeros((1, 8, 8, 3)), "labels": jnp.array([0]),
+        ...          "loss_weights": jnp.ones(1)}
         >>> print(f"{losses.image_classification(Classifier(), batch):.4f}")
         0.6931
     """

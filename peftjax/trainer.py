@@ -73,7 +73,8 @@ def train(
         >>> import peftjax
         >>> records = [{"text": "one two three"}, {"text": "two three four"}] * 8
         >>> fields = {"train.steps": 2, "train.batch_size": 4, "data.max_length": 16}
-        >>> trained = peftjax.train("embedded", peftjax.Lora(rank=4), records, workdir="run", config=fields)
+        >>> method = peftjax.Lora(rank=4)
+        >>> trained = peftjax.train("embedded", method, records, workdir="run", config=fields)
         ... # doctest: +ELLIPSIS
         embedded: ...
         >>> trained.path.name

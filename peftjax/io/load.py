@@ -53,8 +53,8 @@ def load_model(
         path: A directory, a hub id, or "embedded", the bundled model. A directory with kernels in bitsandbytes' NF4 is
             loaded as it is.
         dtype: Compute dtype: "float32", "bfloat16" or "float16".
-        quantize: Format of the kernels, a key of `quant.FORMATS`; each is quantized as it is read. Norms, biases,
-            embeddings and output layers stay in `param_dtype`.
+        quantize: Format of the kernels: "nf4", "nf4_single" (without double quantization) or "int8"; each is quantized
+            as it is read. Norms, biases, embeddings and output layers stay in `param_dtype`.
         param_dtype: Dtype of the parameters; default: `dtype`.
         mesh: Devices to shard over; default: one device.
         revision: Branch, tag or commit of a hub id.
@@ -154,7 +154,8 @@ def load_kernels(
         >>> from flax import nnx
         >>> model = peftjax.load_model("embedded", quantize="nf4")
         >>> kernels = peftjax.load_kernels("embedded", model)
-        >>> model = peftjax.attach(model, peftjax.Lora(rank=4, init="loftq"), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> method = peftjax.Lora(rank=4, init="loftq")
+        >>> model = peftjax.attach(model, method, rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = resolve(path, revision)
     tensors = mxfp4.gather(hf_files.read_tensors(directory))

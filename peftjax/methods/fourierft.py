@@ -3,7 +3,7 @@
 Gao et al. 2024 (arXiv:2405.03003), section 3.1. F^-1 is the two-dimensional inverse discrete Fourier transform. As in
 peft it divides by in * out, which the paper's equation does not say. The coefficients have random places, the same in all
 layers of one shape. The file holds only the coefficients: their places are the first n entries of the permutation that
-torch draws from `random_loc_seed`, which `places` reproduces.
+torch draws from `random_loc_seed`, which peftjax reproduces.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ from peftjax.quant.matmul import matmul
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoHa(Lycoris):
-    """LoHa has no options of its own. The outputs that rank_dropout keeps are divided by their share."""
+    """Options of LoHa. The outputs that rank_dropout keeps are divided by their share."""
 
     method: ClassVar[str] = "loha"
     peft_type: ClassVar[str] = "LOHA"

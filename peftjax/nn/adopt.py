@@ -58,8 +58,9 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         >>> import jax.numpy as jnp
         >>> import peftjax
         >>> from flax import nnx
-        >>> network = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
-        >>> network = peftjax.attach(peftjax.adopt(network), peftjax.Lora(rank=2), rngs=nnx.Rngs(2))
+        >>> rngs = nnx.Rngs(0)
+        >>> network = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs))
+        >>> network = peftjax.attach(peftjax.adopt(network), peftjax.Lora(rank=2), rngs=rngs)
         >>> network(jnp.ones((3, 4))).shape
         (3, 2)
     """

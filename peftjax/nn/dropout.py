@@ -95,7 +95,8 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from peftjax import losses
-        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0)))
+        >>> dropout = nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0))
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), dropout)
         >>> view = losses.training_view(model, {"x": jnp.ones((1, 2))})
         >>> model.layers[1].deterministic, view.layers[1].deterministic
         (True, False)

@@ -1,9 +1,9 @@
 """AdaLoRA: y = x W + s (x P) E Q, with E diagonal and zero at initialization; training prunes entries of E.
 
 Zhang et al. 2023 (arXiv:2303.10512): sections 3.1 (the form, and the penalty that keeps P and Q orthogonal), 3.2 (the
-importance of a triplet: an entry of E, its column of P and its row of Q) and 3.3 (the budget of ranks over the steps; see
-budget.py). As in peft, s = alpha / init_rank, the penalty is the mean of the norms and not the sum of their squares, and
-importance is |parameter after the update * gradient|, with gradients before clipping.
+importance of a triplet: an entry of E, its column of P and its row of Q) and 3.3 (the budget of ranks over the steps). As
+in peft, s = alpha / init_rank, the penalty is the mean of the norms and not the sum of their squares, and importance is
+|parameter after the update * gradient|, with gradients before clipping.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class AdaLora(Targeted):
     Attributes:
         init_rank (int, default 12): Initial rank of every target.
         target_rank (int, default 8): Mean rank of the targets at the end.
-        alpha (float, default 8.0): Scale of the update, times init_rank.
+        alpha (float, default 8.0): The update is multiplied by alpha / init_rank.
         dropout (float, default 0.0): Dropout rate of the adapter's input.
         total_steps (int, default train.steps): Number of training steps; outside of `peftjax.train`, it must be given.
         warmup_steps (int, default 0): Steps at the beginning without pruning.

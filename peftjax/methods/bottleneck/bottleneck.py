@@ -96,13 +96,15 @@ class Bottleneck(BottleneckOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Houlsby(Bottleneck):
-    """Houlsby: x + f(x) + B(f(x)) for each sublayer f of a block, with B(u) = act(u W_down) W_up trained.
+    """Houlsby: x + f(x) + B(f(x)) for each sublayer f of a block, with B(u) = s act(u W_down) W_up trained.
 
-    AdapterHub's `DoubleSeqBnConfig`.
+    Houlsby et al. 2019 (arXiv:1902.00751), section 2.1; AdapterHub's `DoubleSeqBnConfig`.
 
     Attributes:
-        attention (bool, default True): Adapt the attention sublayers.
-        non_linearity (str, default "swish"): Activation of the bottleneck.
+        attention (bool, default True): Adapt the attention sublayers. In an adopted network all named sublayers
+            have an adapter.
+        non_linearity (str, default "swish"): Activation: relu, leakyrelu, gelu, gelu_new, quick_gelu, silu, swish, tanh
+            or sigmoid.
     """
 
     attention: bool = True
@@ -114,9 +116,9 @@ class Houlsby(Bottleneck):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pfeiffer(Bottleneck):
-    """Pfeiffer: x + f(x) + B(x + f(x)) for the feed-forward sublayers f, with B(u) = act(u W_down) W_up trained.
+    """Pfeiffer: x + f(x) + B(x + f(x)) for the feed-forward sublayers f, with B(u) = s act(u W_down) W_up trained.
 
-    AdapterHub's `SeqBnConfig`.
+    Pfeiffer et al. 2020 (arXiv:2005.00247); AdapterHub's `SeqBnConfig`.
     """
 
     method: ClassVar[str] = "pfeiffer"
@@ -127,12 +129,14 @@ class Pfeiffer(Bottleneck):
 class ParallelAdapter(Bottleneck):
     """Parallel: x + f(x) + B(x) for the feed-forward sublayers f, with B(u) = s act(u W_down) W_up trained.
 
-    AdapterHub's `ParBnConfig`.
+    He et al. 2021 (arXiv:2110.04366), table 1; AdapterHub's `ParBnConfig`.
 
     Attributes:
         reduction_factor (float, default 2.0): Width of the model over that of the bottleneck.
-        scale (float, default 4.0): s, or its initial value if it is trained.
-        init (str, default "mam_adapter"): Initial kernels.
+        scale (float, default 4.0): Scale s, or its initial value if it is trained.
+        init (str, default "mam_adapter"): Initial kernels: "bert" (normal, standard deviation 0.02), "houlsby" (0.01,
+            truncated at two standard deviations) or "mam_adapter" (W_down uniform, W_up zero, so that a new adapter
+            changes nothing).
     """
 
     reduction_factor: float = 2.0

@@ -32,18 +32,18 @@ class BottleneckOptions(Method):
     """Options of bottleneck adapters. `Houlsby`, `Pfeiffer` and `ParallelAdapter` differ in u and in defaults.
 
     Attributes:
-        attention (bool): Adapt the attention sublayers. In an adopted network all named sublayers have an adapter.
-        feedforward (bool): Adapt the feed-forward sublayers.
-        reduction_factor (float): Width of the model over that of the bottleneck.
-        non_linearity (str): relu, leakyrelu, gelu, gelu_new, quick_gelu, silu, swish, tanh or sigmoid.
-        scale (float): s, or its initial value if it is trained.
-        learned_scale (str): Train s: "none", "scalar", or "channel" for one scale per feature.
-        dropout (float): Dropout rate of B(u).
-        norm_before (bool): Apply a LayerNorm before W_down.
-        norm_after (bool): Apply a LayerNorm to B(u).
-        residual_before_norm (bool): With norm_after, apply it to f(x) + B(u) instead.
-        leave_out (tuple of int): Layers without adapters.
-        init (str): Initial kernels: "bert" (normal, standard deviation 0.02), "houlsby" (0.01, truncated at two
+        attention (bool, default False): Adapt the attention sublayers. In an adopted network all named sublayers have an adapter.
+        feedforward (bool, default True): Adapt the feed-forward sublayers.
+        reduction_factor (float, default 16.0): Width of the model over that of the bottleneck.
+        non_linearity (str, default "relu"): Activation: relu, leakyrelu, gelu, gelu_new, quick_gelu, silu, swish, tanh or sigmoid.
+        scale (float, default 1.0): Scale s, or its initial value if it is trained.
+        learned_scale (str, default "none"): Train s: "none", "scalar", or "channel" for one scale per feature.
+        dropout (float, default 0.0): Dropout rate of B(u).
+        norm_before (bool, default False): Apply a LayerNorm before W_down.
+        norm_after (bool, default False): Apply a LayerNorm to B(u).
+        residual_before_norm (bool, default False): With norm_after, apply it to f(x) + B(u) instead.
+        leave_out (tuple of int, default none): Layers without adapters.
+        init (str, default "bert"): Initial kernels: "bert" (normal, standard deviation 0.02), "houlsby" (0.01, truncated at two
             standard deviations) or "mam_adapter" (W_down uniform, W_up zero, so that a new adapter changes nothing).
     """
 

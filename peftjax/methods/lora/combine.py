@@ -54,19 +54,20 @@ def combine(
         model: The model.
         names: The adapters to combine.
         weights: One weight for each; weights may be negative.
-        how: One of `WAYS` (see mix.py).
+        how: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+            "magnitude_prune" or "magnitude_prune_svd"; docs/combining.md explains them.
         name: The name of the new adapter.
-        density: The share of entries that the sparse ways keep, in (0, 1].
-        majority_sign: How the ties ways elect signs, "total" or "frequency".
-        rank: The rank of the svd ways; by default the largest of the given ones.
-        seed: The seed of the masks of the dare ways.
-        draw: Draws these masks instead.
+        density: Share of the entries that ties, dare and magnitude_prune keep, in (0, 1].
+        majority_sign: How ties elects signs, "total" or "frequency".
+        rank: Rank of the result of svd; by default the largest rank of the given adapters.
+        seed: Seed of the random masks of dare.
+        draw: Function that draws these masks instead.
 
     Returns:
         The model.
 
     Raises:
-        UserError: An option is out of range or has no meaning for `how`, an adapter is missing or is more than A and
+        UserError: An option is out of range or has no meaning for `how`, an adapter is missing or has more than A and
             B, or ranks differ where they must be equal. The model is then unchanged.
 
     Examples:

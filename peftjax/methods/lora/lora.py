@@ -6,8 +6,6 @@ Hu et al. 2021 (arXiv:2106.09685), section 4.1, eq. 3, with s = alpha / r; rank-
 - LoRA+: the learning rate of B is `lr_ratio` times that of A (Hayou et al. 2024, arXiv:2402.12354, section 4).
 - LoRA-FA: A keeps its initial value (Zhang et al. 2023, arXiv:2308.03303). The paper's second version, and peft's
   optimizer for it, also multiply B's gradient by (A^T A)^-1 / s^2; here it is B's own gradient.
-
-The adapter is in adapter.py, initial values of A and B in init.py, DoRA in dora.py.
 """
 
 import dataclasses
@@ -58,7 +56,7 @@ class Lora(Ranked):
             model ("all").
         lora_bias (bool, default False): Train a bias of B, which is scaled as B is.
         token_indices (tuple of int, default none): Token ids whose embeddings are trained too, such as new tokens (see
-            trainable_tokens), or a table with the ids for some layers: {"lm_head": (3, 7)}.
+            `TrainableTokens`), or a table with the ids for some layers: {"lm_head": (3, 7)}.
         ensure_weight_tying (bool, default False): If the head is tied to the embedding and either is trained or adapted,
             train or adapt the embedding and let the head follow it.
         dora (bool, default False): Train magnitude and direction separately (DoRA).
