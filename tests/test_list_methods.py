@@ -32,7 +32,7 @@ def test_every_method_has_a_row_or_a_reason(capsys: pytest.CaptureFixture[str]) 
     assert "100.00%" in printed  # full
     assert [line[-1] for line in lines if line[:1] in (["lora"], ["prompt"])][:2] == ["yes", "no"]
     assert "y = x W + s (x A) B, with W frozen, A random and B zero at initialization" in " ".join(printed.split())
-    assert "x + f(x) + B(f(x)) for each sublayer f of a block, with B(u) = act(u W_down) W_up trained" in " ".join(
+    assert "x + f(x) + B(f(x)) for each sublayer f of a block, with B(u) = s act(u W_down) W_up trained" in " ".join(
         printed.split()
     )
     assert "[1] bitfit does not fit with its default options: method.targets='all-biases'" in printed
