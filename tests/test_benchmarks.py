@@ -50,7 +50,8 @@ def test_growth_is_measured_and_plotted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         sys, "argv", ["scaling.py", "runs", "length", "--shape=tiny", "--rounds=1", f"--results={tmp_path}"]
     )
-    scaling.main()
+    with jax.set_mesh(sharding.make_mesh()):  # restores the mesh that the steps set
+        scaling.main()
     found = json.loads((tmp_path / "scaling.json").read_text())
     assert {study: list(times) for study, times in found.items()} == {"length": ["16", "32"], "runs": ["1", "2"]}
     assert all(seconds > 0 for times in found.values() for seconds in times.values())

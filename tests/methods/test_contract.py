@@ -253,7 +253,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     "more-weights": {
         "lora-pissa": "q_proj", "boft": "k_proj", "vera": "v_proj", "fourierft": "o_proj", "randlora": "down_proj",
     },
-    "others": dict.fromkeys(("ia3", "ln-tuning", "bitfit", "trainable-tokens")),
+    "others": dict.fromkeys(("bitfit", "ia3", "ln-tuning", "trainable-tokens")),
 }  # fmt: skip
 FIELDS["others"] = {"attention_bias": True}
 GROUPED = [*(name for name in OF_EACH if not any(name in group for group in GROUPS.values())), *GROUPS]
