@@ -100,34 +100,45 @@ def waiting(root: Path, shape: str, count: int) -> float:
 
 def plot(found: dict[str, dict[int, float]], path: Path) -> None:
     import matplotlib as mpl
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "peftjax"  # the same results give the same file
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3 * len(found), 3), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(2.4 * len(found), 2.8), layout="constrained", squeeze=False, sharey=True
+    )
     for axis, (study, times) in zip(axes[0], found.items(), strict=True):
         axis.loglog(list(times), list(times.values()), "o-")
         axis.set_title(f"{study}: exponent {exponent(times):.2f}", fontsize=9)
         axis.set_xlabel(study)
+        axis.set_xticks(list(times), [str(value) for value in times])
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.grid(color="lightgray", linewidth=0.5)
     axes[0][0].set_ylabel("seconds per step")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
 def main() -> None:
+    everything = [*STUDIES, "input"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, "input"], default=[*STUDIES, "input"])
+    parser.add_argument("studies", nargs="*", help=f"Of {', '.join(everything)}; default: all")
     parser.add_argument("--shape", choices=SHAPES, default="15m", help="Shape of the model")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="Number of turns of each step")
     parser.add_argument("--results", type=Path, metavar="DIR", help="Directory for scaling.json and scaling.svg")
     options = parser.parse_args()
+    chosen = options.studies or everything
+    if unknown := set(chosen) - set(everything):
+        parser.error(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(everything)}")
     found: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for study in (name for name in STUDIES if name in options.studies):
+        for study in (name for name in STUDIES if name in chosen):
             found[study] = times = grow(Path(folder), options.shape, study, options.rounds)
             milliseconds = ", ".join(f"{value}: {1e3 * seconds:.3g}" for value, seconds in times.items())
             print(f"{study}: exponent {exponent(times):.2f}; ms per step by {study}: {milliseconds}", flush=True)
-        if "input" in options.studies:
+        if "input" in chosen:
             share = waiting(Path(folder), options.shape, options.rounds * 2 * STEPS)
             print(f"input: {share:.1%} of the loop's time with the shape {options.shape}", flush=True)
     if options.results and found:

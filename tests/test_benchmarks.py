@@ -45,11 +45,8 @@ def test_growth_is_measured_and_plotted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import scaling
 
-    for study in ("runs", "length"):
-        monkeypatch.setitem(scaling.STUDIES, study, (1, 2) if study == "runs" else (16, 32))
-    monkeypatch.setattr(
-        sys, "argv", ["scaling.py", "runs", "length", "--shape=tiny", "--rounds=1", f"--results={tmp_path}"]
-    )
+    monkeypatch.setattr(scaling, "STUDIES", {"length": (16, 32), "runs": (1, 2)})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--shape=tiny", "--rounds=1", f"--results={tmp_path}"])
     with jax.set_mesh(sharding.make_mesh()):  # restores the mesh that the steps set
         scaling.main()
     found = json.loads((tmp_path / "scaling.json").read_text())
