@@ -58,13 +58,11 @@ def make_config(root: Path, shape: str, study: str = "", value: int = 0, **field
 
 def grow(root: Path, shape: str, study: str, rounds: int) -> dict[int, float]:
     """The median time of a step by the number that a study changes."""
-    configs_of = {value: make_config(root, shape, study, value) for value in STUDIES[study]}
-    steps = {
-        value: PopulationStep(config, value) if study == "runs" else Step(config)
-        for value, config in configs_of.items()
-    }
-    for step in steps.values():
-        step.run(2)  # compiles
+    steps: dict[int, Step] = {}
+    for value in STUDIES[study]:
+        config = make_config(root, shape, study, value)
+        steps[value] = PopulationStep(config, value) if study == "runs" else Step(config)
+        steps[value].run(2)  # compiles
     seconds: dict[int, list[float]] = {value: [] for value in steps}
     for _ in range(rounds):
         for value, step in steps.items():

@@ -6,13 +6,12 @@ a file that does not exist fails the build.
 
 Results: `<!-- results: FILE -->` is replaced by that Markdown file of the repository, if it exists.
 
-API reference: `::: peftjax.attach` shows the module of that name, not the function, and fails the build. The path of a page of
-the documentation in a docstring, such as docs/lora.md, becomes a link with the page's title.
+API reference: `::: peftjax.attach` would show the module of that name instead of the function, so it fails the build. The path
+of a page of the documentation in a docstring, such as docs/lora.md, becomes a link with the page's title.
 
 Dataclasses: `ClassVar` without a type is a class variable too, and not a parameter of the constructor.
 
-Methods: their equation, which is in the docstring of the module, is shown with their options, and so are those of the base
-classes.
+Methods: an entry also shows the docstring of the module, which has the equation, and the options of the base classes.
 """
 
 import os
@@ -104,6 +103,7 @@ OPTIONS = re.compile(r"(?<=^Attributes:\n)(?: {4}.*\n?)*", re.MULTILINE)
 
 
 def options_of(docstring: str) -> dict[str, str]:
+    """The entries of the list of options in a docstring, by name."""
     block = OPTIONS.search(docstring)
     return {option[1]: option[0].rstrip() for option in OPTION.finditer(block[0])} if block else {}
 

@@ -81,9 +81,8 @@ def shared(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_of(values: Mapping[str, Any]) -> str:
     """The name of a run's group, e.g. "lora, rank=4"."""
-    prefixes = {"method.name": ""}
     return ", ".join(
-        f"{prefixes.get(field, field.rpartition('.')[2] + '=')}{text_of(value)}"
+        text_of(value) if field == "method.name" else f"{field.rpartition('.')[2]}={text_of(value)}"
         for field, value in shared(values).items()
     )
 

@@ -49,15 +49,15 @@ collect_ignore = [] if importlib.util.find_spec("torch") else ["interop"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    quick: set[str] = set()  # the tests with slow cases whose first one was met
+    seen: set[str] = set()  # tests marked slow_cases whose first case was collected
     for item in items:
         if ROOT / "tests" / "interop" in item.path.parents:
             item.add_marker("interop")
         if item.get_closest_marker("slow_cases") and not item.get_closest_marker("slow"):
             test = item.nodeid.partition("[")[0]
-            if test in quick:
+            if test in seen:
                 item.add_marker("slow")
-            quick.add(test)
+            seen.add(test)
     contract = [index for index, item in enumerate(items) if item.path.name == "test_contract.py"]
     # Method by method: what one test compiles for a method, the next one uses in the same process.
     for index, item in zip(contract, sorted((items[i] for i in contract), key=case), strict=True):

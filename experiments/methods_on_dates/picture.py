@@ -1,4 +1,4 @@
-"""methods.png: held-out loss over trained parameters, of results.json: python experiments/methods_on_dates/picture.py"""
+"""Plot the held-out losses in results.json over the trained parameters: python experiments/methods_on_dates/picture.py"""
 
 import json
 from pathlib import Path
@@ -19,9 +19,8 @@ FAMILIES = {  # of methods, with a color
     "soft prompts and prefixes": ("#e69f00", ("prompt", "p_tuning", "prefix")),
     "all parameters": ("#16181d", ("full",)),
 }  # fmt: skip
-SPOTS = [
-    (across, up) for up in (0, 5, -5, 9, -9, 14, -14) for across in (7, -7, 0) if across or abs(up) > 8
-]  # in points
+# Where a name may be, relative to its point, in typographic points.
+SPOTS = [(across, up) for up in (0, 5, -5, 9, -9, 14, -14) for across in (7, -7, 0) if across or abs(up) > 8]
 
 
 def draw(results: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from peftjax.core.terminal import printable
 from peftjax.core.units import format_bytes
 from peftjax.report import comparison
 from peftjax.report.comparison import Group, Run
-from peftjax.report.text import format_duration, format_number, format_spread, short_name, value_text
+from peftjax.report.text import decimals, format_duration, format_number, format_spread, short_name, value_text
 
 Measure = Callable[[Run], float | None]
 Format = Callable[[Sequence[float]], str]
@@ -90,7 +90,7 @@ def difference_intervals(losses: Sequence[Sequence[float]]) -> list[str]:
     for values, use in zip(losses, usable, strict=True):
         if use and values is not best:
             interval = stats.ttest_ind(values, best, equal_var=False).confidence_interval(0.95)
-            digits = max(1 - math.floor(math.log10(interval.high - interval.low)), 0)
+            digits = decimals(interval.high - interval.low)
             texts.append(f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}")
         else:
             texts.append("best" if values is best else "")

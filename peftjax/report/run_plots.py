@@ -159,14 +159,16 @@ def _round_values(low: float, high: float) -> list[float]:
 
 
 def highest_shown(losses: Sequence[float]) -> float:
-    """The highest loss on an axis, at whose end the runs that diverged are marked; infinite if all runs are shown.
+    """The highest loss that an axis shows; runs that diverged are marked at its end. Infinite if all runs are shown.
 
     A run is left out if its loss is above the median by more than five times the median's distance from the lowest loss, and
     if the runs left out would take more than half of the axis.
     """
-    lowest, median = min(losses, default=0), statistics.median(losses or [0])
-    highest = max((loss for loss in losses if loss <= median + 5 * (median - lowest)), default=0)
-    return highest if max(losses, default=0) - highest > highest - lowest > 0 else math.inf
+    if not losses:
+        return math.inf
+    lowest, median = min(losses), statistics.median(losses)
+    highest = max(loss for loss in losses if loss <= median + 5 * (median - lowest))
+    return highest if max(losses) - highest > highest - lowest > 0 else math.inf
 
 
 def draw_curves(axes: "Axes", curves: Sequence[RunCurve], highest: float = math.inf) -> None:

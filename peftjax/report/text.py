@@ -13,6 +13,11 @@ def format_number(value: float) -> str:
     return re.sub(r"e(-?)\+?0*", r"e\1", text)
 
 
+def decimals(spread: float) -> int:
+    """Return the number of decimals that show a spread to its second digit."""
+    return max(1 - math.floor(math.log10(spread)), 0)
+
+
 def format_spread(values: Sequence[float]) -> str:
     """Format the mean and, of several values that differ, the standard deviation, to its second digit: 1.905 ± 0.015.
 
@@ -24,7 +29,7 @@ def format_spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
     if not deviation:
         return format_number(mean)
-    digits = max(1 - math.floor(math.log10(deviation)), 0)
+    digits = decimals(deviation)
     if digits > 6:
         return f"{format_number(mean)} ± {deviation:.1e}"
     return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"

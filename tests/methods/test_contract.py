@@ -253,6 +253,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
     "more-weights": {
         "lora-pissa": "q_proj", "boft": "k_proj", "vera": "v_proj", "fourierft": "o_proj", "randlora": "down_proj",
     },
+    # BitFit reads the layer's own bias, so it comes before what scales the output.
     "others": dict.fromkeys(("bitfit", "ia3", "ln-tuning", "trainable-tokens")),
 }  # fmt: skip
 FIELDS["others"] = {"attention_bias": True}
@@ -293,7 +294,7 @@ def only(method: Any, kind: str | None) -> Any:
 
 
 def first_method(name: str) -> adapters.Method:
-    """Stands for its whole group, where no method has a penalty or an optimizer of its own."""
+    """A case's method, or the first of a group, in which none has a penalty or an optimizer of its own."""
     return next(iter(methods_of(name).values()))
 
 

@@ -257,15 +257,15 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made.train.log_every, made.train.eval_every = 1, 3
+    common: dict[str, Any] = {}
     if name not in ("lora", "targets"):
-        made.data.eval = ()
+        made.data.eval, common = (), {"targets": ("q_proj", "down_proj")}
     if name == "targets":
         made.eval.samples = 2
     members = []
     for index, options in enumerate(OPTIONS[name]):
-        targets = {} if name in ("lora", "targets") else {"targets": ("q_proj", "down_proj")}
         made.method = methods.make_config(
-            {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **targets | options
+            {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **common | options
         )
         made.optim.weight_decay = 0.1 * index
         members.append(member(made, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
