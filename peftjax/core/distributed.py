@@ -118,6 +118,19 @@ def many() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def wait_on_cpus(tree: Any) -> None:
+    """Wait for arrays if this process has several CPU devices; otherwise, return immediately.
+
+    XLA's CPU client admits at most 32 programs per device. A loop that dispatches more of them before it waits can
+    deadlock: a program may be admitted on some devices only, where it waits for the others in a collective.
+
+    Args:
+        tree: Pytree of `jax.Array`.
+    """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        jax.block_until_ready(tree)
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """Gather an array into the memory of this process.
 

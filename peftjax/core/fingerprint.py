@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from peftjax.core import distributed
+
 
 def fingerprint(tree: Any) -> str:
     """Compute a 64-bit digest of the names, shapes, dtypes and contents of a tree of arrays.
@@ -30,7 +32,10 @@ def fingerprint(tree: Any) -> str:
         16 hexadecimal digits.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_mixed_sums(leaf) for _, leaf in leaves]  # dispatch all before waiting for the first
+    sums = []
+    for _, leaf in leaves:  # dispatch all before copying the first
+        sums.append(_mixed_sums(leaf))
+        distributed.wait_on_cpus(sums[-1])
     rows = []
     for (path, leaf), pair in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

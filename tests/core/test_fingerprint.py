@@ -105,6 +105,15 @@ def test_a_flipped_bit_or_swapped_rows_of_a_sharded_array_change_it() -> None:
     assert len(prints) == 3
 
 
+def test_many_sharded_arrays_have_one() -> None:
+    """Without waiting in between, XLA's CPU client aborts the process: more than 32 programs with collectives deadlock."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])
+    x = as_dtype(words("float32", (8, 16)), "float32")
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
+    tree = dict.fromkeys(map(str, range(100)), x)
+    assert fingerprint(dict.fromkeys(tree, sharded)) == fingerprint(tree)
+
+
 def test_names_shapes_and_dtypes_count_and_the_order_of_the_names_does_not() -> None:
     x = jnp.arange(6, dtype=jnp.int32)
     trees = [
