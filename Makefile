@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Half the time of an installation is compiling bytecode, of which little is ever imported. Python writes it on import.
+PIP := -m pip install -qq --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python $(PIP)
 PYTEST := $(BIN)/python -m pytest # tests/conftest.py sets the platform: 8 CPU devices
 
 .PHONY: quickstart test test-core test-slow test-interop test-adapters bench bench-all lint docs clean
@@ -71,8 +74,8 @@ $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 # The PyTorch side of `make bench`, without peftjax and jax.
 .venv-peer/installed: Makefile
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check peft==0.21.2 transformers==5.24.0 \
+	.venv-peer/bin/python $(PIP) torch==2.13.0
+	.venv-peer/bin/python $(PIP) peft==0.21.2 transformers==5.24.0 \
 		bitsandbytes==0.50.2 accelerate==1.15.0
 	touch $@
 
@@ -82,9 +85,9 @@ OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 	print(*[each for each in project["dependencies"] if not each.startswith(("huggingface-hub", "tokenizers", "transformers"))], sep="\n")
 .venv-adapters/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-adapters
-	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(ADAPTERS) $(PIP) torch==2.13.0
 	$(ADAPTERS) -c '$(OTHERS)' > .venv-adapters/others.txt
-	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check adapters==1.3.0 'peft>=0.21.2,<0.22' \
+	$(ADAPTERS) $(PIP) adapters==1.3.0 'peft>=0.21.2,<0.22' \
 		'pytest>=9.2,<10' 'pytest-xdist>=3.8,<4' --requirement .venv-adapters/others.txt
-	$(ADAPTERS) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(ADAPTERS) $(PIP) --no-deps --editable .
 	touch $@
