@@ -3,7 +3,6 @@
 A Python file may also have a function `get_sweep()`, with the fields that `peftjax sweep` varies and their values.
 """
 
-import importlib.util
 import json
 import traceback
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from peftjax.core.config import flat
 from peftjax.core.config_values import Source
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.core.python_file import run_python_file
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 
@@ -98,13 +98,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _call(path: Path, name: str, *arguments: str) -> Any:
     """What a function of a Python file returns; None if the file does not have the function."""
-    spec = importlib.util.spec_from_file_location(f"peftjax_config_{path.stem}", path.absolute())
-    assert spec is not None  # for a name that ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        function = vars(module).get(name)
+        function = vars(run_python_file(path, f"peftjax_config_{path.stem}")).get(name)
         return function(*arguments) if callable(function) else None
     except (Exception, SystemExit) as error:  # the file may fail in any way; the user needs the place and the reason
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -3,7 +3,6 @@
 import copy
 import functools
 import importlib
-import importlib.util
 import pathlib
 import sys
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.core.python_file import run_python_file
 from peftjax.data.sources import Source
 
 Record = dict[str, Any]
@@ -86,14 +86,7 @@ def _from_file(place: str, spec: str) -> ModuleType:
 @functools.lru_cache(maxsize=8)
 def _run_file(path: pathlib.Path, changed: int) -> ModuleType:
     del changed  # a part of the key
-    name = f"peftjax_map_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None  # its name ends in .py
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look there for the module of a class
-    found.loader.exec_module(module)
-    return module
+    return run_python_file(path, f"peftjax_map_{path.stem}")
 
 
 def _imported(place: str, spec: str) -> ModuleType:

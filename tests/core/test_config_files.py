@@ -1,5 +1,7 @@
 """Config files in YAML and JSON mean what the Python file with the same values means."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,24 @@ def test_a_file_that_is_not_there_is_refused_with_a_near_name_of_another_kind(tm
     (tmp_path / "lora.yaml").write_text("")
     with pytest.raises(UserError, match=r"lora\.yml: no such file\. Did you mean 'lora\.yaml'"):
         config.load(tmp_path / "lora.yml")
+
+
+def test_a_python_file_that_is_rewritten_in_the_same_second_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "config.py"
+    for seed in (3, 4):
+        file.write_text(PYTHON.replace("seed = 3", f"seed = {seed}"))
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert config.load(str(file)).seed == seed
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+
+
+def test_a_python_file_may_define_dataclasses(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    lines = (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Own:\n    a: int = 3\n"
+    )
+    file.write_text(lines + PYTHON)
+    assert config.load(str(file)).seed == 3
