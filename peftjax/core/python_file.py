@@ -8,7 +8,7 @@ from types import CodeType, ModuleType
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compiles the file each time. Cached bytecode would be stale if the file was rewritten in the same second."""
+    """Compiles the file each time: cached bytecode is stale if the file was rewritten in the same second with the same size."""
 
     def get_code(self, fullname: str) -> CodeType:
         del fullname
