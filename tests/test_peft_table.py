@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
         monkeypatch.setitem(setting.RATES, method, (1e-3, 1e-2))
     monkeypatch.setattr(setting, "MEANINGS", 2)
     monkeypatch.setattr(study, "NEW_TOKENS", 4)
+    monkeypatch.setattr(study, "MOST_RATES", 3)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "HERE", tmp_path)
@@ -67,7 +69,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     study.main([*options, "--task=e2e", "--method=full"])
 
     lora = json.loads((tmp_path / "results" / "trec-lora.json").read_text())
-    assert lora["rate"] == max((1e-3, 1e-2), key=lambda rate: lora["validation"][str(rate)])
+    assert lora["rate"] == max(map(float, lora["validation"]), key=lambda rate: lora["validation"][str(rate)])
     for seed, right in zip(lora["seeds"].values(), table.right_answers(lora), strict=True):
         assert right.sum() / 18 == pytest.approx(seed["epochs"][-1]["accuracy"])
     answered = json.loads((tmp_path / "results" / "e2e-lora.json").read_text())
@@ -82,6 +84,15 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     mean = 100 * np.mean([seed["epochs"][-1]["accuracy"] for seed in lora["seeds"].values()])
     assert any(line.startswith("| lora") and f"{mean:.1f} ±" in line for line in lines)
     assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+def test_rates_are_tried_until_the_best_lies_between_others() -> None:
+    assert study.more_rates({1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}, lower=False) == []
+    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=False) == [3e-2]
+    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=True) == [3e-4]
+    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: math.nan}, lower=False) == []
+    assert len(study.more_rates({10.0**power: power for power in range(7)}, lower=False)) == 1
+    assert study.more_rates({10.0**power: power for power in range(8)}, lower=False) == []
 
 
 def test_a_difference_exceeds_chance_if_it_is_large_in_all_seeds() -> None:

@@ -3,9 +3,10 @@
     PYTHONPATH=. python experiments/peft_table/study.py --encoder=DIR --decoder=DIR --data=DIR --workdir=DIR \\
         [--task=sst2] [--method=lora]
 
-For each task and method, a sweep trains one run per learning rate with seed 0. The rate with the best validation score
-(for E2E, the lowest validation loss) is trained again with every seed, and each epoch is scored on the test file. A finished
-pair of task and method is one file, results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
+For each task and method, a sweep trains one run per learning rate with seed 0. While the lowest or the highest rate is the best
+one, the next rate is tried too. The rate with the best validation score (for E2E, the lowest validation loss) is trained again
+with every seed, and each epoch is scored on the test file. A finished pair of task and method is one file,
+results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ from peftjax.training.trained import open_task
 
 RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS = 96
+MOST_RATES = 8
 PACKAGES = ("jax", "flax", "optax", "sacrebleu", "rouge-score")
 
 Scorer = Callable[[Model], tuple[dict[str, float], Any]]  # the test scores, and what the bootstrap resamples
@@ -65,13 +68,8 @@ def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir
     def config_of(rate: float, seed: int) -> Config:
         return make_config_of(task, method, rate, seed, model, data)
 
-    runs = [
-        Member({"optim.learning_rate": rate}, config_of(rate, 0), workdir / f"learning_rate={rate:g}")
-        for rate in RATES[method]
-    ]
-    found = {entry["values"]["optim.learning_rate"]: entry["scores"] for entry in sweep(runs, workdir)}
     measure = "eval_loss" if setting.generates else setting.score
-    validation = {rate: found[rate].get(measure, math.nan) for rate in RATES[method]}
+    validation = search(RATES[method], partial(config_of, seed=0), measure, workdir, lower=setting.generates)
     best = best_rate(validation, lower=setting.generates)
     score = make_scorer(task, config_of(best, 0), data)
     seeds = {}
@@ -88,6 +86,31 @@ def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir
         "cpu_seconds": time.process_time() - began,
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def search(
+    rates: Sequence[float], config_of: Callable[[float], Config], measure: str, workdir: Path, *, lower: bool
+) -> dict[float, float]:
+    """Validation scores by learning rate. The range is extended until the best rate lies inside it."""
+    validation: dict[float, float] = {}
+    runs: list[Member] = []
+    while rates:
+        runs += [
+            Member({"optim.learning_rate": rate}, config_of(rate), workdir / f"learning_rate={rate:g}")
+            for rate in rates
+        ]
+        found = {entry["values"]["optim.learning_rate"]: entry["scores"] for entry in sweep(runs, workdir)}
+        validation |= {rate: found[rate].get(measure, math.nan) for rate in rates}
+        rates = more_rates(validation, lower=lower)
+    return validation
+
+
+def more_rates(validation: Mapping[float, float], *, lower: bool) -> list[float]:
+    """The next rate to try, about three times the best one or a third of it, if that is the highest or the lowest so far."""
+    best = best_rate(validation, lower=lower)
+    if min(validation) < best < max(validation) or len(validation) >= MOST_RATES:
+        return []
+    return [float(f"{best * (10 / 3 if best == max(validation) else 3 / 10):.0g}")]
 
 
 def best_rate(validation: Mapping[float, float], *, lower: bool) -> float:

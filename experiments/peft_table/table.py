@@ -113,13 +113,17 @@ def table(found: dict[str, Results], references: References, *, best: bool) -> s
 
 def rates_table(found: dict[str, Results]) -> str:
     """The chosen rate of each method and task; with * if it is the lowest or the highest that was tried."""
-    lines = [f"| method | rates tried | {' | '.join(found)} |", "|---|---|" + "---:|" * len(found)]
+    lines = [f"| method | first tried | {' | '.join(found)} |", "|---|---|" + "---:|" * len(found)]
     for method, rates in RATES.items():
-        chosen = [results[method]["rate"] if method in results else None for results in found.values()]
-        if any(chosen):
-            marked = ["" if rate is None else f"{rate:g}{'*' * (rate in (rates[0], rates[-1]))}" for rate in chosen]
-            lines.append(f"| {method} | {', '.join(f'{rate:g}' for rate in rates)} | {' | '.join(marked)} |")
+        cells = [chosen_rate(results[method]) if method in results else "" for results in found.values()]
+        if any(cells):
+            lines.append(f"| {method} | {', '.join(f'{rate:g}' for rate in rates)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def chosen_rate(result: dict[str, Any]) -> str:
+    tried = [float(rate) for rate in result["validation"]]
+    return f"{result['rate']:g}{'*' * (result['rate'] in (min(tried), max(tried)))}"
 
 
 def costs_table(costs: dict[str, dict[str, Any]]) -> str:
