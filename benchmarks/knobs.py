@@ -37,6 +37,7 @@ def main() -> None:
         config = make_config(fields | {"data.max_length": 2048}, knobs)
         mesh = device.mesh(config.mesh.sizes)
         found = compile_step(trace_step(config, sizes(model), mesh), device, mesh).memory_analysis()
+        assert found is not None
         arguments, temporary = (size / GIB for size in (found.argument_size_in_bytes, found.temp_size_in_bytes))
         described = " ".join(knob.removeprefix("--config.") for knob in knobs) or "remat=block"
         print(f"  {described}: arguments {arguments:.2f}, temporaries {temporary:.2f}", flush=True)

@@ -71,8 +71,9 @@ def main(arguments: Sequence[str]) -> None:
     mesh = device.mesh(config.mesh.sizes)
     compiled = compile_step(trace_step(config, sizes(model), mesh), device, mesh)
     found = compiled.memory_analysis()
+    assert found is not None
     if dumped:
-        Path(dumped[0]).write_text(compiled.as_text())
+        Path(dumped[0]).write_text(compiled.as_text() or "")
     total = (
         found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
     )
