@@ -72,7 +72,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="Find how many runs of the config file's get_sweep() fit side by side, and what their steps cost",
     )
     parser.add_argument(
-        "--sweep.FIELD", metavar="V,V", help="The same with values of a config field, as for peftjax sweep"
+        "--sweep.FIELD", metavar="V,V", help="Plan a sweep over these values of a config field, as for peftjax sweep"
     )
     space.add_search_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to FILE")
