@@ -4,8 +4,7 @@
 
 Compiles the LoRA step of a case of qlora_memory.py (NF4 base) for 2048 positions: first with model.remat=block and all
 other fields at their defaults, then with one change at a time. The device need not be attached; the requirements are
-those of qlora_memory.py. model.attention stays "auto", which chooses triton for a GPU that is not
-attached.
+those of qlora_memory.py. model.attention is "auto", which chooses triton for a GPU that is not attached.
 """
 
 import sys

@@ -64,7 +64,7 @@ def measure(name: str, config: Config) -> None:
         task, _ = open_data(config, mesh)
         model = task.load_model(config.model, task.directory, mesh, config.seed)
         objective, tx, trainable, frozen = split(config, task, model, attach_method(config, task, model, mesh))
-        for multiple in (1, length):  # lengths that differ from the maximum by multiples of it: only itself
+        for multiple in (1, length):  # padded to the longest example, and to the maximum length
             states[multiple] = init_state(trainable, tx, config.seed)
             step = make_train_step(objective, tx, states[multiple])
             own = dataclasses.replace(batching(config, mesh), multiple=multiple)
