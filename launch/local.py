@@ -27,9 +27,6 @@ GRACE = 30.0  # seconds between SIGTERM and SIGKILL for the other processes afte
 def main(argv: list[str]) -> int:
     """Run the command and wait for all processes.
 
-    Args:
-        argv: Command line without the program name.
-
     Returns:
         0 if all processes succeeded, 75 (or 130 after Ctrl-C) if one was stopped and none failed, else the exit code of the
         first failure.
@@ -104,9 +101,6 @@ def split_devices(environment: Mapping[str, str], processes: int, each: int) -> 
         environment: Environment of this process.
         processes: Number of processes.
         each: GPUs or CPU devices per process.
-
-    Returns:
-        One environment per process.
 
     Raises:
         ValueError: CUDA_VISIBLE_DEVICES lists too few GPUs.
