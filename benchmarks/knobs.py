@@ -7,6 +7,7 @@ other fields at their defaults, then with one change at a time. The device need 
 those of qlora_memory.py. model.attention is "auto", which chooses triton for a GPU that is not attached.
 """
 
+import argparse
 import sys
 
 from qlora_memory import CASES, make_config, sizes
@@ -28,9 +29,12 @@ KNOBS = (
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "7b-24gb"
-    model, device_name, fields = CASES[name]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", choices=CASES, default="7b-24gb")
+    model, device_name, fields = CASES[parser.parse_args().case]
     device = devices.find(device_name)
+    if missing := device.missing():
+        sys.exit(missing)
     print(f"{model} on {device_name}, NF4 base, rank {fields['method.rank']}, 2048 positions; sizes in GiB")
     for knobs in KNOBS:
         config = make_config(fields | {"data.max_length": 2048}, knobs)
