@@ -160,6 +160,8 @@ def main() -> None:
     if options.list:
         print(*CELLS, sep="\n")
         return
+    if not shutil.which(options.torch_python):
+        parser.error(f"--torch-python={options.torch_python}: no such program; `make bench` installs it")
     pythons = {"torch": options.torch_python, "peftjax": sys.executable}
     found = json.loads(options.results.read_text()) if options.results.exists() else {}
     chosen = select(options.cells)
