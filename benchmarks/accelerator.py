@@ -218,7 +218,11 @@ def child_step(directory: str, rounds: int, **fields: Any) -> dict[str, Any]:
     return {"seconds": seconds, "first": first, "loss": loss, "peak": peak, "compiled": step.compiled_bytes()}
 
 
-CHILDREN = {"device": child_device, "gradients": child_gradients, "step": child_step}
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    "device": child_device,
+    "gradients": child_gradients,
+    "step": child_step,
+}
 
 
 def ask(child: str, /, *, platform: str = "", python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
@@ -300,7 +304,7 @@ def measure(run: Run, directory: str, device: dict[str, Any], python: str, round
     if "error" not in found:
         found["planned"] = planned(run, directory, device["device"])
     if python and not run.packed and run.attention == "xla":
-        step = {"method": run.method, "length": run.length, "remat": run.remat, "rounds": rounds}
+        step: dict[str, Any] = {"method": run.method, "length": run.length, "remat": run.remat, "rounds": rounds}
         found["torch"] = ask("torch", python=python, sizes=SHAPES[run.shape], **step)
     return found
 

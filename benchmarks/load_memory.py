@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 32000,
@@ -38,7 +39,7 @@ TINYLLAMA = SMALL | {
 }
 BYTES = {"float32": 4, "bfloat16": 2}
 # (config, stored dtype, dtype in memory, format of the kernels, devices, mesh)
-CASES = (
+CASES: tuple[tuple[dict[str, Any], str, str, str, int, dict[str, int]], ...] = (
     (SMALL, "float32", "float32", "", 1, {}),
     (SMALL, "bfloat16", "bfloat16", "", 1, {}),
     (SMALL, "float32", "bfloat16", "", 1, {}),

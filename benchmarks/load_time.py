@@ -60,7 +60,7 @@ def child(directory: str, stored: str, loaded: str, quantize: str) -> None:
     def read() -> None:
         for file in files:
             with file.open("rb", buffering=0) as stream:
-                stream.readinto(buffer)
+                stream.readinto(buffer.data)
 
     def load() -> None:
         load_model(directory, loaded, quantize or None)  # waits for all parameters

@@ -5,6 +5,7 @@ JAX_PLATFORMS=cpu python benchmarks/matmul.py
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from peftjax.quant.matmul import matmul
 BATCH, LENGTH, EMBED, MLP = 16, 128, 128, 352
 
 
-def best_of(function: Callable, *arguments: jax.Array, repeats: int = 10) -> float:
+def best_of(function: Callable, *arguments: Any, repeats: int = 10) -> float:
     """The shortest time of a compiled call in seconds."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(*arguments))

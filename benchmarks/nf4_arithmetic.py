@@ -4,6 +4,7 @@ python benchmarks/nf4_arithmetic.py
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax.quant import nf4
@@ -31,11 +32,16 @@ def requantized(change: float) -> tuple[float, float]:
     """The error of requantizing an NF4 kernel after a random rank-16 update of this relative size, relative to the kernel
     and relative to the update."""
     rng = np.random.default_rng(0)
-    old = np.asarray(nf4.quantize(rng.normal(size=(1024, 1024)).astype(np.float32)).astype(np.float32))
+    old = rounded(rng.normal(size=(1024, 1024)).astype(np.float32))
     delta = (rng.normal(size=(1024, 16)) @ rng.normal(size=(16, 1024))).astype(np.float32)
     delta *= change * np.linalg.norm(old) / np.linalg.norm(delta)
-    moved = np.linalg.norm(np.asarray(nf4.quantize(old + delta).astype(np.float32)) - old - delta)
+    moved = np.linalg.norm(rounded(old + delta) - old - delta)
     return float(moved / np.linalg.norm(old)), float(moved / np.linalg.norm(delta))
+
+
+def rounded(kernel: np.ndarray) -> np.ndarray:
+    """A float32 kernel after quantization."""
+    return np.asarray(nf4.quantize(jnp.asarray(kernel)).astype(np.float32))
 
 
 def linear(embed: int, mlp: int, kv: int) -> list[tuple[int, int]]:

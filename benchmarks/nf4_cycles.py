@@ -12,6 +12,7 @@ operations (the compiler has no estimate for the absmax lookup), the ratio of NF
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,8 @@ def cost(function: Callable, activations: Any, *parameters: Any) -> Cost:
 
 
 def main() -> None:
+    if missing := devices.find("v5e:1x1").missing():
+        sys.exit(missing)
     for name in ("llama-3.1-8b", "llama-3.1-70b"):
         print(f"{name}, {TOKENS} tokens: estimated cycles of NF4 / bfloat16; temporary memory of NF4 in MiB")
         total = {False: 0, True: 0}

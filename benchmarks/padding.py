@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from train_step import model_directory
 
 from peftjax import methods, sharding
 from peftjax.data.batches import train_batches
-from peftjax.io.hf_files import resolve
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 from peftjax.training.setup import attach_method, batching, open_data
@@ -43,9 +42,7 @@ SMOLLM2 = {
 
 def make_config(root: Path, model: dict[str, Any], tokens: tuple[int, int], **fields: Any) -> Config:
     """A config for a model of these sizes, and for records whose texts have about this range of numbers of tokens."""
-    directory = root / model["model_type"]
-    shutil.copytree(resolve("embedded"), directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    (directory / "config.json").write_text(json.dumps(model))
+    directory = model_directory(root / model["model_type"], model)
     rng, file = random.Random(0), directory / "train.jsonl"
     texts = [" ".join(["a"] * rng.randint(*tokens)) for _ in range(RECORDS)]
     file.write_text("".join(json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(texts)))
@@ -67,7 +64,7 @@ def measure(name: str, config: Config) -> None:
         task, _ = open_data(config, mesh)
         model = task.load_model(config.model, task.directory, mesh, config.seed)
         objective, tx, trainable, frozen = split(config, task, model, attach_method(config, task, model, mesh))
-        for multiple in (1, length):  # lengths that differ from the maximum by multiples of it: only itself
+        for multiple in (1, length):  # padded to the longest example, and to the maximum length
             states[multiple] = init_state(trainable, tx, config.seed)
             step = make_train_step(objective, tx, states[multiple])
             own = dataclasses.replace(batching(config, mesh), multiple=multiple)

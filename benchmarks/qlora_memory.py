@@ -8,6 +8,7 @@ that `peftjax train` runs, built from shapes alone. The device need not be attac
 `tpu`, GPU cases the extra `cuda-plan`. `peftjax plan` prints more, for any config.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -54,25 +55,26 @@ def make_config(fields: dict[str, Any], overrides: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
-    name, *rest = arguments
-    model, device_name, fields = CASES[name]
-    if dumped := [item.removeprefix("--text=") for item in rest if item.startswith("--text=")]:
-        rest = [item for item in rest if not item.startswith("--text=")]
-    if "--base=bfloat16" in rest:
-        rest.remove("--base=bfloat16")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--base", choices=("nf4", "bfloat16"), default="nf4", help="Format of the base")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="File for the compiled program")
+    options, overrides = parser.parse_known_args(arguments)
+    model, device_name, fields = CASES[options.case]
+    if options.base == "bfloat16":
         fields = fields | {"model.quantize": ""}
-    config, device = make_config(fields, rest), devices.find(device_name)
+    config, device = make_config(fields, overrides), devices.find(device_name)
     if missing := device.missing():
         sys.exit(missing)
-    print(
-        f"{name}: {model} on {device_name}: {' '.join(rest)} {config.model.quantize or config.model.dtype}", flush=True
-    )
+    base = config.model.quantize or config.model.dtype
+    print(f"{options.case}: {model} on {device_name}: {' '.join(overrides)} {base}", flush=True)
     started = time.perf_counter()
     mesh = device.mesh(config.mesh.sizes)
     compiled = compile_step(trace_step(config, sizes(model), mesh), device, mesh)
     found = compiled.memory_analysis()
-    if dumped:
-        Path(dumped[0]).write_text(compiled.as_text())
+    assert found is not None
+    if options.text:
+        options.text.write_text(compiled.as_text() or "")
     total = (
         found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
     )

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from train_step import PopulationStep, Step, model_directory
@@ -42,18 +41,18 @@ STUDIES = {
 }
 
 
-def make_config(root: Path, shape: str, study: str = "", value: int = 0, **fields: Any) -> Config:
+def make_config(root: Path, shape: str, study: str = "", value: int = 0) -> Config:
     """The config of a step, with one number of a study."""
     given = {"length": 128, "batch": 4, "rank": RANK, "layers": SHAPES[shape]["num_hidden_layers"]}
     given |= {study: value} if study else {}
     directory = root / f"{shape}-{given['layers']}"
     if not directory.exists():
         model_directory(directory, SHAPES[shape] | {"num_hidden_layers": given["layers"]})
-    own = {
+    fields = {
         "model.path": str(directory), "model.init": "random", "model.dtype": "float32", "data.max_length": given["length"],
         "train.batch_size": given["batch"], "method.rank": given["rank"], "method.targets": "all-linear",
     }  # fmt: skip
-    return configs.changed(Config(method=peftjax.Lora()), own | fields)
+    return configs.changed(Config(method=peftjax.Lora()), fields)
 
 
 def grow(root: Path, shape: str, study: str, rounds: int) -> dict[int, float]:
@@ -82,7 +81,7 @@ def waiting(root: Path, shape: str, count: int) -> float:
     words, file = random.Random(0), root / "texts.jsonl"
     texts = (" ".join(words.choices(("one", "two", "three", "four", "March", "1999"), k=200)) for _ in range(2000))
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = make_config(root, shape, **{"data.train": (str(file),), "data.format": "text"})
+    config = configs.changed(make_config(root, shape), {"data.train": (str(file),), "data.format": "text"})
     step = Step(config)
     step.run()  # compiles
     mesh = sharding.make_mesh()

@@ -57,7 +57,7 @@ def main() -> None:
             peftjax.detach(peftjax.load_adapter(model, path, name="three"), "three")
 
         loaded = median(load, repeats=5)
-    assert compiled._cache_size() == 1, "a switch caused a compilation"
+    assert compiled._cache_size() == 1, "a switch caused a compilation"  # type: ignore[attr-defined]
     print(f"{parameters / 1e6:.0f} million parameters; switching takes {1e3 * swapped:.1f} ms, loading from a file "
           f"{1e3 * loaded:.0f} ms, ratio {swapped / loaded:.3f}; compiled once")  # fmt: skip
 

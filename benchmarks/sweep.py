@@ -9,13 +9,14 @@ step is a population of one. Times are medians over rounds in which all populati
 import argparse
 import contextlib
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+from train_step import model_directory
 
 from peftjax import sharding, sweep
 from peftjax.io.hf_files import resolve
@@ -25,14 +26,11 @@ from peftjax.training.united import unite_runs
 COUNTS, ROUNDS = (1, 2, 4, 8), 7
 
 
-def model_directory(root: Path, width: int) -> Path:
-    """The bundled model's tokenizer and its config.json with other sizes, without weights."""
-    made = root / "model"
-    shutil.copytree(resolve("embedded"), made, ignore=shutil.ignore_patterns("*.safetensors"))
-    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
-    sizes |= {"num_key_value_heads": width // 64, "head_dim": 64}
-    (made / "config.json").write_text(json.dumps(json.loads((made / "config.json").read_text()) | sizes))
-    return made
+def sizes(width: int) -> dict[str, Any]:
+    """The fields of the bundled model's config.json, with other widths."""
+    bundled: dict[str, Any] = json.loads((resolve("embedded") / "config.json").read_text())
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
+    return bundled | heads | {"hidden_size": width, "intermediate_size": 11 * width // 4}
 
 
 def main() -> None:
@@ -43,7 +41,7 @@ def main() -> None:
     with contextlib.ExitStack() as opened:
         root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         fields = {
-            "model.path": model_directory(root, options.width), "model.init": "random", "model.quantize": "nf4",
+            "model.path": model_directory(root / "model", sizes(options.width)), "model.init": "random", "model.quantize": "nf4",
             "train.batch_size": options.batch,
         }  # fmt: skip
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]

@@ -12,6 +12,7 @@ import numpy as np
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.io.hf_files import resolve
+from peftjax.models.base import LanguageModel
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
 from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
@@ -43,6 +44,7 @@ class Step:
         jax.set_mesh(mesh)
         task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
         self.model = model = task.load_model(config.model, task.directory, mesh, config.seed)
+        assert isinstance(model, LanguageModel)
         method = attach_method(config, task, model, mesh)
         self.objective, self.tx, trainable, self.frozen = split(config, task, model, method)
         self.state = init_state(trainable, self.tx, config.seed)

@@ -2,7 +2,7 @@
 
     peftjax train --config=configs/glue_roberta_lora.py:mrpc --workdir=runs/mrpc
 
-The task after the colon is one of TASKS. The data are TFDS's `glue/mrpc`. To use other files with the same fields (those
+The task after the colon is a key of TASKS. The data are TFDS's `glue/mrpc`. To use other files with the same fields (those
 in TASKS, and `label`), set --config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl; for other fields, also
 --config.data.prompt_template={text}, --config.data.pair_template={other} and --config.data.label_field=gold. Set another
 encoder with --config.model.path=DIR; another method with --config.method.name=ia3. Rates and sizes are those of Hu et al.
@@ -16,7 +16,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.methods import make_config
 
-# task: (fields of the text or of the pair, classes in GLUE's order (none: a regression))
+# {task: (fields of the text or the pair, classes in GLUE's order; none for a regression)}
 TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cola": (("sentence",), ("unacceptable", "acceptable")),
     "sst2": (("sentence",), ("negative", "positive")),
@@ -32,7 +32,7 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def get_config(task: str = "mrpc") -> ConfigDict:
     if task not in TASKS:
-        raise UserError(f"{task!r} is no task of GLUE.{suggest(task, TASKS)} There are {', '.join(TASKS)}")
+        raise UserError(f"{task!r} is not a GLUE task.{suggest(task, TASKS)} Available: {', '.join(TASKS)}")
     fields, classes = TASKS[task]
     config = defaults()
     config.model.path = "FacebookAI/roberta-base"

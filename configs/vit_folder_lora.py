@@ -16,13 +16,8 @@ def get_config() -> ConfigDict:
     config = defaults()
     config.model.path = "google/vit-base-patch16-224-in21k"
     config.task.kind = "image_classification"
-    config.task.labels = (
-        "dandelion",
-        "daisy",
-        "tulips",
-        "sunflowers",
-        "roses",
-    )  # the names of the folders, in TFDS's order
+    # the names of the folders, in TFDS's order
+    config.task.labels = ("dandelion", "daisy", "tulips", "sunflowers", "roses")
     config.method = make_config("lora", rank=16, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.1)
     config.data.train = ("images:data/flowers/train",)
     config.data.eval = ("images:data/flowers/eval",)

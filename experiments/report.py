@@ -203,7 +203,7 @@ def main() -> None:
     groups = list(groups_of(runs))
     if unknown := set(options.baseline) - {group.name for group in groups}:
         parser.error(
-            f"--baseline={min(unknown)} is no group; the groups are: {'; '.join(group.name for group in groups)}"
+            f"--baseline={min(unknown)} is not a group; the groups are: {'; '.join(group.name for group in groups)}"
         )
     baselines = [group for group in groups if group.name in options.baseline]
     (options.study / "table.md").write_text(table(groups, baselines))

@@ -87,9 +87,6 @@ def parts(options: argparse.Namespace) -> list[argparse.Namespace]:
 
     Each part is a JobSet of its own, so that it starts, restarts and fails without the others.
 
-    Args:
-        options: Parsed command line.
-
     Raises:
         ValueError: The number of parts is not positive.
     """
@@ -112,9 +109,6 @@ def jobset(options: argparse.Namespace) -> Json:
     Each TPU slice is one job; GPU machines together are one job. A machine is one pod with one process. A job ends when
     one of its pods fails. Preempted runs, and runs that were stopped after saving their state, restart without limit;
     failed runs restart up to `max_restarts` times.
-
-    Args:
-        options: Parsed command line.
 
     Raises:
         ValueError: An option is invalid.
@@ -169,14 +163,9 @@ def jobset(options: argparse.Namespace) -> Json:
 
 
 def job(pods: int, pod: Json, options: argparse.Namespace) -> Json:
-    """Make the specification of an indexed job.
+    """Make the specification of an indexed job of equal pods.
 
     The job fails with the reason PodFailurePolicy if a pod was preempted, or was stopped after saving its state.
-
-    Args:
-        pods: Number of pods.
-        pod: Specification of each pod.
-        options: Parsed command line.
     """
     annotations = {"gke-gcsfuse/volumes": "true"} if options.bucket else {}
     return {
@@ -198,15 +187,12 @@ def job(pods: int, pod: Json, options: argparse.Namespace) -> Json:
 
 
 def tpu_pod(options: argparse.Namespace, kind: str, topology: str) -> tuple[int, Json]:
-    """Make the pod of a TPU slice. GKE provides the addresses of the processes.
+    """Return the number of pods of a TPU slice, and their specification. GKE provides the addresses of the processes.
 
     Args:
         options: Parsed command line.
         kind: TPU type, a key of `TPUS`.
         topology: Topology of the slice, such as 4x4.
-
-    Returns:
-        Number of pods per slice, and the specification of each pod.
 
     Raises:
         ValueError: The topology is invalid.
@@ -257,14 +243,7 @@ def gpu_pod(options: argparse.Namespace, kind: str, number: str) -> Json:
 
 
 def make_pod(options: argparse.Namespace, command: list[str], labels: Json, resources: Json) -> Json:
-    """Make a pod with one container and the volume of the run.
-
-    Args:
-        options: Parsed command line.
-        command: Command of the container.
-        labels: Labels of the node to run on.
-        resources: Resource limits of the container.
-    """
+    """Make a pod with one container and the volume of the run, for a node with these labels."""
     if options.bucket:
         attributes = {"bucketName": options.bucket, "mountOptions": "implicit-dirs"}
         volume: Json = {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}

@@ -27,9 +27,6 @@ GRACE = 30.0  # seconds between SIGTERM and SIGKILL for the other processes afte
 def main(argv: list[str]) -> int:
     """Run the command and wait for all processes.
 
-    Args:
-        argv: Command line without the program name.
-
     Returns:
         0 if all processes succeeded, 75 (or 130 after Ctrl-C) if one was stopped and none failed, else the exit code of the
         first failure.
@@ -105,9 +102,6 @@ def split_devices(environment: Mapping[str, str], processes: int, each: int) -> 
         processes: Number of processes.
         each: GPUs or CPU devices per process.
 
-    Returns:
-        One environment per process.
-
     Raises:
         ValueError: CUDA_VISIBLE_DEVICES lists too few GPUs.
     """
@@ -142,11 +136,18 @@ def start(command: list[str], environment: Mapping[str, str]) -> subprocess.Pope
 
 
 def show(index: int, process: subprocess.Popen[bytes]) -> None:
-    """Print the output of a process until it ends, each line prefixed with the process index."""
+    """Print the output of a process until it ends, each line prefixed with the process index.
+
+    If the launcher's output is closed, as by `| head`, the process fails the next time it prints.
+    """
     assert process.stdout is not None
-    for line in process.stdout:
-        sys.stdout.buffer.write(b"[%d] %s\n" % (index, line.rstrip(b"\n")))  # a single write keeps lines intact
-        sys.stdout.buffer.flush()
+    with process.stdout:
+        try:
+            for line in process.stdout:
+                sys.stdout.buffer.write(b"[%d] %s\n" % (index, line.rstrip(b"\n")))  # a single write keeps lines intact
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
 
 
 def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
@@ -162,7 +163,8 @@ def wait(processes: list[subprocess.Popen[bytes]], stops: Collection[int] = (STO
     failed, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:  # a list, so that every process is polled
         if not failed and (failed := first_failure(processes, stops)):
-            print(f"a process failed with exit code {failed}; stopping the others", file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(f"a process failed with exit code {failed}; stopping the others", file=sys.stderr, flush=True)
             send(processes, signal.SIGTERM)
             deadline = time.monotonic() + GRACE
         if time.monotonic() > deadline:

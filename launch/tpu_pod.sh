@@ -74,11 +74,17 @@ look() {
     exit 1
 }
 
-# Sends the tracked and untracked files that git does not ignore, which excludes environments and runs.
+# The tracked and untracked files that git does not ignore, which excludes environments and runs. git also lists tracked
+# files that have been deleted, at which tar would fail.
+files() {
+    git -C "$root" ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+        if [ -e "$root/$file" ]; then printf '%s\0' "$file"; fi
+    done
+}
+
 prepare() {
     say "installing on every worker"
-    git -C "$root" ls-files -z --cached --others --exclude-standard |
-        tar -C "$root" --null -T - -czf "$archive" &&
+    files | tar -C "$root" --null -T - -czf "$archive" &&
         on_all "$stop" &&
         gcloud compute tpus tpu-vm scp "$archive" "$name:peftjax.tar.gz" "${scope[@]}" --worker=all &&
         on_all "$install" && on_all "$setup"

@@ -60,7 +60,7 @@ def test_a_task_of_glue_has_its_config(task: str) -> None:
 
 
 def test_what_is_no_task_of_glue_is_told_with_what_is_near() -> None:
-    with pytest.raises(UserError, match=r"'mprc' is no task of GLUE\. Did you mean 'mrpc'"):
+    with pytest.raises(UserError, match=r"'mprc' is not a GLUE task\. Did you mean 'mrpc'"):
         configs.load(f"{GLUE}:mprc")
 
 

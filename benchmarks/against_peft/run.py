@@ -40,6 +40,9 @@ class Child:
             [python, str(HERE / script), cell.name, str(directory)],
             env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._questions, self._answers = self._process.stdin, self._process.stdout
         self._name = f"{script} {cell.name}"
         self.pid = self._process.pid
         self.ready = self._answer()
@@ -49,17 +52,17 @@ class Child:
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._questions.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
 
     def ask(self, **command: int) -> dict[str, Any]:
         time.sleep(PAUSE)
-        print(json.dumps(command), file=self._process.stdin)
+        print(json.dumps(command), file=self._questions)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        if not (line := self._process.stdout.readline()):
+        if not (line := self._answers.readline()):
             raise RuntimeError(f"{self._name} ended with code {self._process.wait()}; its message is above")
         return json.loads(line)
 
@@ -157,6 +160,8 @@ def main() -> None:
     if options.list:
         print(*CELLS, sep="\n")
         return
+    if not shutil.which(options.torch_python):
+        parser.error(f"--torch-python={options.torch_python}: no such program; `make bench` installs it")
     pythons = {"torch": options.torch_python, "peftjax": sys.executable}
     found = json.loads(options.results.read_text()) if options.results.exists() else {}
     chosen = select(options.cells)

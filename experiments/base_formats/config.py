@@ -1,5 +1,7 @@
 """LoRA on the base in float32, bfloat16, int8 and NF4, each with three learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -15,8 +17,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
-    runs = {"optim.learning_rate": RATES, "seed": SEEDS}
+def get_sweep() -> list[dict[str, list[Any]]]:
+    runs: dict[str, list[Any]] = {"optim.learning_rate": RATES, "seed": SEEDS}
     return [
         {"model.param_dtype": ["float32", "bfloat16"], **runs},
         {"model.quantize": ["int8", "nf4"], **runs},

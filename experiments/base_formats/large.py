@@ -1,5 +1,7 @@
 """The same study at the size of the QLoRA paper's smaller models: bfloat16, int8, NF4 and NF4 without double quantization."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import large
@@ -15,5 +17,5 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> dict[str, list[object]]:
+def get_sweep() -> dict[str, list[Any]]:
     return {"model.quantize": ["", "int8", "nf4", "nf4_single"], "optim.learning_rate": RATES, "seed": SEEDS}

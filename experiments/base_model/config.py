@@ -1,4 +1,4 @@
-"""Train the embedded base model from random weights: full fine-tuning of everything, on make_corpus.py's text."""
+"""Train the bundled model from random weights: full fine-tuning on the text of make_corpus.py."""
 
 from ml_collections import ConfigDict
 

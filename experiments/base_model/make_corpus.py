@@ -1,14 +1,14 @@
-"""Write the corpus, the tokenizer and the shape of the embedded base model, from what every Python installation carries.
+"""Write the corpus, the tokenizer and the config.json of the bundled model, from text in every Python installation.
 
     python experiments/base_model/make_corpus.py --out=runs/base_model/corpus
 
-Nothing is fetched. The text is `pydoc_data.topics` (the language reference shown by `help()`), the docstrings of the
+Nothing is downloaded. The text is `pydoc_data.topics` (the language reference shown by `help()`), the docstrings of the
 standard library (of its sources, and of its compiled modules through `inspect`), and the comment blocks of its sources.
 The task of the quickstart is not in it: no text here pairs a written date with its ISO 8601 form on purpose.
 
 The output directory holds
-    train.jsonl, validation.jsonl   one {"text": ...} a line, each at most `MAX_TOKENS` tokens; documents are disjoint
-    base/                           config.json, tokenizer.json, ...: what `model.init="random"` starts from
+    train.jsonl, validation.jsonl   one {"text": ...} per line, at most `MAX_TOKENS` tokens each; no document is in both
+    base/                           config.json, tokenizer.json, ...: for `model.init="random"`
     corpus.json                     counts, the Python version and the SHA-256 of the text
 """
 
@@ -32,10 +32,10 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 MAX_TOKENS = 126  # of 128 positions: begin and end of text take two
-CHUNKINGS = 3  # times the training text is written, cut at different places each time
+CHUNKINGS = 3  # how often the training text is written, cut at different places each time
 VALIDATION_PERCENT = 2
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# Tests are mostly code under test data; the vendored installers are not the standard library's own text.
+# Tests are mostly code and test data; the vendored installers are not part of the standard library.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 VOCABULARY = 1024
 LLAMA = {
@@ -210,7 +210,7 @@ def write_base(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="directory to write")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="Directory to write")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
 

@@ -1,5 +1,7 @@
 """Full fine-tuning and LoRA with two batch sizes, each with five learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -19,6 +21,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     runs = {"train.batch_size": BATCH_SIZES, "seed": SEEDS}
     return [{"method.name": [name], "optim.learning_rate": rates, **runs} for name, rates in RATES.items()]

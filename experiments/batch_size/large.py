@@ -1,5 +1,7 @@
 """The same study with Llama 3.1 8B: a quarter of an epoch with batches of 32 and 256."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import large
@@ -19,6 +21,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     runs = {"train.batch_size": BATCH_SIZES, "seed": SEEDS}
     return [{"method.name": [name], "optim.learning_rate": rates, **runs} for name, rates in RATES.items()]

@@ -1,5 +1,7 @@
 """Full fine-tuning and LoRA of four ranks on growing amounts of data, each with two learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -20,7 +22,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     return [
         {"method.name": ["full"], "optim.learning_rate": RATES["full"], "seed": SEEDS},
         {"method.name": ["lora"], "method.rank": RANKS, "optim.learning_rate": RATES["lora"], "seed": SEEDS},

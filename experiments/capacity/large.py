@@ -1,5 +1,7 @@
 """The same study with Llama 3.1 8B and ranks 1 to 256: one epoch, evaluated every 100 steps."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import large
@@ -20,7 +22,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     return [
         {"method.name": ["full"], "optim.learning_rate": RATES["full"], "seed": SEEDS},
         {"method.name": ["lora"], "method.rank": RANKS, "optim.learning_rate": RATES["lora"], "seed": SEEDS},

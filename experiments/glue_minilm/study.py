@@ -1,13 +1,13 @@
-"""Eight methods on four tasks of GLUE with a small encoder:
+"""Eight methods on four GLUE tasks with a small encoder:
 
     PYTHONPATH=. python experiments/glue_minilm/study.py --model=DIR --data=DIR [--task=cola] [--method=lora]
 
-Every run is one of `peftjax train` with configs/glue_roberta_lora.py:TASK and the few changes of `run_config`.
-The rate of a method is the best of its `RATES` on the validation file; the result is what that run's model scores on
-the test file. Writes results.json, table.md and methods.png beside this file; runs that results.json has already are
-not done again, so it may be stopped at any time and started again.
+Each run is one of `peftjax train` with configs/glue_roberta_lora.py:TASK and the few changes of `run_config`.
+The rate of a method is the one of its `RATES` that is best on the validation file; the result is that run's score on the
+test file. Writes results.json, table.md and methods.png beside this file. Runs that are in results.json are skipped, so
+the script can be stopped at any time and started again.
 
-DIR: a Hugging Face directory of an encoder (or a hub id), and a folder with TASK/{train,validation,test}.jsonl.gz.
+--model is a Hugging Face directory of an encoder, or a hub id; --data has the files TASK/{train,validation,test}.jsonl.gz.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from peftjax.training.trained import measure as measure_on
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "glue_roberta_lora.py"
-# task -> template of the text, length that nearly all texts have, steps, score
+# {task: (template of the text, length that covers nearly all texts, steps, score)}
 TASKS = {
     "cola": ("{text}", 24, 1000, "matthews"),
     "sst2": ("{text}", 40, 400, "accuracy"),
@@ -50,7 +50,7 @@ TASKS = {
     "rte": ("{sentence1}", 112, 156, "accuracy"),
 }
 BATCH = 16
-# The options of a method, chosen so that sizes are of one order, not tuned.
+# The options of each method, chosen for adapters of similar size, not tuned.
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear"},
@@ -88,7 +88,7 @@ def run_config(options: argparse.Namespace, task: str, method: str, rate: float)
 
 
 def held_out(config: Config, workdir: Path, options: argparse.Namespace, task: str) -> dict[str, float]:
-    """The test scores of the model that a run left."""
+    """The test scores of a run's model."""
     config = configs.changed(config, {"data.eval": (f"{options.data}/{task}/test.jsonl.gz",)})
     mesh = sharding.make_mesh(config.mesh.sizes)
     made = open_task(config)
@@ -118,7 +118,7 @@ def sizes(config: Config) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace, task: str, method: str, rate: float) -> dict[str, Any]:
-    """Train once, and the scores on both files."""
+    """Train once; the scores on both files."""
     config, workdir = run_config(options, task, method, rate), Path(tempfile.mkdtemp())
     validation = train(config, workdir).scores
     result = {"rate": rate, "validation": validation, "test": held_out(config, workdir, options, task)}
@@ -127,11 +127,11 @@ def measure(options: argparse.Namespace, task: str, method: str, rate: float) ->
 
 
 def step_times(options: argparse.Namespace, task: str = "mrpc", rounds: int = 5, steps: int = 4) -> dict[str, float]:
-    """The time of a training step of each method over that of full fine-tuning: the median over rounds in which all
-    take turns, so that what else the machine does falls on all alike."""
+    """The time of a training step of each method, relative to full fine-tuning: the median over rounds in which all methods
+    take turns, so that other load on the machine affects all of them."""
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        prepared = {}
+        prepared: dict[str, list[Any]] = {}
         for method in METHODS:
             config = run_config(options, task, method, 1e-3)
             made, batches = open_data(config, mesh)
@@ -159,7 +159,7 @@ def step_times(options: argparse.Namespace, task: str = "mrpc", rounds: int = 5,
 
 
 def best_of(runs: list[dict[str, Any]], task: str) -> dict[str, Any]:
-    """The run whose rate was best on the validation file."""
+    """The run with the best score on the validation file."""
     return max(runs, key=lambda run: run["validation"][TASKS[task][3]])
 
 
@@ -187,7 +187,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> None:
-    """A panel a task, a line a method."""
+    """One panel per task, one row per method."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -211,7 +211,7 @@ def picture(results: dict[str, Any]) -> None:
 
 
 def majority(options: argparse.Namespace, task: str) -> dict[str, float]:
-    """The scores on the test file of always saying the class that is the more frequent one in it."""
+    """The scores on the test file of a model that always predicts its more frequent class."""
     with gzip.open(f"{options.data}/{task}/test.jsonl.gz") as lines:
         labels = np.array([json.loads(line)["label"] for line in lines])
     said = np.full(len(labels), np.bincount(labels).argmax())
@@ -219,12 +219,12 @@ def majority(options: argparse.Namespace, task: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Eight methods on four tasks of GLUE.")
-    parser.add_argument("--model", required=True, help="a Hugging Face directory or hub id of an encoder")
-    parser.add_argument("--data", required=True, help="a folder with TASK/{train,validation,test}.jsonl.gz")
-    parser.add_argument("--task", choices=tuple(TASKS), action="append", help="only this task; may be repeated")
-    parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only this method; may be repeated")
-    parser.add_argument("--times", action="store_true", help="measure the times of a step too, on an idle machine")
+    parser = argparse.ArgumentParser(description="Train eight methods on four GLUE tasks.")
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub id of an encoder")
+    parser.add_argument("--data", required=True, help="Folder with TASK/{train,validation,test}.jsonl.gz")
+    parser.add_argument("--task", choices=tuple(TASKS), action="append", help="Only this task; may be repeated")
+    parser.add_argument("--method", choices=tuple(METHODS), action="append", help="Only this method; may be repeated")
+    parser.add_argument("--times", action="store_true", help="Also measure the time of a step, on an idle machine")
     options = parser.parse_args()
 
     file = HERE / "results.json"

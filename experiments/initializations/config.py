@@ -1,5 +1,7 @@
 """LoRA of rank 4 from six initializations on a float32 base, and from two on an NF4 base, with three learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -15,8 +17,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
-    runs = {"optim.learning_rate": RATES, "seed": SEEDS}
+def get_sweep() -> list[dict[str, list[Any]]]:
+    runs: dict[str, list[Any]] = {"optim.learning_rate": RATES, "seed": SEEDS}
     return [
         {"method.init": ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"], **runs},
         {"model.quantize": ["nf4"], "method.init": ["kaiming", "loftq"], **runs},

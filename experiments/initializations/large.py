@@ -1,5 +1,7 @@
 """The same study with Llama 3.1 8B and rank 16. PiSSA and LoftQ take randomized decompositions."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import large
@@ -15,8 +17,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
-    runs = {"optim.learning_rate": RATES, "seed": SEEDS}
+def get_sweep() -> list[dict[str, list[Any]]]:
+    runs: dict[str, list[Any]] = {"optim.learning_rate": RATES, "seed": SEEDS}
     return [
         {"method.init": ["kaiming", "gaussian", "orthogonal", "pissa_niter_16", "olora", "eva"], **runs},
         {"model.quantize": ["nf4"], "method.init": ["kaiming", "loftq_niter_16"], **runs},

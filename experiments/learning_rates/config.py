@@ -1,5 +1,7 @@
 """Full fine-tuning and LoRA of four ranks, each with five learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -12,13 +14,12 @@ SEEDS = [0, 1, 2]
 
 def get_config() -> ConfigDict:
     config = small.get_config()
-    config.method = make_config(
-        "lora", alpha=32.0, targets="all-linear"
-    )  # the same alpha for all ranks: the scale is 32 / rank
+    # the same alpha for all ranks: the scale is 32 / rank
+    config.method = make_config("lora", alpha=32.0, targets="all-linear")
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     return [
         {"method.name": ["full"], "optim.learning_rate": RATES["full"], "seed": SEEDS},
         {"method.name": ["lora"], "method.rank": RANKS, "optim.learning_rate": RATES["lora"], "seed": SEEDS},

@@ -1,4 +1,4 @@
-"""What every method is trained on: the quickstart's dates on the embedded base, in fewer and smaller steps."""
+"""The config of every method: the quickstart's dates on the bundled model, with fewer steps and smaller batches."""
 
 from ml_collections import ConfigDict
 

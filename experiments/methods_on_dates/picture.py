@@ -1,4 +1,4 @@
-"""Plot the held-out losses in results.json over the trained parameters: python experiments/methods_on_dates/picture.py"""
+"""Plot the held-out losses in results.json over the number of trainable parameters: python experiments/methods_on_dates/picture.py"""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Every method on the same data in the same number of steps: python experiments/methods_on_dates/study.py
 
 Each method is trained with all of `RATES` at once, side by side under vmap. The rate is chosen on one half of the held-out
-batches, the result is what the other half says. Writes results.json, table.md and methods.png beside this file; methods
-that results.json has already are not trained again.
+batches; the results are those on the other half. Writes results.json, table.md and methods.png beside this file. Methods
+that are in results.json are not trained again.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ METHODS: dict[str, adapters.Method] = {
 
 
 def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: list[Any]) -> dict[str, Any]:
-    """Train the method on a new model; its size, its cost and its scores."""
+    """Attach the method to the model and train it; its size, its cost and its scores."""
     base = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     alone = products(model, batches[0]["tokens"])
     shown = batches[: method.data] if method.data else None
@@ -127,7 +127,7 @@ def products(model: Any, tokens: Any) -> int:
 
 
 def products_of(jaxpr: Any) -> int:
-    """The floating-point operations of all matrix products of a program; loops count as often as they turn."""
+    """The floating-point operations of all matrix products of a program; the body of a loop counts once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -164,10 +164,10 @@ def main() -> None:
     stream = train_batches(config.data, task, batching, config.seed)
     batches = [batch.arrays for batch in itertools.islice(stream, config.train.steps)]
     stream = HeldOut(config.data, task).batches(batching)
-    held_out = [batch.arrays for batch in itertools.islice(stream, EVAL_BATCHES)]
+    held_out: list[Any] = [batch.arrays for batch in itertools.islice(stream, EVAL_BATCHES)]
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {"methods": {}}
-    model = load_model(base)
+    model: Any = load_model(base)
     before = np.sum(
         [np.stack(next_token_loss(model, batch, config.train.loss_chunk)[:3]) for batch in held_out[1::2]], axis=0
     )

@@ -1,5 +1,7 @@
 """LoRA of attention, of the MLP and of both, with equally many parameters, four learning rates and three seeds."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import small
@@ -17,7 +19,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-def get_sweep() -> list[dict[str, list[object]]]:
+def get_sweep() -> list[dict[str, list[Any]]]:
     return [
         {"method.targets": [targets], "method.rank": [rank], "optim.learning_rate": RATES, "seed": SEEDS}
         for targets, rank in RANKS.items()

@@ -10,11 +10,10 @@ every line that depends on them says so. docs/plan.md explains the output.
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="Find how many runs of the config file's get_sweep() fit side by side, and what their steps cost",
     )
     parser.add_argument(
-        "--sweep.FIELD", metavar="V,V", help="The same with values of a config field, as for peftjax sweep"
+        "--sweep.FIELD", metavar="V,V", help="Plan a sweep over these values of a config field, as for peftjax sweep"
     )
     space.add_search_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to FILE")
@@ -86,13 +85,15 @@ def main(argv: list[str]) -> int:
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")
     space.check_search_options(given)
+    if given.json:  # before the plan, which may take minutes
+        given.json.parent.mkdir(parents=True, exist_ok=True)
     swept = bool(given.sweep or fields or given.trials)
     if swept and (given.search or given.compare or given.members > 1):
         raise UserError("a sweep cannot be combined with --members, --search or --compare; omit one of them")
     device = devices.find(given.device)
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
-    fields_of = functools.cache(_hf_config)  # runs of a sweep may have different models
+    fields_of = cache(_hf_config)  # runs of a sweep may have different models
     config = precision.resolve(config, fields_of(config.model.path, config.model.revision), device.platform)
     console = make_console(soft_wrap=True)
     one = not (given.search or given.compare or swept)
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> int:
         parts = shape["data"] * shape["fsdp"]
         positions = fields_of(config.model.path, config.model.revision).get("max_position_embeddings")
         most = positions if given.search == "length" else None
-        probes = search(given.search, config, parts, probe, given.members, most)
+        probes = list(search(given.search, config, parts, probe, given.members, most))
         fits, result = _search(console, given.search, probes)
     elif swept:
         chosen = swept_configs(given.config, given.overrides, fields, given.trials, given.search_seed)
@@ -134,15 +135,14 @@ def _hf_config(path: str, revision: str | None) -> dict[str, Any]:
 
 
 def _search(
-    console: Console, kind: str, found: Iterable[tuple[int, Plan | UserError]]
+    console: Console, kind: str, probes: Sequence[tuple[int, Plan | UserError]]
 ) -> tuple[bool, list[dict[str, Any]]]:
     """Print a search; return whether any value fits, and the record of all plans."""
-    probes = list(found)
-    best = max((value for value, found in probes if isinstance(found, Plan) and found.fits), default=None)
+    best = max((value for value, plan in probes if isinstance(plan, Plan) and plan.fits), default=None)
     console.print(search_table(kind, probes))
     name = "number of members" if kind == "members" else kind
     console.print(f"largest {name} that fits: {best or 'none'}")
-    return best is not None, [{kind: value} | _record(found) for value, found in probes]
+    return best is not None, [{kind: value} | _record(plan) for value, plan in probes]
 
 
 def _plan_sweep(

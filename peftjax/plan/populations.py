@@ -1,4 +1,4 @@
-"""The populations of a sweep, to be planned."""
+"""The runs of a sweep, to be planned."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,20 +7,18 @@ from peftjax.training import space
 from peftjax.training.config import Config
 
 
-def swept_configs(
-    path: str, overrides: Sequence[str], fields: Iterable[str], trials: int = 0, seed: int = 0
-) -> list[Config]:
-    """The config of each run that `peftjax sweep` would train with the same arguments. Draws are those of a new workdir.
+def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str], trials: int, seed: int) -> list[Config]:
+    """Return the config of each run that `peftjax sweep` would train with the same arguments in a new workdir.
 
     Args:
-      path: The config file, whose `get_sweep()` defines the search space.
-      overrides: Strings "--config.train.steps=100".
-      fields: Strings "--sweep.method.rank=4,8".
-      trials: The number of random draws; 0 for all combinations.
-      seed: The random seed of the draws.
+        path: The config file, whose `get_sweep()` defines the search space.
+        overrides: Strings "--config.train.steps=100".
+        fields: Strings "--sweep.method.rank=4,8".
+        trials: The number of random draws; 0 for all combinations.
+        seed: The random seed of the draws.
 
     Raises:
-      UserError: There is nothing to sweep, a field has a range and there are no trials, or a config is invalid.
+        UserError: There is nothing to sweep, a field has a range and there are no trials, or a config is invalid.
     """
     spaces = space.read_spaces(path, fields)
     if not any(spaces):

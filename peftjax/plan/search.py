@@ -1,5 +1,6 @@
 """The largest batch, sequence length, rank or number of members that fits."""
 
+import sys
 from collections.abc import Callable, Iterator
 
 from peftjax.core.errors import UserError
@@ -48,7 +49,8 @@ def search(
             return False, error
         return plan.fits, plan
 
-    low, high, value = 0, 0, max(start // step, 1) * step
+    most = most or sys.maxsize  # the only value that need not be a multiple of `step`
+    low, high, value = 0, 0, min(max(start // step, 1) * step, most)
     while not (low and high and high - low <= max(step, low // 8)):
         fits, found = plan_of(value)
         yield value, found
@@ -56,10 +58,10 @@ def search(
         if low == most:
             return
         if not high:
-            value = min(2 * low, most or 2 * low)
+            value = min(2 * low, most)
         elif not low:
-            if high == step:
+            if high <= step:
                 return
             value = max(high // 2 // step, 1) * step
         else:
-            value = (low + high) // 2 // step * step
+            value = max((low + high) // 2 // step, low // step + 1) * step  # never `low` again

@@ -25,7 +25,7 @@ def show(console: Console, config: Config, plan: Plan, missing: str) -> None:
     """Print a plan to a console from `make_console`. missing: how to install the compiler, if it is not installed."""
     _print_setup(console, config, plan, missing)
     console.print()
-    console.print(verdict(plan))
+    console.print(_verdict(plan))
     for note in _notes(config, plan):
         console.print(note)
     console.print(_memory_table(plan))
@@ -52,7 +52,7 @@ def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> 
         )
 
 
-def verdict(plan: Plan) -> Text:
+def _verdict(plan: Plan) -> Text:
     """Return the line that says whether the step fits."""
     certainty = "" if plan.compiler else "estimate: "
     sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device"

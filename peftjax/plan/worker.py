@@ -54,7 +54,8 @@ def ask(
     )
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
-        raise UserError(f"the process that compiles for {device.name} ended with code {ended.returncode}: {last[0]}")
+        message = f"the process that compiles for {device.name} ended with code {ended.returncode}: {last[0]}"
+        raise UserError(message) from RuntimeError(ended.stderr)  # its traceback, for PEFTJAX_TRACEBACK=1
     reply = json.loads(ended.stdout.splitlines()[-1])
     if "error" in reply:
         raise UserError(reply["error"])

@@ -57,7 +57,7 @@ def _size_cards(data: ReportData) -> Iterator[Card]:
     trained, parameters = count_trained(data.parts)
     if data.parts:
         note = f"{trained / parameters:.2%} of the {parameters:,} in the base" if parameters else ""
-        yield Card("Trained parameters", f"{trained:,}", note)
+        yield Card("Trainable parameters", f"{trained:,}", note)
     if data.adapter_file_bytes:
         note = f"for a base of {format_bytes(sum(part.bytes for part in base))}" if parameters else ""
         yield Card("Adapter file", format_bytes(data.adapter_file_bytes), note)

@@ -71,14 +71,15 @@ def make_charts(train: Lines, evaluations: Lines, task: str) -> list[Chart]:
     unit = "nats per token" if task in ("causal_lm", "seq2seq") else "mean over examples"
     score_title = "Scores" if len(scores) > 1 else " ".join(curve.name.capitalize() for curve in scores)
     rate = _curves("learning rate", train, "learning_rate")
-    norm, *speeds = (_curves("running mean", train, name, smooth=True) for name in ("grad_norm", *SPEEDS))
+    norm = _curves("running mean", train, "grad_norm", smooth=True)
     charts = [
         _chart("Loss", loss, last_step, unit, log=True, bounds=(None, None), wide=bool(scores)),
         _chart(score_title, scores, last_step, "held out", bounds=(min(lowest, 0), 1), form="percent"),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
     ]
-    for name, speed in zip(SPEEDS, speeds, strict=True):
+    for name in SPEEDS:
+        speed = _curves("running mean", train, name, smooth=True)
         charts.append(_chart(field_title(name), speed, last_step, form="count"))
     return [chart for chart in charts if chart]
 

@@ -70,12 +70,12 @@ class Classes:
 
     @classmethod
     def from_json(cls, fields: dict[str, object]) -> "Classes":
-        """Build it from what `dataclasses.asdict` and JSON make of it.
+        """Build it from the fields of a JSON object.
 
         Raises:
-            TypeError: The fields are others.
+            TypeError: It is not an object with these fields.
         """
-        values = dict(fields)
+        values = {**fields}
         for name, kind in (("scores", ClassScore), ("examples", Prediction), ("confusions", None)):
             items = values.get(name)
             if isinstance(items, list):

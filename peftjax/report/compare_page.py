@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import printable
 from peftjax.report import run_plots
-from peftjax.report.compared_tables import ComparedTable, compared_scores, final_scores, group_name, make_tables
+from peftjax.report.compared_tables import ComparedTable, final_scores, group_name, make_tables, scores_of
 from peftjax.report.comparison import Group, Run, group_runs, warnings_of
 from peftjax.report.data import Sample
 from peftjax.report.html import render
@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[Run], directory: Path) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     groups, tables = group_runs(runs), make_tables(runs)
-    loss = compared_scores(runs)[0]
+    loss = scores_of(runs)[0]
     title = "Held-out loss" if loss == "eval_loss" else "Training loss"
     shown, fields = _shown(groups, loss), ", ".join(short_name(field, groups[0].values) for field in groups[0].values)
     page = render(

@@ -34,7 +34,7 @@ def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
     """The scores of each group, its difference from the best group if there are several seeds, and its costs."""
     groups = comparison.group_runs(runs)
     scores: dict[str, list[str]] = {}
-    names = compared_scores(runs)
+    names = scores_of(runs)
     for name in names:
         label = name.removeprefix("eval_").replace("_", " ")
         last, best = (partial(measure, name=name) for measure in (comparison.last_score, comparison.best_score))
@@ -55,7 +55,7 @@ def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
     return tables | {"costs": _table(groups, costs, "mean over the seeds" * several)}
 
 
-def compared_scores(runs: Sequence[Run]) -> list[str]:
+def scores_of(runs: Sequence[Run]) -> list[str]:
     """The scores to compare: the loss, and the main score of the task if it has one."""
     return comparison.compared_scores(
         {name for run in runs for line in run.lines if line["kind"] == "eval" for name in line}

@@ -58,7 +58,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """What the report shows and neither config.json nor metrics.jsonl has. report.json has exactly these fields.
+    """The data of a report that is in neither config.json nor metrics.jsonl. report.json has exactly these fields.
 
     Each field may be empty; its section is then left out of the page. The train command saves `before` when it starts,
     because a resumed run no longer has the untrained model, and the other fields when it ends.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftjax.core.terminal import printable
 from peftjax.core.units import format_bytes
-from peftjax.report.text import format_duration, format_number, format_percent
+from peftjax.report.text import format_duration, format_number, format_percent, value_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -39,6 +39,7 @@ def _environment() -> "jinja2.Environment":
         "number": format_number,
         "percent": format_percent,
         "printable": printable,
+        "value": value_text,
         "json": functools.partial(json.dumps, ensure_ascii=False),
     }
     return environment

@@ -348,9 +348,8 @@ def make_figure(
 ) -> Figure:
     """The drawing as a figure of a page. height: in pixels. wide: whether it has the page's whole width."""
     label = printable(f"{title}, {note}" if note else title)
-    svg, narrow = _page_svg(label, draw, (WIDE if wide else NARROW, height)), ""
-    if wide:
-        narrow = _page_svg(label, draw, (NARROW, height))
+    svg = _page_svg(label, draw, (WIDE if wide else NARROW, height))
+    narrow = _page_svg(label, draw, (NARROW, height)) if wide else ""
     return Figure(title, note, legend, svg, narrow)
 
 

@@ -97,6 +97,14 @@ def test_ctrl_c_reaches_all_and_is_not_called_a_failure() -> None:
     assert ended(launched) == (130, ["[0] saved", "[1] saved"])
 
 
+def test_processes_end_if_nothing_reads_their_output() -> None:
+    launched = launch('while True:\n  print("x" * 1000)', "--processes=2")
+    assert launched.stdout is not None
+    assert launched.stdout.readline()
+    launched.stdout.close()
+    assert launched.wait(60) not in (0, local.STOPPED)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ Nothing here asks Google Cloud; that the real gcloud knows these commands and op
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,18 +81,18 @@ class Cloud:
         (self.folder / name).write_text(text)
         (self.folder / name).chmod(0o755)
 
-    def start(self, *options: str, states: str, codes: str = "") -> subprocess.Popen[str]:
+    def start(self, *options: str, states: str, codes: str = "", root: Path = ROOT) -> subprocess.Popen[str]:
         (self.folder / "states").write_text(states)
         (self.folder / "home" / "codes").write_text(codes)
         environment = os.environ | {"PATH": f"{self.folder}:{os.environ['PATH']}", "TPU_POD_POLL": "0"}
         command = ["python", "../command.py", "--a=b", "two words", "$HOME 'x'"]
         return subprocess.Popen(
             ["launch/tpu_pod.sh", *OPTIONS, *options, "--", *command],
-            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def run(self, *options: str, states: str, codes: str = "") -> tuple[int, str]:
-        launched = self.start(*options, states=states, codes=codes)
+    def run(self, *options: str, states: str, codes: str = "", root: Path = ROOT) -> tuple[int, str]:
+        launched = self.start(*options, states=states, codes=codes, root=root)
         output = launched.communicate(timeout=120)[0]
         return launched.returncode, output
 
@@ -126,6 +127,22 @@ def test_a_run_from_nothing_to_its_end(cloud: Cloud) -> None:
     sent = cloud.folder / "home" / "peftjax"
     assert (sent / "launch" / "tpu_pod.sh").read_bytes() == (ROOT / "launch" / "tpu_pod.sh").read_bytes()
     assert not (sent / ".git").exists()
+
+
+def test_a_tracked_file_that_has_been_deleted_is_not_sent(cloud: Cloud) -> None:
+    root = cloud.folder / "repository"
+    (root / "launch").mkdir(parents=True)
+    shutil.copy(ROOT / "launch" / "tpu_pod.sh", root / "launch")
+    (root / "pyproject.toml").write_text("tpu = []\n")
+    (root / "with space.txt").touch()
+    (root / "deleted.txt").touch()
+    for command in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    (root / "deleted.txt").unlink()
+    code, output = cloud.run(states="ACTIVE", codes="0", root=root)
+    assert code == 0, output
+    sent = {file.name for file in (cloud.folder / "home" / "peftjax").iterdir()}
+    assert sent == {".venv", "launch", "pyproject.toml", "with space.txt"}
 
 
 def test_a_preemption_is_followed_by_another_tpu(cloud: Cloud) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -369,6 +370,21 @@ def test_a_search_finds_the_largest_that_fits(
     assert len(tried) <= 9
 
 
+@pytest.mark.parametrize(
+    ("start", "most", "expected"),
+    [(384, 514, [384, 514, 448, 512]), (64, 32, [32]), (1024, 512, [512])],
+    ids=["no multiple of the step", "less than a step", "less than the start"],
+)
+def test_a_search_tries_no_length_twice_and_none_above_the_models(start: int, most: int, expected: list[int]) -> None:
+    def probe(config: Any, members: int) -> Any:
+        if config.data.max_length == 514:  # RoBERTa: two of its positions cannot be used
+            raise UserError("exceeds the positions")
+        return SimpleNamespace(fits=True)
+
+    found = search.search("length", make_config(data__max_length=start), 1, probe, most=most)
+    assert [value for value, _ in itertools.islice(found, 9)] == expected
+
+
 def test_a_search_stops_at_what_the_model_refuses() -> None:
     def probe(config: Any, members: int) -> Any:
         if config.method.rank > 32:
@@ -415,7 +431,7 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_the_command_plans_in_another_process(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = written / "plan.json"
+    file = written / "plans" / "cpu.json"
     code = command.main([f"--config={written / 'config.py'}", "--device=cpu", f"--json={file}"])
     out = capsys.readouterr().out
     assert code == 0
@@ -593,8 +609,9 @@ def test_a_process_that_ends_without_an_answer_is_told(
     code: int, said: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("subprocess.run", lambda command, **given: subprocess.CompletedProcess(command, code, "", said))
-    with pytest.raises(UserError, match=f"the process that compiles for cpu ended with {told}"):
+    with pytest.raises(UserError, match=f"the process that compiles for cpu ended with {told}") as raised:
         worker.ask(make_config(), SMALL, devices.find("cpu"))
+    assert str(raised.value.__cause__) == said
 
 
 # --- The real compilers; the extras tpu and cuda-plan ---

@@ -155,7 +155,7 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
     seen = words(full)
     assert "Exact match 0% → 93.8% +93.8 points · 256 held-out prompts" in seen
     assert "Held-out loss 3 → 0.1 perplexity 20.09 → 1.105" in seen
-    assert "Trained parameters 80 2.00% of the 4,000 in the base" in seen
+    assert "Trainable parameters 80 2.00% of the 4,000 in the base" in seen
     assert "Adapter file 2.0 KiB for a base of 15.6 KiB" in seen
     assert "Wall time 30 s 30 steps" in seen
     assert "Tokens per second 500" in seen

@@ -93,6 +93,7 @@ def test_the_page_has_curves_a_plot_of_each_field_and_parallel_coordinates(tmp_p
     assert "eval_loss, mean ± standard deviation over the seeds, logarithmic horizontal axis" in found["learning_rate"]
     assert ">0.0001</text>" in found["learning_rate"]
     assert "eval_loss, mean ± standard deviation" in found["targets"]
+    assert "run2 0.0001 $q_proj+" in words(text)
     assert ">all-linear</text>" in found["targets"]
     assert "color-mix(in srgb, var(--second) 50%, var(--first))" in found["Parallel coordinates"]
     assert "Tokens trained 7,000 in 7 finished runs" in words(text)
