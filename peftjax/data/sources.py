@@ -63,7 +63,7 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     Raises:
         UserError: The weight is not positive.
     """
-    match = re.fullmatch(r"(.+)@(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)", spec)
+    match = re.fullmatch(r"(.+)@(-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)", spec)
     if not match:
         return spec, None
     weight = float(match[2])

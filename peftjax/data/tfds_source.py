@@ -61,7 +61,8 @@ def open_tfds(spec: str, data_dir: str) -> Tfds:
         builder = _tfds_builder(name, data_dir, spec)
     known, images = list(builder.info.splits), _image_features(builder)
     try:
-        data = builder.as_data_source(split, decoders=images or None) if builder.info.splits[split].num_examples else ()
+        empty = builder.info.splits[split].num_examples <= 0  # negative for [5:2]
+        data = () if empty else builder.as_data_source(split, decoders=images or None)
     except NotImplementedError as error:  # prepared as TFRecord
         raise UserError(
             f"source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no random "
