@@ -161,7 +161,8 @@ class Tokenizer:
         Raises:
             UserError: There is no such token.
         """
-        if (found := self._id(token)) is None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
             near = suggest(token, self.special_texts)
             raise UserError(f"the tokenizer in {self.directory} has no token {token!r}.{near}")
         return found
@@ -191,6 +192,7 @@ class Tokenizer:
 
         Returns:
             A function from a text, and optionally a second one, to the encoding and the number of tokens before truncation.
+            It raises a UserError for a longer input if the special tokens alone have the maximum length.
         """
         data = json.loads(self._tokenizer.to_str())
         before = data.get("pre_tokenizer") or {}
@@ -203,7 +205,15 @@ class Tokenizer:
             with self._reported(text):
                 encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
-            return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length
+            if length <= max_length:
+                return encoding, length
+            added = whole.num_special_tokens_to_add(pair is not None)
+            if added >= max_length:  # the library would not truncate at all
+                raise UserError(
+                    f"config.data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
+                    f"{added} special tokens; use at least {added + 1}"
+                )
+            return cutting.encode(text, pair, is_pretokenized=words), length
 
         return encode
 
@@ -255,9 +265,6 @@ class Tokenizer:
                 f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "
                 "probably has no token for unknown text; set unk_token in tokenizer.json to a token of the vocabulary"
             ) from error
-
-    def _id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
 
     def _named_id(self, name: str, *configs: dict[str, Any]) -> int | None:
         """The id of the bos, eos or pad token, from the tokenizer's files or else from the configs."""
