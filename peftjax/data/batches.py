@@ -26,7 +26,7 @@ from peftjax.data.documents import Encoder, Row
 from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
-from peftjax.data.sources import Concatenated, Source, open_source, split_weight
+from peftjax.data.sources import Concatenated, Source, open_source, split_weight, with_distinct_names
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
 
 # What is counted, in the order of the summary.
@@ -322,11 +322,12 @@ def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], li
     pairs = [split_weight(spec) for spec in given]
     if which == "eval" and any(weight is not None for _, weight in pairs):
         raise UserError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
-    opened = [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec, _ in pairs]
+    specs, weights = [spec for spec, _ in pairs], [weight for _, weight in pairs]
+    opened = with_distinct_names(specs, [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec in specs])
     sources: list[Source] = [Mapped(source, data.map) for source in opened] if data.map else opened
     for source in sources:
         encoder.document(source[0], source.name(0))
-    return [spec for spec, _ in pairs], [weight for _, weight in pairs], sources
+    return specs, weights, sources
 
 
 def _lengths(specs: list[str], sources: list[Source]) -> list[tuple[str, int]]:
