@@ -1,4 +1,4 @@
-"""What the batches are made of: records as arrays, and what turns the one into the other."""
+"""Documents, which are records as arrays, and the protocol of an encoder, which makes them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from peftjax.data.records import Prompt
 
 Arrays = dict[str, np.ndarray]
-Row = dict[str, Any]  # arrays of one length by name; "notes" has what is known of its documents
+Row = dict[str, Any]  # arrays of one length by name; "notes" has the `Note` of each of its documents
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.output import say
 from peftjax.core.paths import suggest
 
 # Our own TFDS builders: {dataset: module}. Importing the module registers the builder.
@@ -138,7 +139,7 @@ def _prepare(builder: Any, spec: str) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    print(f"preparing {spec} in {builder.data_path.parent}", flush=True)
+    say(f"preparing {spec} in {builder.data_path.parent}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS repeats the line above in more words
             builder.download_and_prepare()

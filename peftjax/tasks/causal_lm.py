@@ -33,7 +33,8 @@ class CausalLM(GenerationTask):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.masked = self.router_aux_loss_coef > 0 and not self.data.pack
-        self.texts: tuple[Text, ...] = (Text(("tokens", "targets", "loss_weights", "mask")[: 3 + self.masked]),)
+        names = ("tokens", "targets", "loss_weights")
+        self.texts: tuple[Text, ...] = (Text((*names, "mask") if self.masked else names),)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         example, limit = encode_record(record, self.data, self.tokenizer, name=name), self.data.max_length
