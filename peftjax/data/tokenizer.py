@@ -260,6 +260,8 @@ class Tokenizer:
         """Report a failure of the tokenizers library, which raises plain exceptions, as an error in the tokenizer's files."""
         try:
             yield
+        except TypeError as error:  # a lone surrogate: how Python reads an argument that is not UTF-8
+            raise UserError(f"cannot encode {str(text)[:40]!r}: it is not valid Unicode") from error
         except Exception as error:
             raise UserError(
                 f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "

@@ -228,6 +228,8 @@ def test_a_vocabulary_without_its_unknown_token_is_an_error_only_for_text_that_n
     for encode in (tokenizer.encode, tokenizer.cut(4)):
         with pytest.raises(UserError, match=r"cannot encode 'zebra': .*set unk_token in tokenizer\.json"):
             encode("zebra")
+        with pytest.raises(UserError, match=r"^cannot encode 'x\\udce9': it is not valid Unicode$"):
+            encode("x\udce9")
 
 
 def test_a_length_without_room_for_text_is_an_error(tmp_path: Path) -> None:
