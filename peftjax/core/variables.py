@@ -168,7 +168,7 @@ def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) ->
 
 
 def present(*trees: FlatTree) -> FlatTree:
-    """The leaves of all trees that are no `optax.MaskedNode`."""
+    """The leaves of all trees that are not `optax.MaskedNode`."""
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
 
 

@@ -28,7 +28,7 @@ def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) 
 
 
 def fields_in(template: str) -> dict[str, str]:
-    """What a template inserts, with the field of the record that has it: {"answers[text][0]": "answers"}.
+    """What a template inserts, and the field of the record that it is in: {"answers[text][0]": "answers"}.
 
     Raises:
       UserError: The template is malformed.

@@ -67,7 +67,7 @@ def _size(node: nodes.Node) -> float:
 
 
 def _number(node: nodes.Node | None) -> float | None:
-    """The number that an expression of constants gives, infinity if it exceeds a float; None if it is no such expression."""
+    """The value of an expression of constants, infinity if it exceeds a float; None for any other expression."""
     try:
         if isinstance(node, nodes.Const):
             return float(node.value) if isinstance(node.value, int | float) else None

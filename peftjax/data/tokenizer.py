@@ -281,7 +281,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _load(directory: pathlib.Path) -> Any:
-    """The tokenizer that `AutoTokenizer` makes of a directory, without running code from it."""
+    """The tokenizer that `AutoTokenizer` loads from a directory, without running code from it."""
     if not any(file.is_file() for pattern in VOCABULARIES for file in directory.glob(pattern)):
         raise UserError(
             f"{directory} has no tokenizer: none of the files {', '.join(VOCABULARIES)}. Write one with transformers: "
@@ -311,7 +311,7 @@ def _load(directory: pathlib.Path) -> Any:
 
 
 def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str, Any]) -> Any:
-    """What transformers makes of a directory; of one with a tokenizer class of its own, what tokenizer.json describes."""
+    """The tokenizer that transformers loads; from a directory with its own tokenizer class, the one in tokenizer.json."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

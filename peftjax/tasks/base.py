@@ -237,7 +237,7 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, model: Model, batch: Batch) -> Outputs:
-        """The loss of a batch, and what `metrics` needs beside it."""
+        """The loss of a batch, and what else `metrics` needs."""
         return Outputs(self.loss(model, batch), None)
 
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:

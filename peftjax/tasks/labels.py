@@ -31,7 +31,7 @@ class Labels:
         self._field = task.data.label_field
         if not self.names:
             raise UserError(
-                f"task.labels is empty, and the checkpoint in {task.directory} has no head with classes of its own. Name the "
+                f"task.labels is empty, and the checkpoint in {task.directory} has no head with class names. Name the "
                 f"classes in the order of their numbers, for example task.labels={example or ('negative', 'positive')}"
             )
         self._numbers = {name: number for number, name in enumerate(self.names)}
