@@ -9,6 +9,7 @@ The format of the prompts in training is applied: the prompt template, or the ch
 import argparse
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from peftjax import sharding
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.output import say
+from peftjax.core.terminal import printable
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +40,7 @@ from peftjax.training.trained import load_trained, open_task, result_of, run_con
 
 
 class Source(NamedTuple):
-    """What generates.
+    """What to generate with.
 
     Attributes:
         name: The option that names it, for messages.
@@ -64,14 +66,15 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--workdir",
+        type=cli.path,
         help="Workdir of a training run, instead of --model and --adapter; --config.FIELD=VALUE changes its config",
     )
-    add("--config", metavar="FILE", help="With --workdir: config to use instead of the run's own")
+    add("--config", type=cli.path, metavar="FILE", help="With --workdir: config to use instead of the run's own")
     add(
         "--model",
         help='Hugging Face directory, hub id, or "embedded" for the bundled model (default: the adapter\'s base)',
     )
-    add("--adapter", help="Adapter directory in the format of Hugging Face PEFT")
+    add("--adapter", type=cli.path, help="Adapter directory in the format of Hugging Face PEFT")
     add("--prompt", action="append", required=True, help="Prompt; repeatable, all are answered in one batch")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
@@ -189,10 +192,11 @@ def main(argv: list[str]) -> None:
         started = time.perf_counter()
         answers = answer(stop=stop)
         taken = time.perf_counter() - started
+    shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
     for prompt, tokens in zip(options.prompt, answers, strict=True):
-        print(f"\n> {prompt}\n{tokenizer.decode(tokens)}")
+        say(shown(f"\n> {prompt}\n{tokenizer.decode(tokens)}"))
     count, plural = sum(map(len, answers)), "s" if len(prompts) > 1 else ""
-    print(
+    say(
         f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
     )
 

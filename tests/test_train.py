@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,15 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     assert answers(f"--model={made.model.path}", *prompts)[0] == ""
     (workdir / "adapter" / "peftjax.json").unlink()  # as one that save_adapter or peft has written
     assert answers(adapter, *raw[1:]) == ("", expected)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_escape_sequences_are_shown_on_a_terminal_and_kept_elsewhere(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert not in_process("generate", "--model=embedded", "--prompt=a\x1b[2J\tb", "--max-new-tokens=1")
+    assert (r"> a\x1b[2J" + "\tb\n" if terminal else "> a\x1b[2J\tb\n") in capsys.readouterr().out
 
 
 def test_generate_refuses_what_does_not_say_what_to_generate_with(

@@ -1,6 +1,7 @@
 """What all commands share: arguments, exit codes, and user mistakes printed without a traceback."""
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -26,6 +27,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     signals.restore()
     debug_log.divert()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that its encoding lacks are escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_programs()
     wait = False  # whether to wait for the other processes
     saved = False  # whether all processes have saved and are ending
@@ -64,10 +67,10 @@ def keep_programs() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax" / "programs"
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftjax" / "programs"
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory, as in some containers
         return
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
@@ -75,7 +78,7 @@ def keep_programs() -> None:
 
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:
     del where, also  # a line of our code tells a user nothing
-    say(f"warning: {message}", error=True)
+    say(f"warning: {' '.join(str(message).splitlines())}", error=True)
 
 
 def require_value(options: argparse.Namespace, *names: str) -> None:
@@ -85,6 +88,11 @@ def require_value(options: argparse.Namespace, *names: str) -> None:
             raise UserError(
                 f"--{name}= is empty; give a path, and check that the shell variable is set if you used one"
             )
+
+
+def path(text: str) -> str:
+    """The path that an option gives, as argparse's `type`: shells leave the ~ of --workdir=~/runs to the command."""
+    return os.path.expanduser(text)  # noqa: PTH111  # Path would turn an empty text into "."
 
 
 def program(command: str) -> str:
@@ -109,9 +117,15 @@ def config_fields(argv: list[str], prefix: str = "--config.") -> tuple[list[str]
     """The arguments that set config fields, such as "--config.train.eval-every=5", and all others.
 
     In the names of the fields, dashes become underscores.
+
+    Raises:
+      UserError: A field has no value.
     """
     found = [word for word in argv if word.startswith(prefix)]
     pairs = [word.partition("=") for word in found]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"{name} needs a value after an equals sign: {name}=VALUE")
     fields = ["--" + name[2:].replace("-", "_") + equals + value for name, equals, value in pairs]
     return fields, [word for word in argv if word not in found]
 
@@ -149,13 +163,14 @@ def parse(
     files = "Python file with get_config(), FILE.py:ARGUMENT, or a YAML or JSON file"
     parser.add_argument(
         "--config",
+        type=path,
         required=not of_run,
         metavar="FILE",
         help=f"Config to use instead of the run's own: {files}" if of_run else files,
     )
     if workdir:
         role = "Workdir of the run" if of_run else "Directory for everything that the run writes"
-        parser.add_argument("--workdir", required=True, metavar="DIR", help=role)
+        parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help=role)
     if options is not None:
         options(parser)
     overrides, rest = config_fields(argv)

@@ -147,7 +147,7 @@ def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, ConfigDict | Mapping):
             values |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
-            values[name] = value
+            values[str(name)] = value  # a Python file may give a key of any type; it is then an unknown field
     return values
 
 

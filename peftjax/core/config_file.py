@@ -108,7 +108,7 @@ def _call(path: Path, name: str, *arguments: str) -> Any:
 
 def _place(path: Path, error: BaseException) -> str:
     """The file and, if the error has one in it, the line."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
         return f"{path}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]

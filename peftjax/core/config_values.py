@@ -90,9 +90,7 @@ def _known(values: Mapping[str, Any], schema: Schema, source: str) -> dict[str, 
 
 def _split(item: str) -> tuple[str, str, str]:
     """(field, text, the override itself for messages) of "--config.a.b=text"."""
-    name, equals, text = item.removeprefix("--config.").partition("=")
-    if not equals:
-        raise UserError(f"{item}: an override needs a value, --config.{name}=VALUE")
+    name, _, text = item.removeprefix("--config.").partition("=")
     return name, text, item
 
 
@@ -110,7 +108,8 @@ def _parse(text: str, field: Field) -> Any:
             return text
     literal = _literal(text)
     if isinstance(default, tuple):
-        if isinstance(literal, tuple | list | dict):
+        quoted = text.lstrip().startswith(("(", "[", "{", "'", '"'))  # 0,1 without quotes is ("0", "1") as strings
+        if isinstance(literal, tuple | list | dict) and (quoted or field.of_method):
             return literal
         if field.of_method and _is_pattern(text):
             return text

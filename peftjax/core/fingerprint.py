@@ -62,8 +62,11 @@ def marks(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
 
 @jax.jit
 def _sampled_sums(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    spread = lambda x: tuple(slice(None, None, -(-size // 64)) for size in x.shape[-2:])  # noqa: E731
-    return {path: _mixed_sums(x[(..., *spread(x))].astype(jnp.bfloat16)) for path, x in arrays.items()}
+    def sample(x: Any) -> Any:
+        spread = [slice(None, None, -(-size // 64)) for size in x.shape[-2:]]
+        return x[(..., *spread)].astype(jnp.bfloat16)
+
+    return {path: _mixed_sums(sample(x)) for path, x in arrays.items()}
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Printing that does not end a run: what reads the output, such as `tee`, may have ended before it."""
+"""Printing that survives a closed pipe: Ctrl-C in `train | tee log` ends tee first."""
 
 import os
 import sys
@@ -9,5 +9,5 @@ def say(text: str, *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # Ctrl-C in `train | tee log` ends tee as well, and the state must still be saved
+    except BrokenPipeError:  # the state must still be saved
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -47,7 +47,7 @@ def last_parts(name: str, count: int) -> str:
 
 
 def _endings(name: str) -> list[str]:
-    """A dotted name, and what is left of it after each of its dots."""
+    """A dotted name, and the part of it after each of its dots."""
     return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
 
 

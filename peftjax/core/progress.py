@@ -151,7 +151,7 @@ class Progress:
     def _reach(self, step: int, *, at_once: bool) -> None:
         self._done, self._phase = step, TRAINING
         if self._display:
-            self._display.reach(step, TRAINING, self.left.after(step), at_once)
+            self._display.reach(step, self.left.after(step), at_once)
 
     def _show(self, phase: str) -> None:
         self._phase = phase
@@ -193,8 +193,8 @@ class _Display(progress.Progress):
         self._steps = total
         self.update(self._run, total=total, visible=total > 0)
 
-    def reach(self, step: int, phase: str, left: float | None, at_once: bool) -> None:
-        self.update(self._run, completed=step, description=phase, left=left, refresh=at_once)
+    def reach(self, step: int, left: float | None, at_once: bool) -> None:
+        self.update(self._run, completed=step, description=TRAINING, left=left, refresh=at_once)
 
     def label(self, phase: str, left: float | None) -> None:
         for task in self.tasks[:1] if self._steps else self.tasks:

@@ -18,15 +18,14 @@ _INTERVAL = 0.1  # seconds between two looks at the memory
 
 
 @contextlib.contextmanager
-def time_limit(message: str, seconds: float | None = None) -> Iterator[None]:
-    """Interrupt the body of a `with` statement that takes too long or too much memory, also inside `re`.
+def time_limit(message: str) -> Iterator[None]:
+    """Interrupt the body of a `with` statement that takes `SECONDS` or grows by `MEMORY`, also inside `re`.
 
     The limit needs a signal, which only the main thread can handle: in other threads there is none. Training therefore reads the
     first record of every source in the main thread. A timer that the program has set itself is restored.
 
     Args:
         message: What takes too long, and what to do about it.
-        seconds: The limit; default: `SECONDS`.
 
     Raises:
         UserError: The limit is reached.
@@ -34,8 +33,7 @@ def time_limit(message: str, seconds: float | None = None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    limit = SECONDS if seconds is None else seconds
-    began, memory = time.thread_time(), _resident()
+    limit, began, memory = SECONDS, time.thread_time(), _resident()
 
     def stop(number: int, frame: FrameType | None) -> None:
         used = time.thread_time() - began  # less than the wall time if the process is suspended or the machine is busy

@@ -130,8 +130,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """The tree with the paths and the shapes of `like`: padded with zeros at the end of each axis, and zeros for paths that it
-    lacks."""
+    """The tree padded with zeros to the shapes of `like`, at the end of each axis; the paths that it lacks are zeros."""
 
     def padded(leaf: jax.Array, other: jax.Array) -> jax.Array:
         if leaf.shape == other.shape:
@@ -169,7 +168,7 @@ def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) ->
 
 
 def present(*trees: FlatTree) -> FlatTree:
-    """The leaves of all trees that are no `optax.MaskedNode`."""
+    """The leaves of all trees that are not `optax.MaskedNode`."""
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
 
 

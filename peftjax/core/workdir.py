@@ -1,4 +1,4 @@
-"""The workdir of a run: whose it is, and which process is using it.
+"""The workdir of a run: its mark and its lock.
 
 A run writes only into a directory that is new, empty, or marked as a workdir. The mark is a file that is also the lock of
 the process that uses the directory:
@@ -43,7 +43,7 @@ def check(workdir: Path, base: str = "") -> None:
 
     Raises:
         UserError: The directory cannot be written; it is the directory of the base model, inside it, or around it; it holds
-            files, and no run has written there; or its checkpoints/ holds a numbered directory that is no checkpoint.
+            files, and no run has written there; or its checkpoints/ holds a numbered directory that is not a checkpoint.
     """
     here = workdir.absolute()
     place = next(path for path in (here, *here.parents) if path.exists())
@@ -161,8 +161,10 @@ class _Lock:
             raise
 
     def release(self) -> None:
-        """Release the lock. A directory without other files loses its mark, and is removed if this lock created it, unless
-        it is shared."""
+        """Release the lock.
+
+        Unless the directory is shared: if it has no other files, remove its mark, and the directory if this lock created it.
+        """
         try:
             if not self._shared and [path.name for path in self._mark.parent.iterdir()] == [MARK]:
                 self._mark.unlink()
@@ -170,7 +172,7 @@ class _Lock:
                     path.rmdir()
             else:
                 self._write(_NOTE)
-        except OSError:  # the disk is full, or the directory was removed; the lock is released all the same
+        except OSError:  # the disk is full, or the directory was removed; the lock is still released
             pass
         finally:
             os.close(self._descriptor)
@@ -180,7 +182,7 @@ class _Lock:
         os.pwrite(self._descriptor, text.encode(), 0)
 
 
-def _try_lock(mark: Path, *, shared: bool = False) -> int | None:
+def _try_lock(mark: Path, *, shared: bool) -> int | None:
     """The descriptor of the locked file, or None if another process has locked it.
 
     flock, not lockf: a lock of lockf would be lost when any other descriptor of the file is closed in this process. On
@@ -210,7 +212,7 @@ def _try_lock(mark: Path, *, shared: bool = False) -> int | None:
 
 
 def _holder(mark: Path) -> tuple[str, str]:
-    """The process that holds the lock, in words, and its host ("" if unknown)."""
+    """A description of the process that holds the lock, and its host ("" if unknown)."""
     with contextlib.suppress(OSError, ValueError):
         pid, host = mark.read_text(encoding="utf-8", errors="replace").splitlines()[-1].split()
         return f"process {int(pid)} on {host}", host

@@ -5,9 +5,9 @@
 Packed rows have max_length tokens. Otherwise the rows of a batch have the length of its longest document, rounded up to
 one of a few lengths.
 
-Every process goes through the same global stream and keeps its rows of each batch: whatever the number of processes, a
-step sees the same records at the same length, and one state serves them all. `data.workers` threads read and tokenize
-ahead.
+Every process goes through the same global stream and keeps its rows of each batch. For any number of processes, a step
+sees the same records at the same length, and the state of the stream is the same. `data.workers` threads read and
+tokenize ahead.
 """
 
 import collections
@@ -26,7 +26,7 @@ from peftjax.data.documents import Encoder, Row
 from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
-from peftjax.data.sources import Concatenated, Source, open_source, split_weight
+from peftjax.data.sources import Concatenated, Source, open_source, split_weight, with_distinct_names
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
 
 # What is counted, in the order of the summary.
@@ -37,13 +37,13 @@ PREVIEWED = 32_768  # tokens, with padding; enough to tell how full rows are, an
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How rows are shared out.
+    """How the rows of a batch are divided among microbatches and processes.
 
     Attributes:
-      size: Rows of a batch, over all processes and microbatches.
-      accumulate: Microbatches of a batch.
-      process_index: The number of this process.
-      process_count: The number of processes.
+      size: Number of rows in a batch, over all processes and microbatches.
+      accumulate: Number of microbatches in a batch.
+      process_index: Index of this process.
+      process_count: Number of processes.
       multiple: The lengths of rows differ from the maximum length by a multiple of this, as in `padding.lengths`.
     """
 
@@ -54,10 +54,10 @@ class Batching:
     multiple: int = 1
 
     def own_rows(self) -> np.ndarray:
-        """The rows of this process: a part of every microbatch, so that this has the same rows for any number of processes.
+        """The rows of this process: a part of every microbatch, which has the same rows for any number of processes.
 
         Raises:
-          UserError: The rows cannot be shared out evenly.
+          UserError: The rows cannot be divided evenly.
         """
         if self.size % (self.accumulate * self.process_count):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
@@ -107,10 +107,9 @@ class Batches(Iterator[HostBatch]):
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
-        stream = _batched(documents, data, self._padding, batching)
         self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
-        self._iterator = iter(stream)
+        self._iterator = iter(_batched(documents, data, self._padding, batching))
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
 
     def __next__(self) -> HostBatch:
@@ -192,14 +191,16 @@ class Batches(Iterator[HostBatch]):
         c, data = self._counts, self._data
         if self._unit != "tokens":
             return f"{self._title}: {c['records']:,} {self._unit} read"
-        too_long, dropped = c["too_long"], c["empty"]
         parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows"]
-        if data.too_long == "drop":
-            dropped += too_long
-        elif too_long:
-            parts.append(f"{too_long:,} cut to {data.max_length:,} tokens")
-        why = [f"{too_long:,} longer than {data.max_length:,} tokens"] * (data.too_long == "drop" and too_long > 0)
-        why += [f"{c['empty']:,} without a loss"] * (c["empty"] > 0)
+        why: list[str] = []
+        dropped = c["empty"]
+        if c["too_long"] and data.too_long == "drop":
+            why.append(f"{c['too_long']:,} longer than {data.max_length:,} tokens")
+            dropped += c["too_long"]
+        elif c["too_long"]:
+            parts.append(f"{c['too_long']:,} cut to {data.max_length:,} tokens")
+        if c["empty"]:
+            why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
         parts += [f"{self.padding() or 0.0:.0%} padding", f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"]
         return ", ".join(parts)
@@ -322,11 +323,12 @@ def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], li
     pairs = [split_weight(spec) for spec in given]
     if which == "eval" and any(weight is not None for _, weight in pairs):
         raise UserError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
-    opened = [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec, _ in pairs]
+    specs, weights = [spec for spec, _ in pairs], [weight for _, weight in pairs]
+    opened = with_distinct_names(specs, [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec in specs])
     sources: list[Source] = [Mapped(source, data.map) for source in opened] if data.map else opened
     for source in sources:
         encoder.document(source[0], source.name(0))
-    return [spec for spec, _ in pairs], [weight for _, weight in pairs], sources
+    return specs, weights, sources
 
 
 def _lengths(specs: list[str], sources: list[Source]) -> list[tuple[str, int]]:

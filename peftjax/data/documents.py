@@ -1,4 +1,4 @@
-"""What the batches are made of: records as arrays, and what turns the one into the other."""
+"""Documents, which are records as arrays, and the protocol of an encoder, which makes them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from peftjax.data.records import Prompt
 
 Arrays = dict[str, np.ndarray]
-Row = dict[str, Any]  # arrays of one length by name; "notes" has what is known of its documents
+Row = dict[str, Any]  # arrays of one length by name; "notes" has the `Note` of each of its documents
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,9 +69,3 @@ class Encoder(Protocol):
 def over(length: int, limit: int, field: str = "max_length") -> str:
     """`Document.too_long` of a text with that many tokens."""
     return f"{length} tokens exceed config.data.{field}={limit}" if length > limit else ""
-
-
-def filled(length: int, **values: bool | int | float) -> Arrays:
-    """Arrays [length], each full of one value: of a bool, an int or a float as bool, int32 or float32."""
-    dtypes: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
-    return {name: np.full(length, value, dtypes[type(value)]) for name, value in values.items()}

@@ -40,11 +40,10 @@ def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) ->
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
     kept: grain.IterDataset = Kept(read(order, data.workers), data, [("config.data.train", len(sample))], {})
     fills = [_fill(row) for row in packing.pack(kept, encoder.empty_row())] if data.pack else [1.0 for _ in kept]
-    found: float = len(fills)
     if len(sample) == len(source):
         return len(fills), True
-    if len(fills) <= packing.OPEN_ROWS:  # none is complete: further records would fill them
-        found = sum(fills)
+    # Up to OPEN_ROWS rows, none is complete: further records would fill them.
+    found = len(fills) if len(fills) > packing.OPEN_ROWS else sum(fills)
     return round(found * len(source) / len(sample)), False
 
 

@@ -18,21 +18,17 @@ def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) 
     Raises:
       UserError: The template is malformed, a field is missing, or its value does not suit the template.
     """
-    filled = _Filled(record, data, template, name)
+    fields_in(template)  # raises an error for a malformed template
     try:
-        list(filled.parse(template))
-    except ValueError as error:
-        raise UserError(f"template {template!r}: {error}. Write {{{{ or }}}} for a literal brace") from error
-    try:
-        return filled.vformat(template, (), {})
+        return _Filled(record, data, template, name).vformat(template, (), {})
     except UserError:
         raise
-    except ValueError as error:  # a format that does not suit the value, such as {label:d} for a text
+    except (ValueError, OverflowError) as error:  # a format that does not suit the value, such as {label:d} for a text
         raise UserError(f"{name}: template {template!r}: {error}") from error
 
 
 def fields_in(template: str) -> dict[str, str]:
-    """What a template inserts, with the field of the record that has it: {"answers[text][0]": "answers"}.
+    """What a template inserts, and the field of the record that it is in: {"answers[text][0]": "answers"}.
 
     Raises:
       UserError: The template is malformed.

@@ -136,13 +136,15 @@ def _preparation(fields: Mapping[str, Any], file: str) -> Preparation:
     size, crop = fields["size"], fields.get("crop_size")
     resize: tuple[int, int] | int
     match size:
-        case {"shortest_edge": int(side), **rest} if not rest:
+        case {"shortest_edge": int(side), **rest} if not rest and side > 0:
             resize = side
-        case int(side) if not fields["default_to_square"]:
+        case int(side) if not fields["default_to_square"] and side > 0:
             resize = side
         case _:
             resize = _sides(size, "size", file)
     mean, std = (_channels(fields[name], name, file) for name in ("image_mean", "image_std"))
+    if fields["do_normalize"] and not std.all():
+        raise UserError(f"{file}: image_std={fields['image_std']!r} must not be 0")
     return Preparation(
         resize=resize if fields["do_resize"] else None,
         resample=fields["resample"],
@@ -155,11 +157,11 @@ def _preparation(fields: Mapping[str, Any], file: str) -> Preparation:
 def _sides(value: Any, name: str, file: str) -> tuple[int, int]:
     """Height and width."""
     match value:
-        case int(side):
+        case int(side) if side > 0:
             return side, side
-        case [int(height), int(width)]:
+        case [int(height), int(width)] if min(height, width) > 0:
             return height, width
-        case {"height": int(height), "width": int(width), **rest} if not rest:
+        case {"height": int(height), "width": int(width), **rest} if not rest and min(height, width) > 0:
             return height, width
     raise UserError(
         f"{file}: {name}={value!r} is not supported; use a number, {{'height': 224, 'width': 224}}, or as size "

@@ -12,7 +12,7 @@ import numpy as np
 from peftjax.data.documents import Arrays, Encoder, Row
 
 SHORTEST = 32  # shorter batches are hardly faster
-POOR = 0.5  # the share of real tokens below which packing is suggested
+POOR = 0.5  # the fraction of tokens other than padding below which packing is suggested
 
 
 def lengths(longest: int, ratio: int = 2, multiple: int = 1) -> tuple[int, ...]:
@@ -40,12 +40,12 @@ def lengths(longest: int, ratio: int = 2, multiple: int = 1) -> tuple[int, ...]:
 
 
 class Preview(NamedTuple):
-    """What some batches are like.
+    """Statistics of a few batches.
 
     Attributes:
-      lengths: The length of each.
-      fill: The share of real tokens.
-      first: Whether they are the first of the run.
+      lengths: The length of each batch.
+      fill: The fraction of the tokens that are not padding.
+      first: Whether they are the first batches of the run.
     """
 
     lengths: list[int]

@@ -63,7 +63,7 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     Raises:
         UserError: The weight is not positive.
     """
-    match = re.fullmatch(r"(.+)@(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)", spec)
+    match = re.fullmatch(r"(.+)@(-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)", spec)
     if not match:
         return spec, None
     weight = float(match[2])
@@ -102,6 +102,32 @@ def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
     short = len({file.name for file in files}) == len(files)
     opened = [_open_file(file, file.name if short else str(file)) for file in files]
     return opened[0] if len(opened) == 1 else Concatenated(opened)
+
+
+class Named:
+    """A source whose records have its source string in their names."""
+
+    def __init__(self, source: Source, spec: str):
+        self._source, self._spec = source, spec
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def name(self, index: int) -> str:
+        return f"{self._spec}: {self._source.name(index)}"
+
+
+def with_distinct_names(specs: Sequence[str], sources: Sequence[Source]) -> list[Source]:
+    """Return the sources, as `Named` ones where files with the same name, or several image folders, would name records alike."""
+    labels = [source.name(0).rpartition(":")[0] for source in sources]
+    specs_of = {label: {spec for spec, other in zip(specs, labels, strict=True) if other == label} for label in labels}
+    return [
+        Named(source, spec) if len(specs_of[label]) > 1 else source
+        for spec, source, label in zip(specs, sources, labels, strict=True)
+    ]
 
 
 class Concatenated:

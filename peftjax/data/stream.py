@@ -22,15 +22,15 @@ AHEAD = 64  # documents that each thread may be ahead by
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What is remembered of a record beside its tokens.
+    """Metadata of a record, which stays with its document.
 
     Attributes:
-      record: its name.
-      part: the number of its part of the mixture.
-      too_long: whether it is longer than max_length.
-      tokens: how many it has in its row.
-      loss_tokens: how many of its targets count.
-      counts: of this record and of those left out since the one before it.
+      record: Name of the record.
+      part: Index of its part of the mixture.
+      too_long: Whether it is longer than max_length.
+      tokens: Number of its tokens in the row.
+      loss_tokens: Number of its targets with a loss.
+      counts: Counts of this record and of those left out since the one before it.
     """
 
     record: str

@@ -54,15 +54,20 @@ def _size(node: nodes.Node) -> float:
         return _width(node.left)
     if isinstance(node, nodes.Pow):
         return math.inf if _number(node) == math.inf else 0
-    if isinstance(node, nodes.Filter) and node.name in _PADDING:
-        return max([_width(node.node), *(_number(argument) or 0 for argument in node.args)])
-    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _PADDING:
-        return max([_width(node.node.node), *(_number(argument) or 0 for argument in node.args)])
-    return 0
+    if isinstance(node, nodes.Filter):
+        name, subject = node.name, node.node
+    elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
+        name, subject = node.node.attr, node.node.node
+    else:
+        return 0
+    if name not in _PADDING:
+        return 0
+    arguments = [*node.args, *(keyword.value for keyword in node.kwargs)]
+    return max([_width(subject), *(_number(argument) or 0 for argument in arguments)])
 
 
 def _number(node: nodes.Node | None) -> float | None:
-    """The number that an expression of constants gives, infinity if it exceeds a float; None if it is no such expression."""
+    """The value of an expression of constants, infinity if it exceeds a float; None for any other expression."""
     try:
         if isinstance(node, nodes.Const):
             return float(node.value) if isinstance(node.value, int | float) else None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.output import say
 from peftjax.core.paths import suggest
 
 # Our own TFDS builders: {dataset: module}. Importing the module registers the builder.
@@ -61,7 +62,8 @@ def open_tfds(spec: str, data_dir: str) -> Tfds:
         builder = _tfds_builder(name, data_dir, spec)
     known, images = list(builder.info.splits), _image_features(builder)
     try:
-        data = builder.as_data_source(split, decoders=images or None) if builder.info.splits[split].num_examples else ()
+        empty = builder.info.splits[split].num_examples <= 0  # negative for [5:2]
+        data = () if empty else builder.as_data_source(split, decoders=images or None)
     except NotImplementedError as error:  # prepared as TFRecord
         raise UserError(
             f"source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no random "
@@ -137,7 +139,7 @@ def _prepare(builder: Any, spec: str) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    print(f"preparing {spec} in {builder.data_path.parent}", flush=True)
+    say(f"preparing {spec} in {builder.data_path.parent}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS repeats the line above in more words
             builder.download_and_prepare()

@@ -161,7 +161,8 @@ class Tokenizer:
         Raises:
             UserError: There is no such token.
         """
-        if (found := self._id(token)) is None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
             near = suggest(token, self.special_texts)
             raise UserError(f"the tokenizer in {self.directory} has no token {token!r}.{near}")
         return found
@@ -191,6 +192,7 @@ class Tokenizer:
 
         Returns:
             A function from a text, and optionally a second one, to the encoding and the number of tokens before truncation.
+            It raises a UserError for a longer input if the special tokens alone have the maximum length.
         """
         data = json.loads(self._tokenizer.to_str())
         before = data.get("pre_tokenizer") or {}
@@ -203,7 +205,15 @@ class Tokenizer:
             with self._reported(text):
                 encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
-            return (encoding if length <= max_length else cutting.encode(text, pair, is_pretokenized=words)), length
+            if length <= max_length:
+                return encoding, length
+            added = whole.num_special_tokens_to_add(pair is not None)
+            if added >= max_length:  # the library would not truncate at all
+                raise UserError(
+                    f"config.data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
+                    f"{added} special tokens; use at least {added + 1}"
+                )
+            return cutting.encode(text, pair, is_pretokenized=words), length
 
         return encode
 
@@ -250,14 +260,13 @@ class Tokenizer:
         """Report a failure of the tokenizers library, which raises plain exceptions, as an error in the tokenizer's files."""
         try:
             yield
+        except TypeError as error:  # a lone surrogate: how Python reads an argument that is not UTF-8
+            raise UserError(f"cannot encode {str(text)[:40]!r}: it is not valid Unicode") from error
         except Exception as error:
             raise UserError(
                 f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "
                 "probably has no token for unknown text; set unk_token in tokenizer.json to a token of the vocabulary"
             ) from error
-
-    def _id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
 
     def _named_id(self, name: str, *configs: dict[str, Any]) -> int | None:
         """The id of the bos, eos or pad token, from the tokenizer's files or else from the configs."""
@@ -272,7 +281,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _load(directory: pathlib.Path) -> Any:
-    """The tokenizer that `AutoTokenizer` makes of a directory, without running code from it."""
+    """The tokenizer that `AutoTokenizer` loads from a directory, without running code from it."""
     if not any(file.is_file() for pattern in VOCABULARIES for file in directory.glob(pattern)):
         raise UserError(
             f"{directory} has no tokenizer: none of the files {', '.join(VOCABULARIES)}. Write one with transformers: "
@@ -302,7 +311,7 @@ def _load(directory: pathlib.Path) -> Any:
 
 
 def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str, Any]) -> Any:
-    """What transformers makes of a directory; of one with a tokenizer class of its own, what tokenizer.json describes."""
+    """The tokenizer that transformers loads; from a directory with its own tokenizer class, the one in tokenizer.json."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

@@ -120,7 +120,7 @@ class Task:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model directory, with the fast parts that the task needs."""
+        """The tokenizer of the model directory, loaded when it is first needed."""
         return load_tokenizer(self.directory)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
@@ -217,9 +217,10 @@ class Task:
           UserError: One exceeds the positions of the model.
         """
         virtual, length, most = model.virtual, self.data.max_length, model.config.max_positions
-        what = f"data.max_length={length}" + f" and {virtual} virtual tokens" * (virtual > 0)
+        what, verb = f"data.max_length={length}", "exceeds"
+        if virtual:
+            what, verb = f"{what} and {virtual} virtual tokens", "exceed"
         if length + virtual > most:
-            verb = "exceed" if virtual else "exceeds"
             raise UserError(f"{what} {verb} the model's {most} positions; lower data.max_length or method.tokens")
         return {what: length + virtual}
 
@@ -236,7 +237,7 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, model: Model, batch: Batch) -> Outputs:
-        """The loss of a batch, and what `metrics` needs beside it."""
+        """The loss of a batch, and what else `metrics` needs."""
         return Outputs(self.loss(model, batch), None)
 
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:

@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.data.documents import Arrays, Document, Text, filled, over
+from peftjax.data.documents import Arrays, Document, Text, over
 from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
@@ -33,13 +34,14 @@ class CausalLM(GenerationTask):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.masked = self.router_aux_loss_coef > 0 and not self.data.pack
-        self.texts: tuple[Text, ...] = (Text(("tokens", "targets", "loss_weights", "mask")[: 3 + self.masked]),)
+        names = ("tokens", "targets", "loss_weights")
+        self.texts: tuple[Text, ...] = (Text((*names, "mask") if self.masked else names),)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         example, limit = encode_record(record, self.data, self.tokenizer, name=name), self.data.max_length
         arrays = next_tokens(example, limit)
         if self.masked:
-            arrays |= filled(len(arrays["tokens"]), mask=True)
+            arrays["mask"] = np.ones(len(arrays["tokens"]), bool)
         return Document(arrays, len(arrays["tokens"]), over(len(example.tokens), limit))
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -75,7 +77,7 @@ class CausalLM(GenerationTask):
 def next_tokens(example: Example, limit: int) -> Arrays:
     """The first `limit` tokens of an example, each with the next one as its target; the last one carries no loss."""
     tokens = example.tokens[:limit]
-    arrays = {"tokens": tokens} | filled(len(tokens), targets=0, loss_weights=0.0)
-    arrays["targets"][:-1] = tokens[1:]
-    arrays["loss_weights"][:-1] = example.loss_mask[1:limit]
-    return arrays
+    targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
+    targets[:-1] = tokens[1:]
+    weights[:-1] = example.loss_mask[1:limit]
+    return {"tokens": tokens, "targets": targets, "loss_weights": weights}

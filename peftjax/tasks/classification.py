@@ -37,6 +37,11 @@ class Classification(TextLabelTask):
             raise UserError(
                 f"{name}: field {self.data.label_field!r} must hold a list of classes (task.multi_label), not {value!r}"
             )
+        if len(value) == len(self.labels) > 2 and all(one in (0, 1) for one in value):
+            raise UserError(
+                f"{name}: field {self.data.label_field!r} seems to hold a 0 or 1 for each class, {value!r:.80}; list the numbers "
+                f"or the names of the classes that apply, such as {[i for i, one in enumerate(value) if one]}"
+            )
         label = np.zeros(len(self.labels), np.float32)
         label[[self._classes.number(one, name) for one in value]] = 1
         return label

@@ -15,10 +15,9 @@ from peftjax.data.fields import field_of
 from peftjax.data.sources import class_folders
 from peftjax.models.base import Model
 from peftjax.models.vit import Vit
-from peftjax.tasks import metrics
 from peftjax.tasks.labelled import LabelledTask
 from peftjax.tasks.labels import Labels
-from peftjax.totals import Batch, Totals, classification_loss
+from peftjax.totals import Batch
 
 
 class ImageClassification(LabelledTask):
@@ -92,9 +91,3 @@ class ImageClassification(LabelledTask):
 
     def logits(self, model: Model, batch: Batch) -> jax.Array:
         return model(batch["pixels"])
-
-    def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
-        return classification_loss(logits, batch)
-
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return metrics.classification(logits, labels)

@@ -12,12 +12,13 @@ from peftjax.data.documents import Arrays, Document, Text, over
 from peftjax.data.fields import field_of, fill
 from peftjax.models.base import Model
 from peftjax.models.text_encoder import TextEncoder
+from peftjax.tasks import metrics
 from peftjax.tasks.base import Outputs, Task
-from peftjax.totals import Batch, Totals
+from peftjax.totals import Batch, Totals, classification_loss
 
 
 class LabelledTask(Task):
-    """A task that predicts labels from the logits of a head."""
+    """A task that predicts labels from the logits of a head; each label is a class, unless a subclass overrides the loss."""
 
     def logits(self, model: Model, batch: Batch) -> jax.Array:
         """The head's logits [B, C], or [B, T, C] for a label per token."""
@@ -25,11 +26,11 @@ class LabelledTask(Task):
 
     def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
         """The loss of the logits, summed over the labels that count."""
-        raise NotImplementedError
+        return classification_loss(logits, batch)
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics of all predictions [N, C] and their labels [N]."""
-        raise NotImplementedError
+        return metrics.classification(logits, labels)
 
     def loss(self, model: Model, batch: Batch) -> Totals:
         return self.loss_of(self.logits(model, batch), batch)

@@ -1,6 +1,5 @@
-"""The classes of a task: their names, and the numbers of those that records name."""
+"""The classes of a task: their names, and the numbers of the classes in records."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +20,9 @@ class Labels:
         """
         Args:
           task: The task, with the labels it was given.
-          architecture: How transformers calls classes with this kind of head, such as "ForSequenceClassification".
-          example: Names to suggest where there are none.
+          architecture: The ending of transformers' names for models with this kind of head, such as
+            "ForSequenceClassification".
+          example: Names to suggest if there are none.
 
         Raises:
           UserError: There are no names, or one occurs twice.
@@ -31,18 +31,19 @@ class Labels:
         self._field = task.data.label_field
         if not self.names:
             raise UserError(
-                f"task.labels is empty, and the checkpoint in {task.directory} has no head with classes of its own. Name the "
+                f"task.labels is empty, and the checkpoint in {task.directory} has no head with class names. Name the "
                 f"classes in the order of their numbers, for example task.labels={example or ('negative', 'positive')}"
             )
-        if twice := [name for name in self.names if self.names.count(name) > 1]:
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        if twice := [name for number, name in enumerate(self.names) if self._numbers[name] != number]:
             raise UserError(f"task.labels has {twice[0]!r} twice")
 
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names)}
-
     def number(self, label: Any, record: str) -> int:
-        """The number of the class that a record gives by number or by name."""
+        """The number of a class that a record gives by number or by name.
+
+        Raises:
+          UserError: There is no such class.
+        """
         if isinstance(label, str):
             if label not in self._numbers:
                 raise UserError(
@@ -56,7 +57,7 @@ class Labels:
                 f"{record}: field {self._field!r} has the class {label!r}; it must be a number from 0 to "
                 f"{len(self.names) - 1} or one of the {len(self.names)} names in task.labels{why}"
             )
-        return int(label)
+        return label
 
 
 def _stored(config: Mapping[str, Any], architecture: str) -> tuple[str, ...]:

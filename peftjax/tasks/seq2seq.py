@@ -26,7 +26,7 @@ class Seq2Seq(GenerationTask):
     kind: ClassVar[str] = "seq2seq"
     card_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     model_class: ClassVar[type[Model]] = EncoderDecoder
-    # Every pair of lengths is a program of its own, so targets have half as many lengths.
+    # Every pair of lengths is a separate program, so targets have half as many lengths.
     texts: tuple[Text, ...] = (
         Text(("tokens", "mask")),
         Text(("decoder_tokens", "targets", "loss_weights"), ratio=4),

@@ -16,10 +16,9 @@ from peftjax.data.documents import Document, Text, over
 from peftjax.data.fields import field_of
 from peftjax.models.base import Model
 from peftjax.models.text_encoder import TextEncoder
-from peftjax.tasks import metrics
 from peftjax.tasks.labelled import LabelledTask, text_inputs, text_logits, text_shapes
 from peftjax.tasks.labels import Labels
-from peftjax.totals import Batch, Totals, classification_loss
+from peftjax.totals import Batch
 
 
 class TokenClassification(LabelledTask):
@@ -76,9 +75,3 @@ class TokenClassification(LabelledTask):
 
     def logits(self, model: Model, batch: Batch) -> jax.Array:
         return text_logits(model, batch)
-
-    def loss_of(self, logits: jax.Array, batch: Batch) -> Totals:
-        return classification_loss(logits, batch)
-
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return metrics.classification(logits, labels)

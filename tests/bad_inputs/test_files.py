@@ -128,6 +128,7 @@ TEXTS = [
     ),
     ("chat_template.jinja", "{{ (7 * ('%9999999999d' % 1)) ~ 2 }}", "to 7e+10 characters"),
     ("chat_template.jinja", "{{ messages[0].content | center(10**9) }}", "to 1e+09 characters"),
+    ("chat_template.jinja", "{{ messages[0].content | center(width=10**9) }}", "to 1e+09 characters"),
     ("chat_template.jinja", "{{ '{:>9999999999}'.format(1) }}", "to 1e+10 characters"),
     ("chat_template.jinja", "{{ 10 ** (10 ** 10) }}", "to inf characters"),
     (

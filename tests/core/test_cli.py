@@ -1,8 +1,10 @@
 import argparse
+import io
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import pytest
@@ -20,7 +22,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, main, *arguments: str) -> int | str | 
 
 
 def _raising(error: BaseException):
-    def main(argv: list[str]) -> None:
+    def main(*arguments: object) -> None:
         raise error
 
     return main
@@ -88,6 +90,10 @@ def test_compiled_programs_are_kept_where_the_user_says_or_in_the_users_cache_di
         monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # in which no directory can be made
         cli.keep_programs()
         assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", _raising(RuntimeError("Could not determine home directory.")))
+        cli.keep_programs()
+        assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", chosen)
 
@@ -141,3 +147,21 @@ def test_dashes_and_underscores_are_alike_in_the_names_of_options():
     assert arguments.overrides == ["--config.train.eval_every=a-b"]
     swept = cli.config_fields(["--sweep.train.eval-every=1,2", "--together=2"], "--sweep.")
     assert swept == (["--sweep.train.eval_every=1,2"], ["--together=2"])
+
+
+def test_a_config_field_without_a_value_is_refused():
+    with pytest.raises(UserError, match=r"^--config\.train\.steps needs a value .*--config\.train\.steps=VALUE$"):
+        cli.parse(["--config=c.py", "--workdir=w", "--config.train.steps", "100"], "train", "Trains.", "")
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    arguments = cli.parse(["--config=~/c.py:a", "--workdir=~/runs"], "train", "Trains.", "")
+    assert (arguments.config, arguments.workdir) == ("/home/ada/c.py:a", "/home/ada/runs")
+
+
+def test_characters_that_the_encoding_of_stdout_lacks_are_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert not _run(monkeypatch, lambda argv: print("é"))
+    assert out.buffer.getvalue() == rb"\xe9" + b"\n"

@@ -91,6 +91,18 @@ def test_a_mistake_is_one_line_with_the_file_and_the_line(load, name: str, text:
     assert str(tmp_path) in str(caught.value)
 
 
+def test_the_place_of_a_syntax_error_in_an_imported_module_is_the_import(load, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_helper.py").write_text("a = 1\nb = = 2\n")
+    with pytest.raises(UserError, match=r"run\.py, line 1: SyntaxError: .*\(broken_helper\.py, line 2\)$"):
+        load("run.py", "import broken_helper\n" + PYTHON)
+
+
+def test_a_key_of_another_type_is_an_unknown_field(load) -> None:
+    with pytest.raises(UserError, match=r"run\.py: unknown field 1\."):
+        load("run.py", "def get_config():\n    return {1: 2}\n")
+
+
 def test_a_file_that_is_not_there_is_refused_with_a_near_name_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").write_text("")
     with pytest.raises(UserError, match=r"lora\.yml: no such file\. Did you mean 'lora\.yaml'"):

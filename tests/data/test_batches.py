@@ -287,6 +287,20 @@ def test_prompts_are_spread_over_the_held_out_records(
     assert len(eval_prompts(config, tokenizer, 100)) == 9
 
 
+def test_records_of_two_files_with_one_name_are_told_apart(
+    write_jsonl: Callable[..., str], tokenizer: Tokenizer, make_config: Make, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        write_jsonl(f"{folder.name}/dev.jsonl", [{"text": folder.name}])
+    config = make_config(eval=tuple(f"{folder}/dev.jsonl" for folder in folders))
+    held_out = module.HeldOut(config.data, task_of(config, tokenizer))
+    (batch,) = held_out.batches(Batching(2))
+    assert batch.records == [f"{folder}/dev.jsonl: dev.jsonl:1" for folder in folders]
+    assert [held_out.record(name) for name in batch.records] == [{"text": "a"}, {"text": "b"}]
+
+
 # --- what is left out, cut or refused
 
 

@@ -164,6 +164,11 @@ def test_a_damaged_file_in_a_folder_is_named(colors: Path, directory: Callable[.
         ({"do_pad": True}, r"do_pad=True is not supported"),
         ({"do_resize": 1}, r"do_resize=1 must be true or false"),
         ({"resample": 6}, r"resample=6 must be the number of a PIL filter, 0 to 5"),
+        ({"image_std": [1, 1, 0]}, r"image_std=\[1, 1, 0\] must not be 0"),
+        (
+            {"size": {"shortest_edge": 0}, "do_center_crop": True, "crop_size": 4},
+            r"size=\{'shortest_edge': 0\} is not supp",
+        ),
         ({"size": {"longest_edge": 4}}, r"size=\{'longest_edge': 4\} is not supported; use a number, \{'height'"),
         ({"do_center_crop": True}, r"crop_size=None is not supported"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean=\[0\.5, 0\.5\] must be a number or a list of 3"),

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from peftjax.data import packing
-from peftjax.data.documents import filled
 from peftjax.data.padding import pad
 from peftjax.data.records import Example
 from peftjax.tasks.causal_lm import next_tokens
@@ -23,8 +22,9 @@ def documents(lengths: list[int], seed: int = 0) -> list[packing.Row]:
 
 
 def empty(pack: bool) -> packing.Row:
-    row = filled(16, tokens=PAD, targets=0, loss_weights=0.0)
-    return row | (filled(16, positions=0, segments=0) if pack else {})
+    zeros = np.zeros(16, np.int32)
+    row = {"tokens": np.full_like(zeros, PAD), "targets": zeros, "loss_weights": zeros.astype(np.float32)}
+    return row | ({"positions": zeros, "segments": zeros} if pack else {})
 
 
 def rows_of(docs: list[packing.Row], pack: bool) -> list[packing.Row]:

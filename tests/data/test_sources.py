@@ -436,6 +436,7 @@ def test_a_weight_stands_after_an_at_sign() -> None:
     assert split_weight("data/*.jsonl@2") == ("data/*.jsonl", 2.0)
     assert split_weight("me@home/a.jsonl") == ("me@home/a.jsonl", None)
     assert split_weight("tfds:mnist:3.0.1/train[:90%]@1e-1") == ("tfds:mnist:3.0.1/train[:90%]", 0.1)
+    assert split_weight("data@1.2.3") == ("data@1.2.3", None)
     for weight in ("0", "-1"):
         with pytest.raises(ValueError, match="is not positive; use a finite number above 0"):
             split_weight(f"a.jsonl@{weight}")
@@ -495,6 +496,7 @@ def test_tfds_split_syntax_works(split: str, count: int, tfds_folder: str) -> No
         ("tfds:greetings/trian", r"no split 'trian'. Did you mean 'train'\? It has train, validation"),
         ("tfds:greetings/train[x]", r"no split 'train\[x\]'"),
         ("tfds:greetings/train[:0%]", r"is empty"),
+        ("tfds:greetings/train[5:2]", r"is empty"),
         ("tfds:greetings", r"must have the form tfds:NAME/SPLIT"),
         ("tfds:greeting/train", r"no dataset 'greeting'.*Did you mean 'greetings'"),
         ("tfds:rewrite_date/train", r"no dataset 'rewrite_date'.*Did you mean 'rewrite_dates'"),

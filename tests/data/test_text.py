@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers, processors
 
 from peftjax.core.errors import UserError
 from peftjax.data.records import Example, encode_prompt, encode_record
@@ -228,6 +228,25 @@ def test_a_vocabulary_without_its_unknown_token_is_an_error_only_for_text_that_n
     for encode in (tokenizer.encode, tokenizer.cut(4)):
         with pytest.raises(UserError, match=r"cannot encode 'zebra': .*set unk_token in tokenizer\.json"):
             encode("zebra")
+        with pytest.raises(UserError, match=r"^cannot encode 'x\\udce9': it is not valid Unicode$"):
+            encode("x\udce9")
+
+
+def test_a_length_without_room_for_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    theirs = tokenizers.Tokenizer(models.WordLevel({"x": 0, "#": 1}, unk_token="#"))
+    theirs.pre_tokenizer = pre_tokenizers.Whitespace()
+    theirs.post_processor = processors.TemplateProcessing(
+        single="# $A #", pair="# $A # $B #", special_tokens=[("#", 1)]
+    )
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    cut = load_tokenizer(tmp_path).cut(3)
+    assert cut("x x x")[0].ids == [1, 0, 1]
+    assert cut("", "")[0].ids == [1, 1, 1]
+    with pytest.raises(
+        UserError, match=r"max_length=3 leaves no room for text: .* adds 3 special tokens; use at least 4"
+    ):
+        cut("x", "x")
 
 
 def test_the_tokenizer_of_the_bundled_model_is_loaded_by_its_name() -> None:

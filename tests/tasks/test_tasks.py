@@ -12,10 +12,14 @@ import pytest
 
 import peftjax
 from peftjax import evaluate, methods
+from peftjax.core.errors import UserError
+from peftjax.data.config import DataConfig
 from peftjax.io.hf_files import read_json
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.report.data import ReportData
+from peftjax.tasks import TaskConfig, make_task
+from peftjax.tasks.classification import Classification
 from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
@@ -228,6 +232,16 @@ def test_what_does_not_go_with_the_task_is_an_error(
     made = config(tmp_path, models(BERT), "classification", ("without", "with"), **fields)
     with pytest.raises(ValueError, match=message):
         train(configs.validate(made), tmp_path / "run")
+
+
+def test_a_zero_or_one_for_each_class_is_not_taken_for_numbers_of_classes(models: Callable) -> None:
+    task = make_task(TaskConfig("classification", ("a", "b", "c"), multi_label=True), DataConfig(), models(BERT))
+    assert isinstance(task, Classification)
+    assert task.label([0, 1], "r:1").tolist() == [1, 1, 0]
+    with pytest.raises(
+        UserError, match=r"r:1: .* seems to hold a 0 or 1 for each class, \[0, 1, 1\]; .* such as \[1, 2\]"
+    ):
+        task.label([0, 1, 1], "r:1")
 
 
 @pytest.mark.slow
