@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import names_or_pattern, probability, split_names
+from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
 from peftjax.adapters.sites import (
     Chosen,
     SingleSite,
@@ -65,12 +65,11 @@ class Targeted(Method):
     hf_ignored: ClassVar[frozenset[str]] = frozenset({"layers_pattern", "fan_in_fan_out"})
 
     def __post_init__(self) -> None:
-        layers = self.layers_to_transform
         self._replace(
-            targets=names_or_pattern(self.targets),
-            exclude=names_or_pattern(self.exclude),
-            layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers),
-            modules_to_save=split_names(self.modules_to_save),
+            targets=names_or_pattern("targets", self.targets),
+            exclude=names_or_pattern("exclude", self.exclude),
+            layers_to_transform=integers("layers_to_transform", self.layers_to_transform),
+            modules_to_save=split_names("modules_to_save", self.modules_to_save),
         )
         probability(**{name: getattr(self, name) for name in DROPOUTS if hasattr(self, name)})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
@@ -95,12 +94,12 @@ class Targeted(Method):
 
     def chosen(self, model: nnx.Module) -> Chosen:
         """The sites that get an adapter."""
-        layers, targets = self.candidates(model), self.targets
-        if targets != self.every:
+        layers, every = self.candidates(model), self.targets == self.every
+        if every:
+            layers = [site for site in layers if self.in_every(site, model)]
+        else:
             self._check_experts(model)
-        if targets == self.every:
-            layers, targets = [site for site in layers if self.in_every(site, model)], ".*"
-        chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
+        chosen = choose(layers, self.targets, every=every, exclude=self.exclude, layers=self.layers_to_transform)
         saved = {site.path: mask for site, mask in self.saved(model)}
         chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
         chosen = [(site, mask) for site, mask in chosen if mask.any()]
@@ -208,7 +207,7 @@ def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tu
     by_module = {module: entry for entry, modules in meant.items() for module in modules}
     found = {}
     for entry, modules in meant.items():
-        outer = {module: next(filter(by_module.get, _and_containers(module))) for module in modules}
+        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
         if inner := [module for module in modules if outer[module] != module]:
             found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
     return found

@@ -52,7 +52,7 @@ class Ia3(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(feedforward=names_or_pattern(self.feedforward))
+        self._replace(feedforward=names_or_pattern("feedforward", self.feedforward))
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)

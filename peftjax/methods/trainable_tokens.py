@@ -5,7 +5,7 @@ and the file stores them under both names.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import names_or_pattern
+from peftjax.adapters.options import integers, names_or_pattern
 from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
@@ -42,10 +42,9 @@ class TrainableTokens(Method):
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
-        self._replace(token_indices=tuple(self.token_indices), targets=names_or_pattern(self.targets))
+        self._replace(token_indices=token_ids(self.token_indices), targets=names_or_pattern("targets", self.targets))
         if not self.token_indices:
             raise UserError("method.token_indices is empty: give the ids of the tokens to train")
-        check_tokens(self.token_indices)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         del rngs
@@ -54,10 +53,12 @@ class TrainableTokens(Method):
         train_tokens(model, self.token_indices, chosen, name)
 
 
-def check_tokens(indices: tuple[int, ...]) -> None:
-    """Raise a `UserError` if a token is given twice."""
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of the option `token_indices`; a `UserError` if one is given twice."""
+    indices = integers("token_indices", value)
     if twice := [token for token in indices if indices.count(token) > 1]:
         raise UserError(f"method.token_indices has {twice[0]} more than once")
+    return indices
 
 
 def token_embedding(model: nnx.Module) -> Site:
