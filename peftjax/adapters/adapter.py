@@ -62,7 +62,7 @@ class MethodAdapter(Adapter):
 
     @property
     def zero_is_identity(self) -> bool:
-        """Whether the adapter has no effect, in training either, when all of its arrays are zero."""
+        """Whether the adapter has no effect, not even in training, when all of its arrays are zero."""
         return False
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:

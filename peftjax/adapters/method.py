@@ -166,7 +166,8 @@ class Method:
         ]
         if dropped:
             warnings.warn(
-                f"adapter_config.json: {', '.join(dropped)} says how it was trained and is not kept", stacklevel=2
+                f"adapter_config.json: {', '.join(dropped)} describes how the adapter was trained and is not kept",
+                stacklevel=2,
             )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}

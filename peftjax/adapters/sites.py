@@ -182,6 +182,15 @@ def token_tables(model: nnx.Module) -> list[Site]:
     return [site for site in tables if site.path == "embed"] or tables
 
 
+def tied_pair(model: nnx.Module) -> tuple[Site, Site] | None:
+    """Return the sites of the embedding and of the head that is tied to it; None if there is no tied head."""
+    if not isinstance(model, LanguageModel) or not model.tied:
+        return None
+    found = sites(model)
+    embed = next(site for site in found if site.module is model.embed)
+    return embed, next(site for site in found if site.module is model.head)
+
+
 def head_sites(model: nnx.Module) -> list[Site]:
     """Return the layers of the task head, which every method trains in full, as in Hugging Face PEFT."""
     head = model.task_head if isinstance(model, Model) else ()

@@ -157,12 +157,12 @@ class Targeted(Method):
             for site in layers
             for name in site.names
         }
-        meant: tuple[str, ...] = ()
+        names: tuple[str, ...] = ()
         for entry in self.modules_to_save:
             found = [name for name in has_values if is_saved(name, entry)]
-            meant += tuple([name for name in found if has_values[name]] or found or [entry])
-        meant += tuple(name for site in head_sites(model) for name in site.names)
-        return choose(layers, meant, what="modules_to_save") if meant else []
+            names += tuple([name for name in found if has_values[name]] or found or [entry])
+        names += tuple(name for site in head_sites(model) for name in site.names)
+        return choose(layers, names, what="modules_to_save") if names else []
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config, chosen = super().to_hf(model, name), self.chosen(model)
@@ -191,22 +191,22 @@ class Targeted(Method):
 
 
 def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The entries of modules_to_save that mean a module inside another one that is trained whole.
+    """The entries of modules_to_save that match a module inside another one that is trained whole.
 
     Returns:
-        For each of them, the full names of those of its modules that are not inside another one, and the entry that means
-        an outer module.
+        For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer
+        module.
     """
-    meant: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
+    matched: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
     for site in layers:
         for name in site.names:
             for module in _and_containers(name):
                 for entry in entries:
                     if module.endswith(entry):
-                        meant.setdefault(entry, {})[module] = None
-    by_module = {module: entry for entry, modules in meant.items() for module in modules}
+                        matched.setdefault(entry, {})[module] = None
+    by_module = {module: entry for entry, modules in matched.items() for module in modules}
     found = {}
-    for entry, modules in meant.items():
+    for entry, modules in matched.items():
         outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
         if inner := [module for module in modules if outer[module] != module]:
             found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
@@ -226,7 +226,7 @@ def _and_containers(name: str) -> list[str]:
 
 
 def is_saved(name: str, entry: str) -> bool:
-    """Whether an entry of modules_to_save means a layer: its name, or that of a module that contains it, ends in the entry."""
+    """Whether an entry of modules_to_save matches a layer: its name, or that of a module around it, ends in the entry."""
     return any(module.endswith(entry) for module in _and_containers(name))
 
 

@@ -56,21 +56,17 @@ class Ia3(Targeted):
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
-        with matching("method.feedforward", self.feedforward):
-            self._check_feedforward(chosen)
+        names, given = chosen_spellings(chosen), self.feedforward
+        rules = {given: given} if isinstance(given, str) else {entry: (entry,) for entry in given}
+        with matching("method.feedforward", given):
+            missing = [entry for entry, rule in rules.items() if not any(is_feedforward(name, rule) for name in names)]
+        if missing:
+            last = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise UserError(
+                f"method.feedforward: {missing[0]!r} matches no target.{suggest(missing[0], last)} "
+                f"Targets: {', '.join(last)}"
+            )
         return chosen
-
-    def _check_feedforward(self, chosen: Chosen) -> None:
-        """Raises a UserError if an entry of `feedforward` means none of the targets."""
-        names = chosen_spellings(chosen)
-        for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
-            if not any(
-                is_feedforward(name, self.feedforward if entry == self.feedforward else (entry,)) for name in names
-            ):
-                last = sorted({name.rsplit(".", 1)[-1] for name in names})
-                raise UserError(
-                    f"method.feedforward: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}"
-                )
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "Ia3Linear | Ia3Experts"]]:
         del rngs
@@ -83,9 +79,11 @@ class Ia3(Targeted):
         """The sites, once with the layers whose input is scaled, and once with those whose output is."""
         into, out_of = [], []
         for site, mask in chosen:
-            means = [any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings]
-            into.append((site, mask & np.array(means)))
-            out_of.append((site, mask & ~np.array(means)))
+            is_input = np.array([
+                any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings
+            ])  # fmt: skip
+            into.append((site, mask & is_input))
+            out_of.append((site, mask & ~is_input))
         return into, out_of
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
@@ -111,7 +109,7 @@ class Ia3(Targeted):
 
 
 def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
-    """Whether the option `feedforward` means a layer, by the rule of peft's feedforward_modules."""
+    """Whether the option `feedforward` matches a layer, by the rule of peft's feedforward_modules."""
     return re.fullmatch(feedforward, name) is not None if isinstance(feedforward, str) else name.endswith(feedforward)
 
 

@@ -78,8 +78,8 @@ class Oft(Targeted):
         if size < 2:
             option, value = ("block_size", self.block_size) if self.block_size else ("blocks", self.blocks)
             raise UserError(
-                f"method.{option}={value} leaves {site.names[0]} blocks of 1 feature; it has {inputs} input features, and "
-                "the blocks must divide them into parts of 2 or more"
+                f"method.{option}={value} leaves {site.names[0]} with blocks of 1 feature, which cannot be rotated; divide its "
+                f"{inputs} input features into larger blocks"
             )
         return OftLinear(site, mask, size, self)
 

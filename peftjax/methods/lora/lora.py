@@ -24,7 +24,7 @@ from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert
+from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert, tied_pair
 from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
 from peftjax.core.paths import last_parts
@@ -37,7 +37,7 @@ from peftjax.methods.lora.experts import DoraExperts, LoraExperts, SwappedLoraEx
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
 from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
-from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
+from peftjax.methods.lora.tied import on_embedding, tie
 from peftjax.methods.trainable_tokens import token_ids, tokens_by_site, train_tokens
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
