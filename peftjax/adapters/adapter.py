@@ -27,7 +27,7 @@ class HfLeaf:
     shape: tuple[int, ...] | None = None
 
     def part(self, shape: tuple[int, ...]) -> tuple[range, ...]:
-        """The window as indices of each axis of one layer's array of the leaf, which has this shape."""
+        """The indices of the window along each axis; `shape`: that of one layer's array of the leaf."""
         windows = itertools.chain(self.window, itertools.repeat(slice(None)))
         return tuple(range(*window.indices(size)) for window, size in zip(windows, shape, strict=False))
 

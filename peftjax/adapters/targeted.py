@@ -1,4 +1,4 @@
-"""Methods that sit in layers chosen by name, and layers that are trained whole."""
+"""Methods that sit in layers chosen by name, and layers that are trained in full."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -43,9 +43,9 @@ class Targeted(Method):
             comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
-        modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their
+        modules_to_save (tuple, default none): Modules to train in full, such as lm_head or mlp, instead of adapting their
             layers. As in peft, an entry matches every name that ends in it, even within a word ("norm" also matches
-            input_layernorm). A classification head is always trained whole.
+            input_layernorm). A classification head is always trained in full.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -145,12 +145,12 @@ class Targeted(Method):
             )
 
     def saved(self, model: nnx.Module) -> Chosen:
-        """The sites that are trained whole: those of modules_to_save and of a classification head."""
+        """The sites that are trained in full: those of modules_to_save and of a classification head."""
         layers = sites(model)
         for entry, (outside, outer) in nested(layers, self.modules_to_save).items():
             if not outside:
                 raise UserError(
-                    f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained whole; remove {entry!r}"
+                    f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained in full; remove {entry!r}"
                 )
         has_values = {
             name: bool(site.parameters) or isinstance(site.module, Linear)  # a tied head has the embedding's
@@ -191,7 +191,7 @@ class Targeted(Method):
 
 
 def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The entries of modules_to_save that match a module inside another one that is trained whole.
+    """The entries of modules_to_save that match a module inside another one that is trained in full.
 
     Returns:
         For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer

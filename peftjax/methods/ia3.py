@@ -119,7 +119,7 @@ class Ia3Linear(MethodAdapter):
     Attributes:
         into: [*stack, in], or None if no layer of the stack scales its input.
         out_of: [*stack, out], or None if no layer of the stack scales its output.
-        into_layers, out_of_layers: The layers that they apply to; in the others they stand for 1.
+        into_layers, out_of_layers: The layers that they apply to; in the others they count as 1.
     """
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
@@ -159,7 +159,7 @@ class Ia3Experts(SingleExperts):
     Attributes:
         into: [*stack, E, 1, in], or None if no layer scales its input. The parts of a kernel have one input.
         out_of: [*stack, E, parts, out / parts], or None if no layer scales its output.
-        into_layers, out_of_layers: The layers of experts that they apply to; in the others they stand for 1.
+        into_layers, out_of_layers: The layers of experts that they apply to; in the others they count as 1.
     """
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:

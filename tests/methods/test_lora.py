@@ -416,7 +416,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"modules_to_save": ("attention_adapters",)}, r"model.layers.0.attention_adapters has no parameters of its own"),
         (
             {"modules_to_save": ("mlp", "down_proj")},
-            r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained whole; remove 'down_proj'",
+            r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained in full; remove 'down_proj'",
         ),
         ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"all of them are in modules_to_save"),

@@ -189,8 +189,7 @@ class Lora(Ranked):
             train_biases(model, name, self.bias, self.chosen(model))
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
-        linear = isinstance(site.module, Linear)
-        if not linear:
+        if not isinstance(site.module, Linear):
             self._check_other(site)
         (inputs, outputs), experts = site.module.axes, isinstance(site.module, ExpertLinear)
         ranks = self.expert_ranks(site, mask) if experts else self.ranks(site, mask)
