@@ -236,9 +236,8 @@ def choose(
             )
     depth = depth_of(candidates)
     if beyond := [layer for layer in layers if not 0 <= layer < depth]:
-        raise UserError(
-            f"method.layers_to_transform: layer {beyond[0]} does not exist; the model has layers 0 to {depth - 1}"
-        )
+        known = f"the model has layers 0 to {depth - 1}" if depth else "the layers of this model are not numbered"
+        raise UserError(f"method.layers_to_transform: layer {beyond[0]} does not exist; {known}")
     chosen = []
     with matching(f"method.{what}", targets, exclude):
         for site in candidates:

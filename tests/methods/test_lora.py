@@ -20,6 +20,7 @@ from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
+from peftjax.nn.adopt import adopt
 from peftjax.nn.dropout import Dropout
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
@@ -433,6 +434,12 @@ def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options:
     assert {path: leaf.get_value() is before[path].get_value() for path, leaf in after.items()} == dict.fromkeys(
         before, True
     )
+
+
+def test_layers_that_are_not_numbered_cannot_be_chosen_by_number() -> None:
+    model = adopt(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+    with pytest.raises(UserError, match="layer 0 does not exist; the layers of this model are not numbered"):
+        attached(model=model, rank=2, layers_to_transform=(0,))
 
 
 @pytest.mark.parametrize(
