@@ -281,7 +281,7 @@ def refusing() -> Any:
         ({"names": ("first", "secnd")}, "no adapter 'secnd' is attached. Did you mean 'second'"),
         ({"names": ()}, "names must be a list"),
         ({"names": "first"}, "names must be a list"),
-        ({"weights": (1.0,)}, r"weights must be a list of 2 numbers, one for each adapter, got \(1.0,\)"),
+        ({"weights": (1.0,)}, "weights must be a list of 2 numbers, one for each adapter, got (1.0,)"),
         ({"weights": 0.5}, "weights must be a list of 2 numbers, one for each adapter, got 0.5"),
         ({"weights": (1.0, "2")}, "weights must be finite numbers, got '2'"),
         ({"weights": (1.0, float("nan"))}, "weights must be finite numbers, got nan"),
