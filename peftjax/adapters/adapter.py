@@ -27,7 +27,7 @@ class HfLeaf:
     shape: tuple[int, ...] | None = None
 
     def part(self, shape: tuple[int, ...]) -> tuple[range, ...]:
-        """The window as indices of each axis of one layer's array of the leaf, which has this shape."""
+        """The indices of the window along each axis; `shape`: that of one layer's array of the leaf."""
         windows = itertools.chain(self.window, itertools.repeat(slice(None)))
         return tuple(range(*window.indices(size)) for window, size in zip(windows, shape, strict=False))
 
@@ -62,7 +62,7 @@ class MethodAdapter(Adapter):
 
     @property
     def zero_is_identity(self) -> bool:
-        """Whether the adapter has no effect, in training either, when all of its arrays are zero."""
+        """Whether the adapter has no effect, not even in training, when all of its arrays are zero."""
         return False
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:

@@ -34,7 +34,7 @@ def attach(
 ) -> ModelT:
     """Add the adapters of a method to a model and activate them, deactivating all others.
 
-    A task head is trained in full beside them.
+    A task head is also trained in full.
 
     Args:
         model: The model; it is changed in place.
@@ -140,7 +140,7 @@ def release_head(model: nnx.Module, name: str) -> None:
 
 
 def detach(model: ModelT, name: str = "default") -> ModelT:
-    """Remove an adapter; the model is as it was before it was attached.
+    """Remove an adapter. The model is then as it was before the adapter was attached.
 
     Args:
         model: The model; it is changed in place.

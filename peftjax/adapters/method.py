@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.options import from_file
+from peftjax.adapters.options import check_type, from_file
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
@@ -55,10 +55,11 @@ class Method:
     training_options: ClassVar[frozenset[str]] = frozenset({"dropout", "rank_dropout", "module_dropout"})
 
     def __new__(cls, **options: Any) -> Self:
-        known = [field.name for field in dataclasses.fields(cls)]
-        for option in options:
-            if option not in known:
+        annotations = {field.name: field.type for field in dataclasses.fields(cls)}
+        for option, value in options.items():
+            if option not in annotations:
                 raise UserError(no_such_option(cls, option))
+            check_type(option, annotations[option], value)
         return super().__new__(cls)
 
     def _replace(self, **options: Any) -> None:
@@ -165,7 +166,8 @@ class Method:
         ]
         if dropped:
             warnings.warn(
-                f"adapter_config.json: {', '.join(dropped)} says how it was trained and is not kept", stacklevel=2
+                f"adapter_config.json: {', '.join(dropped)} describes how the adapter was trained and is not kept",
+                stacklevel=2,
             )
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}

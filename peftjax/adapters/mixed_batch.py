@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.attach import attach_unchecked, detach
-from peftjax.adapters.registry import active, attached, use
+from peftjax.adapters.registry import active, attached, require, use
 from peftjax.adapters.view import active_view
 from peftjax.core import variables
 from peftjax.core.errors import UserError
@@ -52,7 +52,7 @@ class Rows(nnx.Module):
         if cache is not None:
             hidden, cache = self.hidden(tokens, cache=cache, **inputs)
             return self.logits(hidden), cache
-        given = _by_row(tokens, inputs)
+        given = self._by_row(tokens, inputs)
         return self._over_rows(lambda model, tokens, given: model(tokens, **given), tokens[:, None], given)[:, 0]
 
     def hidden(
@@ -62,7 +62,7 @@ class Rows(nnx.Module):
         hidden, cache = self._over_rows(
             lambda model, tokens, given, cache: model.hidden(tokens, cache=cache, **given),
             tokens[:, None],
-            _by_row(tokens, inputs),
+            self._by_row(tokens, inputs),
             cache,
         )
         return hidden[:, 0], cache
@@ -77,9 +77,18 @@ class Rows(nnx.Module):
         Raises:
             UserError: `batch` differs from the number of rows.
         """
+        self._check_rows(batch)
+        return self._over_rows(lambda model: model.make_cache(1, length))
+
+    def _by_row(self, tokens: jax.Array, inputs: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
+        """The inputs beside tokens that are given, each [B, 1, T]."""
+        self._check_rows(len(tokens))
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
+
+    def _check_rows(self, batch: int) -> None:
         if batch != self.index.shape[0]:
             raise UserError(f"the batch has {batch} rows, but rows() was given adapters for {self.index.shape[0]}")
-        return self._over_rows(lambda model: model.make_cache(1, length))
 
     def _over_rows(self, compute: Callable[..., T], *arguments: Any) -> T:
         """Run compute(the row's model, the row's slice of every argument) for all rows."""
@@ -125,13 +134,16 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         raise UserError(
             f"rows: {type(model).__name__} is not a decoder or encoder of peftjax; adopted networks are not supported"
         )
+    if isinstance(names, str):
+        raise UserError(f"rows: names must be a list with one adapter for each row, got {names!r}")
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:
         raise UserError(f"rows: {list(names)} names no adapter; to run the base alone, call use(model, None)")
     before, idle = active(model), "rows_without"
     if None in named:
-        method = attached(use(model, some))[some]
+        require(model, some)
+        method = attached(model)[some]
         if not method.neutral:
             raise UserError(f"rows: {method.method} always has an effect, so every row needs an adapter")
         attach_unchecked(model, method, idle, rngs=nnx.Rngs(0))
@@ -149,12 +161,6 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
                 "of the same method and options"
             )
     return Rows(views, jnp.array([named.index(name) for name in names], jnp.int32))
-
-
-def _by_row(tokens: jax.Array, inputs: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-    """The inputs beside tokens that are given, each [B, 1, T]."""
-    given = {name: value for name, value in inputs.items() if value is not None}
-    return {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
 
 
 def _shapes(view: nnx.Module) -> dict[str, tuple[int, ...]]:

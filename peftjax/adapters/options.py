@@ -1,7 +1,9 @@
 """Checks and conversions that the options of many methods share; every check raises a `UserError`."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from peftjax.core.errors import UserError
@@ -27,6 +29,16 @@ def from_file(option: str, value: Any) -> Any:
 def unusual(value: Any) -> bool:
     """Whether the value of an option is `Unusual`, or a table with such a value."""
     return isinstance(value, Unusual) or (isinstance(value, tuple) and any(map(unusual, value)))
+
+
+def check_type(option: str, annotation: Any, value: Any) -> None:
+    """Require the type of an option that is a bool, a string or a number. Whole numbers are checked by their range."""
+    if annotation is bool and not isinstance(value, bool):
+        raise UserError(f"method.{option} must be True or False, got {value!r}")
+    if annotation is str and not isinstance(value, str):
+        raise UserError(f"method.{option} must be a string, got {value!r}")
+    if annotation in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise UserError(f"method.{option} must be a number, got {value!r}")
 
 
 def positive(**options: float) -> None:
@@ -60,8 +72,9 @@ def seed(bits: int, **options: int) -> None:
 
 def one_of(known: Iterable[str], **options: str) -> None:
     """Require one of the known words."""
+    words = tuple(known)
     for option, value in options.items():
-        if value not in (words := tuple(known)):
+        if value not in words:
             raise UserError(f"method.{option} must be one of {', '.join(words)}, got {value!r}")
 
 
@@ -72,25 +85,38 @@ def either_size(block_size: int, blocks: int) -> None:
     positive_integer(**({"block_size": block_size} if block_size else {"blocks": blocks}))
 
 
-def pattern(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> tuple[tuple[str, Any], ...]:
+def pattern(
+    option: str, value: Any, convert: Callable[[Any], Any] = lambda value: value
+) -> tuple[tuple[str, Any], ...]:
     """Exceptions by module name, {name: value}, as a hashable tuple of pairs."""
     items = value.items() if isinstance(value, Mapping) else value
-    return tuple((str(name), convert(item)) for name, item in items)
+    try:
+        pairs = [(str(name), item) for name, item in items]
+    except (TypeError, ValueError):
+        raise UserError(f"method.{option} must be a table {{name: value}}, got {value!r}") from None
+    return tuple((name, convert(item)) for name, item in pairs)
 
 
-def names_or_pattern(value: Any) -> str | tuple[str, ...]:
+def integers(option: str, value: Any) -> tuple[int, ...]:
+    """One integer or several, as a tuple."""
+    try:
+        return tuple(operator.index(item) for item in (value if isinstance(value, Iterable) else (value,)))
+    except TypeError:
+        raise UserError(f"method.{option} must be an integer or a tuple of integers, got {value!r}") from None
+
+
+def names_or_pattern(option: str, value: Any) -> str | tuple[str, ...]:
     """A regular expression or a word such as "all-linear" unchanged; names, also comma-separated ones, as a tuple."""
-    if value is None:
-        raise UserError(
-            "method.targets and method.exclude are names, a tuple of names or a regular expression, not None"
-        )
-    if not isinstance(value, str):
-        return tuple(value)
-    return value if value.startswith("all-") or REGEX & set(value) else split_names(value)
+    if isinstance(value, str) and (value.startswith("all-") or REGEX & set(value)):
+        return value
+    return split_names(option, value, "a name, a tuple of names or a regular expression")
 
 
-def split_names(value: str | Iterable[str]) -> tuple[str, ...]:
+def split_names(option: str, value: Any, expected: str = "a name or a tuple of names") -> tuple[str, ...]:
     """The names in a comma-separated string, or those of a sequence."""
-    if not isinstance(value, str):
-        return tuple(value)
-    return tuple(name.strip() for name in value.split(",") if name.strip())
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    names = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"method.{option} must be {expected}, got {value!r}")
+    return names

@@ -33,7 +33,10 @@ class Ranked(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(rank_pattern=pattern(self.rank_pattern), alpha_pattern=pattern(self.alpha_pattern))
+        self._replace(
+            rank_pattern=pattern("rank_pattern", self.rank_pattern),
+            alpha_pattern=pattern("alpha_pattern", self.alpha_pattern),
+        )
         for rank in self.all_ranks:
             positive_integer(rank=rank)
         for alpha in (self.alpha, *dict(self.alpha_pattern).values()):

@@ -182,6 +182,15 @@ def token_tables(model: nnx.Module) -> list[Site]:
     return [site for site in tables if site.path == "embed"] or tables
 
 
+def tied_pair(model: nnx.Module) -> tuple[Site, Site] | None:
+    """Return the sites of the embedding and of the head that is tied to it; None if there is no tied head."""
+    if not isinstance(model, LanguageModel) or not model.tied:
+        return None
+    found = sites(model)
+    embed = next(site for site in found if site.module is model.embed)
+    return embed, next(site for site in found if site.module is model.head)
+
+
 def head_sites(model: nnx.Module) -> list[Site]:
     """Return the layers of the task head, which every method trains in full, as in Hugging Face PEFT."""
     head = model.task_head if isinstance(model, Model) else ()
@@ -189,9 +198,10 @@ def head_sites(model: nnx.Module) -> list[Site]:
 
 
 def choose(
-    candidates: Iterable[Site],
+    candidates: list[Site],
     targets: str | tuple[str, ...],
     *,
+    every: bool = False,
     exclude: str | tuple[str, ...] = (),
     layers: tuple[int, ...] = (),
     what: str = "targets",
@@ -201,6 +211,7 @@ def choose(
     Args:
         candidates: The sites to select from.
         targets: Names, name endings, or a regular expression for whole names, as in `core.paths.matches`.
+        every: Select all candidates. `targets` is then the word for them, for messages.
         exclude: Names to leave out, in the same format.
         layers: Only these layers; empty: all.
         what: The option that `targets` comes from, for messages.
@@ -211,23 +222,13 @@ def choose(
     Raises:
         UserError: An entry matches nothing, a layer does not exist, or nothing is selected.
     """
-    with matching(f"method.{what}", targets, exclude):
-        return _choose(list(candidates), targets, exclude, layers, what)
-
-
-def _choose(
-    candidates: list[Site],
-    targets: str | tuple[str, ...],
-    exclude: str | tuple[str, ...],
-    layers: tuple[int, ...],
-    what: str,
-) -> Chosen:
-    """`choose`, without a time limit."""
     names = spelled(candidates)
     if not names:
         raise UserError(f"method.{what}={targets!r}: this model has no layer of a suitable kind with a slot")
-    for option, pattern in ((what, targets), ("exclude", exclude)):
-        if missing := [entry for entry in unmatched(names, pattern) if entry]:
+    for option, pattern in ((what, () if every else targets), ("exclude", exclude)):
+        with matching(f"method.{option}", pattern):
+            missing = [entry for entry in unmatched(names, pattern) if entry]
+        if missing:
             last = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(
                 f"method.{option}: {', '.join(map(repr, missing))} matches no layer of this model."
@@ -235,19 +236,19 @@ def _choose(
             )
     depth = depth_of(candidates)
     if beyond := [layer for layer in layers if not 0 <= layer < depth]:
-        raise UserError(
-            f"method.layers_to_transform: layer {beyond[0]} does not exist; the model has layers 0 to {depth - 1}"
-        )
+        known = f"the model has layers 0 to {depth - 1}" if depth else "the layers of this model are not numbered"
+        raise UserError(f"method.layers_to_transform: layer {beyond[0]} does not exist; {known}")
     chosen = []
-    for site in candidates:
-        mask = np.array([
-            any(matches(name, targets) for name in names)
-            and not (exclude and any(matches(name, exclude) for name in names))
-            and not (layers and number not in layers)
-            for number, names in zip(site.numbers, site.spellings, strict=True)
-        ])  # fmt: skip
-        if mask.any():
-            chosen.append((site, mask))
+    with matching(f"method.{what}", targets, exclude):
+        for site in candidates:
+            mask = np.array([
+                (every or any(matches(name, targets) for name in names))
+                and not (exclude and any(matches(name, exclude) for name in names))
+                and not (layers and number not in layers)
+                for number, names in zip(site.numbers, site.spellings, strict=True)
+            ])  # fmt: skip
+            if mask.any():
+                chosen.append((site, mask))
     if not chosen:
         raise UserError(f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} selects nothing")
     return chosen

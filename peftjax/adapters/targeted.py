@@ -1,4 +1,4 @@
-"""Methods that sit in layers chosen by name, and layers that are trained whole."""
+"""Methods that sit in layers chosen by name, and layers that are trained in full."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import names_or_pattern, probability, split_names
+from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
 from peftjax.adapters.sites import (
     Chosen,
     SingleSite,
@@ -43,9 +43,9 @@ class Targeted(Method):
             comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
         layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
-        modules_to_save (tuple, default none): Modules to train whole, such as lm_head or mlp, instead of adapting their
+        modules_to_save (tuple, default none): Modules to train in full, such as lm_head or mlp, instead of adapting their
             layers. As in peft, an entry matches every name that ends in it, even within a word ("norm" also matches
-            input_layernorm). A classification head is always trained whole.
+            input_layernorm). A classification head is always trained in full.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -65,12 +65,11 @@ class Targeted(Method):
     hf_ignored: ClassVar[frozenset[str]] = frozenset({"layers_pattern", "fan_in_fan_out"})
 
     def __post_init__(self) -> None:
-        layers = self.layers_to_transform
         self._replace(
-            targets=names_or_pattern(self.targets),
-            exclude=names_or_pattern(self.exclude),
-            layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers),
-            modules_to_save=split_names(self.modules_to_save),
+            targets=names_or_pattern("targets", self.targets),
+            exclude=names_or_pattern("exclude", self.exclude),
+            layers_to_transform=integers("layers_to_transform", self.layers_to_transform),
+            modules_to_save=split_names("modules_to_save", self.modules_to_save),
         )
         probability(**{name: getattr(self, name) for name in DROPOUTS if hasattr(self, name)})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
@@ -95,12 +94,12 @@ class Targeted(Method):
 
     def chosen(self, model: nnx.Module) -> Chosen:
         """The sites that get an adapter."""
-        layers, targets = self.candidates(model), self.targets
-        if targets != self.every:
+        layers, every = self.candidates(model), self.targets == self.every
+        if every:
+            layers = [site for site in layers if self.in_every(site, model)]
+        else:
             self._check_experts(model)
-        if targets == self.every:
-            layers, targets = [site for site in layers if self.in_every(site, model)], ".*"
-        chosen = choose(layers, targets, exclude=self.exclude, layers=self.layers_to_transform)
+        chosen = choose(layers, self.targets, every=every, exclude=self.exclude, layers=self.layers_to_transform)
         saved = {site.path: mask for site, mask in self.saved(model)}
         chosen = [(site, mask & ~saved[site.path] if site.path in saved else mask) for site, mask in chosen]
         chosen = [(site, mask) for site, mask in chosen if mask.any()]
@@ -146,24 +145,24 @@ class Targeted(Method):
             )
 
     def saved(self, model: nnx.Module) -> Chosen:
-        """The sites that are trained whole: those of modules_to_save and of a classification head."""
+        """The sites that are trained in full: those of modules_to_save and of a classification head."""
         layers = sites(model)
         for entry, (outside, outer) in nested(layers, self.modules_to_save).items():
             if not outside:
                 raise UserError(
-                    f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained whole; remove {entry!r}"
+                    f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained in full; remove {entry!r}"
                 )
         has_values = {
             name: bool(site.parameters) or isinstance(site.module, Linear)  # a tied head has the embedding's
             for site in layers
             for name in site.names
         }
-        meant: tuple[str, ...] = ()
+        names: tuple[str, ...] = ()
         for entry in self.modules_to_save:
             found = [name for name in has_values if is_saved(name, entry)]
-            meant += tuple([name for name in found if has_values[name]] or found or [entry])
-        meant += tuple(name for site in head_sites(model) for name in site.names)
-        return choose(layers, meant, what="modules_to_save") if meant else []
+            names += tuple([name for name in found if has_values[name]] or found or [entry])
+        names += tuple(name for site in head_sites(model) for name in site.names)
+        return choose(layers, names, what="modules_to_save") if names else []
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config, chosen = super().to_hf(model, name), self.chosen(model)
@@ -192,23 +191,23 @@ class Targeted(Method):
 
 
 def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The entries of modules_to_save that mean a module inside another one that is trained whole.
+    """The entries of modules_to_save that match a module inside another one that is trained in full.
 
     Returns:
-        For each of them, the full names of those of its modules that are not inside another one, and the entry that means
-        an outer module.
+        For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer
+        module.
     """
-    meant: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
+    matched: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
     for site in layers:
         for name in site.names:
             for module in _and_containers(name):
                 for entry in entries:
                     if module.endswith(entry):
-                        meant.setdefault(entry, {})[module] = None
-    by_module = {module: entry for entry, modules in meant.items() for module in modules}
+                        matched.setdefault(entry, {})[module] = None
+    by_module = {module: entry for entry, modules in matched.items() for module in modules}
     found = {}
-    for entry, modules in meant.items():
-        outer = {module: next(filter(by_module.get, _and_containers(module))) for module in modules}
+    for entry, modules in matched.items():
+        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
         if inner := [module for module in modules if outer[module] != module]:
             found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
     return found
@@ -227,7 +226,7 @@ def _and_containers(name: str) -> list[str]:
 
 
 def is_saved(name: str, entry: str) -> bool:
-    """Whether an entry of modules_to_save means a layer: its name, or that of a module that contains it, ends in the entry."""
+    """Whether an entry of modules_to_save matches a layer: its name, or that of a module around it, ends in the entry."""
     return any(module.endswith(entry) for module in _and_containers(name))
 
 

@@ -60,7 +60,7 @@ class FourierFT(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(n_frequency_pattern=pattern(self.n_frequency_pattern))
+        self._replace(n_frequency_pattern=pattern("n_frequency_pattern", self.n_frequency_pattern))
         for number in (self.n_frequency, *dict(self.n_frequency_pattern).values()):
             positive_integer(n_frequency=number)
         positive(scaling=self.scaling)
@@ -68,7 +68,7 @@ class FourierFT(Targeted):
 
     @property
     def neutral(self) -> bool:
-        return False
+        return self.init_weights
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)

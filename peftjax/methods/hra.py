@@ -49,7 +49,7 @@ class Hra(Targeted):
 
     @property
     def neutral(self) -> bool:
-        return not self.gram_schmidt
+        return self.rank % 2 == 0 and not self.gram_schmidt
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "HraLinear":
         inputs = site.module.in_features

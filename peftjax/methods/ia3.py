@@ -52,25 +52,21 @@ class Ia3(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(feedforward=names_or_pattern(self.feedforward))
+        self._replace(feedforward=names_or_pattern("feedforward", self.feedforward))
 
     def chosen(self, model: nnx.Module) -> Chosen:
         chosen = super().chosen(model)
-        with matching("method.feedforward", self.feedforward):
-            self._check_feedforward(chosen)
+        names, given = chosen_spellings(chosen), self.feedforward
+        rules = {given: given} if isinstance(given, str) else {entry: (entry,) for entry in given}
+        with matching("method.feedforward", given):
+            missing = [entry for entry, rule in rules.items() if not any(is_feedforward(name, rule) for name in names)]
+        if missing:
+            last = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise UserError(
+                f"method.feedforward: {missing[0]!r} matches no target.{suggest(missing[0], last)} "
+                f"Targets: {', '.join(last)}"
+            )
         return chosen
-
-    def _check_feedforward(self, chosen: Chosen) -> None:
-        """Raises a UserError if an entry of `feedforward` means none of the targets."""
-        names = chosen_spellings(chosen)
-        for entry in (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward:
-            if not any(
-                is_feedforward(name, self.feedforward if entry == self.feedforward else (entry,)) for name in names
-            ):
-                last = sorted({name.rsplit(".", 1)[-1] for name in names})
-                raise UserError(
-                    f"method.feedforward: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}"
-                )
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "Ia3Linear | Ia3Experts"]]:
         del rngs
@@ -83,9 +79,11 @@ class Ia3(Targeted):
         """The sites, once with the layers whose input is scaled, and once with those whose output is."""
         into, out_of = [], []
         for site, mask in chosen:
-            means = [any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings]
-            into.append((site, mask & np.array(means)))
-            out_of.append((site, mask & ~np.array(means)))
+            is_input = np.array([
+                any(is_feedforward(name, self.feedforward) for name in names) for names in site.spellings
+            ])  # fmt: skip
+            into.append((site, mask & is_input))
+            out_of.append((site, mask & ~is_input))
         return into, out_of
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
@@ -111,7 +109,7 @@ class Ia3(Targeted):
 
 
 def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
-    """Whether the option `feedforward` means a layer, by the rule of peft's feedforward_modules."""
+    """Whether the option `feedforward` matches a layer, by the rule of peft's feedforward_modules."""
     return re.fullmatch(feedforward, name) is not None if isinstance(feedforward, str) else name.endswith(feedforward)
 
 
@@ -121,7 +119,7 @@ class Ia3Linear(MethodAdapter):
     Attributes:
         into: [*stack, in], or None if no layer of the stack scales its input.
         out_of: [*stack, out], or None if no layer of the stack scales its output.
-        into_layers, out_of_layers: The layers that they apply to; in the others they stand for 1.
+        into_layers, out_of_layers: The layers that they apply to; in the others they count as 1.
     """
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
@@ -161,7 +159,7 @@ class Ia3Experts(SingleExperts):
     Attributes:
         into: [*stack, E, 1, in], or None if no layer scales its input. The parts of a kernel have one input.
         out_of: [*stack, E, parts, out / parts], or None if no layer scales its output.
-        into_layers, out_of_layers: The layers of experts that they apply to; in the others they stand for 1.
+        into_layers, out_of_layers: The layers of experts that they apply to; in the others they count as 1.
     """
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
-from peftjax.adapters.options import either_size, positive
+from peftjax.adapters.options import either_size, positive, positive_integer
 from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
@@ -67,6 +67,7 @@ class Oft(Targeted):
         super().__post_init__()
         either_size(self.block_size, self.blocks)
         positive(eps=self.eps)
+        positive_integer(terms=self.terms)
         if self.neumann and self.terms < 2:
             raise UserError(f"method.terms={self.terms} leaves nothing to train; use 2 or more")
 
@@ -75,7 +76,11 @@ class Oft(Targeted):
         inputs = site.module.in_features
         size = near_divisor(inputs, self.block_size) if self.block_size else inputs // near_divisor(inputs, self.blocks)
         if size < 2:
-            raise UserError(f"method.blocks={self.blocks} leaves {site.names[0]} blocks of 1 feature; use fewer")
+            option, value = ("block_size", self.block_size) if self.block_size else ("blocks", self.blocks)
+            raise UserError(
+                f"method.{option}={value} leaves {site.names[0]} with blocks of 1 feature, which cannot be rotated; divide its "
+                f"{inputs} input features into larger blocks"
+            )
         return OftLinear(site, mask, size, self)
 
     def optimizer(

@@ -51,8 +51,8 @@ class PTuning(InputPrompt):
         positive_integer(layers=self.layers)
         probability(dropout=self.dropout)
         one_of(("mlp", "lstm", "none"), encoder=self.encoder)
-        if self.hidden < 0:
-            raise UserError(f"method.hidden must be 0 (the model's width) or more, got {self.hidden}")
+        if not isinstance(self.hidden, int) or self.hidden < 0:
+            raise UserError(f"method.hidden must be 0 (the model's width) or a positive integer, got {self.hidden}")
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         site = self.site(model)

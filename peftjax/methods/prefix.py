@@ -51,6 +51,8 @@ class PrefixTuning(SoftPrompt):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(("random", "zero"), init=self.init)
+        if not isinstance(self.hidden, int) or self.hidden < 0:
+            raise UserError(f"method.hidden must be 0 (the width of the keys) or a positive integer, got {self.hidden}")
         if self.hidden and not self.projection:
             raise UserError(f"method.hidden={self.hidden} needs method.projection=True")
 

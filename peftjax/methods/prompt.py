@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.adapters.options import one_of
+from peftjax.adapters.options import integers, one_of
 from peftjax.adapters.sites import insert
 from peftjax.adapters.soft_prompt import InputPrompt, PromptAdapter, SoftPrompt
 from peftjax.core.errors import UserError
@@ -42,6 +42,7 @@ class PromptTuning(InputPrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._replace(text_ids=integers("text_ids", self.text_ids))
         one_of(("random", "vocabulary", "text"), init=self.init)
         if (self.init == "text") != bool(self.text or self.text_ids):
             raise UserError(
@@ -62,6 +63,10 @@ class PromptTuning(InputPrompt):
         if self.init == "vocabulary":
             ids = jax.random.randint(rngs.params(), (self.vectors,), 0, embedding.in_features)
         elif self.text_ids:
+            if beyond := [token for token in self.text_ids if not 0 <= token < embedding.in_features]:
+                raise UserError(
+                    f"method.text_ids: {beyond[0]} is not a token of this model; its ids are 0 to {embedding.in_features - 1}"
+                )
             ids = jnp.resize(jnp.array(self.text_ids), (self.vectors,))
         else:
             raise UserError("method.text has no tokens yet: call method.tokenized(tokenizer.encode) before attach")

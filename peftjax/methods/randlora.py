@@ -81,7 +81,7 @@ class RandLoraLinear(FactoredAdapter):
     Attributes:
         a: A of the largest layer, [R, smaller].
         b: The B_n of the largest layer, [larger, N', R].
-        lambdas: L_n, [*stack, R, N]; it stands for 0 in a layer without the adapter.
+        lambdas: L_n, [*stack, R, N]; it counts as 0 in a layer without the adapter.
         gammas: G_n, [*stack, N, smaller side].
     """
 

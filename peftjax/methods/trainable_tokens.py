@@ -5,7 +5,7 @@ and the file stores them under both names.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import names_or_pattern
-from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, token_tables
+from peftjax.adapters.options import integers, names_or_pattern
+from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, tied_pair, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.models.base import LanguageModel
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Base
@@ -42,10 +41,9 @@ class TrainableTokens(Method):
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
-        self._replace(token_indices=tuple(self.token_indices), targets=names_or_pattern(self.targets))
+        self._replace(token_indices=token_ids(self.token_indices), targets=names_or_pattern("targets", self.targets))
         if not self.token_indices:
             raise UserError("method.token_indices is empty: give the ids of the tokens to train")
-        check_tokens(self.token_indices)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         del rngs
@@ -54,10 +52,12 @@ class TrainableTokens(Method):
         train_tokens(model, self.token_indices, chosen, name)
 
 
-def check_tokens(indices: tuple[int, ...]) -> None:
-    """Raise a `UserError` if a token is given twice."""
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of the option `token_indices`; a `UserError` if one is given twice."""
+    indices = integers("token_indices", value)
     if twice := [token for token in indices if indices.count(token) > 1]:
         raise UserError(f"method.token_indices has {twice[0]} more than once")
+    return indices
 
 
 def token_embedding(model: nnx.Module) -> Site:
@@ -94,9 +94,8 @@ def tokens_by_site(
                 f"{', '.join(names)}"
             )
         found |= {site.path: (site, tokens) for site in matching}
-    tied = model if isinstance(model, LanguageModel) and model.tied else None
-    embed = next((item for item in found.values() if tied and item[0].module is tied.embed), None)
-    head = next((item for item in found.values() if tied and item[0].module is tied.head), None)
+    pair = tied_pair(model)
+    embed, head = [found.get(site.path) for site in pair] if pair else (None, None)
     if embed and head and embed[1] == head[1]:
         del found[head[0].path]
         head = None
@@ -124,16 +123,16 @@ def train_tokens(
         both: Whether the file also stores the copies under the name of the tied head.
         tie: Whether the head tied to a chosen embedding uses the same copies.
     """
-    tied = model if tie and isinstance(model, LanguageModel) and model.tied else None
-    embed = next((site for site in chosen if tied is not None and site.module is tied.embed), None)
-    borrows = tied.head if embed is not None and tied is not None else None
+    pair = tied_pair(model) if tie else None
+    if pair is not None and all(site.path != pair[0].path for site in chosen):
+        pair = None
     for site in chosen:
-        if site.module is not borrows:
+        if pair is None or site.path != pair[1].path:
             insert(site, name, _adapter(site, model, indices, key))
-    if borrows is not None and embed is not None:
-        site = next(site for site in sites(model) if site.module is borrows)
+    if pair is not None:
+        embed, head = pair
         rows = embed.module.adapters.adapter(name)
-        insert(site, name, TokenColumns(_key(site, key) if both else "", rows.indices, rows.delta))
+        insert(head, name, TokenColumns(_key(head, key) if both else "", rows.indices, rows.delta))
 
 
 def _adapter(site: Site, model: nnx.Module, indices: tuple[int, ...], key: str) -> "TokenRows":

@@ -101,7 +101,7 @@ class VbLoraLinear(FactoredAdapter):
 
     Attributes:
         bank: [H, P].
-        logits_a: Logits of A, [*stack, R, in / P, H]. In a layer without the adapter A stands for 0.
+        logits_a: Logits of A, [*stack, R, in / P, H]. In a layer without the adapter, A counts as 0.
         logits_b: Logits of B, [*stack, out / P, R, H].
     """
 

@@ -87,7 +87,7 @@ class VeraLinear(DeltaAdapter):
         a: [largest in, R].
         b: [R, largest out].
         lambda_d: d, [*stack, R].
-        lambda_b: l, [*stack, out]; it stands for 0 in a layer without the adapter.
+        lambda_b: l, [*stack, out]; it counts as 0 in a layer without the adapter.
     """
 
     names: ClassVar = {"vera_lambda_d": HfLeaf("lambda_d"), "vera_lambda_b": HfLeaf("lambda_b")}

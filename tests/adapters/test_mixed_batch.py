@@ -12,8 +12,9 @@ import tests.tiny as tiny
 from peftjax import adapters
 from peftjax.adapters import rows, use
 from peftjax.adapters.registry import active
+from peftjax.core.errors import UserError
 from peftjax.decoding import generate
-from peftjax.methods import Ia3, Lora, PromptTuning, Vera
+from peftjax.methods import Hra, Ia3, Lora, PromptTuning, Vera
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
 EXPERTS = Lora(rank=2, targets=("mlp.gate", "gate_up_proj", "down_proj"))
@@ -21,7 +22,7 @@ DORA = Lora(rank=2, targets=("gate_up_proj", "down_proj"), dora=True)
 IA3 = Ia3(targets=("gate_up_proj", "w2"), feedforward=("w2",))
 VERA = Vera(rank=2, targets=("w1", "experts.down_proj"))
 ON_EXPERTS = {"experts": EXPERTS, "experts-dora": DORA, "experts-ia3": IA3, "experts-vera": VERA}
-METHODS = {"lora": LORA, "prompt": PromptTuning(tokens=3)} | ON_EXPERTS
+METHODS = {"lora": LORA, "prompt": PromptTuning(tokens=3), "hra": Hra(rank=3)} | ON_EXPERTS
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -90,7 +91,9 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         ("lora", ["one", "tow"], "no adapter 'tow' is attached. Did you mean 'two'"),
         ("lora", [None], "names no adapter"),
+        ("lora", "one", "names must be a list with one adapter for each row, got 'one'"),
         ("prompt", ["one", None], "prompt always has an effect"),
+        ("hra", ["one", None], "hra always has an effect"),
         ("lora", ["one", "other"], "the adapters 'one' and 'other' differ"),
     ],
 )
@@ -99,3 +102,10 @@ def test_what_cannot_be_in_one_batch_is_refused(method: str, names: list[str | N
     adapters.attach(model, Lora(rank=3), "other", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         rows(model, names)
+    assert active(model) == ("other",)
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    mixed = rows(attached(LORA), ["one", "two"])
+    with pytest.raises(UserError, match=r"the batch has 3 rows, but rows\(\) was given adapters for 2"):
+        mixed(jnp.ones((3, 4), int))

@@ -352,7 +352,7 @@ def test_the_full_config_of_peft_is_read(init: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "note"),
     [
-        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian' says how it was trained and is not kept"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian' describes how the adapter was trained"),
         (
             {"init_lora_weights": False, "loftq_config": {"bits": 4}},
             r"init_lora_weights=False, loftq_config={'bits': 4}",

@@ -144,9 +144,9 @@ def test_an_adapter_that_was_never_trained_keeps_all_its_ranks(tmp_path: Path) -
         ({}, "method.total_steps=0: set it to the number of steps"),
         ({"total_steps": 9, "target_rank": 13}, "method.target_rank=13 is above method.init_rank=12"),
         ({"total_steps": 9, "warmup_steps": 5, "final_steps": 4}, "leave none of 9 steps between them"),
-        ({"total_steps": 9, "final_steps": -1}, "leave none of 9 steps between them"),
+        ({"total_steps": 9, "final_steps": -1}, "method.final_steps must be an integer of at least 0, got -1"),
         ({"total_steps": 9, "beta2": 1.0}, "method.beta2 must be above 0 and below 1"),
-        ({"total_steps": 9, "orthogonality": -0.1}, "method.orthogonality must not be negative"),
+        ({"total_steps": 9, "orthogonality": -0.1}, "method.orthogonality must be a finite number of at least 0"),
         (
             {"total_steps": 9, "init_rank": 17},
             "method.init_rank=17 exceeds the smaller dimension .16. of .*k_proj; use at most 16",

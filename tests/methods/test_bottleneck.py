@@ -131,6 +131,8 @@ def test_a_config_of_adapter_hub_is_read(fields: dict[str, Any], expected: Bottl
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Pfeiffer(leave_out="0"), "method.leave_out must be an integer or a tuple of integers, got '0'"),
+        (lambda: Pfeiffer(scale=float("nan")), "method.scale must be a finite number, got nan"),
         (lambda: Pfeiffer(reduction_factor=0), "method.reduction_factor must be a number above 0, got 0"),
         (lambda: Pfeiffer(non_linearity="softplus"), "method.non_linearity must be one of relu, .*, got 'softplus'"),
         (lambda: Pfeiffer(init="zero"), "method.init must be one of bert, houlsby, mam_adapter, got 'zero'"),

@@ -619,7 +619,7 @@ def test_a_checkpoint_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.filterwarnings("ignore:adapter_config.json. .* says how it was trained")  # by an encoder
+@pytest.mark.filterwarnings("ignore:adapter_config.json. .* describes how the adapter was trained")  # by an encoder
 @pytest.mark.parametrize("name", PEFT)
 def test_an_adapter_file_brings_back_every_bit(name: str, tmp_path: Path) -> None:
     model = tiny.randomize(attached(name))

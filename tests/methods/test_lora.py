@@ -20,6 +20,7 @@ from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
+from peftjax.nn.adopt import adopt
 from peftjax.nn.dropout import Dropout
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
@@ -401,6 +402,9 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"exclude": ("q_pro",)}, r"method.exclude: 'q_pro' matches no layer of this model. Did you mean 'q_proj'"),
         ({"targets": ("q_proj",), "exclude": r".*q_proj"}, r"targets=\('q_proj',\) with exclude='.*q_proj' .* selects nothing"),
         ({"targets": ("embed_tokens",), "layers_to_transform": (0,)}, r"layers \[0\] selects nothing"),
+        ({"exclude": ".*"}, r"method.targets='all-linear' with exclude='.\*' and layers \[\] selects nothing"),
+        ({"targets": ("q_proj",), "exclude": "(q"}, r"method.exclude: '\(q' is not a regular expression"),
+        ({"modules_to_save": ("",)}, "all of them are in modules_to_save"),
         ({"rank": 17}, r"method.rank=17 exceeds the smaller dimension .16. of model.layers.0.self_attn.k_proj; use at most 16"),
         ({"targets": ("v_proj",), "rank_pattern": {"v_proj": 17}}, r"method.rank=17 exceeds the smaller dimension .* of .*v_proj;"),
         ({"layers_to_transform": (0, 3)}, r"layers_to_transform: layer 3 does not exist; the model has layers 0 to 2"),
@@ -413,7 +417,7 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
         ({"modules_to_save": ("attention_adapters",)}, r"model.layers.0.attention_adapters has no parameters of its own"),
         (
             {"modules_to_save": ("mlp", "down_proj")},
-            r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained whole; remove 'down_proj'",
+            r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained in full; remove 'down_proj'",
         ),
         ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"all of them are in modules_to_save"),
@@ -432,13 +436,29 @@ def test_options_that_do_not_fit_the_model_are_named_and_leave_it_alone(options:
     )
 
 
+def test_layers_that_are_not_numbered_cannot_be_chosen_by_number() -> None:
+    model = adopt(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+    with pytest.raises(UserError, match="layer 0 does not exist; the layers of this model are not numbered"):
+        attached(model=model, rank=2, layers_to_transform=(0,))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rank": 0}, "method.rank must be a positive integer, got 0"),
         ({"alpha": 0}, "method.alpha must be a number above 0, got 0"),
         ({"alpha_pattern": {"q_proj": "8"}}, "method.alpha must be a number above 0, got '8'"),
-        ({"targets": None}, "method.targets and method.exclude are names"),
+        ({"targets": None}, "method.targets must be a name, a tuple of names or a regular expression, got None"),
+        ({"exclude": ("q_proj", 3)}, r"method.exclude must be a name, .*, got \('q_proj', 3\)"),
+        ({"modules_to_save": None}, "method.modules_to_save must be a name or a tuple of names, got None"),
+        ({"layers_to_transform": "0,1"}, "method.layers_to_transform must be an integer or a tuple of integers, got '0,1'"),
+        ({"rank_pattern": "q_proj"}, "method.rank_pattern must be a table {name: value}, got 'q_proj'"),
+        ({"alpha_pattern": ("q_proj",)}, r"method.alpha_pattern must be a table {name: value}, got \('q_proj',\)"),
+        ({"token_indices": 1.5}, "method.token_indices must be an integer or a tuple of integers, got 1.5"),
+        ({"token_indices": {"lm_head": ("a",)}}, r"method.token_indices must be an integer .*, got \('a',\)"),
+        ({"dropout": "0.1"}, "method.dropout must be a number, got '0.1'"),
+        ({"dora": "False"}, "method.dora must be True or False, got 'False'"),
+        ({"init": None}, "method.init must be a string, got None"),
         ({"dtype": "float23"}, "method.dtype must be one of float32, bfloat16, float16, got 'float23'"),
         ({"r": 8}, "method.r: lora has no such field. Hugging Face's r is called 'rank' here. It has: targets, "),
         ({"rnak": 8}, "method.rnak: lora has no such field. Did you mean 'rank'"),

@@ -155,6 +155,7 @@ def test_hra_starts_at_the_base_but_for_rounding() -> None:
         (Oft, {"blocks": 4}, "method.block_size=32 and method.blocks=4: set one of them"),
         (Oft, {"block_size": 0}, "method.block_size=0 and method.blocks=0: set one of them"),
         (Oft, {"terms": 1}, "method.terms=1 leaves nothing to train"),
+        (Oft, {"block_size": 1}, "method.block_size=1 leaves .* blocks of 1 feature"),
         (Oft, {"eps": 0.0}, "method.eps must be a number above 0"),
         (Oft, {"block_size": 0, "blocks": 32, "targets": ("q_proj",)}, "method.blocks=32 leaves .* blocks of 1 feature"),
         (Boft, {"blocks": 4}, "method.block_size=4 and method.blocks=4: set one of them"),

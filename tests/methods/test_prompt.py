@@ -133,9 +133,12 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
         (lambda: PromptTuning(init="words"), "method.init must be one of random, vocabulary, text, got 'words'"),
         (lambda: PromptTuning(text="abc"), "method.text='abc' and method.init='random': set method.text if, and only if"),
         (lambda: PTuning(encoder="gru"), "method.encoder must be one of mlp, lstm, none, got 'gru'"),
+        (lambda: PTuning(hidden=2.5), "method.hidden must be 0 .the model's width. or a positive integer, got 2.5"),
+        (lambda: PrefixTuning(hidden=-4, projection=True), "method.hidden must be 0 .* or a positive integer, got -4"),
         (lambda: PrefixTuning(hidden=4), "method.hidden=4 needs method.projection=True"),
         (lambda: attached(PromptTuning(tokens=64)), "method.tokens=64 leaves no room for text: the model has 64 positions"),
         (lambda: attached(PromptTuning(init="text", text="abc")), "method.text has no tokens yet"),
+        (lambda: attached(PromptTuning(init="text", text_ids=(3, 48))), "48 is not a token of .*; its ids are 0 to 47"),
         (lambda: generate(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less its 60 virtual"),
     ],
 )  # fmt: skip

@@ -130,7 +130,7 @@ METHODS = {
 
 
 @pytest.mark.slow_cases
-@pytest.mark.filterwarnings("ignore:adapter_config.json. .* says how it was trained")  # by a projection
+@pytest.mark.filterwarnings("ignore:adapter_config.json. .* describes how the adapter was trained")  # by a projection
 @pytest.mark.parametrize("name", METHODS)
 def test_adapters_sit_in_both_stacks_and_go_through_their_files(name: str, tmp_path: Path) -> None:
     method, trained = METHODS[name]

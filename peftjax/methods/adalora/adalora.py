@@ -7,7 +7,7 @@ in peft, s = alpha / init_rank, the penalty is the mean of the norms and not the
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -94,14 +94,15 @@ class AdaLora(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._replace(rank_pattern=pattern(self.rank_pattern, lambda entries: tuple(bool(kept) for kept in entries)))
+        self._replace(rank_pattern=pattern("rank_pattern", self.rank_pattern, _as_bools))
         positive_integer(init_rank=self.init_rank, target_rank=self.target_rank, interval=self.interval)
         positive(alpha=self.alpha)
         if self.target_rank > self.init_rank:
             raise UserError(f"method.target_rank={self.target_rank} is above method.init_rank={self.init_rank}")
-        if self.total_steps < 0:
-            raise UserError(f"method.total_steps must not be negative, got {self.total_steps}")
-        if self.total_steps and not 0 <= self.warmup_steps < self.total_steps - self.final_steps <= self.total_steps:
+        for option in ("total_steps", "warmup_steps", "final_steps"):
+            if not isinstance(steps := getattr(self, option), int) or steps < 0:
+                raise UserError(f"method.{option} must be an integer of at least 0, got {steps!r}")
+        if self.total_steps and not self.warmup_steps < self.total_steps - self.final_steps:
             raise UserError(
                 f"method.warmup_steps={self.warmup_steps} and method.final_steps={self.final_steps} leave none of "
                 f"{self.total_steps} steps between them; lower them"
@@ -109,8 +110,8 @@ class AdaLora(Targeted):
         for option in ("beta1", "beta2"):
             if not 0 < getattr(self, option) < 1:
                 raise UserError(f"method.{option} must be above 0 and below 1, got {getattr(self, option)}")
-        if self.orthogonality < 0:
-            raise UserError(f"method.orthogonality must not be negative, got {self.orthogonality}")
+        if not 0 <= self.orthogonality < np.inf:
+            raise UserError(f"method.orthogonality must be a finite number of at least 0, got {self.orthogonality}")
         if wrong := [name for name, entries in self.rank_pattern if len(entries) != self.init_rank]:
             raise UserError(f"method.rank_pattern: {wrong[0]!r} needs {self.init_rank} entries (method.init_rank)")
 
@@ -190,6 +191,11 @@ class AdaLora(Targeted):
 
     def _entries(self, name: str) -> tuple[bool, ...]:
         return dict(self.rank_pattern).get(f"{name}.lora_E", (True,) * self.init_rank)
+
+
+def _as_bools(entries: Any) -> tuple[bool, ...]:
+    """The entries of a layer in rank_pattern; none if they are not a sequence."""
+    return tuple(map(bool, entries)) if isinstance(entries, Iterable) else ()
 
 
 def _existing(scale: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:

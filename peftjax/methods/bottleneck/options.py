@@ -1,6 +1,7 @@
 """The options of bottleneck adapters."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.options import one_of, positive, probability
+from peftjax.adapters.options import integers, one_of, positive, probability
 from peftjax.core.errors import UserError
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -80,7 +81,9 @@ class BottleneckOptions(Method):
     })  # fmt: skip
 
     def __post_init__(self) -> None:
-        self._replace(leave_out=tuple(self.leave_out))
+        self._replace(leave_out=integers("leave_out", self.leave_out))
+        if not math.isfinite(self.scale):
+            raise UserError(f"method.scale must be a finite number, got {self.scale}")
         positive(reduction_factor=self.reduction_factor)
         probability(dropout=self.dropout)
         one_of(NON_LINEARITIES, non_linearity=self.non_linearity)

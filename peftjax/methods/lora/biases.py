@@ -15,7 +15,7 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
     """Train copies of biases: of the layers `chosen` for a LoRA ("lora_only"), or of all layers ("all").
 
     Raises:
-        UserError: There is no such bias, or one adapter would have to train a whole layer and a bias alone.
+        UserError: There is no such bias, or one adapter would have to train both full layers and single biases in one stack.
     """
     targeted = {site.path: mask for site, mask in chosen}
     there = {site.path: adapter for site, adapter in adapters_named(model, name)}
@@ -36,5 +36,5 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
             last = site.names[0].rsplit(".", 1)[-1]
             raise UserError(
                 f"method.bias='all' needs all layers of {last} in modules_to_save or none: one adapter cannot train "
-                "whole layers and, in the other layers of the stack, only the bias"
+                "some layers of a stack in full and only the bias of the others"
             )

@@ -21,7 +21,7 @@ from flax import nnx
 
 from peftjax.adapters import provenance
 from peftjax.adapters.attach import attach_unchecked, detach
-from peftjax.adapters.registry import ModelT, active, attached, use
+from peftjax.adapters.registry import ModelT, active, attached, require, use
 from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
@@ -138,10 +138,12 @@ def _check_options(
         raise UserError(f"combine: how={how!r} is unknown.{suggest(how, WAYS)} It is one of {', '.join(WAYS)}")
     if isinstance(names, str) or not names:
         raise UserError(f"combine: names must be a list of adapter names, got {names!r}")
-    if len(weights) != len(names):
-        raise UserError(f"combine: weights has {len(weights)} numbers for {len(names)} adapters; give one per adapter")
+    if np.shape(weights) != (len(names),):
+        raise UserError(
+            f"combine: weights must be a list of {len(names)} numbers, one for each adapter, got {weights!r}"
+        )
     for weight in weights:
-        if not math.isfinite(weight):
+        if isinstance(weight, str) or not math.isfinite(weight):
             raise UserError(f"combine: weights must be finite numbers, got {weight!r}")
     if how in SPARSE and (density is None or not 0 < density <= 1):
         raise UserError(f"combine: how={how!r} needs a density above 0 and up to 1, got {density!r}")
@@ -159,10 +161,7 @@ def _loras(model: nnx.Module, names: Sequence[str]) -> list[Lora]:
     """The methods of the adapters, which must be plain LoRAs."""
     methods, loras = attached(model), []
     for name in names:
-        if name not in methods:
-            raise UserError(
-                f"combine: no adapter {name!r} is attached.{suggest(name, methods)} Attached: {list(methods)}"
-            )
+        require(model, name)
         method = methods[name]
         if not isinstance(method, Lora):
             raise UserError(

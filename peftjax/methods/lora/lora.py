@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert
+from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert, tied_pair
 from peftjax.adapters.targeted import Targeted, chosen_names
 from peftjax.core.errors import UserError
 from peftjax.core.paths import last_parts
@@ -37,8 +37,8 @@ from peftjax.methods.lora.experts import DoraExperts, LoraExperts, SwappedLoraEx
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
 from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
-from peftjax.methods.lora.tied import on_embedding, tie, tied_pair
-from peftjax.methods.trainable_tokens import check_tokens, tokens_by_site, train_tokens
+from peftjax.methods.lora.tied import on_embedding, tie
+from peftjax.methods.trainable_tokens import token_ids, tokens_by_site, train_tokens
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
 from peftjax.nn.linear import Linear
@@ -122,11 +122,10 @@ class Lora(Ranked):
     def __post_init__(self) -> None:
         super().__post_init__()
         tokens: Any = self.token_indices
-        by_layer = isinstance(tokens, Mapping) or (tokens and isinstance(tokens[0], tuple | list))
-        tokens = pattern(tokens, tuple) if by_layer else tuple(tokens)
-        self._replace(token_indices=tokens)
-        for indices in dict(tokens).values() if by_layer else [tokens]:
-            check_tokens(indices)
+        by_layer = isinstance(tokens, Mapping) or (
+            isinstance(tokens, Sequence) and any(isinstance(item, tuple | list) for item in tokens)
+        )
+        self._replace(token_indices=pattern("token_indices", tokens, token_ids) if by_layer else token_ids(tokens))
         one_of(("none", "all", "lora_only"), bias=self.bias)
         one_of(("float32", "bfloat16", "float16"), dtype=self.dtype)
         positive(lr_ratio=self.lr_ratio)
@@ -190,8 +189,7 @@ class Lora(Ranked):
             train_biases(model, name, self.bias, self.chosen(model))
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
-        linear = isinstance(site.module, Linear)
-        if not linear:
+        if not isinstance(site.module, Linear):
             self._check_other(site)
         (inputs, outputs), experts = site.module.axes, isinstance(site.module, ExpertLinear)
         ranks = self.expert_ranks(site, mask) if experts else self.ranks(site, mask)

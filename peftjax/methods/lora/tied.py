@@ -11,20 +11,10 @@ from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, Override, WeightAdapter
 from peftjax.adapters.diagonal import times
-from peftjax.adapters.sites import Chosen, Site, insert, sites
+from peftjax.adapters.sites import Chosen, Site, insert
 from peftjax.methods.lora.adapter import LoraEmbedding
-from peftjax.models.base import LanguageModel
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
-
-
-def tied_pair(model: nnx.Module) -> tuple[Site, Site] | None:
-    """The sites of the embedding and of the head that is tied to it."""
-    if not isinstance(model, LanguageModel) or not model.tied:
-        return None
-    embed = next(site for site in sites(model) if site.module is model.embed)
-    head = next(site for site in sites(model) if site.module is model.head)
-    return embed, head
 
 
 def on_embedding(chosen: Chosen, pair: tuple[Site, Site] | None) -> Chosen:
