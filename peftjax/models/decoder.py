@@ -6,6 +6,7 @@ A family provides its layers (`make_block`) and overrides the few steps in which
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -340,7 +341,7 @@ class Decoder(LanguageModel):
         rotations, query_factors = self.rotations(positions), self.query_factors(positions)
         valid = None
         if mask is not None or cache is not None:
-            valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
+            valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool))
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
@@ -460,7 +461,11 @@ def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
 
 def rope_fields(fields: Fields) -> dict[str, Any]:
     """Collect the rotary embedding's fields, in the format of transformers 4 or 5."""
-    parameters = dict(fields.maybe("rope_scaling") or {}) | dict(fields.maybe("rope_parameters") or {})
+    scaling, parameters = fields.maybe("rope_scaling"), fields.maybe("rope_parameters")
+    if scaling and parameters:
+        message = "config.json: ignoring rope_parameters, rope_theta included, because there is rope_scaling, as transformers does"
+        warnings.warn(message, stacklevel=2)
+    parameters = dict(scaling or parameters or {})
     for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"):
         if (value := fields.maybe(name)) is not None:
             parameters.setdefault(name, value)
@@ -504,7 +509,7 @@ def read_ropes(
 def read_heads(fields: Fields) -> tuple[int, int]:
     """Read the numbers of query heads and of key/value heads."""
     heads = fields.take("num_attention_heads")
-    kv_heads = fields.take("num_key_value_heads", heads)
+    kv_heads = fields.nullable("num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     return heads, kv_heads

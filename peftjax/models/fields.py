@@ -54,8 +54,8 @@ class Fields:
 
     def nullable(self, name: str, default: Any) -> Any:
         """Return the value of a field for which null has a meaning; `default` if it is omitted."""
-        self._left.pop(name, None)
-        return self.config.get(name, default)
+        value = self._left.pop(name, default)
+        return self.config.get(name, value)
 
     def only(self, name: str, supported: Any) -> None:
         """Reject any value of a field but one, which is also the meaning of an omitted field."""

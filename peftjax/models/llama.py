@@ -136,16 +136,16 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Mistral: all layers. Qwen: as layer_types says, else the layers from max_window_layers on if use_sliding_window."""
     if fields.kind == "mistral":  # null: a Mistral without a window
         return (fields.nullable("sliding_window", 4096) or 0,) * layers
-    window = fields.maybe("sliding_window") or 0
     if fields.kind == "llama":
-        if window:
+        if window := fields.maybe("sliding_window"):
             raise UserError(
                 f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
             )
         fields.implied("layer_types", ["full_attention"] * layers)
         return (0,) * layers
-    first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False)
+    window = fields.nullable("sliding_window", 4096) or 0  # null: no window
+    first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False) and window > 0
     types = fields.maybe("layer_types")
     if types is None:
         types = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
-    return windows_by_type(types, layers, (window or 4096) if used else 0)
+    return windows_by_type(types, layers, window if used else 0)

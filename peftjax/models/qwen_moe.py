@@ -98,7 +98,7 @@ def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Qwen3-MoE: all layers. Qwen2-MoE: as layer_types says, else every second layer before max_window_layers."""
-    window, used = fields.maybe("sliding_window") or 4096, fields.take("use_sliding_window", False)
+    window, used = fields.nullable("sliding_window", 4096) or 0, fields.take("use_sliding_window", False)
     if fields.kind == "qwen3_moe":
         return (window if used else 0,) * layers
     last, types = fields.take("max_window_layers", 28), fields.maybe("layer_types")

@@ -345,7 +345,7 @@ class GatedT5(T5):
 
 def _over_keys(mask: jax.Array | None) -> jax.Array | None:
     """Broadcast a mask of keys, [B, S], over heads and queries: [B, 1, 1, S]."""
-    return None if mask is None else mask[:, None, None, :]
+    return None if mask is None else mask.astype(bool)[:, None, None, :]
 
 
 # --- Hugging Face: names of our modules, and config.json ---
