@@ -116,7 +116,12 @@ def _stored(config: dict[str, Any], architectures: Mapping[str, str]) -> str:
 def _named(config: dict[str, Any]) -> tuple[str, ...]:
     """The labels in config.json, in order; empty if it has none."""
     named = config.get("id2label") or {}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    try:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    except ValueError:
+        raise UserError(
+            f"config.json: the keys of id2label must be the numbers of the labels, not {[*named]}"
+        ) from None
 
 
 def _numbered(count: int) -> tuple[str, ...]:

@@ -267,6 +267,6 @@ def _both(fields: Fields, name: str, default: int) -> tuple[int, int]:
     """Read height and width from a field that may hold one number for both."""
     value = fields.take(name, default)
     sides = [value, value] if isinstance(value, int) else value
-    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
-        raise UserError(f"config.json: {name}={value!r} is neither a number nor [height, width]")
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+        raise UserError(f"config.json: {name}={value!r} is neither a number above 0 nor [height, width]")
     return sides[0], sides[1]

@@ -76,6 +76,7 @@ def tokens() -> jax.Array:
         ({"architectures": ["BertForQuestionAnswering"]}, "'BertForQuestionAnswering' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
+        (CLASSIFIER | {"id2label": {"no": 0, "yes": 1}}, "the keys of id2label must be the numbers of the labels"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),
         ({"embedding_size": 8}, "embedding_size=8: transformers reads this for model_type 'bert'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
