@@ -70,6 +70,8 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
     for path, module in modules.items():
+        if isinstance(module, AdoptedSublayer):
+            continue  # from an earlier call; it may have adapters
         if path in sublayers:
             kind = type(module)
             module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
