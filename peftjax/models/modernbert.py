@@ -69,7 +69,6 @@ class ModernBertConfig(TextEncoderConfig):
         return _ARCHITECTURES
 
     def norm(self) -> LayerNorm:
-        """Build a norm of the hidden states."""
         return LayerNorm(self.embed, eps=self.norm_eps, use_bias=self.norm_bias, dtype=jnp.dtype(self.param_dtype))
 
     def make(self, rngs: nnx.Rngs) -> "ModernBert":
@@ -140,15 +139,10 @@ class ModernBert(TextEncoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         return Block(self.config, rngs)
 
-    def make_norm(self) -> LayerNorm:
-        return self.config.norm()
-
     def make_head(self, rngs: nnx.Rngs) -> None:
-        config = self.config
-        if config.head != "none":
-            self.head = Head(config, rngs)
-            self.head_dropout = Dropout(config.head_dropout)
-            self.classifier = linear(config, len(config.labels), rngs)
+        if self.config.head != "none":
+            self.head = Head(self.config, rngs)
+        super().make_head(rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         prefix, length = self.virtual - self.embed.adapters.virtual, x.shape[1]
@@ -174,7 +168,7 @@ class ModernBert(TextEncoder):
         return masked_mean(states, valid) if self.config.head_pooling == "mean" else super().pool(states, valid)
 
     def classify(self, x: jax.Array) -> jax.Array:
-        return self.classifier(self.head_dropout(self.head(x)))
+        return super().classify(self.head(x))
 
     @property
     def virtual(self) -> int:
