@@ -135,7 +135,8 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     local_rope: Rope | None = None
     if kind == "gemma2":
         rope = read_rope(fields, head_dim, max_positions)
-        attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
+        attention_cap = fields.nullable("attn_logit_softcapping", 50.0)  # null: no cap
+        logits_cap = fields.nullable("final_logit_softcapping", 30.0)
     else:
         theta, local_theta = fields.take("rope_theta", 1_000_000.0), fields.take("rope_local_base_freq", 10_000.0)
         rope, local_rope = read_ropes(fields, head_dim, max_positions, theta=theta, local_theta=local_theta)
@@ -157,9 +158,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     )
     fields.done()
     return result
-
-
-_CAPS = (("attn", 50.0), ("final", 30.0))  # defaults of Gemma 2; null means no cap
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.encoder_decoder import DecoderCache, EncoderDecoder, EncoderDecoderConfig
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.cache import Carry, KeysValues, LayerCache
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -396,14 +396,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Fields that do not affect the logits.
-_HARMLESS = frozenset({
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "unk_token_id", "_name_or_path", "tokenizer_class", "_attn_implementation_autoset",
-    "keys_to_ignore_at_inference", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
-    "problem_type", "torchscript", "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p",
-    "do_sample", "_commit_hash", "peftjax_version", "task_specific_params", "n_positions", "output_past",
-    "classifier_dropout", "gradient_checkpointing",
-})  # fmt: skip
+_HARMLESS = (HARMLESS - {"is_encoder_decoder", "is_decoder", "pad_token_id"}) | {
+    "task_specific_params", "n_positions", "output_past", "classifier_dropout",
+}  # fmt: skip
 
 
 def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Config:

@@ -25,11 +25,7 @@ from peftjax.nn.stack import Residual
 
 M = TypeVar("M", bound=nnx.Module)
 
-ARRAYS = (
-    jax.Array,
-    np.ndarray,
-    jax.ShapeDtypeStruct,
-)  # what a variable of the model may hold; other values have no axes
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)  # values with axes
 
 
 def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M:
