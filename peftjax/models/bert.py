@@ -18,7 +18,8 @@ from peftjax.models.text_encoder import (
     architectures,
     read_text_head,
 )
-from peftjax.nn.stack import NormedResidual, scan_stack
+from peftjax.nn.residual import NormedResidual
+from peftjax.nn.stack import scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

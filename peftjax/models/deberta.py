@@ -27,7 +27,8 @@ from peftjax.nn.convolution import Convolution
 from peftjax.nn.disentangled import DisentangledAttention, rows_of_positions
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS
-from peftjax.nn.stack import NormedResidual, scan_stack
+from peftjax.nn.residual import NormedResidual
+from peftjax.nn.stack import scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,10 @@ from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeed
 from peftjax.nn.linear import Linear
 from peftjax.nn.moe import Load, MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
+from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.stack import make_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

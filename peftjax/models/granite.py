@@ -14,7 +14,7 @@ from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, read_rope, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
-from peftjax.nn.stack import ScaledResidual, times
+from peftjax.nn.residual import ScaledResidual, times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,9 @@ from peftjax.nn.attention import FusedAttention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.norm import LayerNorm
+from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
-from peftjax.nn.stack import Residual, make_stack, open_stack, scan_stack
+from peftjax.nn.stack import make_stack, open_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

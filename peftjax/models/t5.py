@@ -28,8 +28,9 @@ from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.recompute import recomputed
 from peftjax.nn.relative_bias import RelativeBias
+from peftjax.nn.residual import Residual
 from peftjax.nn.slot import Slot
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.stack import make_stack, scan_stack
 
 UNLIMITED = 2**31 - 1  # relative positions have no maximum
 

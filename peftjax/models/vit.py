@@ -21,7 +21,8 @@ from peftjax.models.heads import LABELS, read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.layer import HfLeaves, Layer
 from peftjax.nn.patches import PatchEmbedding
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.residual import Residual
+from peftjax.nn.stack import make_stack, scan_stack
 
 HEADS = ("none", "image_classification")
 

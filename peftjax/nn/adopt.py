@@ -20,8 +20,8 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
+from peftjax.nn.residual import Residual
 from peftjax.nn.slot import Slot
-from peftjax.nn.stack import Residual
 
 M = TypeVar("M", bound=nnx.Module)
 
