@@ -516,8 +516,17 @@ def read_heads(fields: Fields) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def windows_by_type(types: Sequence[str], layers: int, window: int) -> tuple[int, ...]:
-    """Return `window` for layers of type sliding_attention and 0 for the others."""
+def read_windows(fields: Fields, default: Sequence[str], window: int) -> tuple[int, ...]:
+    """Read layer_types: `window` for layers of type sliding_attention and 0 for the others.
+
+    Args:
+        fields: The fields of config.json.
+        default: The types of all layers if the field is omitted.
+        window: The window of the layers that have one; 0: none is in use.
+    """
+    types, layers = fields.maybe("layer_types"), len(default)
+    if types is None:
+        types = default
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise UserError(
             f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_ropes, read_shared, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
@@ -168,7 +168,5 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     if fields.kind == "gemma3_text":
         written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))
         every = written[0] or written[1] or 6
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
-    return windows_by_type(types, layers, window)
+    default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return read_windows(fields, default, window)

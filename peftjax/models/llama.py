@@ -12,7 +12,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
@@ -145,7 +145,5 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
         return (0,) * layers
     window = fields.nullable("sliding_window", 4096) or 0  # null: no window
     first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False) and window > 0
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
-    return windows_by_type(types, layers, window if used else 0)
+    default = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
+    return read_windows(fields, default, window if used else 0)

@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.models.decoder import read_ropes
+from peftjax.models.decoder import read_ropes, read_windows
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import (
@@ -272,11 +272,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBer
 
 def _local(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Read layer_types; by default every third layer, from the first one, is global."""
-    every, types = fields.take("global_attn_every_n_layers", 3), fields.maybe("layer_types")
-    if types is None:
-        return tuple(bool(layer % every) for layer in range(layers))
-    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise UserError(
-            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
-        )
-    return tuple(name == "sliding_attention" for name in types)
+    every = fields.take("global_attn_every_n_layers", 3)
+    default = ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)]
+    return tuple(window > 0 for window in read_windows(fields, default, window=1))

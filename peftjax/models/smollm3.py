@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import LlamaConfig
 
@@ -52,7 +52,5 @@ def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
 def _windows(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
     """Read layer_types; by default the layers without rotary embedding have a window if use_sliding_window."""
     window, used = fields.maybe("sliding_window") or 0, fields.take("use_sliding_window", False)
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["sliding_attention" if used and window and not turns else "full_attention" for turns in rotated]
-    return windows_by_type(types, len(rotated), window)
+    default = ["sliding_attention" if used and window and not turns else "full_attention" for turns in rotated]
+    return read_windows(fields, default, window)
