@@ -75,7 +75,7 @@ class ModelConfig:
 def as_shapes(make: Callable[[], "Model"]) -> "Model":
     """Build a model with `jax.ShapeDtypeStruct` in place of arrays, without the shardings of the current mesh."""
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.eval_shape(make)  # with a mesh set, it would turn a quantized kernel into a plain array
+        return nnx.eval_shape(make)  # with a mesh set, eval_shape would turn a quantized kernel into a plain array
 
 
 @functools.lru_cache
@@ -171,7 +171,7 @@ class Model(nnx.Module):
 
     @property
     def hf_part(self) -> bool:
-        """Whether it is a part of the transformers class, whose other parts are not loaded."""
+        """Whether this model is only a part of the transformers class; the other parts are not loaded."""
         return False
 
     @property

@@ -45,7 +45,7 @@ class DecoderConfig(LanguageModelConfig):
         windows: For each layer, how many positions back a query sees; 0: all.
         chunked: Whether `windows` are sizes of chunks. A query sees only the keys of its own chunk.
         init_stddev: Standard deviation of random weights.
-        whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
+        whole: The config.json of the multimodal model to which this text model belongs, as JSON; empty if there is none.
     """
 
     rope: Rope | None
@@ -156,8 +156,8 @@ class Decoder(LanguageModel):
 
     Attributes:
         norm_type: Class of the norms.
-        hf_names: The names of our modules in checkpoints and, unless it is a part of a multimodal model, in the transformers
-            class.
+        hf_names: The names of our modules in checkpoints. In the transformers class they are the same, unless it is that of a
+            multimodal model.
         hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
     """
 
@@ -306,7 +306,7 @@ class Decoder(LanguageModel):
         cache: Cache | None,
         load: Load | None = None,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
-        """`hidden`, and the load of all layers if an empty one is given; an active soft prompt counts too."""
+        """Return what `hidden` does, and, if an empty load is given, the load of all layers, which counts a soft prompt too."""
         soft, virtual = self.embed.adapters.virtual, self.virtual
         x = self.embedded(tokens)
         if positions is None:
@@ -336,7 +336,7 @@ class Decoder(LanguageModel):
         cache: Cache | None,
         load: Load | None = None,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
-        """`_hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
+        """`_hidden` for embedded tokens [B, T, D]. A soft prompt is among them, or in the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
         rotations, query_factors = self.rotations(positions), self.query_factors(positions)

@@ -1,4 +1,4 @@
-"""What the encoder families share: half a block, the linear layers of heads, and common config.json fields."""
+"""What the encoder families share: the sublayers of a block, the layers of heads, and common config.json fields."""
 
 import dataclasses
 import json

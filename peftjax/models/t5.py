@@ -412,7 +412,9 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
     take = fields.take
     if not take("is_encoder_decoder", True) or take("is_decoder", False):
-        raise UserError("config.json: is_encoder_decoder=false or is_decoder=true (half a T5) is not supported")
+        raise UserError(
+            "config.json: is_encoder_decoder=false or is_decoder=true: an encoder or a decoder alone is not supported"
+        )
     layers = take("num_layers")
     projection = take("feed_forward_proj")
     gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")

@@ -133,7 +133,7 @@ class TextEncoder(Encoder):
         return self.classifier(self.head_dropout(x))
 
     def position_ids(self, tokens: jax.Array, first: int, soft: int) -> jax.Array:
-        """Return the positions of a soft prompt of `soft` vectors and of the tokens, int [B or 1, P + T], starting at `first`."""
+        """Return the positions of `soft` prompt vectors and of the tokens, int [B or 1, P + T]; the first one is `first`."""
         return first + jnp.arange(soft + tokens.shape[1])[None]
 
     # --- Shared by all families ---

@@ -118,11 +118,11 @@ class Attention(SlottedLayer):
         Args:
             x: [B, T, D].
             rope: Rotary tables of the T positions; None: no rotary embedding.
-            mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
+            mask: The result of `prepared` for this layer, or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: The keys and values of earlier tokens.
             offset: Number of keys in the cache.
             query_factors: Factors of the queries, [B or 1, T]; None: 1.
-            rotated: bool [], whether `rope` rotates at all, on which `l2_norm_eps` depends; None: it does.
+            rotated: bool [], whether this layer rotates queries and keys; `l2_norm_eps` applies only then. None: it does.
         """
         q, k, v = self.project(x)
         if rope is not None:

@@ -17,6 +17,7 @@ X = TypeVar("X")
 
 INPUT = "layer_input"
 _POLICIES = jax.checkpoint_policies
+# What each kind of remat keeps for the backward pass.
 _KEPT: dict[str, Callable | None] = {
     "dots": _POLICIES.save_only_these_names(OUTPUT),
     "block": None,
@@ -26,7 +27,7 @@ _KEPT: dict[str, Callable | None] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-}  # what each kind of remat keeps for the backward pass
+}
 
 
 def make_stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
