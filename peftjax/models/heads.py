@@ -84,9 +84,9 @@ def read_head(
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
         }
-    for problem in (config.get("problem_type"), problem_type):
+    for where, problem in (("config.json: ", config.get("problem_type")), ("", problem_type)):
         if problem not in (None, *PROBLEMS):
-            raise UserError(f"config.json: problem_type={problem!r} is not one of {', '.join(PROBLEMS)}")
+            raise UserError(f"{where}problem_type={problem!r} is not one of {', '.join(PROBLEMS)}")
     if problem_type is not None:
         if config.get("problem_type") not in (None, problem_type):
             raise UserError(

@@ -119,12 +119,16 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
 
     Args:
         parameters: The fields; rope_scaling of older files has the same format.
-        head_dim: Width of a head that is rotated.
+        head_dim: Width of a head, or of the part of it that is rotated.
         max_positions: max_position_embeddings of the model.
 
     Raises:
-        UserError: An unknown rope_type, or a missing field.
+        UserError: An unknown rope_type, a missing field, or an odd width.
     """
+    if head_dim % 2:
+        raise UserError(
+            f"config.json: a rotary embedding needs an even width, but it rotates {head_dim} elements of a head"
+        )
     given = {key: value for key, value in parameters.items() if value is not None}
     old = given.pop("type", "default")
     kind = given.pop("rope_type", old)

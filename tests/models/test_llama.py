@@ -18,6 +18,7 @@ from tests import tiny
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
         ({"is_causal": False}, "is_causal=False: transformers reads this for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
+        ({"head_dim": 7}, "a rotary embedding needs an even width, but it rotates 7 elements of a head"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not known"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
         ({"layer_types": ["sliding_attention"] * 3}, "transformers reads this for model_type 'llama'"),
