@@ -60,7 +60,8 @@ class Gemma(Llama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Gemma.hf_names = Llama.hf_names | {
+Gemma.hf_names = {
+    **Llama.hf_names,
     "blocks.attention_out_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.feedforward_norm": "model.layers.{}.pre_feedforward_layernorm",
     "blocks.feedforward_out_norm": "model.layers.{}.post_feedforward_layernorm",
