@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 
@@ -149,6 +150,18 @@ class Model(nnx.Module):
     def virtual(self) -> int:
         """The number of positions that active soft prompts and prefixes take before the first token."""
         return 0
+
+    def check_length(self, length: int) -> None:
+        """Check that a model with a table of positions has enough of them.
+
+        Raises:
+            UserError: `length` tokens and the virtual ones before them are more than `max_positions`.
+        """
+        if length + self.virtual > self.config.max_positions:
+            virtual = f" minus its {self.virtual} virtual tokens" if self.virtual else ""
+            raise UserError(
+                f"{length} tokens exceed the model's {self.config.max_positions} positions{virtual}; shorten the text"
+            )
 
     @property
     def hf_modules(self) -> Mapping[str, str]:

@@ -529,7 +529,7 @@ def read_windows(fields: Fields, default: Sequence[str], window: int) -> tuple[i
         types = default
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise UserError(
-            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
+            f"config.json: layer_types must name sliding_attention or full_attention for each of the {layers} layers, not {types}"
         )
     if "sliding_attention" in types and not window:
         raise UserError(

@@ -142,7 +142,8 @@ def _chunks(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
         types = ["chunked_attention" if turns and chunk else "full_attention" for turns in rotated]
     if len(types) != len(rotated) or not set(types) <= {"chunked_attention", "full_attention"}:
         raise UserError(
-            f"config.json: layer_types must name chunked_attention or full_attention for {len(rotated)} layers: {types}"
+            "config.json: layer_types must name chunked_attention or full_attention for each of the "
+            f"{len(rotated)} layers, not {types}"
         )
     if "chunked_attention" in types and not chunk:
         raise UserError("config.json: layer_types contains chunked_attention, which requires attention_chunk_size")

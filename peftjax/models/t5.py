@@ -455,7 +455,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
     if result.activation not in ACTIVATIONS:
         raise UserError(
             f"config.json: feed_forward_proj {projection!r} is not known; supported, also after 'gated-': "
-            f"{sorted(ACTIVATIONS)}"
+            f"{', '.join(sorted(ACTIVATIONS))}"
         )
     if result.buckets < 4 or result.max_distance <= result.buckets // 2:
         raise UserError(

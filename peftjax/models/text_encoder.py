@@ -192,11 +192,7 @@ class TextEncoder(Encoder):
             token_types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.token_types(jnp.pad(token_types, ((0, 0), (soft, 0))))
         if config.positions:
-            if self.virtual + tokens.shape[1] > config.max_positions:
-                raise UserError(
-                    f"{tokens.shape[1]} tokens and {self.virtual} virtual ones exceed the model's {config.max_positions} "
-                    "positions; shorten the text"
-                )
+            self.check_length(tokens.shape[1])
             positions = self.positions(self.position_ids(tokens, self.virtual - soft, soft))  # [B or 1, P + T, D]
             x = x + jnp.broadcast_to(positions, x.shape)
         return self.embed_dropout(self.embed_norm(x))

@@ -27,7 +27,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not supported for model_type 'gpt2'"),
         (GPT2, {"n_head": 5}, "n_embd=32 is not a multiple of n_head=5"),
         (GPT2, {"hidden_size": 32}, "hidden_size=32: transformers reads this for model_type 'gpt2'"),
-        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop is not supported"),
+        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported"),
         (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for model_type 'phi3'"),
         (
             PHI3,

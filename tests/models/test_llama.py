@@ -15,7 +15,7 @@ from tests import tiny
         ({"model_type": "rwkv"}, "'rwkv' is not supported. Supported: bert, deberta-v2, distilbert, gemma2"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"is_causal": False}, "is_causal=False: transformers reads this for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
         ({"head_dim": 7}, "a rotary embedding needs an even width, but it rotates 7 elements of a head"),
