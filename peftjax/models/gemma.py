@@ -104,7 +104,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         tied=fields.take("tie_word_embeddings", True),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
         qk_norm=kind == "gemma3_text",
         query_scale=fields.take("query_pre_attn_scalar", 256),
         attention_cap=attention_cap,

@@ -75,8 +75,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
-        qk_norm=False,
         normalized=True,
         expert_mlp=shared["mlp"],
         swiglu_alpha=fields.take("swiglu_alpha", 1.702),

@@ -81,7 +81,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False),
-        qk_norm=False,
         embed_factor=fields.take("embedding_multiplier", 1.0),
         score_factor=fields.take("attention_multiplier", 1.0),
         residual_factor=fields.take("residual_multiplier", 1.0),

@@ -24,10 +24,10 @@ from peftjax.nn.norm import RMSNorm
 class LlamaConfig(DecoderConfig):
     """Adds which layers have biases, and whether queries and keys are normalized."""
 
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     def make(self, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs)

@@ -71,7 +71,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
         qk_norm=True,
         windows=windows,
         **shared,

@@ -69,7 +69,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias if kind == "qwen3_moe" else fields.take("qkv_bias"),
         out_bias=attention_bias,
-        mlp_bias=False,
         qk_norm=kind == "qwen3_moe",
         normalized=fields.take("norm_topk_prob", False),
         expert_mlp=fields.take("moe_intermediate_size"),
