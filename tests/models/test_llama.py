@@ -52,7 +52,7 @@ def test_windows_follow_each_familys_fields() -> None:
 
 
 def test_null_means_as_many_key_heads_as_query_heads() -> None:
-    fields = {"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 64}
+    fields = {"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 128}
     assert from_hf_config(tiny.CONFIG | fields | {"num_key_value_heads": None}).kv_heads == 64
     omitted = {key: value for key, value in (tiny.CONFIG | fields).items() if key != "num_key_value_heads"}
     assert from_hf_config(omitted).kv_heads == 32
