@@ -16,7 +16,7 @@ from peftjax.nn.dropout import Dropout
 
 SPLASH_BLOCK = 128  # positions
 _SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)  # larger blocks read the keys less often
-_TRITON_BLOCK = 128  # positions
+_TRITON_BLOCK, _TRITON_BACKWARD = 128, 32  # positions, in the forward and the backward pass
 _PADDING = -(2**31)  # segment of keys that are padding
 
 
@@ -173,8 +173,14 @@ def triton(
         warnings.simplefilter("ignore", DeprecationWarning)  # jax 0.12 deprecates it in favor of tokamax
         from jax.experimental.pallas.ops.gpu import attention
 
-    block = min(_TRITON_BLOCK, q.shape[1])
-    sizes = attention.BlockSizes(block_q=block, block_k=block, **dict.fromkeys(_TRITON_BACKWARD, min(32, block)))
+    sizes = attention.BlockSizes(
+        block_q=_TRITON_BLOCK,
+        block_k=_TRITON_BLOCK,
+        block_q_dkv=_TRITON_BACKWARD,
+        block_kv_dkv=_TRITON_BACKWARD,
+        block_q_dq=_TRITON_BACKWARD,
+        block_kv_dq=_TRITON_BACKWARD,
+    )
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         k, v = (jnp.repeat(array, q.shape[2] // array.shape[2], axis=2) for array in (k, v))
@@ -189,9 +195,6 @@ def triton(
     specs = (queries, keys, keys, ids)
     split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
     return split(q, k, v, mask.segments)
-
-
-_TRITON_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
 def _by_window(mask: AttentionMask, compute: Callable[[int], jax.Array]) -> jax.Array:
