@@ -17,7 +17,7 @@ from peftjax.io.hf_files import read_header, read_json
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.models.base import Model
 from peftjax.models.encoder import Encoder
-from peftjax.nn.stack import NormedResidual
+from peftjax.nn.residual import NormedResidual
 
 T = TypeVar("T")
 

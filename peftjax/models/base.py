@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 
@@ -75,7 +76,7 @@ class ModelConfig:
 def as_shapes(make: Callable[[], "Model"]) -> "Model":
     """Build a model with `jax.ShapeDtypeStruct` in place of arrays, without the shardings of the current mesh."""
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.eval_shape(make)  # with a mesh set, it would turn a quantized kernel into a plain array
+        return nnx.eval_shape(make)  # with a mesh set, eval_shape would turn a quantized kernel into a plain array
 
 
 @functools.lru_cache
@@ -150,6 +151,18 @@ class Model(nnx.Module):
         """The number of positions that active soft prompts and prefixes take before the first token."""
         return 0
 
+    def check_length(self, length: int) -> None:
+        """Check that a model with a table of positions has enough of them.
+
+        Raises:
+            UserError: `length` tokens and the virtual ones before them are more than `max_positions`.
+        """
+        if length + self.virtual > self.config.max_positions:
+            virtual = f" minus its {self.virtual} virtual tokens" if self.virtual else ""
+            raise UserError(
+                f"{length} tokens exceed the model's {self.config.max_positions} positions{virtual}; shorten the text"
+            )
+
     @property
     def hf_modules(self) -> Mapping[str, str]:
         """The names of our modules in the transformers class, by path."""
@@ -171,7 +184,7 @@ class Model(nnx.Module):
 
     @property
     def hf_part(self) -> bool:
-        """Whether it is a part of the transformers class, whose other parts are not loaded."""
+        """Whether this model is only a part of the transformers class; the other parts are not loaded."""
         return False
 
     @property

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from peftjax import sharding
@@ -19,9 +18,8 @@ from peftjax.models.text_encoder import (
     architectures,
     read_text_head,
 )
-from peftjax.nn.dropout import Dropout
-from peftjax.nn.norm import LayerNorm
-from peftjax.nn.stack import NormedResidual, scan_stack
+from peftjax.nn.residual import NormedResidual
+from peftjax.nn.stack import scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,9 @@ class Block(EncoderBlock):
     """x <- norm(x + attention(x)), then x <- norm(x + feedforward(x)): [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: TextEncoderConfig, rngs: nnx.Rngs) -> None:
-        def norm() -> LayerNorm:
-            return LayerNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
-
         super().__init__(config, qkv_bias=True, rngs=rngs)
-        self.attention_residual = NormedResidual(norm())
-        self.feedforward_residual = NormedResidual(norm())
+        self.attention_residual = NormedResidual(config.norm())
+        self.feedforward_residual = NormedResidual(config.norm())
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = self.attention_residual(x, lambda x: self.attend(x, mask))
@@ -68,12 +63,9 @@ class Bert(TextEncoder):
         return Block(self.config, rngs)
 
     def make_head(self, rngs: nnx.Rngs) -> None:
-        config = self.config
-        if config.pooler:
-            self.pooler = linear(config, config.embed, rngs)
-        if config.head != "none":
-            self.head_dropout = Dropout(config.head_dropout)
-            self.classifier = linear(config, len(config.labels), rngs)
+        if self.config.pooler:
+            self.pooler = linear(self.config, self.config.embed, rngs)
+        super().make_head(rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         seen = valid[:, None, None, :]  # [B, 1, 1, P + T]
@@ -83,9 +75,6 @@ class Bert(TextEncoder):
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         first = super().pool(states, valid)
         return self.pooled(first) if self.config.pooler else first
-
-    def classify(self, x: jax.Array) -> jax.Array:
-        return self.classifier(self.head_dropout(x))
 
     @property
     def virtual(self) -> int:

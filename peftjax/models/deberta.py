@@ -27,8 +27,8 @@ from peftjax.nn.convolution import Convolution
 from peftjax.nn.disentangled import DisentangledAttention, rows_of_positions
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS
-from peftjax.nn.norm import LayerNorm
-from peftjax.nn.stack import NormedResidual, scan_stack
+from peftjax.nn.residual import NormedResidual
+from peftjax.nn.stack import scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,6 @@ class DebertaConfig(TextEncoderConfig):
     def span(self) -> int:
         """Half of the number of embeddings of relative positions."""
         return self.buckets or self.max_distance
-
-    def norm(self) -> LayerNorm:
-        """Build a norm of the hidden states."""
-        return LayerNorm(self.embed, eps=self.norm_eps, dtype=jnp.dtype(self.param_dtype))
 
     def make(self, rngs: nnx.Rngs) -> "Deberta":
         return Deberta(self, rngs)
@@ -146,9 +142,7 @@ class Deberta(TextEncoder):
         config = self.config
         if config.head == "sequence_classification":
             self.pooler, self.pooler_dropout = linear(config, config.embed, rngs), Dropout(config.pooler_dropout)
-        if config.head != "none":
-            self.head_dropout = Dropout(config.head_dropout)
-            self.classifier = linear(config, len(config.labels), rngs)
+        super().make_head(rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         config, length = self.config, x.shape[1]
@@ -177,9 +171,6 @@ class Deberta(TextEncoder):
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         first = self.pooler_dropout(super().pool(states, valid))
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
-
-    def classify(self, x: jax.Array) -> jax.Array:
-        return self.classifier(self.head_dropout(x))
 
     # --- Hugging Face: names of our modules, and config.json ---
 

@@ -6,6 +6,7 @@ A family provides its layers (`make_block`) and overrides the few steps in which
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,9 +28,10 @@ from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeed
 from peftjax.nn.linear import Linear
 from peftjax.nn.moe import Load, MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
+from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
 from peftjax.nn.rope import from_hf as rope_from_hf
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.stack import make_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class DecoderConfig(LanguageModelConfig):
         windows: For each layer, how many positions back a query sees; 0: all.
         chunked: Whether `windows` are sizes of chunks. A query sees only the keys of its own chunk.
         init_stddev: Standard deviation of random weights.
-        whole: The config.json of the multimodal model that this is the text model of, as JSON; empty if it is none.
+        whole: The config.json of the multimodal model to which this text model belongs, as JSON; empty if there is none.
     """
 
     rope: Rope | None
@@ -154,8 +156,8 @@ class Decoder(LanguageModel):
 
     Attributes:
         norm_type: Class of the norms.
-        hf_names: The names of our modules in checkpoints and, unless it is a part of a multimodal model, in the transformers
-            class.
+        hf_names: The names of our modules in checkpoints. In the transformers class they are the same, unless it is that of a
+            multimodal model.
         hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
     """
 
@@ -304,7 +306,7 @@ class Decoder(LanguageModel):
         cache: Cache | None,
         load: Load | None = None,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
-        """`hidden`, and the load of all layers if an empty one is given; an active soft prompt counts too."""
+        """Return what `hidden` does, and, if an empty load is given, the load of all layers, which counts a soft prompt too."""
         soft, virtual = self.embed.adapters.virtual, self.virtual
         x = self.embedded(tokens)
         if positions is None:
@@ -334,13 +336,13 @@ class Decoder(LanguageModel):
         cache: Cache | None,
         load: Load | None = None,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
-        """`_hidden`, from embedded tokens [B, T, D]; a soft prompt is part of them, or of the cache."""
+        """`_hidden` for embedded tokens [B, T, D]. A soft prompt is among them, or in the cache."""
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
         rotations, query_factors = self.rotations(positions), self.query_factors(positions)
         valid = None
         if mask is not None or cache is not None:
-            valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask)
+            valid = extend_valid(cache, jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool))
         described = self.attention_mask(length, positions=positions, valid=valid, segments=segments, offset=offset)
         allowed = described.dense() if cache is not None else self.blocks.attention.prepared(described, x)
 
@@ -460,7 +462,11 @@ def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
 
 def rope_fields(fields: Fields) -> dict[str, Any]:
     """Collect the rotary embedding's fields, in the format of transformers 4 or 5."""
-    parameters = dict(fields.maybe("rope_scaling") or {}) | dict(fields.maybe("rope_parameters") or {})
+    scaling, parameters = fields.maybe("rope_scaling"), fields.maybe("rope_parameters")
+    if scaling and parameters:
+        message = "config.json: ignoring rope_parameters, rope_theta included, because there is rope_scaling, as transformers does"
+        warnings.warn(message, stacklevel=2)
+    parameters = dict(scaling or parameters or {})
     for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"):
         if (value := fields.maybe(name)) is not None:
             parameters.setdefault(name, value)
@@ -504,17 +510,26 @@ def read_ropes(
 def read_heads(fields: Fields) -> tuple[int, int]:
     """Read the numbers of query heads and of key/value heads."""
     heads = fields.take("num_attention_heads")
-    kv_heads = fields.take("num_key_value_heads", heads)
+    kv_heads = fields.nullable("num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     return heads, kv_heads
 
 
-def windows_by_type(types: Sequence[str], layers: int, window: int) -> tuple[int, ...]:
-    """Return `window` for layers of type sliding_attention and 0 for the others."""
+def read_windows(fields: Fields, default: Sequence[str], window: int) -> tuple[int, ...]:
+    """Read layer_types: `window` for layers of type sliding_attention and 0 for the others.
+
+    Args:
+        fields: The fields of config.json.
+        default: The types of all layers if the field is omitted.
+        window: The window of the layers that have one; 0: none is in use.
+    """
+    types, layers = fields.maybe("layer_types"), len(default)
+    if types is None:
+        types = default
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise UserError(
-            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
+            f"config.json: layer_types must name sliding_attention or full_attention for each of the {layers} layers, not {types}"
         )
     if "sliding_attention" in types and not window:
         raise UserError(

@@ -11,7 +11,6 @@ from peftjax.models.bert import Bert, BertConfig
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import TEXT_HARMLESS, TextOptions, architectures, read_text_head
-from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +38,9 @@ class DistilBert(Bert):
     head_modules: ClassVar = output_layers
 
     def make_head(self, rngs: nnx.Rngs) -> None:
-        config = self.config
-        if config.head == "sequence_classification":
-            self.pre_classifier = linear(config, config.embed, rngs)
-        if config.head != "none":
-            self.head_dropout = Dropout(config.head_dropout)
-            self.classifier = linear(config, len(config.labels), rngs)
+        if self.config.head == "sequence_classification":
+            self.pre_classifier = linear(self.config, self.config.embed, rngs)
+        super().make_head(rngs)
 
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         return jax.nn.relu(self.pre_classifier(super().pool(states, valid)))

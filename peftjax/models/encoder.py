@@ -1,4 +1,4 @@
-"""What the encoder families share: half a block, the linear layers of heads, and common config.json fields."""
+"""What the encoder families share: the sublayers of a block, the layers of heads, and common config.json fields."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from peftjax.nn.attention import Attention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Linear
+from peftjax.nn.norm import LayerNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,10 @@ class EncoderConfig(ModelConfig):
     def architectures(self) -> Mapping[str, str]:
         """{transformers class: its head}. Of the classes with one head, the first is written to config.json."""
         raise NotImplementedError
+
+    def norm(self) -> LayerNorm:
+        """Build a norm of the hidden states."""
+        return LayerNorm(self.embed, eps=self.norm_eps, dtype=jnp.dtype(self.param_dtype))
 
     def to_hf(self) -> dict[str, Any]:
         fields = json.loads(self.hf)

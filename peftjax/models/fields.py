@@ -54,8 +54,8 @@ class Fields:
 
     def nullable(self, name: str, default: Any) -> Any:
         """Return the value of a field for which null has a meaning; `default` if it is omitted."""
-        self._left.pop(name, None)
-        return self.config.get(name, default)
+        value = self._left.pop(name, default)
+        return self.config.get(name, value)
 
     def only(self, name: str, supported: Any) -> None:
         """Reject any value of a field but one, which is also the meaning of an omitted field."""
@@ -72,13 +72,15 @@ class Fields:
     def no_dropout(self, *names: str) -> None:
         """Reject dropout in the base model."""
         for name in names:
-            if self._left.pop(name, 0.0) != 0.0:
-                raise UserError(f"config.json: {name} is not supported; it only affects training: set it to 0.0")
+            if (value := self._left.pop(name, 0.0)) != 0.0:
+                raise UserError(
+                    f"config.json: {name}={value} is not supported; it only affects training: set it to 0.0"
+                )
 
     def activation(self, name: str, default: str) -> str:
         """Return the value of a field that names one of `ACTIVATIONS`."""
         if (value := self.take(name, default)) not in ACTIVATIONS:
-            raise UserError(f"config.json: {name} {value!r} is not known; supported: {sorted(ACTIVATIONS)}")
+            raise UserError(f"config.json: {name} {value!r} is not known; supported: {', '.join(sorted(ACTIVATIONS))}")
         return value
 
     def done(self) -> None:

@@ -12,28 +12,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_ropes, read_shared, windows_by_type
+from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import HARMLESS, Fields
-from peftjax.nn.attention import Attention
-from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
+from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import ZeroCenteredRMSNorm
 from peftjax.nn.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GemmaConfig(DecoderConfig):
+class GemmaConfig(LlamaConfig):
     """Adds what distinguishes the Gemmas.
 
     Attributes:
-        qk_norm: Whether queries and keys are normalized.
-        use_bias: Whether the attention layers have biases.
         query_scale: Scores q k^T are divided by its square root.
         attention_cap: Soft cap c of the scores, c tanh(x / c); None: no cap.
         logits_cap: Soft cap of the logits; None: no cap.
     """
 
-    qk_norm: bool
-    use_bias: bool
     query_scale: float
     attention_cap: float | None
     logits_cap: float | None
@@ -42,42 +37,16 @@ class GemmaConfig(DecoderConfig):
         return Gemma(self, rngs)
 
 
-class Gemma(Decoder):
+class Gemma(Llama):
     """RMSNorm around the sublayers, rotary grouped-query attention with windows, GeGLU."""
 
     config: GemmaConfig
     norm_type: ClassVar = ZeroCenteredRMSNorm
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
-        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        return Block(
-            self.make_norm,
-            attention=Attention(
-                config.embed,
-                config.heads,
-                config.kv_heads,
-                config.head_dim,
-                qkv_bias=config.use_bias,
-                out_bias=config.use_bias,
-                qk_norm_eps=config.norm_eps if config.qk_norm else None,
-                norm=ZeroCenteredRMSNorm,
-                scale=config.query_scale**-0.5,
-                softcap=config.attention_cap,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            feedforward=GatedFeedForward(
-                config.embed,
-                config.mlp,
-                activation=ACTIVATIONS[config.activation],
-                use_bias=False,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            norm_out=True,
-        )
+        config = self.config
+        attention = self.make_attention(rngs, scale=config.query_scale**-0.5, softcap=config.attention_cap)
+        return Block(self.make_norm, attention, self.make_feedforward(rngs), norm_out=True)
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
         """Scale the embedded tokens by sqrt(D), rounded to their dtype first: in bfloat16 sqrt(3072) is 55.5."""
@@ -92,25 +61,10 @@ class Gemma(Decoder):
 # --- Hugging Face: names of our modules, and config.json ---
 
 Gemma.hf_names = {
-    "embed": "model.embed_tokens",
-    "blocks.attention_norm": "model.layers.{}.input_layernorm",
-    "blocks.attention.query": "model.layers.{}.self_attn.q_proj",
-    "blocks.attention.key": "model.layers.{}.self_attn.k_proj",
-    "blocks.attention.value": "model.layers.{}.self_attn.v_proj",
-    "blocks.attention.out": "model.layers.{}.self_attn.o_proj",
-    "blocks.attention.query_norm": "model.layers.{}.self_attn.q_norm",
-    "blocks.attention.key_norm": "model.layers.{}.self_attn.k_norm",
-    "blocks.attention": "model.layers.{}.self_attn",
+    **Llama.hf_names,
     "blocks.attention_out_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.feedforward_norm": "model.layers.{}.pre_feedforward_layernorm",
-    "blocks.feedforward.gate": "model.layers.{}.mlp.gate_proj",
-    "blocks.feedforward.up": "model.layers.{}.mlp.up_proj",
-    "blocks.feedforward.down": "model.layers.{}.mlp.down_proj",
     "blocks.feedforward_out_norm": "model.layers.{}.post_feedforward_layernorm",
-    "blocks.attention_residual": "model.layers.{}.attention_adapters",
-    "blocks.feedforward_residual": "model.layers.{}.output_adapters",
-    "norm": "model.norm",
-    "head": "lm_head",
 }
 # Defaults of transformers for fields that config.json omits, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -132,10 +86,12 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     fields.only("use_bidirectional_attention", False)
     activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
     fields.implied("hidden_act", activation)  # an old name
+    attention_bias = fields.take("attention_bias", False)
     local_rope: Rope | None = None
     if kind == "gemma2":
         rope = read_rope(fields, head_dim, max_positions)
-        attention_cap, logits_cap = (fields.nullable(f"{what}_logit_softcapping", cap) for what, cap in _CAPS)
+        attention_cap = fields.nullable("attn_logit_softcapping", 50.0)  # null: no cap
+        logits_cap = fields.nullable("final_logit_softcapping", 30.0)
     else:
         theta, local_theta = fields.take("rope_theta", 1_000_000.0), fields.take("rope_local_base_freq", 10_000.0)
         rope, local_rope = read_ropes(fields, head_dim, max_positions, theta=theta, local_theta=local_theta)
@@ -146,7 +102,8 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         local_rope=local_rope,
         activation=activation,
         tied=fields.take("tie_word_embeddings", True),
-        use_bias=fields.take("attention_bias", False),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
         qk_norm=kind == "gemma3_text",
         query_scale=fields.take("query_pre_attn_scalar", 256),
         attention_cap=attention_cap,
@@ -159,9 +116,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
     return result
 
 
-_CAPS = (("attn", 50.0), ("final", 30.0))  # defaults of Gemma 2; null means no cap
-
-
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Read layer_types; by default every second layer of Gemma 2 and every sixth of Gemma 3 has no window."""
     window = fields.nullable("sliding_window", 4096) or 0
@@ -170,7 +124,5 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     if fields.kind == "gemma3_text":
         written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))
         every = written[0] or written[1] or 6
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
-    return windows_by_type(types, layers, window)
+    default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return read_windows(fields, default, window)

@@ -89,12 +89,8 @@ class Gpt2(Decoder):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        length, limit = tokens.shape[1], self.config.max_positions - self.virtual
-        if positions is None and length > limit:
-            virtual = f" minus its {self.virtual} virtual tokens" if self.virtual else ""
-            raise UserError(
-                f"{length} tokens exceed the model's {self.config.max_positions} positions{virtual}; shorten the text"
-            )
+        if positions is None:
+            self.check_length(tokens.shape[1])
         return super().hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
 
     def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Unpack
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_shared, rope_fields, windows_by_type
+from peftjax.models.decoder import Block, read_shared, read_windows, rope_fields
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
 from peftjax.nn.moe import ClampedExperts
@@ -66,9 +66,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
     shared = read_shared(fields, norm_eps=1e-5)
     fields.only("hidden_act", "silu")
     layers, attention_bias = shared["layers"], fields.take("attention_bias", True)
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     scaled = config.get("rope_parameters") or config.get("rope_scaling")
     rope = ({} if scaled else _ROPE) | {"rope_theta": _THETA} | rope_fields(fields)
     result = GptOssConfig(
@@ -77,13 +75,11 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
-        qk_norm=False,
         normalized=True,
         expert_mlp=shared["mlp"],
         swiglu_alpha=fields.take("swiglu_alpha", 1.702),
         swiglu_limit=fields.take("swiglu_limit", 7.0),
-        windows=windows_by_type(types, layers, fields.nullable("sliding_window", 128) or 0),
+        windows=read_windows(fields, types, fields.nullable("sliding_window", 128) or 0),
         **read_experts(fields, experts=128, choices=4),
         **shared,
         **options,

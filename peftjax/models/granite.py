@@ -14,7 +14,7 @@ from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, read_rope, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
-from peftjax.nn.stack import ScaledResidual, times
+from peftjax.nn.residual import ScaledResidual, times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False),
-        qk_norm=False,
         embed_factor=fields.take("embedding_multiplier", 1.0),
         score_factor=fields.take("attention_multiplier", 1.0),
         residual_factor=fields.take("residual_multiplier", 1.0),

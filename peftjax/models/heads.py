@@ -84,9 +84,9 @@ def read_head(
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
         }
-    for problem in (config.get("problem_type"), problem_type):
+    for where, problem in (("config.json: ", config.get("problem_type")), ("", problem_type)):
         if problem not in (None, *PROBLEMS):
-            raise UserError(f"config.json: problem_type={problem!r} is not one of {', '.join(PROBLEMS)}")
+            raise UserError(f"{where}problem_type={problem!r} is not one of {', '.join(PROBLEMS)}")
     if problem_type is not None:
         if config.get("problem_type") not in (None, problem_type):
             raise UserError(
@@ -116,7 +116,12 @@ def _stored(config: dict[str, Any], architectures: Mapping[str, str]) -> str:
 def _named(config: dict[str, Any]) -> tuple[str, ...]:
     """The labels in config.json, in order; empty if it has none."""
     named = config.get("id2label") or {}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    try:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    except ValueError:
+        raise UserError(
+            f"config.json: the keys of id2label must be the numbers of the labels, not {[*named]}"
+        ) from None
 
 
 def _numbered(count: int) -> tuple[str, ...]:

@@ -14,6 +14,13 @@ SHARED = _names("""
     attention_chunk_size is_causal kv_sharing_modes layer_types num_hidden_layers number_of_conv_states
     per_layer_config sliding_window
 """)
+_BERT = _names("""
+    add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
+    embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range
+    intermediate_size is_decoder is_encoder_decoder layer_norm_eps max_position_embeddings
+    num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
+    vocab_size
+""")
 # Read by the model_type's own classes.
 OWN: dict[str, frozenset[str]] = {
     "llama": _names("""
@@ -151,27 +158,9 @@ OWN: dict[str, frozenset[str]] = {
         rope_scaling rope_theta router_aux_loss_coef swiglu_alpha swiglu_limit tie_word_embeddings
         use_cache vocab_size
     """),
-    "bert": _names("""
-        add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
-        embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range
-        intermediate_size is_decoder is_encoder_decoder layer_norm_eps max_position_embeddings
-        num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
-        vocab_size
-    """),
-    "roberta": _names("""
-        add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
-        embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range
-        intermediate_size is_decoder is_encoder_decoder layer_norm_eps max_position_embeddings
-        num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
-        vocab_size
-    """),
-    "xlm-roberta": _names("""
-        add_cross_attention attention_probs_dropout_prob bos_token_id chunk_size_feed_forward classifier_dropout
-        embedding_size eos_token_id hidden_act hidden_dropout_prob hidden_size initializer_range
-        intermediate_size is_decoder is_encoder_decoder layer_norm_eps max_position_embeddings
-        num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
-        vocab_size
-    """),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
     "distilbert": _names("""
         activation attention_dropout bos_token_id chunk_size_feed_forward dim dropout eos_token_id hidden_dim
         hidden_size initializer_range max_position_embeddings n_heads n_layers num_attention_heads num_labels

@@ -12,7 +12,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
@@ -24,10 +24,10 @@ from peftjax.nn.norm import RMSNorm
 class LlamaConfig(DecoderConfig):
     """Adds which layers have biases, and whether queries and keys are normalized."""
 
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     def make(self, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs)
@@ -136,16 +136,14 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Mistral: all layers. Qwen: as layer_types says, else the layers from max_window_layers on if use_sliding_window."""
     if fields.kind == "mistral":  # null: a Mistral without a window
         return (fields.nullable("sliding_window", 4096) or 0,) * layers
-    window = fields.maybe("sliding_window") or 0
     if fields.kind == "llama":
-        if window:
+        if window := fields.maybe("sliding_window"):
             raise UserError(
                 f"config.json: sliding_window={window} is not a field of model_type 'llama'; mistral has it"
             )
         fields.implied("layer_types", ["full_attention"] * layers)
         return (0,) * layers
-    first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False)
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
-    return windows_by_type(types, layers, (window or 4096) if used else 0)
+    window = fields.nullable("sliding_window", 4096) or 0  # null: no window
+    first, used = fields.take("max_window_layers", 28), fields.take("use_sliding_window", False) and window > 0
+    default = ["sliding_attention" if used and i >= first else "full_attention" for i in range(layers)]
+    return read_windows(fields, default, window if used else 0)

@@ -105,8 +105,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Llama4
         layers=layers,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
-        qk_norm=False,
         l2_norm=fields.take("use_qk_norm", True),
         growth=growth if tuned else 0.0,
         interval=fields.take("floor_scale", 8192),
@@ -139,10 +137,11 @@ def _chunks(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
     """Read layer_types; by default the layers with rotary embedding have chunks, unless attention_chunk_size is null."""
     chunk, types = fields.nullable("attention_chunk_size", 8192) or 0, fields.maybe("layer_types")
     if types is None:
-        types = ["chunked_attention" if turns and chunk else "full_attention" for turns in rotated]
+        types = ["chunked_attention" if rotates and chunk else "full_attention" for rotates in rotated]
     if len(types) != len(rotated) or not set(types) <= {"chunked_attention", "full_attention"}:
         raise UserError(
-            f"config.json: layer_types must name chunked_attention or full_attention for {len(rotated)} layers: {types}"
+            "config.json: layer_types must name chunked_attention or full_attention for each of the "
+            f"{len(rotated)} layers, not {types}"
         )
     if "chunked_attention" in types and not chunk:
         raise UserError("config.json: layer_types contains chunked_attention, which requires attention_chunk_size")

@@ -35,6 +35,8 @@ class Mixtral(MoeLlama):
 
 Mixtral.hf_names = MOE_NAMES
 Mixtral.hf_experts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+# Defaults of transformers for fields that config.json omits.
+_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1_000_000.0}
 
 
 def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> MixtralConfig:
@@ -43,18 +45,13 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Mixtra
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.
     """
-    defaults = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
-    fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
+    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("router_jitter_noise")
     result = MixtralConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         activation=fields.activation("hidden_act", "silu"),
         tied=fields.take("tie_word_embeddings", False),
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
         normalized=True,
         expert_mlp=shared["mlp"],
         windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],

@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.models.decoder import read_ropes
+from peftjax.models.decoder import read_ropes, read_windows
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import (
@@ -30,8 +30,9 @@ from peftjax.nn.attention import FusedAttention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.norm import LayerNorm
+from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
-from peftjax.nn.stack import Residual, make_stack, open_stack, scan_stack
+from peftjax.nn.stack import make_stack, open_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,6 @@ class ModernBertConfig(TextEncoderConfig):
         return _ARCHITECTURES
 
     def norm(self) -> LayerNorm:
-        """Build a norm of the hidden states."""
         return LayerNorm(self.embed, eps=self.norm_eps, use_bias=self.norm_bias, dtype=jnp.dtype(self.param_dtype))
 
     def make(self, rngs: nnx.Rngs) -> "ModernBert":
@@ -140,15 +140,10 @@ class ModernBert(TextEncoder):
     def make_block(self, rngs: nnx.Rngs) -> Block:
         return Block(self.config, rngs)
 
-    def make_norm(self) -> LayerNorm:
-        return self.config.norm()
-
     def make_head(self, rngs: nnx.Rngs) -> None:
-        config = self.config
-        if config.head != "none":
-            self.head = Head(config, rngs)
-            self.head_dropout = Dropout(config.head_dropout)
-            self.classifier = linear(config, len(config.labels), rngs)
+        if self.config.head != "none":
+            self.head = Head(self.config, rngs)
+        super().make_head(rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         prefix, length = self.virtual - self.embed.adapters.virtual, x.shape[1]
@@ -174,7 +169,7 @@ class ModernBert(TextEncoder):
         return masked_mean(states, valid) if self.config.head_pooling == "mean" else super().pool(states, valid)
 
     def classify(self, x: jax.Array) -> jax.Array:
-        return self.classifier(self.head_dropout(self.head(x)))
+        return super().classify(self.head(x))
 
     @property
     def virtual(self) -> int:
@@ -277,11 +272,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBer
 
 def _local(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Read layer_types; by default every third layer, from the first one, is global."""
-    every, types = fields.take("global_attn_every_n_layers", 3), fields.maybe("layer_types")
-    if types is None:
-        return tuple(bool(layer % every) for layer in range(layers))
-    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise UserError(
-            f"config.json: layer_types must name sliding_attention or full_attention for {layers} layers: {types}"
-        )
-    return tuple(name == "sliding_attention" for name in types)
+    every = fields.take("global_attn_every_n_layers", 3)
+    default = ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)]
+    return tuple(window > 0 for window in read_windows(fields, default, window=1))

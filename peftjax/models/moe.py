@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.models.decoder import Block, Layer, State
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
@@ -150,4 +151,7 @@ def read_experts(fields: Fields, experts: int, choices: int) -> dict[str, Any]:
         choices: Default of the number of experts per token.
     """
     old, new = fields.maybe("num_experts"), fields.maybe("num_local_experts")
-    return {"experts": new or old or experts, "choices": fields.take("num_experts_per_tok", choices)}
+    experts, choices = new or old or experts, fields.take("num_experts_per_tok", choices)
+    if choices > experts:
+        raise UserError(f"config.json: num_experts_per_tok={choices} exceeds the number of experts, {experts}")
+    return {"experts": experts, "choices": choices}

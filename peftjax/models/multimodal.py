@@ -118,10 +118,12 @@ def with_text(whole: str, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a multimodal config.json, given as JSON, with `changed` fields of its text model."""
     fields = json.loads(whole)
     fields.pop("torch_dtype", None)
-    top = {name: value for name, value in changed.items() if name != "vocab_size" or "text_config" not in fields}
-    if "text_config" in fields:
-        fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k != "torch_dtype"} | dict(changed)
-    return fields | top
+    text = fields.get("text_config")
+    if text is None:
+        return fields | dict(changed)
+    text.pop("torch_dtype", None)
+    top = {name: value for name, value in changed.items() if name != "vocab_size"}
+    return fields | top | {"text_config": text | dict(changed)}
 
 
 def class_name(whole: str, name: str) -> str:

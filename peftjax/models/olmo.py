@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Unpack
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, windows_by_type
+from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import Float32RMSNorm
@@ -71,7 +71,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=False,
         qk_norm=True,
         windows=windows,
         **shared,
@@ -83,7 +82,5 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Read layer_types; by default every fourth layer has no window."""
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
-    return windows_by_type(types, layers, fields.nullable("sliding_window", 4096) or 0)
+    default = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
+    return read_windows(fields, default, fields.nullable("sliding_window", 4096) or 0)

@@ -85,7 +85,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Co
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.
     """
-    fields = Fields(config, harmless=HARMLESS | {"auto_map"})
+    fields = Fields(config, defaults={"max_position_embeddings": 4096}, harmless=HARMLESS | {"auto_map"})
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():

@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import read_rope, read_shared, read_windows
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 
@@ -69,7 +69,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias if kind == "qwen3_moe" else fields.take("qkv_bias"),
         out_bias=attention_bias,
-        mlp_bias=False,
         qk_norm=kind == "qwen3_moe",
         normalized=fields.take("norm_topk_prob", False),
         expert_mlp=fields.take("moe_intermediate_size"),
@@ -98,10 +97,9 @@ def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     """Qwen3-MoE: all layers. Qwen2-MoE: as layer_types says, else every second layer before max_window_layers."""
-    window, used = fields.maybe("sliding_window") or 4096, fields.take("use_sliding_window", False)
+    window, used = fields.nullable("sliding_window", 4096) or 0, fields.take("use_sliding_window", False)
     if fields.kind == "qwen3_moe":
         return (window if used else 0,) * layers
-    last, types = fields.take("max_window_layers", 28), fields.maybe("layer_types")
-    if types is None:
-        types = ["sliding_attention" if used and i < last and i % 2 == 0 else "full_attention" for i in range(layers)]
-    return windows_by_type(types, layers, window if used else 0)
+    last = fields.take("max_window_layers", 28)
+    default = ["sliding_attention" if used and i < last and i % 2 == 0 else "full_attention" for i in range(layers)]
+    return read_windows(fields, default, window if used else 0)

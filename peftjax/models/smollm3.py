@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared, windows_by_type
+from peftjax.models.decoder import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import LlamaConfig
 
@@ -30,7 +30,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False),
-        qk_norm=False,
         windows=_windows(fields, rotated),
         **shared,
         **options,
@@ -52,7 +51,5 @@ def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
 def _windows(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
     """Read layer_types; by default the layers without rotary embedding have a window if use_sliding_window."""
     window, used = fields.maybe("sliding_window") or 0, fields.take("use_sliding_window", False)
-    types = fields.maybe("layer_types")
-    if types is None:
-        types = ["sliding_attention" if used and window and not turns else "full_attention" for turns in rotated]
-    return windows_by_type(types, len(rotated), window)
+    default = ["sliding_attention" if used and window and not rotates else "full_attention" for rotates in rotated]
+    return read_windows(fields, default, window)

@@ -18,7 +18,7 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.encoder_decoder import DecoderCache, EncoderDecoder, EncoderDecoderConfig
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.cache import Carry, KeysValues, LayerCache
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -28,8 +28,9 @@ from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.recompute import recomputed
 from peftjax.nn.relative_bias import RelativeBias
+from peftjax.nn.residual import Residual
 from peftjax.nn.slot import Slot
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.stack import make_stack, scan_stack
 
 UNLIMITED = 2**31 - 1  # relative positions have no maximum
 
@@ -345,7 +346,7 @@ class GatedT5(T5):
 
 def _over_keys(mask: jax.Array | None) -> jax.Array | None:
     """Broadcast a mask of keys, [B, S], over heads and queries: [B, 1, 1, S]."""
-    return None if mask is None else mask[:, None, None, :]
+    return None if mask is None else mask.astype(bool)[:, None, None, :]
 
 
 # --- Hugging Face: names of our modules, and config.json ---
@@ -396,14 +397,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Fields that do not affect the logits.
-_HARMLESS = frozenset({
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "unk_token_id", "_name_or_path", "tokenizer_class", "_attn_implementation_autoset",
-    "keys_to_ignore_at_inference", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
-    "problem_type", "torchscript", "chunk_size_feed_forward", "max_length", "temperature", "top_k", "top_p",
-    "do_sample", "_commit_hash", "peftjax_version", "task_specific_params", "n_positions", "output_past",
-    "classifier_dropout", "gradient_checkpointing",
-})  # fmt: skip
+_HARMLESS = (HARMLESS - {"is_encoder_decoder", "is_decoder", "pad_token_id"}) | {
+    "task_specific_params", "n_positions", "output_past", "classifier_dropout",
+}  # fmt: skip
 
 
 def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Config:
@@ -416,7 +412,9 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
     fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
     take = fields.take
     if not take("is_encoder_decoder", True) or take("is_decoder", False):
-        raise UserError("config.json: is_encoder_decoder=false or is_decoder=true (half a T5) is not supported")
+        raise UserError(
+            "config.json: is_encoder_decoder=false or is_decoder=true: an encoder or a decoder alone is not supported"
+        )
     layers = take("num_layers")
     projection = take("feed_forward_proj")
     gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
@@ -457,7 +455,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
     if result.activation not in ACTIVATIONS:
         raise UserError(
             f"config.json: feed_forward_proj {projection!r} is not known; supported, also after 'gated-': "
-            f"{sorted(ACTIVATIONS)}"
+            f"{', '.join(sorted(ACTIVATIONS))}"
         )
     if result.buckets < 4 or result.max_distance <= result.buckets // 2:
         raise UserError(

@@ -15,12 +15,11 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.eager import compiled
-from peftjax.models.encoder import Encoder, EncoderConfig
+from peftjax.models.encoder import Encoder, EncoderConfig, linear
 from peftjax.models.fields import HARMLESS
 from peftjax.models.heads import LABELS, Head, HeadOptions, read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
-from peftjax.nn.norm import LayerNorm
 from peftjax.nn.stack import make_stack
 
 HEADS = ("none", "sequence_classification", "token_classification")
@@ -100,7 +99,7 @@ class TextEncoder(Encoder):
             self.positions = self._table(config.positions, rngs)
         if config.token_types:
             self.token_types = self._table(config.token_types, rngs)
-        self.embed_norm = self.make_norm()
+        self.embed_norm = config.norm()
         self.embed_dropout = Dropout(config.dropout)
         self.blocks = make_stack(self.make_block, config.layers, rngs)
         self.make_head(rngs)
@@ -112,12 +111,10 @@ class TextEncoder(Encoder):
         raise NotImplementedError
 
     def make_head(self, rngs: nnx.Rngs) -> None:
-        """Build the task head; without a task head, the pooler, if transformers has one there."""
-        raise NotImplementedError
-
-    def make_norm(self) -> LayerNorm:
-        """Build a norm of the hidden states."""
-        return LayerNorm(self.config.embed, eps=self.config.norm_eps, dtype=jnp.dtype(self.config.param_dtype))
+        """Build the task head. A family adds further layers, and the pooler that transformers has without a task head."""
+        if self.config.head != "none":
+            self.head_dropout = Dropout(self.config.head_dropout)
+            self.classifier = linear(self.config, len(self.config.labels), rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """Run the blocks: embedded tokens [B, P + T, D], and which of them are real, bool [B, P + T] -> [B, P + T, D]."""
@@ -133,10 +130,10 @@ class TextEncoder(Encoder):
 
     def classify(self, x: jax.Array) -> jax.Array:
         """Apply the task head: [..., D] -> [..., labels]."""
-        raise NotImplementedError
+        return self.classifier(self.head_dropout(x))
 
     def position_ids(self, tokens: jax.Array, first: int, soft: int) -> jax.Array:
-        """Return the positions of a soft prompt of `soft` vectors and of the tokens, int [B or 1, P + T], starting at `first`."""
+        """Return the positions of `soft` prompt vectors and of the tokens, int [B or 1, P + T]; the first one is `first`."""
         return first + jnp.arange(soft + tokens.shape[1])[None]
 
     # --- Shared by all families ---
@@ -195,11 +192,7 @@ class TextEncoder(Encoder):
             token_types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.token_types(jnp.pad(token_types, ((0, 0), (soft, 0))))
         if config.positions:
-            if self.virtual + tokens.shape[1] > config.max_positions:
-                raise UserError(
-                    f"{tokens.shape[1]} tokens and {self.virtual} virtual ones exceed the model's {config.max_positions} "
-                    "positions; shorten the text"
-                )
+            self.check_length(tokens.shape[1])
             positions = self.positions(self.position_ids(tokens, self.virtual - soft, soft))  # [B or 1, P + T, D]
             x = x + jnp.broadcast_to(positions, x.shape)
         return self.embed_dropout(self.embed_norm(x))

@@ -20,9 +20,9 @@ from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.heads import LABELS, read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.layer import HfLeaves, Layer
-from peftjax.nn.norm import LayerNorm
 from peftjax.nn.patches import PatchEmbedding
-from peftjax.nn.stack import Residual, make_stack, scan_stack
+from peftjax.nn.residual import Residual
+from peftjax.nn.stack import make_stack, scan_stack
 
 HEADS = ("none", "image_classification")
 
@@ -96,12 +96,9 @@ class Block(EncoderBlock):
     """x + attention(norm(x)), then x + feedforward(norm(x)) (equations 2 and 3): [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs) -> None:
-        def norm() -> LayerNorm:
-            return LayerNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
-
         super().__init__(config, qkv_bias=config.qkv_bias, rngs=rngs)
-        self.attention_norm, self.attention_residual = norm(), Residual()
-        self.feedforward_norm, self.feedforward_residual = norm(), Residual()
+        self.attention_norm, self.attention_residual = config.norm(), Residual()
+        self.feedforward_norm, self.feedforward_residual = config.norm(), Residual()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         everything = jnp.ones((1, 1, 1, x.shape[1]), bool)  # without a mask attention would be causal
@@ -125,7 +122,7 @@ class Vit(Encoder):
         self.config = config
         self.embeddings = Embeddings(config, rngs)
         self.blocks = make_stack(lambda rngs: Block(config, rngs), config.layers, rngs)
-        self.norm = LayerNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+        self.norm = config.norm()
         if config.head == "none":
             self.pooler = linear(config, config.pooled, rngs)
         else:
@@ -267,6 +264,6 @@ def _both(fields: Fields, name: str, default: int) -> tuple[int, int]:
     """Read height and width from a field that may hold one number for both."""
     value = fields.take(name, default)
     sides = [value, value] if isinstance(value, int) else value
-    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
-        raise UserError(f"config.json: {name}={value!r} is neither a number nor [height, width]")
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+        raise UserError(f"config.json: {name}={value!r} is neither a number above 0 nor [height, width]")
     return sides[0], sides[1]

@@ -20,16 +20,12 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
+from peftjax.nn.residual import Residual
 from peftjax.nn.slot import Slot
-from peftjax.nn.stack import Residual
 
 M = TypeVar("M", bound=nnx.Module)
 
-ARRAYS = (
-    jax.Array,
-    np.ndarray,
-    jax.ShapeDtypeStruct,
-)  # what a variable of the model may hold; other values have no axes
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)  # values with axes
 
 
 def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M:
@@ -70,6 +66,8 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
     for path, module in modules.items():
+        if isinstance(module, AdoptedSublayer):
+            continue  # from an earlier call; it may have adapters
         if path in sublayers:
             kind = type(module)
             module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})

@@ -91,12 +91,12 @@ class Attention(SlottedLayer):
         self.out = Linear(heads * head_dim, features, axes=("heads", "embed"), use_bias=out_bias, **common)
         self.qk_norm, self.qk_norm_whole = qk_norm_eps is not None, qk_norm_whole
         if qk_norm_eps is not None:
-            q_norm, k_norm = (heads, "heads"), (kv_heads, "kv_heads")
-            if not qk_norm_whole:
-                q_norm = k_norm = (1, "head_dim")
-            self.query_norm, self.key_norm = (
-                norm(normed * head_dim, eps=qk_norm_eps, axis=axis, dtype=dtype) for normed, axis in (q_norm, k_norm)
-            )
+            make_norm = partial(norm, eps=qk_norm_eps, dtype=dtype)
+            if qk_norm_whole:
+                self.query_norm = make_norm(heads * head_dim, axis="heads")
+                self.key_norm = make_norm(kv_heads * head_dim, axis="kv_heads")
+            else:
+                self.query_norm, self.key_norm = (make_norm(head_dim, axis="head_dim") for _ in range(2))
         self.l2_norm_eps = l2_norm_eps
         self.scale, self.softcap, self.dropout, self.interleaved = scale, softcap, Dropout(dropout), interleaved
         if sinks:
@@ -118,20 +118,20 @@ class Attention(SlottedLayer):
         Args:
             x: [B, T, D].
             rope: Rotary tables of the T positions; None: no rotary embedding.
-            mask: From `prepared`, for this layer; or bool [B or 1, 1, T or 1, S]; None: causal.
+            mask: The result of `prepared` for this layer, or bool [B or 1, 1, T or 1, S]; None: causal.
             cache: The keys and values of earlier tokens.
             offset: Number of keys in the cache.
             query_factors: Factors of the queries, [B or 1, T]; None: 1.
-            rotated: bool [], whether `rope` rotates at all, on which `l2_norm_eps` depends; None: it does.
+            rotated: bool [], whether this layer rotates queries and keys; `l2_norm_eps` applies only then. None: it does.
         """
         q, k, v = self.project(x)
         if rope is not None:
             q, k = rotate(q, *rope, self.interleaved), rotate(k, *rope, self.interleaved)
         if self.l2_norm_eps is not None:
-            normed = l2_norm(q, self.l2_norm_eps), l2_norm(k, self.l2_norm_eps)
-            q, k = (
-                normed if rotated is None else (jnp.where(rotated, *both) for both in zip(normed, (q, k), strict=True))
-            )
+            normed_q, normed_k = l2_norm(q, self.l2_norm_eps), l2_norm(k, self.l2_norm_eps)
+            if rotated is not None:
+                normed_q, normed_k = jnp.where(rotated, normed_q, q), jnp.where(rotated, normed_k, k)
+            q, k = normed_q, normed_k
         if query_factors is not None:
             q = q * query_factors[:, :, None, None].astype(q.dtype)
         if cache is not None:

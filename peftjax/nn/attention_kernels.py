@@ -16,13 +16,11 @@ from peftjax.nn.dropout import Dropout
 
 SPLASH_BLOCK = 128  # positions
 _SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)  # larger blocks read the keys less often
-_TRITON_BLOCK = 128  # positions
+_TRITON_BLOCK, _TRITON_BACKWARD = 128, 32  # positions, in the forward and the backward pass
 _PADDING = -(2**31)  # segment of keys that are padding
 
 
-def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | None = None, *, scale: float | None
-) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float | None) -> jax.Array:
     """Causal attention by cuDNN: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], in bfloat16 or float16.
 
     Only the window of the mask is used.
@@ -47,7 +45,7 @@ def splash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: AttentionMask | None = None,
+    mask: AttentionMask,
     *,
     scale: float | None,
     cap: float | None = None,
@@ -62,7 +60,7 @@ def splash(
         q: Queries.
         k: Keys, those of a prefix first.
         v: Values.
-        mask: Which keys each query attends to; None: causal.
+        mask: Which keys each query attends to.
         scale: Factor on the scores; None: 1 / sqrt(H).
         cap: Soft cap of the scores; None: no cap.
         interpret: Emulate the kernel, on machines without a TPU.
@@ -71,26 +69,25 @@ def splash(
         UserError: T is not a multiple of 128 on each device.
     """
     length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
-    prefix = 0 if mask is None else mask.prefix
-    if length % (SPLASH_BLOCK * parts) or k.shape[1] != prefix + length:
+    if length % (SPLASH_BLOCK * parts) or k.shape[1] != mask.prefix + length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
             f"attention='splash' takes sequences whose length is a multiple of {SPLASH_BLOCK}{each}, but this one has {length}"
         )
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
     segments = _splash_segments(q, mask)
-    after = -prefix % SPLASH_BLOCK  # padding after the last query, to which causal attention does not reach
+    after = -mask.prefix % SPLASH_BLOCK  # padding after the last query, to which causal attention does not reach
     k, v = (jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0))) for array in (k, v))
 
     def compute(window: int) -> jax.Array:
-        return _splash(q, k, v, segments, prefix=prefix, window=window, cap=cap, parts=parts, interpret=interpret)
+        return _splash(q, k, v, segments, prefix=mask.prefix, window=window, cap=cap, parts=parts, interpret=interpret)
 
     return _by_window(mask, compute)
 
 
-def _splash_segments(q: jax.Array, mask: AttentionMask | None) -> tuple[jax.Array, jax.Array] | None:
+def _splash_segments(q: jax.Array, mask: AttentionMask) -> tuple[jax.Array, jax.Array] | None:
     """The segments of the queries, int [B, T], and of the padded keys. Keys that are not valid have their own segment."""
-    if mask is None or (mask.segments is None and mask.valid is None):
+    if mask.segments is None and mask.valid is None:
         return None
     queries = jnp.zeros(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
     keys = queries if mask.valid is None else jnp.where(mask.valid, queries, _PADDING)
@@ -155,7 +152,7 @@ def triton(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: AttentionMask | None = None,
+    mask: AttentionMask,
     *,
     scale: float | None,
     interpret: bool = False,
@@ -168,7 +165,7 @@ def triton(
         q: Queries.
         k: Keys.
         v: Values.
-        mask: Which keys each query attends to; None: causal.
+        mask: Which keys each query attends to.
         scale: Factor on the scores; None: 1 / sqrt(H).
         interpret: Emulate the kernel, on machines without a GPU.
     """
@@ -176,9 +173,14 @@ def triton(
         warnings.simplefilter("ignore", DeprecationWarning)  # jax 0.12 deprecates it in favor of tokamax
         from jax.experimental.pallas.ops.gpu import attention
 
-    segments = None if mask is None else mask.segments
-    block = min(_TRITON_BLOCK, q.shape[1])
-    sizes = attention.BlockSizes(block_q=block, block_k=block, **dict.fromkeys(_TRITON_BACKWARD, min(32, block)))
+    sizes = attention.BlockSizes(
+        block_q=_TRITON_BLOCK,
+        block_k=_TRITON_BLOCK,
+        block_q_dkv=_TRITON_BACKWARD,
+        block_kv_dkv=_TRITON_BACKWARD,
+        block_q_dq=_TRITON_BACKWARD,
+        block_kv_dq=_TRITON_BACKWARD,
+    )
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         k, v = (jnp.repeat(array, q.shape[2] // array.shape[2], axis=2) for array in (k, v))
@@ -187,20 +189,17 @@ def triton(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v, segments)
+        return local(q, k, v, mask.segments)
     queries, keys = sharding.attention_partitions(q, k)
-    ids = None if segments is None else PartitionSpec(*queries[:2])
+    ids = None if mask.segments is None else PartitionSpec(*queries[:2])
     specs = (queries, keys, keys, ids)
     split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    return split(q, k, v, segments)
+    return split(q, k, v, mask.segments)
 
 
-_TRITON_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-
-
-def _by_window(mask: AttentionMask | None, compute: Callable[[int], jax.Array]) -> jax.Array:
+def _by_window(mask: AttentionMask, compute: Callable[[int], jax.Array]) -> jax.Array:
     """Call `compute` with the window of the mask's layer as a Python number. In the mask it is an array."""
-    if mask is None or not mask.windows:
+    if not mask.windows:
         return compute(0)
     if len(mask.windows) == 1:
         return compute(mask.windows[0])

@@ -28,7 +28,7 @@ _Pairs = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static: the sizes, and which pairs of blocks are computed.
+    """The static part of the computation: the sizes, and which pairs of blocks are computed.
 
     Attributes:
         scale: Factor on the scores.
@@ -151,12 +151,8 @@ def _forward(
     plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, mask: _Arrays
 ) -> tuple[jax.Array, tuple]:
     """The output, and what the backward pass needs: the arguments, the output and its logsumexp, [B, K, G, T]."""
-    queries, keys, values, masks = (
-        _query_blocks(plan, q, k),
-        _key_blocks(plan, k),
-        _key_blocks(plan, v),
-        _blocks(plan, mask),
-    )
+    queries, masks = _query_blocks(plan, q, k), _mask_blocks(plan, mask)
+    keys, values = _key_blocks(plan, k), _key_blocks(plan, v)
     row = (*queries.shape[1:-1],)  # B, K, G, t
     lowest = jnp.full(row, _LOWEST, jnp.float32)
     empty = (
@@ -191,12 +187,8 @@ def _forward(
 
 def _backward(plan: _Plan, saved: tuple, gradient: jax.Array) -> tuple:
     q, k, v, sinks, mask, out, logs = saved
-    queries, keys, values, masks = (
-        _query_blocks(plan, q, k),
-        _key_blocks(plan, k),
-        _key_blocks(plan, v),
-        _blocks(plan, mask),
-    )
+    queries, masks = _query_blocks(plan, q, k), _mask_blocks(plan, mask)
+    keys, values = _key_blocks(plan, k), _key_blocks(plan, v)
     gradients = _query_blocks(plan, gradient, k)
     along = jnp.sum(_query_blocks(plan, out, k).astype(jnp.float32) * gradients.astype(jnp.float32), axis=-1)
 
@@ -236,8 +228,8 @@ def _of_heads(sinks: jax.Array, row: tuple[int, ...]) -> jax.Array:
 def _pairs(plan: _Plan, q: jax.Array) -> _Pairs:
     """The block of queries and the block of keys of each step, and 1 where a block of queries starts.
 
-    The barrier makes them depend on the queries. Otherwise JAX would move what depends on them alone, the masks of all pairs
-    of blocks, out of a scan over layers and keep it in memory: a number of elements that grows with the square of the length.
+    The barrier makes them depend on the queries. Otherwise JAX would move the masks of all pairs of blocks, which depend on
+    these indices alone, out of a scan over layers and keep them in memory. Their size grows with the square of the length.
     """
     i, j = np.array(plan.pairs, np.int32).T
     pairs = jnp.asarray(i), jnp.asarray(j), jnp.asarray(np.diff(i, prepend=-1) != 0, jnp.int32)
@@ -248,7 +240,7 @@ def _pairs(plan: _Plan, q: jax.Array) -> _Pairs:
 def _scores(
     plan: _Plan, queries: jax.Array, keys: jax.Array, masks: _Arrays, i: jax.Array, j: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The scores of a pair of blocks, [B, K, G, t, s], and which of them count, [B or 1, 1, 1, t, s]."""
+    """The scores of a pair of blocks, [B, K, G, t, s], and which of them are allowed, bool [B or 1, 1, 1, t, s]."""
     scores = _product("bkgth,bksh->bkgts", queries, keys) * plan.scale
     if plan.cap is not None:
         scores = plan.cap * jnp.tanh(scores / plan.cap)
@@ -274,15 +266,15 @@ def _scores(
 
 
 def _weights(scores: jax.Array, allowed: jax.Array, shift: jax.Array) -> jax.Array:
-    """exp(scores - shift) of what counts, else 0: [B, K, G, t, s], with a shift of each query.
+    """exp(scores - shift) where a key is allowed, else 0: [B, K, G, t, s], with one shift for each query.
 
-    The exponent is masked, not the result. Where nothing counts the result would be infinite, and its derivative, which a
-    second derivative of the attention takes, not a number.
+    The exponent is masked, not the result. Otherwise the result would be infinite for a query that may attend to no key, and
+    a second derivative of the attention would be NaN.
     """
     return jnp.exp(jnp.where(allowed, scores - shift[..., None], _LOWEST))
 
 
-def _blocks(plan: _Plan, mask: _Arrays) -> _Arrays:
+def _mask_blocks(plan: _Plan, mask: _Arrays) -> _Arrays:
     """The arrays of a mask in blocks: [blocks, B or 1, t or s]."""
 
     def cut(name: str, array: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ class Dropout(nnx.Module):
     def __init__(self, rate: float, stack: tuple[int, ...] = ()) -> None:
         if not 0.0 <= rate <= 1.0:
             raise UserError(f"dropout must be between 0 and 1, got {rate}")
-        self.rate: Any = rate
+        self.rate: Any = float(rate)
         self.stack, self.deterministic = stack, True
         self.key = nnx.data(self._make_key() if rate > 0 else None)
 

@@ -85,9 +85,9 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
     virtual = mask.prefix + mask.shared > 0
     parts = sharding.parts("length", mask.length)
     if name == "splash":
+        multiple = SPLASH_BLOCK * parts
         found = {
-            f"{mask.length} positions, which are not a multiple of {SPLASH_BLOCK * parts}": mask.length
-            % (SPLASH_BLOCK * parts),
+            f"{mask.length} positions, which are not a multiple of {multiple}": mask.length % multiple,
             "packed sequences with virtual tokens": virtual and mask.segments is not None,
             "sliding windows with virtual tokens": virtual and mask.windows,
         }

@@ -180,7 +180,7 @@ class Experts(nnx.Module):
         return groups.combine(y, weights).reshape(x.shape)
 
     def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
-        """The inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K], from x [N, D] and weights."""
+        """Return the inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K]; x is [N, D]."""
         return groups.spread(x), weights
 
     def hidden(self, gate_up: jax.Array) -> jax.Array:
@@ -237,7 +237,7 @@ def _held(value: jax.Array | Quantized, axes: tuple[str | None, ...]) -> Partiti
 
 
 def _key_of_shard(key: jax.Array, shards: tuple[str, ...]) -> jax.Array:
-    """A dropout key of its own, uint32 [2], for each shard of the tokens and experts. Otherwise all would draw one mask."""
+    """A separate dropout key, uint32 [2], for each shard of the tokens and experts; with one key all masks would be equal."""
     if not shards:
         return key
     own = jax.random.fold_in(jax.random.wrap_key_data(key), jax.lax.axis_index(shards))

@@ -59,8 +59,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
 @recomputed
 def l2_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return _normed(x, eps).astype(x.dtype)
 
 
 class LayerNorm(SlottedLayer):

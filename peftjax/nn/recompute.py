@@ -1,7 +1,7 @@
 """Recomputation of functions in the backward pass."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -18,4 +18,4 @@ def recomputed(function: Callable[P, R]) -> Callable[P, R]:
     the arguments, which the backward pass needs for other gradients anyway.
     """
     # A scan needs no barrier against common-subexpression elimination.
-    return wraps(function)(partial(jax.checkpoint, prevent_cse=False)(function))
+    return wraps(function)(jax.checkpoint(function, prevent_cse=False))

@@ -119,15 +119,20 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
 
     Args:
         parameters: The fields; rope_scaling of older files has the same format.
-        head_dim: Width of a head that is rotated.
+        head_dim: Width of a head, or of the part of it that is rotated.
         max_positions: max_position_embeddings of the model.
 
     Raises:
-        UserError: An unknown rope_type, or a missing field.
+        UserError: An unknown rope_type, a missing field, or an odd width.
     """
-    given = {key: value for key, value in parameters.items() if key not in ("type", "rope_type")}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
+    if head_dim % 2:
+        raise UserError(
+            f"config.json: a rotary embedding needs an even width, but it rotates {head_dim} elements of a head"
+        )
+    given = {key: value for key, value in parameters.items() if value is not None}
+    old = given.pop("type", "default")
+    kind = given.pop("rope_type", old)
+    kind = "longrope" if kind == "su" else kind  # an old name
     if kind not in KINDS:
         raise UserError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
     theta = float(given.pop("rope_theta", 10000.0))
@@ -141,7 +146,7 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
         "longrope": {"short_factor", "long_factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     }[kind]
-    if missing := sorted(name for name in needed if given.get(name) is None):
+    if missing := sorted(needed - set(given)):
         raise UserError(
             f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}"
         )
@@ -153,11 +158,10 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
     optional: set[str] = {"yarn": {"beta_fast", "beta_slow", "truncate"}}.get(kind, set())
     for name in sorted((needed | optional) & set(given)):
         value = given.pop(name)
-        if name not in rope and value is not None:
-            rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
-    if unused := sorted(name for name, value in given.items() if value is not None):
+        rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
+    if given:
         warnings.warn(
-            f"config.json: ignoring {', '.join(unused)} in rope_scaling, as transformers does for rope_type {kind!r}",
+            f"config.json: ignoring {', '.join(sorted(given))} in rope_scaling, as transformers does for rope_type {kind!r}",
             stacklevel=2,
         )
     for name in ("short_factor", "long_factor"):

@@ -6,20 +6,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.core import variables
-from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import OUTPUT
-from peftjax.nn.slot import Slot
 
 M = TypeVar("M", bound=nnx.Module)
 X = TypeVar("X")
 
 INPUT = "layer_input"
 _POLICIES = jax.checkpoint_policies
+# What each kind of remat keeps for the backward pass.
 _KEPT: dict[str, Callable | None] = {
     "dots": _POLICIES.save_only_these_names(OUTPUT),
     "block": None,
@@ -29,7 +27,7 @@ _KEPT: dict[str, Callable | None] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-}  # what each kind of remat keeps for the backward pass
+}
 
 
 def make_stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
@@ -179,44 +177,3 @@ def open_stack(block: nnx.Module) -> tuple[nnx.GraphDef, variables.FlatTree, var
     graph, leaves = variables.flat(block)
     stacked = {path: leaf.get_value() for path, leaf in leaves.items() if variables.is_stacked(leaf)}
     return graph, stacked, {path: leaf.get_value() for path, leaf in leaves.items() if path not in stacked}
-
-
-class Residual(SlottedLayer):
-    """x + f(x), with a slot for bottleneck adapters, which wrap f."""
-
-    def __init__(self) -> None:
-        self.adapters = Slot()
-
-    def __call__(self, x: jax.Array, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return self.join(x, self.adapters(self, sublayer, x))
-
-    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Combine the input and output of the sublayer, [B, T, D] each."""
-        return x + y
-
-
-class ScaledResidual(Residual):
-    """x + factor * f(x), with the product in float32."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + times(y, self.factor)
-
-
-class NormedResidual(Residual):
-    """norm(x + f(x)): post-norm (Vaswani et al. 2017, section 3.1)."""
-
-    def __init__(self, norm: Callable[[jax.Array], jax.Array]) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return self.norm(x + y)
-
-
-def times(x: jax.Array, factor: float) -> jax.Array:
-    """factor * x, computed in float32, because bfloat16 would also round the factor."""
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 
 _CONTAINERS = ("while", "call", "conditional")  # the operations inside them are counted instead
 # Files that most operations pass through, so that the line of a caller says more.
-_LOW = ("peftjax/quant/", "peftjax/nn/linear.py", "peftjax/nn/slot.py", "peftjax/nn/stack.py")
+_LOW = ("peftjax/quant/", "peftjax/nn/linear.py", "peftjax/nn/residual.py", "peftjax/nn/slot.py", "peftjax/nn/stack.py")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,29 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
         for field in ("rope_scaling", "rope_parameters", "quantization_config", "id2label", "text_config")
         for value in ("linear", 3, [1])
     ],
+    *[
+        (CONFIG, {field: {"rope_type": "yarn"} | inner}, f"{field}: {name} must be {kind}, not ")
+        for field in ("rope_scaling", "rope_parameters")
+        for inner, name, kind in (
+            ({"factor": "4"}, "factor", "a number above 0"),
+            ({"rope_theta": 0}, "rope_theta", "a number above 0"),
+            ({"mscale": True}, "mscale", "a finite number"),
+            ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings", "an integer of at least 1"),
+            ({"short_factor": [1.0, "2"]}, "short_factor", "a list of numbers above 0"),
+            ({"rope_type": ["yarn"]}, "rope_type", "a string"),
+            ({"full_attention": 1}, "full_attention", "an object"),
+            ({"full_attention": {"factor": []}}, "full_attention: factor", "a number above 0"),
+        )
+    ],
+    *[
+        (CONFIG, {field: 0}, f"{CONFIG}: {field} must be an integer of at least 1, not 0")
+        for field in ("decoder_sparse_step", "interleave_moe_layer_step", "no_rope_layer_interval", "num_experts")
+    ],
+    *[
+        (CONFIG, {field: value}, f"{CONFIG}: {field} must be a list of integers, not ")
+        for field in ("mlp_only_layers", "moe_layers", "no_rope_layers")
+        for value in (1, "1", [1.5], ["1"])
+    ],
     (CONFIG, {"model_type": 3}, "model_type must be a string, not 3 (int)"),
     (CONFIG, {"model_type": ["llama"]}, "model_type must be a string"),
     (CONFIG, {"hidden_act": 3}, "hidden_act must be a string"),

@@ -14,7 +14,7 @@ from peftjax import adapters
 from peftjax.methods import Houlsby, ParallelAdapter, Pfeiffer
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.models.base import Model
-from peftjax.nn.stack import Residual
+from peftjax.nn.residual import Residual
 
 pytestmark = pytest.mark.slow
 

@@ -76,6 +76,7 @@ def tokens() -> jax.Array:
         ({"architectures": ["BertForQuestionAnswering"]}, "'BertForQuestionAnswering' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
+        (CLASSIFIER | {"id2label": {"no": 0, "yes": 1}}, "the keys of id2label must be the numbers of the labels"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),
         ({"embedding_size": 8}, "embedding_size=8: transformers reads this for model_type 'bert'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
@@ -204,7 +205,7 @@ def test_sentence_transformers_say_the_pooling_and_get_it_back(folder: Path, tmp
 def test_more_tokens_than_positions_are_refused() -> None:
     model = tiny.make(from_hf_config(CONFIG | {"model_type": "roberta"}))
     model(jnp.full((1, 14), 5))  # 16 rows, of which the padding and what is before it take two
-    with pytest.raises(ValueError, match="15 tokens and 0 virtual ones exceed the model's 14 positions"):
+    with pytest.raises(ValueError, match="15 tokens exceed the model's 14 positions"):
         model(jnp.full((1, 15), 5))
 
 

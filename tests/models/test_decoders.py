@@ -27,7 +27,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True is not supported for model_type 'gpt2'"),
         (GPT2, {"n_head": 5}, "n_embd=32 is not a multiple of n_head=5"),
         (GPT2, {"hidden_size": 32}, "hidden_size=32: transformers reads this for model_type 'gpt2'"),
-        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop is not supported"),
+        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported"),
         (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for model_type 'phi3'"),
         (
             PHI3,
@@ -59,6 +59,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
             "needs llama_4_scaling_beta",
         ),
         (SIZES, {"model_type": "gpt_oss", "hidden_act": "gelu"}, "only 'silu'"),
+        (SIZES, {"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds the number of exp"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(
@@ -96,6 +97,12 @@ def test_caps_and_windows_of_gemma_are_those_of_transformers_where_fields_are_le
     assert (three.rope.theta, three.local_rope.theta) == (1_000_000.0, 10_000.0)
     uncapped = from_hf_config(GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None})
     assert (uncapped.attention_cap, uncapped.logits_cap) == (None, None)
+
+
+def test_fields_that_are_left_out_have_the_defaults_of_transformers() -> None:
+    assert from_hf_config(SIZES | {"model_type": "mixtral"}).rope.theta == 1_000_000.0
+    short = {key: value for key, value in PHI3.items() if key != "max_position_embeddings"}
+    assert from_hf_config(short).max_positions == 4096
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn"])

@@ -15,9 +15,10 @@ from tests import tiny
         ({"model_type": "rwkv"}, "'rwkv' is not supported. Supported: bert, deberta-v2, distilbert, gemma2"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not known"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"is_causal": False}, "is_causal=False: transformers reads this for model_type 'llama'"),
         ({"sliding_window": 4}, "sliding_window=4 is not a field of model_type 'llama'"),
+        ({"head_dim": 7}, "a rotary embedding needs an even width, but it rotates 7 elements of a head"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not known"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
         ({"layer_types": ["sliding_attention"] * 3}, "transformers reads this for model_type 'llama'"),
@@ -45,6 +46,32 @@ def test_windows_follow_each_familys_fields() -> None:
     assert from_hf_config(tiny.CONFIG | qwen | {"use_sliding_window": True}).windows == (0, 5, 5)
     assert from_hf_config(tiny.CONFIG | {"model_type": "mistral"}).windows == (4096, 4096, 4096)
     assert from_hf_config(tiny.CONFIG | {"model_type": "mistral", "sliding_window": None}).windows == (0, 0, 0)
+    for kind in ("qwen2", "qwen3", "qwen3_moe"):
+        unlimited = {"model_type": kind, "use_sliding_window": True, "sliding_window": None}
+        assert from_hf_config(tiny.CONFIG | unlimited).windows == (0, 0, 0)
+
+
+def test_null_means_as_many_key_heads_as_query_heads() -> None:
+    fields = {"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 128}
+    assert from_hf_config(tiny.CONFIG | fields | {"num_key_value_heads": None}).kv_heads == 64
+    omitted = {key: value for key, value in (tiny.CONFIG | fields).items() if key != "num_key_value_heads"}
+    assert from_hf_config(omitted).kv_heads == 32
+
+
+def test_rope_scaling_replaces_rope_parameters() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    parameters = {"rope_type": "default", "rope_theta": 500.0}
+    with pytest.warns(UserWarning, match="ignoring rope_parameters, rope_theta included"):
+        both = from_hf_config(tiny.CONFIG | {"rope_scaling": scaling, "rope_parameters": parameters})
+    assert both.rope == from_hf_config(tiny.CONFIG | {"rope_scaling": scaling}).rope
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_mask_of_numbers_equals_one_of_booleans(dtype: type) -> None:
+    model, tokens = tiny.model(), tiny.tokens(shape=(2, 4))
+    mask = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
+    expected = model(tokens, mask=jnp.asarray(mask, bool))
+    np.testing.assert_array_equal(model(tokens, mask=mask.astype(dtype)), expected)
 
 
 def test_packed_documents_are_computed_as_if_each_stood_alone() -> None:

@@ -50,7 +50,7 @@ def test_the_whole_config_is_written_again_with_what_changed_in_the_text() -> No
     [
         ({"text_config": None}, "model_type 'llava' needs text_config"),
         ({"text_config": {"model_type": "cohere"}}, "model_type 'cohere' is not supported"),
-        ({"text_config": tiny.CONFIG | {"attention_dropout": 0.1}}, "attention_dropout is not supported"),
+        ({"text_config": tiny.CONFIG | {"attention_dropout": 0.1}}, "attention_dropout=0.1 is not supported"),
         ({"model_type": "lava"}, "Did you mean 'llava'"),
     ],
 )

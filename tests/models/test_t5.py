@@ -75,6 +75,13 @@ def test_each_version_says_its_head_and_its_scaling_in_its_own_way() -> None:
 
 
 @pytest.mark.slow
+def test_a_mask_of_numbers_equals_one_of_booleans() -> None:
+    model, tokens = tiny.make(from_hf_config(CONFIG)), tiny.tokens(shape=(2, 4))
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    expected = model(tokens, mask=jnp.asarray(mask, bool), decoder_tokens=tokens)
+    np.testing.assert_array_equal(model(tokens, mask=mask, decoder_tokens=tokens), expected)
+
+
 def test_a_target_read_in_parts_has_the_states_of_the_whole() -> None:
     whole = model(num_decoder_layers=3)
     given = inputs()

@@ -50,8 +50,9 @@ def pixels(rows: int = 2) -> jax.Array:
     [
         ({"architectures": ["ViTForImageClasification"]}, "Did you mean 'ViTForImageClassification'"),
         ({"pooler_act": "gelu"}, "pooler_act='gelu' is not supported for model_type 'vit', only 'tanh'"),
+        ({"patch_size": 0}, "patch_size=0 is neither a number above 0 nor"),
         ({"image_size": [8, 9]}, r"image_size=\[8, 9\] is not a multiple of patch_size=\[4, 4\]"),
-        ({"image_size": [8, 8, 3]}, r"image_size=\[8, 8, 3\] is neither a number nor \[height, width\]"),
+        ({"image_size": [8, 8, 3]}, r"image_size=\[8, 8, 3\] is neither a number above 0 nor \[height, width\]"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
         ({"head_dim": 4}, "head_dim=4: transformers reads this for model_type 'vit'"),

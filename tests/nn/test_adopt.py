@@ -171,3 +171,11 @@ def test_an_einsum_that_is_no_product_with_a_matrix_is_left_alone(string: str) -
     model = nnx.Dict(layer=nnx.Einsum(string, shape, rngs=nnx.Rngs(0)))
     adopt(model)
     assert type(model.layer) is nnx.Einsum
+
+
+def test_a_sublayer_that_is_adopted_twice_keeps_its_adapters() -> None:
+    model = nnx.Dict(layer=nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+    adopt(model, sublayers={"layer": 4})
+    adapters.attach(model, Houlsby(), rngs=nnx.Rngs(0))
+    adopt(model, sublayers={"layer": 4})
+    assert model.layer.adapters.names() == ["default"]

@@ -18,7 +18,7 @@ from peftjax.methods.bottleneck.adapter import BottleneckAdapter
 from peftjax.methods.bottleneck.options import LEARNED_SCALES, BottleneckOptions
 from peftjax.models.base import Model
 from peftjax.nn.adopt import AdoptedSublayer
-from peftjax.nn.stack import Residual
+from peftjax.nn.residual import Residual
 
 # The fields of AdapterHub that define u and what follows the adapter, with the values that a missing one has.
 FLOWS = {
