@@ -83,7 +83,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         >>> path = peftjax.save_adapter(model, "my-adapter")
         >>> model = peftjax.load_adapter(model, "my-adapter", name="again")
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     method: Method
     if adapter_hub.is_hub(path):
         method, tensors = adapter_hub.read(path, model, name)
@@ -118,17 +118,16 @@ def method_for(path: Path, model: nnx.Module) -> Method:
 
 def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray], bool]:
     """The method and the tensors of a PEFT directory in the model's names, and whether its file holds the task head."""
-    method, has_head = _read_method(path, model)
-    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
-    method, tensors = with_all_experts(method, tensors, model)
-    parameters = read_json(path / CONFIG).get("target_parameters")
-    return *_fitted(method, tensors, model, path, parameters or ()), has_head
-
-
-def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
-    """The method of a PEFT directory, and whether its file holds the task head."""
     _check_files(path)
     config = read_json(path / CONFIG)
+    method, has_head = _read_method(config, model, path)
+    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+    method, tensors = with_all_experts(method, tensors, model)
+    return *_fitted(method, tensors, model, path, config.get("target_parameters") or ()), has_head
+
+
+def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
+    """The method that an adapter_config.json describes, and whether the file of the tensors holds the task head."""
     method = method_class(config, path)
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")

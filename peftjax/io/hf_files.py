@@ -53,6 +53,7 @@ FLOATS = {
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what safetensors calls the dtypes of parameters
 
 
 # --- Model directories ---
@@ -77,14 +78,14 @@ def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] 
         return _with_config(directory)
     if directory.exists():
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
-    if name == "embedded" or not _is_hub_id(name):
+    if name == "embedded" or not is_hub_id(name):
         raise UserError(f"{name}: no such directory.{_near(directory)}")
     if "/" not in name and (near := suggest(name, ["embedded"])):
         raise UserError(f"{name}: no such directory.{near} For a model of this name on the hub, give OWNER/{name}")
     return _with_config(_download(name, revision, files))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name is `model` or `owner/model`; if a local folder `owner` exists, it is a misspelled local path."""
     word = r"[A-Za-z0-9_][\w.-]*"
     return re.fullmatch(rf"{word}(/{word})?", name) is not None and not ("/" in name and Path(name).parent.is_dir())
@@ -287,7 +288,10 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{directory} has only pytorch_model.bin, a pickle. Reading a pickle can run arbitrary code, so it is not "
             'supported; convert it to safetensors: load it with transformers and call model.save_pretrained("DIR")'
         )
-    raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(directory)}")
+    raise UserError(
+        f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(directory)}. Other formats, such as "
+        'pytorch_model.bin, are neither downloaded nor read; load the model with transformers and call model.save_pretrained("DIR")'
+    )
 
 
 def _read_sharded(directory: Path) -> dict[str, StoredTensor]:

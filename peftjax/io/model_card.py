@@ -16,7 +16,7 @@ from peftjax.adapters.method import Method
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
-from peftjax.io.hf_files import read_header, read_json
+from peftjax.io.hf_files import is_hub_id, read_header, read_json
 
 CARD = "README.md"
 REPOSITORY = "ORG/NAME"  # stands for the repository in the text of a card, until the adapter is uploaded
@@ -121,9 +121,8 @@ def _checksum(text: str) -> str:
 
 def hub_id(base: str) -> str | None:
     """The base's id on the hub; None if it is a local directory or the bundled model."""
-    word = r"[A-Za-z0-9_][\w.-]*"
     local = base == "embedded" or Path(base).expanduser().exists()
-    return None if local or not re.fullmatch(rf"{word}(/{word})?", base) else base
+    return base if is_hub_id(base) and not local else None
 
 
 def _shown_base(base: str) -> str:

@@ -430,7 +430,9 @@ def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: P
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json"):
+    with pytest.raises(
+        ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json\. .*save_pretrained"
+    ):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n.")
     with pytest.raises(
@@ -555,6 +557,21 @@ def test_a_directory_that_save_model_did_not_write_is_refused_and_left_alone(tmp
         save_model(model, tmp_path / "saved")
     (tmp_path / "empty").mkdir()
     save_model(model, tmp_path / "empty")
+
+
+def test_a_model_is_saved_through_a_link_but_not_into_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for _ in range(2):
+        save_model(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {file.name for file in (tmp_path / "here").iterdir()} == {"config.json", "model.safetensors"}
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here is the working directory and cannot be replaced; give a new directory"):
+        save_model(model, ".")
 
 
 def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
