@@ -11,13 +11,11 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.io import hf_files
-from peftjax.io.bitsandbytes import Packed
+from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry
-from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.io.hf_files import enumerate_some
 from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
-
-Stored = StoredTensor | Packed
 
 
 def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelConfig:
