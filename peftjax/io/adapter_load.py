@@ -32,11 +32,11 @@ from peftjax.io.adapter_fit import (
     without_unmatched,
 )
 from peftjax.io.adapter_keys import respelled, with_older_names
-from peftjax.io.adapter_method import method_class
+from peftjax.io.adapter_method import check_directory, method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.io.hf_files import check_files, enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
@@ -155,8 +155,10 @@ def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tu
 
 
 def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:
-    """The fields without those that no peft up to `NEWEST_PEFT` has and that it therefore ignores; those of a newer one may
-    change the result and are kept, to be rejected."""
+    """The fields without those that no peft up to `NEWEST_PEFT` has, which peft ignores.
+
+    The fields of a newer peft may change the result. They are kept, and rejected later.
+    """
     unknown = [key for key in fields if key not in method.hf_known() and fields[key] not in (None, False, "", [], {})]
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if not unknown or (numbers and tuple(map(int, numbers.groups())) > NEWEST_PEFT):
@@ -221,20 +223,12 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
 
 def _check_files(path: Path) -> None:
     """Check that a PEFT directory has its two files."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give the one that holds {CONFIG} and {WEIGHTS}")
-    check_files(path, (CONFIG, WEIGHTS))
-    there = sorted(item.name for item in path.iterdir())
-    if PICKLE in there and WEIGHTS not in there:
+    if (path / PICKLE).exists() and not (path / WEIGHTS).exists():
         raise UserError(
             f"{path} has only {PICKLE}, a pickle. Reading a pickle can run arbitrary code, so it is not supported; convert "
             'it to safetensors: load it with peft and call model.save_pretrained("DIR")'
         )
-    for file in (CONFIG, WEIGHTS):
-        if file not in there:
-            raise UserError(
-                f"{path} is not an adapter directory: {file} is missing; it holds {', '.join(there) or 'no files'}"
-            )
+    check_directory(path, (CONFIG, WEIGHTS))
 
 
 def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path: Path) -> None:

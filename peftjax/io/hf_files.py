@@ -21,7 +21,7 @@ from peftjax.io.json_types import check_types
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
-# Files of which every tokenizer has one: of the tokenizers library, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
+# Every tokenizer has one of these: tokenizers, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 # The files besides config.json and the weights: tokenizer, image and video preprocessing, and generation settings.
 SIDE_FILES = (
@@ -130,7 +130,7 @@ def _with_config(directory: Path) -> Path:
         raise UserError(
             f"{directory} holds an adapter, not a model; load its base model, then pass this to load_adapter"
         )
-    raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {_listing(directory)}")
+    raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {listing(directory)}")
 
 
 def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
@@ -140,9 +140,9 @@ def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
             check_regular(path)
 
 
-def _listing(directory: Path) -> str:
-    names = sorted(entry.name for entry in directory.iterdir())
-    return (", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "no files"
+def listing(directory: Path) -> str:
+    """Name the first entries of a directory, for messages."""
+    return enumerate_some(sorted(entry.name for entry in directory.iterdir()), 10) or "no files"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             'supported; convert it to safetensors: load it with transformers and call model.save_pretrained("DIR")'
         )
     raise UserError(
-        f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(directory)}. Other formats, such as "
+        f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {listing(directory)}. Other formats, such as "
         'pytorch_model.bin, are neither downloaded nor read; load the model with transformers and call model.save_pretrained("DIR")'
     )
 
