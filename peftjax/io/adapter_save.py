@@ -182,20 +182,12 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
     } | method.to_hf(model, name)
     # PEFT saves a layer of the task head if the task_type has a head and the layer one of PEFT's names for it. Otherwise
     # modules_to_save must name the layer.
-    if heads := [head for head in _trained_heads(model, name) if not _saved_by_task(model, head)]:
+    saved_by_task = HEAD_NAMES if task_type(model) in CLASSIFICATIONS else ()
+    trained = [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+    if heads := [head for head in trained if not any(is_saved(head, entry) for entry in saved_by_task)]:
         saved = config.get("modules_to_save") or []
         config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
     return config
-
-
-def _trained_heads(model: nnx.Module, name: str) -> list[str]:
-    """The names of the task head's layers that adapter `name` trains."""
-    return [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
-
-
-def _saved_by_task(model: nnx.Module, head: str) -> bool:
-    """Whether PEFT saves a layer of the task head because of the task_type."""
-    return task_type(model) in CLASSIFICATIONS and any(is_saved(head, entry) for entry in HEAD_NAMES)
 
 
 def _hub_files(

@@ -75,8 +75,8 @@ def load_model(
 
     Raises:
         UserError: The directory is missing or incomplete, the architecture or an option is not supported, tensors are
-            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
-            quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
+            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory
+            is quantized in another format than bitsandbytes' NF4 or than `quantize`, or only in some layers.
 
     Examples:
         >>> import jax.numpy as jnp

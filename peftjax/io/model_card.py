@@ -1,7 +1,7 @@
 """The model card of an adapter: a README.md with the metadata that the Hugging Face hub reads, and how to load it.
 
-A card in an adapter directory ends in a comment with its own checksum. It tells a card that may be replaced from one that
-somebody has written or edited, which is kept.
+A card in an adapter directory ends in a comment with its own checksum. A card that does not match its checksum was written or
+edited by somebody, and is kept.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ class Training:
     """What a card says about the training.
 
     Attributes:
-      task: A key of `_TASKS`.
-      head: The options of `load_model` for the task head.
-      facts: Further rows of the table, by name.
-      scores: Rows of the table of scores: the metric, and its values before and after the training; nan if unknown.
-      data: What the scores were measured on.
+        task: A key of `_TASKS`.
+        head: The options of `load_model` for the task head.
+        facts: Further rows of the table, by name.
+        scores: Rows of the table of scores: the metric, and its values before and after the training; nan if unknown.
+        data: What the scores were measured on.
     """
 
     task: str
@@ -57,11 +57,11 @@ def make_card(directory: Path, training: Training | None = None) -> str:
     """The text of README.md for the adapter in a directory.
 
     Args:
-      directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
-      training: Information about the training that is not in the files.
+        directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
+        training: Information about the training that is not in the files.
 
     Raises:
-      UserError: The directory does not hold an adapter that can be read.
+        UserError: The directory does not hold an adapter that can be read.
     """
     from huggingface_hub import ModelCardData
 

@@ -100,7 +100,7 @@ def _quantization_config(model: Model) -> dict[str, Any]:
     """The fields of config.json that describe quantized kernels; empty if there are none."""
     leaves = variables.flat(model)[1]
     kernels = {}
-    dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # that this head has
+    dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # if it has them
     for entry in entries(model):
         value = leaves[entry.path].get_value()
         if isinstance(value, Quantized):
