@@ -28,6 +28,8 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
     Raises:
         UserError: An unknown format, or names that match no kernel or some layers of a stack only.
     """
+    if isinstance(skip, str):
+        raise UserError(f"skip={skip!r} (model.skip_quantize) is one string; give a tuple of names: ({skip!r},)")
     if not quantize:
         if skip:
             raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize) needs quantize")

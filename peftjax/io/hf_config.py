@@ -13,6 +13,7 @@ from peftjax.models.base import ModelConfig
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import WHOLES
 
+REMATS = ("none", "dots", "block", "offload")
 PACKED = "packed"  # what `stored_quantization` adds to a quantization_config: the names of the weights in NF4
 
 
@@ -43,9 +44,13 @@ def read_config(
     Raises:
         UserError: An option, the architecture or a field is not supported.
     """
-    for name in (dtype, param_dtype or dtype):
-        if name not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+    for name, value, values in (
+        ("dtype", dtype, hf_files.DTYPES),
+        ("param_dtype", param_dtype or dtype, hf_files.DTYPES),
+        ("remat", remat, REMATS),
+    ):
+        if value not in values:
+            raise UserError(f"{name}={value!r} is not one of {', '.join(values)}")
     # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
     fields, quantization = read_fields(directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}

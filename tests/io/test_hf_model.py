@@ -278,12 +278,16 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
         load_model(write(tmp_path / "m", stored, tie_word_embeddings=True))
 
 
-def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
+def test_other_quantized_formats_and_options_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
     with pytest.raises(ValueError, match=r"quantize='nf' is not a format\. Did you mean 'nf4'"):
         load_model(directory, quantize="nf")
-    with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype='int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")
+    with pytest.raises(ValueError, match="remat='blocks' is not one of none, dots, block, offload"):
+        load_model(directory, remat="blocks")
+    with pytest.raises(ValueError, match=r"skip='q_proj' .* is one string; give a tuple of names"):
+        load_model(directory, quantize="nf4", skip="q_proj")
     packed = {GATE.replace("weight", "qweight"): np.zeros((2, MLP), np.int32)}
     write(tmp_path / "m", random_tensors() | packed, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
