@@ -9,7 +9,7 @@ from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import check_files, listing, read_json
+from peftjax.io.hf_files import check_files, is_hub_id, listing, read_json
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import from_hub
 
@@ -40,7 +40,10 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
         UserError: There is no such directory, or a file is missing or not a regular file.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give the one that holds {' and '.join(files)}")
+        message = f"{path}: no such directory; give the one that holds {' and '.join(files)}"
+        if "/" in str(path) and is_hub_id(str(path)):
+            message += f". To use an adapter on the hub, give huggingface_hub.snapshot_download({str(path)!r})"
+        raise UserError(message)
     check_files(path, files)
     for file in files:
         if not (path / file).is_file():

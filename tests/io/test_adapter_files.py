@@ -570,6 +570,10 @@ def test_a_config_that_cannot_be_honoured_is_refused(fields: dict[str, Any], mes
 def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no such directory; give the one that holds"):
         load_adapter(tiny.model(), tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=r"adapter on the hub, give huggingface_hub\.snapshot_download\('some/adapter'\)"
+    ):
+        load_adapter(tiny.model(), "some/adapter")
     path = write(tmp_path / "a", random_tensors())
     (path / CONFIG).unlink()
     with pytest.raises(ValueError, match=f"not an adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):
