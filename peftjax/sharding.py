@@ -254,10 +254,8 @@ def attention_partitions(q: jax.Array, k: jax.Array) -> tuple[PartitionSpec, Par
 
     A query head is on the device of its key head. Each device has the keys of all positions.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = (k.shape[0], q.shape[1], *k.shape[2:])
-    queries, keys = ("batch", "length", "kv_heads", None), ("batch", None, "kv_heads", None)
-    return partition(queries, shape, mesh), partition(keys, k.shape, mesh)
+    queries = on_current_mesh(("batch", "length", "kv_heads", None), (k.shape[0], q.shape[1], *k.shape[2:]))
+    return queries, on_current_mesh(("batch", None, "kv_heads", None), k.shape)
 
 
 def gathered(kernel: K, axes: Sequence[str | None]) -> K:

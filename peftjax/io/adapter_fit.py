@@ -34,7 +34,7 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
-PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
+TABLES = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
 
 
 def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -219,7 +219,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     def keep(option: str, entries: Iterable[Any], fits: Callable[[Any], bool]) -> tuple[Any, ...]:
         entries = tuple(entries)
         kept = tuple(entry for entry in entries if fits(entry))
-        if dropped := [repr(entry[0] if option in PATTERNS else entry) for entry in entries if not fits(entry)]:
+        if dropped := [repr(entry[0] if option in TABLES else entry) for entry in entries if not fits(entry)]:
             removed.append(f"{method.hf_fields.get(option, (option,))[0]} {', '.join(dropped)}")
         return kept
 
@@ -277,9 +277,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
     """The options that are tables by module name. AdaLoRA's has the names of tensors, which it checks itself."""
-    return (
-        {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in PATTERNS if hasattr(method, key)}
-    )
+    return {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in TABLES if hasattr(method, key)}
 
 
 def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
