@@ -62,7 +62,7 @@ def save_adapter(
         The directory.
 
     Raises:
-        UserError: The adapter is not attached, its method has no Hugging Face format, or `single_experts` does not apply, or
+        UserError: The adapter is not attached, its method has no Hugging Face format, `single_experts` does not apply, or
             `path` is a file.
 
     Examples:
@@ -75,7 +75,7 @@ def save_adapter(
     named = BaseName(base) if base is not None else base_name(model, name)
     if named is None and isinstance(model, Model) and model.origin:
         named = BaseName(model.origin.path, model.origin.options["revision"])
-    return write_adapter(model, path, name, named, single_experts=single_experts)
+    return write_adapter(model, Path(path).expanduser(), name, named, single_experts=single_experts)
 
 
 def write_adapter(
@@ -101,7 +101,7 @@ def write_adapter(
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; give a directory")
     tensors = adapter_tensors(model, name, read=distributed.whole)
