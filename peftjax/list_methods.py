@@ -28,7 +28,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
 from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
-from peftjax.io.hf_files import read_json, resolve
+from peftjax.io.hf_config import read_fields
+from peftjax.io.hf_files import resolve
 from peftjax.models import from_hf_config
 from peftjax.models.base import ModelConfig
 
@@ -182,8 +183,8 @@ def main(argv: list[str]) -> None:
     if given.method:
         explain(given.method, console)
         return
-    directory = resolve(given.model)
-    print_methods(from_hf_config(read_json(directory / "config.json")), console)
+    directory = resolve(given.model, files=("config.json",))
+    print_methods(from_hf_config(read_fields(directory)[0]), console)
 
 
 if __name__ == "__main__":

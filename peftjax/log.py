@@ -86,8 +86,8 @@ class Log:
             tracking: Other trackers, and what they show of the run.
             quiet: Do not print.
             on_line: Called with each line of metrics.jsonl after it was written.
-            progress: That of several runs that train together, which counts their steps itself; by default, the log has its
-                own.
+            progress: The progress bar of several runs that train together, which counts their steps itself; default: one for
+                this run.
 
         Raises:
             UserError: The run resumes and a line of metrics.jsonl is invalid, other than a truncated last line; or a tracker
@@ -119,7 +119,7 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Preempted and KeyboardInterrupt are not errors
+        # Preempted and KeyboardInterrupt are not subclasses of Exception.
         self.close("finished" if error is None else "failed" if isinstance(error, Exception) else "stopped")
 
     @property
@@ -224,9 +224,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: Any other line is invalid.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split(
-        "\n"
-    )  # the last one has no newline: it is empty or truncated
+    # The last line has no newline: it is empty or truncated.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     found = []
     for number, line in enumerate(lines, start=1):
         try:

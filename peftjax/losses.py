@@ -78,7 +78,7 @@ def next_token(
         chunk: Positions of each sequence whose logits exist at one time.
 
     Raises:
-        UserError: The batch lacks an array, or `chunk` is less than 1.
+        UserError: The batch lacks an array or has one of a wrong shape, or `chunk` is less than 1.
 
     Examples:
         >>> import jax, jax.numpy as jnp, peftjax
@@ -92,6 +92,7 @@ def next_token(
         ((), dtype('float32'))
     """
     _require("next_token", batch, "tokens", "targets", "loss_weights")
+    _require_shape("next_token", batch, batch["tokens"].shape, "targets", "loss_weights")
     return _mean(next_token_loss(_view(model, batch, key, train), batch, chunk))
 
 
@@ -109,7 +110,7 @@ def seq2seq(
         chunk: Positions of each target whose logits exist at one time.
 
     Raises:
-        UserError: The batch lacks an array, or `chunk` is less than 1.
+        UserError: The batch lacks an array or has one of a wrong shape, or `chunk` is less than 1.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -123,6 +124,7 @@ def seq2seq(
         ()
     """
     _require("seq2seq", batch, "tokens", "mask", "decoder_tokens", "targets", "loss_weights")
+    _require_shape("seq2seq", batch, batch["decoder_tokens"].shape, "targets", "loss_weights")
     return _mean(seq2seq_loss(_view(model, batch, key, train), batch, chunk))
 
 
@@ -139,7 +141,7 @@ def classification(
         train: Whether dropout is active.
 
     Raises:
-        UserError: The batch lacks an array.
+        UserError: The batch lacks an array, or has one of a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -154,7 +156,9 @@ def classification(
         >>> print(f"{losses.classification(model, batch | {'labels': jnp.array([0])}):.4f}")
         0.6931
     """
-    return _mean(classification_loss(_text_logits("classification", model, batch, key, train), batch))
+    logits = _text_logits("classification", model, batch, key, train)
+    _require_shape("classification", batch, logits.shape[:-1], "labels", "loss_weights")
+    return _mean(classification_loss(logits, batch))
 
 
 def token_classification(
@@ -170,7 +174,7 @@ def token_classification(
         train: Whether dropout is active.
 
     Raises:
-        UserError: The batch lacks an array.
+        UserError: The batch lacks an array, or has one of a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -185,7 +189,9 @@ def token_classification(
         >>> print(f"{losses.token_classification(model, batch | {'labels': jnp.zeros((1, 4), int)}):.4f}")
         0.6931
     """
-    return _mean(classification_loss(_text_logits("token_classification", model, batch, key, train), batch))
+    logits = _text_logits("token_classification", model, batch, key, train)
+    _require_shape("token_classification", batch, logits.shape[:-1], "labels", "loss_weights")
+    return _mean(classification_loss(logits, batch))
 
 
 def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
@@ -198,7 +204,7 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
         train: Whether dropout is active.
 
     Raises:
-        UserError: The batch lacks an array.
+        UserError: The batch lacks an array, or has one of a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -213,7 +219,10 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
         >>> print(f"{losses.multi_label(model, batch | {'labels': jnp.array([[1.0, 1.0]])}):.4f}")
         0.6931
     """
-    return _mean(multi_label_loss(_text_logits("multi_label", model, batch, key, train), batch))
+    logits = _text_logits("multi_label", model, batch, key, train)
+    _require_shape("multi_label", batch, logits.shape, "labels")
+    _require_shape("multi_label", batch, logits.shape[:-1], "loss_weights")
+    return _mean(multi_label_loss(logits, batch))
 
 
 def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
@@ -226,7 +235,7 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
         train: Whether dropout is active.
 
     Raises:
-        UserError: The batch lacks an array.
+        UserError: The batch lacks an array, or has one of a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -241,7 +250,11 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
         >>> print(f"{losses.regression(model, batch | {'labels': jnp.array([3.0])}):.4f}")
         9.0000
     """
-    return _mean(regression_loss(_text_logits("regression", model, batch, key, train), batch))
+    logits = _text_logits("regression", model, batch, key, train)
+    if logits.shape[-1] != 1:
+        raise UserError(f"losses.regression: the model has {logits.shape[-1]} outputs; load it with labels=1")
+    _require_shape("regression", batch, logits.shape[:-1], "labels", "loss_weights")
+    return _mean(regression_loss(logits, batch))
 
 
 def image_classification(
@@ -257,7 +270,7 @@ def image_classification(
         train: Whether dropout is active.
 
     Raises:
-        UserError: The batch lacks an array.
+        UserError: The batch lacks an array, or has one of a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -273,6 +286,7 @@ def image_classification(
     """
     _require("image_classification", batch, "pixels", "labels", "loss_weights")
     logits = _view(model, batch, key, train)(batch["pixels"])
+    _require_shape("image_classification", batch, logits.shape[:-1], "labels", "loss_weights")
     return _mean(classification_loss(logits, batch))
 
 
@@ -296,3 +310,12 @@ def _require(loss: str, batch: Batch, *names: str) -> None:
         raise UserError(
             f"losses.{loss}: the batch has no {missing[0]!r}; it needs {', '.join(names)} and has {', '.join(batch)}"
         )
+
+
+def _require_shape(loss: str, batch: Batch, shape: tuple[int, ...], *names: str) -> None:
+    """Check the shape of arrays of the batch. Broadcast against the model's output, they would give another loss."""
+    for name in names:
+        if (given := batch[name].shape) != shape:
+            raise UserError(
+                f"losses.{loss}: {name} has the shape {list(given)}; with this model it must be {list(shape)}"
+            )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peftjax.core import distributed
 from peftjax.core.config import field
@@ -23,7 +23,7 @@ MEMBERS = "members"  # the additional axis of a population's mesh
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices split what. One axis may be -1."""
+    """The number of devices on each axis of the mesh. One of them may be -1."""
 
     data: int = field(1, "Devices that split the batch; -1: all remaining devices", low=-1)
     fsdp: int = field(1, "Devices that split the batch and the weights; -1: all remaining devices", low=-1)
@@ -33,8 +33,8 @@ class MeshConfig:
     tensor: int = field(1, "Devices that split heads and features; -1: all remaining devices", low=-1)
 
     def __post_init__(self) -> None:
-        if none := [axis for axis, size in self.sizes.items() if size == 0]:
-            raise UserError(f"mesh.{none[0]}=0 must be a number of devices, or -1 for all remaining devices")
+        if empty := [axis for axis, size in self.sizes.items() if size == 0]:
+            raise UserError(f"mesh.{empty[0]}=0: use at least 1 device, or -1 for all remaining devices")
         rest = [f"mesh.{axis}" for axis, size in self.sizes.items() if size == -1]
         if len(rest) > 1:
             raise UserError(f"{' and '.join(rest)} are -1 (all remaining devices); only one of them may be")
@@ -69,7 +69,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         devices: The devices to use; default: all.
 
     Raises:
-        UserError: The sizes need more devices than there are, or leave a process without any.
+        UserError: The sizes need more devices than there are, -1 does not stand for a whole number, or a process would have
+            no part in the mesh.
     """
     if sizes is None:
         devices = list(jax.devices())[:1] if devices is None else devices
@@ -79,8 +80,13 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
-        known = -int(np.prod(shape))
-        shape[shape.index(-1)] = max(len(devices) // known, 1)
+        known, axis = -int(np.prod(shape)), shape.index(-1)
+        if len(devices) > known and len(devices) % known:
+            raise UserError(
+                f"mesh.{MESH_AXES[axis]}=-1 cannot use all {len(devices)} devices: the other axes take {known}, which does not "
+                "divide them; change the other axes, or give a number instead of -1"
+            )
+        shape[axis] = max(len(devices) // known, 1)
     wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if (needed := int(np.prod(shape))) > len(devices):
         owner = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
@@ -114,7 +120,7 @@ def members_axis(count: int) -> str | None:
     return MEMBERS if size > 1 and count % size == 0 else None
 
 
-def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Return how an array with these logical axes is sharded.
 
     A mesh axis shards only the first dimension that the table assigns to it, and only if it divides that dimension. Other
@@ -177,15 +183,14 @@ def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, fl
         quantized = isinstance(value, Quantized)
         axes = value.axes(tuple(variable.axes))[0] if quantized else variable.axes
         shape = jax.tree.leaves(value)[0].shape
-        wanted, given = (
-            _parts(partition(axes, sizes, mesh), mesh) for sizes in ((0,) * len(shape), shape)
-        )  # 0: any divides
+        divisible = (0,) * len(shape)  # by any number of devices
+        wanted, given = (_parts(partition(axes, sizes, mesh), mesh) for sizes in (divisible, shape))
         if given < wanted:
             found[path] = 1 / given - 1 / wanted
     return found
 
 
-def _parts(split: PartitionSpec, mesh: Mesh) -> int:
+def _parts(split: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of an array."""
     each = [(names,) if isinstance(names, str) else names or () for names in split]
     return math.prod(mesh.shape[name] for names in each for name in names)
@@ -216,18 +221,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
 
 
 def on_current_mesh(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Return how the current mesh shards an array with these logical axes."""
-    return partition(axes, shape, jax.sharding.get_abstract_mesh())  # type: ignore[arg-type]
+    return partition(axes, shape, jax.sharding.get_abstract_mesh())
 
 
 def parts(axis: str, size: int) -> int:
     """Return the number of parts into which the current mesh shards a dimension."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _parts(partition((axis,), (size,), mesh), mesh)  # type: ignore[arg-type]
+    return 1 if mesh.empty else _parts(partition((axis,), (size,), mesh), mesh)
 
 
 def _splits_length() -> bool:
@@ -249,10 +254,8 @@ def attention_partitions(q: jax.Array, k: jax.Array) -> tuple[PartitionSpec, Par
 
     A query head is on the device of its key head. Each device has the keys of all positions.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = (k.shape[0], q.shape[1], *k.shape[2:])
-    queries, keys = ("batch", "length", "kv_heads", None), ("batch", None, "kv_heads", None)
-    return partition(queries, shape, mesh), partition(keys, k.shape, mesh)  # type: ignore[arg-type]
+    queries = on_current_mesh(("batch", "length", "kv_heads", None), (k.shape[0], q.shape[1], *k.shape[2:]))
+    return queries, on_current_mesh(("batch", None, "kv_heads", None), k.shape)
 
 
 def gathered(kernel: K, axes: Sequence[str | None]) -> K:

@@ -1,6 +1,6 @@
 """Losses as sums over tokens or examples: they add up over chunks, microbatches and devices.
 
-The functions leave the model's mode alone. `peftjax.losses` has the means for a training loop of your own.
+The functions do not change the model's mode. `peftjax.losses` has means instead, for a training loop of your own.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ class Totals(NamedTuple):
         loss: The sum of weight * loss. loss / tokens is the mean loss.
         tokens: The sum of the weights.
         correct: The sum of the weights where the target has the largest logit; 0 for regression and multi-label tasks.
-        balance: The load-balancing loss times its coefficient and `tokens`, which training minimizes too. None: it is off.
+        balance: The load-balancing loss times its coefficient and `tokens`, which training minimizes too. None if it is off.
     """
 
     loss: jax.Array
@@ -96,9 +96,7 @@ def chunked_cross_entropy(
         UserError: `chunk` is less than 1.
     """
     if chunk < 1:
-        raise UserError(
-            f"loss_chunk={chunk}: the loss cannot be computed over {chunk} positions at a time; use at least 1"
-        )
+        raise UserError(f"chunk={chunk}: the loss cannot be computed over {chunk} positions at a time; use at least 1")
     weights = weights.astype(jnp.float32)
     length = targets.shape[1]
     if chunk >= length:

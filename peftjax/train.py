@@ -138,9 +138,10 @@ def main(argv: list[str]) -> None:
         )
     if options.push is not None:
         distributed.on_first(lambda: check_push(options.push))  # before the training, not after it
-    train(config, Path(options.workdir), profile=profile)
+    workdir = Path(options.workdir).expanduser()
+    train(config, workdir, profile=profile)
     if options.push is not None:
-        url = distributed.on_first(lambda: push_adapter(Path(options.workdir) / "adapter", options.push))
+        url = distributed.on_first(lambda: push_adapter(workdir / "adapter", options.push))
         if jax.process_index() == 0:
             print(url)
 

@@ -86,7 +86,8 @@ def train(
         raise UserError(f"train: config must be a mapping such as {{'train.steps': 100}}, not {config!r}")
     if optimizer is not None and not _is_optimizer(optimizer):
         raise UserError(f"train: optimizer must be an optax optimizer such as optax.adamw(1e-4), not {optimizer!r}")
-    directory, fields = Path(workdir).absolute(), dict(config or {})  # the run can be read from another directory
+    directory = Path(workdir).expanduser().absolute()  # the run can be read from another directory
+    fields = dict(config or {})
     if isinstance(method, ConfigDict | Mapping):
         method = dict(method)
         optimizer = _take_optimizer(method, optimizer)

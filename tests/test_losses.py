@@ -150,7 +150,7 @@ def test_no_weight_at_all_sums_to_zero() -> None:
 
 def test_a_chunk_below_one_is_refused() -> None:
     head, hidden, targets, weights = make_inputs()
-    with pytest.raises(ValueError, match="0 positions"):
+    with pytest.raises(ValueError, match="chunk=0: the loss cannot be computed over 0 positions"):
         chunked_cross_entropy(lambda h: h @ head, hidden, targets, weights, 0)
 
 

@@ -332,6 +332,23 @@ def test_a_batch_that_lacks_an_array_is_an_error_that_names_it() -> None:
         losses.image_classification(tiny.model(), batch)
 
 
+def test_arrays_that_would_broadcast_to_another_loss_are_refused() -> None:
+    batch = {"tokens": jnp.ones((2, 4), int), "mask": jnp.ones((2, 4), bool), "loss_weights": jnp.ones(2)}
+    whole, each = jnp.zeros(2, int), jnp.zeros((2, 1))
+    with pytest.raises(UserError, match=r"losses\.classification: labels has the shape \[2\]; .* it must be \[2, 4\]"):
+        losses.classification(Encoder(3, True), batch | {"labels": whole})
+    with pytest.raises(UserError, match=r"losses\.classification: loss_weights has the shape \[2, 1\]"):
+        losses.classification(Encoder(3), batch | {"labels": whole, "loss_weights": each})
+    with pytest.raises(UserError, match=r"losses\.multi_label: labels has the shape \[2\]; .* it must be \[2, 2\]"):
+        losses.multi_label(Encoder(2), batch | {"labels": whole})
+    with pytest.raises(UserError, match=r"losses\.regression: labels has the shape \[2, 1\]"):
+        losses.regression(Encoder(1), batch | {"labels": each})
+    with pytest.raises(UserError, match=r"losses\.regression: the model has 3 outputs; load it with labels=1"):
+        losses.regression(Encoder(3), batch | {"labels": whole})
+    with pytest.raises(UserError, match=r"losses\.next_token: loss_weights has the shape \[4\]"):
+        losses.next_token(tiny.model(), tiny.batch() | {"loss_weights": jnp.ones(4)})
+
+
 # --- Names ---
 
 

@@ -26,6 +26,13 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
     assert dict(sharding.make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
 
 
+def test_minus_one_must_leave_no_device_unused() -> None:
+    with pytest.raises(ValueError, match=r"mesh\.fsdp=-1 cannot use all 8 devices: the other axes take 3"):
+        sharding.make_mesh({"data": 3, "fsdp": -1})
+    with pytest.raises(ValueError, match=r"needs 9 devices, but this machine has 8"):
+        sharding.make_mesh({"data": 9, "fsdp": -1})
+
+
 def test_a_mesh_larger_than_the_machine_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"mesh data=4, fsdp=4, sequence=1, tensor=1 needs 16 devices, but this machine has 8"

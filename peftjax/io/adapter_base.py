@@ -84,7 +84,7 @@ def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping
         here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
         warnings.warn(
             f"{path} was trained on a base whose kernels are in another format than this one's (there {there}, here "
-            f"{here}), so its outputs are not the same here; merge() measures how much the kernels differ",
+            f"{here}), so its outputs differ; merge() measures how much the kernels differ",
             stacklevel=3,
         )
 

@@ -14,6 +14,11 @@ from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
 from peftjax.io.hf_files import enumerate_some
 
+TOKENS = ".token_adapter.trainable_tokens_delta"  # the end of the key of trained tokens
+# What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
+# whole, and of an embedding with trained tokens.
+COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
+
 
 def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
     """Why the shape of a tensor differs from the model's; empty if that is not certain."""
@@ -33,12 +38,6 @@ def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
     if differ == {"vocab"}:
         return "; the adapter was made for a vocabulary of a different size: resize the embedding of the base first"
     return "; the adapter was made for another base" if differ and differ <= of_base else ""
-
-
-# What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
-# whole, and of an embedding with trained tokens.
-TOKENS = ".token_adapter.trainable_tokens_delta"
-COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 
 
 def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:

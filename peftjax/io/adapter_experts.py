@@ -56,8 +56,7 @@ def with_all_experts(
         The method with the targets, ranks and alphas of all experts, and the tensors.
 
     Raises:
-        UserError: A tensor is missing, or does not fit the model or its rank in the config, or a DoRA is not one of single
-            experts.
+        UserError: A tensor is missing, or does not fit the model or its rank in the config, or a DoRA is one of all experts.
     """
     dora = isinstance(method, Lora) and method.dora
     if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
@@ -202,7 +201,8 @@ def _shortest(ranks: Iterable[str], model: Model, layers: tuple[int, ...]) -> tu
 def requires_single_experts(model: nnx.Module, name: str) -> bool:
     """Whether the files of adapter `name` can only hold modules of single experts.
 
-    They can if it is a LoRA, not a DoRA, whose ranks and alphas are those of all experts of a layer.
+    They can if single experts have adapters of their own, if it is a DoRA, or if the ranks or alphas of a LoRA differ between
+    the experts of a layer.
     """
     method = attached(model)[name]
     if not isinstance(method, Lora):
@@ -376,7 +376,7 @@ def _endings(names: Iterable[str]) -> list[str]:
 def _entries(values: Mapping[str, Any], table: Pattern, default: Any) -> Pattern:
     """Entries for rank_pattern or alpha_pattern, to precede `table`, that give each module its value.
 
-    One entry for all modules of the same last name and, if it has one, parent, where their values are equal.
+    Modules with equal endings, such as "experts.7.gate_proj" apart from the number, share one entry if their values are equal.
     """
     by_ending: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

@@ -34,7 +34,7 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
-PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
+TABLES = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")  # options that are tables by module name
 
 
 def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -149,9 +149,8 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
     experts = [site for site in sites(model) if isinstance(site.module, ExpertLinear)]
     whole = [name for site in experts for name in site.names]
     candidates = method.candidates(model)
-    if not {site.path for site in experts}.intersection(
-        site.path for site in candidates
-    ):  # the method cannot adapt them
+    adaptable = {site.path for site in candidates}
+    if not any(site.path in adaptable for site in experts):
         return dataclasses.replace(method, targets=_besides(whole, method.targets, spelled(candidates)))
     spellings: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in whole]
     if method.splits_experts:
@@ -169,7 +168,7 @@ def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], p
 
 
 def _besides(experts: list[str], targets: str | tuple[str, ...], names: list[str]) -> str | tuple[str, ...]:
-    """The targets, in which the `names` that an entry selects take its place if it selects experts, too."""
+    """The targets without experts: an entry that selects experts is replaced by the other `names` that it selects."""
     if isinstance(targets, str):
         selected = tuple(name for name in names if matches(name, targets))
         return selected if any(matches(name, targets) for name in experts) else targets
@@ -190,7 +189,7 @@ def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[
 
 
 def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]]:
-    """Return the method with modules_to_save as the outermost modules that it means, and the entries that mean others too.
+    """Return the method with the outermost modules of modules_to_save only, and the entries that also select modules inside them.
 
     peft trains the outermost modules. It writes the others as it found them, and cannot load such a file.
     """
@@ -220,7 +219,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     def keep(option: str, entries: Iterable[Any], fits: Callable[[Any], bool]) -> tuple[Any, ...]:
         entries = tuple(entries)
         kept = tuple(entry for entry in entries if fits(entry))
-        if dropped := [repr(entry[0] if option in PATTERNS else entry) for entry in entries if not fits(entry)]:
+        if dropped := [repr(entry[0] if option in TABLES else entry) for entry in entries if not fits(entry)]:
             removed.append(f"{method.hf_fields.get(option, (option,))[0]} {', '.join(dropped)}")
         return kept
 
@@ -234,7 +233,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     if method.targets == method.every:
         pass
     elif len(unmatched(names, method.targets)) == len(given):
-        if with_tensors := with_adapter(names, keys):
+        if with_tensors := _with_adapter(names, keys):
             removed.append(f"target_modules {', '.join(map(repr, given))}")
             changes["targets"] = with_tensors
     elif not isinstance(method.targets, str):
@@ -270,7 +269,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
             lambda entry: any(is_feedforward(name, (entry,)) for name in spellings),
         )
     method = dataclasses.replace(method, **later)
-    if isinstance(method, Lora) and method.bias != "none" and not has_bias(method, model):
+    if isinstance(method, Lora) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")
         method = dataclasses.replace(method, bias="none")
     return method, removed
@@ -278,18 +277,16 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
     """The options that are tables by module name. AdaLoRA's has the names of tensors, which it checks itself."""
-    return (
-        {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in PATTERNS if hasattr(method, key)}
-    )
+    return {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in TABLES if hasattr(method, key)}
 
 
-def with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
+def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
     """The modules that have tensors of an adapter, not only copies of their parameters, apart from wrappers in the keys."""
     bare = [bare_key(key) for key in keys if ".lora_" in key]
     return tuple(name for name in names if any(key.startswith(f"{bare_key(name)}.lora_") for key in bare))
 
 
-def has_bias(method: Lora, model: nnx.Module) -> bool:
+def _has_bias(method: Lora, model: nnx.Module) -> bool:
     """Whether the option `bias` of a LoRA applies to any bias of the model."""
     layers = sites(model) if method.bias == "all" else [site for site, _ in Targeted.chosen(method, model)]
     return any("bias" in site.parameters for site in layers)

@@ -36,6 +36,21 @@ def is_hub(path: Path) -> bool:
     return (path / CONFIG).is_file() and read_json(path / CONFIG).keys() >= {"config", "model_type", "name"}
 
 
+def options_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the options of the method in the adapter_config.json of directory `path`, by the names of the library.
+
+    Raises:
+        UserError: They are not an object.
+    """
+    options = config["config"]
+    if not isinstance(options, dict):
+        raise UserError(f"{path / CONFIG}: config must be an object, not {json.dumps(options)}")
+    non_linearity = options.get("non_linearity")
+    if "version" not in config and non_linearity in OLD_NON_LINEARITIES:
+        return options | {"non_linearity": OLD_NON_LINEARITIES[non_linearity]}
+    return options
+
+
 def make_config(model: Model, method: Bottleneck, name: str, base: str | None) -> dict[str, Any]:
     """Return adapter_config.json."""
     return {
@@ -93,12 +108,8 @@ def read(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str
             f"{type(model).__name__} is an adopted network"
         )
     config = read_json(path / CONFIG)
-    if not isinstance(config["config"], dict):
-        raise UserError(f"{path / CONFIG}: config must be an object, not {json.dumps(config['config'])}")
+    options = options_of(config, path)
     _check_files(path)
-    options = dict(config["config"])
-    if "version" not in config and options.get("non_linearity") in OLD_NON_LINEARITIES:
-        options["non_linearity"] = OLD_NON_LINEARITIES[options["non_linearity"]]
     method = from_hub(options)
     if not options.get("original_ln_after", True) and any(isinstance(s.module, NormedResidual) for s in sites(model)):
         raise UserError(

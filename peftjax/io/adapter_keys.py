@@ -28,9 +28,8 @@ def respelled(tensors: Mapping[str, T], expected: Iterable[str]) -> tuple[dict[s
         for bare, keys in sorted(wanted.items())
         if len(keys) == 1 and len(given.get(bare, ())) == 1
     }
-    return {new.get(key, key): value for key, value in tensors.items()}, {
-        key: old for old, key in new.items() if not old.endswith("lora_magnitude_vector.weight")
-    }
+    renamed = {key: old for old, key in new.items() if not old.endswith("lora_magnitude_vector.weight")}
+    return {new.get(key, key): value for key, value in tensors.items()}, renamed
 
 
 def bare_key(key: str) -> str:

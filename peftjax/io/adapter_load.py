@@ -32,11 +32,11 @@ from peftjax.io.adapter_fit import (
     without_unmatched,
 )
 from peftjax.io.adapter_keys import respelled, with_older_names
-from peftjax.io.adapter_method import method_class
+from peftjax.io.adapter_method import check_directory, method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.io.hf_files import check_files, enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
@@ -83,7 +83,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         >>> path = peftjax.save_adapter(model, "my-adapter")
         >>> model = peftjax.load_adapter(model, "my-adapter", name="again")
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     method: Method
     if adapter_hub.is_hub(path):
         method, tensors = adapter_hub.read(path, model, name)
@@ -118,17 +118,16 @@ def method_for(path: Path, model: nnx.Module) -> Method:
 
 def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray], bool]:
     """The method and the tensors of a PEFT directory in the model's names, and whether its file holds the task head."""
-    method, has_head = _read_method(path, model)
-    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
-    method, tensors = with_all_experts(method, tensors, model)
-    parameters = read_json(path / CONFIG).get("target_parameters")
-    return *_fitted(method, tensors, model, path, parameters or ()), has_head
-
-
-def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
-    """The method of a PEFT directory, and whether its file holds the task head."""
     _check_files(path)
     config = read_json(path / CONFIG)
+    method, has_head = _read_method(config, model, path)
+    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+    method, tensors = with_all_experts(method, tensors, model)
+    return *_fitted(method, tensors, model, path, config.get("target_parameters") or ()), has_head
+
+
+def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
+    """The method that an adapter_config.json describes, and whether the file of the tensors holds the task head."""
     method = method_class(config, path)
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
@@ -156,8 +155,10 @@ def _read_method(path: Path, model: nnx.Module) -> tuple[Method, bool]:
 
 
 def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:
-    """The fields without those that no peft up to `NEWEST_PEFT` has and that it therefore ignores; those of a newer one may
-    change the result and are kept, to be rejected."""
+    """The fields without those that no peft up to `NEWEST_PEFT` has, which peft ignores.
+
+    The fields of a newer peft may change the result. They are kept, and rejected later.
+    """
     unknown = [key for key in fields if key not in method.hf_known() and fields[key] not in (None, False, "", [], {})]
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if not unknown or (numbers and tuple(map(int, numbers.groups())) > NEWEST_PEFT):
@@ -222,20 +223,12 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
 
 def _check_files(path: Path) -> None:
     """Check that a PEFT directory has its two files."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give the one that holds {CONFIG} and {WEIGHTS}")
-    check_files(path, (CONFIG, WEIGHTS))
-    there = sorted(item.name for item in path.iterdir())
-    if PICKLE in there and WEIGHTS not in there:
+    if (path / PICKLE).exists() and not (path / WEIGHTS).exists():
         raise UserError(
             f"{path} has only {PICKLE}, a pickle. Reading a pickle can run arbitrary code, so it is not supported; convert "
             'it to safetensors: load it with peft and call model.save_pretrained("DIR")'
         )
-    for file in (CONFIG, WEIGHTS):
-        if file not in there:
-            raise UserError(
-                f"{path} is not an adapter directory: {file} is missing; it holds {', '.join(there) or 'no files'}"
-            )
+    check_directory(path, (CONFIG, WEIGHTS))
 
 
 def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path: Path) -> None:

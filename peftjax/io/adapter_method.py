@@ -1,7 +1,7 @@
 """The method of an adapter directory, from its adapter_config.json alone: without the tensors, and without a model."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import check_files, read_json
+from peftjax.io.hf_files import check_files, is_hub_id, listing, read_json
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import from_hub
 
@@ -22,22 +22,32 @@ def read_method(path: Path) -> Method:
     Raises:
         UserError: The directory holds no adapter, or one of an unknown method.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give one that holds {CONFIG}")
-    check_files(path, (CONFIG,))
-    if not (path / CONFIG).is_file():
-        there = sorted(item.name for item in path.iterdir())
-        raise UserError(
-            f"{path} is not an adapter directory: {CONFIG} is missing; it holds {', '.join(there[:10]) or 'no files'}"
-        )
+    check_directory(path, (CONFIG,))
     config = read_json(path / CONFIG)
     if adapter_hub.is_hub(path):
-        return from_hub(dict(config["config"]))
+        return from_hub(adapter_hub.options_of(config, path))
     cls = method_class(config, path)
     options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
         return cls.from_hf({field: value for field, value in config.items() if field in options})
+
+
+def check_directory(path: Path, files: Sequence[str]) -> None:
+    """Check that an adapter directory holds these files.
+
+    Raises:
+        UserError: There is no such directory, or a file is missing or not a regular file.
+    """
+    if not path.is_dir():
+        message = f"{path}: no such directory; give the one that holds {' and '.join(files)}"
+        if "/" in str(path) and is_hub_id(str(path)):
+            message += f". To use an adapter on the hub, give huggingface_hub.snapshot_download({str(path)!r})"
+        raise UserError(message)
+    check_files(path, files)
+    for file in files:
+        if not (path / file).is_file():
+            raise UserError(f"{path} is not an adapter directory: {file} is missing; it holds {listing(path)}")
 
 
 def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:

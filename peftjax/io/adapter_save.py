@@ -23,6 +23,7 @@ from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
 from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
+from peftjax.io.hf_files import DTYPES
 from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.models.base import Model
@@ -31,8 +32,6 @@ T = TypeVar("T")
 
 CLASSIFICATIONS = ("SEQ_CLS", "TOKEN_CLS")  # the task types for which peft trains the whole task head
 HEAD_NAMES = ("classifier", "score")  # the modules that peft regards as the task head
-
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_adapter(
@@ -63,7 +62,8 @@ def save_adapter(
         The directory.
 
     Raises:
-        UserError: The adapter is not attached, its method has no Hugging Face format, or `single_experts` does not apply.
+        UserError: The adapter is not attached, its method has no Hugging Face format, `single_experts` does not apply, or
+            `path` is a file.
 
     Examples:
         >>> import peftjax
@@ -75,7 +75,7 @@ def save_adapter(
     named = BaseName(base) if base is not None else base_name(model, name)
     if named is None and isinstance(model, Model) and model.origin:
         named = BaseName(model.origin.path, model.origin.options["revision"])
-    return write_adapter(model, path, name, named, single_experts=single_experts)
+    return write_adapter(model, Path(path).expanduser(), name, named, single_experts=single_experts)
 
 
 def write_adapter(
@@ -101,6 +101,9 @@ def write_adapter(
         UserError: As `save_adapter`.
     """
     method = _method(model, name)
+    path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; give a directory")
     tensors = adapter_tensors(model, name, read=distributed.whole)
     config = _peft_config(model, method, name, base) if method.peft_type else {}
     if single_experts or requires_single_experts(model, name):
@@ -110,7 +113,6 @@ def write_adapter(
         files = _hub_files(model, method, name, base.name if base else None, tensors, metadata)
     else:
         files = {WEIGHTS: _weights(tensors, metadata), CONFIG: _json(config)}
-    path = Path(path)
     if jax.process_index() == 0:
         _write(path, files, training, card=isinstance(model, Model) and may_replace(path / CARD))
     distributed.meet("save_adapter")  # once it returns, every process can read the directory
@@ -180,20 +182,12 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
     } | method.to_hf(model, name)
     # PEFT saves a layer of the task head if the task_type has a head and the layer one of PEFT's names for it. Otherwise
     # modules_to_save must name the layer.
-    if heads := [head for head in _trained_heads(model, name) if not _saved_by_task(model, head)]:
+    saved_by_task = HEAD_NAMES if task_type(model) in CLASSIFICATIONS else ()
+    trained = [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+    if heads := [head for head in trained if not any(is_saved(head, entry) for entry in saved_by_task)]:
         saved = config.get("modules_to_save") or []
         config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
     return config
-
-
-def _trained_heads(model: nnx.Module, name: str) -> list[str]:
-    """The names of the task head's layers that adapter `name` trains."""
-    return [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
-
-
-def _saved_by_task(model: nnx.Module, head: str) -> bool:
-    """Whether PEFT saves a layer of the task head because of the task_type."""
-    return task_type(model) in CLASSIFICATIONS and any(is_saved(head, entry) for entry in HEAD_NAMES)
 
 
 def _hub_files(
@@ -256,7 +250,7 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
     for key, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         begin, end = end, end + value.size * value.dtype.itemsize
         header[key] = {
-            "dtype": _DTYPES[value.dtype.name],
+            "dtype": DTYPES[value.dtype.name],
             "shape": list(value.shape),
             "data_offsets": [begin, end],
         }
@@ -266,6 +260,7 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
 
 def _write(path: Path, files: Mapping[str, bytes], training: Training | None, *, card: bool) -> None:
     """Write the files, with a model card if `card`, next to `path` first, then move them there."""
+    path = path.resolve()  # "." has no name, and a link may lead to another file system
     scratch = path.with_name(f".{path.name}.peftjax-tmp")
     shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
     scratch.mkdir(parents=True)

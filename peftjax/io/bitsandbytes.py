@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Union, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
 from peftjax.io import finite, hf_files
-from peftjax.io.hf_files import StoredTensor, parse_json
+from peftjax.io.hf_files import DTYPES, StoredTensor, parse_json
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -37,12 +37,11 @@ _DENSE = ("F64", "F32", "F16", "BF16")  # every quantized format has tensors of 
 _BUFFER = r"(.*\.)?(position_ids|token_type_ids|(attn|attention)\.(bias|masked_bias))"
 _MAPS = {"quant_map": CODEBOOK, "nested_quant_map": DYNAMIC_MAP}
 _PARTS = ("weight", "absmax", "nested_absmax", *_MAPS)
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ZERO = int(np.argmin(np.abs(CODEBOOK))) - 8  # the code of 0, which pads the last block
 # Bytes of a stored kernel besides the codes and the absmax.
 OVERHEAD = 4 * (CODEBOOK.size + DYNAMIC_MAP.size) + 256
 
-StoredTensors = dict[str, "StoredTensor | Packed"]
+Stored = Union[StoredTensor, "Packed"]
 
 
 # --- Reading ---
@@ -76,7 +75,7 @@ def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any
     Raises:
         UserError: The tensors are quantized in another format.
     """
-    packed = any(_STATE in name for name in stored)
+    packed = bool(packed_names(stored))
     claimed = _claimed(quantization) if quantization else ""
     if not packed and claimed not in ("", _NF4) and any(_is_quantized(name, stored[name].dtype) for name in stored):
         check_config(quantization, directory)
@@ -93,6 +92,11 @@ def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any
     return packed
 
 
+def packed_names(stored: Iterable[str]) -> list[str]:
+    """Return the names of the weights of kernels in NF4, from the names of all tensors of a checkpoint."""
+    return [name.partition(_STATE)[0] for name in stored if _STATE in name]
+
+
 def _is_quantized(name: str, dtype: str) -> bool:
     """Whether a tensor belongs to a quantized kernel, judged by its dtype."""
     return dtype not in _DENSE and re.fullmatch(_BUFFER, name) is None
@@ -107,12 +111,12 @@ def _claimed(quantization: Mapping[str, Any]) -> str:
     return f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4') if four else 'load_in_8bit'}"
 
 
-def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTensors:
+def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
     """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight.
 
     Args:
         stored: The tensors of a checkpoint, by name.
-        quantize: The required format of the kernels; None: any.
+        quantize: The required format of the kernels; None or empty: any.
 
     Returns:
         The combined kernels and all other tensors, by name.
@@ -120,7 +124,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
     Raises:
         UserError: A kernel is in another format than NF4 with bitsandbytes' default block sizes, or than `quantize`.
     """
-    result: StoredTensors = dict(stored)
+    result: dict[str, Stored] = dict(stored)
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
     maps = tuple(f".{map_}" for map_ in _MAPS)
     wanted = {name: tensor for name, tensor in stored.items() if name in states or name.endswith(maps)}
@@ -138,7 +142,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> StoredTe
             del result[key]
         offset = float(state["nested_offset"]) if "nested_blocksize" in state else None
         packed = PackedKernel(weight, tuple(state["shape"]), state["dtype"], offset, parts)
-        if quantize not in (None, packed.unpack.format):
+        if quantize and quantize != packed.unpack.format:
             raise UserError(
                 f"{weight} is stored in {packed.unpack.format}, but quantize={quantize!r} asks for another format; leave out "
                 "quantize, or give the model that this one was quantized from"
@@ -212,7 +216,7 @@ class Packed:
     @property
     def dtype(self) -> str:
         """The dtype that it decodes to, as safetensors calls it."""
-        return _DTYPES[self.decoded]
+        return DTYPES[self.decoded]
 
     @property
     def unpack(self) -> Unpack:
@@ -322,9 +326,9 @@ def _check_state(weight: str, kind: str, state: Mapping[str, Any]) -> None:
     for field, needed in (("blocksize", BLOCK), ("nested_blocksize", GROUP)):
         if state.get(field, needed) != needed:
             raise UserError(f"{weight} is stored with {field}={state[field]}; only {needed} is supported")
-    if state["dtype"] not in _DTYPES:
-        raise UserError(f"{weight} decodes to {state['dtype']}; only {', '.join(_DTYPES)} are supported")
-    if len(state["shape"]) != 2:
+    if state["dtype"] not in DTYPES:
+        raise UserError(f"{weight} decodes to {state['dtype']}; only {', '.join(DTYPES)} are supported")
+    if not isinstance(state["shape"], list) or len(state["shape"]) != 2:
         raise UserError(f"{weight} is stored in nf4 with the shape {state['shape']}; a kernel has two dimensions")
 
 

@@ -43,11 +43,11 @@ class Restored:
     """A restored checkpoint.
 
     Attributes:
-        step: number of completed training steps.
+        step: Number of completed training steps.
         state: {name: array}.
-        data_state: this process's position in the data.
-        identity: the run that the checkpoint belongs to, as given to `Checkpoints.save`.
-        damaged: one sentence for each newer checkpoint that was skipped because it is damaged.
+        data_state: This process's position in the data.
+        identity: The run that the checkpoint belongs to, as given to `Checkpoints.save`.
+        damaged: One sentence for each newer checkpoint that was skipped because it is damaged.
     """
 
     step: int
@@ -68,9 +68,9 @@ class Checkpoints:
         """Open a checkpoint directory without creating or changing it.
 
         Args:
-            directory: local or gs:// directory, created by the first save.
-            keep: number of newest checkpoints to keep, at least 1. Older ones are deleted once a newer one is complete.
-            keep_best: also keep the checkpoint with the highest score (the earliest of equals), however old it is.
+            directory: Local or gs:// directory, created by the first save.
+            keep: Number of newest checkpoints to keep, at least 1. Older ones are deleted once a newer one is complete.
+            keep_best: Also keep the checkpoint with the highest score (the earliest of equals), however old it is.
 
         Raises:
             UserError: `keep` is less than 1.
@@ -100,16 +100,16 @@ class Checkpoints:
         """Start to save a checkpoint. Once this returns, arrays may be donated and the data state may be modified.
 
         Args:
-            step: number of completed training steps.
+            step: Number of completed training steps.
             state: {name: array}, of any dtype that orbax stores, including int4 and PRNG keys. Arrays must not be empty.
-            data_state: this process's position in the data, as JSON. The same process gets it back.
-            score: higher is better (for a loss, pass its negative). None or a non-finite score is never the best.
-            identity: the run that the checkpoint belongs to, as JSON (base fingerprint, configuration). The caller
+            data_state: This process's position in the data, as JSON. The same process gets it back.
+            score: Higher is better (for a loss, pass its negative). None or a non-finite score is never the best.
+            identity: The run that the checkpoint belongs to, as JSON (base fingerprint, configuration). The caller
                 compares it when resuming.
 
         Raises:
-            UserError: an intact checkpoint of this step exists.
-            OSError: the previous save failed, or this one cannot be started.
+            UserError: An intact checkpoint of this step exists.
+            OSError: The previous save failed, or this one cannot be started.
         """
         self.wait()
         if step in self._intact():
@@ -150,7 +150,7 @@ class Checkpoints:
                 it was saved with.
 
         Raises:
-            UserError: every checkpoint (or that of `step`) is damaged; or the newest intact one has other names, shapes or
+            UserError: Every checkpoint (or that of `step`) is damaged; or the newest intact one has other names, shapes or
                 dtypes than `abstract`, or was saved by another number of processes, each at its own data position.
         """
         self.wait()
@@ -204,7 +204,7 @@ class Checkpoints:
         """Wait until the last save is complete and the checkpoints it replaces are deleted.
 
         Raises:
-            OSError: the last save failed.
+            OSError: The last save failed.
         """
         if self._saving is None:
             return

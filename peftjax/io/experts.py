@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
-from peftjax.io.bitsandbytes import Packed
+from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry
 from peftjax.io.hf_files import StoredTensor, enumerate_some
 from peftjax.io.packed_experts import PackedExperts, join_kernels
 from peftjax.models.base import Model
-
-Stored = StoredTensor | Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +28,17 @@ class StoredExperts(StoredTensor):
 
     parts: tuple[tuple[StoredTensor, ...], ...]
 
-    def open(self) -> "_View":
-        return _View(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """Reads the requested slices of `StoredExperts`, and nothing else."""
-
-    whole: StoredExperts
+    def open(self) -> "StoredExperts":
+        return self
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        """Read the requested slices, and nothing else."""
         full = (slice(None),) * 3
         experts, rows, columns = full if index is Ellipsis else (*index, *full)[:3]
-        return np.stack([self._expert(parts, rows, columns) for parts in self.whole.parts[experts]])
+        return np.stack([self._expert(parts, rows, columns) for parts in self.parts[experts]])
 
     def _expert(self, parts: Sequence[StoredTensor], rows: slice, columns: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.whole.shape[1])
+        start, stop, _ = rows.indices(self.shape[1])
         height = parts[0].shape[0]
         taken = [
             part.open()[max(start - height * i, 0) : max(stop - height * i, 0), columns]

@@ -6,9 +6,8 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, suggest, unmatched
-from peftjax.io.bitsandbytes import Packed, Unpack
+from peftjax.io.bitsandbytes import Packed, Stored, Unpack
 from peftjax.io.entries import Entry, is_linear, is_router
-from peftjax.io.hf_files import StoredTensor
 from peftjax.models.base import Model
 from peftjax.quant import FORMATS
 from peftjax.quant import quantize as encode
@@ -29,6 +28,8 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
     Raises:
         UserError: An unknown format, or names that match no kernel or some layers of a stack only.
     """
+    if isinstance(skip, str):
+        raise UserError(f"skip={skip!r} (model.skip_quantize) is one string; give a tuple of names: ({skip!r},)")
     if not quantize:
         if skip:
             raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize) needs quantize")
@@ -61,7 +62,7 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
     return chosen
 
 
-def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, StoredTensor | Packed]) -> dict[str, Encode]:
+def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, Stored]) -> dict[str, Encode]:
     """Return the function that unpacks each kernel stored in NF4, by path.
 
     Args:
@@ -90,5 +91,5 @@ def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, Stored
     return chosen
 
 
-def _unpack(tensor: StoredTensor | Packed) -> Unpack | None:
+def _unpack(tensor: Stored) -> Unpack | None:
     return tensor.unpack if isinstance(tensor, Packed) else None

@@ -1,4 +1,4 @@
-"""Read the config.json of a model directory."""
+"""The config.json of a model directory: the model and the quantization that it describes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,21 @@ from peftjax.io.sentence import read_pooling
 from peftjax.models.base import ModelConfig
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import WHOLES
+
+REMATS = ("none", "dots", "block", "offload")
+PACKED = "packed"  # what `stored_quantization` adds to a quantization_config: the names of the weights in NF4
+
+
+def read_fields(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of config.json that describe the model, and its quantization_config, empty if there is none.
+
+    It is also empty for MXFP4, whose kernels are decoded when they are read.
+    """
+    fields = hf_files.read_json(directory / "config.json")
+    quantization = fields.pop("quantization_config", None) or {}
+    if quantization.get("quant_method") == mxfp4.METHOD:
+        quantization = {}
+    return {name: value for name, value in fields.items() if name not in MARK}, quantization
 
 
 def read_config(
@@ -29,12 +44,15 @@ def read_config(
     Raises:
         UserError: An option, the architecture or a field is not supported.
     """
-    for name in (dtype, param_dtype or dtype):
-        if name not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
-    fields = {k: v for k, v in hf_files.read_json(directory / "config.json").items() if k not in MARK}
-    # Not a part of the configuration: kernels may be merged or quantized differently before it is written again.
-    quantization = _of_kernels(fields.pop("quantization_config", None))
+    for name, value, values in (
+        ("dtype", dtype, hf_files.DTYPES),
+        ("param_dtype", param_dtype or dtype, hf_files.DTYPES),
+        ("remat", remat, REMATS),
+    ):
+        if value not in values:
+            raise UserError(f"{name}={value!r} is not one of {', '.join(values)}")
+    # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
+    fields, quantization = read_fields(directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if models.family(fields).heads and head["head"] in (None, "none"):
         options |= read_pooling(directory)
@@ -45,7 +63,8 @@ def read_config(
 def stored_quantization(directory: Path) -> dict[str, Any]:
     """Return the quantization_config that describes the weights of a directory; empty if they are dense.
 
-    The tensors decide, as in `load_model`, with a warning if config.json disagrees. If they cannot be read, config.json does.
+    The tensors decide, as in `load_model`, with a warning if config.json disagrees, and `PACKED` lists those in NF4. If they
+    cannot be read, config.json decides.
 
     Args:
         directory: The model directory, with or without weights.
@@ -53,8 +72,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: The weights are quantized in another format than NF4.
     """
-    fields = hf_files.read_json(directory / "config.json")
-    quantization = _of_kernels(fields.get("quantization_config"))
+    fields, quantization = read_fields(directory)
     try:
         tensors = mxfp4.gather(hf_files.read_tensors(directory))
     except UserError:  # the directory has no weights, or not all of them
@@ -64,10 +82,5 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     if not bitsandbytes.is_packed(tensors, quantization, directory):
         return {}
     nested = any(name.endswith(".nested_absmax") for name in tensors)
-    return quantization | bitsandbytes.make_config(nested, (), "float32")
-
-
-def _of_kernels(quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """The quantization_config of config.json; empty for MXFP4, whose kernels are decoded when they are read."""
-    found = quantization or {}
-    return {} if found.get("quant_method") == mxfp4.METHOD else found
+    packed = {PACKED: bitsandbytes.packed_names(tensors)}
+    return quantization | bitsandbytes.make_config(nested, (), "float32") | packed

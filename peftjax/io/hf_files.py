@@ -21,7 +21,7 @@ from peftjax.io.json_types import check_types
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
-# Files of which every tokenizer has one: of the tokenizers library, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
+# Every tokenizer has one of these: tokenizers, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 # The files besides config.json and the weights: tokenizer, image and video preprocessing, and generation settings.
 SIDE_FILES = (
@@ -53,6 +53,7 @@ FLOATS = {
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what safetensors calls the dtypes of parameters
 
 
 # --- Model directories ---
@@ -77,14 +78,14 @@ def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] 
         return _with_config(directory)
     if directory.exists():
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
-    if name == "embedded" or not _is_hub_id(name):
+    if name == "embedded" or not is_hub_id(name):
         raise UserError(f"{name}: no such directory.{_near(directory)}")
     if "/" not in name and (near := suggest(name, ["embedded"])):
         raise UserError(f"{name}: no such directory.{near} For a model of this name on the hub, give OWNER/{name}")
     return _with_config(_download(name, revision, files))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name is `model` or `owner/model`; if a local folder `owner` exists, it is a misspelled local path."""
     word = r"[A-Za-z0-9_][\w.-]*"
     return re.fullmatch(rf"{word}(/{word})?", name) is not None and not ("/" in name and Path(name).parent.is_dir())
@@ -129,7 +130,7 @@ def _with_config(directory: Path) -> Path:
         raise UserError(
             f"{directory} holds an adapter, not a model; load its base model, then pass this to load_adapter"
         )
-    raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {_listing(directory)}")
+    raise UserError(f"{directory} is not a model directory: config.json is missing; it holds {listing(directory)}")
 
 
 def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
@@ -139,9 +140,9 @@ def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
             check_regular(path)
 
 
-def _listing(directory: Path) -> str:
-    names = sorted(entry.name for entry in directory.iterdir())
-    return (", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "no files"
+def listing(directory: Path) -> str:
+    """Name the first entries of a directory, for messages."""
+    return enumerate_some(sorted(entry.name for entry in directory.iterdir()), 10) or "no files"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -287,7 +288,10 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{directory} has only pytorch_model.bin, a pickle. Reading a pickle can run arbitrary code, so it is not "
             'supported; convert it to safetensors: load it with transformers and call model.save_pretrained("DIR")'
         )
-    raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(directory)}")
+    raise UserError(
+        f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {listing(directory)}. Other formats, such as "
+        'pytorch_model.bin, are neither downloaded nor read; load the model with transformers and call model.save_pretrained("DIR")'
+    )
 
 
 def _read_sharded(directory: Path) -> dict[str, StoredTensor]:

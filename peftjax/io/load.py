@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io import bitsandbytes, hf_files, mxfp4
+from peftjax.io.bitsandbytes import Stored
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
-from peftjax.io.hf_config import read_config
+from peftjax.io.hf_config import read_config, read_fields
 from peftjax.io.hf_files import StoredTensor, resolve
-from peftjax.io.match import Stored, match, tied_as_stored
+from peftjax.io.match import match, tied_as_stored
 from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
@@ -74,8 +75,8 @@ def load_model(
 
     Raises:
         UserError: The directory is missing or incomplete, the architecture or an option is not supported, tensors are
-            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory is
-            quantized in another way than bitsandbytes' NF4, than `quantize`, or in some layers only.
+            missing or do not match config.json (one message names them all), a name in `skip` matches no kernel, or the directory
+            is quantized in another format than bitsandbytes' NF4 or than `quantize`, or only in some layers.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -159,8 +160,7 @@ def load_kernels(
     """
     directory = resolve(path, revision)
     tensors = mxfp4.gather(hf_files.read_tensors(directory))
-    fields = hf_files.read_json(directory / "config.json")
-    quantization = fields.get("quantization_config") or {}
+    fields, quantization = read_fields(directory)
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
     if whole_of(model.config):

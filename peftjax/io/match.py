@@ -11,13 +11,11 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.io import hf_files
-from peftjax.io.bitsandbytes import Packed
+from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry
-from peftjax.io.hf_files import StoredTensor, enumerate_some
+from peftjax.io.hf_files import enumerate_some
 from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
-
-Stored = StoredTensor | Packed
 
 
 def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelConfig:
@@ -25,12 +23,12 @@ def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelCo
 
     The text model of a multimodal checkpoint is tied if its config.json says so and the tensors do not differ.
     """
-    if whole_of(config) and isinstance(config, LanguageModelConfig) and config.tied:
-        head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-        return dataclasses.replace(config, tied=head is None or table is None or _equal(head, table))
-    if not isinstance(config, LanguageModelConfig) or config.tied_if_equal is None:
+    if not isinstance(config, LanguageModelConfig):
         return config
-    one, other = (stored.get(name) for name in config.tied_if_equal)
+    of_whole = ("lm_head.weight", "model.embed_tokens.weight") if whole_of(config) and config.tied else None
+    if (names := of_whole or config.tied_if_equal) is None:
+        return config
+    one, other = (stored.get(name) for name in names)
     return dataclasses.replace(config, tied=one is None or other is None or _equal(one, other))
 
 
@@ -60,9 +58,8 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         found.setdefault(key, twins[other])
     missing = [key for key in expected if key not in found]
     unexpected = sorted(name for name in found if name not in expected)
-    unexpected[:20] = [
-        f"{name}{suggest(name, missing)}" for name in unexpected[:20]
-    ]  # suggestions for all could take minutes
+    # Suggestions for all could take minutes.
+    unexpected[:20] = [f"{name}{suggest(name, missing)}" for name in unexpected[:20]]
     shapes: list[str] = []
     dtypes: list[str] = []
     for packed in (tensor for tensor in found.values() if isinstance(tensor, Packed)):
@@ -102,9 +99,8 @@ def _renamed(model: Model, stored: Mapping[str, Stored], known: Container[str], 
     renamed: dict[str, Stored] = {}
     for name, tensor in stored.items():
         ours = model.hf_stored(name)
-        key = (
-            ours if ours in known or _ignored(model, ours) else name
-        )  # messages name an unexpected tensor as the file does
+        # Messages name an unexpected tensor as the file does.
+        key = ours if ours in known or _ignored(model, ours) else name
         if (other := renamed.setdefault(key, tensor)) is not tensor:
             raise UserError(f"{directory}: {other.name} and {name} are the same tensor; remove one from the file")
     return renamed

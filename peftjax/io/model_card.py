@@ -1,7 +1,7 @@
 """The model card of an adapter: a README.md with the metadata that the Hugging Face hub reads, and how to load it.
 
-A card in an adapter directory ends in a comment with its own checksum. It tells a card that may be replaced from one that
-somebody has written or edited, which is kept.
+A card in an adapter directory ends in a comment with its own checksum. A card that does not match its checksum was written or
+edited by somebody, and is kept.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from peftjax.adapters.method import Method
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
-from peftjax.io.hf_files import read_header, read_json
+from peftjax.io.hf_files import is_hub_id, read_header, read_json
 
 CARD = "README.md"
 REPOSITORY = "ORG/NAME"  # stands for the repository in the text of a card, until the adapter is uploaded
@@ -39,11 +39,11 @@ class Training:
     """What a card says about the training.
 
     Attributes:
-      task: A key of `_TASKS`.
-      head: The options of `load_model` for the task head.
-      facts: Further rows of the table, by name.
-      scores: Rows of the table of scores: the metric, and its values before and after the training; nan if unknown.
-      data: What the scores were measured on.
+        task: A key of `_TASKS`.
+        head: The options of `load_model` for the task head.
+        facts: Further rows of the table, by name.
+        scores: Rows of the table of scores: the metric, and its values before and after the training; nan if unknown.
+        data: What the scores were measured on.
     """
 
     task: str
@@ -57,11 +57,11 @@ def make_card(directory: Path, training: Training | None = None) -> str:
     """The text of README.md for the adapter in a directory.
 
     Args:
-      directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
-      training: Information about the training that is not in the files.
+        directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
+        training: Information about the training that is not in the files.
 
     Raises:
-      UserError: The directory does not hold an adapter that can be read.
+        UserError: The directory does not hold an adapter that can be read.
     """
     from huggingface_hub import ModelCardData
 
@@ -121,9 +121,8 @@ def _checksum(text: str) -> str:
 
 def hub_id(base: str) -> str | None:
     """The base's id on the hub; None if it is a local directory or the bundled model."""
-    word = r"[A-Za-z0-9_][\w.-]*"
     local = base == "embedded" or Path(base).expanduser().exists()
-    return None if local or not re.fullmatch(rf"{word}(/{word})?", base) else base
+    return base if is_hub_id(base) and not local else None
 
 
 def _shown_base(base: str) -> str:

@@ -15,7 +15,7 @@ from peftjax.models.multimodal import OTHERS, other_part, text_name
 
 
 def whole_of(config: ModelConfig) -> str:
-    """Return the config.json of the multimodal model that the configuration is a part of; empty if it is none."""
+    """Return the config.json of the multimodal model that the configuration is a part of; empty if there is none."""
     return config.whole if isinstance(config, DecoderConfig) else ""
 
 
@@ -77,13 +77,10 @@ class Surroundings:
         self.others = {name: tensor for name, tensor in stored.items() if text_name(name) is None}
         self._stored = {ours: name for name in stored if (ours := text_name(name)) is not None}
         table = self._stored["model.embed_tokens.weight"].removesuffix("embed_tokens.weight")
-        self._prefixes = {"model.": table, "lm_head.": self._head(table)}
+        head = "language_model.lm_head." if table == "language_model.model." else "lm_head."
+        self._prefixes = {"model.": table, "lm_head.": head}
 
     def stored_name(self, name: str) -> str:
         """Return the name that the source uses for a tensor of the text model."""
         prefix = next(prefix for prefix in self._prefixes if name.startswith(prefix))
         return self._stored.get(name, self._prefixes[prefix] + name.removeprefix(prefix))
-
-    @staticmethod
-    def _head(table: str) -> str:
-        return "language_model.lm_head." if table == "language_model.model." else "lm_head."

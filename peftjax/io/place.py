@@ -13,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
 from peftjax.io import finite, hf_files
-from peftjax.io.bitsandbytes import Packed, Unpack
+from peftjax.io.bitsandbytes import Packed, Stored, Unpack
 from peftjax.io.entries import Entry
 from peftjax.io.formats import Encode
-from peftjax.io.match import Stored
 from peftjax.quant.base import Quantized
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)

@@ -34,7 +34,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     read_method(directory)
     files = {
         path.name: path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")

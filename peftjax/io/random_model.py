@@ -1,6 +1,6 @@
 """Make models with random weights, and the parts of a model that its checkpoint lacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from peftjax import quant, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.io.entries import entries
-from peftjax.io.experts import projections
+from peftjax.core.paths import matches
+from peftjax.io.entries import Entry, entries
+from peftjax.io.experts import single_names
 from peftjax.io.formats import encoders
-from peftjax.io.hf_config import read_config, stored_quantization
+from peftjax.io.hf_config import PACKED, read_config, stored_quantization
 from peftjax.io.hf_files import resolve
 from peftjax.io.resize import resized
 from peftjax.models.base import Model, ModelConfig
@@ -80,7 +81,11 @@ def make(
 
 
 def make_quantized(
-    config: ModelConfig, quantize: str | None, skip: Sequence[str], seed: int, *, stored: bool = False
+    config: ModelConfig,
+    quantize: str | None,
+    skip: Sequence[str],
+    seed: int,
+    stored: Mapping[str, Any] | None = None,
 ) -> Model:
     """Make a model with random weights, its kernels quantized as by `load_model`. Meant to be traced.
 
@@ -89,15 +94,42 @@ def make_quantized(
         quantize: As in `load_model`.
         skip: As in `load_model`.
         seed: Random seed.
-        stored: Whether the kernels have the formats in which those of a bitsandbytes directory are loaded.
+        stored: The `stored_quantization` of a bitsandbytes directory, whose kernels have formats already: those options do
+            not apply.
     """
     model = config.make(nnx.Rngs(seed))
     leaves, table = variables.flat(model)[1], entries(model)
-    formats = dict.fromkeys(encoders(model, table, quantize, skip), quantize or "")
-    if stored:  # the absmax of several projections in one kernel are decoded
-        formats |= {entry.path: "nf4_single" for entry in table if projections(model, entry.keys[0]) > 1}
+    formats = (
+        _stored_formats(model, table, stored)
+        if stored
+        else dict.fromkeys(encoders(model, table, quantize, skip), quantize or "")
+    )
     variables.update(model, {path: quant.quantize(leaves[path].get_value(), kind) for path, kind in formats.items()})
     return model
+
+
+def _stored_formats(model: Model, table: Sequence[Entry], quantization: Mapping[str, Any]) -> dict[str, str]:
+    """The formats in which the kernels of a bitsandbytes directory are loaded, by path.
+
+    Without weights, they are those of all modules that config.json does not exclude. Experts that are parameters of one
+    module are not quantized.
+    """
+    kind = "nf4" if quantization.get("bnb_4bit_use_double_quant") else "nf4_single"
+    skip = tuple(quantization.get("llm_int8_skip_modules") or ())
+    expected = encoders(model, table, kind, ())
+    packed = {model.hf_stored(name) for name in quantization.get(PACKED, ())}
+    formats: dict[str, str] = {}
+    for entry in table:
+        singles = single_names(model, entry.keys[0])
+        weight = singles[0][0] if singles else entry.keys[0]
+        module = weight.removesuffix(".weight")
+        if PACKED in quantization:
+            quantized = weight in packed
+        else:
+            quantized = entry.path in expected and module != weight and not matches(module, skip)
+        if quantized:  # the absmax of several projections in one kernel are decoded
+            formats[entry.path] = "nf4_single" if singles and len(singles[0]) > 1 else kind
+    return formats
 
 
 def one_device() -> Mesh:

@@ -54,7 +54,7 @@ def save_model(
         >>> peftjax.save_model(model, "my-model")
         >>> model = peftjax.load_model("my-model")
     """
-    target = Path(path).expanduser()
+    target = Path(path).expanduser().resolve()  # a link to a directory cannot be replaced
     if active := sorted(
         {name for _, slot in nnx.iter_modules(model) if isinstance(slot, Slot) for name in slot.active}
     ):
@@ -100,7 +100,7 @@ def _quantization_config(model: Model) -> dict[str, Any]:
     """The fields of config.json that describe quantized kernels; empty if there are none."""
     leaves = variables.flat(model)[1]
     kernels = {}
-    dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # that this head has
+    dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # if it has them
     for entry in entries(model):
         value = leaves[entry.path].get_value()
         if isinstance(value, Quantized):
@@ -129,6 +129,8 @@ def _quantization_config(model: Model) -> dict[str, Any]:
 
 
 def _check_target(target: Path) -> None:
+    if target == Path.cwd():
+        raise UserError(f"{target} is the working directory and cannot be replaced; give a new directory")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():

@@ -53,13 +53,13 @@ def write_weights(
         arrays: dict[str, np.ndarray] = {}
         for key in shard:
             if key in others:
-                arrays |= {key: np.asarray(others[key].open()[...], order="C")} if writing else {}
+                if writing:
+                    arrays[key] = np.asarray(others[key].open()[...], order="C")
                 continue
             entry, layer = sources[key]
             stored_as = around.stored_name(key) if around else key
-            # in every process, to gather the shards of others
             value = values[entry.path]
-            fetched = _fetch(value, entry, layer)
+            fetched = _fetch(value, entry, layer)  # in every process, to gather the shards of others
             if writing:
                 arrays |= _tensors(model, stored_as, fetched, value)
         where |= dict.fromkeys(arrays, name)

@@ -98,7 +98,7 @@ def blockwise(
     queries, keys = sharding.attention_partitions(q, k)
     of_sinks = None if sinks is None else PartitionSpec(queries[2])
     specs = {
-        name: sharding.partition(("batch", "length" if name in _BY_QUERY else None)[: array.ndim], array.shape, mesh)  # type: ignore[arg-type]
+        name: sharding.partition(("batch", "length" if name in _BY_QUERY else None)[: array.ndim], array.shape, mesh)
         for name, array in arrays.items()
     }
     names = queries[1] or ()

@@ -24,8 +24,8 @@ from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import make_console
-from peftjax.io.hf_config import stored_quantization
-from peftjax.io.hf_files import read_json, resolve
+from peftjax.io.hf_config import read_fields, stored_quantization
+from peftjax.io.hf_files import resolve
 from peftjax.plan import devices
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
 def _hf_config(path: str, revision: str | None) -> dict[str, Any]:
     """The fields of a model's config.json, with the quantization of its weights."""
     directory = resolve(path, revision, files=("config.json",))
-    return read_json(directory / "config.json") | {"quantization_config": stored_quantization(directory)}
+    return read_fields(directory)[0] | {"quantization_config": stored_quantization(directory)}
 
 
 def _search(

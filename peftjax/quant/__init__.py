@@ -11,9 +11,8 @@ from peftjax.quant.base import Quantized
 # The values of `quantize=`, and the functions that quantize a kernel [in, out].
 FORMATS: dict[str, Callable[[jax.Array], Quantized]] = {
     "nf4": nf4.quantize,
-    "nf4_single": partial(
-        nf4.quantize, nested=False
-    ),  # without double quantization: 4.5 bits per weight instead of 4.127
+    # Without double quantization: 4.5 bits per weight instead of 4.127.
+    "nf4_single": partial(nf4.quantize, nested=False),
     "int8": int8.quantize,
 }
 

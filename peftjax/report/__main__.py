@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="Directory of the training run, or of a sweep")
     options = cli.parse_options(parser, argv)
     cli.require_value(options, "workdir")
-    workdir = Path(options.workdir)
+    workdir = Path(options.workdir).expanduser()
     print(write_sweep_page(workdir) if (workdir / RESULTS).exists() else write_report(workdir))
 
 

@@ -49,10 +49,8 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     """
     fields = dict(hf_config)
     stored = fields.pop("quantization_config", None)  # the checkpoint is quantized already
-    quantize = config.model.quantize
     if stored:
         check_config(stored, config.model.path)
-        quantize = "nf4" if stored.get("bnb_4bit_use_double_quant") else "nf4_single"
     family = from_hf_config(
         fields,
         dtype=compute_dtype(config.model, hf_config),
@@ -65,7 +63,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     method = config.method.tokenized(lambda text: [0])  # the tokens do not change any shape
 
     def make() -> Model:
-        model = make_quantized(family, quantize or None, config.model.skip_quantize, config.seed, stored=bool(stored))
+        model = make_quantized(family, config.model.quantize, config.model.skip_quantize, config.seed, stored)
         if not config.start_from:  # `check` rejects some options that an adapter file may have
             method.check(model)
         # `attach` would require the data or the kernels that some adapters start from; they do not change any shape

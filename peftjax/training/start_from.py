@@ -34,6 +34,7 @@ from peftjax.io.adapter_load import load_adapter, method_for
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import WEIGHTS
 from peftjax.io.checkpoint import Checkpoints
+from peftjax.io.hf_config import read_fields
 from peftjax.io.model_card import hub_id
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model
@@ -176,11 +177,9 @@ def _method(path: Path, base: ModelConfig) -> Method:
     if not (path / WEIGHTS).is_file() or not has_single_experts(hf_files.read_header(path / WEIGHTS)):
         return method
     directory = hf_files.resolve(base.path, base.revision, files=("config.json",))
-    fields = hf_files.read_json(directory / "config.json")
-    fields.pop("quantization_config", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
-        return method_for(path, from_hf_config(fields).abstract())
+        return method_for(path, from_hf_config(read_fields(directory)[0]).abstract())
 
 
 def _options(method: Method) -> set[str]:

@@ -198,6 +198,25 @@ def test_a_save_that_fails_leaves_no_directory(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_may_be_saved_into_the_working_directory_and_through_a_link_but_not_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapters.attach(tiny.model(), methods.Lora(rank=2), rngs=nnx.Rngs(0))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "link", "~/home"):
+        (Path(path).expanduser() / WEIGHTS).unlink(missing_ok=True)
+        save_adapter(model, path)
+        load_adapter(model, path, name="again")
+        adapters.detach(model, "again")
+    assert {file.name for file in tmp_path.iterdir()} == {"here", "link", "home"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; give a directory"):
+        save_adapter(model, tmp_path / "file")
+
+
 def test_what_is_not_attached_or_has_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapter 'mien' is attached. Did you mean 'mine'\? Attached: \['mine'\]"):
         save_adapter(attached("mine", rank=2), tmp_path / "adapter", "mien")
@@ -540,6 +559,7 @@ def test_target_parameters_that_match_nothing_are_ignored_with_a_warning(tmp_pat
             r"'lm_haed' matches neither an embedding nor a head. Did you mean 'lm_head'",
         ),
         ({"r": 8.5}, r"rank must be a positive integer, got 8.5"),
+        ({"target_parameters": "mlp.experts"}, r"adapter_config.json: target_parameters must be a list of strings"),
         ({"bias": "some"}, r"method.bias must be one of none, all, lora_only, got 'some'"),
     ],
 )
@@ -550,6 +570,10 @@ def test_a_config_that_cannot_be_honoured_is_refused(fields: dict[str, Any], mes
 def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no such directory; give the one that holds"):
         load_adapter(tiny.model(), tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=r"adapter on the hub, give huggingface_hub\.snapshot_download\('some/adapter'\)"
+    ):
+        load_adapter(tiny.model(), "some/adapter")
     path = write(tmp_path / "a", random_tensors())
     (path / CONFIG).unlink()
     with pytest.raises(ValueError, match=f"not an adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):

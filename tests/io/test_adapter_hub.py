@@ -13,6 +13,7 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.model_card import CARD
 from peftjax.methods.bottleneck import Bottleneck
@@ -115,8 +116,10 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (path / "pytorch_adapter.bin").unlink()
     with pytest.raises(ValueError, match=r"holds no adapter.safetensors; load it with adapters"):
         load_adapter(tiny.model(), path)
-    with pytest.raises(ValueError, match='config must be an object, not "pfeiffer"'):
-        load_adapter(tiny.model(), rewrite(path, config="pfeiffer"))
+    rewrite(path, config="pfeiffer")
+    for read in (read_method, lambda path: load_adapter(tiny.model(), path)):
+        with pytest.raises(ValueError, match='config must be an object, not "pfeiffer"'):
+            read(path)
 
 
 def test_a_users_own_network_has_no_place_for_them(tmp_path: Path) -> None:

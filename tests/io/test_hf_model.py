@@ -278,12 +278,16 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
         load_model(write(tmp_path / "m", stored, tie_word_embeddings=True))
 
 
-def test_quantized_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
+def test_other_quantized_formats_and_options_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
     with pytest.raises(ValueError, match=r"quantize='nf' is not a format\. Did you mean 'nf4'"):
         load_model(directory, quantize="nf")
-    with pytest.raises(ValueError, match="dtype 'int32' is not one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype='int32' is not one of float32, bfloat16, float16"):
         load_model(directory, "int32")
+    with pytest.raises(ValueError, match="remat='blocks' is not one of none, dots, block, offload"):
+        load_model(directory, remat="blocks")
+    with pytest.raises(ValueError, match=r"skip='q_proj' .* is one string; give a tuple of names"):
+        load_model(directory, quantize="nf4", skip="q_proj")
     packed = {GATE.replace("weight", "qweight"): np.zeros((2, MLP), np.int32)}
     write(tmp_path / "m", random_tensors() | packed, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
@@ -430,7 +434,9 @@ def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: P
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json"):
+    with pytest.raises(
+        ValueError, match=r"has neither model\.safetensors nor .*; it holds config\.json\. .*save_pretrained"
+    ):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n.")
     with pytest.raises(
@@ -555,6 +561,21 @@ def test_a_directory_that_save_model_did_not_write_is_refused_and_left_alone(tmp
         save_model(model, tmp_path / "saved")
     (tmp_path / "empty").mkdir()
     save_model(model, tmp_path / "empty")
+
+
+def test_a_model_is_saved_through_a_link_but_not_into_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(write(tmp_path / "m", random_tensors()))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for _ in range(2):
+        save_model(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {file.name for file in (tmp_path / "here").iterdir()} == {"config.json", "model.safetensors"}
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here is the working directory and cannot be replaced; give a new directory"):
+        save_model(model, ".")
 
 
 def test_a_save_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

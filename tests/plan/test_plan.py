@@ -19,9 +19,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from peftjax import adapters, methods, sweep
+from peftjax.adapters import provenance
+from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
 from peftjax.io.adapter_save import save_adapter, weights_bytes
+from peftjax.io.hf_config import read_fields, stored_quantization
+from peftjax.io.load import load_model
+from peftjax.io.save import save_model
+from peftjax.models import from_hf_config
 from peftjax.plan import __main__ as command
 from peftjax.plan import advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device
@@ -171,6 +177,42 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
     ).blocks.feedforward.experts
     assert experts.gate_up.kernel.get_value().format == "nf4_single"
     assert experts.down.kernel.get_value().format == "nf4"
+
+
+def test_kernels_that_a_quantized_directory_stores_unquantized_are_planned_so(tmp_path: Path) -> None:
+    mixtral = SMALL | {
+        "num_hidden_layers": 1,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    model = tiny.quantized(tiny.make(from_hf_config(mixtral)))
+    leaves = variables.flat(model)[1]
+    dense = [path for path in leaves if "gate_up" in path or "query.kernel" in path]
+    variables.update(model, {path: leaves[path].get_value().astype(np.float32) for path in dense})
+    save_model(model, tmp_path / "model")
+    loaded = provenance.formats(load_model(tmp_path / "model"))
+    assert loaded
+    assert not set(dense) & set(loaded)
+    fields, named = read_fields(tmp_path / "model")
+    formats = [
+        provenance.formats(
+            abstract_model(make_config(model__quantize=""), fields | {"quantization_config": quantization})
+        )
+        for quantization in (stored_quantization(tmp_path / "model"), named)
+    ]
+    assert formats[0] == loaded
+    assert "model.layers.0.self_attn.q_proj" in named["llm_int8_skip_modules"]
+    assert "blocks.attention.query.kernel" not in formats[1]  # known without weights, too
+
+
+def test_experts_that_are_parameters_are_not_quantized_in_a_quantized_directory() -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    sizes = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    model = abstract_model(make_config(model__quantize=""), SMALL | sizes | {"quantization_config": stored})
+    formats = provenance.formats(model)
+    assert "blocks.attention.query.kernel" in formats
+    assert not [path for path in formats if "experts" in path]
 
 
 def test_added_embedding_rows_are_planned(tmp_path: Path) -> None:

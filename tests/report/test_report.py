@@ -443,6 +443,13 @@ def test_a_report_json_that_is_not_ours_is_refused(tmp_path: Path, text: str, me
     assert message in str(error.value)
 
 
+def test_a_tilde_in_an_option_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells do not expand it after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/absent"):
+        command.main(["--workdir=~/absent"])
+
+
 def test_an_empty_workdir_and_the_directory_of_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run has written there"):
         write_report(tmp_path)
