@@ -22,7 +22,7 @@ from peftjax.training.trained import load_trained, measure, open_task, result_of
 def main(argv: list[str]) -> None:
     summary = "Evaluate the trained model in a workdir."
     options = cli.parse(argv, "evaluate", summary, configs.describe(), of_run=True, options=distributed.add_options)
-    workdir = Path(options.workdir).expanduser()
+    workdir = Path(options.workdir)
     config = run_config(workdir, options.config, options.overrides)
     distributed.start(options)
     mesh, result, task = sharding.make_mesh(config.mesh.sizes), result_of(config, workdir), open_task(config)

@@ -105,7 +105,7 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
     Raises:
         UserError: The directory holds no run, the run has not finished, or its task generates no text.
     """
-    workdir = Path(options.workdir).expanduser()
+    workdir = Path(options.workdir)
     own = {"quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
     overrides = [*overrides, *(f"--config.model.{name}={value}" for name, value in own.items() if value is not None)]
     config = run_config(workdir, options.config, overrides)
@@ -132,7 +132,7 @@ def open_model(options: argparse.Namespace) -> Source:
     Raises:
         UserError: There is no such model or adapter, or neither is named.
     """
-    adapter = Path(options.adapter).expanduser() if options.adapter else None
+    adapter = Path(options.adapter) if options.adapter else None
     if adapter:
         read_method(adapter)  # mistakes in its config are reported before any weights are read
     directory = resolve(options.model) if options.model else _base_of(adapter)

@@ -334,7 +334,7 @@ def main(argv: list[str]) -> None:
             f"--part={part} cannot be combined with --halving={options.halving}, which compares all runs of a sweep; omit "
             "one of them"
         )
-    workdir = Path(options.workdir).expanduser()
+    workdir = Path(options.workdir)
     runs = members(options.config, options.overrides, fields, workdir, options.trials, options.search_seed)
     distributed.start(options)
     found = sweep(runs, workdir, options.together, options.halving, part)

@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         )
     if options.push is not None:
         distributed.on_first(lambda: check_push(options.push))  # before the training, not after it
-    workdir = Path(options.workdir).expanduser()
+    workdir = Path(options.workdir)
     train(config, workdir, profile=profile)
     if options.push is not None:
         url = distributed.on_first(lambda: push_adapter(workdir / "adapter", options.push))

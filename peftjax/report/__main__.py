@@ -18,10 +18,12 @@ def main(argv: list[str]) -> None:
         description="Rewrite a run's report.html or a sweep's sweep.html, for example after an upgrade or during the run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="Directory of the training run, or of a sweep")
+    parser.add_argument(
+        "--workdir", type=cli.path, required=True, metavar="DIR", help="Directory of the training run, or of a sweep"
+    )
     options = cli.parse_options(parser, argv)
     cli.require_value(options, "workdir")
-    workdir = Path(options.workdir).expanduser()
+    workdir = Path(options.workdir)
     print(write_sweep_page(workdir) if (workdir / RESULTS).exists() else write_report(workdir))
 
 
