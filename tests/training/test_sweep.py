@@ -476,6 +476,16 @@ def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
     ]
 
 
+def test_a_loss_that_is_not_a_number_is_never_the_best(made: Any, tmp_path: Path) -> None:
+    several = [member(made, tmp_path, optim__learning_rate=rate) for rate in (0.1, 0.2, 0.3)]
+    for one, loss in zip(several, (2.0, float("nan"), 1.0), strict=True):
+        with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
+            log.evaluation(1, {"eval_loss": loss})
+    found = sweep.write_results(several, tmp_path)
+    assert [entry["values"]["optim__learning_rate"] for entry in found] == [0.3, 0.1, 0.2]
+    assert [line.split()[1] for line in printed(found[::-1])[1:]] == ["1", "2", "nan"]
+
+
 def test_the_table_shows_where_runs_were_stopped() -> None:
     found = [
         {"values": {"seed": seed, "rank": rank}, "scores": {"eval_loss": loss}} | stopped
