@@ -141,4 +141,4 @@ def test_generate_refuses_a_temperature(temperature: str, root: Path, capsys: py
     assert runs.in_process("generate", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"temperature={float(temperature)}" in line
-    assert "use 0 (greedy) or more" in line
+    assert "use 0 (greedy) or a finite number above 0" in line
