@@ -133,6 +133,13 @@ def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path
         sweep.members(str(file), [], fields, tmp_path)
 
 
+def test_a_recorded_draw_that_is_no_number_is_in_no_range(file: Path, tmp_path: Path) -> None:
+    trial = {"seed": 0, "index": 0, "drawn": {"train.eval_every": "10%"}}
+    (tmp_path / "sweep.json").write_text(json.dumps([{"run": "eval_every=10%", "trial": trial}]))
+    with pytest.raises(UserError, match="records a draw from other fields or values"):
+        sweep.members(str(file), [], ["--sweep.train.eval_every=uniform(5,20)"], tmp_path, trials=1)
+
+
 def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path: Path) -> None:
     space = (
         """{"optim.learning_rate": "loguniform(1e-4,1e-3)", "method.targets": [("q_proj", "v_proj")], "seed": [0, 1]}"""
