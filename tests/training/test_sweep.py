@@ -526,6 +526,19 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
     ]
 
 
+def test_full_fine_tuning_of_a_bfloat16_checkpoint_has_float32_parameters(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.method = methods.make_config("full")
+    file = Path(made.model.path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        (united,) = unite_runs([member(made, tmp_path, seed=0)], mesh)
+    assert (united.model.config.dtype, united.model.config.param_dtype) == ("bfloat16", "float32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["randlora", "full"])
 def test_what_a_method_holds_in_its_structure_or_in_the_base_is_not_mixed_up(
