@@ -172,7 +172,7 @@ class Run:
         log.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
+            write_atomically(self.workdir / "config.json", configs.to_json(config))
             if config.start_from and state.step == 0:
                 start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
