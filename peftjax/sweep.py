@@ -74,7 +74,8 @@ def members(
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
         config = space.load(path, overrides, texts)
-        fixed = {name: _value(config, name) for name in texts}
+        values = flat(configs.to_dict(config))
+        fixed = {name: values[name] for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
         if name in found and not trials:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
@@ -284,11 +285,6 @@ def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
     """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
     directory = workdir / found[0]["run"]
     return directory / ("adapter" if (directory / "adapter").exists() else "model")
-
-
-def _value(config: Config, field: str) -> Any:
-    """The value of a field, by its dotted name."""
-    return flat(configs.to_dict(config))[field]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
