@@ -1,4 +1,4 @@
-"""Evaluate what a training run left in its workdir, with the config that the run wrote there.
+"""Evaluate the trained model in a workdir, with the config that the run wrote there.
 
 peftjax evaluate --workdir=runs/quickstart
 """

@@ -65,7 +65,7 @@ class OptimConfig:
                 f"optim.warmup_steps={self.warmup_steps} and optim.warmup_fraction={self.warmup_fraction:g} both give the "
                 "length of the warmup; set one of them"
             )
-        # what the bounds of the fields cannot say: open intervals
+        # open intervals, which the bounds of fields cannot express
         for name, value in (("b1", self.b1), ("b2", self.b2), ("momentum", self.momentum)):
             if value == 1:
                 raise UserError(f"optim.{name}=1 must be less than 1")
