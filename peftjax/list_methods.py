@@ -117,7 +117,7 @@ def equations(names: Iterable[str]) -> Table:
 
 
 def _equation(cls: type[adapters.Method]) -> str:
-    """What a method computes, from a line of its documentation.
+    """The equation of a method, from a line of its documentation.
 
     This is the first line of its file: "LoRA: y = x W + s (x A) B, with ..." after the colon. Of methods that share a file,
     it is the first line of the class.

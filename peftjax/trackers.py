@@ -36,7 +36,7 @@ _INSTALL = {
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where metrics are logged, beside metrics.jsonl and TensorBoard events."""
+    """Where metrics are logged in addition to metrics.jsonl and TensorBoard events."""
 
     trackers: tuple[str, ...] = field((), "Experiment trackers: wandb, mlflow, trackio")
     project: str = field(
@@ -75,7 +75,7 @@ class Tracker(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tracking:
-    """What trackers show of a run beside its metrics.
+    """The name, group and config of a run in its trackers.
 
     Attributes:
         trackers: Names of the trackers.

@@ -112,7 +112,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of the run that wrote it."""
+        """The config and the base's fingerprint, which checkpoints record."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
 
     def tracking(self, *, sweep: bool = False) -> Tracking:

@@ -73,7 +73,7 @@ def _make_state(tx: optax.GradientTransformation, seed: int, trainable: variable
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step minimizes, as a function of split state.
+    """The function of split state that a step minimizes.
 
     Attributes:
       graph: The structure of the model, in training mode.

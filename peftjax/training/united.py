@@ -1,4 +1,4 @@
-"""What the runs of a population share: the base, a model with the adapters of all of them, and the compiled programs."""
+"""The parts that the runs of a population share: the base, a model with the adapters of all runs, and the programs."""
 
 import contextlib
 from collections.abc import Hashable, Mapping, Sequence
