@@ -83,8 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=64, help="Maximum number of generated tokens (default: 64)")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0: greedy (default)")
     add("--top-k", type=int, default=0, help="Sample among the k most likely tokens; 0: all (default)")
-    add("--top-p", type=float, default=1.0, help="Sample among the most likely tokens of this total probability")
-    add("--seed", type=int, default=0, help="Random seed")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Sample among the most likely tokens of this total probability; 1: all (default)",
+    )
+    add("--seed", type=int, default=0, help="Random seed (default: 0)")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
     add(
         "--quantize",

@@ -89,7 +89,7 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
-    room = f"of the {format_bytes(memory)} per device that are available"
+    room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
         say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
         return most
