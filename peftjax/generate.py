@@ -38,10 +38,10 @@ from peftjax.training.trained import load_trained, open_task, result_of, run_con
 
 
 class Source(NamedTuple):
-    """A model to generate with.
+    """What generates.
 
     Attributes:
-        name: The option that names the model, for messages.
+        name: The option that names it, for messages.
         tokenizer: Its tokenizer.
         prompts: The format of the prompts in training; None if it is unknown.
         load: Reads the weights.

@@ -261,18 +261,9 @@ def outcome(member: Member) -> dict[str, Any]:
     scores, amounts = (
         {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
     )
-    failed = {"failed": member.failed} if member.failed else {}
-    stopped = {"stopped": member.stopped} if member.stopped else {}
-    trial = {"trial": member.trial} if member.trial else {}
-    return {
-        "run": member.name,
-        "values": member.values,
-        "scores": scores,
-        "amounts": amounts,
-        **failed,
-        **stopped,
-        **trial,
-    }
+    entry = {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts}
+    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial}
+    return entry | {name: value for name, value in special.items() if value}
 
 
 def _entries(workdir: Path) -> list[dict[str, Any]]:
