@@ -18,7 +18,7 @@ from peftjax.report.compared_tables import ComparedTable, make_tables
 
 
 def main(argv: list[str]) -> None:
-    """Run the command: print the comparison, and write it to a directory if there is one."""
+    """Run the command: print the comparison, and write it to a directory if one is given."""
     parser = argparse.ArgumentParser(
         prog=cli.program("compare"),
         description="Compare the scores and costs of runs and sweeps. Runs that differ only in the seed share a row.",

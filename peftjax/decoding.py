@@ -22,12 +22,12 @@ from peftjax.models.encoder_decoder import EncoderDecoder
 
 
 class Answers(NamedTuple):
-    """What has been generated.
+    """The answers to a batch of prompts.
 
     Attributes:
         tokens: New tokens, int32 [B, max_new].
-        lengths: How many of them precede a stop token, int32 [B].
-        failed: bool [B], whether the logits after these are not finite.
+        lengths: The number of them before the stop token, int32 [B].
+        failed: bool [B], whether the logits after these are NaN or infinite.
         done: bool [B], whether a row has ended.
     """
 
@@ -37,8 +37,8 @@ class Answers(NamedTuple):
     done: jax.Array
 
 
-# A generation that has begun: hidden states [B, 1 or W, D], the last of which predicts the first new token; the key/value
-# cache; and a function that feeds new token number i, [B, 1], to the model and the cache.
+# The state after the prompts: hidden states [B, 1 or W, D], the last of which predict the first new token; the key/value
+# cache; and a function (token [B, 1], its index, cache) -> (hidden states, cache) that reads a new token.
 Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
 
 
@@ -61,10 +61,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} is negative; use 0 (greedy) or more")
-        if not math.isfinite(self.temperature):
-            raise UserError(f"temperature={self.temperature} is not finite; use 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature={self.temperature} is out of range; use 0 (greedy) or a finite number above 0"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is negative; use 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
@@ -80,7 +80,8 @@ class Sampling:
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the total probability of more likely tokens
             least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.random.categorical(key, logits, axis=-1)
@@ -104,7 +105,7 @@ def generate(
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
         prompts: Token ids, at least one per prompt.
-        max_new_tokens: The largest number of new tokens per prompt.
+        max_new_tokens: Maximum number of new tokens per prompt.
         stop: Token ids that end a text, such as `tokenizer.eos_ids`. Ids without a row in the embedding, such as -1, are never
             generated and have no effect.
         sampling: How the next token is chosen; by default the most likely one.
@@ -136,14 +137,16 @@ def generate_each(
     max_new_tokens: int,
     stop: Sequence[int] = (),
 ) -> list[list[list[int]] | NotFiniteError]:
-    """Generate greedily with several models that differ in some leaves, in one program; each as `generate` would alone.
+    """Generate greedily with several models that differ in some leaves, in one program.
+
+    The answers of each model are those of `generate`.
 
     Args:
         model: One of the models, in evaluation mode.
         own: For each model, the leaves that are not in `shared`, of the same shapes in all models; see `variables.filled`.
-        shared: The leaves that all models share, such as the base, which is read and decoded once for all.
+        shared: The leaves that all models share, such as the base, which is read and dequantized once.
         prompts: Token ids, at least one per prompt. Every model gets all of them.
-        max_new_tokens: The largest number of new tokens per prompt.
+        max_new_tokens: Maximum number of new tokens per prompt.
         stop: Token ids that end a text.
 
     Returns:
@@ -169,7 +172,7 @@ def generate_each(
 def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The prompts as tokens and mask [B, W], padded on the left, and which of the tokens end a text, bool [V]."""
+    """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
     generators = Decoder | EncoderDecoder | Rows
     if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
         raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")
@@ -215,14 +218,14 @@ def _token_ids(answers: Answers) -> list[list[int]]:
 
 
 def _padded(length: int) -> int:
-    """Return the length that a batch of prompts is padded to: one of 8 between two powers of two, or a multiple of 32."""
+    """The length to which a batch of prompts is padded: a multiple of 32, or one of 8 lengths between two powers of two."""
     step = max(32, 2 ** ((length - 1).bit_length() - 4))
     return -(-length // step) * step
 
 
 @functools.cache
 def _compiled(decode: Callable[..., Answers], devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
-    """Return the compiled `_decode` or `_decode_each` for models on these devices."""
+    """The jitted `_decode` or `_decode_each` for models on these devices."""
     options = sharding.compiler_options(devices)
     return jax.jit(decode, static_argnames=("graph", "sampling", "max_new"), compiler_options=options)
 

@@ -1,4 +1,4 @@
-"""Evaluate what a training run left in its workdir, with the config that the run wrote there.
+"""Evaluate the trained model in a workdir, with the config that the run wrote there.
 
 peftjax evaluate --workdir=runs/quickstart
 """
@@ -13,6 +13,7 @@ from peftjax.core import cli, distributed
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import Progress
 from peftjax.data.batches import HeldOut
+from peftjax.log import is_amount
 from peftjax.training import answers
 from peftjax.training import config as configs
 from peftjax.training.setup import check_held_out
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> None:
     if jax.process_index() != 0:
         return
     for name, value in measured.items():
-        print(f"{name:15} {value:.6g}")
+        text = f"{value:.0f}" if is_amount(name) else f"{value:.6g}"
+        print(f"{name:15} {text}")
     write_atomically(workdir / "evaluation.json", json.dumps(measured, indent=2) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""Generate text from prompts, with what a training run left or with any model and adapter.
+"""Generate text from prompts, with a trained run or with any model and adapter.
 
     peftjax generate --workdir=runs/quickstart --prompt="..." [--prompt="..."]
     peftjax generate --adapter=DIR [--model=DIR] --prompt="..."
 
-The format of the prompts in training is applied: the prompt template, or the chat template. --raw turns it off.
+Prompts get the format that they had in training, a prompt template or the chat template. --raw turns this off.
 """
 
 import argparse
@@ -86,8 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=64, help="Maximum number of generated tokens (default: 64)")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0: greedy (default)")
     add("--top-k", type=int, default=0, help="Sample among the k most likely tokens; 0: all (default)")
-    add("--top-p", type=float, default=1.0, help="Sample among the most likely tokens of this total probability")
-    add("--seed", type=int, default=0, help="Random seed")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Sample among the most likely tokens of this total probability; 1: all (default)",
+    )
+    add("--seed", type=int, default=0, help="Random seed (default: 0)")
     add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
     add(
         "--quantize",
@@ -100,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
-    """The model that a training run left.
+    """The model that a training run has trained.
 
     Raises:
         UserError: The directory holds no run, the run has not finished, or its task generates no text.
@@ -130,7 +135,7 @@ def open_model(options: argparse.Namespace) -> Source:
     """A model, with or without an adapter.
 
     Raises:
-        UserError: There is no such model or adapter, or neither is named.
+        UserError: There is no such model or adapter, or neither is given.
     """
     adapter = Path(options.adapter) if options.adapter else None
     if adapter:
@@ -162,7 +167,7 @@ def _base_of(adapter: Path | None) -> Path:
 
 
 def encode(source: Source, options: argparse.Namespace) -> list[list[int]]:
-    """The tokens of the prompts; says which format was applied."""
+    """The tokens of the prompts; prints which format is applied."""
     tokenizer, prompts = source.tokenizer, source.prompts
     if options.raw or options.chat or prompts is None:
         return [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
@@ -202,7 +207,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Raises a UserError for options that exclude each other."""
+    """Raises a UserError for options that exclude each other or are out of range."""
     if options.workdir and (options.model or options.adapter):
         raise UserError(
             "--workdir names both the model and the adapter of a run; remove --model and --adapter, or remove --workdir. "
@@ -211,6 +216,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.workdir and (options.config or overrides):
         given = overrides[0] if overrides else f"--config={options.config}"
         raise UserError(f"{given} changes the config of a run; give the run with --workdir=DIR")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens={options.max_new_tokens} generates nothing; use 1 or more")
     if options.dtype == "float16" and jax.default_backend() == "cpu":
         raise UserError("--dtype=float16: attention in float16 is not supported on CPUs; use float32 or bfloat16")
 

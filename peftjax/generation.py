@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import overload
 
+import numpy as np
 from flax import nnx
 
 from peftjax import decoding
@@ -96,10 +97,15 @@ def generate(
         >>> [len(answer) for answer in answers]
         [4, 4]
     """
+    if any(isinstance(token, str) for token in stop):
+        raise UserError("generate: stop takes token ids, not texts; tokenizer.token_id(text) is the id of a token")
     if not isinstance(prompts, Tokenizer):
-        if texts is not None or chat:
+        if texts is not None or chat or any(isinstance(prompt, str) for prompt in prompts):
             raise UserError("generate: texts need a tokenizer: generate(model, tokenizer, texts)")
-        return decoding.generate(model, prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+        if any(np.ndim(prompt) != 1 for prompt in prompts):
+            raise UserError("generate: prompts must be a list of token ids for each prompt, such as [[1, 2, 3]]")
+        ids = [np.asarray(prompt).tolist() for prompt in prompts]
+        return decoding.generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer, several = prompts, [texts] if isinstance(texts, str) else list(texts)

@@ -2,8 +2,7 @@
 
     peftjax list-methods [--model=DIR] [--method=lora]
 
-All figures are counted from shapes: of a model directory only config.json is read. `--method` explains one method and its
-options.
+All figures are computed from shapes: only config.json of the model is read. `--method` explains one method and its options.
 """
 
 import argparse
@@ -59,7 +58,7 @@ class Row(NamedTuple):
 
 
 def row(config: ModelConfig, name: str) -> Row:
-    """Count what a method would train on a model, without making either.
+    """Count the parameters that a method would train in a model, from shapes alone.
 
     Args:
         config: The model's config, from `models.from_hf_config`.
@@ -88,7 +87,7 @@ def row(config: ModelConfig, name: str) -> Row:
 
 
 def _merges(model: nnx.Module) -> bool:
-    """Whether what the attached adapters do can be written into the weights."""
+    """Whether the attached adapters can be merged into the weights."""
     return all(type(adapter).merged is not MethodAdapter.merged for _, adapter in adapters_named(model, "default"))
 
 
@@ -119,7 +118,7 @@ def equations(names: Iterable[str]) -> Table:
 
 
 def _equation(cls: type[adapters.Method]) -> str:
-    """What a method computes, from a line of its documentation.
+    """The equation of a method, from a line of its documentation.
 
     This is the first line of its file: "LoRA: y = x W + s (x A) B, with ..." after the colon. Of methods that share a file,
     it is the first line of the class.
@@ -175,7 +174,7 @@ def main(argv: list[str]) -> None:
         "--model",
         default="embedded",
         metavar="DIR",
-        help='model directory, Hugging Face Hub id, or "embedded" for the bundled demo model (default)',
+        help='Hugging Face directory, hub id, or "embedded" for the bundled model (default)',
     )
     parser.add_argument("--method", metavar="NAME", help="Explain this method and its options instead")
     given = cli.parse_options(parser, argv)

@@ -3,10 +3,10 @@
     peftjax sweep --config=configs/quickstart.py --workdir=runs/sweep \\
         --sweep.optim.learning_rate=1e-3,3e-3 --sweep.method.rank=4,8
 
-Each run has its own directory in the workdir, with what `peftjax train` with these values would write: the same
-files, and the same numbers up to rounding. The same command resumes an interrupted sweep. Runs that differ only in fields that
-`training.alike` allows form a population: one program computes the gradients of all of them under vmap, so that the frozen
-base is held, read and decoded once.
+Each run has its own directory in the workdir, with the files that `peftjax train` with these values would write, and the same
+numbers up to rounding. The same command resumes an interrupted sweep. Runs that differ only in fields that `training.alike`
+allows form a population: one program computes the gradients of all of them under vmap, so that the frozen base is stored,
+read and dequantized once.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def members(
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
         config = space.load(path, overrides, texts)
-        fixed = {name: _value(config, name) for name in texts}
+        values = flat(configs.to_dict(config))
+        fixed = {name: values[name] for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
         if name in found and not trials:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
@@ -115,7 +116,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train the unfinished runs of a part, and write sweep.json and sweep.html at the start and whenever runs have ended.
 
-    A run whose loss is not finite ends there; the others go on.
+    A run whose loss is not finite fails; the others continue.
 
     Args:
       runs: All runs.
@@ -125,7 +126,7 @@ def sweep(
       part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
-      What sweep.json holds: for each run its values and metrics, or why it failed; lowest loss first, stopped runs last.
+      The entries of sweep.json, one for each run: see `outcome`; lowest loss first, stopped runs last.
 
     Raises:
       UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
@@ -147,7 +148,7 @@ def sweep(
             say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
         waiting_alike = populations(waiting)
         for population in waiting_alike:
-            for member in {one.config.method: one for one in reversed(population)}.values():
+            for member in {one.config.method: one for one in reversed(population)}.values():  # the first of each method
                 check_member(member)
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
@@ -157,11 +158,12 @@ def sweep(
         record = partial(write_results, runs, workdir, mine)
         record()  # the reports of the runs link to the page
         for number, (population, width) in enumerate(groups, 1):
-            at_a_time = (
-                f"{len(population)} runs, {width} at a time" if width < len(population) else f"{width} side by side"
-            )
-            several = f", {at_a_time}" if len(population) > 1 else ""
-            say("\n  ".join([f"population {number} of {len(groups)}{several}:", *(one.name for one in population)]))
+            title = f"population {number} of {len(groups)}"
+            if width < len(population):
+                title += f", {len(population)} runs, {width} at a time"
+            elif width > 1:
+                title += f", {width} side by side"
+            say("\n  ".join([f"{title}:", *(one.name for one in population)]))
             train_population(population, preemption, width, halving, record)
             distributed.meet("all runs of the population have ended")
         found = record()
@@ -171,12 +173,12 @@ def sweep(
 
 
 def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.html, from one process; returns what sweep.json holds.
+    """Write sweep.json and sweep.html, from one process; returns the entries of sweep.json.
 
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      mine: The runs that this job trains (default: all). Why another one failed is read from sweep.json.
+      mine: The runs that this job trains (default: all). The failures of other runs are read from sweep.json.
     """
     own = {member.name for member in (runs if mine is None else mine)}
     others = [member for member in runs if member.name not in own]
@@ -184,19 +186,22 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
         failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)} if others else {}
         for member in others:
             member.failed = failed.get(member.name, "")
-        found = sorted(
-            map(outcome, runs),
-            key=lambda one: ("stopped" in one, one["scores"].get("eval_loss", one["scores"].get("loss", math.inf))),
-        )
+        found = sorted(map(outcome, runs), key=_rank)
         if jax.process_index() == 0:
             write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
             write_sweep_page(workdir)
     return found
 
 
+def _rank(entry: Mapping[str, Any]) -> tuple[bool, float]:
+    """The sort key of an entry of sweep.json: stopped runs come last, and among the others those without a loss."""
+    loss = entry["scores"].get("eval_loss", entry["scores"].get("loss", math.nan))
+    return "stopped" in entry, math.inf if math.isnan(loss) else loss
+
+
 def resolve(runs: Iterable[Member]) -> None:
-    """Put all lengths in the runs' configs in steps, take the dtype of started runs, and complete the method's options, so that
-    runs can be compared."""
+    """Complete the runs' configs so that they can be compared: lengths in steps, the dtype of a started run, and the options of
+    method.start_from."""
     counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
 
     def rows(config: Config) -> int:
@@ -219,7 +224,7 @@ def resolve(runs: Iterable[Member]) -> None:
 
 
 def check_member(member: Member) -> None:
-    """Check what can be checked of a run before any weights are read; a message names the run. See `check_fit`."""
+    """Check a run before any weights are read, as `check_fit` does; a message names the run."""
     mesh = sharding.make_mesh(member.config.mesh.sizes)
     try:
         task, data = open_data(member.config, mesh)
@@ -244,7 +249,7 @@ def populations(runs: Iterable[Member]) -> list[list[Member]]:
 
 
 def outcome(member: Member) -> dict[str, Any]:
-    """The values of a run, the scores and amounts of data of its last evaluation, and its last loss; or why it failed.
+    """The entry of a run in sweep.json: its values, its last scores and amounts of data, and why it failed if it did.
 
     A run that has not started has no scores.
     """
@@ -256,22 +261,13 @@ def outcome(member: Member) -> dict[str, Any]:
     scores, amounts = (
         {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
     )
-    failed = {"failed": member.failed} if member.failed else {}
-    stopped = {"stopped": member.stopped} if member.stopped else {}
-    trial = {"trial": member.trial} if member.trial else {}
-    return {
-        "run": member.name,
-        "values": member.values,
-        "scores": scores,
-        "amounts": amounts,
-        **failed,
-        **stopped,
-        **trial,
-    }
+    entry = {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts}
+    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial}
+    return entry | {name: value for name, value in special.items() if value}
 
 
 def _entries(workdir: Path) -> list[dict[str, Any]]:
-    """What sweep.json holds, as `write_results` has written it; empty before."""
+    """The entries of sweep.json; none if it has not been written yet."""
     file = workdir / RESULTS
     return json.loads(file.read_text()) if file.exists() else []
 
@@ -280,11 +276,6 @@ def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
     """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
     directory = workdir / found[0]["run"]
     return directory / ("adapter" if (directory / "adapter").exists() else "model")
-
-
-def _value(config: Config, field: str) -> Any:
-    """The value of a field, by its dotted name."""
-    return flat(configs.to_dict(config))[field]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +333,8 @@ def main(argv: list[str]) -> None:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")
         print(f"page: {workdir / SWEEP_PAGE}")
-        print(f"best {(best := best_result(found, workdir)).name}: {best}")
+        best = best_result(found, workdir)
+        print(f"best {best.name}: {best}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
 
-A run has one run in each tracker. A resumed run continues it: trackers.json in the workdir holds its id in each tracker.
-Trackers read servers, accounts and offline modes from their own environment variables.
+Each training run is one run in every tracker. Resumed training continues that run: trackers.json in the workdir holds its id in
+each tracker. Trackers read servers, accounts and offline modes from their own environment variables.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _INSTALL = {
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where metrics are logged, beside metrics.jsonl and TensorBoard events."""
+    """Where metrics are logged in addition to metrics.jsonl and TensorBoard events."""
 
     trackers: tuple[str, ...] = field((), "Experiment trackers: wandb, mlflow, trackio")
     project: str = field(
@@ -75,7 +75,7 @@ class Tracker(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tracking:
-    """What trackers show of a run beside its metrics.
+    """The name, group and config of a run in its trackers.
 
     Attributes:
         trackers: Names of the trackers.
@@ -113,10 +113,10 @@ class Tracking:
                 if not resume:
                     Trackers(started).close("failed")
                     raise UserError(
-                        f"log.trackers={name!r}: the run cannot be started: {_text(error)}; repair this, or remove "
+                        f"log.trackers={name!r}: the run cannot be started: {_text(error)}; fix this, or remove "
                         f"{name} from log.trackers"
                     ) from error
-                say(f"warning: {name} does not continue the run: {_text(error)}")
+                say(f"warning: {name} cannot continue the run: {_text(error)}")
                 continue
             ids[name] = tracker.id
             started.append(tracker)
@@ -126,7 +126,7 @@ class Tracking:
 
 
 class Trackers:
-    """Several trackers as one. A tracker that fails is left out from then on, with a warning; the training goes on."""
+    """Several trackers as one. A tracker that fails is left out from then on, with a warning; the training continues."""
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
         self._trackers = list(trackers)
@@ -183,7 +183,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. It has one row per step: those that it has already are not logged again."""
+    """A run of Weights & Biases. It has one row per step; steps that it has already are not logged again."""
 
     def __init__(self, tracking: Tracking, workdir: Path, known: str | None) -> None:
         import wandb
@@ -212,7 +212,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow. The parameters are those of the config with which it was started: MLflow does not change them."""
+    """A run of MLflow. Its parameters are those of the config with which it was started: MLflow cannot change them."""
 
     def __init__(self, tracking: Tracking, workdir: Path, known: str | None) -> None:
         from mlflow.entities import Param
@@ -247,7 +247,7 @@ class Mlflow:
 
 
 class Trackio:
-    """A run of Trackio. It finds runs by their names, so the name has a part that is unique."""
+    """A run of Trackio. Trackio finds runs by their names, so the name ends with a unique part."""
 
     def __init__(self, tracking: Tracking, workdir: Path, known: str | None) -> None:
         import trackio

@@ -78,13 +78,12 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
             return apply(tx, state, gradients), summary(gradients, totals)
 
         start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
-        first = jax.process_index() == 0
         with (
             Log(
                 workdir,
                 total_steps=steps,
                 resume_step=start,
-                enabled=first,
+                enabled=jax.process_index() == 0,
                 tracking=run.tracking(),
                 on_line=hooks.on_metrics,
             ) as log,
@@ -132,11 +131,11 @@ def main(argv: list[str]) -> None:
     profile = parse_steps(options.profile) if options.profile is not None else None
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
-    if options.push is not None and isinstance(config.method, Full):
-        raise UserError(
-            f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
-        )
     if options.push is not None:
+        if isinstance(config.method, Full):
+            raise UserError(
+                f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
+            )
         distributed.on_first(lambda: check_push(options.push))  # before the training, not after it
     workdir = Path(options.workdir)
     train(config, workdir, profile=profile)

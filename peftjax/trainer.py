@@ -53,7 +53,7 @@ def train(
         data: The training data: one or several sources in the notation of `data.train`, such as "train.jsonl", or
             the records themselves, which are written to train.jsonl in the workdir. None: the data of the config.
         workdir: Directory for everything that the run writes.
-        eval_data: The held-out data, given in the same ways.
+        eval_data: The held-out data, in the same forms.
         config: Values of config fields by name, as on the command line: {"train.steps": 100, "data.format": "chat"}.
         optimizer: An optax optimizer with its learning rate, which replaces the section `optim` of the config, and may be
             given there instead. It receives gradients and parameters in float32, as a dict from paths to arrays.

@@ -119,7 +119,7 @@ def test_a_tracker_that_does_not_start_ends_a_new_run_but_not_a_resumed_one(
     log(tmp_path, 2, 3, forbidden)
     out = capsys.readouterr().out
     assert [
-        f"warning: {name} does not continue the run: no such project" for name in ("wandb", "trackio")
+        f"warning: {name} cannot continue the run: no such project" for name in ("wandb", "trackio")
     ] == out.splitlines()
 
 

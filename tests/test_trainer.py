@@ -141,6 +141,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     peftjax.attach(model, LORA, "mine", rngs=nnx.Rngs(0))
     assert "has adapters attached already: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
     assert "method must be a method such as peftjax.Lora" in refused(tmp_path, "embedded", "lora", "train.jsonl")
+    assert "Did you mean 'train.steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"trian.steps": 3})
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
     assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])
@@ -184,5 +185,12 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
     answers = peftjax.generate(model, tokenizer, texts, max_new_tokens=4)
     assert answers == [tokenizer.decode(each) for each in ids]
     assert peftjax.generate(model, tokenizer, texts[0], max_new_tokens=4) == answers[0]
-    with pytest.raises(UserError, match="texts need a tokenizer"):
-        peftjax.generate(model, prompts, texts)  # type: ignore[call-overload]
+    arrays = [np.array(prompt) for prompt in prompts]
+    assert peftjax.generate(model, arrays, max_new_tokens=4, stop=tokenizer.eos_ids) == ids  # type: ignore[arg-type]
+    for mistaken in ((prompts, texts), (texts,), (texts[0],)):
+        with pytest.raises(UserError, match="texts need a tokenizer"):
+            peftjax.generate(model, *mistaken)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a list of token ids for each prompt"):
+        peftjax.generate(model, prompts[0])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="stop takes token ids"):
+        peftjax.generate(model, prompts, stop=["\n"])  # type: ignore[list-item]

@@ -111,7 +111,7 @@ def _row(group: Group) -> str:
 
 
 def _short_value(value: Any) -> str:
-    return format_number(value) if isinstance(value, float) else shorten(value_text(value), 16)
+    return format_number(value) if isinstance(value, float) else shorten(value_text(value) or repr(value), 16)
 
 
 def _drawings(shown: Sequence[_Shown]) -> tuple[Drawer, Drawer]:

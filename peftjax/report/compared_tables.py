@@ -69,7 +69,8 @@ def final_scores(group: Group, name: str) -> list[float]:
 
 def group_name(group: Group) -> str:
     """The fields in which the group differs from others, one a line; without one, the name of the workdir."""
-    shown = [f"{short_name(field, group.values)}={value_text(value)}" for field, value in group.values.items()]
+    texts = {field: value_text(value) or repr(value) for field, value in group.values.items()}  # '' for an empty value
+    shown = [f"{short_name(field, texts)}={text}" for field, text in texts.items()]
     return printable("\n".join(shown) or group.runs[0].workdir.resolve().name)
 
 

@@ -1,4 +1,4 @@
-"""What may differ between the members of a population, and models of one structure for them.
+"""The differences that members of a population may have, and a model whose structure fits all of them.
 
 One program trains all members. Whatever differs between them must therefore be an input of the program, such as an array of
 the model, or belong to the update, which is separate for each member. Arrays may differ in shape if padding them with zeros

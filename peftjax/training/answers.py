@@ -63,9 +63,10 @@ def answer_each(
     max_new_tokens: int,
     progress: Progress,
 ) -> list[list[Answer] | NotFiniteError]:
-    """`answer` of several models in one program; or the error of a model whose logits are not finite.
+    """The greedy answers of several models from one program, or the error of a model whose logits are not finite.
 
-    All models together have about as many prompts at a time as a single one. The leaves are those of `generate_each`.
+    All models together answer about as many prompts at a time as a single model. `own` and `shared` are those of
+    `generate_each`.
     """
     found: list[list[Answer] | NotFiniteError] = [[] for _ in own]
     with progress.phase(GENERATING):
@@ -82,7 +83,7 @@ def answer_each(
 def _batches(
     model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, size: int, progress: Progress
 ) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
-    """Up to `size` prompts at a time, and their tokens: always of as many rows, so that one function is compiled."""
+    """Up to `size` prompts at a time, and their tokens. The last prompt is repeated, so that all batches have one shape."""
     for prompt in prompts:
         check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
     size = min(size, len(prompts))

@@ -46,7 +46,7 @@ def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
     facts = {
         "Task": f"`{config.task.kind}`",
         "Training data": _sources(data.train),
-        "Training": f"{step:,} steps of {config.train.batch_size:,} {rows}{size}; seed {config.seed}",
+        "Training": f"{step:,} step{'s' * (step != 1)} of {config.train.batch_size:,} {rows}{size}; seed {config.seed}",
         "Optimizer": "custom" if custom else f"{optim.name}, learning rate {optim.learning_rate:g}, {schedule}",
         "Precision": model.dtype + (f", base in {model.quantize}" if model.quantize else ""),
     }

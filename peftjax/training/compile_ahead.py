@@ -17,7 +17,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class CompileAhead:
-    """Context manager: a jitted step whose programs a thread compiles. It is called as the step itself.
+    """Context manager: a jitted step whose programs a thread compiles. Call it like the step.
 
     If a program fails to compile, the call that needs it raises the error. On exit, the context waits for the program that is
     being compiled and cancels those after it.

@@ -199,8 +199,9 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
 
     Args:
       config: The config; it is not modified.
-      fields: New values by dotted name, such as {"model.remat": "block"}. "method.name" replaces the whole section by the
-        defaults of that method, as on the command line; "method" and "mesh" replace a section by a mapping.
+      fields: New values by dotted name, such as {"model.remat": "block"}. As on the command line, another "method.name"
+        first replaces the whole section by the defaults of that method. A mapping by the name of a section, such as
+        {"mesh": {"fsdp": 2}}, replaces the section.
 
     Raises:
       UserError: As `validate`.
@@ -209,12 +210,14 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
     for name in core_config.replaced_by(fields, SCHEMA.fields):
         head, _, leaf = name.partition(".")
         values[head][leaf] = SCHEMA.fields[name].default
-    for name, value in fields.items():
+    for name, value in sorted(fields.items(), key=lambda item: item[0] != "method.name"):
         head, _, leaf = name.partition(".")
-        if name == "method.name":
-            values["method"] = methods.method_defaults(value)
+        if name == "method.name" and value != config.method.method:
+            values["method"] = {"name": value}
+        elif leaf and isinstance(values.get(head), Mapping):
+            values[head] = values[head] | {leaf: value}
         else:
-            values[head] = values[head] | {leaf: value} if leaf else value
+            values[name] = value
     return validate(values)
 
 

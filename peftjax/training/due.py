@@ -8,7 +8,7 @@ from peftjax.training.config import Config
 
 
 class Due:
-    """What is due after a step. All of it is due after the last one.
+    """What is due after a step. After the last step, everything is.
 
     Args:
       config: A config whose lengths are in steps.
@@ -20,22 +20,22 @@ class Due:
         self._saved = clock()
 
     def log(self, step: int) -> bool:
-        """Whether a line of metrics is."""
+        """Whether a line of metrics is due."""
         return self._last(step) or _every(step, self._config.train.log_every)
 
     def eval(self, step: int) -> bool:
-        """Whether an evaluation is."""
+        """Whether an evaluation is due."""
         return self._last(step) or _every(step, self._config.train.eval_every)
 
     def save(self, step: int) -> bool:
-        """Whether a checkpoint is by the number of the step: also after every evaluation."""
+        """Whether a checkpoint is due at this step. It is after every evaluation."""
         return self.eval(step) or _every(step, self._config.checkpoint.every)
 
     def save_by_time(self, step: int) -> bool:
-        """Whether a checkpoint is, because the last one is checkpoint.minutes old.
+        """Whether a checkpoint is due because the last one is checkpoint.minutes old.
 
-        Asked after a line of the log, for which the processes have waited for the device anyway; there they agree on the
-        answer. Every process must call this method after the same steps.
+        This is checked only where a line of metrics is due, since the processes have to agree on the answer and have waited for
+        the device there anyway. Every process must call this method after the same steps.
         """
         minutes = self._config.checkpoint.minutes
         if not minutes or not self.log(step):
@@ -43,7 +43,7 @@ class Due:
         return any(distributed.gather(self._clock() - self._saved >= 60 * minutes)[:1])
 
     def saved(self) -> None:
-        """Measure the time from now on."""
+        """Restart the clock of `save_by_time`."""
         self._saved = self._clock()
 
     def _last(self, step: int) -> bool:

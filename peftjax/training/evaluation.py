@@ -21,13 +21,13 @@ from peftjax.totals import Batch, Totals
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation finds.
+    """The result of an evaluation.
 
     Attributes:
       scores: The metrics.
-      logits: The logits of all labels that count; None where the metrics follow from sums.
+      logits: The logits of all labels with a loss; None if the metrics are computed from sums alone.
       labels: These labels.
-      records: The names of the records, one for each label; empty if a record has several, or with several processes.
+      records: The name of each label's record; empty if a record has several labels, or with several processes.
     """
 
     scores: dict[str, float]
@@ -55,14 +55,14 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
 
 
 def counted(batches: Batches, limit: int, progress: Progress) -> Iterator[HostBatch]:
-    """At most `limit` batches (0: all), with a bar that counts them; without a limit it counts their records."""
+    """At most `limit` batches (0: all), with a progress bar of batches or, without a limit, of records."""
     if limit:
         return progress.track(itertools.islice(batches, limit), "batches", limit)
     return progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
 
 
 class Collected:
-    """What the eval step returns, collected on the host over batches."""
+    """The outputs of the eval step, collected on the host over batches."""
 
     def __init__(self) -> None:
         self._sums = np.zeros(3)
@@ -71,11 +71,11 @@ class Collected:
 
     def add(self, outputs: Outputs, records: Iterable[str]) -> None:
         """Add the outputs of a batch, as NumPy arrays, and the names of its records."""
-        self._sums += np.array(outputs.totals[:3], float)  # training alone has a balance
+        self._sums += np.array(outputs.totals[:3], float)  # only training has a balance
         if outputs.labelled is not None:
             logits, labels, weights = map(np.asarray, outputs.labelled)
             self._labelled.append((logits[weights > 0], labels[weights > 0]))
-            if weights.ndim == 1 and jax.process_count() == 1:  # the rows of several processes may be in another order
+            if weights.ndim == 1 and jax.process_count() == 1:  # several processes may order the rows differently
                 self._records += records
 
     def evaluation(self, task: Task) -> Evaluation:

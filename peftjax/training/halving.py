@@ -1,4 +1,4 @@
-"""Successive halving: after 1/R, 1/R^2, ... of the steps, only the best 1/R of the runs go on.
+"""Successive halving: after 1/R, 1/R^2, ... of the steps, only the best 1/R of the runs continue.
 
 Jamieson and Talwalkar 2016 (arXiv:1502.07943). A run is compared with all runs that have been evaluated at the same step so far.
 If they are not all trained together, the first ones are compared with fewer runs, as in ASHA (Li et al. 2020, arXiv:1810.05934).
@@ -16,7 +16,7 @@ from peftjax.training.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Halving:
-    """Which runs go on.
+    """The rule that decides which runs continue.
 
     Attributes:
       workdirs: The directories of all runs.
@@ -38,7 +38,7 @@ class Halving:
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def count(self, runs: int) -> int:
-        """How many of some runs go on."""
+        """The number of runs that continue, of so many."""
         return math.ceil(runs / self.reduction)
 
 
@@ -58,7 +58,7 @@ def find_rungs(configs: Sequence[Config], reduction: int) -> list[int]:
     assert isinstance(every, int)  # resolved by `duration.in_steps`
     if not every or not all(config.data.eval for config in configs):
         raise UserError("--halving compares held-out losses; set data.eval and train.eval_every")
-    targets = [total / reduction**power for power in range(1, 1 + math.floor(math.log(total, reduction)))]
+    targets = [total / reduction**power for power in range(1, total.bit_length())]
     rungs = sorted({every * math.ceil(target / every) for target in targets if target >= every})
     rungs = [rung for rung in rungs if rung < total]
     if not rungs:

@@ -1,4 +1,4 @@
-"""What a Python program adds to the config of a run, and what it gets back."""
+"""What a Python program adds to the config of a run, and the result that it gets."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from peftjax.models.base import Model
 
 
 class Trained(NamedTuple):
-    """What a finished run leaves.
+    """The result of a finished run.
 
     Attributes:
       model: The trained model with its adapter, in evaluation mode.
@@ -48,10 +48,10 @@ class Hooks:
         Args:
           model: The model as of the step.
           step: The number of completed steps.
-          others: The scores that there are already.
+          others: The scores that are known already.
 
         Raises:
-          UserError: It does not return a mapping of numbers, or returns a score that there is already.
+          UserError: It does not return a mapping to numbers, or the name of one of them is taken.
         """
         assert self.on_evaluate is not None
         given = self.on_evaluate(model, step)

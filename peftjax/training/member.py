@@ -1,4 +1,4 @@
-"""A run of a sweep, waiting or under way."""
+"""A run of a sweep, and its state while it is being trained."""
 
 import contextlib
 import dataclasses
@@ -47,17 +47,17 @@ class Member:
 
 @dataclasses.dataclass
 class Training:
-    """A member under way.
+    """A member that is being trained.
 
     Attributes:
       member: The member.
-      run: Its run. It shares the base, and the batches with members of the same seed that started with it.
-      own: The frozen leaves that came with its method.
+      run: Its run. All members share the base; those of the same seed that started together share their batches.
+      own: The frozen leaves of its method.
       update: The jitted update of its state.
       state: Its state.
       step: The number of steps done.
       checkpoints: Its checkpoints.
-      opened: What is closed when the member ends.
+      opened: Everything to close when the member ends.
       log: Its log.
       loss: The loss of the last step.
     """
@@ -89,7 +89,7 @@ class Training:
         """Write the result of the finished run."""
         self.checkpoints.wait()
         self.run.finish(self.state, self.log)
-        self.opened.close()  # this run is finished, even if an error ends the others
+        self.opened.close()  # now, so that this run counts as finished even if an error ends the others
 
     def stop(self, why: str) -> None:
         """End the run before its last step."""
@@ -100,7 +100,7 @@ class Training:
         say(f"{self.member.name} stopped at step {self.step}: {why}")
 
     def fail(self, error: NotFiniteError) -> None:
-        """End the run; the others go on."""
+        """End the run; the others continue."""
         self.member.failed = str(error)
         self.log.close("failed")
         self.opened.close()

@@ -1,7 +1,7 @@
 """Whether a batch and its train step can fit the memory, from shapes, before any weights are read.
 
-The bounds are low: what is refused here cannot run. What is not refused may still need more memory than there is;
-`peftjax plan` compiles the step and gives the exact amount.
+The checks use lower bounds: what is refused here cannot run, but what is accepted may still run out of memory. `peftjax plan`
+compiles the step and gives the exact amount.
 """
 
 import re
@@ -28,16 +28,12 @@ def check_batch(config: Config, task: Task, processes: int) -> None:
     full length.
     """
     longest = task.row_shapes()
-    shortest = (
-        longest
-        if config.data.pack
-        else longest
-        | {
-            name: jax.ShapeDtypeStruct((lengths(longest[name].shape[0], text.ratio)[0],), longest[name].dtype)
-            for text in task.texts
-            for name in text.names
-        }
-    )
+    shortest = dict(longest)
+    if not config.data.pack:
+        for text in task.texts:
+            for name in text.names:
+                length = lengths(longest[name].shape[0], text.ratio)[0]
+                shortest[name] = jax.ShapeDtypeStruct((length,), longest[name].dtype)
     needed = tree_bytes(longest) + config.train.batch_size // processes * tree_bytes(shortest)
     if needed > (memory := host_memory() + swap_space()):
         raise UserError(
@@ -51,8 +47,8 @@ def check_step(
 ) -> None:
     """Raises a UserError if a train step needs more memory than a device has, whatever the compiler does.
 
-    Counted are the arguments of the step, of which nothing is freed before its end, and the arrays that its loops store for
-    the backward pass. The step is traced only if they might not fit, because that takes about half a second.
+    The arguments of the step, none of which is freed before its end, and the arrays that its loops store for the backward pass
+    are counted. The step is traced only if they might not fit, because tracing takes about half a second.
 
     Args:
       config: The config.
@@ -87,7 +83,7 @@ def check_step(
 
 
 def rough_bytes(config: Config, task: Task, model: Model) -> int:
-    """More bytes than the backward pass of a microbatch usually needs; they only decide whether to count exactly."""
+    """A high estimate of the bytes that the backward pass of a microbatch needs; it decides whether to count exactly."""
     rows = config.train.batch_size // config.train.accumulate
     length, sizes = task.positions(model) + model.virtual, model.config
     each = 4 * sizes.heads * length + 24 * (sizes.embed + sizes.mlp)  # per position and layer: scores and activations

@@ -65,7 +65,7 @@ class OptimConfig:
                 f"optim.warmup_steps={self.warmup_steps} and optim.warmup_fraction={self.warmup_fraction:g} both give the "
                 "length of the warmup; set one of them"
             )
-        # what the bounds of the fields cannot say: open intervals
+        # open intervals, which the bounds of fields cannot express
         for name, value in (("b1", self.b1), ("b2", self.b2), ("momentum", self.momentum)):
             if value == 1:
                 raise UserError(f"optim.{name}=1 must be less than 1")
@@ -110,13 +110,13 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def describe_extension(config: OptimConfig, before: int, after: int, done: int) -> str:
-    """What happens to the learning rate of a run whose number of steps changes.
+    """Describe how the learning rate of a run changes with its number of steps.
 
     Args:
       config: The section `optim`.
-      before: The number of updates that the run was planned for.
-      after: The number of updates that it has now.
-      done: The number of updates already done, at least 1.
+      before: The planned number of updates until now.
+      after: The new number of updates.
+      done: The number of completed updates, at least 1.
     """
     changed = f"train.steps was raised from {before:,} to {after:,}"
     last, coming = float(make_schedule(config, before)(done - 1)), float(make_schedule(config, after)(done))

@@ -1,4 +1,4 @@
-"""How many runs of a sweep are trained side by side: as many as fit the memory of the devices."""
+"""The number of runs of a sweep that are trained side by side: as many as fit the memory of the devices."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -10,9 +10,8 @@ from peftjax import sharding
 from peftjax.core import distributed
 from peftjax.core.memory import free_memory
 from peftjax.core.units import format_bytes
-from peftjax.io.hf_files import resolve
 from peftjax.models.base import Model
-from peftjax.tasks import Task, make_task
+from peftjax.tasks import Task
 from peftjax.training import precision
 from peftjax.training.abstract import StepArguments, abstract_step, bytes_per_device
 from peftjax.training.abstract_population import abstract_population, largest_step
@@ -22,19 +21,20 @@ from peftjax.training.member import Member, say
 from peftjax.training.memory import rejected_bytes, rough_bytes
 from peftjax.training.population_step import own_leaves, shared_leaves
 from peftjax.training.setup import abstract_run
+from peftjax.training.trained import open_task
 
 
 def usable(memory: int, platform: str) -> int:
     """The part of a device's memory that a population's train step may take.
 
-    The rest is for what its compiler does not count: the next batches, evaluation, fragmentation, and on CPUs also the scratch
-    memory of XLA's threads and checkpoints that are being written.
+    The rest is for what the compiler does not count: the next batches, evaluation, fragmentation, and on CPUs also the scratch
+    memory of XLA's threads and the checkpoints that are being written.
     """
     return int((0.8 if platform == "cpu" else 0.9) * memory)
 
 
 def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
-    """Groups of a population that are trained one after the other, and how many members of each are trained at a time.
+    """Divide a population into groups that are trained one after the other; returns each with its number of concurrent runs.
 
     All members fit if a rough estimate from shapes, which is usually too high, is at most half of the memory. Otherwise the
     step of the population is compiled, and the memory that its compiler assigns decides. Members whose models differ
@@ -53,7 +53,7 @@ def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[li
         say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
         return [(list(population), everyone)]
     first = population[0].config
-    task = make_task(first.task, first.data, resolve(first.model.path, first.model.revision), first.train.loss_chunk)
+    task = open_task(first)
     configs = {one.name: precision.resolve(one.config, task.hf_config) for one in population}
     room = usable(memory, mesh.devices.flat[0].platform)
     groups, _ = group_runs(
@@ -89,7 +89,7 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
-    room = f"of the {format_bytes(memory)} per device that are available"
+    room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
         say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
         return most

@@ -33,21 +33,20 @@ from peftjax.training.united import United, unite_runs
 def train_population(
     members: Sequence[Member],
     preemption: Preemption,
-    together: int = 0,
-    halving: Halving | None = None,
-    record: Callable[[], object] = lambda: None,
+    width: int,
+    halving: Halving | None,
+    record: Callable[[], object],
 ) -> None:
     """Train runs to their end or until `halving` stops them, each from its newest checkpoint if it has one.
 
     Args:
       members: The runs.
       preemption: Tells when to save and stop.
-      together: Maximum number of concurrent runs; 0: no limit. The others wait, and take the places of those that end.
+      width: Maximum number of concurrent runs. The others wait, and take the places of those that end.
       halving: Which runs to stop; None: none.
       record: Called after runs have ended.
     """
     preemption.begin()
-    width = min(together or len(members), len(members))
     mesh = sharding.split_members(sharding.make_mesh(members[0].config.mesh.sizes), width)
     with jax.set_mesh(mesh):
         groups = unite_runs(members, mesh)
@@ -62,29 +61,23 @@ class Population:
     """Runs that are trained side by side.
 
     Attributes:
-      live: The runs under way.
+      live: The runs that are being trained.
       waiting: The runs that take the places of those that end.
-      width: The number of runs that the program is compiled for. If fewer are under way, the first one fills the free places:
-        compiling a smaller program would take longer. The devices that split the members divide it.
+      width: The number of places in the program, a multiple of the number of devices that split the runs. If there are fewer
+        live runs, the first one also fills the free places: compiling a smaller program would take longer.
     """
 
-    def __init__(
-        self,
-        united: United,
-        together: int = 0,
-        halving: Halving | None = None,
-        record: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, united: United, width: int, halving: Halving | None, record: Callable[[], object]) -> None:
         self.live: list[Training] = []
         self.waiting = collections.deque(united.members)
         self._united, self._halving, self._record = united, halving, record
-        self.width = self._divisible(min(together or len(self.waiting), len(self.waiting)))
+        self.width = self._divisible(min(width, len(self.waiting)))
 
     def train(self, preemption: Preemption) -> None:
         """Train all runs.
 
         Raises:
-          Preempted: The process was told to stop; all members are saved.
+          Preempted: The process was told to stop; all live runs are saved.
         """
         with self.start():
             while self.live:
@@ -93,10 +86,10 @@ class Population:
 
     @contextlib.contextmanager
     def start(self) -> Iterator[None]:
-        """Open as many runs as are trained at a time, and evaluate those that are new."""
+        """Open the first runs, up to the width, and evaluate those that start at step 0."""
         with contextlib.ExitStack() as self._opened:
             first = self._open()
-            self._done = min(one.step for one in first)  # steps of the program; those of members may differ
+            self._done = min(one.step for one in first)  # steps of the program; each run has its own step
             self._progress = Progress(self._done, self._done, enabled=jax.process_index() == 0)
             self._opened.enter_context(self._progress)
             self._begin(first)
@@ -105,7 +98,7 @@ class Population:
                 yield
 
     def _open(self) -> list[Training]:
-        """Give the free places to runs that wait."""
+        """Give the free places to waiting runs."""
         opened = []
         while self.waiting and len(self.live) < self.width:
             one = self._united.open(self.waiting.popleft())
@@ -115,8 +108,7 @@ class Population:
         return opened
 
     def _begin(self, opened: Sequence[Training]) -> None:
-        """Start runs: with one stream of batches among those of the same seed and step, and an evaluation before the first
-        step."""
+        """Start runs: open their logs, and evaluate those at step 0. Runs of the same seed and step share their batches."""
         streams: dict[tuple[int, int], Batches] = {}
         for one in opened:
             config = one.run.config
@@ -146,13 +138,13 @@ class Population:
         """The jitted gradients, compiled ahead for the next batches of the members."""
         united, first = self._united, self.live[0].run
         together = zip(*(stream.ahead for stream in self._streams()), strict=False)
-        # at each step, all batches have the length of the longest
+        # at each step, all batches are padded to the length of the longest
         longest = [{name: max((row[name] for row in rows), key=np.size) for name in rows[0]} for rows in together]
         ahead = [[abstract_batch(first.config, row, first.mesh)] * self.width for row in longest]
         return CompileAhead(united.gradients, first.mesh, self._inputs(), ahead, self._progress)
 
     def _inputs(self) -> tuple[list[TrainState], variables.FlatTree, list[variables.FlatTree]]:
-        """The arguments of the gradients without the batches."""
+        """The arguments of the gradients but the batches."""
         places = repeated(self.live, self.width)
         return self._united.states(places), self._united.shared, self._united.own_frozen(places)
 
@@ -160,7 +152,7 @@ class Population:
         return list(dict.fromkeys(one.run.batches for one in self.live))
 
     def _step(self, preempted: Callable[[], bool]) -> None:
-        """Take the members under way a step further."""
+        """Train each live run for one step, then log and save what is due."""
         self.advance()
         self._done += 1
         self._progress.advance(self._done)
@@ -199,10 +191,10 @@ class Population:
             one.run.window.add(one.step, metrics, batches[one.run.batches])
 
     def _renew(self, reached: Sequence[Training]) -> None:
-        """End the members that have finished, failed or been stopped, and let others take their places.
+        """End the runs that have finished, failed or been stopped, and let others take their places.
 
         Args:
-          reached: The members that are at another step than before.
+          reached: The runs whose step has changed.
         """
         while reached:
             before = len(self.live)
@@ -217,12 +209,12 @@ class Population:
             self.width = self._divisible(len(self.live))
 
     def _divisible(self, count: int) -> int:
-        """The number of places for `count` members that the devices divide."""
+        """The number of places for `count` runs, rounded up to a multiple of the devices that split them."""
         split = self._united.mesh.shape.get(sharding.MEMBERS, 1)
         return -(-count // split) * split
 
     def _end(self, reached: Sequence[Training]) -> None:
-        """End members."""
+        """End those of some runs that have finished or that halving stops, and forget those that have failed."""
         for one in reached:
             if one.step == one.last:
                 one.finish()
@@ -253,11 +245,11 @@ class Population:
         return scores
 
     def _measure(self, members: Sequence[Training]) -> Sequence[Measured | None]:
-        """The evaluation and the answers of each member, all found together; None where a member is evaluated alone."""
+        """The evaluation and the answers of each member, from one program; None if each is evaluated alone."""
         if not members or self.width == 1 or not members[0].run.config.data.eval:
             return [None] * len(members)
         united, run, started = self._united, members[0].run, time.perf_counter()
-        # The first one is repeated up to a power of two, so that few programs are compiled.
+        # Rounded up to a power of two, so that few programs are compiled.
         size = self._divisible(min(self.width, 2 ** (len(members) - 1).bit_length()))
         own = united.own(repeated(members, size))
         with self._progress.phase(EVALUATING):
@@ -274,11 +266,10 @@ class Population:
         return [Measured(found[index], answered[index]) for index in range(len(members))]
 
     def _expected(self) -> tuple[int, list[int]]:
-        """The number of steps of the program if no run is stopped, and after which of them runs are evaluated."""
+        """The number of steps of the program if no run is stopped, and the steps after which runs are evaluated."""
         free, evaluated, last = [self._done] * self.width, set[int](), self._done
-        for config, done in [(one.run.config, one.step) for one in self.live] + [
-            (one.config, 0) for one in self.waiting
-        ]:
+        live = [(one.run.config, one.step) for one in self.live]
+        for config, done in [*live, *((one.config, 0) for one in self.waiting)]:
             steps, every = config.train.steps, config.train.eval_every
             assert isinstance(every, int)  # resolved by `duration.in_steps`
             start = heapq.heappop(free) - done
@@ -299,7 +290,7 @@ class Population:
 
 
 def repeated(members: Sequence[Training], size: int) -> list[Training]:
-    """The members, the first of them repeated so that there are `size`."""
+    """The members, and the first of them again until there are `size`."""
     return [*members, *[members[0]] * (size - len(members))]
 
 

@@ -22,11 +22,9 @@ PopulationEvalStep = Callable[[Sequence[variables.FlatTree], variables.FlatTree,
 def make_population_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> PopulationEvalStep:
     """The jitted step (own, shared, batch) -> `Outputs` [M, ...] of M members in evaluation mode.
 
-    The batch has arrays [A, B, ...] of A
-    microbatches, which are evaluated one after the other, so that members have as many rows at a time as in training.
-
-    The step's argument `own` has all leaves of each member that are not in `shared`, trainable and frozen, padded to the same
-    shapes.
+    The batch has arrays [A, B, ...] of A microbatches, which are evaluated one after the other, so that members have as many
+    rows at a time as in training. `own` has the leaves of each member that are not in `shared`, trainable and frozen, padded to
+    the same shapes.
     """
     everywhere = sharding.spec((), (), mesh)
 

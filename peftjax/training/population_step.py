@@ -26,8 +26,8 @@ Update = Callable[[TrainState, Gradients, int], tuple[TrainState, Metrics]]
 def make_gradients(objective: Objective) -> PopulationGradients:
     """The function (states, shared, own, batches) -> gradients and totals [M, ...] of M members.
 
-    Its argument `states` has no moments, and `shared` the frozen leaves of all members, such as the base, which is held, read
-    and decoded once; `own` has the other frozen leaves of each member.
+    `states` are without moments. `shared` has the frozen leaves of all members, such as the base, which is stored, read and
+    dequantized once; `own` has the other frozen leaves of each member.
     """
 
     def population_gradients(

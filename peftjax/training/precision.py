@@ -25,7 +25,8 @@ def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None =
         return config
     dtype = compute_dtype(config.model, hf_config, platform)
     full = config.method.trains is nnx.Param and dtype == "bfloat16"
-    return _with(config, dtype, config.model.param_dtype or ("float32" if full else ""))
+    param_dtype = config.model.param_dtype or ("float32" if full else "")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=param_dtype))
 
 
 def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
@@ -33,14 +34,10 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
 
     A resumed run computes in the dtype in which it started, on any device.
     """
-    if config.model.attention == "auto":  # a run that started before this default existed has another
-        model = dataclasses.replace(config.model, attention=stored.get("model", {}).get("attention", "xla"))
-        config = dataclasses.replace(config, model=model)
-    if config.model.dtype != "auto":
-        return config
-    model = stored.get("model", {})
-    return _with(config, model.get("dtype", "float32"), config.model.param_dtype or model.get("param_dtype", ""))
-
-
-def _with(config: Config, dtype: str, param_dtype: str) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=param_dtype))
+    model, there = config.model, stored.get("model", {})
+    if model.attention == "auto":  # a run that started before this default existed has another
+        model = dataclasses.replace(model, attention=there.get("attention", "xla"))
+    if model.dtype == "auto":
+        param_dtype = model.param_dtype or there.get("param_dtype", "")
+        model = dataclasses.replace(model, dtype=there.get("dtype", "float32"), param_dtype=param_dtype)
+    return dataclasses.replace(config, model=model)

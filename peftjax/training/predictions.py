@@ -1,4 +1,4 @@
-"""What the report shows of the predictions of a classification task."""
+"""The predictions of a classification task that the report shows."""
 
 import base64
 from collections.abc import Sequence

@@ -57,11 +57,11 @@ from peftjax.training.window import Window
 
 
 class Measured(NamedTuple):
-    """What is already known of a state.
+    """An evaluation of a state, made together with those of other runs.
 
     Attributes:
-      evaluation: Its loss and metrics on held-out records.
-      answers: Its answers to prompts, or the error if its logits are not finite.
+      evaluation: The loss and metrics on held-out records.
+      answers: The answers to prompts, or the error if the logits are not finite.
     """
 
     evaluation: Evaluation
@@ -72,18 +72,18 @@ class Run:
     """A run that is set up.
 
     Attributes:
-      config, workdir, mesh, task, batches, method, model: What it is made of. The model is in evaluation mode; its
-        trainable leaves are those of a state as of the last `sync`, and are invalid after the next step.
+      config, workdir, mesh, task, batches, method, model: Its parts. The model is in evaluation mode. Its trainable leaves are
+        those of the state that was last given to `sync`, and are invalid after the next step.
       frozen: The frozen leaves by path.
       base: The fingerprint of the base.
-      hooks: What a program adds to the config.
+      hooks: What a Python program adds to the config.
       due: What is due after which step.
       schedule: The learning rate by step.
       eval_step: The jitted evaluation step.
       window: The steps since the last line of the log.
       planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
-      report: What the report shows beside the config and the metrics.
-      timings: Seconds by what they were spent on.
+      report: The data of the report beside the config and the metrics.
+      timings: Seconds by activity.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of the run that wrote it."""
+        """The config and the base's fingerprint, which checkpoints record."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
 
     def tracking(self, *, sweep: bool = False) -> Tracking:
-        """What trackers show of the run. Those of a sweep are a group, each with the name of its directory."""
+        """What trackers show of the run. The runs of a sweep form a group, each under the name of its directory."""
         log, workdir = self.config.log, self.workdir.absolute()
         name, group = (
             (workdir.name, log.run_name or workdir.parent.name) if sweep else (log.run_name or workdir.name, "")
@@ -125,7 +125,7 @@ class Run:
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
-        """The held-out records; the config names some."""
+        """The records of data.eval."""
         return HeldOut(self.config.data, self.task)
 
     def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
@@ -167,12 +167,12 @@ class Run:
         return CompileAhead(step, self.mesh, (state, self.frozen), batches, log.progress)
 
     def introduce(self, state: TrainState, log: Log) -> None:
-        """Print what is trained on what, and write config.json and the start of the report's data."""
+        """Print a summary of the run, write config.json, and collect what the report says about the setup."""
         config = self.config
         log.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_atomically(self.workdir / "config.json", configs.to_json(config) + "\n")
+            write_atomically(self.workdir / "config.json", configs.to_json(config))
             if config.start_from and state.step == 0:
                 start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
@@ -201,9 +201,10 @@ class Run:
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             log.message(
-                f"not divisible by the mesh, {format_bytes(more)} more per device: {enumerate_some(list(uneven), 4)}"
+                f"parameters that the mesh does not divide take {format_bytes(more)} more per device: "
+                f"{enumerate_some(list(uneven), 4)}"
             )
-        if log.prints:  # with packing, records are tokenized for it
+        if log.prints:  # with packing, this tokenizes records
             log.message(duration.describe(config, self.task, self.batches))
         if padding := self.batches.padding_text():
             log.message(padding)
@@ -215,13 +216,13 @@ class Run:
             log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
 
     def _resolved(self, default: Config) -> Config:
-        """The default config with what it stands for in this run: the report shows which values of the run differ."""
+        """The default config as it would be resolved in this run; the report shows which values of the run differ."""
         same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=self.config.train.steps))
         resolved = precision.resolve(duration.in_steps(same, lambda: 0), self.task.hf_config)
         return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
-        """Count a step; check those since the last check, if a line of the log or a checkpoint is due, and write the line.
+        """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
 
         Raises:
           NotFiniteError: The loss or the gradient norm is not finite.
@@ -256,27 +257,24 @@ class Run:
         Args:
           state: The state to evaluate.
           log: The log.
-          measured: What is already known of the state.
+          measured: The evaluation of this state if it was made already.
 
         Raises:
           NotFiniteError: The loss is not finite before any training, or the logits after a prompt are not.
         """
-        with log.progress.phase(EVALUATING):
-            return self._evaluate(state, log, measured)
-
-    def _evaluate(self, state: TrainState, log: Log, measured: Measured | None) -> dict[str, float]:
         step, started = int(state.step), time.perf_counter()
-        scores, shown = self._held_out(state, log, measured) if self.config.data.eval else ({}, [])
-        if self.hooks.on_evaluate:
-            self.sync(state)
-            scores |= self.hooks.scores(self.model, step, scores)
-        self.timings["evaluation"] += time.perf_counter() - started
-        if not scores:
-            return {}
-        self.save_report()  # a resumed run cannot answer as the untrained model any more
-        log.evaluation(step, scores)
-        if shown and step in (0, self.config.train.steps):
-            log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
+        with log.progress.phase(EVALUATING):
+            scores, shown = self._held_out(state, log, measured) if self.config.data.eval else ({}, [])
+            if self.hooks.on_evaluate:
+                self.sync(state)
+                scores |= self.hooks.scores(self.model, step, scores)
+            self.timings["evaluation"] += time.perf_counter() - started
+            if not scores:
+                return {}
+            self.save_report()  # a resumed run cannot answer as the untrained model any more
+            log.evaluation(step, scores)
+            if shown and step in (0, self.config.train.steps):
+                log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
@@ -361,21 +359,18 @@ class Run:
     def finish(self, state: TrainState, log: Log) -> Path:
         """Write the result and the report, and print where they are; returns the directory of the result."""
         with log.progress.phase(SAVING):
-            return self._finish(state, log)
-
-    def _finish(self, state: TrainState, log: Log) -> Path:
-        result = self.write_result(state)
-        log.sync()
-        size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
-        self.report = dataclasses.replace(
-            self.report, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(self.timings)
-        )
-        self.save_report()
-        log.message(self.batches.summary_text())
-        log.message(f"{result}: {format_bytes(size)}")
-        if jax.process_index() == 0:
-            log.message(f"{write_report(self.workdir)}")
-            for why in (concern(read_metrics(self.workdir / METRICS)), collapse(self.report.classes)):
-                if why:
-                    log.message(f"warning: {why}")
+            result = self.write_result(state)
+            log.sync()
+            size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
+            self.report = dataclasses.replace(
+                self.report, adapter_file_bytes=size if result.name == "adapter" else 0, timings=dict(self.timings)
+            )
+            self.save_report()
+            log.message(self.batches.summary_text())
+            log.message(f"{result}: {format_bytes(size)}")
+            if jax.process_index() == 0:
+                log.message(str(write_report(self.workdir)))
+                for why in (concern(read_metrics(self.workdir / METRICS)), collapse(self.report.classes)):
+                    if why:
+                        log.message(f"warning: {why}")
         return result

@@ -37,9 +37,9 @@ from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks
 from peftjax.training.memory import check_batch, check_step
 
-# Fields that may differ between a run and its resumption: they change nothing that is computed (mesh: only its rounding).
+# Fields that may change when a run resumes, since they do not affect its results (mesh.: only their rounding).
 FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "log.", "mesh.", "train.eval_every:")
-# The same where train.steps is raised: the schedules span the new number of steps.
+# Those that may change when train.steps is raised: the schedules then span the new number of steps.
 FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
 
 
@@ -51,7 +51,7 @@ def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
 def resolve_config(
     config: Config, task: Task, data: Batches, workdir: Path, checkpoints: Checkpoints
 ) -> tuple[Config, Path | None]:
-    """The config with all lengths in steps, a dtype, and the method's options, as it is written to the workdir.
+    """The config that is written to the workdir: with all lengths in steps, a dtype, and all options of the method.
 
     Returns:
       The config, and the directory of the adapter to start from; see `start_from.resolve`.
@@ -71,7 +71,7 @@ def resolve_config(
 def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> None:
     """Check that a config, whose lengths are in steps, is that of the run in the workdir, if there is one.
 
-    The run may be extended: train.steps may be higher than before.
+    train.steps may be higher than before, which extends the run.
 
     Raises:
       UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints are gone.
@@ -83,7 +83,7 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
 
 
 def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
-    """The fields in which a config differs from that of an earlier run, without those that may differ."""
+    """The fields in which a config differs from that of an earlier run but must not."""
     free = FREE_LONGER if config.train.steps > stored["train"]["steps"] else FREE
     config = precision.as_stored(config, stored)
     lines = configs.differences(start_from.as_stored(config, stored), stored)
@@ -105,6 +105,7 @@ def _refuse_to_replace_result(config: Config, workdir: Path) -> None:
 
 
 def raise_if_different(workdir: Path, differ: list[str]) -> None:
+    """Raises a UserError that names the differences from the run in the workdir, if there are any."""
     if differ:
         raise UserError(
             f"--workdir={workdir} holds a run with another configuration: {'; '.join(differ)}. Choose another workdir, "
@@ -126,10 +127,11 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
 
 
 def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hooks = NO_HOOKS) -> None:
-    """Check everything that config.json, the config and the first records decide, before any weights are read.
+    """Check everything that follows from config.json, the config and the first records, before any weights are read.
 
-    The model and its adapters are built as shapes. The first batches of the training data and the first batch of the
-    held-out data are read: where no record has a loss, no batch comes. `hooks` may have a loaded base model and an optimizer.
+    The model and its adapters are built as shapes. The first batches of the training data and the first batch of the held-out
+    data are read, which fails if a record is invalid or no record has a loss. `hooks` may have a loaded base model and an
+    optimizer.
 
     Raises:
       UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
@@ -148,10 +150,11 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
             if trace:
                 step.trace(*arguments)
 
-    check(trace=config.model.attention not in ("xla", "auto"))  # all lengths of rows divide alike
+    check(trace=config.model.attention not in ("xla", "auto"))  # a kernel that supports one length supports all of them
     data.preview(config.train.steps)
-    check(trace=False)  # the first batches are longer than the shortest that are possible
-    check_held_out(config, task, mesh)
+    check(trace=False)  # again, as the first batches are longer than the shortest possible ones
+    if config.data.eval:
+        check_held_out(config, task, mesh)
 
 
 def abstract_run(config: Config, task: Task) -> Model:
@@ -163,9 +166,7 @@ def abstract_run(config: Config, task: Task) -> Model:
 
 
 def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
-    """Check the first held-out batch, if there are any, and the prompts to answer, before any weights are read."""
-    if not config.data.eval:
-        return
+    """Check the first held-out batch and the prompts to answer, before any weights are read."""
     held_out = HeldOut(config.data, task)
     with contextlib.closing(held_out.batches(batching(config, mesh))) as batches:
         next(batches)
@@ -175,7 +176,7 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:
-    """How the processes share out the rows of a batch, and which lengths the mesh and the attention kernel can divide."""
+    """How rows are divided among processes, and the multiple that the mesh and the attention kernel require of lengths."""
     multiple = mesh.shape["sequence"] * (SPLASH_BLOCK if config.model.attention == "splash" else 1)
     return Batching(config.train.batch_size, config.train.accumulate, multiple=multiple, **sharding.batch_share(mesh))
 
@@ -217,7 +218,7 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
 
 
 def _first_batches(config: Config, task: Task, method: Method, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """The batches [B, ...] that the method starts from, the first of the training."""
+    """The first training batches, [B, ...], from which the method is initialized."""
     batches = train_batches(config.data, task, batching(config, mesh), config.seed)
     shown = (sharding.shard_batch(batch.arrays, mesh) for batch in batches)
     return ({key: value[0] for key, value in batch.items()} for batch in itertools.islice(shown, method.data))

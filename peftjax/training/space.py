@@ -27,8 +27,7 @@ class Choice:
     texts: tuple[str, ...]
 
     def draw(self, quantile: float, *, integer: bool) -> str:
-        """Return the value at a quantile in [0, 1), as text."""
-        del integer
+        """Return the value at a quantile in [0, 1), as text; `integer` has no effect."""
         return self.texts[int(quantile * len(self.texts))]
 
     def __contains__(self, text: str) -> bool:
@@ -54,7 +53,10 @@ class Range:
         return str(min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high))
 
     def __contains__(self, text: str) -> bool:
-        return self.low <= float(text) <= self.high
+        try:
+            return self.low <= float(text) <= self.high
+        except ValueError:  # a value of a list, such as 10%
+            return False
 
 
 Space = Mapping[str, Choice | Range]  # the values of each field, by its dotted name

@@ -1,4 +1,4 @@
-"""From a model with its method attached to what a step is made of: the objective, the optimizer, and split state."""
+"""Splitting a model with its method attached into the parts of a train step: objective, optimizer, and state."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from peftjax.training.step import Objective
 
 
 class Parts(NamedTuple):
-    """What a step is made of.
+    """The parts of a train step.
 
     Attributes:
-      objective: What it minimizes.
+      objective: The function that it minimizes.
       tx: The optimizer.
       trainable: The trainable leaves by path; `optax.MaskedNode()` for the others.
       frozen: The other leaves by path; `optax.MaskedNode()` for the trainable ones.
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 def split(
     config: Config, task: Task, model: Model, method: Method, optimizer: optax.GradientTransformation | None = None
 ) -> Parts:
-    """Split a model with its method attached; its leaves may be arrays or shapes. Leaves it in evaluation mode.
+    """Split a model, whose leaves may be arrays or shapes. The model is then in evaluation mode.
 
     Args:
       config: The config.

@@ -95,7 +95,7 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 def describe(config: Config) -> str:
-    """What a new run prints: the adapter, and the method's options that are not at their defaults."""
+    """The message of a new run: the adapter, and the method's options that are not at their defaults."""
     values = [
         (field.name, getattr(config.method, field.name), field.default) for field in dataclasses.fields(config.method)
     ]

@@ -1,4 +1,4 @@
-"""The pieces of a train step: accumulated gradients, one update, and what the log says of it.
+"""The pieces of a train step: accumulated gradients, one update, and the logged metrics.
 
 Only trainable leaves have a gradient, a moment or an update. Inside a step there is plain `jax.value_and_grad` and
 `jax.lax.scan` over split state.
@@ -26,7 +26,7 @@ TrainStep = Callable[["TrainState", variables.FlatTree, Batch], tuple["TrainStat
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step; a checkpoint holds exactly this and the position in the data.
+    """Everything that changes from step to step. A checkpoint holds exactly this and the position in the data.
 
     Attributes:
       step: int32 [], the number of updates done.
@@ -73,13 +73,13 @@ def _make_state(tx: optax.GradientTransformation, seed: int, trainable: variable
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step minimizes, as a function of split state.
+    """The function of split state that a step minimizes.
 
     Attributes:
       graph: The structure of the model, in training mode.
       loss: The loss of a model on a batch, summed over its tokens or examples.
-      penalty: What the method adds to the mean loss; None adds nothing. The reported loss is without it.
-      dropout_keys: Paths of the keys that get fresh bits in every microbatch.
+      penalty: The term that the method adds to the mean loss, or None. The reported loss does not include it.
+      dropout_keys: Paths of the dropout keys, which are drawn anew for every microbatch.
       balanced: Whether the loss has a load-balancing part, which the reported loss does not include.
     """
 
@@ -111,7 +111,7 @@ def accumulate(
 
     Args:
       objective: What is minimized.
-      state: The current state; its optimizer is not looked at.
+      state: The current state; its optimizer state is not used.
       frozen: The other leaves of the model.
       batch: Arrays [A, B, ...] of A microbatches.
     """
@@ -142,7 +142,7 @@ def apply(tx: optax.GradientTransformation, state: TrainState, gradients: variab
 
 
 def summary(gradients: variables.FlatTree, totals: Totals) -> Metrics:
-    """What the log says of a step, float32 [] each."""
+    """The logged metrics of a step, float32 [] each."""
     balance = {} if totals.balance is None else {"router_aux_loss": totals.balance / totals.tokens}
     return {
         "loss": totals.loss / totals.tokens,

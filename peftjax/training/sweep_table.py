@@ -38,12 +38,12 @@ def make_table(found: Sequence[Outcome]) -> Table:
     if halved:
         table.add_column("stopped at", justify="right")
     ranked = sorted(
-        groups.values(), key=lambda group: (all("stopped" in one for one in group), _mean(_finite(group, scores[0])))
+        groups.values(), key=lambda group: (all("stopped" in one for one in group), _mean(_values(group, scores[0])))
     )
     for group in ranked:
         going = [one for one in group if "failed" not in one]
         count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
-        cells = [format_spread(_finite(group, name)) for name in scores] if going else ["not finite"]
+        cells = [format_spread(_values(group, name)) for name in scores] if going else ["not finite"]
         cells += [""] * (len(scores) - len(cells))
         if halved:
             cells.append(", ".join(dict.fromkeys(str(one["stopped"]) for one in group if "stopped" in one)))
@@ -51,9 +51,10 @@ def make_table(found: Sequence[Outcome]) -> Table:
     return table
 
 
-def _finite(group: Iterable[Outcome], name: str) -> list[float]:
+def _values(group: Iterable[Outcome], name: str) -> list[float]:
     return [one["scores"][name] for one in group if name in one["scores"]]
 
 
 def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else math.inf
+    """The mean, infinite if there are no values or one is NaN, so that it can be sorted."""
+    return math.inf if not values or any(map(math.isnan, values)) else statistics.fmean(values)

@@ -1,4 +1,4 @@
-"""The config and the model that a run left in its workdir."""
+"""The config and the trained model in the workdir of a run."""
 
 import dataclasses
 import warnings
@@ -72,7 +72,7 @@ def _why_not(workdir: Path) -> str:
 def result_of(config: Config, workdir: Path) -> Path:
     """The directory of the trained adapter, or in full fine-tuning of the model.
 
-    If training goes on, an adapter of its newest checkpoint may be there already (checkpoint.adapter); a warning says so.
+    Before the end of the training, this may be the adapter of its newest checkpoint (checkpoint.adapter), with a warning.
 
     Raises:
       UserError: There is none yet.
@@ -108,7 +108,7 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     Args:
       config: The config of the run.
       task: Its task, from `open_task`.
-      result: What it left, from `result_of`.
+      result: The directory of its adapter or model, from `result_of`.
       mesh: The devices.
     """
     full = isinstance(config.method, Full)

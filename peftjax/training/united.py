@@ -1,4 +1,4 @@
-"""What the runs of a population share: the base, a model with the adapters of all of them, and the compiled programs."""
+"""The parts that the runs of a population share: the base, a model with the adapters of all runs, and the programs."""
 
 import contextlib
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,6 +14,7 @@ from peftjax.core import workdir as workdirs
 from peftjax.models.base import Model
 from peftjax.report.data import ReportData
 from peftjax.tasks import Task
+from peftjax.training import precision
 from peftjax.training.abstract import place_shapes
 from peftjax.training.alike import Path, group_runs, outline, structure, unite, vary_dropout
 from peftjax.training.evaluation import EvalStep
@@ -54,7 +55,7 @@ class United:
 
     Attributes:
       members: The runs.
-      model: The base with the adapters of all runs, as shapes. Each is as large as in the run where it is largest.
+      model: The base with the adapters of all runs, as shapes. Each leaf is as large as in the run where it is largest.
       mesh: The devices.
       gradients: The jitted function of `make_gradients`.
       eval_step: The jitted step of `make_population_eval_step`.
@@ -62,13 +63,6 @@ class United:
     """
 
     def __init__(self, members: Sequence[Member], base: Base, model: Model, mesh: Mesh) -> None:
-        """
-        Args:
-          members: The runs.
-          base: The base model.
-          model: As the attribute.
-          mesh: The devices.
-        """
         place_shapes(model, mesh)
         self.members, self.model, self.mesh = members, model, mesh
         self.shared: variables.FlatTree = {}
@@ -95,8 +89,8 @@ class United:
             sharding.place(model, self.mesh)
             parts = split(config, task, model, method)
             assert unite(self.model, model) is not None, f"{member.name} has another structure"
-            fingerprint = self._base.fingerprint
-            run = Run(config, member.workdir, self.mesh, task, batches, method, model, parts, fingerprint, NO_HOOKS)
+            base = self._base.fingerprint
+            run = Run(config, member.workdir, self.mesh, task, batches, method, model, parts, base, NO_HOOKS)
             run.report = ReportData(sweep=True)
             run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
             state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
@@ -126,7 +120,7 @@ class United:
         ]
 
     def _widen(self, leaves: Mapping[str, Any]) -> None:
-        """Pad to shapes that are at least as large as those of a run's leaves."""
+        """From now on, pad to shapes that are at least as large as those of a run's leaves."""
         self._trainable.widen(leaves)
         self._own.widen(leaves)
 
@@ -140,6 +134,7 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     config = members[0].config
     task, batches = open_data(config, mesh)
     batches.close()
+    config = precision.resolve(config, task.hf_config)
     model = task.load_model(config.model, task.directory, mesh, config.seed)
     groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
     base = Base(model, base_fingerprint(model), task, dropout)
@@ -150,7 +145,7 @@ class Padded:
     """Pads flat trees to the same shapes.
 
     Args:
-      like: A tree of arrays or shapes. Where a tree lacks one of its leaves, it gets zeros.
+      like: A tree of arrays or shapes. A tree that lacks one of its leaves gets zeros there.
     """
 
     def __init__(self, like: variables.FlatTree) -> None:
@@ -163,7 +158,7 @@ class Padded:
         return self._fill(tree)
 
     def widen(self, leaves: Mapping[str, Any]) -> None:
-        """Pad to shapes that are at least as large as those of some leaves."""
+        """From now on, pad to shapes that are at least as large as those of some leaves."""
         wider = {
             path: jax.tree.map(variables.widest, leaf, leaves[path])
             if path in leaves and jax.tree.leaves(leaf)

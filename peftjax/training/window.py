@@ -1,4 +1,4 @@
-"""The steps since the last line of the log. Reading their numbers waits for the device, so it is done for several at once."""
+"""The steps since the last line of the log. Reading their metrics waits for the device, so it is done for several at once."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from peftjax.data.batches import HostBatch
 
 
 class Window:
-    """The steps since the last `close`, their numbers and their speed.
+    """The steps since the last `close`, their metrics and their speed.
 
     Args:
       unit: What the speed counts, such as "tokens".
@@ -24,7 +24,7 @@ class Window:
         self.reopen()
 
     def reopen(self) -> None:
-        """Measure the time from now on."""
+        """Restart the clock."""
         self._opened = time.perf_counter()
 
     def add(self, step: int, measured: dict[str, jax.Array], batch: HostBatch) -> None:
@@ -34,7 +34,7 @@ class Window:
         distributed.wait_on_cpus(measured)
 
     def close(self) -> dict[str, float]:
-        """The numbers of the last step, and the speed over all of them.
+        """The metrics of the last step, and the speed over all steps.
 
         Raises:
           NotFiniteError: A loss or a gradient norm is not finite; the message has the first such step and its records.

@@ -133,12 +133,19 @@ def test_evaluate_checks_the_data_before_the_weights(root: Path, capsys: pytest.
     lines = f"config.data.eval = ('{root}/silent.jsonl',)"
     line = error_of("evaluate", root, lines, capsys, f"--workdir={root / 'done'}")
     assert "silent.jsonl" in line
+    line = error_of("evaluate", root, "config.data.eval = ()", capsys, f"--workdir={root / 'done'}")
+    assert "config.data.eval names no source" in line
 
 
-@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
-def test_generate_refuses_a_temperature(temperature: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (f"--model={root / 'model'}", "--prompt=a", f"--temperature={temperature}")
-    assert runs.in_process("generate", *arguments) == 2
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *((f"--temperature={value}", "use 0 (greedy) or a finite number above 0") for value in ("nan", "inf", "-1.0")),
+        ("--max-new-tokens=0", "generates nothing; use 1 or more"),
+    ],
+)
+def test_generate_refuses_a_value(option: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.in_process("generate", f"--model={root / 'nowhere'}", "--prompt=a", option) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"temperature={float(temperature)}" in line
-    assert "use 0 (greedy) or more" in line
+    assert option.removeprefix("--") in line
+    assert message in line

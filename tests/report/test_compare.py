@@ -51,6 +51,12 @@ def test_runs_that_differ_only_in_the_seed_share_a_row(
     assert rows[2] == ["rank=4", "1", "80", "1.0", "MiB", "30", "s", "500"]
 
 
+def test_an_empty_value_is_shown_in_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / f"run{name}", rank=4, seed=0, loss=1.0, note=name) for name in ("", "x")]
+    compare.main([str(runs[0]), str(runs[1])])
+    assert "note=''" in capsys.readouterr().out
+
+
 def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", rank=4, seed=0, loss=0.5)
     unfinished = write_run(tmp_path / "b", rank=8, seed=0, loss=0.5, steps=31)

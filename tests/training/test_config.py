@@ -233,6 +233,26 @@ def test_the_name_of_the_method_that_is_there_keeps_its_options(load):
     assert load("config.method.rank = 16", "--config.method.name=lora").method.rank == 16
 
 
+def test_values_by_name_change_a_config_as_overrides_do():
+    lora = Config(method=methods.Lora(rank=16))
+    assert config.changed(lora, {"method.name": "lora", "train.steps": 3}).method.rank == 16
+    assert config.changed(lora, {"method.d_initial": 0.5, "method.name": "vera"}).method == methods.Vera(d_initial=0.5)
+    assert config.changed(lora, {"mesh": {"fsdp": 2}}).mesh.fsdp == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"trian.steps": 3}, "unknown field trian.steps. Did you mean 'train.steps'"),
+        ({"seed.x": 3}, "unknown field seed.x"),
+        ({"method.name": ["lora"]}, "method.name must be a string"),
+    ],
+)
+def test_a_mistaken_value_by_name_is_refused(field, message):
+    with pytest.raises(UserError, match=message):
+        config.changed(Config(), field)
+
+
 def test_an_unknown_method_is_refused_where_it_was_named(load):
     message = error_of(load, "pass", "--config.method.name=lorra")
     assert message.startswith("--config.method.name=lorra: method.name: 'lorra' is not a method. Did you mean 'lora'")

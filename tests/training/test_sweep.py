@@ -133,6 +133,13 @@ def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path
         sweep.members(str(file), [], fields, tmp_path)
 
 
+def test_a_recorded_draw_that_is_no_number_is_in_no_range(file: Path, tmp_path: Path) -> None:
+    trial = {"seed": 0, "index": 0, "drawn": {"train.eval_every": "10%"}}
+    (tmp_path / "sweep.json").write_text(json.dumps([{"run": "eval_every=10%", "trial": trial}]))
+    with pytest.raises(UserError, match="records a draw from other fields or values"):
+        sweep.members(str(file), [], ["--sweep.train.eval_every=uniform(5,20)"], tmp_path, trials=1)
+
+
 def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path: Path) -> None:
     space = (
         """{"optim.learning_rate": "loguniform(1e-4,1e-3)", "method.targets": [("q_proj", "v_proj")], "seed": [0, 1]}"""
@@ -476,6 +483,16 @@ def test_the_table_has_a_line_for_each_run_and_says_which_failed() -> None:
     ]
 
 
+def test_a_loss_that_is_not_a_number_is_never_the_best(made: Any, tmp_path: Path) -> None:
+    several = [member(made, tmp_path, optim__learning_rate=rate) for rate in (0.1, 0.2, 0.3)]
+    for one, loss in zip(several, (2.0, float("nan"), 1.0), strict=True):
+        with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
+            log.evaluation(1, {"eval_loss": loss})
+    found = sweep.write_results(several, tmp_path)
+    assert [entry["values"]["optim__learning_rate"] for entry in found] == [0.3, 0.1, 0.2]
+    assert [line.split()[1] for line in printed(found[::-1])[1:]] == ["1", "2", "nan"]
+
+
 def test_the_table_shows_where_runs_were_stopped() -> None:
     found = [
         {"values": {"seed": seed, "rank": rank}, "scores": {"eval_loss": loss}} | stopped
@@ -507,6 +524,19 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
         "0.3 1 of 2 2 0.25",
         "mean ± standard deviation over the seeds",
     ]
+
+
+def test_full_fine_tuning_of_a_bfloat16_checkpoint_has_float32_parameters(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.method = methods.make_config("full")
+    file = Path(made.model.path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        (united,) = unite_runs([member(made, tmp_path, seed=0)], mesh)
+    assert (united.model.config.dtype, united.model.config.param_dtype) == ("bfloat16", "float32")
 
 
 @pytest.mark.slow
