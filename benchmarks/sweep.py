@@ -53,7 +53,7 @@ def main() -> None:
         for count in COUNTS:
             members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
             (united,) = unite_runs(members, mesh)
-            together[count] = Population(united)
+            together[count] = Population(united, count, None, lambda: None)
             opened.enter_context(together[count].start())
             together[count].advance()  # compiles
         seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
