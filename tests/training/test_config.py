@@ -201,7 +201,7 @@ def test_a_near_miss_in_a_closed_set_is_suggested(load):
         ("optim.learning_rate=-1e-3", "at least 0"),
         ("optim.learning_rate=nan", "at least 0"),
         ("optim.learning_rate=inf", "at least 0"),
-        ("mesh.data=0", "a number of devices, or -1"),
+        ("mesh.data=0", "at least 1 device, or -1"),
         ("mesh.data=-2", "at least -1"),
         ("train.accumulate=3", "train.batch_size=8 must be a multiple of train.accumulate=3"),
     ],
