@@ -5,14 +5,16 @@
 
 For each task and method, a sweep trains one run per learning rate with seed 0. While the lowest or the highest rate is the best
 one, the next rate is tried too. The rate with the best validation score (for E2E, the lowest validation loss) is trained again
-with every seed, and each epoch is scored on the test file. A finished pair of task and method is one file,
-results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
+with every seed. If another rate has a better score than the mean over these seeds, it is trained with every seed as well, and so
+on. The rate with the best mean counts, and each epoch of its runs is scored on the test file. A finished pair of task and method
+is one file, results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
 """
 
 import argparse
 import json
 import math
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +63,8 @@ Scorer = Callable[[Model], tuple[dict[str, float], Any]]  # the test scores, and
 
 
 def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir: Path) -> dict[str, Any]:
-    """The results of a method on a task: the rates with their validation scores, and the seeds with their test scores."""
+    """The results of a method on a task: validation scores by rate, with seed 0 and as means over all seeds, the best rate, and the
+    test scores of its seeds."""
     setting, began = TASKS[task], time.process_time()
     model = models["decoder" if setting.generates else "encoder"]
 
@@ -70,19 +73,22 @@ def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir
 
     measure = "eval_loss" if setting.generates else setting.score
     validation = search(RATES[method], partial(config_of, seed=0), measure, workdir, lower=setting.generates)
-    best = best_rate(validation, lower=setting.generates)
-    score = make_scorer(task, config_of(best, 0), data)
-    seeds = {}
-    for seed in range(setting.seeds):
-        folder = workdir / f"seed={seed}"
-        seeds[seed] = run_seed(config_of(best, seed), folder, score, measure)
-        shutil.rmtree(folder)
+    score = make_scorer(task, config_of(RATES[method][0], 0), data)
+    runs: dict[float, dict[int, Any]] = {}
+    means: dict[float, float] = {}  # validation scores over all seeds
+    while (best := best_rate(validation | means, lower=setting.generates)) not in means:
+        runs[best] = {
+            seed: run_seed(config_of(best, seed), workdir / f"seed={seed}", score, measure)
+            for seed in range(setting.seeds)
+        }
+        means[best] = statistics.mean(run["epochs"][-1]["validation"] for run in runs[best].values())
     return {
         "task": task,
         "method": method,
         "validation": validation,
+        "means": means,
         "rate": best,
-        "seeds": seeds,
+        "seeds": runs[best],
         "cpu_seconds": time.process_time() - began,
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -137,6 +143,7 @@ def run_seed(config: Config, workdir: Path, score: Scorer, measure: str) -> dict
 
     shutil.rmtree(workdir, ignore_errors=True)  # an interrupted run is short; the scores of its epochs are lost
     train(config, workdir, Hooks(on_evaluate=on_evaluate, on_metrics=on_metrics))
+    shutil.rmtree(workdir)
     epochs = [{"validation": validation[step], **tests[step]} for step in sorted(tests)]
     return {"epochs": epochs, "predictions": last}
 
