@@ -116,7 +116,7 @@ def generate(
 
     Raises:
         UserError: max_new_tokens is less than 1, a prompt is empty or holds a token without a row in the embedding, the model
-            generates no text, or a prompt and the new tokens exceed its positions.
+            does not generate text, or a prompt and the new tokens exceed its positions.
         NotFiniteError: The logits are NaN or infinite.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
@@ -175,7 +175,9 @@ def _arguments(
     """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
     generators = Decoder | EncoderDecoder | Rows
     if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
-        raise UserError(f"generate: a {type(model).__name__} generates no text; use a decoder or an encoder-decoder")
+        raise UserError(
+            f"generate: a {type(model).__name__} does not generate text; use a decoder or an encoder-decoder"
+        )
     if not prompts or not all(prompts):
         raise UserError(
             "generate: every prompt needs at least one token; use the tokenizer's bos token for an empty prompt"

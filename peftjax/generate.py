@@ -108,7 +108,7 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
     """The model that a training run has trained.
 
     Raises:
-        UserError: The directory holds no run, the run has not finished, or its task generates no text.
+        UserError: The directory holds no run, the run has not finished, or its task does not generate text.
     """
     workdir = Path(options.workdir)
     own = {"quantize": options.quantize, "resize_embeddings": options.resize_embeddings or None}
@@ -119,7 +119,7 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
         config = dataclasses.replace(config, model=model)
     result, task = result_of(config, workdir), open_task(config)
     if not task.generates:
-        raise UserError(f"--workdir={workdir}: task.kind={task.kind!r} generates no text; use peftjax evaluate")
+        raise UserError(f"--workdir={workdir}: task.kind={task.kind!r} does not generate text; use peftjax evaluate")
     mesh = sharding.make_mesh(config.mesh.sizes)
     prompts = PromptFormat.of(task.kind, config.data)
 

@@ -86,7 +86,7 @@ def generate(
 
     Raises:
         UserError: A prompt is empty or holds a token without a row in the embedding, the tokenizer has no chat template, the
-            model generates no text, or a prompt and the new tokens exceed its positions.
+            model does not generate text, or a prompt and the new tokens exceed its positions.
         NotFiniteError: The logits are NaN or infinite.
 
     Examples:

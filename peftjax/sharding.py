@@ -37,7 +37,7 @@ class MeshConfig:
             raise UserError(f"mesh.{empty[0]}=0: use at least 1 device, or -1 for all remaining devices")
         rest = [f"mesh.{axis}" for axis, size in self.sizes.items() if size == -1]
         if len(rest) > 1:
-            raise UserError(f"{' and '.join(rest)} are -1 (all remaining devices); only one of them may be")
+            raise UserError(f"{' and '.join(rest)} are -1 (all remaining devices); only one axis may be -1")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -312,7 +312,7 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
         raise UserError(
             f"mesh {dict(mesh.shape)}: sequence x tensor must divide, or be a multiple of, the "
-            f"{jax.local_device_count()} devices of a process, so that processes do not share rows of a batch in part"
+            f"{jax.local_device_count()} devices of a process, so that no row of a batch is split between processes"
         )
     return {"process_index": own[0] // len(own), "process_count": count}
 

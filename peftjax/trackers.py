@@ -144,7 +144,7 @@ class Trackers:
                 action(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
-                say(f"warning: {type(tracker).__name__} failed and gets no more metrics: {_text(error)}")
+                say(f"warning: {type(tracker).__name__} failed and receives no more metrics: {_text(error)}")
 
 
 class TensorBoard:

@@ -147,7 +147,7 @@ def _model_fields(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if (registry := registry_of(model)) != Registry():
         names = [name for name, _ in registry.methods]
-        raise UserError(f"train: the model has adapters attached already: {names}; detach them, or load the base again")
+        raise UserError(f"train: the model already has adapters: {names}; detach them, or load the base again")
     options = {**model.origin.options, "resize_embeddings": _adds_rows(model, model.origin)}
     fields = {"model.path": model.origin.path} | {f"model.{name}": value for name, value in options.items()}
     if differ := [name for name, value in fields.items() if given.get(name, value) != value]:

@@ -193,7 +193,7 @@ def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> N
 
 
 def test_a_model_without_a_cache_generates_no_text() -> None:
-    with pytest.raises(UserError, match="a Linear generates no text; use a decoder or an encoder-decoder"):
+    with pytest.raises(UserError, match="a Linear does not generate text; use a decoder or an encoder-decoder"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=2)
 
 

@@ -104,7 +104,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
     runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log(tmp_path, 0, 3, tracking("wandb"), broken=1.0)
-    warning = "warning: Wandb failed and gets no more metrics: no route to host\n"
+    warning = "warning: Wandb failed and receives no more metrics: no route to host\n"
     assert capsys.readouterr().out == warning
     assert runs("wandb")[0].rows == []
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4

@@ -233,7 +233,7 @@ def test_generate_refuses_what_does_not_say_what_to_generate_with(
         ([f"--workdir={tmp_path}"], "this directory holds several runs; give one of them: run"),
         (
             [f"--workdir={tmp_path / 'run'}", "--config.task.kind=regression"],
-            "run: task.kind='regression' generates no text; use peftjax evaluate",
+            "run: task.kind='regression' does not generate text; use peftjax evaluate",
         ),
         ([f"--adapter={tmp_path / 'lost'}"], f"lost without --model: {tmp_path / 'modl'}: no such directory. Did you mean"),
         ([f"--adapter={tmp_path / 'nameless'}"], "adapter_config.json does not name the base model; give --model=DIR"),

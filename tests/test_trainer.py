@@ -139,7 +139,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
         tmp_path, model, LORA, RECORDS, config={"model.dtype": "bfloat16"}
     )
     peftjax.attach(model, LORA, "mine", rngs=nnx.Rngs(0))
-    assert "has adapters attached already: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
+    assert "already has adapters: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
     assert "method must be a method such as peftjax.Lora" in refused(tmp_path, "embedded", "lora", "train.jsonl")
     assert "Did you mean 'train.steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"trian.steps": 3})
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
@@ -168,8 +168,8 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     [
         (None, "must return a mapping from names to numbers, not None"),
         ({"bleu": "high"}, "must return a mapping from names to numbers, not {'bleu': 'high'}"),
-        ({"step": 1}, "returned ['step'], which the log has already"),
-        ({"eval_loss": 1}, "returned ['eval_loss'], which the log has already"),
+        ({"step": 1}, "returned ['step'], which are already logged"),
+        ({"eval_loss": 1}, "returned ['eval_loss'], which are already logged"),
     ],
 )
 def test_scores_of_a_callback_are_numbers_with_names_of_their_own(returned: Any, message: str) -> None:

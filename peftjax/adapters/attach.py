@@ -66,8 +66,7 @@ def attach(
         raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
     if not sites(model):
         raise UserError(
-            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) gives them to the layers of your "
-            "own network"
+            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to your own network"
         )
     method.check(model)
     if bool(method.data) != (batches is not None):
@@ -124,7 +123,7 @@ def _require_new(model: nnx.Module, name: str) -> None:
     if name in dir(Slot()):  # adapters are attributes of their slots
         raise UserError(f"adapter name {name!r} is reserved; choose another name")
     if name in attached(model):
-        raise UserError(f"adapter {name!r} is attached already; detach it first or choose another name")
+        raise UserError(f"adapter {name!r} is already attached; detach it first or choose another name")
 
 
 def train_head(model: nnx.Module, name: str) -> None:

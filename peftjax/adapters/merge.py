@@ -21,7 +21,7 @@ from peftjax.quant.base import Quantized
 
 
 def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> ModelT:
-    """Change the base's parameters so that the base alone computes what it does with an adapter.
+    """Add an adapter's change to the base's parameters, so that the base alone gives the same outputs.
 
     A quantized kernel becomes the array decode(kernel) + delta, which is exactly what the adapter was trained with. With
     `requantize` the sum is quantized again, which changes it. Merging an adapter that was trained on quantized kernels into
@@ -39,7 +39,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
         The model.
 
     Raises:
-        UserError: The adapter is not attached, is merged already, or changes more than weights. The model is unchanged.
+        UserError: The adapter is not attached, is already merged, or changes more than weights. The model is unchanged.
 
     Examples:
         >>> import peftjax
@@ -51,7 +51,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
     """
     require(model, name)
     if name in merged(model):
-        raise UserError(f"adapter {name!r} is merged already")
+        raise UserError(f"adapter {name!r} is already merged")
     changed = [site for site, _ in adapters_named(model, name)]
     if others := provenance.moved(model, name):
         print(
@@ -136,7 +136,7 @@ def _restore(model: nnx.Module, before: Before, untied: bool) -> None:
 
 
 def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
-    """The parameters with which a layer alone computes what it does with its adapter, sharded like its own."""
+    """The parameters with which a layer alone gives the outputs it has with its adapter, sharded like its own."""
     graph, leaves = variables.flat(site.module.adapters.adapter(name))
     adapter = {path: leaf.get_value() for path, leaf in leaves.items()}
     own = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}

@@ -25,12 +25,12 @@ def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:
 
 
 def base_name(model: nnx.Module, name: str) -> BaseName | None:
-    """Return what the file that adapter `name` was loaded from calls the base; None if it does not name it."""
+    """Return the name of the base in the file that adapter `name` was loaded from; None if the file does not name it."""
     return dict(registry_of(model).bases).get(name)
 
 
 def remember_base(model: nnx.Module, name: str, base: BaseName | None) -> None:
-    """Record with the model what the file of adapter `name` calls the base, if it names it."""
+    """Record the name of the base in the file of adapter `name`, if the file names it."""
     if base is not None:
         set_registry(model, registry_of(model).with_base(name, base))
 
@@ -63,6 +63,6 @@ def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
 
 
 def summary(errors: Mapping[str, float]) -> str:
-    """Describe the mean and the largest of some relative errors, by path."""
+    """Describe the mean and the largest relative error; `errors` is by path."""
     worst = max(errors, key=lambda path: errors[path])
     return f"{sum(errors.values()) / len(errors):.2%} on average, at most {errors[worst]:.2%} ({worst})"

@@ -35,7 +35,7 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class BaseName:
-    """What an adapter file calls the base model.
+    """The base model that an adapter file names.
 
     Attributes:
         name: The hub id or directory.

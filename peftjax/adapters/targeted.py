@@ -137,7 +137,7 @@ class Targeted(Method):
             ]
         if named:
             site, name = named[0]
-            parameter = f"they are always one parameter in this model, and in peft only modules have {self.method}"
+            parameter = f"in this model they are always one parameter, and peft applies {self.method} to modules only"
             raise UserError(
                 f"method.targets={self.targets!r} names experts ({name}), which {self.method} cannot adapt"
                 f"{f': {parameter}' if self.splits_experts else ''}; use "

@@ -1,7 +1,7 @@
 """debug.log: what the underlying libraries report about an error that the run itself reports as one line.
 
 When a file of a checkpoint is damaged or a disk is full, orbax and tensorstore log and print a traceback for every array, also
-from threads that go on after the error was handled. In the commands these go to a file in the workdir.
+from threads that continue after the error was handled. In the commands, this output goes to a file in the workdir.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def divert() -> None:
 
 
 class _Stderr:
-    """stderr, without what threads that Python did not start print: the errors of tensorstore's callbacks."""
+    """stderr without the output of threads that Python did not start, which print the errors of tensorstore's callbacks."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -206,7 +206,7 @@ def open_image(value: Any) -> "Image":
         try:
             image: Image.Image = Image.open(io.BytesIO(value))
         except UnidentifiedImageError:
-            raise UserError(f"its {len(value):,} bytes have no format that Pillow reads") from None
+            raise UserError(f"its {len(value):,} bytes are not an image format that Pillow reads") from None
     elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
         image = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value)
     else:

@@ -98,7 +98,7 @@ class Padding:
         which = f"the {order} {count} batches" if count > 1 else f"the {order} batch"
         found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(inputs) > 1 else ""
         advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
-        return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are real{advice}"
+        return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are not padding{advice}"
 
 
 def pad(document: Row, empty: Row) -> Arrays:

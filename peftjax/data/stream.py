@@ -126,7 +126,7 @@ class _KeptIterator(grain.DatasetIterator):  # type: ignore[misc]
 def nothing_left(what: str, data: DataConfig) -> UserError:
     """The error for a source whose records are all left out."""
     return UserError(
-        f"{what}: every record was left out, because none has a token to learn from within config.data.max_length="
+        f"{what}: every record was left out, because none has a token that counts in the loss within config.data.max_length="
         f"{data.max_length} (config.data.too_long={data.too_long!r}, config.data.format={data.format!r})"
     )
 

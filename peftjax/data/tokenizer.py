@@ -321,7 +321,7 @@ def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str,
             raise
     theirs = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **options)
     warnings.warn(
-        f"the tokenizer in {directory} has Python code of its own (auto_map in tokenizer_config.json), which is not run; "
+        f"the tokenizer in {directory} contains its own Python code (auto_map in tokenizer_config.json), which is not run; "
         "only tokenizer.json is used",
         stacklevel=2,
     )

@@ -77,7 +77,7 @@ def stored_names(model: Model, site: Site) -> tuple[str, ...]:
 
 
 def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> Method:
-    """Return the method with the modules that its options select by older names selected by their new ones."""
+    """Return the method with new names in its options where they select modules by older names."""
     if not older or not isinstance(method, Targeted):
         return method
     back = {name: old for old, name in older.items()}

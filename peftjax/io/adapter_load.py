@@ -184,18 +184,18 @@ def _fitted(
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))
     if inner:
         warnings.warn(
-            f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} means modules inside others that are trained "
-            "whole, and is ignored for those",
+            f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} also matches modules inside others that are "
+            "trained in full, and is ignored for the inner ones",
             stacklevel=3,
         )
     if removed:
         warnings.warn(
-            f"{path / CONFIG}: matches nothing in this model and is ignored: {'; '.join(removed)}", stacklevel=3
+            f"{path / CONFIG}: ignoring entries that match nothing in this model: {'; '.join(removed)}", stacklevel=3
         )
     method, differing = with_factors_of(method, tensors)
     if differing:
         warnings.warn(
-            f"{path / CONFIG}: {differing} is ignored, since the tensors have a different number", stacklevel=3
+            f"{path / CONFIG}: ignoring {differing}, because the tensors have another number of factors", stacklevel=3
         )
     _check_residual(method, model, path)
     return method, with_older_names(tensors, older)
@@ -215,7 +215,7 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
         raise UserError(f"{path / CONFIG}: init_lora_weights={method.init!r}: {error}") from error
     if kinds := set(formats(model).values()):
         raise UserError(
-            f"{path / CONFIG}: init_lora_weights={method.init!r} belongs to a base minus the initial update, which cannot be "
+            f"{path / CONFIG}: init_lora_weights={method.init!r} subtracts the initial update from the base, and the update cannot be "
             f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
             "save_adapter, and load that plain LoRA on the quantized base"
         )

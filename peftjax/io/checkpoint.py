@@ -1,4 +1,4 @@
-"""Checkpoints of the training state: saved in the background, atomic, and verified bit for bit when restored.
+"""Checkpoints of the training state: saved in the background, atomic, and verified when restored.
 
 orbax writes them and decides which to keep. What a checkpoint belongs to, whether it is intact, and which one to fall back
 to are decided here. A checkpoint is a directory named by its step; it has a temporary name until it is complete:

@@ -96,7 +96,7 @@ def load_model(
         tensors = text_tensors(tensors)
     packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
-        raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is quantized already")
+        raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is already quantized")
     stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
     model = config.abstract()

@@ -68,9 +68,9 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
     for key in (key for key in expected if key in found):
         shape, needed = found[key].shape, expected[key].stored_shape
         if shape != needed:
-            shapes.append(f"{key} is stored as {list(shape)}, config.json asks for {list(needed)}")
+            shapes.append(f"{key} is stored as {list(shape)}, but config.json asks for {list(needed)}")
         if found[key].dtype not in hf_files.FLOATS:
-            dtypes.append(f"{key} is stored as {found[key].dtype}, a float of 8 to 64 bits is needed")
+            dtypes.append(f"{key} is stored as {found[key].dtype}, but must be a float of 8 to 64 bits")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
     if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
         warnings.warn(
@@ -89,7 +89,7 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         if found[key] is not twins[other] and not _equal(found[key], twins[other]):
             raise UserError(
                 f"{directory}: config.json ties {other} to {key}, but both are stored and differ; "
-                "to keep both set tie_word_embeddings to false, to keep one remove the other from the file"
+                "to keep both, set tie_word_embeddings to false; to keep one, remove the other from the file"
             )
     return found
 
@@ -107,7 +107,7 @@ def _renamed(model: Model, stored: Mapping[str, Stored], known: Container[str], 
 
 
 def _absent_parts(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored]) -> set[str]:
-    """The modules that the checkpoint lacks entirely, of those that it may lack (`Model.hf_fresh`)."""
+    """The modules that the checkpoint may lack (`Model.hf_fresh`) and of which it has no tensor."""
     there = {_part(entry) for entry in table if any(key in stored for key in entry.keys)}
     return set(model.hf_fresh) - there
 

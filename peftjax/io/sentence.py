@@ -38,7 +38,7 @@ def read_pooling(directory: Path) -> dict[str, Any]:
 
 
 def write_pooling(config: ModelConfig, directory: Path) -> None:
-    """Write what `read_pooling` reads, if the model was read with it and has no task head."""
+    """Write the files that `read_pooling` reads, if the model has a pooling and no task head."""
     if not isinstance(config, TextEncoderConfig) or config.pooling is None or config.head != "none":
         return
     paths = {"Transformer": "", "Pooling": POOLING} | ({"Normalize": "2_Normalize"} if config.normalize else {})

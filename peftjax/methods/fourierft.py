@@ -82,8 +82,9 @@ class FourierFT(Targeted):
             raise UserError(f"method.n_frequency={counts.max()} is more than the {size} weights of {site.names[0]}")
         if size >= LARGEST:
             raise UserError(
-                f"method.targets: {site.names[0]} has {size} weights; from {LARGEST} weights on torch draws the places of "
-                "FourierFT by an algorithm that is not reproduced here, so peft could not read the adapter. Leave it out"
+                f"method.targets: {site.names[0]} has {size} weights; for {LARGEST} or more, torch draws the "
+                "positions of FourierFT's coefficients with an algorithm that is not reproduced here, so peft could not read the "
+                "adapter. Leave it out"
             )
         return FourierLinear(site, counts, self, rngs)
 

@@ -55,7 +55,8 @@ class Hra(Targeted):
         inputs = site.module.in_features
         if self.gram_schmidt and self.rank > inputs:
             raise UserError(
-                f"method.rank={self.rank}: {site.names[0]} has room for {inputs} orthogonal reflections; use fewer"
+                f"method.rank={self.rank}: {site.names[0]} has {inputs} inputs, so at most {inputs} reflections can be orthogonal; "
+                "use a lower rank"
             )
         return HraLinear(site, mask, self.rank, self.gram_schmidt, rngs)
 

@@ -464,7 +464,7 @@ def rope_fields(fields: Fields) -> dict[str, Any]:
     """Collect the rotary embedding's fields, in the format of transformers 4 or 5."""
     scaling, parameters = fields.maybe("rope_scaling"), fields.maybe("rope_parameters")
     if scaling and parameters:
-        message = "config.json: ignoring rope_parameters, rope_theta included, because there is rope_scaling, as transformers does"
+        message = "config.json: rope_scaling replaces rope_parameters, including its rope_theta, as in transformers"
         warnings.warn(message, stacklevel=2)
     parameters = dict(scaling or parameters or {})
     for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"):

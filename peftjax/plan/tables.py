@@ -59,7 +59,7 @@ def _verdict(plan: Plan) -> Text:
     if plan.fits:
         free = f": {sizes}, {format_bytes(plan.memory - plan.needed)} free"
         return Text.assemble(certainty, ("fits", "bold green"), free)
-    excess = f": {sizes}, {format_bytes(plan.needed - plan.memory)} too much"
+    excess = f": {sizes}, {format_bytes(plan.needed - plan.memory)} over"
     return Text.assemble(certainty, ("does not fit", "bold red"), excess)
 
 

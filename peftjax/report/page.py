@@ -35,7 +35,7 @@ def write_report(workdir: Path) -> Path:
     """
     if not any((workdir / name).exists() for name in (_CONFIG, METRICS, DATA)):
         raise UserError(
-            f"--workdir={workdir} holds none of {_CONFIG}, {METRICS} and {DATA}: no run has written there; check the path"
+            f"--workdir={workdir} holds none of {_CONFIG}, {METRICS} and {DATA}, so it is not the workdir of a run; check the path"
         )
     marked = any((workdir / name).exists() for name in (MARK, METRICS, DATA))
     if not marked and not isinstance(read_object(workdir / _CONFIG).get("method"), dict):

@@ -172,5 +172,5 @@ def _parallel_figure(runs: Sequence[SweptRun], fields: Sequence[str], ranked_by:
     colors: list[str | None] = [*_colors(runs, ranked_by).values(), *[None] * (len(shown) - len(ranked))]
     names = [*(short_name(field, fields) for field in fields), ranked_by]
     draw = partial(run_plots.draw_parallel, names=names, scales=scales, colors=colors)
-    note = f"{ranked_by} above {format_number(highest)} at the end of its axis" * math.isfinite(highest)
+    note = f"{ranked_by} above {format_number(highest)} is drawn at the end of its axis" * math.isfinite(highest)
     return make_figure("Parallel coordinates", note, _legend(runs, ranked_by), draw, wide=True, height=320)

@@ -23,7 +23,7 @@ def data_rows(data: ReportData, config: Mapping[str, Any]) -> list[tuple[str, st
     names = {
         "records": "Records read",
         "too_long": f"Longer than {limit}" + f", {fate}" * bool(fate),
-        "empty": "Dropped, nothing to learn from",
+        "empty": "Dropped, no tokens in the loss",
         "rows": "Rows",
         "tokens": "Tokens",
         "loss_tokens": "Tokens in the loss" if config.get("task.kind") in ("causal_lm", "seq2seq") else "Labels",

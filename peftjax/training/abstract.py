@@ -48,7 +48,7 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
         UserError: The architecture is not supported, or the method does not fit the model.
     """
     fields = dict(hf_config)
-    stored = fields.pop("quantization_config", None)  # the checkpoint is quantized already
+    stored = fields.pop("quantization_config", None)  # the checkpoint is already quantized
     if stored:
         check_config(stored, config.model.path)
     family = from_hf_config(

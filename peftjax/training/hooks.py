@@ -60,7 +60,7 @@ class Hooks:
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"on_evaluate must return a mapping from names to numbers, not {given!r}") from None
         if taken := sorted(scores.keys() & {*others, *PLACE}):
-            raise UserError(f"on_evaluate returned {taken}, which the log has already; use other names")
+            raise UserError(f"on_evaluate returned {taken}, which are already logged; use other names")
         return scores
 
 

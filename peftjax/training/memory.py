@@ -72,12 +72,12 @@ def check_step(
     if state > memory:
         raise UserError(
             f"model.path={config.model.path!r}: the weights and the optimizer's state take {format_bytes(state)} per device, "
-            f"and there are {there}; quantize the model (model.quantize), or shard it over more devices (mesh.fsdp)"
+            f"but only {there} are available; quantize the model (model.quantize), or shard it over more devices (mesh.fsdp)"
         )
     microbatches = ", or raise train.accumulate" if config.train.batch_size > config.train.accumulate else ""
     raise UserError(
         f"{_describe(config, task)}: a step takes at least {format_bytes(given + stored)} per device, "
-        f"{format_bytes(given + stored - state)} of it for the batch, and there are {there}; lower {_smaller(task)}"
+        f"{format_bytes(given + stored - state)} of it for the batch, but only {there} are available; lower {_smaller(task)}"
         f"{microbatches}"
     )
 

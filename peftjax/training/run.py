@@ -201,7 +201,7 @@ class Run:
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             log.message(
-                f"parameters that the mesh does not divide take {format_bytes(more)} more per device: "
+                f"parameters that cannot be split evenly over the mesh need another {format_bytes(more)} per device: "
                 f"{enumerate_some(list(uneven), 4)}"
             )
         if log.prints:  # with packing, this tokenizes records

@@ -132,8 +132,8 @@ def test_an_image_is_bytes_of_a_file_datasets_bytes_or_an_array(
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"", r"its 0 bytes have no format that Pillow reads"),
-        (b"<html>", r"its 6 bytes have no format that Pillow reads"),
+        (b"", r"its 0 bytes are not an image format that Pillow reads"),
+        (b"<html>", r"its 6 bytes are not an image format that Pillow reads"),
         (encoded(size=(60, 60), form="JPEG")[:-20], "truncated"),
         (encoded(7, mode="I;16"), r"it has more than 8 bits per channel, .*; store it with 8 bits"),
         ("cats/1.png", r"it is the str 'cats/1\.png', but must be the bytes .* images:DIR"),

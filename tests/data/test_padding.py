@@ -102,17 +102,17 @@ def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: s
     real = (12 + 33 + 90 + 20 + 31 + 32) / (2 * (64 + 100 + 32))
     start = "batches are padded to 32, 64 or 100 tokens, the next"
     assert batches.padding_text() == (
-        f"{start} 3 batches to 32, 64 or 100; {real:.0%} of the tokens in the next 3 batches are real"
+        f"{start} 3 batches to 32, 64 or 100; {real:.0%} of the tokens in the next 3 batches are not padding"
     )
     batches.preview(1)
     advice = "data.pack=True would reduce the padding"
     assert batches.padding_text() == (
-        f"{start} batch to 64; {45 / 128:.0%} of the tokens in the next batch are real; {advice}"
+        f"{start} batch to 64; {45 / 128:.0%} of the tokens in the next batch are not padding; {advice}"
     )
     short = train(make(file, max_length=30), tokenizer)
     short.preview(1)
     assert short.padding_text() == (
-        f"batches are padded to 30 tokens; {35 / 60:.0%} of the tokens in the first batch are real"
+        f"batches are padded to 30 tokens; {35 / 60:.0%} of the tokens in the first batch are not padding"
     )
     next(batches)
     assert f"4 records in 4 rows, 0 dropped, {1 - (75 + 45) / 328:.0%} padding" in batches.summary_text()

@@ -139,7 +139,7 @@ def test_modules_to_save_inside_others_are_ignored_as_peft_ignores_them(
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(KeyError, match="down_proj"):
         load_into_theirs(bases("untied"), tmp_path / "theirs")
-    model = load(bases("untied"), tmp_path / "theirs", "modules_to_save 'down_proj' means modules inside others")
+    model = load(bases("untied"), tmp_path / "theirs", "modules_to_save 'down_proj' also matches modules inside others")
     assert_close(logits(model), logits(theirs))
     back = load_into_theirs(bases("untied"), peftjax.save_adapter(model, tmp_path / "ours"))
     assert_close(logits(back.eval()), logits(theirs))
@@ -207,14 +207,14 @@ def test_a_sliding_window_hides_the_prefix_as_it_does_in_transformers(
 def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases: Callable, tmp_path: Path) -> None:
     theirs = adapted(bases("untied"), lora(**options))
     theirs.save_pretrained(tmp_path / "a")
-    model = load(bases("untied"), tmp_path / "a", "belongs to a base minus the initial update")
+    model = load(bases("untied"), tmp_path / "a", "subtracts the initial update from the base")
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
     peftjax.use(model, "default")
     peftjax.save_adapter(model, tmp_path / "plain")
     assert_close(logits(load(bases("untied"), tmp_path / "plain", None)), logits(model))
     with (
-        pytest.warns(UserWarning, match="minus the initial update"),
+        pytest.warns(UserWarning, match="subtracts the initial update"),
         pytest.raises(ValueError, match="cannot be recomputed from nf4 kernels"),
     ):
         peftjax.load_adapter(peftjax.load_model(bases("wide"), quantize="nf4"), tmp_path / "a")
@@ -223,7 +223,7 @@ def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases
 def test_an_initial_update_of_more_ranks_than_a_layer_has_is_refused(bases: Callable, tmp_path: Path) -> None:
     adapted(bases("untied"), lora(r=20, init_lora_weights="olora")).save_pretrained(tmp_path)
     with (
-        pytest.warns(UserWarning, match="minus the initial update"),
+        pytest.warns(UserWarning, match="subtracts the initial update"),
         pytest.raises(
             ValueError, match=r"init_lora_weights='olora': method\.rank=20 exceeds the smaller dimension \(16\)"
         ),
@@ -284,7 +284,7 @@ def test_a_boft_has_as_many_factors_as_its_tensors(bases: Callable, tmp_path: Pa
         bases("untied"), peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=list(QV))
     )
     theirs.save_pretrained(tmp_path)
-    model = load(bases("untied"), tmp_path, "boft_n_butterfly_factor=2 is ignored")
+    model = load(bases("untied"), tmp_path, "ignoring boft_n_butterfly_factor=2")
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
 

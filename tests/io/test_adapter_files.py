@@ -288,13 +288,15 @@ def test_entries_that_match_nothing_are_one_warning_in_a_file_and_an_error_in_on
     targets = ["q_proj", "v_proj", "v_porj"]
     path = write(tmp_path / "a", random_tensors(), target_modules=targets, rank_pattern={"k_proj": 2}, bias="all")
     with pytest.warns(
-        UserWarning, match=r"ignored: target_modules 'v_porj'; rank_pattern 'k_proj'; bias='all'"
+        UserWarning, match=r"in this model: target_modules 'v_porj'; rank_pattern 'k_proj'; bias='all'"
     ) as caught:
         model = load_adapter(tiny.model(), path)
     assert len(caught) == 1
     assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
     path = write(tmp_path / "b", random_tensors(), target_modules=r"language_model\.(q|v)_proj")
-    with pytest.warns(UserWarning, match=r"ignored: target_modules 'language_model.*'"):  # the tensors name the targets
+    with pytest.warns(
+        UserWarning, match=r"in this model: target_modules 'language_model.*'"
+    ):  # the tensors name the targets
         model = load_adapter(tiny.model(), path)
     assert model.blocks.attention.query.adapters.default.ranks == (8, 8, 8)
     for options in ({"targets": targets}, {"rank_pattern": {"k_proj": 2}}, {"bias": "all"}):
@@ -544,7 +546,7 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
 def test_target_parameters_that_match_nothing_are_ignored_with_a_warning(tmp_path: Path) -> None:
     """As target_modules are; tests/interop/test_moe.py has models with experts."""
     path = write(tmp_path / "a", random_tensors(), target_parameters=["mlp.experts"])
-    with pytest.warns(UserWarning, match="matches nothing in this model and is ignored: .*'mlp.experts'"):
+    with pytest.warns(UserWarning, match="ignoring entries that match nothing in this model: .*'mlp.experts'"):
         load_adapter(tiny.model(), path)
 
 
@@ -609,7 +611,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_a_name_that_is_taken_is_refused_before_anything_changes(tmp_path: Path) -> None:
     model = attached("default", rank=2, targets=("q_proj",))
     held = values(model)
-    with pytest.raises(ValueError, match="adapter 'default' is attached already"):
+    with pytest.raises(ValueError, match="adapter 'default' is already attached"):
         load_adapter(model, write(tmp_path / "a", random_tensors()))
     assert active(model) == ("default",)
     assert all(np.array_equal(value, held[path]) for path, value in values(model).items())

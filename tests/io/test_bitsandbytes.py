@@ -182,7 +182,7 @@ def test_tensors_in_nf4_need_no_quantization_config(rewritten: Callable[..., Pat
             r"layers\.1\.self_attn\.q_proj\.weight is nf4 of bfloat16: the layers of a stack must have one",
         ),
         ({"shape": 32}, r"q_proj\.weight is stored in nf4 with the shape 32; a kernel has two dimensions"),
-        ({"shape": [32, 64]}, r"q_proj\.weight is stored as \[32, 64\], config.json asks for \[32, 32\]"),
+        ({"shape": [32, 64]}, r"q_proj\.weight is stored as \[32, 64\], but config.json asks for \[32, 32\]"),
     ],
 )
 def test_other_quant_states_are_refused_by_name(state: Any, message: str, rewritten: Callable[..., Path]) -> None:
@@ -233,7 +233,7 @@ def test_what_is_asked_for_must_be_what_is_stored(rewritten: Callable[..., Path]
     with pytest.raises(ValueError, match=r"is stored in nf4, but quantize='int8' asks for another format"):
         load_model(directory, quantize="int8")
     assert isinstance(load_model(directory, quantize="").blocks.attention.query.kernel.get_value(), Nf4)
-    with pytest.raises(ValueError, match=r"skip=\('v_proj',\) \(model.skip_quantize\): .* is quantized already"):
+    with pytest.raises(ValueError, match=r"skip=\('v_proj',\) \(model.skip_quantize\): .* is already quantized"):
         load_model(directory, quantize="nf4", skip=("v_proj",))
     with pytest.raises(ValueError, match=r'to make random weights pass quantize="nf4"'):
         make_random(directory)

@@ -226,8 +226,8 @@ def test_missing_and_unexpected_tensors_and_wrong_shapes_are_one_error_before_an
     assert "2 missing: model.layers.0.self_attn.q_proj.weight, model.norm.weight\n" in told
     assert "2 unexpected: model.layers.0.self_attn.query_proj.weight Did you mean" in told
     assert ", score.weight" in told
-    assert f"1 of a wrong shape: {GATE} is stored as [16, 24], config.json asks for [24, 16]\n" in told
-    assert "1 of a wrong dtype: lm_head.weight is stored as I8, a float of 8 to 64 bits is needed\n" in told
+    assert f"1 of a wrong shape: {GATE} is stored as [16, 24], but config.json asks for [24, 16]\n" in told
+    assert "1 of a wrong dtype: lm_head.weight is stored as I8, but must be a float of 8 to 64 bits\n" in told
 
 
 def test_long_lists_of_tensors_end_in_a_count(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_of_a_tied_pair_either_tensor_may_be_stored(tmp_path: Path, kept: str) -
 
 
 def test_a_tied_pair_stored_as_two_different_tensors_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="both are stored and differ; to keep both set tie_word_embeddings to false"):
+    with pytest.raises(ValueError, match="both are stored and differ; to keep both, set tie_word_embeddings to false"):
         load_model(write(tmp_path / "m", random_tensors(), tie_word_embeddings=True))
 
 

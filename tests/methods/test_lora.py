@@ -363,7 +363,7 @@ def test_a_name_that_the_slot_uses_itself_is_refused(name: str) -> None:
 
 def test_a_name_that_is_taken_is_refused() -> None:
     model = attached("mine", rank=2)
-    with pytest.raises(ValueError, match="adapter 'mine' is attached already; detach it first or choose another name"):
+    with pytest.raises(ValueError, match="adapter 'mine' is already attached; detach it first or choose another name"):
         attached("mine", model, rank=4)
     assert query(model, "mine").ranks == (2, 2, 2)
 
@@ -379,7 +379,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_errors() -> None:
     with pytest.raises(ValueError, match="adapter 'default' is not the one merged last"):
         unmerge(model)
     merge(model)
-    with pytest.raises(ValueError, match="adapter 'default' is merged already"):
+    with pytest.raises(ValueError, match="adapter 'default' is already merged"):
         merge(model)
 
 

@@ -164,7 +164,7 @@ def test_hra_starts_at_the_base_but_for_rounding() -> None:
         (Boft, {"block_size": 0, "blocks": 5}, "method.blocks=5 must divide the 32 input features"),
         (Boft, {"factors": 3, "targets": ("down_proj",)}, "method.factors=3 needs .* multiple of 4; .* has 10 blocks of 4"),
         (Hra, {"rank": 0}, "method.rank must be a positive integer, got 0"),
-        (Hra, {"rank": 33, "gram_schmidt": True}, "room for 32 orthogonal reflections"),
+        (Hra, {"rank": 33, "gram_schmidt": True}, "at most 32 reflections can be orthogonal"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused(method: Any, options: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ def test_null_means_as_many_key_heads_as_query_heads() -> None:
 def test_rope_scaling_replaces_rope_parameters() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     parameters = {"rope_type": "default", "rope_theta": 500.0}
-    with pytest.warns(UserWarning, match="ignoring rope_parameters, rope_theta included"):
+    with pytest.warns(UserWarning, match="rope_scaling replaces rope_parameters, including its rope_theta"):
         both = from_hf_config(tiny.CONFIG | {"rope_scaling": scaling, "rope_parameters": parameters})
     assert both.rope == from_hf_config(tiny.CONFIG | {"rope_scaling": scaling}).rope
 

@@ -182,7 +182,7 @@ def test_a_merged_head_of_its_own_is_saved_beside_the_scaling(tmp_path: Path) ->
             methods.PrefixTuning(),
             "as many layers in both, as in peft; this model has 2 and 3",
         ),
-        ({}, methods.Pfeiffer(leave_out=(1,)), "counts the layers of one stack, and this model has several"),
+        ({}, methods.Pfeiffer(leave_out=(1,)), "refers to the layers of a single stack, but this model has several"),
     ],
 )
 def test_what_two_stacks_make_ambiguous_is_refused(fields: dict, method: adapters.Method, message: str) -> None:

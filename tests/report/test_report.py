@@ -167,7 +167,7 @@ def test_every_section_is_there(full: str) -> None:
         "Loss nats per token", "Scores", "Learning rate", "Gradient norm", "Answers before and after",
         "Base frozen", "Adapter trained", "Optimizer state 640 B", "Peak usage 1.0 MiB", "compile 12 s",
         "Changed from the defaults 1 of 5 fields", "jax 0.0.1", "method lora, rank 16",
-        "Parameters, memory, data and time", "Records read 4,000 Longer than the limit 12 Dropped, nothing to learn from 3",
+        "Parameters, memory, data and time", "Records read 4,000 Longer than the limit 12 Dropped, no tokens in the loss 3",
         "Rows 3,985 Tokens 90,000", "Padding 41.2%",
         "command peftjax train --config=a.py workdir /runs/a git commit 0123abc-dirty",
         "Classes held-out data, step 30", "Confusion matrix", "no 2 ·", "no 50% 100% 66.7% 2",
@@ -451,7 +451,7 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path: Path, monkeypatch:
 
 
 def test_an_empty_workdir_and_the_directory_of_a_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run has written there"):
+    with pytest.raises(UserError, match="is not the workdir of a run"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"its config\.json is not that of a run"):

@@ -43,7 +43,7 @@ class Bottleneck(BottleneckOptions):
             )
         if self.leave_out and len({site.path.split(".")[0] for site in residuals if site.stack}) > 1:
             raise UserError(
-                f"method.leave_out={self.leave_out} counts the layers of one stack, and this model has several; leave it empty"
+                f"method.leave_out={self.leave_out} refers to the layers of a single stack, but this model has several; leave it empty"
             )
         for site in residuals:
             adopted = isinstance(site.module, AdoptedSublayer)

@@ -148,11 +148,11 @@ def _check_options(
     if how in SPARSE and (density is None or not 0 < density <= 1):
         raise UserError(f"combine: how={how!r} needs a density above 0 and up to 1, got {density!r}")
     if how not in SPARSE and density is not None:
-        raise UserError(f"combine: density={density!r} has no meaning for how={how!r}; leave it out")
+        raise UserError(f"combine: density={density!r} is not used with how={how!r}; leave it out")
     if majority_sign not in ("total", "frequency"):
         raise UserError(f"combine: majority_sign must be 'total' or 'frequency', got {majority_sign!r}")
     if rank is not None and how not in ("svd", *SPARSE_SVD):
-        raise UserError(f"combine: rank={rank!r} has no meaning for how={how!r}; leave it out or choose an svd way")
+        raise UserError(f"combine: rank={rank!r} is not used with how={how!r}; leave it out or choose an svd way")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise UserError(f"combine: rank must be a positive integer, got {rank!r}")
 

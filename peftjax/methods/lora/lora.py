@@ -233,7 +233,7 @@ class Lora(Ranked):
         of_tokens = isinstance(site.module, Embedding)
         refused = {
             "lora_bias": (self.lora_bias, "adds its bias to a Linear's output"),
-            "freeze_a": (self.freeze_a and of_tokens, "would leave an embedding's A at zero"),
+            "freeze_a": (self.freeze_a and of_tokens, "would train nothing in an embedding, whose A starts at zero"),
             "dora": (
                 self.dora and of_experts and not site.single_experts,
                 "is not supported for experts that are always one parameter: in peft, only modules have DoRA",
@@ -338,15 +338,15 @@ class Lora(Ranked):
         init = config.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() in ("pissa", "olora"):
             warnings.warn(
-                f"adapter_config.json: init_lora_weights={init!r} belongs to a base minus the initial update, which is "
+                f"adapter_config.json: init_lora_weights={init!r} subtracts the initial update from the base, which is "
                 "recomputed in float32 from this model's kernels, as in peft; save_adapter writes a plain LoRA",
                 stacklevel=2,
             )
             return dataclasses.replace(cls.from_hf(config | {"init_lora_weights": True}), init=init.lower())
         if isinstance(init, str) and RESIDUAL.fullmatch(init.lower()):
             raise UserError(
-                f"adapter_config.json: init_lora_weights={init!r} is not supported: it belongs to a base minus an initial "
-                "update from a randomized SVD, which differs every time peft computes it; convert the adapter to plain "
+                f"adapter_config.json: init_lora_weights={init!r} is not supported: the base must be without an "
+                "initial update from a randomized SVD, which differs every time peft computes it; convert the adapter to plain "
                 "LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
