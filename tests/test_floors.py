@@ -1,6 +1,7 @@
 """The floors of the house: a module imports from the floors below it, and a light `import peftjax` stays light."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,31 @@ def test_the_checker_catches_an_import_that_does_not_go_downward(path: str, sour
 )
 def test_the_checker_lets_downward_imports_pass(path: str, source: str) -> None:
     assert violations(source, path) == []
+
+
+def imported_files(file: Path) -> set[Path]:
+    """The files of peftjax that a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {file_of(name) for name in names if name.partition(".")[0] == "peftjax"}
+
+
+def file_of(name: str) -> Path:
+    """The file of the module `name`, or of the module that defines `name`."""
+    parts = name.split(".")[1:]
+    places = [PACKAGE.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+    candidates = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+    return next(file for file in candidates if file.is_file())
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {file: imported_files(file) for file in python_files()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    assert PACKAGE / "core" / "errors.py" in graph[PACKAGE / "core" / "cli.py"]
 
 
 def test_no_module_is_called_utils() -> None:
