@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from peftjax import losses
 from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
+from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
@@ -64,6 +65,7 @@ __all__ = [
     "Lora",
     "Method",
     "Miss",
+    "NotFiniteError",
     "Oft",
     "PTuning",
     "ParallelAdapter",
@@ -74,6 +76,7 @@ __all__ = [
     "RandLora",
     "Sampling",
     "TrainableTokens",
+    "UserError",
     "VbLora",
     "Vera",
     "adopt",
