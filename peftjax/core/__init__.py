@@ -1,1 +1,5 @@
-"""Floor 0: configuration, errors, parameter names and types. Imports no other part of peftjax."""
+"""What does not depend on models or data.
+
+Errors, the machinery of config files, names and types of parameters, the terminal, files, signals, and several processes.
+Nothing here imports another part of peftjax.
+"""

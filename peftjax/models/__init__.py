@@ -1,4 +1,8 @@
-"""Model families, selected by the `model_type` in a Hugging Face config.json."""
+"""Model families, one per file, selected by the `model_type` in a Hugging Face config.json.
+
+base.py declares what every model provides. decoder.py, text_encoder.py and encoder_decoder.py hold what families share. A
+family's file ends with its Hugging Face names and the reading of its config.json.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,8 @@
-"""Quantization formats of frozen kernels, and the matrix product that supports them."""
+"""Quantization formats of frozen kernels, one per file.
+
+In a forward pass, only matmul.py distinguishes a quantized kernel from an array, and grouped.py for the products of
+experts. Methods, models and sharding do not know the format.
+"""
 
 from collections.abc import Callable
 from functools import partial
