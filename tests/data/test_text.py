@@ -202,7 +202,11 @@ def test_tokenizer_json_is_read_without_the_tokenizers_own_code(
     expected = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "Mine"}
     folder = make_directory(tokenizer_config=expected | ({"auto_map": auto_map} if auto_map else {}))
     (folder / "mine.py").write_text("raise SystemExit")
-    with pytest.warns(UserWarning, match="code of its own") if auto_map else contextlib.nullcontext() as warned:
+    with (
+        pytest.warns(UserWarning, match="contains its own Python code")
+        if auto_map
+        else contextlib.nullcontext() as warned
+    ):
         tokenizer = load_tokenizer(folder)
     assert not auto_map or len(warned) == 1
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)

@@ -140,7 +140,7 @@ class Stacked(nnx.Module):
         (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself a Linear; wrap it in an nnx.Module"),
         (
             lambda: adapters.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
-            r"attach: no layer .* peftjax.adopt\(model\) gives",
+            r"attach: no layer .* peftjax.adopt\(model\) adds",
         ),
         (
             lambda: adapters.attach(adopted(), Lora, rngs=nnx.Rngs(0)),

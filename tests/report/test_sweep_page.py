@@ -123,7 +123,7 @@ def test_a_run_that_diverged_does_not_set_the_limits(tmp_path: Path) -> None:
     assert "eval_loss, ▲ above 1.5" in found["learning_rate"]
     assert words(found["learning_rate"]).index("rank=4") < words(found["learning_rate"]).index("rank=16")
     assert ">80<" not in found["learning_rate"]
-    assert "eval_loss above 1.5 at the end of its axis" in found["Parallel coordinates"]
+    assert "eval_loss above 1.5 is drawn at the end of its axis" in found["Parallel coordinates"]
 
 
 def test_only_outliers_are_left_out_of_an_axis() -> None:
