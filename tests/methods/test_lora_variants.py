@@ -249,7 +249,10 @@ def test_adapters_that_start_as_the_same_part_of_the_kernel_leave_each_other_alo
         ({"dora": True, "lora_bias": True}, "method.lora_bias=True cannot be combined with dora=True, as in peft"),
         ({"lr_ratio": 0.0}, "method.lr_ratio must be a number above 0, got 0.0"),
         ({"init": "pissa", "targets": ("embed_tokens",)}, "method.init='pissa' starts from a Linear's kernel; leave"),
-        ({"freeze_a": True, "targets": ("embed_tokens",)}, "method.freeze_a=True would train nothing in an embedding, whose A starts at zero; leave"),
+        (
+            {"freeze_a": True, "targets": ("embed_tokens",)},
+            "method.freeze_a=True would train nothing in an embedding, whose A starts at zero; leave",
+        ),
         ({"lora_bias": True, "targets": ("embed_tokens",)}, "method.lora_bias=True adds its bias to a Linear's output; leave"),
     ],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def test_what_needs_modules_is_refused_for_experts_that_are_always_one_parameter
     for method in (methods.Ia3, methods.Vera):
         with pytest.raises(
             UserError,
-            match=rf"experts \(.*\), which {method.method} cannot adapt: in this model they are always one parameter.*; use lora, or name",
+            match=rf"experts \(.*\), which {method.method} cannot adapt: in this model they are .* one parameter.*; use lora, or name",
         ):
             peftjax.attach(tiny.model(**fields), method(targets=("down_proj",)), rngs=nnx.Rngs(0))
         assert not any("experts" in site.path for site, _ in method().chosen(tiny.model(**fields)))
