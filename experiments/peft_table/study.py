@@ -63,8 +63,12 @@ Scorer = Callable[[Model], tuple[dict[str, float], Any]]  # the test scores, and
 
 
 def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir: Path) -> dict[str, Any]:
-    """The results of a method on a task: validation scores by rate, with seed 0 and as means over all seeds, the best rate, and the
-    test scores of its seeds."""
+    """Find the best learning rate of a method on a task, and score each seed with it.
+
+    Returns:
+        The content of the result file: the validation score of each rate with seed 0, the means over all seeds of the rates that
+        were trained with all, the best rate, and the scores of each of its seeds.
+    """
     setting, began = TASKS[task], time.process_time()
     model = models["decoder" if setting.generates else "encoder"]
 

@@ -63,6 +63,6 @@ def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
 
 
 def summary(errors: Mapping[str, float]) -> str:
-    """Describe the mean and the largest relative error; `errors` is by path."""
+    """Describe the mean and the largest of relative errors, which are given by path."""
     worst = max(errors, key=lambda path: errors[path])
     return f"{sum(errors.values()) / len(errors):.2%} on average, at most {errors[worst]:.2%} ({worst})"

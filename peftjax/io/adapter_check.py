@@ -16,7 +16,7 @@ from peftjax.io.hf_files import enumerate_some
 
 TOKENS = ".token_adapter.trainable_tokens_delta"  # the end of the key of trained tokens
 # What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
-# whole, and of an embedding with trained tokens.
+# in full, and of an embedding with trained tokens.
 COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 
 

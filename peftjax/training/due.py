@@ -28,7 +28,7 @@ class Due:
         return self._last(step) or _every(step, self._config.train.eval_every)
 
     def save(self, step: int) -> bool:
-        """Whether a checkpoint is due at this step. It is after every evaluation."""
+        """Whether a checkpoint is due at this step, as it is after every evaluation."""
         return self.eval(step) or _every(step, self._config.checkpoint.every)
 
     def save_by_time(self, step: int) -> bool:

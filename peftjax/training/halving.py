@@ -38,7 +38,7 @@ class Halving:
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def count(self, runs: int) -> int:
-        """The number of runs that continue, of so many."""
+        """The number of runs that continue, out of `runs`."""
         return math.ceil(runs / self.reduction)
 
 

@@ -48,7 +48,7 @@ class Hooks:
         Args:
           model: The model as of the step.
           step: The number of completed steps.
-          others: The scores that are known already.
+          others: The scores already known.
 
         Raises:
           UserError: It does not return a mapping to numbers, or the name of one of them is taken.

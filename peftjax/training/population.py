@@ -144,7 +144,7 @@ class Population:
         return CompileAhead(united.gradients, first.mesh, self._inputs(), ahead, self._progress)
 
     def _inputs(self) -> tuple[list[TrainState], variables.FlatTree, list[variables.FlatTree]]:
-        """The arguments of the gradients but the batches."""
+        """The arguments of the gradients, except the batches."""
         places = repeated(self.live, self.width)
         return self._united.states(places), self._united.shared, self._united.own_frozen(places)
 
@@ -290,7 +290,7 @@ class Population:
 
 
 def repeated(members: Sequence[Training], size: int) -> list[Training]:
-    """The members, and the first of them again until there are `size`."""
+    """The members, with the first one repeated until there are `size`."""
     return [*members, *[members[0]] * (size - len(members))]
 
 

@@ -345,9 +345,9 @@ class Lora(Ranked):
             return dataclasses.replace(cls.from_hf(config | {"init_lora_weights": True}), init=init.lower())
         if isinstance(init, str) and RESIDUAL.fullmatch(init.lower()):
             raise UserError(
-                f"adapter_config.json: init_lora_weights={init!r} is not supported: the base must be without an "
-                "initial update from a randomized SVD, which differs every time peft computes it; convert the adapter to plain "
-                "LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
+                f"adapter_config.json: init_lora_weights={init!r} is not supported: it subtracts an "
+                "initial update from the base, and this update's randomized SVD differs every time peft computes it; convert the "
+                "adapter to plain LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
             raise UserError(
