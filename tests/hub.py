@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 TOKEN = "hf_test"
 
@@ -51,6 +53,17 @@ def serve() -> Iterator[Hub]:
         finally:
             hub.shutdown()
             thread.join()
+
+
+@contextmanager
+def logged_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in that huggingface_hub uploads to, with ada logged in."""
+    with serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)  # read from HF_ENDPOINT on import
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose protocol the stand-in does not speak
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The public names, and the three training loops that the documentation shows, executed as they stand there."""
+"""The public names, and the training loops of the README and docs/own_loop.md, executed as they stand there."""
 
 import dataclasses
 import functools
@@ -19,68 +19,21 @@ from peftjax import losses
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from tests import tiny
+from tests.docs.pages import ROOT, blocks
 
-START = """
-import jax, optax, peftjax
-from flax import nnx
 
-model = peftjax.load_model("DIR")
-peftjax.attach(model, peftjax.Lora(rank=16, dropout=0.1), rngs=nnx.Rngs(0))
-"""
+def loops() -> dict[str, str]:
+    """The loops of the README, which docs/own_loop.md repeats, and that with optax.masked, which only the docs have."""
+    readme, docs = (
+        [block.code for block in blocks(ROOT / name, "python")] for name in ("README.md", "docs/own_loop.md")
+    )
+    split, optimizer, mask = (code for code in readme if "def step(" in code)
+    assert {split, optimizer, mask} <= set(docs)
+    (masked,) = (code for code in docs if "optax.masked" in code)
+    return {"split": split, "optimizer": optimizer, "mask": mask, "masked": mask + masked}
 
-SPLIT = (
-    START
-    + """
-graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
-tx = optax.adamw(1e-4)
-opt = tx.init(adapter)
 
-@jax.jit
-def step(adapter, opt, batch):
-    loss = lambda adapter: peftjax.losses.next_token(nnx.merge(graph, adapter, base), batch)
-    value, gradients = jax.value_and_grad(loss)(adapter)
-    updates, opt = tx.update(gradients, opt, adapter)
-    return optax.apply_updates(adapter, updates), opt, value
-"""
-)
-
-OPTIMIZER = (
-    START
-    + """
-optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=peftjax.PeftParam)
-
-@nnx.jit
-def step(model, optimizer, batch):
-    loss = lambda model: peftjax.losses.next_token(model, batch)
-    trainable = nnx.DiffState(0, peftjax.PeftParam)
-    value, gradients = nnx.value_and_grad(loss, argnums=trainable)(model)
-    optimizer.update(model, gradients)
-    return value
-"""
-)
-
-MASK = (
-    START
-    + """
-graph, params, rest = nnx.split(model, (nnx.Param, peftjax.PeftParam), ...)
-mask = peftjax.trainable_mask(params)
-tx = optax.partition({True: optax.adamw(1e-4), False: optax.set_to_zero()}, mask)
-opt = tx.init(params)
-
-@jax.jit
-def step(params, opt, batch):
-    loss = lambda params: peftjax.losses.next_token(nnx.merge(graph, params, rest), batch)
-    value, gradients = jax.value_and_grad(loss)(params)
-    updates, opt = tx.update(gradients, opt, params)
-    return optax.apply_updates(params, updates), opt, value
-"""
-)
-
-PARTITION = "tx = optax.partition({True: optax.adamw(1e-4), False: optax.set_to_zero()}, mask)"
-MASKED = """frozen = jax.tree.map(lambda trainable: not trainable, mask)
-tx = optax.chain(optax.masked(optax.adamw(1e-4), mask), optax.masked(optax.set_to_zero(), frozen))"""
-
-LOOPS = {"split": SPLIT, "optimizer": OPTIMIZER, "mask": MASK, "masked": MASK.replace(PARTITION, MASKED)}
+LOOPS = loops()
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -155,7 +108,7 @@ def test_without_dropout_the_loops_compute_the_same_losses(loop: str, directory:
 
 
 @pytest.mark.slow_cases
-@pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask")])
+@pytest.mark.parametrize("loop", ["split", "optimizer", slow("mask"), slow("masked")])
 def test_dropout_is_active_in_every_loop(loop: str, directory: Path) -> None:
     without, dropped = run(loop, directory, rate=0).losses, run(loop, directory).losses
     assert dropped[0] == pytest.approx(without[0], rel=1e-6)  # LoRA starts as a no-op

@@ -29,7 +29,9 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
 
     Examples:
         >>> import peftjax
-        >>> peftjax.push_adapter("runs/chat/adapter", "my-name/my-adapter")  # doctest: +SKIP
+        >>> from flax import nnx
+        >>> model = peftjax.attach(peftjax.load_model("embedded"), peftjax.Lora(rank=4), rngs=nnx.Rngs(0))
+        >>> peftjax.push_adapter(peftjax.save_adapter(model, "adapter"), "my-name/my-adapter")
         'https://huggingface.co/my-name/my-adapter'
     """
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -19,6 +19,11 @@ PREPROCESSOR = {
     "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }  # fmt: skip
 
+QWEN3_MOE = tiny.CONFIG | {
+    "model_type": "qwen3_moe", "head_dim": 8, "num_hidden_layers": 2,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         peftjax.save_adapter(tiny.randomize(model, seed=seed), root / folder)
     peftjax.save_model(peftjax.load_model(root / "model", quantize="nf4"), root / "quantized", source=root / "model")
     peftjax.save_model(tiny.make(from_hf_config(tiny.VIT)), root / "vit")
+    peftjax.save_model(tiny.make(from_hf_config(QWEN3_MOE)), root / "qwen3_moe")
     (root / "vit" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     Image.new("RGB", (10, 12), "red").save(root / "cat.jpg")
     return root

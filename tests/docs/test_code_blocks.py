@@ -28,6 +28,7 @@ PATHS = {
     "path/to/stories-adapter": "{world}/adapter",
     "path/to/poems-adapter": "{world}/other",
     "path/to/bnb-4bit": "{world}/quantized",
+    "Qwen/Qwen3-30B-A3B": "{world}/qwen3_moe",
     "path/to/vit": "{world}/vit",
     "path/to/cat.jpg": "{world}/cat.jpg",
     "runs/quickstart/adapter": "{world}/demo",

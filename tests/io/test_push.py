@@ -26,12 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[stand_in.Hub]:
-    """A hub on which ada is logged in, and to which HF_ENDPOINT points."""
-    with stand_in.serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)  # read from HF_ENDPOINT on import
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose protocol the stand-in does not speak
-        monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
+    with stand_in.logged_in(monkeypatch) as server:
         yield server
 
 
