@@ -79,9 +79,9 @@ class Run:
 
 def attention_forms(platform: str) -> list[str]:
     """The attention implementations that this version of peftjax has for a platform."""
-    from peftjax.tasks.model import ModelConfig
+    from peftjax.tasks.model import ModelSection
 
-    choices = {field.name: field for field in dataclasses.fields(ModelConfig)}["attention"].metadata["field"].choices
+    choices = {field.name: field for field in dataclasses.fields(ModelSection)}["attention"].metadata["field"].choices
     return [form for form in choices if KERNELS.get(form, platform) == platform]
 
 

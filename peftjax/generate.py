@@ -39,7 +39,7 @@ from peftjax.quant import FORMATS
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """What to generate with.
 
     Attributes:
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
+def open_run(options: argparse.Namespace, overrides: list[str]) -> ModelSource:
     """The model that a training run has trained.
 
     Raises:
@@ -128,10 +128,10 @@ def open_run(options: argparse.Namespace, overrides: list[str]) -> Source:
         assert isinstance(model, LanguageModel)  # the task generates
         return model
 
-    return Source(f"--workdir={workdir}", task.tokenizer, prompts, load, mesh)
+    return ModelSource(f"--workdir={workdir}", task.tokenizer, prompts, load, mesh)
 
 
-def open_model(options: argparse.Namespace) -> Source:
+def open_model(options: argparse.Namespace) -> ModelSource:
     """A model, with or without an adapter.
 
     Raises:
@@ -151,7 +151,7 @@ def open_model(options: argparse.Namespace) -> Source:
         return load_adapter(model, adapter) if adapter else model
 
     name = f"--adapter={adapter}" if adapter else f"--model={options.model}"
-    return Source(name, tokenizer, read_prompt_format(adapter or directory), load)
+    return ModelSource(name, tokenizer, read_prompt_format(adapter or directory), load)
 
 
 def _base_of(adapter: Path | None) -> Path:
@@ -166,7 +166,7 @@ def _base_of(adapter: Path | None) -> Path:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 
 
-def encode(source: Source, options: argparse.Namespace) -> list[list[int]]:
+def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
     """The tokens of the prompts; prints which format is applied."""
     tokenizer, prompts = source.tokenizer, source.prompts
     if options.raw or options.chat or prompts is None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from peftjax.core import config_yaml
 from peftjax.core.config import flat
-from peftjax.core.config_values import Source
+from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.python_file import run_python_file
@@ -21,7 +21,7 @@ from peftjax.core.python_file import run_python_file
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 
 
-def read(given: str | Path) -> tuple[dict[str, Any], Source]:
+def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
     """The values of a config file, {"section.field": value}, and where they come from.
 
     Args:
@@ -36,9 +36,9 @@ def read(given: str | Path) -> tuple[dict[str, Any], Source]:
         raise UserError(f"--config={path}: no such file.{near}")
     if path.suffix in (".yaml", ".yml"):
         values, lines = config_yaml.read(path)
-        return values, Source(str(path), lines)
+        return values, ConfigSource(str(path), lines)
     if path.suffix == ".json":
-        return _json(path), Source(str(path))
+        return _json(path), ConfigSource(str(path))
     if path.suffix != ".py":
         raise UserError(
             f"--config={path}: a config is a Python, YAML or JSON file, so its name ends in .py, .yaml or .json"
@@ -48,7 +48,7 @@ def read(given: str | Path) -> tuple[dict[str, Any], Source]:
         raise UserError(f"{path}: a config file needs a function get_config() that returns a ConfigDict")
     if not isinstance(config, ConfigDict | Mapping):
         raise UserError(f"{path}: get_config() must return a ConfigDict, but returned {config!r}")
-    return flat(config), Source(str(path))
+    return flat(config), ConfigSource(str(path))
 
 
 def read_sweep(given: str | Path) -> list[Mapping[str, Any]]:

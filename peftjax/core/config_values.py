@@ -18,7 +18,7 @@ Values = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """Where values come from, for messages.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
         return f"{self.name}, line {self.lines[field]}" if field in self.lines else self.name
 
 
-def complete(values: Mapping[str, Any], schema: Schema, source: Source) -> Values:
+def complete(values: Mapping[str, Any], schema: Schema, source: ConfigSource) -> Values:
     """All known fields: the given values, checked, and the defaults of the rest. `source` is named in messages."""
     known = _known(values, schema, source.of("method.name"))
     for name in values:
@@ -61,7 +61,7 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
-            values = complete(rest | {name: text}, schema, Source(source))
+            values = complete(rest | {name: text}, schema, ConfigSource(source))
         known = _known(values, schema, source)
         if name not in known:
             raise _unknown(name, known, source)

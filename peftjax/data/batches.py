@@ -22,7 +22,7 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Encoder, Row
+from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
@@ -98,7 +98,7 @@ class Batches(Iterator[HostBatch]):
         self,
         title: str,
         data: DataConfig,
-        encoder: Encoder,
+        encoder: RecordEncoder,
         batching: Batching,
         documents: grain.IterDataset,
         lengths: list[tuple[str, int]],
@@ -236,7 +236,7 @@ class EvalBatches(Batches):
             raise
 
 
-def train_batches(data: DataConfig, encoder: Encoder, batching: Batching, seed: int) -> Batches:
+def train_batches(data: DataConfig, encoder: RecordEncoder, batching: Batching, seed: int) -> Batches:
     """Endless batches of data.train.
 
     Without weights the sources are concatenated: an epoch has every record once. With weights ("a.jsonl@0.7") each
@@ -275,7 +275,7 @@ class HeldOut:
       UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
     """
 
-    def __init__(self, data: DataConfig, encoder: Encoder) -> None:
+    def __init__(self, data: DataConfig, encoder: RecordEncoder) -> None:
         self._data, self._encoder = data, encoder
         specs, _, sources = _open(data, "eval", encoder)
         self._records, self._specs, self._lengths = Concatenated(sources), ", ".join(specs), _lengths(specs, sources)
@@ -312,7 +312,7 @@ class HeldOut:
         return {self._records.name(index): index for index in range(len(self._records))}
 
 
-def _open(data: DataConfig, which: str, encoder: Encoder) -> tuple[list[str], list[float | None], list[Source]]:
+def _open(data: DataConfig, which: str, encoder: RecordEncoder) -> tuple[list[str], list[float | None], list[Source]]:
     """The specifications of data.train or data.eval without their weights, the weights, and the sources.
 
     The first record of each is encoded, so that a wrong field or template is reported before a model is loaded.

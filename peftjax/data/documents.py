@@ -40,7 +40,7 @@ class Text:
     ratio: int = 2
 
 
-class Encoder(Protocol):
+class RecordEncoder(Protocol):
     """Turns records into documents. A task is one.
 
     Attributes:

@@ -7,7 +7,7 @@ import numpy as np
 
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Encoder, Row
+from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.sources import Source
 from peftjax.data.stream import Encoded, Kept, read
 
@@ -15,7 +15,7 @@ PROBED = 16  # records whose size tells how many can be tokenized
 TYPICAL = 2_000  # characters of a record; of longer ones, fewer are tokenized
 
 
-def count_rows(source: Source, data: DataConfig, encoder: Encoder, most: int) -> tuple[int, bool]:
+def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: int) -> tuple[int, bool]:
     """The rows of one epoch, and whether the number is exact.
 
     Without packing, a record is a row. With packing, and where long texts are dropped, records are tokenized to count

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peftjax.data.documents import Arrays, Encoder, Row
+from peftjax.data.documents import Arrays, RecordEncoder, Row
 
 SHORTEST = 32  # shorter batches are hardly faster
 POOR = 0.5  # the fraction of tokens other than padding below which packing is suggested
@@ -61,7 +61,7 @@ class Padding:
       lengths: For each text, the lengths that its arrays may have; empty if rows have one length.
     """
 
-    def __init__(self, encoder: Encoder, *, fixed: bool, multiple: int = 1) -> None:
+    def __init__(self, encoder: RecordEncoder, *, fixed: bool, multiple: int = 1) -> None:
         """
         Args:
           encoder: What the documents come from.

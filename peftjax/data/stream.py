@@ -13,7 +13,7 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import Encoder, Row
+from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.sources import Source
 
 FEW = 1000  # records; fewer are shuffled by our own code
@@ -44,7 +44,7 @@ class Note:
 class Encoded:
     """A source whose records are documents, encoded on access."""
 
-    def __init__(self, source: Source, part: int, data: DataConfig, encoder: Encoder):
+    def __init__(self, source: Source, part: int, data: DataConfig, encoder: RecordEncoder):
         self._source, self._part, self._data, self._encoder = source, part, data, encoder
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Encoded:
         return document.arrays | {"notes": Note(name, self._part, bool(document.too_long), document.size, losses)}
 
 
-def endless(source: Source, part: int, data: DataConfig, encoder: Encoder, seed: int) -> grain.MapDataset:
+def endless(source: Source, part: int, data: DataConfig, encoder: RecordEncoder, seed: int) -> grain.MapDataset:
     """The documents of a source without end, with data.shuffle in a new order every epoch."""
     order = grain.MapDataset.source(Encoded(source, part, data, encoder))
     if data.shuffle:

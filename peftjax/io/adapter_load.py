@@ -32,7 +32,7 @@ from peftjax.io.adapter_fit import (
     without_unmatched,
 )
 from peftjax.io.adapter_keys import respelled, with_older_names
-from peftjax.io.adapter_method import check_directory, method_class
+from peftjax.io.adapter_method import check_directory, peft_method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
@@ -128,7 +128,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
 
 def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
     """The method that an adapter_config.json describes, and whether the file of the tensors holds the task head."""
-    method = method_class(config, path)
+    method = peft_method_class(config, path)
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):

@@ -26,7 +26,7 @@ def read_method(path: Path) -> Method:
     config = read_json(path / CONFIG)
     if adapter_hub.is_hub(path):
         return from_hub(adapter_hub.options_of(config, path))
-    cls = method_class(config, path)
+    cls = peft_method_class(config, path)
     options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
@@ -50,7 +50,7 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
             raise UserError(f"{path} is not an adapter directory: {file} is missing; it holds {listing(path)}")
 
 
-def method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
+def peft_method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
     """The class for the peft_type in the adapter_config.json of a PEFT directory.
 
     Raises:

@@ -24,7 +24,7 @@ from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_
 from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
 from peftjax.io.hf_files import DTYPES
-from peftjax.io.model_card import CARD, Training, make_card, may_replace, with_mark
+from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.models.base import Model
 
@@ -83,7 +83,7 @@ def write_adapter(
     path: str | Path,
     name: str,
     base: BaseName | None,
-    training: Training | None = None,
+    training: TrainingSummary | None = None,
     *,
     single_experts: bool = False,
 ) -> Path:
@@ -258,7 +258,7 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
     return 8 + length + -length % 8 + end
 
 
-def _write(path: Path, files: Mapping[str, bytes], training: Training | None, *, card: bool) -> None:
+def _write(path: Path, files: Mapping[str, bytes], training: TrainingSummary | None, *, card: bool) -> None:
     """Write the files, with a model card if `card`, next to `path` first, then move them there."""
     path = path.resolve()  # "." has no name, and a link may lead to another file system
     scratch = path.with_name(f".{path.name}.peftjax-tmp")

@@ -35,7 +35,7 @@ _TASKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingSummary:
     """What a card says about the training.
 
     Attributes:
@@ -53,7 +53,7 @@ class Training:
     data: str = ""
 
 
-def make_card(directory: Path, training: Training | None = None) -> str:
+def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
     """The text of README.md for the adapter in a directory.
 
     Args:
@@ -150,7 +150,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _scores(training: Training) -> str:
+def _scores(training: TrainingSummary) -> str:
     shown = [
         [name, *("" if math.isnan(value) else f"{value:.4g}" for value in pair)] for name, *pair in training.scores
     ]

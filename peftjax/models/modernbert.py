@@ -111,7 +111,7 @@ class Block(nnx.Module):
         return sharding.constrain(x, "batch", "length", None)
 
 
-class Head(nnx.Module):
+class PredictionHead(nnx.Module):
     """norm(act(x W)), the first layers of the pretraining head and the task heads: [..., D] -> [..., D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
@@ -142,7 +142,7 @@ class ModernBert(TextEncoder):
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         if self.config.head != "none":
-            self.head = Head(self.config, rngs)
+            self.head = PredictionHead(self.config, rngs)
         super().make_head(rngs)
 
     def states(self, x: jax.Array, valid: jax.Array) -> jax.Array:

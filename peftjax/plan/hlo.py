@@ -1,4 +1,4 @@
-"""Compiled HLO text, parsed into computations and operations, and what can be read off them."""
+"""Compiled HLO text, parsed into computations and instructions, and what can be read off them."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 @dataclasses.dataclass
-class Operation:
+class Instruction:
     """One line of a computation: `name = type code(operands), attributes`.
 
     Attributes:
@@ -27,7 +27,7 @@ class Operation:
     root: bool
 
 
-Computation = dict[str, Operation]  # in an order in which operands come first
+Computation = dict[str, Instruction]  # in an order in which operands come first
 Program = dict[str, Computation]
 
 ENTRY = ""  # the name under which a program has its entry computation
@@ -41,17 +41,17 @@ def parse(text: str) -> Program:
         if (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)) is not None:
             current = program.setdefault(ENTRY if head[1] else head[2], {})
         elif (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)) is not None:
-            current[found[2]] = _parse_operation(line, found[2], found.end(), root=bool(found[1]))
+            current[found[2]] = _parse_instruction(line, found[2], found.end(), root=bool(found[1]))
     return program
 
 
-def _parse_operation(line: str, name: str, start: int, *, root: bool) -> Operation:
+def _parse_instruction(line: str, name: str, start: int, *, root: bool) -> Instruction:
     """start: the position of the type."""
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", end)
     closing = _closing(line, opening)
     operands = [item.split()[-1].lstrip("%") for item in line[opening + 1 : closing - 1].split(", ") if item]
-    return Operation(name, line[start:end], line[end:opening].strip(), operands, line[closing:], root)
+    return Instruction(name, line[start:end], line[end:opening].strip(), operands, line[closing:], root)
 
 
 def _closing(line: str, opening: int) -> int:
@@ -86,16 +86,16 @@ def executions(
 
     def visit(name: str, count: float) -> None:
         times[name] = times.get(name, 0) + count
-        for operation in program[name].values():
-            for role, names in _CALLS.findall(operation.attributes):
-                control = operation.code == "call" or (
-                    operation.code in ("while", "conditional", "async-start") and role != "to_apply"
+        for instruction in program[name].values():
+            for role, names in _CALLS.findall(instruction.attributes):
+                control = instruction.code == "call" or (
+                    instruction.code in ("while", "conditional", "async-start") and role != "to_apply"
                 )
                 if not (control or fusions):
                     continue
-                again: float = (trip_count(operation, program) or 1) if operation.code == "while" and trips else 1
-                if operation.code == "conditional":
-                    again = min((share for scope, share in shares if scope in operation.attributes), default=1)
+                again: float = (trip_count(instruction, program) or 1) if instruction.code == "while" and trips else 1
+                if instruction.code == "conditional":
+                    again = min((share for scope, share in shares if scope in instruction.attributes), default=1)
                 for inner in re.findall(r"[\w.\-]+", names):
                     if inner in program:
                         visit(inner, count * again)
@@ -104,20 +104,20 @@ def executions(
     return [(program[name], count) for name, count in times.items()]
 
 
-def trip_count(loop: Operation, program: Program) -> int | None:
+def trip_count(loop: Instruction, program: Program) -> int | None:
     """Return how often a loop runs: the compiler's annotation, or else the only constant in the loop's condition. None
     if neither exists."""
     if (known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)) is not None:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    operations = program.get(condition[1], {}).values() if condition else ()
-    constants = [o.operands[0] for o in operations if o.code == "constant" and o.type.startswith("s32[]")]
+    instructions = program.get(condition[1], {}).values() if condition else ()
+    constants = [o.operands[0] for o in instructions if o.code == "constant" and o.type.startswith("s32[]")]
     return int(constants[0]) if len(constants) == 1 and constants[0].isdigit() else None
 
 
-def fused_computation(operation: Operation, program: Program) -> Computation | None:
-    """Return the computation of a fusion, or None for any other operation."""
-    called = re.search(r"calls=%?([\w.\-]+)", operation.attributes) if operation.code == "fusion" else None
+def fused_computation(instruction: Instruction, program: Program) -> Computation | None:
+    """Return the computation of a fusion, or None for any other instruction."""
+    called = re.search(r"calls=%?([\w.\-]+)", instruction.attributes) if instruction.code == "fusion" else None
     return program[called[1]] if called else None
 
 
@@ -140,7 +140,7 @@ def type_bytes(kind: str, *, anywhere: bool = False) -> int:
     return total // 8
 
 
-def group_size(collective: Operation) -> int:
+def group_size(collective: Instruction) -> int:
     """Return the number of devices that take part in a collective, from its replica_groups: {{0,1},{2,3}},
     [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'}."""
     attributes = collective.attributes

@@ -9,7 +9,7 @@ import re
 
 from peftjax.plan.hlo import (
     Computation,
-    Operation,
+    Instruction,
     Program,
     executions,
     fused_computation,
@@ -26,7 +26,7 @@ class Traffic:
     """What one device moves.
 
     Attributes:
-        memory: Bytes that operations read from and write to the device's memory: the operands and results of each
+        memory: Bytes that instructions read from and write to the device's memory: the operands and results of each
             fusion, and only the slice where a slice of an array is read or updated.
         collectives: For each kind, how many run and the bytes that the device sends in a ring algorithm.
         unknown: Number of loops whose trip count is not known; they are taken to run once.
@@ -63,9 +63,9 @@ def traffic(text: str, *, trips: bool = True, blocks_in_use: float = 1.0) -> Tra
     program = parse(text)
     memory, unknown = 0.0, 0
     for computation, times in executions(program, trips=trips, conditions={IN_USE: blocks_in_use}):
-        for operation in computation.values():
-            memory += times * _moved(operation, computation, program)
-            if operation.code == "while" and trips and trip_count(operation, program) is None:
+        for instruction in computation.values():
+            memory += times * _moved(instruction, computation, program)
+            if instruction.code == "while" and trips and trip_count(instruction, program) is None:
                 unknown += 1
     return Traffic(round(memory), _collectives(program, trips), unknown)
 
@@ -73,14 +73,14 @@ def traffic(text: str, *, trips: bool = True, blocks_in_use: float = 1.0) -> Tra
 def _collectives(program: Program, trips: bool) -> dict[str, tuple[int, int]]:
     runs: dict[tuple[str, str], tuple[float, int]] = {}  # by kind and channel: how often, and the bytes of each run
     for computation, times in executions(program, trips=trips, fusions=True):
-        for operation in computation.values():
-            kind = operation.code.removesuffix("-done")
+        for instruction in computation.values():
+            kind = instruction.code.removesuffix("-done")
             if kind in _COLLECTIVES:
-                start = computation[operation.operands[0]] if operation.code != kind else operation
-                # the parts of an asynchronous collective are separate operations with the same channel
+                start = computation[instruction.operands[0]] if instruction.code != kind else instruction
+                # the parts of an asynchronous collective are separate instructions with the same channel
                 channel = re.search(r"channel_id=(\d+)", start.attributes)
-                key = (kind, channel[1] if channel else f"{id(computation)} {operation.name}")
-                runs[key] = max(runs.get(key, (0, 0)), (times, _sent(kind, operation, start)))
+                key = (kind, channel[1] if channel else f"{id(computation)} {instruction.name}")
+                runs[key] = max(runs.get(key, (0, 0)), (times, _sent(kind, instruction, start)))
     totals: dict[str, tuple[int, int]] = {}
     for (kind, _), (times, size) in runs.items():
         count, total = totals.get(kind, (0, 0))
@@ -88,22 +88,22 @@ def _collectives(program: Program, trips: bool) -> dict[str, tuple[int, int]]:
     return totals
 
 
-def _moved(operation: Operation, computation: Computation, program: Program) -> int:
-    """Bytes that an operation reads from and writes to the device's memory."""
-    code = operation.code
+def _moved(instruction: Instruction, computation: Computation, program: Program) -> int:
+    """Bytes that an instruction reads from and writes to the device's memory."""
+    code = instruction.code
     if code in _FREE or (code.endswith("-done") and code != "slice-done"):
         return 0
-    if code == "custom-call" and any(f'custom_call_target="{marker}' in operation.attributes for marker in _MARKERS):
+    if code == "custom-call" and any(f'custom_call_target="{marker}' in instruction.attributes for marker in _MARKERS):
         return 0
-    result = type_bytes(operation.type)
+    result = type_bytes(instruction.type)
     if code in _SLICES or code == "slice-done":
         return 2 * result
     if code.endswith("-start"):  # the result repeats the operands
         return result
     if code == "dynamic-update-slice":
-        return 2 * type_bytes(computation[operation.operands[1]].type)
-    operands = [computation[name].type if name in computation else "" for name in operation.operands]
-    if (fused := fused_computation(operation, program)) is not None:
+        return 2 * type_bytes(computation[instruction.operands[1]].type)
+    operands = [computation[name].type if name in computation else "" for name in instruction.operands]
+    if (fused := fused_computation(instruction, program)) is not None:
         return _written(fused, result) + sum(
             type_bytes(kind) and min(type_bytes(kind), _read(fused, index, program))
             for index, kind in enumerate(operands)
@@ -117,18 +117,18 @@ def _read(fused: Computation, index: int, program: Program) -> int:
     names = {o.name for o in parameters}
     whole = sum(type_bytes(o.type, anywhere=True) for o in parameters)
     read = 0
-    for operation in fused.values():
-        if not names & set(operation.operands):
+    for instruction in fused.values():
+        if not names & set(instruction.operands):
             continue
-        first = operation.operands[0] in names
-        if operation.code == "bitcast" or _IN_PLACE in operation.attributes:
-            names.add(operation.name)
-        elif operation.code in _SLICES and first:
-            read += type_bytes(operation.type, anywhere=True)
-        elif operation.code == "dynamic-update-slice" and first:
+        first = instruction.operands[0] in names
+        if instruction.code == "bitcast" or _IN_PLACE in instruction.attributes:
+            names.add(instruction.name)
+        elif instruction.code in _SLICES and first:
+            read += type_bytes(instruction.type, anywhere=True)
+        elif instruction.code == "dynamic-update-slice" and first:
             pass  # in place
-        elif (inner := fused_computation(operation, program)) is not None:
-            read += sum(_read(inner, at, program) for at, name in enumerate(operation.operands) if name in names)
+        elif (inner := fused_computation(instruction, program)) is not None:
+            read += sum(_read(inner, at, program) for at, name in enumerate(instruction.operands) if name in names)
         else:
             return whole
     return read
@@ -136,18 +136,18 @@ def _read(fused: Computation, index: int, program: Program) -> int:
 
 def _written(fused: Computation, result: int) -> int:
     """Bytes that a fusion writes: only the slice if it updates a slice of a larger array."""
-    operation = next((o for o in fused.values() if o.root), None)
-    while operation is not None and operation.code == "bitcast":
-        operation = fused.get(operation.operands[0])
-    if operation is not None and operation.code == "dynamic-update-slice":
-        return min(result, type_bytes(fused[operation.operands[1]].type, anywhere=True))
+    instruction = next((o for o in fused.values() if o.root), None)
+    while instruction is not None and instruction.code == "bitcast":
+        instruction = fused.get(instruction.operands[0])
+    if instruction is not None and instruction.code == "dynamic-update-slice":
+        return min(result, type_bytes(fused[instruction.operands[1]].type, anywhere=True))
     return result
 
 
-def _sent(kind: str, operation: Operation, start: Operation) -> int:
+def _sent(kind: str, instruction: Instruction, start: Instruction) -> int:
     """Bytes that each of n devices sends for a collective over S bytes, in a ring (Patarasu and Yuan 2009): (n - 1) / n S
     for all-gather, reduce-scatter and all-to-all, twice that for all-reduce."""
-    size = type_bytes(operation.type, anywhere=True)
+    size = type_bytes(instruction.type, anywhere=True)
     if kind == "collective-permute":
         return size
     devices = group_size(start)

@@ -13,7 +13,7 @@ from peftjax.core.files import write_atomically
 from peftjax.core.terminal import printable
 from peftjax.report import run_plots
 from peftjax.report.compared_tables import ComparedTable, final_scores, group_name, make_tables, scores_of
-from peftjax.report.comparison import Group, Run, group_runs, warnings_of
+from peftjax.report.comparison import Group, RecordedRun, group_seeds, warnings_of
 from peftjax.report.data import Sample
 from peftjax.report.html import render
 from peftjax.report.run_plots import GROUP_COLORS, Drawer, Figure, RunCurve, make_figure
@@ -40,7 +40,7 @@ class _Shown(NamedTuple):
     scores: list[float]
 
 
-def write_comparison(runs: Sequence[Run], directory: Path) -> list[Path]:
+def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]:
     """Write compare.html, each table as .csv, and the figures curves and scores as .png and .pdf; return their paths.
 
     The figures are made for a column of a two-column paper, see `run_plots.save_figure`. Without a finite loss there are none.
@@ -50,7 +50,7 @@ def write_comparison(runs: Sequence[Run], directory: Path) -> list[Path]:
         directory: Where to write; created if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    groups, tables = group_runs(runs), make_tables(runs)
+    groups, tables = group_seeds(runs), make_tables(runs)
     loss = scores_of(runs)[0]
     title = "Held-out loss" if loss == "eval_loss" else "Training loss"
     shown, fields = _shown(groups, loss), ", ".join(short_name(field, groups[0].values) for field in groups[0].values)

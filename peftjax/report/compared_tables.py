@@ -9,10 +9,10 @@ from typing import NamedTuple
 from peftjax.core.terminal import printable
 from peftjax.core.units import format_bytes
 from peftjax.report import comparison
-from peftjax.report.comparison import Group, Run
+from peftjax.report.comparison import Group, RecordedRun
 from peftjax.report.text import decimals, format_duration, format_number, format_spread, short_name, value_text
 
-Measure = Callable[[Run], float | None]
+Measure = Callable[[RecordedRun], float | None]
 Format = Callable[[Sequence[float]], str]
 
 
@@ -30,9 +30,9 @@ class ComparedTable(NamedTuple):
     note: str
 
 
-def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
+def make_tables(runs: Sequence[RecordedRun]) -> dict[str, ComparedTable]:
     """The scores of each group, its difference from the best group if there are several seeds, and its costs."""
-    groups = comparison.group_runs(runs)
+    groups = comparison.group_seeds(runs)
     scores: dict[str, list[str]] = {}
     names = scores_of(runs)
     for name in names:
@@ -55,7 +55,7 @@ def make_tables(runs: Sequence[Run]) -> dict[str, ComparedTable]:
     return tables | {"costs": _table(groups, costs, "mean over the seeds" * several)}
 
 
-def scores_of(runs: Sequence[Run]) -> list[str]:
+def scores_of(runs: Sequence[RecordedRun]) -> list[str]:
     """The scores to compare: the loss, and the main score of the task if it has one."""
     return comparison.compared_scores(
         {name for run in runs for line in run.lines if line["kind"] == "eval" for name in line}

@@ -14,7 +14,7 @@ from peftjax.report.sweep_figures import SEED
 from peftjax.report.sweep_page import RESULTS
 
 
-class Run(NamedTuple):
+class RecordedRun(NamedTuple):
     """What a run has written into its workdir.
 
     Attributes:
@@ -41,10 +41,10 @@ class Group(NamedTuple):
     """
 
     values: dict[str, Any]
-    runs: list[Run]
+    runs: list[RecordedRun]
 
 
-def read_runs(workdirs: Iterable[Path]) -> list[Run]:
+def read_runs(workdirs: Iterable[Path]) -> list[RecordedRun]:
     """Read runs, and all runs of sweeps that have started.
 
     Raises:
@@ -62,7 +62,7 @@ def read_runs(workdirs: Iterable[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def _read(workdir: Path) -> list[Run]:
+def _read(workdir: Path) -> list[RecordedRun]:
     if (workdir / RESULTS).exists():
         try:
             members = {workdir / entry["run"]: _ended(entry) for entry in read_json(workdir / RESULTS)}
@@ -88,12 +88,12 @@ def _ended(entry: Mapping[str, Any]) -> str:
     return f"was stopped by successive halving after step {entry['stopped']:,}" if "stopped" in entry else ""
 
 
-def _read_run(workdir: Path, ended: str = "") -> Run:
+def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
     config = flat_config(read_object(workdir / "config.json"))
-    return Run(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
+    return RecordedRun(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
     """Group the runs whose configs differ at most in the seed, in the order of the runs."""
     fields = [name for name in dict.fromkeys(name for run in runs for name in run.config) if name != SEED]
     varied = [name for name in fields if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
@@ -109,13 +109,13 @@ def compared_scores(names: Collection[str]) -> list[str]:
     return ["eval_loss" if "eval_loss" in names else "loss", *main_scores([dict.fromkeys(names)])[:1]]
 
 
-def last_score(run: Run, name: str) -> float | None:
+def last_score(run: RecordedRun, name: str) -> float | None:
     """The last logged value of a score, or None."""
     values = _values(run, name)
     return values[-1] if values else None
 
 
-def best_score(run: Run, name: str) -> float | None:
+def best_score(run: RecordedRun, name: str) -> float | None:
     """The lowest finite loss, or the highest finite value of any other score, or None."""
     values = [value for value in _values(run, name) if math.isfinite(value)]
     if not values:
@@ -123,32 +123,32 @@ def best_score(run: Run, name: str) -> float | None:
     return min(values) if name.endswith("loss") else max(values)
 
 
-def _values(run: Run, name: str) -> list[float]:
+def _values(run: RecordedRun, name: str) -> list[float]:
     return [line[name] for line in run.lines if name in line]
 
 
-def trained_parameters(run: Run) -> float | None:
+def trained_parameters(run: RecordedRun) -> float | None:
     """The number of trainable parameters, or None if the run has not recorded it yet."""
     return count_trained(run.data.parts)[0] if run.data.parts else None
 
 
-def peak_bytes(run: Run) -> float | None:
+def peak_bytes(run: RecordedRun) -> float | None:
     """The peak memory in bytes."""
     return max(_values(run, "peak_memory_bytes"), default=None)
 
 
-def total_seconds(run: Run) -> float:
+def total_seconds(run: RecordedRun) -> float:
     """The wall time in seconds up to the last line, including evaluation."""
     return max(line["seconds"] for line in run.lines)
 
 
-def median_speed(run: Run) -> float | None:
+def median_speed(run: RecordedRun) -> float | None:
     """The median of the logged tokens or images per second."""
     speeds = [value for name in SPEEDS for value in _values(run, name)]
     return statistics.median(speeds) if speeds else None
 
 
-def warnings_of(runs: Sequence[Run]) -> list[str]:
+def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
     """What makes the comparison of these runs unfair: incomplete or repeated runs, other held-out data, shared costs."""
     found = []
     for run in runs:
@@ -157,8 +157,8 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
             found.append(f"{run.workdir} {run.ended}")
         elif isinstance(steps, int) and step < steps:
             found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
-    for group in group_runs(runs):
-        of_seed: dict[Any, Run] = {}
+    for group in group_seeds(runs):
+        of_seed: dict[Any, RecordedRun] = {}
         for run in group.runs:
             if (first := of_seed.setdefault(run.config.get(SEED), run)) is not run:
                 found.append(

@@ -17,7 +17,7 @@ from peftjax.data.token_rows import check_rows, embedding_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import read_json_if_any
 from peftjax.models.base import Model
-from peftjax.tasks.model import ModelConfig, load_base
+from peftjax.tasks.model import ModelSection, load_base
 from peftjax.totals import Batch, Totals
 
 # The arrays of a row that hold token ids.
@@ -38,7 +38,7 @@ class Outputs(NamedTuple):
 
 
 class Task:
-    """A kind of task. It is also the `peftjax.data.documents.Encoder` of its records.
+    """A kind of task. It is also the `peftjax.data.documents.RecordEncoder` of its records.
 
     A subclass is one file in this package and one entry in `TASKS`. It declares the class attributes below and
     implements `document`, `row_shapes`, `loss` and `metrics`; a task whose metrics need all predictions overrides
@@ -164,7 +164,7 @@ class Task:
 
     # --- The model ---
 
-    def load_model(self, config: ModelConfig, directory: Path, mesh: Mesh, seed: int) -> Model:
+    def load_model(self, config: ModelSection, directory: Path, mesh: Mesh, seed: int) -> Model:
         """The base model in a directory, with the head of this task and without adapters, sharded over the mesh.
 
         Raises:

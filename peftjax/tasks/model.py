@@ -16,7 +16,7 @@ from peftjax.models.base import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelSection:
     """Which base model is loaded, in which formats, and how it computes."""
 
     path: str = field("embedded", 'Hugging Face directory or hub id; "embedded" for the bundled model')
@@ -58,7 +58,7 @@ class ModelConfig:
     )
 
 
-def compute_dtype(config: ModelConfig, hf_config: Mapping[str, Any], platform: str | None = None) -> str:
+def compute_dtype(config: ModelSection, hf_config: Mapping[str, Any], platform: str | None = None) -> str:
     """The compute dtype. "auto" is bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
 
     On CPUs, float32 is faster.
@@ -77,7 +77,7 @@ def compute_dtype(config: ModelConfig, hf_config: Mapping[str, Any], platform: s
     return "bfloat16" if accelerated and stored == "bfloat16" else "float32"
 
 
-def load_base(config: ModelConfig, directory: Path, mesh: Mesh, seed: int, **options: Any) -> Model:
+def load_base(config: ModelSection, directory: Path, mesh: Mesh, seed: int, **options: Any) -> Model:
     """The base model in a directory without adapters, sharded over the mesh.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftjax.io.model_card import Training
+from peftjax.io.model_card import TrainingSummary
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.data import Part, count_trained
 from peftjax.tasks import Task
@@ -13,7 +13,7 @@ from peftjax.training.config import Config
 from peftjax.training.optim import CUSTOM
 
 
-def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> Training:
+def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> TrainingSummary:
     """What the card says about the training of a run.
 
     Args:
@@ -25,7 +25,7 @@ def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequen
     """
     lines = read_metrics(workdir / METRICS)
     trained, base = count_trained(parts)
-    return Training(
+    return TrainingSummary(
         task=task.card_task,
         head=task.head_options(config.model.new_head),
         facts={"Trainable parameters": f"{trained:,} ({trained / base:.2%} of the base)"} | _facts(config, task, step),

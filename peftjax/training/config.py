@@ -18,13 +18,13 @@ from peftjax.adapters.method import Method
 from peftjax.core import config as core_config
 from peftjax.core import config_file, config_values
 from peftjax.core.config import Field, Schema, defaults, field, flat, section
-from peftjax.core.config_values import Source
+from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.sharding import MeshConfig
 from peftjax.tasks import TASKS, TaskConfig
 from peftjax.tasks.metrics import check_answer_metrics
-from peftjax.tasks.model import ModelConfig
+from peftjax.tasks.model import ModelSection
 from peftjax.trackers import LogConfig
 from peftjax.training.optim import OptimConfig
 
@@ -126,7 +126,7 @@ class Config:
     """The configuration of a run."""
 
     seed: int = field(0, "Random seed of initial values, dropout and data order", low=0)
-    model: ModelConfig = section(ModelConfig)
+    model: ModelSection = section(ModelSection)
     task: TaskConfig = section(TaskConfig)
     method: Method = dataclasses.field(
         default_factory=methods.Lora, metadata={"fields": {"name": METHOD_NAME, "start_from": START_FROM}}
@@ -191,7 +191,7 @@ def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> 
     Raises:
       UserError: A field is unknown, of the wrong type or out of range.
     """
-    return _make(config_values.complete(flat(config), SCHEMA, Source(source)), source)
+    return _make(config_values.complete(flat(config), SCHEMA, ConfigSource(source)), source)
 
 
 def changed(config: Config, fields: Mapping[str, Any]) -> Config:

@@ -38,7 +38,7 @@ from peftjax.io.hf_config import read_fields
 from peftjax.io.model_card import hub_id
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model
-from peftjax.tasks.model import ModelConfig
+from peftjax.tasks.model import ModelSection
 from peftjax.training.config import Config
 
 KEPT = "start_from"  # the copy in the workdir
@@ -171,7 +171,7 @@ def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:
         leaf.set_value(jnp.asarray(theirs[path].get_value(), leaf.get_value().dtype))
 
 
-def _method(path: Path, base: ModelConfig) -> Method:
+def _method(path: Path, base: ModelSection) -> Method:
     """The method of an adapter directory. If its file has modules of single experts, in the base's names of all experts."""
     method = read_method(path)
     if not (path / WEIGHTS).is_file() or not has_single_experts(hf_files.read_header(path / WEIGHTS)):

@@ -34,7 +34,7 @@ from peftjax.training.split import split
 from peftjax.training.step import TrainState, init_state, jit_options
 
 
-class Base(NamedTuple):
+class SharedBase(NamedTuple):
     """The base model of all runs.
 
     Attributes:
@@ -62,7 +62,7 @@ class United:
       shared: The frozen leaves of all runs, such as the base; empty until the first run is opened.
     """
 
-    def __init__(self, members: Sequence[Member], base: Base, model: Model, mesh: Mesh) -> None:
+    def __init__(self, members: Sequence[Member], base: SharedBase, model: Model, mesh: Mesh) -> None:
         place_shapes(model, mesh)
         self.members, self.model, self.mesh = members, model, mesh
         self.shared: variables.FlatTree = {}
@@ -137,7 +137,7 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     config = precision.resolve(config, task.hf_config)
     model = task.load_model(config.model, task.directory, mesh, config.seed)
     groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
-    base = Base(model, base_fingerprint(model), task, dropout)
+    base = SharedBase(model, base_fingerprint(model), task, dropout)
     return [United(runs, base, united, mesh) for united, runs in groups]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
-from peftjax.tasks.model import ModelConfig, compute_dtype, load_base
+from peftjax.tasks.model import ModelSection, compute_dtype, load_base
 from peftjax.training import config as configs
 from peftjax.training import precision
 from peftjax.training.config import Config
@@ -33,10 +33,10 @@ BF16 = {"dtype": "bfloat16"}
     ],
 )
 def test_auto_is_bfloat16_on_accelerators_for_checkpoints_in_bfloat16(fields: Any, on_accelerators: str) -> None:
-    auto = partial(compute_dtype, ModelConfig(), fields)
+    auto = partial(compute_dtype, ModelSection(), fields)
     assert [auto(platform) for platform in ("tpu", "gpu", "cuda")] == [on_accelerators] * 3
     assert auto("cpu") == auto() == "float32"
-    assert compute_dtype(ModelConfig(dtype="bfloat16"), {}) == "bfloat16"
+    assert compute_dtype(ModelSection(dtype="bfloat16"), {}) == "bfloat16"
 
 
 def resolved(platform: str, **fields: Any) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from peftjax.adapters import attached
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_method import read_method
-from peftjax.tasks.model import ModelConfig
+from peftjax.tasks.model import ModelSection
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import start_from
@@ -135,7 +135,7 @@ def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, t
     assert attach_trained(model, method, path, nnx.Rngs(1)) == read_method(path)
     assert list(attached(model)) == ["default"]
     for given, recorded in (("embedded", "owner/base"), ("owner/copy", "owner/copy")):
-        config = configs.Config(model=ModelConfig(path=given))
+        config = configs.Config(model=ModelSection(path=given))
         assert start_from.base_name(model, config).name == recorded
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))

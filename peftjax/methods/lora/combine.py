@@ -28,7 +28,7 @@ from peftjax.core.paths import suggest
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
 from peftjax.methods.lora.experts import LoraExperts
 from peftjax.methods.lora.lora import Lora
-from peftjax.methods.lora.mix import APART, SPARSE, SPARSE_SVD, WAYS, Draw, Mixer, Part, bernoulli, rank_of
+from peftjax.methods.lora.mix import APART, SPARSE, SPARSE_SVD, WAYS, Draw, Mixer, WeightedAdapter, bernoulli, rank_of
 from peftjax.methods.lora.patches import LoraPatches
 
 
@@ -105,9 +105,9 @@ def combine(
     return model
 
 
-def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -> dict[str, list[Part]]:
+def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -> dict[str, list[WeightedAdapter]]:
     """The adapters in each layer, in the order of `names`, by the layer's Hugging Face name."""
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[WeightedAdapter]] = {}
     for name, weight in zip(names, weights, strict=True):
         for site, adapter in adapters_named(model, name):
             lora = adapter.exported()
@@ -121,7 +121,9 @@ def _layers(model: nnx.Module, names: Sequence[str], weights: Sequence[float]) -
             for index, layer in enumerate(site.names):
                 if rank := lora.ranks[index]:
                     a, b, scale = (value[index] if site.stack else value for value in stacked)
-                    part = Part(name, float(weight), float(scale[0]), jnp.asarray(a[:, :rank]), jnp.asarray(b[:rank]))
+                    part = WeightedAdapter(
+                        name, float(weight), float(scale[0]), jnp.asarray(a[:, :rank]), jnp.asarray(b[:rank])
+                    )
                     found.setdefault(layer, []).append(part)
     return found
 
@@ -188,7 +190,7 @@ def _loras(model: nnx.Module, names: Sequence[str]) -> list[Lora]:
     return loras
 
 
-def _check_ranks(how: str, layers: dict[str, list[Part]]) -> None:
+def _check_ranks(how: str, layers: dict[str, list[WeightedAdapter]]) -> None:
     for layer, (first, *others) in layers.items():
         for other in others:
             if other.rank != first.rank:

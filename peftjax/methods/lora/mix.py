@@ -44,7 +44,7 @@ Draw = Callable[[str, str, str, tuple[int, ...]], ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """One adapter in one layer: weight * scale * a b.
 
     Attributes:
@@ -66,7 +66,7 @@ class Part:
         return self.b.shape[0]
 
 
-def rank_of(how: str, parts: list[Part], largest: int) -> int:
+def rank_of(how: str, parts: list[WeightedAdapter], largest: int) -> int:
     """The rank of the new adapter in a layer; in the svd ways at most that of the matrix they decompose."""
     if how in APART:
         return parts[0].rank
@@ -85,7 +85,7 @@ class Mixer:
     majority_sign: str
     draw: Draw
 
-    def factors(self, layer: str, parts: list[Part], rank: int) -> tuple[jax.Array, jax.Array]:
+    def factors(self, layer: str, parts: list[WeightedAdapter], rank: int) -> tuple[jax.Array, jax.Array]:
         """The combined A [in, rank] and B [rank, out] of a layer."""
         if self.how in APART:
             strength = np.array([part.weight * part.scale for part in parts])
