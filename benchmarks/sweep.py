@@ -18,8 +18,9 @@ from typing import Any
 import jax
 from train_step import model_directory
 
-from peftjax import sharding, sweep
+from peftjax import sharding
 from peftjax.io.hf_files import resolve
+from peftjax.training import sweep_members
 from peftjax.training.population import Population
 from peftjax.training.united import unite_runs
 
@@ -51,7 +52,7 @@ def main() -> None:
         opened.enter_context(jax.set_mesh(mesh))
         together = {}
         for count in COUNTS:
-            members = sweep.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
+            members = sweep_members.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
             (united,) = unite_runs(members, mesh)
             together[count] = Population(united, count, None, lambda: None)
             opened.enter_context(together[count].start())

@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
-from peftjax.core import distributed, variables
+from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModelConfig
 from peftjax.models.decoder import Decoder
@@ -125,7 +125,7 @@ def generate(
     graph, state = nnx.split(view)
     decode = _compiled(_decode, frozenset(jax.tree.leaves(state)[0].sharding.device_set))
     answers = decode(graph, state, *arguments, jax.random.key(seed), sampling=sampling, max_new=max_new_tokens)
-    return _token_ids(jax.tree.map(distributed.whole, answers))
+    return _token_ids(jax.tree.map(host_arrays.whole, answers))
 
 
 def generate_each(
@@ -159,7 +159,7 @@ def generate_each(
     decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))
     graph, key = variables.flat(model)[0], jax.random.key(0)
     answers = decode(graph, own, shared, *arguments, key, sampling=Sampling(), max_new=max_new_tokens)
-    answers = jax.tree.map(distributed.whole, answers)
+    answers = jax.tree.map(host_arrays.whole, answers)
     found: list[list[list[int]] | NotFiniteError] = []
     for index in range(len(own)):
         try:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 from peftjax.core.config import field
 from peftjax.core.errors import UserError
 from peftjax.quant.base import Quantized
@@ -289,7 +289,7 @@ def place(model: nnx.Module, mesh: Mesh) -> None:
 
 def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
     if leaf.is_fully_addressable and not where.is_fully_addressable:  # this process's copy of what all processes have
-        return distributed.placed(np.asarray(leaf), where)
+        return host_arrays.placed(np.asarray(leaf), where)
     return jax.device_put(leaf, where)
 
 

@@ -11,28 +11,21 @@ read and dequantized once.
 
 import argparse
 import contextlib
-import json
-import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import jax
 
 from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
-from peftjax.core.config import flat
 from peftjax.core.errors import UserError
-from peftjax.core.files import write_atomically
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
 from peftjax.io.hf_files import enumerate_some
-from peftjax.log import METRICS, PLACE, is_amount, read_metrics
-from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE, write_sweep_page
-from peftjax.report.text import short_name, value_text
+from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, precision, space, start_from
 from peftjax.training import config as configs
 from peftjax.training.alike import separating_fields
@@ -42,69 +35,10 @@ from peftjax.training.member import Member, say
 from peftjax.training.packing import pack
 from peftjax.training.population import train_population
 from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
+from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
+from peftjax.training.sweep_results import best_result, read_entries, write_results
 from peftjax.training.sweep_table import make_table
-
-
-def members(
-    path: str, overrides: Sequence[str], fields: Iterable[str], workdir: Path, trials: int = 0, seed: int = 0
-) -> list[Member]:
-    """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
-
-    They are added to the fields that `get_sweep()` of the config file returns, or replace their values. If it returns several
-    search spaces, this is done in each of them.
-
-    Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
-    that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
-
-    Raises:
-      UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
-        sweep.json records draws from other fields or values.
-    """
-    spaces = space.read_spaces(path, fields)
-    swept = list(dict.fromkeys(name for each in spaces for name in each))
-    if not swept:
-        raise UserError(
-            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define "
-            "get_sweep() in the config file"
-        )
-    chosen = space.chosen_values(path, overrides, spaces, trials, seed)
-    if trials:
-        chosen = _recorded(spaces, seed, workdir, chosen)
-    found: dict[str, Member] = {}
-    for index, texts in enumerate(chosen):
-        config = space.load(path, overrides, texts)
-        values = flat(configs.to_dict(config))
-        fixed = {name: values[name] for name in texts}
-        name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
-        if name in found and not trials:
-            raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
-        trial = {"seed": seed, "index": index, "drawn": texts} if trials else None
-        found.setdefault(name, Member(fixed, config, workdir / quote(name, safe=",=+ "), trial))
-    return list(found.values())
-
-
-def _recorded(
-    spaces: Sequence[space.Space], seed: int, workdir: Path, drawn: list[dict[str, str]]
-) -> list[dict[str, str]]:
-    """Replace the draws that sweep.json has recorded for this seed by the recorded ones.
-
-    Raises:
-      UserError: A recorded draw has other fields, or a value outside the lists and ranges.
-    """
-    file = workdir / RESULTS
-    for trial in (entry["trial"] for entry in _entries(workdir) if entry.get("trial", {}).get("seed") == seed):
-        texts = trial["drawn"]
-        accepting = next((each for each in spaces if space.accepts(each, texts)), None)
-        if accepting is None:
-            values = ", ".join(f"{name}={text}" for name, text in texts.items())
-            raise UserError(
-                f"{file} records a draw from other fields or values: {values}; choose another workdir or another "
-                "--search_seed"
-            )
-        if trial["index"] < len(drawn):
-            drawn[trial["index"]] = {name: texts[name] for name in accepting}
-    return drawn
 
 
 def sweep(
@@ -126,7 +60,7 @@ def sweep(
       part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
-      The entries of sweep.json, one for each run: see `outcome`; lowest loss first, stopped runs last.
+      The entries of sweep.json, one for each run, as `sweep_results.outcome` makes them; lowest loss first, stopped runs last.
 
     Raises:
       UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
@@ -140,7 +74,7 @@ def sweep(
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
             halving = Halving([member.workdir for member in runs], reduction, rungs)
-            stops = {entry["run"]: entry.get("stopped", 0) for entry in _entries(workdir)}
+            stops = {entry["run"]: entry.get("stopped", 0) for entry in read_entries(workdir)}
             for member in runs:
                 member.stopped = stops.get(member.name, 0)
         waiting = [member for member in mine if not (member.stopped or finished(member))]
@@ -170,33 +104,6 @@ def sweep(
     if all(member.failed for member in mine):
         raise UserError(f"every run of the sweep failed; the first: {mine[0].failed}")
     return found
-
-
-def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.html, from one process; returns the entries of sweep.json.
-
-    Args:
-      runs: All runs.
-      workdir: The directory of the sweep.
-      mine: The runs that this job trains (default: all). The failures of other runs are read from sweep.json.
-    """
-    own = {member.name for member in (runs if mine is None else mine)}
-    others = [member for member in runs if member.name not in own]
-    with workdirs.turn(workdir) if others and jax.process_index() == 0 else contextlib.nullcontext():
-        failed = {entry["run"]: entry.get("failed", "") for entry in _entries(workdir)} if others else {}
-        for member in others:
-            member.failed = failed.get(member.name, "")
-        found = sorted(map(outcome, runs), key=_rank)
-        if jax.process_index() == 0:
-            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
-            write_sweep_page(workdir)
-    return found
-
-
-def _rank(entry: Mapping[str, Any]) -> tuple[bool, float]:
-    """The sort key of an entry of sweep.json: stopped runs come last, and among the others those without a loss."""
-    loss = entry["scores"].get("eval_loss", entry["scores"].get("loss", math.nan))
-    return "stopped" in entry, math.inf if math.isnan(loss) else loss
 
 
 def resolve(runs: Iterable[Member]) -> None:
@@ -246,36 +153,6 @@ def finished(member: Member) -> bool:
 def populations(runs: Iterable[Member]) -> list[list[Member]]:
     """The runs in groups that one program can train."""
     return alike.populations(runs, lambda member: member.config)
-
-
-def outcome(member: Member) -> dict[str, Any]:
-    """The entry of a run in sweep.json: its values, its last scores and amounts of data, and why it failed if it did.
-
-    A run that has not started has no scores.
-    """
-    found: dict[str, float] = {}
-    if not member.failed and (member.workdir / METRICS).exists():
-        for line in read_metrics(member.workdir / METRICS):
-            names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
-            found |= {name: line[name] for name in names}
-    scores, amounts = (
-        {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
-    )
-    entry = {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts}
-    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial}
-    return entry | {name: value for name, value in special.items() if value}
-
-
-def _entries(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of sweep.json; none if it has not been written yet."""
-    file = workdir / RESULTS
-    return json.loads(file.read_text()) if file.exists() else []
-
-
-def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
-    """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
-    directory = workdir / found[0]["run"]
-    return directory / ("adapter" if (directory / "adapter").exists() else "model")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,8 @@ from flax import nnx
 from peftjax.adapters.merge import unmerge
 from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
+from peftjax.adapters.saved_modules import train_whole
 from peftjax.adapters.sites import adapters_named, head_sites, sites
-from peftjax.adapters.targeted import train_whole
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam

@@ -13,8 +13,8 @@ from peftjax.adapters import provenance
 from peftjax.adapters.registry import Before, Merge, ModelT, merged, registry_of, require, set_registry, use
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core import variables
-from peftjax.core.distributed import OnHost
 from peftjax.core.errors import UserError
+from peftjax.core.host_arrays import OnHost
 from peftjax.models.base import LanguageModel
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized

@@ -9,7 +9,8 @@ from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import pattern, positive, positive_integer
-from peftjax.adapters.sites import Chosen, Site, by_name, check_rank, check_table
+from peftjax.adapters.selection import Chosen, by_name, check_rank, check_table
+from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
 
 

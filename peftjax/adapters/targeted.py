@@ -1,32 +1,22 @@
 """Methods that sit in layers chosen by name, and layers that are trained in full."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
+from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
-from peftjax.adapters.sites import (
-    Chosen,
-    SingleSite,
-    Site,
-    choose,
-    head_sites,
-    insert,
-    single_sites,
-    sites,
-    tied_kernel,
-)
+from peftjax.adapters.saved_modules import is_saved, nested, outermost, train_whole
+from peftjax.adapters.selection import Chosen, choose, chosen_names, ending_of, target_entries
+from peftjax.adapters.sites import SingleSite, Site, head_sites, insert, single_sites, sites
 from peftjax.core.errors import UserError
-from peftjax.core.paths import last_parts, matches, matching
+from peftjax.core.paths import matches, matching
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
-from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Conv1D, Linear
 from peftjax.nn.moe import Router
 
@@ -188,88 +178,3 @@ class Targeted(Method):
         if config.get("target_modules") is None:
             raise UserError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
         return super().from_hf(config)
-
-
-def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The entries of modules_to_save that match a module inside another one that is trained in full.
-
-    Returns:
-        For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer
-        module.
-    """
-    matched: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
-    for site in layers:
-        for name in site.names:
-            for module in _and_containers(name):
-                for entry in entries:
-                    if module.endswith(entry):
-                        matched.setdefault(entry, {})[module] = None
-    by_module = {module: entry for entry, modules in matched.items() for module in modules}
-    found = {}
-    for entry, modules in matched.items():
-        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
-        if inner := [module for module in modules if outer[module] != module]:
-            found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
-    return found
-
-
-def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
-    """The entries of modules_to_save, with those that are `nested` replaced by their modules that are not inside others."""
-    found = nested(sites(model), entries)
-    return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
-
-
-def _and_containers(name: str) -> list[str]:
-    """The name of a module and those of the modules that contain it, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
-
-
-def is_saved(name: str, entry: str) -> bool:
-    """Whether an entry of modules_to_save matches a layer: its name, or that of a module around it, ends in the entry."""
-    return any(module.endswith(entry) for module in _and_containers(name))
-
-
-def chosen_names(chosen: Chosen) -> list[str]:
-    """The full Hugging Face names of all chosen layers."""
-    return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
-
-
-def chosen_spellings(chosen: Chosen) -> list[str]:
-    """All names by which options select the chosen layers."""
-    return [
-        name
-        for site, mask in chosen
-        for names, used in zip(site.spellings, mask, strict=True)
-        if used
-        for name in names
-    ]
-
-
-def target_entries(chosen: Chosen) -> list[str]:
-    """Entries for target_modules: full names, and "experts.7.gate_proj" for a layer of an expert that is chosen everywhere."""
-    found = []
-    for site, mask in chosen:
-        shortens = isinstance(site, SingleSite) and mask.all()
-        found += [ending_of(site)] if shortens else chosen_names([(site, mask)])
-    return found
-
-
-def ending_of(site: Site) -> str:
-    """The last part of the name of a layer of a single expert, "experts.7.gate_proj"."""
-    return last_parts(site.names[0], 3)
-
-
-def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
-    """Put trained copies of all parameters of each site into its slot (modules_to_save)."""
-    for site, mask in chosen:
-        stored = site.module.hf_leaves if isinstance(site.module, Layer) else {}
-        values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
-        if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
-            values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
-        if not values:
-            raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
-        hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
-        widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
-        insert(site, name, Override(widened, axes, hf, mask))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 
 
 def fingerprint(tree: Any) -> str:
@@ -35,7 +35,7 @@ def fingerprint(tree: Any) -> str:
     sums = []
     for _, leaf in leaves:  # dispatch all before copying the first
         sums.append(_mixed_sums(leaf))
-        distributed.wait_on_cpus(sums[-1])
+        host_arrays.wait_on_cpus(sums[-1])
     rows = []
     for (path, leaf), pair in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

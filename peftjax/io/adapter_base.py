@@ -16,9 +16,9 @@ from flax import nnx
 from peftjax.adapters import provenance
 from peftjax.adapters.registry import BaseName, parameters_before
 from peftjax.core import variables
-from peftjax.core.distributed import OnHost
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
+from peftjax.core.host_arrays import OnHost
 from peftjax.io.adapter_hub import CONFIG, is_hub
 from peftjax.io.hf_files import enumerate_some, parse_json, read_json
 from peftjax.quant.base import Quantized

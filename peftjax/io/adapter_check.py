@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.sites import Site, sites, tied_kernel
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
@@ -93,8 +93,8 @@ def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> 
     if leaf in site.parameters:
         value = site.parameters[leaf].get_value()
         one: Any = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
-        return distributed.whole(one.astype(one.dtype))  # decodes a quantized kernel
-    return distributed.whole(tied_kernel(model)) if leaf == "kernel" else None
+        return host_arrays.whole(one.astype(one.dtype))  # decodes a quantized kernel
+    return host_arrays.whole(tied_kernel(model)) if leaf == "kernel" else None
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

@@ -19,10 +19,10 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.registry import attached
+from peftjax.adapters.selection import chosen_names
 from peftjax.adapters.single_experts import SingleExperts
 from peftjax.adapters.sites import Site, adapters_named, sites
-from peftjax.adapters.targeted import chosen_names
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, last_parts, matches
 from peftjax.io.adapter_fit import new_to_older, older_names, stored_names
@@ -259,7 +259,7 @@ def with_single_experts(
     alphas: dict[str, float] = {}
     for site, adapter in experts:
         parts = model.hf_experts[site.names[0].rpartition(".")[2]]
-        arrays = {leaf: np.asarray(distributed.whole(vars(adapter)[leaf].get_value())) for leaf in _leaves(adapter)}
+        arrays = {leaf: np.asarray(host_arrays.whole(vars(adapter)[leaf].get_value())) for leaf in _leaves(adapter)}
         own_ranks, own_alphas = method.expert_ranks(site, np.array(adapter.ranks) > 0), method.expert_alphas(site)
         for index, (layer, stored) in enumerate(zip(site.layers, stored_names(model, site), strict=True)):
             of_layer = {leaf: array if layer is None else array[layer] for leaf, array in arrays.items()}

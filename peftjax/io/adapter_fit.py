@@ -13,17 +13,10 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
+from peftjax.adapters.saved_modules import is_saved, nested, outermost
+from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, target_entries
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled
-from peftjax.adapters.targeted import (
-    Targeted,
-    chosen_names,
-    chosen_spellings,
-    ending_of,
-    is_saved,
-    nested,
-    outermost,
-    target_entries,
-)
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.paths import first_match, last_parts, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts

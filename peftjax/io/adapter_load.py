@@ -15,7 +15,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import formats, remember_base
 from peftjax.adapters.registry import ModelT, active
 from peftjax.adapters.sites import head_sites, sites
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
@@ -264,7 +264,7 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
     for tensor in expected:
         variable = tensor.variable
         if id(variable) not in filled:
-            filled[id(variable)] = variable, np.array(distributed.whole(variable.get_value()))
+            filled[id(variable)] = variable, np.array(host_arrays.whole(variable.get_value()))
         _, buffer = filled[id(variable)]
         check_finite(tensors[tensor.key], f"{path / keys.weights}: {tensor.key}")
         try:
@@ -272,4 +272,4 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
         except UserError as error:
             raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
     for variable, buffer in filled.values():
-        variable.set_value(distributed.placed(buffer, variable.get_value().sharding))
+        variable.set_value(host_arrays.placed(buffer, variable.get_value().sharding))

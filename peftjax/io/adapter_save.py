@@ -14,9 +14,9 @@ from safetensors.numpy import save
 from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import base_name
 from peftjax.adapters.registry import BaseName, attached, require
+from peftjax.adapters.saved_modules import is_saved
 from peftjax.adapters.sites import head_sites
-from peftjax.adapters.targeted import is_saved
-from peftjax.core import distributed
+from peftjax.core import distributed, host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
@@ -104,7 +104,7 @@ def write_adapter(
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; give a directory")
-    tensors = adapter_tensors(model, name, read=distributed.whole)
+    tensors = adapter_tensors(model, name, read=host_arrays.whole)
     config = _peft_config(model, method, name, base) if method.peft_type else {}
     if single_experts or requires_single_experts(model, name):
         tensors, config = with_single_experts(model, name, method, tensors, config)

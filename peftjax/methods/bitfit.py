@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
-from peftjax.adapters.sites import Chosen, Site, sites
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import Site, sites
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam

@@ -18,7 +18,8 @@ from flax import nnx
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import pattern, positive, positive_integer, seed
 from peftjax.adapters.ranks import within
-from peftjax.adapters.sites import Chosen, Site, check_table
+from peftjax.adapters.selection import Chosen, check_table
+from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam

@@ -18,9 +18,10 @@ from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, over_layers
 from peftjax.adapters.options import names_or_pattern
+from peftjax.adapters.selection import Chosen, chosen_spellings, joined, target_entries
 from peftjax.adapters.single_experts import SingleExperts, layer_mask, vectors
-from peftjax.adapters.sites import Chosen, SingleSite, Site, joined
-from peftjax.adapters.targeted import Targeted, chosen_spellings, target_entries
+from peftjax.adapters.sites import SingleSite, Site
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matching, suggest
 from peftjax.nn.experts import ExpertLinear, Groups

@@ -21,7 +21,8 @@ from flax import nnx
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
-from peftjax.adapters.sites import Chosen, Site
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import Site
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 

@@ -14,7 +14,8 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern
-from peftjax.adapters.sites import Site, choose, insert, sites, tied_kernel, tied_pair, token_tables
+from peftjax.adapters.selection import choose
+from peftjax.adapters.sites import Site, insert, sites, tied_kernel, tied_pair, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam

@@ -16,7 +16,8 @@ from flax import nnx
 
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
 from peftjax.adapters.options import positive, positive_integer
-from peftjax.adapters.sites import Chosen, Site, check_rank
+from peftjax.adapters.selection import Chosen, check_rank
+from peftjax.adapters.sites import Site
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam

@@ -18,8 +18,9 @@ from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, transposed
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
+from peftjax.adapters.selection import Chosen, joined
 from peftjax.adapters.single_experts import ExpertMask, SingleExperts, layer_mask, vectors
-from peftjax.adapters.sites import Chosen, Site, joined
+from peftjax.adapters.sites import Site
 from peftjax.core.variables import PeftConstant
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.experts import ExpertLinear, Groups

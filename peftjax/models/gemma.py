@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, read_windows
+from peftjax.models.decoder import Block
+from peftjax.models.decoder_fields import read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import ZeroCenteredRMSNorm

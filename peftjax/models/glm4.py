@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_shared, rope_fields
+from peftjax.models.decoder import Block
+from peftjax.models.decoder_fields import read_shared, rope_fields
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Unpack
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_shared, read_windows, rope_fields
+from peftjax.models.decoder import Block
+from peftjax.models.decoder_fields import read_shared, read_windows, rope_fields
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
 from peftjax.nn.moe import ClampedExperts

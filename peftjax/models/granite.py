@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_rope, read_shared
+from peftjax.models.decoder import Block
+from peftjax.models.decoder_fields import read_rope, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.residual import ScaledResidual, times

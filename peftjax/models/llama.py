@@ -12,7 +12,8 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_rope, read_shared, read_windows
+from peftjax.models.decoder import Block, Decoder, DecoderConfig
+from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
 from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward

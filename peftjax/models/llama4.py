@@ -13,7 +13,8 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import LayerOptions, read_rope, read_shared
+from peftjax.models.decoder import LayerOptions
+from peftjax.models.decoder_fields import read_rope, read_shared
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 from peftjax.models.smollm3 import read_rotated

@@ -10,7 +10,8 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import LayerOptions, read_shared, rope_fields
+from peftjax.models.decoder import LayerOptions
+from peftjax.models.decoder_fields import read_shared, rope_fields
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.rope import from_hf as rope_from_hf

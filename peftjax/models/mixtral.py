@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared
+from peftjax.models.decoder_fields import read_rope, read_shared
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
 

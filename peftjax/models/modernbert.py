@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.models.decoder import read_ropes, read_windows
+from peftjax.models.decoder_fields import read_ropes, read_windows
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import (

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Unpack
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, read_rope, read_ropes, read_shared, read_windows
+from peftjax.models.decoder import Block
+from peftjax.models.decoder_fields import read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import Float32RMSNorm

@@ -11,7 +11,8 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import Block, Decoder, DecoderConfig, read_shared, rope_fields
+from peftjax.models.decoder import Block, Decoder, DecoderConfig
+from peftjax.models.decoder_fields import read_shared, rope_fields
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward

@@ -10,7 +10,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared, read_windows
+from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 

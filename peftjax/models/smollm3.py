@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder import read_rope, read_shared, read_windows
+from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import LlamaConfig
 

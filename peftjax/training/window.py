@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from peftjax.core import distributed
+from peftjax.core import host_arrays
 from peftjax.core.errors import NotFiniteError
 from peftjax.data.batches import HostBatch
 
@@ -31,7 +31,7 @@ class Window:
         """Remember a step that has been dispatched."""
         self._steps.append((step, measured, batch.records))
         self._count += batch.real_tokens
-        distributed.wait_on_cpus(measured)
+        host_arrays.wait_on_cpus(measured)
 
     def close(self) -> dict[str, float]:
         """The metrics of the last step, and the speed over all steps.

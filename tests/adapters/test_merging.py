@@ -14,8 +14,8 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
-from peftjax.core.distributed import OnHost
 from peftjax.core.errors import UserError
+from peftjax.core.host_arrays import OnHost
 from peftjax.report.data import tree_bytes
 
 EMBED, MLP = 256, 512

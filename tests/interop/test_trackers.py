@@ -12,6 +12,7 @@ import pytest
 from peftjax import sweep
 from peftjax.log import Log, read_metrics
 from peftjax.trackers import Tracking
+from peftjax.training import sweep_members
 
 pytestmark = [
     pytest.mark.interop,
@@ -99,7 +100,7 @@ def test_a_sweep_is_a_group_of_runs(local: Path) -> None:
     }
     (local / "config.json").write_text(json.dumps(config))
     workdir = local / "rates"
-    pair = sweep.members(str(local / "config.json"), [], ["--sweep.optim.learning_rate=0.01,1e30"], workdir)
+    pair = sweep_members.members(str(local / "config.json"), [], ["--sweep.optim.learning_rate=0.01,1e30"], workdir)
     found = {one["run"]: one for one in sweep.sweep(pair, workdir)}
     client = MlflowClient()
     for member in pair:

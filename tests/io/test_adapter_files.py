@@ -17,7 +17,7 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.adapters import provenance
 from peftjax.adapters.registry import active
-from peftjax.core import distributed, variables
+from peftjax.core import host_arrays, variables
 from peftjax.core.fingerprint import fingerprint
 from peftjax.io import adapter_save
 from peftjax.io.adapter_check import copies_in
@@ -405,7 +405,7 @@ def test_parameters_of_the_base_are_gathered_in_the_same_order_by_all_processes(
         gathered.append(fingerprint({"array": array}))
         return np.asarray(array)
 
-    monkeypatch.setattr(distributed, "whole", whole)
+    monkeypatch.setattr(host_arrays, "whole", whole)
     table = np.asarray(model.embed.embedding.get_value())
     query = np.asarray(model.blocks.attention.query.kernel.get_value().astype(jnp.float32)[1]).T
     copies = {"model.embed_tokens.weight": table, "lm_head.weight": table}

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from peftjax import adapters, methods, sweep
+from peftjax import adapters, methods
 from peftjax.adapters import provenance
 from peftjax.core import variables
 from peftjax.core.errors import UserError
@@ -32,7 +32,7 @@ from peftjax.plan import __main__ as command
 from peftjax.plan import advice, devices, measure, plan, search, tables, traced, variants, worker
 from peftjax.plan.devices import Device
 from peftjax.tasks import make_task
-from peftjax.training import abstract
+from peftjax.training import abstract, sweep_members
 from peftjax.training import config as configs
 from tests import tiny
 
@@ -605,7 +605,7 @@ def test_random_draws_and_the_sweep_of_the_config_file_are_planned_as_the_sweep_
     with pytest.raises(UserError, match=r"nothing to sweep: the config file has no get_sweep\(\)"):
         command.main([*config, "--sweep"])
     command.main([*config, *fields, "--trials=3", "--search_seed=1"])
-    runs = sweep.members(str(written / "config.py"), [], fields, written / "new", trials=3, seed=1)
+    runs = sweep_members.members(str(written / "config.py"), [], fields, written / "new", trials=3, seed=1)
     assert asked[-1] == (3, [(run.config.optim.learning_rate, run.config.method.rank) for run in runs])
     searched = written / "searched.py"
     searched.write_text(

@@ -15,12 +15,13 @@ import pytest
 
 from peftjax import sharding
 from peftjax.core.progress import COMPILING, Progress
-from peftjax.sweep import members, sweep
+from peftjax.sweep import sweep
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import population_step, run
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.hooks import Hooks
+from peftjax.training.sweep_members import members
 from tests import runs
 from tests.test_train import config
 

@@ -22,7 +22,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers, population
+from peftjax.training import answers, population, sweep_members, sweep_results
 from peftjax.training import config as configs
 from peftjax.training.member import Member
 from peftjax.training.run import Measured, Run
@@ -71,7 +71,7 @@ def assert_same_result(one: Path, other: Path, file: str) -> None:
 
 def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: Path) -> None:
     fields = ("--sweep.optim.learning_rate=1e-2,1e-3", "--sweep.method.alpha=8,16")
-    found = sweep.members(str(file), ["--config.train.steps=7"], fields, tmp_path)
+    found = sweep_members.members(str(file), ["--config.train.steps=7"], fields, tmp_path)
     assert [one.name for one in found] == [
         f"learning_rate={rate},alpha={alpha}" for rate in (0.01, 0.001) for alpha in (8.0, 16.0)
     ]
@@ -79,7 +79,7 @@ def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: 
         (1e-2, 8), (1e-2, 16), (1e-3, 8), (1e-3, 16),
     ]  # fmt: skip
     assert {one.config.train.steps for one in found} == {7}
-    targets = sweep.members(str(file), [], ["--sweep.method.targets=('q_proj', 'v_proj');all-linear"], tmp_path)
+    targets = sweep_members.members(str(file), [], ["--sweep.method.targets=('q_proj', 'v_proj');all-linear"], tmp_path)
     assert [one.config.method.targets for one in targets] == [("q_proj", "v_proj"), "all-linear"]
     assert [one.name for one in targets] == ["targets=q_proj+v_proj", "targets=all-linear"]
 
@@ -89,7 +89,7 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
         "--sweep.optim.learning_rate=loguniform(1e-5,1e-2)", "--sweep.method.rank=uniform(2,5)",
         "--sweep.method.dropout=uniform(0,0.5)", "--sweep.method.init=kaiming,gaussian",
     ]  # fmt: skip
-    drawn = sweep.members(str(file), [], fields, tmp_path, trials=40, seed=3)
+    drawn = sweep_members.members(str(file), [], fields, tmp_path, trials=40, seed=3)
     assert len(drawn) == 40
     values = {name: [one.values[name] for one in drawn] for name in drawn[0].values}
     assert set(values["method.rank"]) == {2, 3, 4, 5}
@@ -97,18 +97,18 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
     rates = values["optim.learning_rate"]
     assert 1e-5 <= min(rates) < 1e-4 < 1e-3 < max(rates) <= 1e-2
     assert all(0 <= rate <= 0.5 for rate in values["method.dropout"])
-    again = sweep.members(str(file), [], fields, tmp_path, trials=50, seed=3)
+    again = sweep_members.members(str(file), [], fields, tmp_path, trials=50, seed=3)
     assert [one.values for one in again[:40]] == [one.values for one in drawn]
-    assert sweep.members(str(file), [], fields, tmp_path, trials=1, seed=4)[0].values != drawn[0].values
+    assert sweep_members.members(str(file), [], fields, tmp_path, trials=1, seed=4)[0].values != drawn[0].values
 
     drawn[1].trial["drawn"]["optim.learning_rate"] = "0.005"  # type: ignore[index]
-    sweep.write_results(drawn, tmp_path)
-    kept = sweep.members(str(file), [], fields, tmp_path, trials=2, seed=3)
+    sweep_results.write_results(drawn, tmp_path)
+    kept = sweep_members.members(str(file), [], fields, tmp_path, trials=2, seed=3)
     assert [one.values["optim.learning_rate"] for one in kept] == [rates[0], 0.005]
     narrow = [fields[0].replace("1e-5", "9e-3"), *fields[1:]]
     with pytest.raises(UserError, match=r"sweep.json records a draw from other fields or values: .*--search_seed"):
-        sweep.members(str(file), [], narrow, tmp_path, trials=2, seed=3)
-    few = sweep.members(str(file), [], ["--sweep.seed=0,1"], tmp_path / "few", trials=9)
+        sweep_members.members(str(file), [], narrow, tmp_path, trials=2, seed=3)
+    few = sweep_members.members(str(file), [], ["--sweep.seed=0,1"], tmp_path / "few", trials=9)
     assert sorted(one.config.seed for one in few) == [0, 1]  # repeated draws are left out
 
 
@@ -130,14 +130,14 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
 )
 def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        sweep.members(str(file), [], fields, tmp_path)
+        sweep_members.members(str(file), [], fields, tmp_path)
 
 
 def test_a_recorded_draw_that_is_no_number_is_in_no_range(file: Path, tmp_path: Path) -> None:
     trial = {"seed": 0, "index": 0, "drawn": {"train.eval_every": "10%"}}
     (tmp_path / "sweep.json").write_text(json.dumps([{"run": "eval_every=10%", "trial": trial}]))
     with pytest.raises(UserError, match="records a draw from other fields or values"):
-        sweep.members(str(file), [], ["--sweep.train.eval_every=uniform(5,20)"], tmp_path, trials=1)
+        sweep_members.members(str(file), [], ["--sweep.train.eval_every=uniform(5,20)"], tmp_path, trials=1)
 
 
 def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path
         """{"optim.learning_rate": "loguniform(1e-4,1e-3)", "method.targets": [("q_proj", "v_proj")], "seed": [0, 1]}"""
     )
     file.write_text(f"{file.read_text()}\n\ndef get_sweep():\n    return {space}\n")
-    drawn = [one.values for one in sweep.members(str(file), [], ["--sweep.seed=5"], tmp_path, trials=3)]
+    drawn = [one.values for one in sweep_members.members(str(file), [], ["--sweep.seed=5"], tmp_path, trials=3)]
     assert [values["method.targets"] for values in drawn] == [("q_proj", "v_proj")] * 3
     assert all(1e-4 <= values["optim.learning_rate"] <= 1e-3 for values in drawn)
     assert {values["seed"] for values in drawn} == {5}
@@ -154,21 +154,21 @@ def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path
         {"method.name": ["prompt"], "method.tokens": "uniform(8,64)"},
     ]"""
     file.write_text(f"{file.read_text()}\n\ndef get_sweep():\n    return {spaces}\n")
-    drawn = [one.values for one in sweep.members(str(file), [], ["--sweep.seed=5"], tmp_path, trials=20)]
+    drawn = [one.values for one in sweep_members.members(str(file), [], ["--sweep.seed=5"], tmp_path, trials=20)]
     assert {tuple(values) for values in drawn} == {
         ("method.name", "method.rank", "method.dora", "seed"),
         ("method.name", "method.tokens", "seed"),
     }
     assert all(type(values.get("method.tokens", 8)) is int for values in drawn)
     with pytest.raises(UserError, match=r"--sweep.method.tokens: a range needs random search"):
-        sweep.members(str(file), [], [], tmp_path)
+        sweep_members.members(str(file), [], [], tmp_path)
     file.write_text(file.read_text().replace('"uniform(8,64)"', "[16, 32]"))
-    grid = [one.name for one in sweep.members(str(file), [], [], tmp_path)]
+    grid = [one.name for one in sweep_members.members(str(file), [], [], tmp_path)]
     assert grid[3:] == ["name=lora,rank=8,dora=True", "name=prompt,tokens=16", "name=prompt,tokens=32"]
     for wrong, message in (("{'seed': 3}", "seed needs a list of values or a range"), ("3", "must return a dict")):
         file.write_text(file.read_text() + f"\n\ndef get_sweep():\n    return {wrong}\n")
         with pytest.raises(UserError, match=message):
-            sweep.members(str(file), [], [], tmp_path)
+            sweep_members.members(str(file), [], [], tmp_path)
 
 
 def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_run_that_is_not_finite_any_more_ends_alone(
     assert "is nan" in found[1]["failed"]
     assert 0 < found[0]["scores"]["loss"] < 10
     assert (rates[1].workdir / "adapter").exists()
-    assert sweep.best_result(found, tmp_path / "sweep") == rates[1].workdir / "adapter"
+    assert sweep_results.best_result(found, tmp_path / "sweep") == rates[1].workdir / "adapter"
     assert not (rates[0].workdir / "adapter").exists()
     assert "failed: step" in capsys.readouterr().out
     page = (tmp_path / "sweep" / "sweep.html").read_text()
@@ -451,7 +451,7 @@ def test_amounts_of_data_are_not_scores(made: Any, tmp_path: Path) -> None:
     with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
         log.step(1, {"loss": 1.0, "grad_norm": 2.0})
         log.evaluation(1, {"eval_loss": 0.5, "accuracy": 0.75} | amounts)
-    found = sweep.outcome(one)
+    found = sweep_results.outcome(one)
     assert found["scores"] == {"loss": 1.0, "eval_loss": 0.5, "accuracy": 0.75}
     assert found["amounts"] == amounts
 
@@ -488,7 +488,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(made: Any, tmp_path: Path
     for one, loss in zip(several, (2.0, float("nan"), 1.0), strict=True):
         with Log(one.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
             log.evaluation(1, {"eval_loss": loss})
-    found = sweep.write_results(several, tmp_path)
+    found = sweep_results.write_results(several, tmp_path)
     assert [entry["values"]["optim__learning_rate"] for entry in found] == [0.3, 0.1, 0.2]
     assert [line.split()[1] for line in printed(found[::-1])[1:]] == ["1", "2", "nan"]
 

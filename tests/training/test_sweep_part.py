@@ -8,6 +8,7 @@ import pytest
 from peftjax import sweep
 from peftjax.core.errors import UserError
 from peftjax.training import config as configs
+from peftjax.training import sweep_results
 from peftjax.training.sweep_part import SweepPart, parse_part
 from tests.training.test_sweep import member
 
@@ -47,8 +48,10 @@ def test_a_part_keeps_what_the_others_have_recorded(tmp_path: Path) -> None:
 
     first, second, whole = pair(), pair(), pair()
     first[0].failed = "step 3: loss is nan"
-    sweep.write_results(first, tmp_path, first[:1])
-    sweep.write_results(second, tmp_path, second[1:])
+    sweep_results.write_results(first, tmp_path, first[:1])
+    sweep_results.write_results(second, tmp_path, second[1:])
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert {entry["run"]: entry.get("failed") for entry in found} == {"seed=0": "step 3: loss is nan", "seed=1": None}
-    assert not any("failed" in entry for entry in sweep.write_results(whole, tmp_path))  # it trains all of them again
+    assert not any(
+        "failed" in entry for entry in sweep_results.write_results(whole, tmp_path)
+    )  # it trains all of them again

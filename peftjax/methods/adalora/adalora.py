@@ -19,8 +19,9 @@ from flax import nnx
 from peftjax.adapters.adapter import HfLeaf, transposed
 from peftjax.adapters.options import pattern, positive, positive_integer
 from peftjax.adapters.ranks import RankedAdapter
-from peftjax.adapters.sites import Chosen, Site, adapters_named, check_rank, sites
-from peftjax.adapters.targeted import Targeted, chosen_names
+from peftjax.adapters.selection import Chosen, check_rank, chosen_names
+from peftjax.adapters.sites import Site, adapters_named, sites
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam

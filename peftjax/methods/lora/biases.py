@@ -5,7 +5,8 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, Override
-from peftjax.adapters.sites import Chosen, adapters_named, insert, sites
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import adapters_named, insert, sites
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.experts import ExpertLinear

@@ -24,8 +24,9 @@ from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.sites import Chosen, Site, adapters_named, by_expert, tied_pair
-from peftjax.adapters.targeted import Targeted, chosen_names
+from peftjax.adapters.selection import Chosen, by_expert, chosen_names
+from peftjax.adapters.sites import Site, adapters_named, tied_pair
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.paths import last_parts
 from peftjax.core.variables import PeftConstant, PeftParam

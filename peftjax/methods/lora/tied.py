@@ -11,7 +11,8 @@ from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, Override, WeightAdapter
 from peftjax.adapters.diagonal import times
-from peftjax.adapters.sites import Chosen, Site, insert
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import Site, insert
 from peftjax.methods.lora.adapter import LoraEmbedding
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul

@@ -1,0 +1,67 @@
+"""Modules that are trained in full and saved in full: the option modules_to_save."""
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from peftjax.adapters.adapter import HfLeaf, Override
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import Site, insert, sites, tied_kernel
+from peftjax.core.errors import UserError
+from peftjax.nn.layer import Layer
+
+
+def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+    """The entries of modules_to_save that match a module inside another one that is trained in full.
+
+    Returns:
+        For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer
+        module.
+    """
+    matched: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
+    for site in layers:
+        for name in site.names:
+            for module in _and_containers(name):
+                for entry in entries:
+                    if module.endswith(entry):
+                        matched.setdefault(entry, {})[module] = None
+    by_module = {module: entry for entry, modules in matched.items() for module in modules}
+    found = {}
+    for entry, modules in matched.items():
+        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
+        if inner := [module for module in modules if outer[module] != module]:
+            found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
+    return found
+
+
+def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
+    """The entries of modules_to_save, with those that are `nested` replaced by their modules that are not inside others."""
+    found = nested(sites(model), entries)
+    return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
+
+
+def _and_containers(name: str) -> list[str]:
+    """The name of a module and those of the modules that contain it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def is_saved(name: str, entry: str) -> bool:
+    """Whether an entry of modules_to_save matches a layer: its name, or that of a module around it, ends in the entry."""
+    return any(module.endswith(entry) for module in _and_containers(name))
+
+
+def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
+    """Put trained copies of all parameters of each site into its slot (modules_to_save)."""
+    for site, mask in chosen:
+        stored = site.module.hf_leaves if isinstance(site.module, Layer) else {}
+        values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
+        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
+        if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
+            values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
+        if not values:
+            raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
+        hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
+        widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
+        insert(site, name, Override(widened, axes, hf, mask))

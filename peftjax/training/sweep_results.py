@@ -1,0 +1,73 @@
+"""sweep.json and sweep.html: the outcomes of a sweep's runs."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peftjax.core import workdir as workdirs
+from peftjax.core.files import write_atomically
+from peftjax.log import METRICS, PLACE, is_amount, read_metrics
+from peftjax.report.sweep_page import RESULTS, write_sweep_page
+from peftjax.training.member import Member
+
+
+def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
+    """Write sweep.json and sweep.html, from one process; returns the entries of sweep.json.
+
+    Args:
+      runs: All runs.
+      workdir: The directory of the sweep.
+      mine: The runs that this job trains (default: all). The failures of other runs are read from sweep.json.
+    """
+    own = {member.name for member in (runs if mine is None else mine)}
+    others = [member for member in runs if member.name not in own]
+    with workdirs.turn(workdir) if others and jax.process_index() == 0 else contextlib.nullcontext():
+        failed = {entry["run"]: entry.get("failed", "") for entry in read_entries(workdir)} if others else {}
+        for member in others:
+            member.failed = failed.get(member.name, "")
+        found = sorted(map(outcome, runs), key=_rank)
+        if jax.process_index() == 0:
+            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+            write_sweep_page(workdir)
+    return found
+
+
+def _rank(entry: Mapping[str, Any]) -> tuple[bool, float]:
+    """The sort key of an entry of sweep.json: stopped runs come last, and among the others those without a loss."""
+    loss = entry["scores"].get("eval_loss", entry["scores"].get("loss", math.nan))
+    return "stopped" in entry, math.inf if math.isnan(loss) else loss
+
+
+def outcome(member: Member) -> dict[str, Any]:
+    """The entry of a run in sweep.json: its values, its last scores and amounts of data, and why it failed if it did.
+
+    A run that has not started has no scores.
+    """
+    found: dict[str, float] = {}
+    if not member.failed and (member.workdir / METRICS).exists():
+        for line in read_metrics(member.workdir / METRICS):
+            names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
+            found |= {name: line[name] for name in names}
+    scores, amounts = (
+        {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
+    )
+    entry = {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts}
+    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial}
+    return entry | {name: value for name, value in special.items() if value}
+
+
+def read_entries(workdir: Path) -> list[dict[str, Any]]:
+    """The entries of sweep.json; none if it has not been written yet."""
+    file = workdir / RESULTS
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
+    """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
+    directory = workdir / found[0]["run"]
+    return directory / ("adapter" if (directory / "adapter").exists() else "model")
