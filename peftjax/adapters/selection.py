@@ -10,25 +10,9 @@ from peftjax.adapters.sites import SingleSite, Site, depth_of, spelled
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, last_parts, matches, matching, suggest, unmatched
 
-_OF_ALL_EXPERTS = re.compile(r"[\w.\\]*experts\\?\.\w+")  # "experts.down_proj", which names no single one
-
-
 Chosen = list[tuple[Site, np.ndarray]]  # sites, each with a bool per layer
 
-
-def joined(chosen: Chosen) -> Chosen:
-    """Replace the layers of single experts by all experts, with a mask of bools, [layers, E, parts]."""
-    found: Chosen = []
-    masks: dict[str, np.ndarray] = {}
-    for site, mask in chosen:
-        if not isinstance(site, SingleSite):
-            found.append((site, mask))
-            continue
-        if site.path not in masks:
-            masks[site.path] = np.zeros((len(mask), site.module.experts, len(site.experts.parts)), bool)
-            found.append((site.experts, masks[site.path]))
-        masks[site.path][:, site.expert, site.part] = mask
-    return found
+_OF_ALL_EXPERTS = re.compile(r"[\w.\\]*experts\\?\.\w+")  # "experts.down_proj", which names no single one
 
 
 def choose(
@@ -86,6 +70,21 @@ def choose(
     if not chosen:
         raise UserError(f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} selects nothing")
     return chosen
+
+
+def joined(chosen: Chosen) -> Chosen:
+    """Replace the layers of single experts by all experts, with a mask of bools, [layers, E, parts]."""
+    found: Chosen = []
+    masks: dict[str, np.ndarray] = {}
+    for site, mask in chosen:
+        if not isinstance(site, SingleSite):
+            found.append((site, mask))
+            continue
+        if site.path not in masks:
+            masks[site.path] = np.zeros((len(mask), site.module.experts, len(site.experts.parts)), bool)
+            found.append((site.experts, masks[site.path]))
+        masks[site.path][:, site.expert, site.part] = mask
+    return found
 
 
 def by_name(site: Site, table: tuple[tuple[str, Any], ...], default: Any) -> np.ndarray:
