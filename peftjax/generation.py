@@ -8,7 +8,7 @@ from flax import nnx
 
 from peftjax import decoding
 from peftjax.core.errors import UserError
-from peftjax.data.token_rows import check_rows, embedding_rows
+from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import Sampling
 from peftjax.models.base import Model
@@ -110,7 +110,7 @@ def generate(
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer, several = prompts, [texts] if isinstance(texts, str) else list(texts)
     tokens = [tokenizer.encode_prompt(text, chat) for text in several]
-    rows = embedding_rows(model) if isinstance(model, Model) else None
+    rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
         check_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
     out = decoding.generate(

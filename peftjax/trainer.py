@@ -15,7 +15,6 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.data.sources import absolute
-from peftjax.data.token_rows import embedding_rows
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.models.base import Model, Origin
@@ -163,7 +162,7 @@ def _adds_rows(model: Model, origin: Origin) -> bool:
     Raises:
       UserError: It was given another number of rows, which no config describes.
     """
-    rows, there = origin.options["resize_embeddings"], embedding_rows(model)
+    rows, there = origin.options["resize_embeddings"], model.embedding_rows
     if rows is None or there != rows:  # there were more already
         return False
     if (tokens := load_tokenizer(origin.path, origin.options["revision"]).vocab_size) != rows:

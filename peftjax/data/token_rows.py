@@ -6,14 +6,6 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.models.base import Model
-from peftjax.nn.embedding import Embedding
-
-
-def embedding_rows(model: Model) -> int | None:
-    """Return the number of rows of a model's embedding table; None for a model that reads no tokens."""
-    table = getattr(model, "embed", None)
-    return table.in_features if isinstance(table, Embedding) else None
 
 
 def check_rows(ids: Iterable[int], rows: int | None, tokenizer: Tokenizer, name: str) -> None:
@@ -21,7 +13,7 @@ def check_rows(ids: Iterable[int], rows: int | None, tokenizer: Tokenizer, name:
 
     Args:
         ids: The token ids.
-        rows: The number of rows, as `embedding_rows` returns it.
+        rows: The number of rows, `Model.embedding_rows`.
         tokenizer: The tokenizer that made the ids.
         name: The name of the text, for messages.
 

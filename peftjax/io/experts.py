@@ -16,6 +16,7 @@ from peftjax.io.entries import Entry
 from peftjax.io.hf_files import StoredTensor, enumerate_some
 from peftjax.io.packed_experts import PackedExperts, join_kernels
 from peftjax.models.base import Model
+from peftjax.models.moe import MoeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ def single_names(model: Model, key: str) -> list[list[str]]:
     names = model.hf_experts.get(last)
     if not names or not container.endswith(".experts"):
         return []
-    count: int = vars(model.config)["experts"]
-    return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(count)]
+    assert isinstance(model.config, MoeConfig)
+    return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(model.config.experts)]
 
 
 def projections(model: Model, key: str) -> int:

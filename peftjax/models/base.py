@@ -151,6 +151,11 @@ class Model(nnx.Module):
         """The number of positions that active soft prompts and prefixes take before the first token."""
         return 0
 
+    @property
+    def embedding_rows(self) -> int | None:
+        """The number of rows of the embedding table of tokens; None for a model that reads no tokens."""
+        return None
+
     def check_length(self, length: int) -> None:
         """Check that a model with a table of positions has enough of them.
 
@@ -224,6 +229,10 @@ class LanguageModel(Model):
     embed: Embedding
     head: Linear
     output_layers: ClassVar[tuple[str, ...]] = ("head",)
+
+    @property
+    def embedding_rows(self) -> int:
+        return self.embed.in_features
 
     @property
     def tied(self) -> bool:

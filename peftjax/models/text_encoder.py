@@ -104,6 +104,10 @@ class TextEncoder(Encoder):
         self.blocks = make_stack(self.make_block, config.layers, rngs)
         self.make_head(rngs)
 
+    @property
+    def embedding_rows(self) -> int:
+        return self.embed.in_features
+
     # --- What a family provides or overrides ---
 
     def make_block(self, rngs: nnx.Rngs) -> Any:

@@ -13,7 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import Document, Row, Text
 from peftjax.data.records import Prompt
-from peftjax.data.token_rows import check_rows, embedding_rows
+from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.io.hf_files import read_json_if_any
 from peftjax.models.base import Model
@@ -183,7 +183,7 @@ class Task:
           UserError: The model does not learn this kind of task, or has no row for the padding token.
         """
         self.require(model, path)
-        self.rows = embedding_rows(model)
+        self.rows = model.embedding_rows
         if self.rows is not None:
             self.check(self.empty_row(), f"{self.directory}: padding")
 

@@ -10,7 +10,7 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import Clipped
 from peftjax.data.records import Prompt
-from peftjax.data.token_rows import check_rows, embedding_rows
+from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate, generate_each
 from peftjax.models.base import Model
@@ -85,7 +85,7 @@ def _batches(
 ) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
     """Up to `size` prompts at a time, and their tokens. The last prompt is repeated, so that all batches have one shape."""
     for prompt in prompts:
-        check_rows(prompt.tokens, embedding_rows(model), tokenizer, prompt.record)
+        check_rows(prompt.tokens, model.embedding_rows, tokenizer, prompt.record)
     size = min(size, len(prompts))
     starts = range(0, len(prompts), size)
     for start in progress.track(starts, "prompts", len(prompts), lambda start: min(size, len(prompts) - start)):

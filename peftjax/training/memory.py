@@ -13,7 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.memory import host_memory, most_memory, swap_space
 from peftjax.core.units import format_bytes
 from peftjax.data.padding import lengths
-from peftjax.models.base import Model
+from peftjax.models.base import LanguageModelConfig, Model
 from peftjax.report.data import tree_bytes
 from peftjax.tasks import Task
 from peftjax.training import jaxpr_cost
@@ -87,7 +87,8 @@ def rough_bytes(config: Config, task: Task, model: Model) -> int:
     rows = config.train.batch_size // config.train.accumulate
     length, sizes = task.positions(model) + model.virtual, model.config
     each = 4 * sizes.heads * length + 24 * (sizes.embed + sizes.mlp)  # per position and layer: scores and activations
-    logits = 4 * min(config.train.loss_chunk, length) * vars(sizes).get("vocab", 0)
+    vocab = sizes.vocab if isinstance(sizes, LanguageModelConfig) else 0
+    logits = 4 * min(config.train.loss_chunk, length) * vocab
     return 4 * rows * (length * sizes.layers * each + logits)
 
 

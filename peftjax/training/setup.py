@@ -20,7 +20,7 @@ from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
-from peftjax.data.token_rows import check_rows, embedding_rows
+from peftjax.data.token_rows import check_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import read_json, resolve
@@ -198,7 +198,7 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
 
     def encode(text: str) -> list[int]:
         ids = task.tokenizer.encode(text)
-        check_rows(ids, embedding_rows(model), task.tokenizer, f"method.text={text!r}")
+        check_rows(ids, model.embedding_rows, task.tokenizer, f"method.text={text!r}")
         return ids
 
     method, rngs = config.method.tokenized(encode), nnx.Rngs(config.seed)
