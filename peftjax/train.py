@@ -64,7 +64,6 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         task, data = open_data(config, mesh)
         config, source = resolve_config(config, task, data, workdir, checkpoints)
         check_fit(config, task, data, mesh, hooks)  # from shapes alone, before any weights are read
-        # streamed, sharded and quantized
         model = hooks.model or task.load_model(config.model, task.directory, mesh, config.seed)
         base = base_fingerprint(model)
         method = attach_method(config, task, model, mesh, source)

@@ -168,52 +168,61 @@ class Run:
 
     def introduce(self, state: TrainState, log: Log) -> None:
         """Print a summary of the run, write config.json, and collect what the report says about the setup."""
-        config = self.config
-        log.expect([step for step in range(1, config.train.steps + 1) if self.due.eval(step)])
+        config, step = self.config, int(state.step)
+        log.expect([each for each in range(1, config.train.steps + 1) if self.due.eval(each)])
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_atomically(self.workdir / "config.json", configs.to_json(config))
-            if config.start_from and state.step == 0:
+            if config.start_from and step == 0:
                 start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
-        parts = count_parts(leaves, self.method.trains)
-        trained, base = count_trained(parts)
         default = configs.validate({"method": make_config(config.method.method).to_dict()})
         self.report = dataclasses.replace(
-            ReportData.load(self.workdir) if state.step > 0 else self.report,
-            parts=parts,
+            ReportData.load(self.workdir) if step > 0 else self.report,
+            parts=count_parts(leaves, self.method.trains),
             optimizer_bytes=tree_bytes(state.optimizer),
             origin=origin(self.workdir),
             versions=versions(),
             default_config=json.loads(configs.to_json(self._resolved(default))),
         )
+        for text in (*self._describe_model(leaves), *self._describe_data(log), *self._describe_start(step)):
+            log.message(text)
+
+    def _describe_model(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
+        config, (trained, base) = self.config, count_trained(self.report.parts)
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
         loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
-        log.message(f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}")
-        log.message(f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base")
+        yield f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}"
+        yield f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base"
         if config.model.attention == "auto" and isinstance(self.model, Decoder):
             length = self.task.positions(self.model) + self.model.virtual
             with jax.set_mesh(self.mesh):
                 padded = "mask" in self.task.row_shapes()
                 kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
-            log.message(f"attention: {kernel} for {length:,} positions (model.attention='auto')")
+            yield f"attention: {kernel} for {length:,} positions (model.attention='auto')"
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
-            log.message(
-                f"parameters that cannot be split evenly over the mesh need another {format_bytes(more)} per device: "
-                f"{enumerate_some(list(uneven), 4)}"
+            names = enumerate_some(list(uneven), 4)
+            yield (
+                "parameters that cannot be split evenly over the mesh need another "
+                f"{format_bytes(more)} per device: {names}"
             )
+
+    def _describe_data(self, log: Log) -> Iterator[str]:
         if log.prints:  # with packing, this tokenizes records
-            log.message(duration.describe(config, self.task, self.batches))
+            yield duration.describe(self.config, self.task, self.batches)
         if padding := self.batches.padding_text():
-            log.message(padding)
-        if config.start_from and state.step == 0:
-            log.message(start_from.describe(config))
-        if state.step > 0:
-            log.message(f"resuming after step {int(state.step)} of {config.train.steps}")
+            yield padding
+
+    def _describe_start(self, step: int) -> Iterator[str]:
+        config = self.config
+        if config.start_from and step == 0:
+            yield start_from.describe(config)
+        if step > 0:
+            yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
-            log.message(optim.describe_extension(config.optim, self.planned, config.train.steps, int(state.step)))
+            yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
 
     def _resolved(self, default: Config) -> Config:
         """The default config as it would be resolved in this run; the report shows which values of the run differ."""
