@@ -39,8 +39,13 @@ def test_a_message_in_troubleshooting_is_one_of_the_program(message: str) -> Non
     assert any(pattern.search(each) for each in messages())
 
 
-# Our options of LoRA that peft's config has, but its adapter files do not.
-TRAINING_OPTIONS = {"lora": {("init_lora_weights", "init")}}
+# Our options that peft's config has, but that are not read from its adapter files.
+TRAINING_OPTIONS = {
+    "lora": {("init_lora_weights", "init")},
+    "prompt": {("prompt_tuning_init", "init"), ("prompt_tuning_init_text", "text")},
+    "p_tuning": {("encoder_reparameterization_type", "encoder")},
+    "prefix": {("prefix_projection", "projection"), ("encoder_hidden_size", "hidden")},
+}
 
 
 def test_the_names_of_peft_are_those_that_files_are_translated_with() -> None:
