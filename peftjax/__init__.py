@@ -8,7 +8,7 @@ from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from peftjax import losses
-from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use
+from peftjax.adapters import Method, attach, detach, merge, rows, unmerge, use, wrap_optimizer
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
@@ -98,6 +98,7 @@ __all__ = [
     "trainable_mask",
     "unmerge",
     "use",
+    "wrap_optimizer",
 ]
 __version__ = "0.1.0"
 

@@ -9,8 +9,8 @@ take a model and a batch and return the mean loss. They share two arguments:
   masks change from step to step and a run is reproducible; see `training_view`.
 
 Two methods need more than a loss. AdaLoRA minimizes the mean loss plus `method.penalty(model)`, which is None for all
-other methods and is not included here. It also prunes ranks during training, which `method.optimizer(tx, leaves)` adds to
-an optimizer; that optimizer works on dicts from path to array, as `peftjax.core.variables.split` returns them.
+other methods and is not included here. It also prunes ranks during training, and LoRA+ scales the learning rate of B:
+`peftjax.wrap_optimizer` adds this to an optimizer.
 """
 
 from typing import Protocol, TypeVar

@@ -7,6 +7,7 @@ from peftjax.adapters.attach import attach, count_trainable, detach
 from peftjax.adapters.merge import merge, unmerge
 from peftjax.adapters.method import Method
 from peftjax.adapters.mixed_batch import rows
+from peftjax.adapters.optimizer import wrap_optimizer
 from peftjax.adapters.registry import active, attached, use
 from peftjax.adapters.view import active_view
 
@@ -22,4 +23,5 @@ __all__ = [
     "rows",
     "unmerge",
     "use",
+    "wrap_optimizer",
 ]
