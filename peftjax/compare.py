@@ -24,21 +24,22 @@ def main(argv: list[str]) -> None:
         description="Compare the scores and costs of runs and sweeps. Runs that differ only in the seed share a row.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Workdir of a run or of a sweep")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=cli.path, help="Workdir of a run or of a sweep")
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=cli.path,
         help="Directory for compare.html, the tables as CSV, and figures for a paper (default: only print)",
     )
     options = cli.parse_options(parser, argv)
-    runs = comparison.read_runs(options.runs)
+    cli.require_value(options, "output")
+    runs = comparison.read_runs(map(Path, options.runs))
     for warning in comparison.warnings_of(runs):
         say(f"warning: {warning}", error=True)
     for table in make_tables(runs).values():
         make_console().print(_printed(table))
     if options.output:
-        for path in write_comparison(runs, options.output):
+        for path in write_comparison(runs, Path(options.output)):
             print(path)
 
 

@@ -116,10 +116,12 @@ def generate(
 
     Raises:
         UserError: max_new_tokens is less than 1, a prompt is empty or holds a token without a row in the embedding, the model
-            does not generate text, or a prompt and the new tokens exceed its positions.
+            does not generate text, a prompt and the new tokens exceed its positions, or the seed has more than 64 bits.
         NotFiniteError: The logits are NaN or infinite.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"generate: seed={seed} has more than 64 bits; use a smaller number")
     view = active_view(model)
     view.eval()
     graph, state = nnx.split(view)
@@ -182,6 +184,8 @@ def _arguments(
         raise UserError(
             "generate: every prompt needs at least one token; use the tokenizer's bos token for an empty prompt"
         )
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise UserError(f"generate: max_new_tokens={max_new_tokens!r} must be an integer")
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual

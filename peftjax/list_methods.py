@@ -178,6 +178,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--method", metavar="NAME", help="Explain this method and its options instead")
     given = cli.parse_options(parser, argv)
+    cli.require_value(given, "model")
     console = make_console()
     if given.method:
         explain(given.method, console)

@@ -85,6 +85,11 @@ def train(
         raise UserError(f"train: config must be a mapping such as {{'train.steps': 100}}, not {config!r}")
     if optimizer is not None and not _is_optimizer(optimizer):
         raise UserError(f"train: optimizer must be an optax optimizer such as optax.adamw(1e-4), not {optimizer!r}")
+    for name, callback in (("on_metrics", on_metrics), ("on_evaluate", on_evaluate)):
+        if callback is not None and not callable(callback):
+            raise UserError(f"train: {name} must be a function, not {callback!r}")
+    if not isinstance(workdir, str | Path):
+        raise UserError(f"train: workdir must be the path of a directory, not {workdir!r}")
     directory = Path(workdir).expanduser().absolute()  # the run can be read from another directory
     fields = dict(config or {})
     if isinstance(method, ConfigDict | Mapping):

@@ -185,6 +185,8 @@ def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampl
         ({"prompts": [[]], "max_new_tokens": 2}, "every prompt needs at least one token"),
         ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new tokens exceed the model's 64 positions"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0 generates nothing; use 1 or more"),
+        ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer"),
+        ({"prompts": [[1]], "max_new_tokens": 2, "seed": 2**64}, f"seed={2**64} has more than 64 bits"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> None:

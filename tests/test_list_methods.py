@@ -8,6 +8,7 @@ from flax import nnx
 
 import tests.tiny as tiny
 from peftjax import adapters, list_methods, methods
+from peftjax.core.errors import UserError
 from peftjax.io.adapter_save import save_adapter
 from peftjax.models import from_hf_config
 
@@ -51,3 +52,8 @@ def test_the_options_of_a_method_are_printed_with_their_equation(capsys: pytest.
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="'loar' is not a method"):
         list_methods.main(["--method=loar"])
+
+
+def test_an_empty_model_is_refused() -> None:
+    with pytest.raises(UserError, match="--model= is empty"):
+        list_methods.main(["--model="])

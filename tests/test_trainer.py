@@ -154,6 +154,11 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "two optimizers are given" in refused(
         tmp_path, "embedded", LORA, RECORDS, optimizer=sgd, config={"optim": sgd}
     )
+    for name in ("on_metrics", "on_evaluate"):
+        assert f"{name} must be a function, not 3" in refused(tmp_path, "embedded", LORA, RECORDS, **{name: 3})
+    assert "unknown field 3" in refused(tmp_path, "embedded", LORA, RECORDS, config={3: 1})
+    with pytest.raises(UserError, match="workdir must be the path of a directory, not None"):
+        peftjax.train("embedded", LORA, RECORDS, workdir=None)  # type: ignore[arg-type]
     assert "config must be a mapping" in refused(tmp_path, "embedded", LORA, RECORDS, config=["train.steps"])
     assert "the record has no field 'prompt'" in refused(tmp_path, "embedded", LORA, [{"txt": "a"}] * 4, config=FIELDS)
     assert "optim.name='custom' stands for an optimizer given to peftjax.train" in refused(  # the records are replaced
@@ -168,6 +173,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     [
         (None, "must return a mapping from names to numbers, not None"),
         ({"bleu": "high"}, "must return a mapping from names to numbers, not {'bleu': 'high'}"),
+        ({3: 1.0}, "a score with the name 3; a name must be a string"),
         ({"step": 1}, "returned ['step'], which are already logged"),
         ({"eval_loss": 1}, "returned ['eval_loss'], which are already logged"),
     ],
@@ -190,6 +196,12 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
     for mistaken in ((prompts, texts), (texts,), (texts[0],)):
         with pytest.raises(UserError, match="texts need a tokenizer"):
             peftjax.generate(model, *mistaken)  # type: ignore[arg-type]
+    message = {"role": "user", "content": "March 7th, 2024"}
+    for wrong in (3, [texts[0], 3], [message]):
+        with pytest.raises(
+            UserError, match=r"a prompt must be a string, not (3|{'role': 'user', .*); give one, or a list of them"
+        ):
+            peftjax.generate(model, tokenizer, wrong, chat=True)  # type: ignore[call-overload]
     with pytest.raises(UserError, match="a list of token ids for each prompt"):
         peftjax.generate(model, prompts[0])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stop takes token ids"):

@@ -141,7 +141,7 @@ def require(model: nnx.Module, name: str) -> None:
     """
     if name not in attached(model):
         raise UserError(
-            f"no adapter {name!r} is attached.{suggest(name, attached(model))} Attached: {list(attached(model))}"
+            f"no adapter {name!r} is attached.{suggest(str(name), attached(model))} Attached: {list(attached(model))}"
         )
 
 

@@ -42,7 +42,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Preempted as stop:
         say(str(stop), error=True)
         code, saved = signals.PREEMPTED, True
-    except Exception as error:
+    except Exception as raised:
+        error = _without_device(raised) or raised
         mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
         if not mistake and not distributed.many():
             raise
@@ -74,6 +75,19 @@ def keep_programs() -> None:
         return
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _without_device(error: Exception) -> UserError | None:
+    """What to say if JAX_PLATFORMS names a device that JAX does not find, which it raises where devices are first used."""
+    frames = traceback.extract_tb(error.__traceback__)
+    named = os.environ.get("JAX_PLATFORMS")
+    if not named or not frames or (Path(frames[-1].filename).name, frames[-1].name) != ("xla_bridge.py", "backends"):
+        return None
+    reason = f" ({' '.join(str(error).split())})" if str(error) else ""
+    return UserError(
+        f"JAX_PLATFORMS={named}: JAX finds no such device{reason}; unset JAX_PLATFORMS, or install peftjax[cuda] for GPUs or "
+        "peftjax[tpu] for TPUs"
+    )
 
 
 def _warn(message: Warning | str, *where: Any, **also: Any) -> None:

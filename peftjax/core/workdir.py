@@ -31,6 +31,7 @@ _NOTE = "This directory belongs to a run of peftjax. This file is its lock: do n
 _SECTIONS = {"model", "method", "data", "optim", "train", "checkpoint"}  # in the config.json of every version
 # What the directory of a checkpoint holds.
 _STEP = {"state", "about", "_CHECKPOINT_METADATA", "descriptor", "commit_success.txt"}
+_SCHEMES = ("gs:", "s3:", "hdfs:", "http:", "https:", "file:")  # Path has made one slash of the two that follow
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -45,6 +46,10 @@ def check(workdir: Path, base: str = "") -> None:
         UserError: The directory cannot be written; it is the directory of the base model, inside it, or around it; it holds
             files, and no run has written there; or its checkpoints/ holds a numbered directory that is not a checkpoint.
     """
+    if scheme := next((part for part in workdir.parts if part in _SCHEMES), None):
+        raise UserError(
+            f"--workdir={workdir}: {scheme}// is not supported; choose a local directory, or one where the bucket is mounted"
+        )
     here = workdir.absolute()
     place = next(path for path in (here, *here.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

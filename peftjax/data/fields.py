@@ -1,5 +1,6 @@
 """Fields of a record, and templates filled with them."""
 
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -61,10 +62,7 @@ class _Filled(string.Formatter):
         value = field_of(self._record, renamed.get(first, first), setting, self._name)
         for step in steps:
             value = self._entry(value, step, field_name)
-        if not isinstance(value, str | int | float):
-            path = renamed.get(field_name, field_name)
-            raise UserError(f"{self._name}: field {path!r} must hold text or a number, not {type(value).__name__}")
-        return value, first
+        return _text_or_number(value, renamed.get(field_name, field_name), self._name), first
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """Format a value. Widths and precisions are limited: {prompt:>999999999} would exhaust the memory."""
@@ -102,10 +100,18 @@ def text_field(record: Mapping[str, Any], field: str, setting: str, name: str) -
     Raises:
       UserError: The record has no such field, or it holds something else.
     """
-    value = field_of(record, field, setting, name)
+    return str(_text_or_number(field_of(record, field, setting, name), field, name))
+
+
+def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
+    """The value, checked. pandas writes a missing text as NaN."""
     if not isinstance(value, str | int | float):
         raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}")
-    return str(value)
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(
+            f"{name}: field {field!r} must hold text or a number, not NaN, which stands for a missing value"
+        )
+    return value
 
 
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:

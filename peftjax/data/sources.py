@@ -6,7 +6,7 @@ A string names a source:
     hf:NAME[/CONFIG]/SPLIT      a dataset from the Hugging Face hub (OWNER/DATASET), or a directory with its files
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
     PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
-    PATH.json                   a list of JSON objects, or JSON Lines; kept in memory
+    PATH.json                   a list of JSON objects, or JSON Lines; kept in memory, as is a list in PATH.jsonl
     PATH.csv                    rows below a header; kept in memory
     PATH.parquet                kept in memory as Arrow columns
     images:DIR                  the images below DIR/CLASS, read from disk on access
@@ -189,7 +189,7 @@ class JsonLines:
         except json.JSONDecodeError as error:
             raise UserError(f"{self.name(index)}: not valid JSON: {error.msg}, at column {error.colno}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.name(index)}: not valid UTF-8: {error}") from error
+            raise UserError(f"{self.name(index)}: not valid UTF-8: {error}; convert the file to UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.name(index)}: the JSON cannot be read: {json_problem(error)}") from error
         if not isinstance(record, dict):
@@ -220,19 +220,30 @@ def _without_lone_surrogates(value: Any) -> Any:
 
 
 class Parquet:
-    """The rows of a Parquet file, kept in memory as Arrow columns."""
+    """The rows of a Parquet file, kept in memory as Arrow columns. Times in nanoseconds, as of pandas, lose the last three digits."""
 
     def __init__(self, path: pathlib.Path, label: str):
         import pyarrow.parquet
 
         self._table, self._label = pyarrow.parquet.read_table(path), label
         self._columns = dict(zip(self._table.column_names, self._table.columns, strict=True))
+        for name, column in self._columns.items():
+            if (
+                pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns"
+            ):  # Python's datetime has microseconds
+                self._columns[name] = column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: column[index].as_py() for name, column in self._columns.items()}
+        record = dict[str, Any]()
+        for name, column in self._columns.items():
+            try:
+                record[name] = column[index].as_py()
+            except (ValueError, OverflowError) as error:  # a time that Python cannot represent
+                raise UserError(f"{self.name(index)}: field {name!r} cannot be read: {error}; remove it") from error
+        return record
 
     def name(self, index: int) -> str:
         return f"{self._label}:{index + 1}"
@@ -310,7 +321,8 @@ def _files(spec: str) -> list[pathlib.Path]:
 
 def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
     """The record files in a directory, which must belong to one split."""
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
+    there = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    files = sorted(file for file in there if file.name.lower().endswith(SUFFIXES))
     if not files:
         raise UserError(
             f"source {spec!r} is a directory; none of its files ends in {', '.join(SUFFIXES)}. Use images:{spec} if it has a "
@@ -336,7 +348,7 @@ def _not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
 
 
 def _open_file(path: pathlib.Path, label: str) -> Source:
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise UserError(
             f"source {str(path)!r}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; for other sources use "
             "tfds:NAME/SPLIT, hf:NAME/SPLIT or images:DIR"
@@ -345,6 +357,8 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
         source = _read_file(path, label)
     except UserError:
         raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"source {str(path)!r} is not valid UTF-8: {error}; convert the file to UTF-8") from error
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:  # pyarrow's are ValueError or OSError
         raise UserError(f"source {str(path)!r} cannot be read: {json_problem(error)}") from error
     if not len(source):
@@ -353,19 +367,20 @@ def _open_file(path: pathlib.Path, label: str) -> Source:
 
 
 def _read_file(path: pathlib.Path, label: str) -> Source:
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return Parquet(path, label)
-    if path.name.endswith(".jsonl"):
-        return JsonLines(_mapped(path), label)
+    if name.endswith(".jsonl") and (lines := _mapped(path))[:1] != b"[":  # some files of this name hold a JSON list
+        return JsonLines(lines, label)
     data = path.read_bytes()
-    if path.name.endswith(".gz"):
+    if name.endswith(".gz"):
         return JsonLines(gzip.decompress(data), label)
-    if path.name.endswith(".zst"):
+    if name.endswith(".zst"):
         import pyarrow
 
         with pyarrow.input_stream(pyarrow.BufferReader(data), compression="zstd") as stream:
             return JsonLines(stream.read(), label)
-    if path.name.endswith(".csv"):
+    if name.endswith(".csv"):
         return Csv(data, label)
     records = json_records(data, label) if data.strip() else []
     return JsonLines(data, label) if records is None else Listed(_without_lone_surrogates(records), label)

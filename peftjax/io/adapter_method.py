@@ -47,7 +47,9 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
     check_files(path, files)
     for file in files:
         if not (path / file).is_file():
-            raise UserError(f"{path} is not an adapter directory: {file} is missing; it holds {listing(path)}")
+            inside = all((path / "adapter" / other).is_file() for other in files)  # the workdir of a run
+            hint = f"give {path / 'adapter'}" if inside else f"it holds {listing(path)}"
+            raise UserError(f"{path} is not an adapter directory: {file} is missing; {hint}")
 
 
 def peft_method_class(config: Mapping[str, Any], path: Path) -> type[Method]:

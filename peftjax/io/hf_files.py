@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.core.workdir import is_run
 from peftjax.io.json_types import check_types
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
@@ -124,6 +125,10 @@ def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
 
 def _with_config(directory: Path) -> Path:
     check_files(directory)
+    if is_run(directory):
+        model = directory / "model"
+        hint = f"give {model}" if model.is_dir() else f"give its base model, and {directory / 'adapter'} as the adapter"
+        raise UserError(f"{directory} is the workdir of a training run, not a model directory; {hint}")
     if (directory / "config.json").is_file():
         return directory
     if (directory / "adapter_config.json").is_file():

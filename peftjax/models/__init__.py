@@ -94,7 +94,9 @@ def family(config: dict[str, Any]) -> Family:
     Raises:
         UserError: The architecture is not supported.
     """
-    kind = str(config.get("model_type"))
+    if config.get("model_type") is None:
+        raise UserError("config.json has no model_type, so it is not the config of a transformers model")
+    kind = str(config["model_type"])
     if kind in multimodal.WHOLES:
         return family(multimodal.text_config(config))
     if kind not in FAMILIES:

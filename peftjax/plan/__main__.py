@@ -75,7 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--sweep.FIELD", metavar="V,V", help="Plan a sweep over these values of a config field, as for peftjax sweep"
     )
     space.add_search_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to FILE")
+    parser.add_argument("--json", type=cli.path, metavar="FILE", help="Also write all figures to FILE")
 
 
 def main(argv: list[str]) -> int:
@@ -85,8 +85,12 @@ def main(argv: list[str]) -> int:
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")
     space.check_search_options(given)
-    if given.json:  # before the plan, which may take minutes
-        given.json.parent.mkdir(parents=True, exist_ok=True)
+    cli.require_value(given, "json")
+    output = Path(given.json) if given.json else None
+    if output:  # before the plan, which may take minutes
+        if output.is_dir():
+            raise UserError(f"--json={output} is a directory; give the name of a file")
+        output.parent.mkdir(parents=True, exist_ok=True)
     swept = bool(given.sweep or fields or given.trials)
     if swept and (given.search or given.compare or given.members > 1):
         raise UserError("a sweep cannot be combined with --members, --search or --compare; omit one of them")
@@ -123,8 +127,8 @@ def main(argv: list[str]) -> int:
         plan = probe(config, given.members)
         show(console, config, plan, missing)
         fits, result = plan.fits, _record(plan)
-    if given.json:
-        write_atomically(given.json, json.dumps(result, indent=1) + "\n")
+    if output:
+        write_atomically(output, json.dumps(result, indent=1) + "\n")
     return 0 if fits else 1
 
 

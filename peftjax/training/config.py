@@ -125,7 +125,7 @@ START_FROM = Field(
 class Config:
     """The configuration of a run."""
 
-    seed: int = field(0, "Random seed of initial values, dropout and data order", low=0)
+    seed: int = field(0, "Random seed of initial values, dropout and data order", low=0, high=2**63 - 1)
     model: ModelSection = section(ModelSection)
     task: TaskConfig = section(TaskConfig)
     method: Method = dataclasses.field(
@@ -211,7 +211,7 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
         head, _, leaf = name.partition(".")
         values[head][leaf] = SCHEMA.fields[name].default
     for name, value in sorted(fields.items(), key=lambda item: item[0] != "method.name"):
-        head, _, leaf = name.partition(".")
+        head, _, leaf = str(name).partition(".")
         if name == "method.name" and value != config.method.method:
             values["method"] = {"name": value}
         elif leaf and isinstance(values.get(head), Mapping):

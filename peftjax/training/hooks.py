@@ -51,7 +51,7 @@ class Hooks:
           others: The scores already known.
 
         Raises:
-          UserError: It does not return a mapping to numbers, or the name of one of them is taken.
+          UserError: It does not return a mapping from strings to numbers, or one of the names is taken.
         """
         assert self.on_evaluate is not None
         given = self.on_evaluate(model, step)
@@ -59,6 +59,8 @@ class Hooks:
             scores = {name: float(value) for name, value in given.items()}
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"on_evaluate must return a mapping from names to numbers, not {given!r}") from None
+        if unnamed := [name for name in scores if not isinstance(name, str)]:
+            raise UserError(f"on_evaluate returned a score with the name {unnamed[0]!r}; a name must be a string")
         if taken := sorted(scores.keys() & {*others, *PLACE}):
             raise UserError(f"on_evaluate returned {taken}, which are already logged; use other names")
         return scores

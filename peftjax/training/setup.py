@@ -87,6 +87,8 @@ def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
     free = FREE_LONGER if config.train.steps > stored["train"]["steps"] else FREE
     config = precision.as_stored(config, stored)
     lines = configs.differences(start_from.as_stored(config, stored), stored)
+    if any(line.startswith("method.name:") for line in lines):  # other methods have other options
+        lines = [line for line in lines if not line.startswith("method.") or line.startswith("method.name:")]
     return [line for line in lines if not line.startswith(free)]
 
 

@@ -1,9 +1,11 @@
 """The record of a model's adapters is part of its structure, and leaves no trace once they are detached."""
 
+import pytest
 from flax import nnx
 
 from peftjax import adapters
 from peftjax.adapters.registry import Registry, registry_of
+from peftjax.core.errors import UserError
 from peftjax.methods import Lora
 from tests import tiny
 
@@ -37,3 +39,8 @@ def test_a_model_whose_adapters_are_detached_has_the_structure_it_had() -> None:
     adapters.detach(model, "two")
     adapters.detach(model, "one")
     assert nnx.split(model)[0] == before
+
+
+def test_a_name_of_another_type_is_not_attached() -> None:
+    with pytest.raises(UserError, match=r"no adapter None is attached\. Attached: \[\]"):
+        adapters.merge(tiny.model(), None)  # type: ignore[arg-type]

@@ -77,6 +77,23 @@ def test_a_real_process_ends_with_2_and_one_line_on_stderr():
     assert result.stderr == "error: [Errno 2] No such file or directory: '/no/such/file'\n"
 
 
+@pytest.mark.parametrize("platform", ["bogus", "rocm"])
+def test_a_platform_that_jax_does_not_have_is_one_line_with_the_variable(platform):
+    code = "import jax\nfrom peftjax.core import cli\ncli.run(lambda argv: jax.devices())"
+    environment = {name: value for name, value in os.environ.items() if name != "PEFTJAX_TRACEBACK"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"JAX_PLATFORMS": platform},
+    )
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device")
+    assert "Traceback" not in result.stderr
+
+
 def test_compiled_programs_are_kept_where_the_user_says_or_in_the_users_cache_directory(monkeypatch, tmp_path):
     chosen = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -70,6 +70,14 @@ def test_any_other_directory_is_refused_and_left_as_it_is(kind: str, tmp_path: P
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("workdir", [Path("gs://bucket/run"), Path("s3://bucket/run").absolute()])
+def test_the_address_of_a_bucket_is_refused(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"(gs|s3):// is not supported; choose a local directory"), claim(workdir):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_cannot_be_written_names_the_file_and_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import json
 import re
@@ -110,6 +111,21 @@ def test_parquet_rows_are_records_with_their_nested_values(tmp_path: Path) -> No
     assert names(source)[4] == "a.parquet:5"
 
 
+def test_times_in_a_parquet_file_are_read_to_the_microsecond(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def opened(**columns: pyarrow.Array) -> Source:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], **columns}), tmp_path / "a.parquet")
+        return open_source(str(tmp_path / "a.parquet"))
+
+    nanoseconds = pyarrow.array([1500000000123456789], pyarrow.timestamp("ns"))  # pandas writes them
+    expected = datetime.datetime(2017, 7, 14, 2, 40, 0, 123456)
+    assert read(opened(at=nanoseconds)) == [{"text": "a", "at": expected}]
+    with pytest.raises(UserError, match=r"^a\.parquet:1: field 'at' cannot be read: .*; remove it"):
+        read(opened(at=pyarrow.array([10**18], pyarrow.timestamp("us"))))  # the year 33658
+
+
 def test_a_pattern_makes_one_source_of_its_sorted_files(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     write_jsonl("b.jsonl", [{"n": 3}])
     write_jsonl("a.jsonl", [{"n": 1}, {"n": 2}])
@@ -153,7 +169,7 @@ def test_an_unknown_ending_is_an_error_that_names_the_known_ones(tmp_path: Path)
         open_source(str(tmp_path / "a.txt"))
 
 
-@pytest.mark.parametrize("form", ["list", "data", "lines", "csv", "zst"])
+@pytest.mark.parametrize("form", ["list", "data", "lines", "list of lines", "csv", "upper case", "zst"])
 def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Path) -> None:
     import pyarrow
 
@@ -162,7 +178,9 @@ def test_other_files_give_the_same_records(form: str, lines: bytes, tmp_path: Pa
         "list": ("a.json", b"\xef\xbb\xbf" + listed.encode(), 1),
         "data": ("a.json", f'{{"version": 1, "data": {listed}}}'.encode(), 1),
         "lines": ("a.json", lines, 1),
+        "list of lines": ("a.jsonl", json.dumps(RECORDS, indent=1).encode(), 1),
         "csv": ("a.csv", b'\xef\xbb\xbftext\r\n"one"\r\nzwei \xc3\xa9\r\nthree\r\n', 2),
+        "upper case": ("A.CSV", "text\none\nzwei é\nthree\n".encode(), 2),
         "zst": ("a.jsonl.zst", pyarrow.compress(lines, "zstd", asbytes=True), 1),
     }[form]
     (tmp_path / name).write_bytes(content)
@@ -210,6 +228,9 @@ def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) 
         ("a.json", f"[{'9' * 5000}]", "source '*a.json' cannot be read: an integer has more than 4300 digits"),
         ("a.json", "3", "a.json: expected a list of JSON objects, found int"),
         ("a.json", '[{"a": 1}, 2]', r"a.json:2: expected a JSON object {...}, found int"),
+        ("a.csv", "a\né\n".encode("latin-1"), "source '*a.csv' is not valid UTF-8: *; convert the file to UTF-8"),
+        ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "a.jsonl:1: not valid UTF-8: *; convert the file to UTF-8"),
+        ("a.jsonl", "[\n{}\n", "a.jsonl:3: not valid JSON: "),
         ("a.jsonl", "\ufeff{}\n".encode("utf-16-le"), "a.jsonl: the file is UTF-16; convert it to UTF-8"),
     ],
 )

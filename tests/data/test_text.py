@@ -458,6 +458,12 @@ COMPLETION = {"format": "completion"}
         ),
         ({}, {}, "Its fields: none"),
         ({}, {"text": None}, "a:7: field 'text' must hold text or a number, not NoneType"),
+        ({}, {"text": float("nan")}, "a:7: field 'text' must hold text or a number, not NaN"),
+        (
+            COMPLETION,
+            {"prompt": "x", "completion": float("nan")},
+            "a:7: field 'completion' must hold .*, not NaN, which",
+        ),
         (COMPLETION, {"prompt": "x", "completions": "y"}, "no field 'completion' .*completion_field.*Did you mean"),
         (COMPLETION, {"prompt": ["x"], "completion": "y"}, "'prompt' must hold text or a number, not list"),
         ({**COMPLETION, "prompt_template": "{meaning}"}, {"meanings": "x"}, "'meaning' .*prompt_template.*'meanings'"),

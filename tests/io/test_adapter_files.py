@@ -581,6 +581,10 @@ def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tm
     with pytest.raises(ValueError, match=f"not an adapter directory: {CONFIG} is missing; it holds {WEIGHTS}"):
         load_adapter(tiny.model(), path)
     write(path, random_tensors())
+    with pytest.raises(
+        ValueError, match=f"not an adapter directory: {CONFIG} is missing; give {tmp_path / 'adapter'}$"
+    ):
+        load_adapter(tiny.model(), write(tmp_path / "adapter", random_tensors()).parent)
     (path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"not an adapter directory: {WEIGHTS} is missing; it holds {CONFIG}"):
         load_adapter(tiny.model(), path)

@@ -20,14 +20,17 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
+from peftjax.core.errors import UserError
 from peftjax.io import hf_files, place, shards
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.io.save import save_model
+from peftjax.models import from_hf_config
 from peftjax.nn.slot import Adapter
 from peftjax.quant.nf4 import Nf4
 from peftjax.report.data import tree_bytes
+from peftjax.training import config as configs
 from tests import tiny
 
 LAYERS, EMBED, MLP, VOCAB = 2, 16, 24, 32
@@ -414,6 +417,19 @@ def test_a_local_path_that_does_not_exist_names_what_is_near(tmp_path: Path, mon
         resolve("./models/x")
     with pytest.raises(ValueError, match=r"Its parent .*nowhere does not exist either"):
         resolve(tmp_path / "nowhere" / "x")
+
+
+def test_the_workdir_of_a_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(configs.to_json(configs.Config()))
+    with pytest.raises(
+        UserError, match=r"is the workdir of a training run, .*; give its base model, and .*adapter as the adapter"
+    ):
+        resolve(tmp_path)
+    (tmp_path / "model").mkdir()  # of full fine-tuning
+    with pytest.raises(UserError, match=f"; give {tmp_path / 'model'}$"):
+        resolve(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json has no model_type"):
+        from_hf_config({"architectures": ["UNet"]})
 
 
 def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: Path) -> None:

@@ -486,6 +486,21 @@ def test_the_command_plans_in_another_process(written: Path, capsys: pytest.Capt
     assert record["needed"] == sum(record["arguments"].values()) + record["temporaries"] + record["others"]
 
 
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_plan(
+    written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(command, "ask", lambda *rest, **named: asked.append(rest) or alone)
+    monkeypatch.setenv("HOME", str(written))
+    arguments = [f"--config={written / 'config.py'}", "--device=cpu"]
+    for file, words in (("", "--json= is empty"), (str(written), "is a directory; give the name of a file")):
+        with pytest.raises(UserError, match=words):
+            command.main([*arguments, f"--json={file}"])
+    assert not asked
+    command.main([*arguments, "--json=~/plan.json"])
+    assert json.loads((written / "plan.json").read_text())["fits"] == alone.fits
+
+
 def test_weights_that_are_there_decide_whether_the_base_is_quantized(
     written: Path, monkeypatch: pytest.MonkeyPatch, alone: plan.Plan
 ) -> None:

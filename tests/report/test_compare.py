@@ -120,6 +120,20 @@ def test_the_output_has_a_page_tables_and_figures_of_the_size_of_a_column(
     assert rows[:2] == ["run,seeds,loss minus that of the best group", "rank=4,2,best"]
 
 
+def test_the_output_may_be_below_the_home_directory_but_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "a", rank=4, seed=0, loss=0.5)
+    with pytest.raises(UserError, match=r"--output= is empty; give a path"):
+        compare.main([str(run), "--output="])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    monkeypatch.setattr(compare, "write_comparison", lambda runs, output: [output])
+    compare.main(["~/a", "--output=~/b"])  # as in a script that quotes them
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "b")
+
+
 def test_the_interval_of_a_difference_is_that_of_welch() -> None:
     a, b = [1.0, 1.1, 1.3], [1.2, 1.9]
     _, text = difference_intervals([a, b])

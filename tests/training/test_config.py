@@ -199,6 +199,7 @@ def test_a_near_miss_in_a_closed_set_is_suggested(load):
         ("train.batch_size=0", "at least 1"),
         ("optim.final_fraction=1.5", "at least 0 and at most 1"),
         ("optim.learning_rate=-1e-3", "at least 0"),
+        (f"seed={2**64}", f"at least 0 and at most {2**63 - 1}"),
         ("optim.learning_rate=nan", "at least 0"),
         ("optim.learning_rate=inf", "at least 0"),
         ("mesh.data=0", "at least 1 device, or -1"),

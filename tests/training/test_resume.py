@@ -159,6 +159,7 @@ def test_another_method_is_refused_by_its_fields_and_not_by_its_shapes(world: Pa
     assert "method.rank: 8 here, 4 there" in refused(world, undisturbed, "--config.method.rank=8")
     message = refused(world, undisturbed, "--config.method.name=full")
     assert "method.name: 'full' here, 'lora' there" in message
+    assert "method.rank" not in message  # other methods have other options
 
 
 def test_another_base_under_the_same_name_is_refused(world: Path, undisturbed: Path) -> None:
