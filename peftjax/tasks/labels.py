@@ -35,15 +35,20 @@ class Labels:
                 f"classes in the order of their numbers, for example task.labels={example or ('negative', 'positive')}"
             )
         self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._numeric = all(name.removeprefix("-").isdecimal() for name in self.names)
         if twice := [name for number, name in enumerate(self.names) if self._numbers[name] != number]:
             raise UserError(f"task.labels has {twice[0]!r} twice")
 
     def number(self, label: Any, record: str) -> int:
         """The number of a class that a record gives by number or by name.
 
+        If all names are whole numbers, such as "1" to "5", a number in a record is a name.
+
         Raises:
           UserError: There is no such class.
         """
+        if self._numeric and type(label) is int:
+            label = str(label)
         if isinstance(label, str):
             if label not in self._numbers:
                 raise UserError(
@@ -54,7 +59,7 @@ class Labels:
         if not isinstance(label, int) or not 0 <= label < len(self.names):
             why = "; records of GLUE's test splits have no labels" if label == -1 else ""
             raise UserError(
-                f"{record}: field {self._field!r} has the class {label!r}; it must be a number from 0 to "
+                f"{record}: field {self._field!r} has the class {label!r}; it must be a whole number from 0 to "
                 f"{len(self.names) - 1} or one of the {len(self.names)} names in task.labels{why}"
             )
         return label

@@ -142,7 +142,7 @@ def test_classes_are_those_of_the_checkpoints_own_head_where_the_config_names_no
     ("label", "message"),
     [
         ("Yes", r"a:1: field 'label' has the class 'Yes', .* Did you mean 'yes'\? Classes: 'no', 'yes'"),
-        (2, "a:1: field 'label' has the class 2; it must be a number from 0 to 1 or one of the 2 names"),
+        (2, "a:1: field 'label' has the class 2; it must be a whole number from 0 to 1 or one of the 2 names"),
         (-1, "a:1: .* class -1; .* names in task.labels; records of GLUE's test splits have no labels"),
         (1.0, "a:1: field 'label' has the class 1.0"),
     ],
@@ -153,6 +153,14 @@ def test_a_class_that_there_is_not_is_an_error_that_names_the_record(
     task = task_of(make("classification", ("no", "yes")), make_directory(as_bert))
     with pytest.raises(ValueError, match=message):
         task.document({"text": "x", "label": label}, "a:1")
+
+
+def test_a_number_is_a_name_if_all_names_are_numbers(make_directory: Make) -> None:
+    task = task_of(make("classification", ("1", "2", "3")), make_directory(as_bert))
+    given = [task.document({"text": "x", "label": label}, "a:1").arrays["labels"] for label in (1, "1", 3)]
+    assert [int(label) for label in given] == [0, 0, 2]
+    with pytest.raises(ValueError, match="a:1: field 'label' has the class '0', which is not in task.labels"):
+        task.document({"text": "x", "label": 0}, "a:1")
 
 
 @pytest.mark.parametrize(
