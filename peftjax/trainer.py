@@ -183,6 +183,8 @@ def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
     """The sources of data, in the notation of the config. Records are written to a file in the workdir."""
     if isinstance(data, str | Path):
         return (absolute(str(data)),)
+    if type(data).__name__ == "DataFrame":  # of any library; iterating over it yields the names of its columns
+        raise UserError(f"train: the {name} data is a DataFrame; give its records, in pandas df.to_dict('records')")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UserError(f"train: the {name} data must be a list of records, or names of files, not {repr(data)[:60]}")
     items = list(data)
