@@ -159,7 +159,7 @@ def test_a_number_is_a_name_if_all_names_are_numbers(make_directory: Make) -> No
     task = task_of(make("classification", ("1", "2", "3")), make_directory(as_bert))
     given = [task.document({"text": "x", "label": label}, "a:1").arrays["labels"] for label in (1, "1", 3)]
     assert [int(label) for label in given] == [0, 0, 2]
-    with pytest.raises(ValueError, match="a:1: field 'label' has the class '0', which is not in task.labels"):
+    with pytest.raises(ValueError, match=r"a:1: .* class '0', which is not in task\.labels"):
         task.document({"text": "x", "label": 0}, "a:1")
 
 
