@@ -32,7 +32,8 @@ class Targeted(Method):
             except the head and routers, and with lora, ia3 and vera also experts), a tuple of names or name endings,
             comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
-        layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
+        layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters. As in peft, layers
+            that `targets` gives by their whole name, such as lm_head, get adapters too.
         modules_to_save (tuple, default none): Modules to train in full, such as lm_head or mlp, instead of adapting their
             layers. As in peft, an entry matches every name that ends in it, even within a word ("norm" also matches
             input_layernorm). A classification head is always trained in full.

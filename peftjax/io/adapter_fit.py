@@ -80,7 +80,8 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
     def selected(layer: int | None, name: str) -> bool:
         name = back.get(name, name)
         excluded = bool(method.exclude) and matches(name, method.exclude)
-        everywhere = not method.layers_to_transform or layer in method.layers_to_transform
+        whole = isinstance(method.targets, tuple) and name in method.targets
+        everywhere = not method.layers_to_transform or layer in method.layers_to_transform or whole
         return (method.targets == method.every or matches(name, method.targets)) and not excluded and everywhere
 
     def select(rule: Callable[[int | None, str], bool]) -> tuple[str, ...]:
@@ -255,12 +256,15 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
             option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
         )
     later: dict[str, Any] = dict(tables)
-    if isinstance(method, Ia3) and not isinstance(method.feedforward, str):
-        later["feedforward"] = keep(
-            "feedforward",
-            method.feedforward,
-            lambda entry: any(is_feedforward(name, (entry,)) for name in spellings),
-        )
+    if isinstance(method, Ia3):
+        rule = method.feedforward
+        if isinstance(rule, str):
+            fits = any(is_feedforward(name, rule) for name in spellings)
+            later["feedforward"] = next(iter(keep("feedforward", (rule,), lambda _: fits)), ())
+        else:
+            later["feedforward"] = keep(
+                "feedforward", rule, lambda entry: any(is_feedforward(name, (entry,)) for name in spellings)
+            )
     method = dataclasses.replace(method, **later)
     if isinstance(method, Lora) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")

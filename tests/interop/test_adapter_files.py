@@ -77,6 +77,8 @@ ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "target_modules": ({"target_modules": [*QV, "v_porj"]}, "target_modules 'v_porj'"),
     "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj", "vision"]}, "exclude_modules 'vision'"),
     "exclude_regex": ({"exclude_modules": "vision.*"}, r"exclude_modules 'vision\.\*'"),
+    "exclude_string": ({"exclude_modules": "q_proj"}, r"exclude_modules '\(\?:q_proj\)'"),  # a regex for whole names
+    "whole_names": ({"target_modules": [*QV, "lm_head"], "layers_to_transform": [1]}, None),  # lm_head, in no layer
     "modules_to_save": ({"modules_to_save": ["lm_head", "score2"]}, "modules_to_save 'score2'"),
     "patterns": (
         {"rank_pattern": {"k_proj": 2, "v_proj": 3}, "alpha_pattern": {"o_proj": 2}},
@@ -143,6 +145,17 @@ def test_modules_to_save_inside_others_are_ignored_as_peft_ignores_them(
     assert_close(logits(model), logits(theirs))
     back = load_into_theirs(bases("untied"), peftjax.save_adapter(model, tmp_path / "ours"))
     assert_close(logits(back.eval()), logits(theirs))
+
+
+def test_a_string_of_feedforward_modules_is_a_regular_expression_for_whole_names(
+    bases: Callable, tmp_path: Path
+) -> None:
+    config = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules="down_proj")
+    theirs = adapted(bases("untied"), config)
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, r"feedforward_modules '\(\?:down_proj\)'")
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
 
 
 def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
