@@ -201,6 +201,16 @@ PEERS: dict[str, tuple[adapters.Method, Callable[[], Any]]] = {
 }
 
 
+def test_the_trained_tokens_of_all_tied_embeddings_are_read(t5s: Callable, tmp_path: Path) -> None:
+    theirs = adapted(t5s("v1.0"), peft.TrainableTokensConfig(token_indices=[7, 3]))
+    theirs.save_pretrained(tmp_path)
+    model = peftjax.load_model(t5s("v1.0"))
+    before = logits(model)
+    peftjax.load_adapter(model, tmp_path)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), before)
+
+
 def adapted(base: Path, config: Any) -> Any:
     """Their model with their adapter, of which whatever would be trained has moved."""
     config.task_type = "SEQ_2_SEQ_LM"

@@ -432,6 +432,13 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
             load_adapter(tiny.model(), write(tmp_path / "b", other))
 
 
+def test_a_float16_copy_is_that_of_a_base_in_bfloat16(tmp_path: Path) -> None:
+    table = values(tiny.model())["embed.embedding"].astype(np.float16)
+    base = tiny.model(dtype="bfloat16")
+    base.embed.embedding.set_value(jnp.asarray(table).astype(jnp.bfloat16))
+    load_adapter(base, write(tmp_path, random_tensors() | {f"{PREFIX}model.embed_tokens.weight": table}))
+
+
 def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_path: Path) -> None:
     table = values(tiny.model())["embed.embedding"].copy()
     table[[3, 7]] += 1
