@@ -15,7 +15,7 @@ from flax import nnx
 from peftjax.adapters.method import Method
 from peftjax.adapters.saved_modules import is_saved, nested, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, target_entries
-from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled
+from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.paths import first_match, last_parts, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
@@ -206,6 +206,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     Returns:
         The method, and what was removed: "target_modules 'v_porj'".
     """
+    keys = tuple(keys)
     if not isinstance(method, Targeted):
         return method, []
     removed: list[str] = []
@@ -269,6 +270,9 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     if isinstance(method, Lora) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")
         method = dataclasses.replace(method, bias="none")
+    if isinstance(method, Lora) and method.ensure_weight_tying and _is_untied(method, model, keys):
+        removed.append("ensure_weight_tying=True")
+        method = dataclasses.replace(method, ensure_weight_tying=False)
     return method, removed
 
 
@@ -281,6 +285,15 @@ def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
     """The modules that have tensors of an adapter, not only copies of their parameters, apart from wrappers in the keys."""
     bare = [bare_key(key) for key in keys if ".lora_" in key]
     return tuple(name for name in names if any(key.startswith(f"{bare_key(name)}.lora_") for key in bare))
+
+
+def _is_untied(method: Lora, model: nnx.Module, keys: Iterable[str]) -> bool:
+    """Whether the embedding has an adapter that a tied head does not follow: peft ties only modules of two names."""
+    if (pair := tied_pair(model)) is None:
+        return False
+    embed, head = pair
+    adapted = {site.path for site, _ in (*Targeted.chosen(method, model), *Targeted.saved(method, model))}
+    return embed.path in adapted and not any(bare_key(key).startswith(f"{bare_key(head.names[0])}.") for key in keys)
 
 
 def _has_bias(method: Lora, model: nnx.Module) -> bool:
