@@ -253,6 +253,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     chosen = Targeted.chosen(method, model)
     targeted, spellings = chosen_names(chosen), chosen_spellings(chosen)
     for option, table in tables.items():
+        table = tuple(each for pair in table for each in _by_whole_name(pair, targeted))
         tables[option] = keep(
             option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
         )
@@ -274,6 +275,13 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
         removed.append("ensure_weight_tying=True")
         method = dataclasses.replace(method, ensure_weight_tying=False)
     return method, removed
+
+
+def _by_whole_name(pair: tuple[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    """An entry of a table, or its value for each name that it matches without wrappers, as in a model without its head."""
+    if any(first_match(name, (pair,)) is not None for name in names):
+        return [pair]
+    return [(name, pair[1]) for name in names if first_match(bare_key(name), (pair,)) is not None] or [pair]
 
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
