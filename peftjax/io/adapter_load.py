@@ -40,6 +40,7 @@ from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_met
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
+from peftjax.models.base import LanguageModel
 
 PICKLE = "adapter_model.bin"
 PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
@@ -133,9 +134,14 @@ def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tu
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):
+        fix = (
+            "language models have none in peftjax"
+            if isinstance(model, LanguageModel)
+            else "pass head= and labels= to load_model"
+        )
         raise UserError(
             f"{path / CONFIG}: task_type {task!r} needs a model with that task head, but this model is for "
-            f"{task_type(model)}; pass head= and labels= to load_model"
+            f"{task_type(model)}; {fix}"
         )
     saved = fields.get("modules_to_save") or []
     if task in CLASSIFICATIONS or head_sites(model):

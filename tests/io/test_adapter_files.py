@@ -472,6 +472,11 @@ def assert_refused(path: Path, message: str) -> None:
     )
 
 
+def test_a_task_head_of_a_language_model_is_refused_by_name(tmp_path: Path) -> None:
+    message = "task_type 'SEQ_CLS' needs a model with that task head, .* language models have none in peftjax"
+    assert_refused(write(tmp_path / "a", random_tensors(), task_type="SEQ_CLS"), message)
+
+
 def test_missing_and_unexpected_tensors_are_one_error_that_lists_both(tmp_path: Path) -> None:
     tensors = random_tensors()
     missing = f"{LAYER.format(1)}self_attn.v_proj.lora_B.weight"
