@@ -1,6 +1,8 @@
 """Methods that sit in layers chosen by name, and layers that are trained in full."""
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -168,11 +170,25 @@ class Targeted(Method):
             config["target_modules"] = chosen_names(chosen)  # peft has no field that leaves a layer out
         elif self.targets == self.every:
             config["target_modules"] = sorted({hf.rsplit(".", 1)[-1] for site, _ in chosen for hf in site.names})
+        elif isinstance(self.targets, str) and self._matches_others(model, self.targets):
+            config["target_modules"] = chosen_names(chosen)  # peft would fail at the other modules
         if (saved := outermost(model, self.modules_to_save)) != self.modules_to_save:  # peft could not load nested ones
             config["modules_to_save"] = list(saved)
         if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
             config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in chosen)
         return config
+
+    def _matches_others(self, model: nnx.Module, pattern: str) -> bool:
+        """Whether a regular expression matches modules that cannot be targets: `.*mlp.*` matches the container `mlp`.
+
+        Not all of them are known here, such as activations, so it is tried with another child of each container.
+        """
+        names = {name for site in sites(model) for name in site.names}
+        containers = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+        others = names.difference(*(site.names for site in self.candidates(model)))
+        children = (f"{container}.other" for container in containers)
+        with matching("method.targets", pattern):
+            return any(matches(name, pattern) for name in itertools.chain(others, containers, children))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
