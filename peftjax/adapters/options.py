@@ -17,7 +17,12 @@ class Unusual(float):
 
 
 def from_file(option: str, value: Any) -> Any:
-    """The value of an option in an adapter file, marked where it is `Unusual`."""
+    """The value of an option in an adapter file, marked where it is `Unusual`.
+
+    For peft a string is always a regular expression for whole names: "q_proj" excludes no layer, but ["q_proj"] does.
+    """
+    if option in ("exclude", "feedforward") and isinstance(value, str) and value and not REGEX & set(value):
+        return f"(?:{value})"
     if option == "alpha_pattern" and isinstance(value, Mapping):
         return {name: from_file("alpha", item) for name, item in value.items()}
     number = isinstance(value, int | float) and not isinstance(value, bool)

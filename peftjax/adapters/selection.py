@@ -31,7 +31,7 @@ def choose(
         targets: Names, name endings, or a regular expression for whole names, as in `core.paths.matches`.
         every: Select all candidates. `targets` is then the word for them, for messages.
         exclude: Names to leave out, in the same format.
-        layers: Only these layers; empty: all.
+        layers: Only these layers, and those that `targets` gives by their whole name; empty: all.
         what: The option that `targets` comes from, for messages.
 
     Returns:
@@ -57,12 +57,13 @@ def choose(
         known = f"the model has layers 0 to {depth - 1}" if depth else "the layers of this model are not numbered"
         raise UserError(f"method.layers_to_transform: layer {beyond[0]} does not exist; {known}")
     chosen = []
+    whole = () if every or isinstance(targets, str) else frozenset(targets)
     with matching(f"method.{what}", targets, exclude):
         for site in candidates:
             mask = np.array([
                 (every or any(matches(name, targets) for name in names))
                 and not (exclude and any(matches(name, exclude) for name in names))
-                and not (layers and number not in layers)
+                and not (layers and number not in layers and not any(name in whole for name in names))
                 for number, names in zip(site.numbers, site.spellings, strict=True)
             ])  # fmt: skip
             if mask.any():

@@ -1,6 +1,8 @@
 """Methods that sit in layers chosen by name, and layers that are trained in full."""
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -32,7 +34,8 @@ class Targeted(Method):
             except the head and routers, and with lora, ia3 and vera also experts), a tuple of names or name endings,
             comma-separated names, or a regular expression for full names.
         exclude (str or tuple, default none): Names or a regular expression to leave out.
-        layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters.
+        layers_to_transform (tuple of int, default all): The only layers of the stack that get adapters. As in peft, layers
+            that `targets` gives by their whole name, such as lm_head, get adapters too.
         modules_to_save (tuple, default none): Modules to train in full, such as lm_head or mlp, instead of adapting their
             layers. As in peft, an entry matches every name that ends in it, even within a word ("norm" also matches
             input_layernorm). A classification head is always trained in full.
@@ -167,11 +170,25 @@ class Targeted(Method):
             config["target_modules"] = chosen_names(chosen)  # peft has no field that leaves a layer out
         elif self.targets == self.every:
             config["target_modules"] = sorted({hf.rsplit(".", 1)[-1] for site, _ in chosen for hf in site.names})
+        elif isinstance(self.targets, str) and self._matches_others(model, self.targets):
+            config["target_modules"] = chosen_names(chosen)  # peft would fail at the other modules
         if (saved := outermost(model, self.modules_to_save)) != self.modules_to_save:  # peft could not load nested ones
             config["modules_to_save"] = list(saved)
         if "fan_in_fan_out" in config:  # peft's name for kernels that are stored as [in, out]
             config["fan_in_fan_out"] = any(isinstance(site.module, Conv1D) for site, _ in chosen)
         return config
+
+    def _matches_others(self, model: nnx.Module, pattern: str) -> bool:
+        """Whether a regular expression matches modules that cannot be targets: `.*mlp.*` matches the container `mlp`.
+
+        Not all of them are known here, such as activations, so it is tried with another child of each container.
+        """
+        names = {name for site in sites(model) for name in site.names}
+        containers = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+        others = names.difference(*(site.names for site in self.candidates(model)))
+        children = (f"{container}.other" for container in containers)
+        with matching("method.targets", pattern):
+            return any(matches(name, pattern) for name in itertools.chain(others, containers, children))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

@@ -14,7 +14,7 @@ from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
 from peftjax.io.hf_files import enumerate_some
 
-TOKENS = ".token_adapter.trainable_tokens_delta"  # the end of the key of trained tokens
+TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
 # What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
 # in full, and of an embedding with trained tokens.
 COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
@@ -98,6 +98,8 @@ def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> 
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays are equal once both are rounded to the narrower of their dtypes."""
-    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return np.array_equal(one.astype(narrow), other.astype(narrow))
+    """Whether two arrays are equal once both are rounded to the narrower of their dtypes, or to either of float16 and bfloat16."""
+    width = min(one.dtype.itemsize, other.dtype.itemsize)
+    with np.errstate(over="ignore"):  # bfloat16 has a wider range than float16
+        narrow = [dtype for dtype in (one.dtype, other.dtype) if dtype.itemsize == width]
+        return any(np.array_equal(one.astype(dtype), other.astype(dtype)) for dtype in narrow)

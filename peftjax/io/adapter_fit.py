@@ -15,7 +15,7 @@ from flax import nnx
 from peftjax.adapters.method import Method
 from peftjax.adapters.saved_modules import is_saved, nested, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, target_entries
-from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled
+from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.paths import first_match, last_parts, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
@@ -80,7 +80,8 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
     def selected(layer: int | None, name: str) -> bool:
         name = back.get(name, name)
         excluded = bool(method.exclude) and matches(name, method.exclude)
-        everywhere = not method.layers_to_transform or layer in method.layers_to_transform
+        whole = isinstance(method.targets, tuple) and name in method.targets
+        everywhere = not method.layers_to_transform or layer in method.layers_to_transform or whole
         return (method.targets == method.every or matches(name, method.targets)) and not excluded and everywhere
 
     def select(rule: Callable[[int | None, str], bool]) -> tuple[str, ...]:
@@ -205,6 +206,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     Returns:
         The method, and what was removed: "target_modules 'v_porj'".
     """
+    keys = tuple(keys)
     if not isinstance(method, Targeted):
         return method, []
     removed: list[str] = []
@@ -251,21 +253,35 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     chosen = Targeted.chosen(method, model)
     targeted, spellings = chosen_names(chosen), chosen_spellings(chosen)
     for option, table in tables.items():
+        table = tuple(each for pair in table for each in _by_whole_name(pair, targeted))
         tables[option] = keep(
             option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
         )
     later: dict[str, Any] = dict(tables)
-    if isinstance(method, Ia3) and not isinstance(method.feedforward, str):
-        later["feedforward"] = keep(
-            "feedforward",
-            method.feedforward,
-            lambda entry: any(is_feedforward(name, (entry,)) for name in spellings),
-        )
+    if isinstance(method, Ia3):
+        rule = method.feedforward
+        if isinstance(rule, str):
+            fits = any(is_feedforward(name, rule) for name in spellings)
+            later["feedforward"] = next(iter(keep("feedforward", (rule,), lambda _: fits)), ())
+        else:
+            later["feedforward"] = keep(
+                "feedforward", rule, lambda entry: any(is_feedforward(name, (entry,)) for name in spellings)
+            )
     method = dataclasses.replace(method, **later)
     if isinstance(method, Lora) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")
         method = dataclasses.replace(method, bias="none")
+    if isinstance(method, Lora) and method.ensure_weight_tying and _is_untied(method, model, keys):
+        removed.append("ensure_weight_tying=True")
+        method = dataclasses.replace(method, ensure_weight_tying=False)
     return method, removed
+
+
+def _by_whole_name(pair: tuple[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    """An entry of a table, or its value for each name that it matches without wrappers, as in a model without its head."""
+    if any(first_match(name, (pair,)) is not None for name in names):
+        return [pair]
+    return [(name, pair[1]) for name in names if first_match(bare_key(name), (pair,)) is not None] or [pair]
 
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
@@ -277,6 +293,15 @@ def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
     """The modules that have tensors of an adapter, not only copies of their parameters, apart from wrappers in the keys."""
     bare = [bare_key(key) for key in keys if ".lora_" in key]
     return tuple(name for name in names if any(key.startswith(f"{bare_key(name)}.lora_") for key in bare))
+
+
+def _is_untied(method: Lora, model: nnx.Module, keys: Iterable[str]) -> bool:
+    """Whether the embedding has an adapter that a tied head does not follow: peft ties only modules of two names."""
+    if (pair := tied_pair(model)) is None:
+        return False
+    embed, head = pair
+    adapted = {site.path for site, _ in (*Targeted.chosen(method, model), *Targeted.saved(method, model))}
+    return embed.path in adapted and not any(bare_key(key).startswith(f"{bare_key(head.names[0])}.") for key in keys)
 
 
 def _has_bias(method: Lora, model: nnx.Module) -> bool:

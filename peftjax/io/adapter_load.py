@@ -31,7 +31,7 @@ from peftjax.io.adapter_fit import (
     without_parameters,
     without_unmatched,
 )
-from peftjax.io.adapter_keys import respelled, with_older_names
+from peftjax.io.adapter_keys import bare_key, respelled, with_older_names
 from peftjax.io.adapter_method import check_directory, peft_method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
@@ -40,6 +40,7 @@ from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_met
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
+from peftjax.models.base import LanguageModel
 
 PICKLE = "adapter_model.bin"
 PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
@@ -122,6 +123,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     config = read_json(path / CONFIG)
     method, has_head = _read_method(config, model, path)
     tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
+    has_head = _holds_head(method, has_head, tensors, model, path)
     method, tensors = with_all_experts(method, tensors, model)
     return *_fitted(method, tensors, model, path, config.get("target_parameters") or ()), has_head
 
@@ -132,9 +134,14 @@ def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tu
     fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):
+        fix = (
+            "language models have none in peftjax"
+            if isinstance(model, LanguageModel)
+            else "pass head= and labels= to load_model"
+        )
         raise UserError(
             f"{path / CONFIG}: task_type {task!r} needs a model with that task head, but this model is for "
-            f"{task_type(model)}; pass head= and labels= to load_model"
+            f"{task_type(model)}; {fix}"
         )
     saved = fields.get("modules_to_save") or []
     if task in CLASSIFICATIONS or head_sites(model):
@@ -152,6 +159,25 @@ def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tu
         fields["bias"] = "none"
     fields = _without_unknown(fields, method, config.get("peft_version"), path)
     return method.from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
+
+
+def _holds_head(
+    method: Method, by_config: bool, tensors: Mapping[str, np.ndarray], model: nnx.Module, path: Path
+) -> bool:
+    """Whether the file of the tensors holds the task head; by_config: whether its config says so.
+
+    Raises:
+        UserError: It holds only the biases of the head, which `bias="all"` trains.
+    """
+    names = [bare_key(name) for site in head_sites(model) for name in site.names]
+    held = any(bare_key(key).startswith(f"{name}.") for key in tensors for name in names)
+    if held and not by_config and getattr(method, "bias", "none") == "all":
+        raise UserError(
+            f"{path / CONFIG}: bias='all' trained the biases of the task head ({', '.join(names)}) without its kernels, which "
+            "is not supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
+        )
+    # peft does not train the head with methods whose config has no modules_to_save.
+    return by_config and (held or "modules_to_save" in method.hf_known())
 
 
 def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:

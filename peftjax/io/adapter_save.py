@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,9 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
+from peftjax.io.adapter_check import TOKENS
 from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
-from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, adapter_tensors
+from peftjax.io.adapter_tensors import CONFIG, PREFIX, WEIGHTS, adapter_tensors
 from peftjax.io.hf_files import DTYPES
 from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark
 from peftjax.methods.bottleneck import Bottleneck
@@ -105,6 +107,7 @@ def write_adapter(
     if path.is_file():
         raise UserError(f"{path} is a file; give a directory")
     tensors = adapter_tensors(model, name, read=host_arrays.whole)
+    _warn_of_copies(model, tensors)
     config = _peft_config(model, method, name, base) if method.peft_type else {}
     if single_experts or requires_single_experts(model, name):
         tensors, config = with_single_experts(model, name, method, tensors, config)
@@ -117,6 +120,24 @@ def write_adapter(
         _write(path, files, training, card=isinstance(model, Model) and may_replace(path / CARD))
     distributed.meet("save_adapter")  # once it returns, every process can read the directory
     return path
+
+
+def _warn_of_copies(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+    """Warn of a trained or adapted embedding that peft would load without effect, as T5's `shared`.
+
+    The encoder and the decoder hold its table in modules of their own. peft ties only single tokens of them.
+    """
+    head = model.hf_modules.get("head") if isinstance(model, Model) else None
+    tied = model.hf_tied if isinstance(model, Model) else {}
+    copied = {table.removesuffix(".weight") for key, table in tied.items() if key != f"{head}.weight"}
+    for module in sorted(copied):
+        if any(key.startswith(f"{PREFIX}{module}.") and not key.endswith(TOKENS) for key in tensors):
+            warnings.warn(
+                f"peft will not apply the adapter of {module}, because transformers computes with copies of it "
+                f"({', '.join(key.removesuffix('.weight') for key in tied if key != f'{head}.weight')}); peftjax applies it. "
+                "For new tokens, token_indices works in both",
+                stacklevel=4,
+            )
 
 
 def weights_bytes(model: nnx.Module, name: str = "default") -> int:

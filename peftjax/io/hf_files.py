@@ -24,6 +24,7 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
 # Every tokenizer has one of these: tokenizers, SentencePiece, BPE and WordPiece, Mistral, tiktoken.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+TEMPLATES = "additional_chat_templates"  # where transformers writes named chat templates, such as the one for tools
 # The files besides config.json and the weights: tokenizer, image and video preprocessing, and generation settings.
 SIDE_FILES = (
     "generation_config.json",
@@ -37,6 +38,7 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.json",
     "*.jinja",
+    f"{TEMPLATES}/*.jinja",
 )
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -65,7 +65,7 @@ def save_model(
     quantization = _quantization_config(model)
     _check_target(target)
     directory = None if source is None else resolve(source)
-    side_files = [] if directory is None else _side_files(directory)
+    side_files = {} if directory is None else _side_files(directory)
     around = Surroundings(model, directory) if model.hf_part else None
     if around and quantization:
         raise UserError(
@@ -85,8 +85,9 @@ def save_model(
             write_pooling(model.config, temporary)
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(config, file)  # safetensors makes them readable by the owner only
-            for file in side_files:
-                shutil.copyfile(file, temporary / file.name)
+            for file, name in side_files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / name)
             sync_files(temporary)
             _replace(target, temporary)
             sync_directory(target.parent)
@@ -140,7 +141,8 @@ def _check_target(target: Path) -> None:
         raise UserError(
             f"{target} exists and is not a model directory written by save_model; choose another, or delete it"
         )
-    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, POOLING)
+    folders = (POOLING, hf_files.TEMPLATES)
+    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, *folders)
     if foreign := sorted(
         entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
     ):
@@ -150,8 +152,10 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _side_files(directory: Path) -> list[Path]:
-    return sorted(file for pattern in hf_files.SIDE_FILES for file in directory.glob(pattern) if file.is_file())
+def _side_files(directory: Path) -> dict[Path, Path]:
+    """The side files of a directory, each with its name in it."""
+    found = sorted(file for pattern in hf_files.SIDE_FILES for file in directory.glob(pattern) if file.is_file())
+    return {file: file.relative_to(directory) for file in found}
 
 
 def _replace(target: Path, complete: Path) -> None:

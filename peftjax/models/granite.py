@@ -4,6 +4,7 @@ The factors are those of Yang et al. 2022 (arXiv:2203.03466).
 """
 
 import dataclasses
+import warnings
 from functools import partial
 from typing import Any, Unpack
 
@@ -13,7 +14,7 @@ from flax import nnx
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
 from peftjax.models.decoder_fields import read_rope, read_shared
-from peftjax.models.fields import Fields
+from peftjax.models.fields import HARMLESS, Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.residual import ScaledResidual, times
 
@@ -71,7 +72,11 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.
     """
-    fields = Fields(config, defaults={"max_position_embeddings": 2048})
+    # Of its pretraining: Granite 3.0 to 3.2 have 0.1.
+    if dropout := config.get("attention_dropout"):
+        warnings.warn(f"config.json: attention_dropout={dropout} is not applied in training", stacklevel=2)
+    harmless = HARMLESS | {"attention_dropout"}
+    fields = Fields(config, defaults={"max_position_embeddings": 2048}, harmless=harmless)
     shared = read_shared(fields, norm_eps=1e-6)
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     attention_bias = fields.take("attention_bias", False)

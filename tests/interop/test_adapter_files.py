@@ -10,6 +10,8 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +28,8 @@ from tests.interop.peers import (
     load_theirs,
     logits,
     save_base,
+    shake,
+    tokens,
 )
 
 pytestmark = [
@@ -77,6 +81,8 @@ ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "target_modules": ({"target_modules": [*QV, "v_porj"]}, "target_modules 'v_porj'"),
     "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj", "vision"]}, "exclude_modules 'vision'"),
     "exclude_regex": ({"exclude_modules": "vision.*"}, r"exclude_modules 'vision\.\*'"),
+    "exclude_string": ({"exclude_modules": "q_proj"}, r"exclude_modules '\(\?:q_proj\)'"),  # a regex for whole names
+    "whole_names": ({"target_modules": [*QV, "lm_head"], "layers_to_transform": [1]}, None),  # lm_head, in no layer
     "modules_to_save": ({"modules_to_save": ["lm_head", "score2"]}, "modules_to_save 'score2'"),
     "patterns": (
         {"rank_pattern": {"k_proj": 2, "v_proj": 3}, "alpha_pattern": {"o_proj": 2}},
@@ -143,6 +149,17 @@ def test_modules_to_save_inside_others_are_ignored_as_peft_ignores_them(
     assert_close(logits(model), logits(theirs))
     back = load_into_theirs(bases("untied"), peftjax.save_adapter(model, tmp_path / "ours"))
     assert_close(logits(back.eval()), logits(theirs))
+
+
+def test_a_string_of_feedforward_modules_is_a_regular_expression_for_whole_names(
+    bases: Callable, tmp_path: Path
+) -> None:
+    config = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules="down_proj")
+    theirs = adapted(bases("untied"), config)
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, r"feedforward_modules '\(\?:down_proj\)'")
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
 
 
 def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
@@ -263,6 +280,20 @@ def test_keys_that_differ_by_a_prefix_are_read(name: str, bases: Callable, tmp_p
     change, warning = RENAMES[name]
     rename(tmp_path, change)
     assert_close(logits(load(bases("untied"), tmp_path, warning)), logits(theirs))
+
+
+def test_patterns_for_the_names_of_a_model_without_its_head_are_read(bases: Callable, tmp_path: Path) -> None:
+    """As in an adapter of an embedding model, in which the layers of a Llama are `layers`, not `model.layers`."""
+    base = transformers.LlamaModel.from_pretrained(bases("untied"))
+    patterns = {"rank_pattern": {"^layers.1.self_attn.q_proj": 2}, "alpha_pattern": {r"^layers\.[12]\..*": 3}}
+    theirs = peft.get_peft_model(base, lora(task_type="FEATURE_EXTRACTION", **patterns)).eval()
+    shake({name: p for name, p in theirs.named_parameters() if p.requires_grad}, 0.1)
+    theirs.save_pretrained(tmp_path)
+    model = load(bases("untied"), tmp_path, "keys differ from peft's by a prefix")
+    with torch.no_grad():
+        states = theirs(torch.tensor(tokens())).last_hidden_state
+        expected = load_theirs(bases("untied")).lm_head(states).numpy()
+    assert_close(logits(model), expected)
 
 
 def test_the_tensors_name_the_targets_where_a_regular_expression_is_for_a_multimodal_model(

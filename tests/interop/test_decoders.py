@@ -314,6 +314,33 @@ def test_adapters_go_to_peft_and_back(name: str, directories: Callable[[str], Pa
         assert fields["fan_in_fan_out"] == (variant == "gpt2")
 
 
+@pytest.mark.parametrize(
+    ("targets", "saved"), [(("c_attn",), ("wte",)), (("c_attn", "wte"), ()), (r".*(c_attn|wte)", ())]
+)
+def test_a_head_that_follows_the_embedding_of_gpt2_does_so_in_peft(
+    targets: Any, saved: tuple[str, ...], directories: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """peft ties modules named embed_tokens or lm_head only, so the file names lm_head."""
+    method = peftjax.Lora(rank=4, targets=targets, modules_to_save=saved, ensure_weight_tying=True)
+    model = peers.attached(directories("gpt2"), method)
+    peftjax.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(peers.load_theirs(directories("gpt2")), tmp_path / "ours").eval()
+    peers.assert_close(peers.logits(theirs), peers.logits(model))
+    back = peftjax.load_adapter(load_model(directories("gpt2")), tmp_path / "ours")
+    np.testing.assert_array_equal(peers.logits(back), peers.logits(model))
+
+
+def test_a_head_that_peft_leaves_untied_is_untied_here(directories: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True, fan_in_fan_out=True
+    )
+    theirs = peers.adapted(directories("gpt2"), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="ensure_weight_tying=True"):
+        model = peftjax.load_adapter(load_model(directories("gpt2")), tmp_path)
+    peers.assert_close(peers.logits(model), peers.logits(theirs))
+
+
 def test_all_linear_of_gpt2_goes_to_peft_and_merges(directories: Callable[[str], Path], tmp_path: Path) -> None:
     model = peers.attached(directories("gpt2"), peftjax.Lora(rank=4))
     expected = peers.logits(model)

@@ -328,6 +328,24 @@ def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, t
     assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
 
 
+def test_trained_tokens_leave_the_head_as_it_is(encoder: Callable, tmp_path: Path) -> None:
+    """The config of this method has no modules_to_save, so peft neither trains nor saves the head, whatever the task."""
+    base = encoder(CLASSIFIERS[0])
+    peer = adapted(base, peft.TrainableTokensConfig(token_indices=inputs("Bert")["tokens"][0, :2].tolist()))
+    peer.save_pretrained(tmp_path)
+    model = peftjax.load_adapter(peftjax.load_model(base), tmp_path)
+    assert_close(ours(model), theirs(peer))
+    assert_far(ours(model), ours(peftjax.use(model, None)))
+
+
+def test_biases_of_a_head_without_its_kernels_are_refused(encoder: Callable, tmp_path: Path) -> None:
+    base = encoder(CLASSIFIERS[0])
+    config = peft.LoraConfig(r=4, target_modules=["query"], bias="all")
+    peft.get_peft_model(load_theirs(base), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"bias='all' trained the biases of the task head \(classifier\) without"):
+        peftjax.load_adapter(peftjax.load_model(base), tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["Roberta", "ModernBert", "DebertaV2"])
 def test_five_steps_of_adamw_equal_those_of_torch_and_peft(kind: str, encoder: Callable, tmp_path: Path) -> None:
     base = encoder(kind + SEQUENCES)

@@ -144,6 +144,21 @@ def test_a_merged_model_gives_equal_logits_in_transformers(variant: Variant, bas
         assert_close(merged, logits(load_into_theirs(bases(variant.base), tmp_path / "adapter").merge_and_unload()))
 
 
+@pytest.mark.parametrize("broad", [r".*\.[01]\.mlp\..*", r"model\.layers\.0.*", r".*(q_proj|norm)"])
+def test_a_regular_expression_that_also_matches_other_modules_is_written_as_names(
+    broad: str, bases: Callable, tmp_path: Path
+) -> None:
+    """Activations, containers and norms, at which peft fails."""
+    with pytest.raises(ValueError, match=r"(?s)Target module .* is not supported"):
+        peft.get_peft_model(load_theirs(bases("untied")), peft.LoraConfig(target_modules=broad))
+    model = attached(bases("untied"), peftjax.Lora(rank=4, targets=broad))
+    peftjax.save_adapter(model, tmp_path)
+    assert_close(logits(model), logits(load_into_theirs(bases("untied"), tmp_path)))
+    peftjax.save_adapter(attached(bases("untied"), peftjax.Lora(targets=REGEX)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == REGEX  # it matches nothing else
+
+
 def test_of_two_patterns_the_first_counts_in_peft_too(bases: Callable, tmp_path: Path) -> None:
     patterns = {"v_proj": 2, "layers.1.self_attn.v_proj": 3}  # peft's own save would sort them, the second first
     model = attached(bases("untied"), peftjax.Lora(rank=4, targets=("v_proj",), rank_pattern=patterns))

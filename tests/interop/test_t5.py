@@ -201,6 +201,25 @@ PEERS: dict[str, tuple[adapters.Method, Callable[[], Any]]] = {
 }
 
 
+def test_an_adapter_of_the_shared_embedding_is_said_to_be_without_effect_in_peft(t5s: Callable, tmp_path: Path) -> None:
+    method = methods.Lora(rank=4, targets=("q",), modules_to_save=("shared",))
+    with pytest.warns(UserWarning, match=r"peft will not apply the adapter of shared, because .*encoder\.embed_tokens"):
+        peftjax.save_adapter(attached(t5s("v1.1"), method), tmp_path)
+    table = peftjax.load_model(t5s("v1.1")).embed.embedding.get_value()
+    model = peft.PeftModel.from_pretrained(load_theirs(t5s("v1.1")), tmp_path)
+    np.testing.assert_array_equal(model.base_model.model.encoder.embed_tokens.weight.detach().numpy(), table)
+
+
+def test_the_trained_tokens_of_all_tied_embeddings_are_read(t5s: Callable, tmp_path: Path) -> None:
+    theirs = adapted(t5s("v1.0"), peft.TrainableTokensConfig(token_indices=[7, 3]))
+    theirs.save_pretrained(tmp_path)
+    model = peftjax.load_model(t5s("v1.0"))
+    before = logits(model)
+    peftjax.load_adapter(model, tmp_path)
+    assert_close(logits(model), logits(theirs))
+    assert_far(logits(model), before)
+
+
 def adapted(base: Path, config: Any) -> Any:
     """Their model with their adapter, of which whatever would be trained has moved."""
     config.task_type = "SEQ_2_SEQ_LM"

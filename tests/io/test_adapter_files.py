@@ -432,6 +432,13 @@ def test_copies_of_the_base_in_the_file_are_recognised(tmp_path: Path) -> None:
             load_adapter(tiny.model(), write(tmp_path / "b", other))
 
 
+def test_a_float16_copy_is_that_of_a_base_in_bfloat16(tmp_path: Path) -> None:
+    table = values(tiny.model())["embed.embedding"].astype(np.float16)
+    base = tiny.model(dtype="bfloat16")
+    base.embed.embedding.set_value(jnp.asarray(table).astype(jnp.bfloat16))
+    load_adapter(base, write(tmp_path, random_tensors() | {f"{PREFIX}model.embed_tokens.weight": table}))
+
+
 def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_path: Path) -> None:
     table = values(tiny.model())["embed.embedding"].copy()
     table[[3, 7]] += 1
@@ -463,6 +470,11 @@ def assert_refused(path: Path, message: str) -> None:
     assert {name: leaf.get_value() is before[name].get_value() for name, leaf in after.items()} == dict.fromkeys(
         before, True
     )
+
+
+def test_a_task_head_of_a_language_model_is_refused_by_name(tmp_path: Path) -> None:
+    message = "task_type 'SEQ_CLS' needs a model with that task head, .* language models have none in peftjax"
+    assert_refused(write(tmp_path / "a", random_tensors(), task_type="SEQ_CLS"), message)
 
 
 def test_missing_and_unexpected_tensors_are_one_error_that_lists_both(tmp_path: Path) -> None:

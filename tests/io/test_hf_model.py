@@ -552,6 +552,15 @@ def test_the_tokenizer_processor_and_generation_files_of_the_source_are_copied(t
     assert (tmp_path / "saved" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
+def test_named_chat_templates_of_the_source_are_copied(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", random_tensors())
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    for _ in "12":  # the second time it replaces the directory
+        save_model(load_model(source), tmp_path / "saved", source=source)
+        assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").read_text() == "for tools"
+
+
 def test_saving_again_replaces_what_was_saved_and_nothing_of_it_stays(tmp_path: Path) -> None:
     model = load_model(write(tmp_path / "m", random_tensors()))
     save_model(model, tmp_path / "saved", max_shard_bytes=5000)

@@ -105,6 +105,14 @@ def test_fields_that_are_left_out_have_the_defaults_of_transformers() -> None:
     assert from_hf_config(short).max_positions == 4096
 
 
+def test_the_dropout_of_granites_pretraining_is_not_applied_and_is_named() -> None:
+    granite = SIZES | {"model_type": "granite"}
+    with pytest.warns(UserWarning, match=r"attention_dropout=0\.1 is not applied in training"):
+        read = from_hf_config(granite | {"attention_dropout": 0.1})
+    assert dataclasses.replace(read, hf="") == dataclasses.replace(from_hf_config(granite), hf="")
+    assert read.to_hf()["attention_dropout"] == 0.1
+
+
 @pytest.mark.parametrize("kind", ["su", "yarn"])
 def test_older_names_of_longrope_mean_the_same(kind: str) -> None:
     fields = {"original_max_position_embeddings": 32, "rope_theta": 500.0}

@@ -28,7 +28,7 @@ from peftjax.adapters.selection import Chosen, by_expert, chosen_names
 from peftjax.adapters.sites import Site, adapters_named, tied_pair
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
-from peftjax.core.paths import last_parts
+from peftjax.core.paths import last_parts, matches
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
@@ -40,10 +40,13 @@ from peftjax.methods.lora.patches import DoraPatches, LoraPatches
 from peftjax.methods.lora.residual import ResidualLora
 from peftjax.methods.lora.tied import on_embedding, tie
 from peftjax.methods.trainable_tokens import token_ids, tokens_by_site, train_tokens
+from peftjax.models.base import Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear, UntransposedExpertLinear
 from peftjax.nn.linear import Linear
 from peftjax.nn.patches import PatchEmbedding
+
+TIED_IN_PEFT = ("embed_tokens", "lm_head")  # the names of modules that peft's ensure_weight_tying applies to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,7 +317,22 @@ class Lora(Ranked):
             "rank_pattern": {key: rank * twice for key, rank in self.rank_pattern},
             "alpha_pattern": {key: alpha * times for key, alpha in self.alpha_pattern},
         }
-        return super().to_hf(model, name) | doubled | self._expert_fields(model)
+        return self._with_tied(super().to_hf(model, name) | doubled | self._expert_fields(model), model)
+
+    def _with_tied(self, config: dict[str, Any], model: nnx.Module) -> dict[str, Any]:
+        """The fields with the name of a tied head, if the embedding has none of the names by which peft knows that it is tied."""
+        if (pair := self._pair(model)) is None or (isinstance(model, Model) and len(model.hf_tied) > 1):
+            return config  # a tied head is a language model's; T5 has more modules of the same table, which peft cannot tie
+        embed, head = pair
+        for field, chosen in (("modules_to_save", self.saved(model)), ("target_modules", self.chosen(model))):
+            if any(site.path == embed.path for site, _ in chosen):
+                entries = config[field]
+                if isinstance(entries, str):
+                    known = any(matches(name, entries) for name in TIED_IN_PEFT)
+                    return config if known else config | {field: f"(?:{entries})|{re.escape(head.names[0])}"}
+                known = any(entry.rpartition(".")[2] in TIED_IN_PEFT for entry in entries)
+                return config if known else config | {field: [*entries, head.names[0]]}
+        return config
 
     def _expert_fields(self, model: nnx.Module) -> dict[str, Any]:
         """The fields that differ if experts or routers are adapted. peft treats these as parameters, which have no dropout."""
