@@ -108,7 +108,8 @@ def generate(
         return decoding.generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
-    tokenizer, several = prompts, [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    tokenizer = prompts
+    several = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if unsuitable := [text for text in several if not isinstance(text, str)]:
         raise UserError(f"generate: a prompt must be a string, not {unsuitable[0]!r:.80}; give one, or a list of them")
     tokens = [tokenizer.encode_prompt(text, chat) for text in several]

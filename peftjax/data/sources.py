@@ -220,17 +220,15 @@ def _without_lone_surrogates(value: Any) -> Any:
 
 
 class Parquet:
-    """The rows of a Parquet file, kept in memory as Arrow columns. Times in nanoseconds, as of pandas, lose the last three digits."""
+    """The rows of a Parquet file, kept in memory as Arrow columns. Times in nanoseconds are cut to microseconds."""
 
     def __init__(self, path: pathlib.Path, label: str):
         import pyarrow.parquet
 
         self._table, self._label = pyarrow.parquet.read_table(path), label
         self._columns = dict(zip(self._table.column_names, self._table.columns, strict=True))
-        for name, column in self._columns.items():
-            if (
-                pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns"
-            ):  # Python's datetime has microseconds
+        for name, column in self._columns.items():  # Python's datetime has microseconds
+            if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":
                 self._columns[name] = column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
 
     def __len__(self) -> int:
