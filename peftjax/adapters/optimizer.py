@@ -22,7 +22,7 @@ def wrap_optimizer(tx: optax.GradientTransformation, model: nnx.Module) -> optax
         model: A model with attached adapters.
 
     Returns:
-        An optimizer of states as `nnx.split` returns them, with all trainable parameters of the model.
+        An optimizer for states as `nnx.split` returns them, with all trainable parameters of the model.
 
     Examples:
         >>> import optax
@@ -38,13 +38,14 @@ def wrap_optimizer(tx: optax.GradientTransformation, model: nnx.Module) -> optax
         wrapped = attached(model)[name].optimizer(wrapped, leaves)
     if wrapped is tx:
         return tx
+    paths = tuple(leaves)  # the optimizer must not keep the arrays of the base alive
 
     def init(params: nnx.State) -> Any:
-        return wrapped.init(_flat(params, leaves))
+        return wrapped.init(_flat(params, paths))
 
     def update(updates: nnx.State, state: Any, params: nnx.State | None = None) -> tuple[nnx.State, Any]:
-        known = None if params is None else _flat(params, leaves)
-        new, state = wrapped.update(_flat(updates, leaves), state, known)
+        known = None if params is None else _flat(params, paths)
+        new, state = wrapped.update(_flat(updates, paths), state, known)
         return _like(updates, new), state
 
     return optax.GradientTransformation(init, update)
@@ -52,15 +53,15 @@ def wrap_optimizer(tx: optax.GradientTransformation, model: nnx.Module) -> optax
 
 def _flat(state: nnx.State, paths: Iterable[str]) -> variables.FlatTree:
     """The arrays of a state by dotted path, and optax.MaskedNode() for the paths that it does not have."""
-    arrays = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    found = {path: arrays.get(path, optax.MaskedNode()) for path in paths}
-    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in found.items()}
+    found = {variables.dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    arrays = {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in found.items()}
+    return {path: arrays.get(path, optax.MaskedNode()) for path in paths}
 
 
 def _like(state: nnx.State, arrays: variables.FlatTree) -> nnx.State:
     """The state with other arrays."""
     found = []
     for path, leaf in nnx.to_flat_state(state):
-        array = arrays[".".join(map(str, path))]
+        array = arrays[variables.dotted(path)]
         found.append((path, leaf.replace(array) if isinstance(leaf, nnx.Variable) else array))
     return nnx.from_flat_state(found)

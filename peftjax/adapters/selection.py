@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,10 @@ def choose(
         known = f"the model has layers 0 to {depth - 1}" if depth else "the layers of this model are not numbered"
         raise UserError(f"method.layers_to_transform: layer {beyond[0]} does not exist; {known}")
     chosen = []
-    whole = () if every or isinstance(targets, str) else frozenset(targets)
     with matching(f"method.{what}", targets, exclude):
         for site in candidates:
             mask = np.array([
-                (every or any(matches(name, targets) for name in names))
-                and not (exclude and any(matches(name, exclude) for name in names))
-                and not (layers and number not in layers and not any(name in whole for name in names))
+                is_selected(names, number, targets, every=every, exclude=exclude, layers=layers)
                 for number, names in zip(site.numbers, site.spellings, strict=True)
             ])  # fmt: skip
             if mask.any():
@@ -71,6 +69,24 @@ def choose(
     if not chosen:
         raise UserError(f"method.{what}={targets!r} with exclude={exclude!r} and layers {list(layers)} selects nothing")
     return chosen
+
+
+def is_selected(
+    names: Collection[str],
+    number: int | None,
+    targets: str | tuple[str, ...],
+    *,
+    every: bool,
+    exclude: str | tuple[str, ...],
+    layers: tuple[int, ...],
+) -> bool:
+    """Whether options, as in `choose`, select a layer with these names and this number in the model."""
+    if not every and not any(matches(name, targets) for name in names):
+        return False
+    if exclude and any(matches(name, exclude) for name in names):
+        return False
+    by_whole_name = not every and isinstance(targets, tuple) and any(name in targets for name in names)
+    return not layers or number in layers or by_whole_name
 
 
 def joined(chosen: Chosen) -> Chosen:

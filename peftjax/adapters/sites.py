@@ -1,4 +1,4 @@
-"""The layers of a model that have a slot, their Hugging Face names, and which of them a method's options select."""
+"""The layers of a model that have a slot, and their Hugging Face names."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from peftjax.core.errors import UserError
+from peftjax.core.variables import dotted
 from peftjax.models.base import LanguageModel, Model
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.experts import ExpertLinear
@@ -116,7 +117,7 @@ def sites(model: nnx.Module) -> list[Site]:
     found = []
     for key, module in nodes:
         if isinstance(module, SlottedLayer):
-            path = ".".join(map(str, key))
+            path = dotted(key)
             stack = (depth[str(key[0])],) if str(key[0]) in depth else ()
             site = Site(path, module, (names.get(path, path),), stack, model)
             if stack:

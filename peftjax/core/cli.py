@@ -78,7 +78,7 @@ def keep_programs() -> None:
 
 
 def _without_device(error: Exception) -> UserError | None:
-    """What to say if JAX_PLATFORMS names a device that JAX does not find, which it raises where devices are first used."""
+    """The error to report if JAX_PLATFORMS names a device that JAX does not find; None if `error` has another cause."""
     frames = traceback.extract_tb(error.__traceback__)
     named = os.environ.get("JAX_PLATFORMS")
     if not named or not frames or (Path(frames[-1].filename).name, frames[-1].name) != ("xla_bridge.py", "backends"):

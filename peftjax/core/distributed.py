@@ -1,4 +1,4 @@
-"""Distributed runs: initialization, and what processes tell each other.
+"""Distributed runs: initialization, and communication between processes.
 
 Each process drives the accelerators it sees. Together, the processes run one program over one mesh (`jax.distributed`).
 """

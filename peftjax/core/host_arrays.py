@@ -1,4 +1,4 @@
-"""Arrays between host and devices, where each process of several holds only a part of them."""
+"""Moving arrays between host and devices, in one process or in several that each hold a part of them."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ that belongs to another tree is replaced by `optax.MaskedNode()`, a pytree node 
 optimizer moment and no update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -41,8 +41,13 @@ class DropoutKey(PeftConstant):
 def flat(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     """Split a model into its structure and its variables by dotted path, sorted by path."""
     graph, state = nnx.split(model)
-    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    variables = {dotted(path): variable for path, variable in nnx.to_flat_state(state)}
     return graph, dict(sorted(variables.items()))
+
+
+def dotted(path: Iterable[object]) -> str:
+    """A path in NNX as a dotted path."""
+    return ".".join(map(str, path))
 
 
 def is_stacked(variable: nnx.Variable) -> bool:

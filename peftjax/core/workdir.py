@@ -31,7 +31,7 @@ _NOTE = "This directory belongs to a run of peftjax. This file is its lock: do n
 _SECTIONS = {"model", "method", "data", "optim", "train", "checkpoint"}  # in the config.json of every version
 # What the directory of a checkpoint holds.
 _STEP = {"state", "about", "_CHECKPOINT_METADATA", "descriptor", "commit_success.txt"}
-_SCHEMES = ("gs:", "s3:", "hdfs:", "http:", "https:", "file:")  # Path has made one slash of the two that follow
+_SCHEMES = ("gs:", "s3:", "hdfs:", "http:", "https:", "file:")  # Path collapses the slashes that follow
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.saved_modules import is_saved, nested, outermost
-from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, target_entries
+from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, is_selected, target_entries
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.paths import first_match, last_parts, matches, unmatched
@@ -78,11 +78,9 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
     names = [name for site in sites(model) for name in site.names]
 
     def selected(layer: int | None, name: str) -> bool:
-        name = back.get(name, name)
-        excluded = bool(method.exclude) and matches(name, method.exclude)
-        whole = isinstance(method.targets, tuple) and name in method.targets
-        everywhere = not method.layers_to_transform or layer in method.layers_to_transform or whole
-        return (method.targets == method.every or matches(name, method.targets)) and not excluded and everywhere
+        every, layers = method.targets == method.every, method.layers_to_transform
+        names = (back.get(name, name),)
+        return is_selected(names, layer, method.targets, every=every, exclude=method.exclude, layers=layers)
 
     def select(rule: Callable[[int | None, str], bool]) -> tuple[str, ...]:
         masks = [[rule(*layer) for layer in zip(site.numbers, site.names, strict=True)] for site in fitting]
@@ -235,9 +233,8 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
         missing = unmatched(names, method.targets)
         changes["targets"] = keep("targets", method.targets, lambda entry: entry not in missing)
     if isinstance(method.exclude, str):
-        changes["exclude"] = next(
-            iter(keep("exclude", (method.exclude,), lambda entry: not unmatched(names, entry))), ()
-        )
+        kept = keep("exclude", (method.exclude,), lambda entry: not unmatched(names, entry))
+        changes["exclude"] = method.exclude if kept else ()
     else:
         missing = unmatched(names, method.exclude)
         changes["exclude"] = keep("exclude", method.exclude, lambda entry: entry not in missing)
@@ -262,7 +259,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
         rule = method.feedforward
         if isinstance(rule, str):
             fits = any(is_feedforward(name, rule) for name in spellings)
-            later["feedforward"] = next(iter(keep("feedforward", (rule,), lambda _: fits)), ())
+            later["feedforward"] = rule if keep("feedforward", (rule,), lambda _: fits) else ()
         else:
             later["feedforward"] = keep(
                 "feedforward", rule, lambda entry: any(is_feedforward(name, (entry,)) for name in spellings)

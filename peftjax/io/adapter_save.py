@@ -127,14 +127,15 @@ def _warn_of_copies(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
 
     The encoder and the decoder hold its table in modules of their own. peft ties only single tokens of them.
     """
-    head = model.hf_modules.get("head") if isinstance(model, Model) else None
-    tied = model.hf_tied if isinstance(model, Model) else {}
-    copied = {table.removesuffix(".weight") for key, table in tied.items() if key != f"{head}.weight"}
-    for module in sorted(copied):
+    if not isinstance(model, Model):
+        return
+    tied = {copy.removesuffix(".weight"): table.removesuffix(".weight") for copy, table in model.hf_tied.items()}
+    tied.pop(model.hf_modules.get("head", ""), None)  # peft ties a head itself
+    for module in sorted(set(tied.values())):
         if any(key.startswith(f"{PREFIX}{module}.") and not key.endswith(TOKENS) for key in tensors):
             warnings.warn(
                 f"peft will not apply the adapter of {module}, because transformers computes with copies of it "
-                f"({', '.join(key.removesuffix('.weight') for key in tied if key != f'{head}.weight')}); peftjax applies it. "
+                f"({', '.join(tied)}); peftjax applies it. "
                 "For new tokens, token_indices works in both",
                 stacklevel=4,
             )

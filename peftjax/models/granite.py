@@ -72,7 +72,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
     Raises:
         UserError: A field is missing or unknown, or its value is not supported.
     """
-    # Of its pretraining: Granite 3.0 to 3.2 have 0.1.
+    # The dropout of the pretraining, as in GPT-2
     if dropout := config.get("attention_dropout"):
         warnings.warn(f"config.json: attention_dropout={dropout} is not applied in training", stacklevel=2)
     harmless = HARMLESS | {"attention_dropout"}

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
+from peftjax.core.variables import dotted
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
 from peftjax.nn.residual import Residual
@@ -62,7 +63,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
     """
     if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
         raise UserError(f"adopt: the model is itself a {type(model).__name__}; wrap it in an nnx.Module")
-    modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules: dict[str, Any] = {dotted(path): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
     for path, module in modules.items():
