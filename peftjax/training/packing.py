@@ -78,6 +78,8 @@ def common_memory(mesh: Mesh) -> int | None:
 def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, memory: int) -> int:
     """The number of members, from 1 to all, whose train step takes at most `memory` bytes per device.
 
+    On CPUs it is 1 for members without a shared base, as in full fine-tuning: together they would not be faster.
+
     Args:
       configs: The configs of the members.
       task: Their task.
@@ -89,6 +91,11 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
+    if not base and mesh.devices.flat[0].platform == "cpu":
+        say(
+            f"the {most} runs share no base weights: they are trained one at a time, which is as fast on a CPU and needs less memory"
+        )
+        return 1
     room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
         say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
