@@ -1,9 +1,10 @@
-"""The time of one step of several LoRAs trained together by `peftjax sweep`, relative to separate steps.
+"""The time of one step of several runs trained together by `peftjax sweep`, relative to separate steps.
 
-    PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4]
+    PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4] [--full]
 
-A random Llama of 4 layers with NF4 kernels, rank-4 LoRAs on all linear layers, packed sequences of 64 tokens. A separate
-step is a population of one. Times are medians over rounds in which all populations take turns.
+A random Llama of 4 layers with NF4 kernels, rank-4 LoRAs on all linear layers, packed sequences of 64 tokens. --full trains
+all weights in float32 instead. A separate step is a population of one. Times are medians over rounds in which all populations
+take turns.
 """
 
 import argparse
@@ -38,13 +39,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--full", action="store_true", help="Full fine-tuning in float32 instead of LoRA on an NF4 base"
+    )
     options = parser.parse_args()
+    name, method = ("runs", {"method.name": "full"}) if options.full else ("LoRAs", {"model.quantize": "nf4"})
     with contextlib.ExitStack() as opened:
         root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         fields = {
-            "model.path": model_directory(root / "model", sizes(options.width)), "model.init": "random", "model.quantize": "nf4",
+            "model.path": model_directory(root / "model", sizes(options.width)),
+            "model.init": "random",
             "train.batch_size": options.batch,
-        }  # fmt: skip
+            **method,
+        }
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
         rates = ",".join(f"{rate}e-3" for rate in range(1, max(COUNTS) + 1))
         swept = [f"--sweep.optim.learning_rate={rates}"]
@@ -65,10 +72,10 @@ def main() -> None:
                 population.advance()
                 jax.block_until_ready([one.state for one in population.live])
                 seconds[count].append(time.perf_counter() - started)
-    print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens per LoRA")
+    print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens each")
     for count in COUNTS[1:]:
         ratio = statistics.median(many / one for many, one in zip(seconds[count], seconds[1], strict=True)) / count
-        print(f"one step of {count} LoRAs together takes {ratio:.2f} of the time of {count} separate steps")
+        print(f"one step of {count} {name} together takes {ratio:.2f} of the time of {count} separate steps")
 
 
 if __name__ == "__main__":

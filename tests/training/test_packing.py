@@ -82,6 +82,17 @@ def test_no_more_runs_are_trained_together_than_fit(
     assert 0.8 * predicted < max(size for _, size in taken) <= predicted  # without the moments
 
 
+def test_on_cpus_runs_without_a_shared_base_are_trained_one_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(tmp_path)
+    made.method = methods.make_config("full")
+    pair = [member(made, tmp_path / "sweep", optim__learning_rate=rate) for rate in (1e-3, 1e-2)]
+    assert packing.pack(pair) == [(pair, 1)]
+    assert "the 2 runs share no base weights: they are trained one at a time" in capsys.readouterr().out
+    assert packing.pack(pair, 2) == [(pair, 2)]
+
+
 @pytest.mark.slow
 def test_the_data_axis_splits_members_even_if_it_does_not_divide_their_batches(tmp_path: Path) -> None:
     made = config(tmp_path, train__batch_size=1, train__accumulate=1)
