@@ -127,7 +127,7 @@ class Method:
 
         Args:
             inner: The optimizer of the config.
-            leaves: The model's variables by path.
+            leaves: The variables of the adapter by path, or those of the whole model if it has only this one.
         """
         del leaves
         return inner

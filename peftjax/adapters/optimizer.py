@@ -35,7 +35,8 @@ def wrap_optimizer(tx: optax.GradientTransformation, model: nnx.Module) -> optax
     """
     leaves, wrapped = variables.flat(model)[1], tx
     for name in active(model):
-        wrapped = attached(model)[name].optimizer(wrapped, leaves)
+        own = {path: leaf for path, leaf in leaves.items() if f".adapters.{name}." in path}
+        wrapped = attached(model)[name].optimizer(wrapped, own)
     if wrapped is tx:
         return tx
     paths = tuple(leaves)  # the optimizer must not keep the arrays of the base alive

@@ -63,6 +63,21 @@ def test_adalora_prunes_ranks_in_a_loop_with_the_optimizer_of_nnx() -> None:
     assert sum(int(np.count_nonzero(value)) for value in values) == 3 * len(values) * ADALORA.target_rank  # 3 layers
 
 
+def test_each_of_several_methods_changes_the_updates_of_its_own_adapter() -> None:
+    model, own = tiny.model(), {"one": peftjax.Lora(rank=2, lr_ratio=4.0), "two": peftjax.Lora(rank=3, lr_ratio=16.0)}
+    own["three"] = peftjax.Lora(rank=2)
+    for name, method in own.items():
+        peftjax.attach(model, method, name=name, rngs=nnx.Rngs(0))
+    peftjax.use(model, tuple(own))
+    params = nnx.state(model, peftjax.PeftParam)
+    tx = peftjax.wrap_optimizer(optax.sgd(1.0), model)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    found = {(path[-2], path[-1]): np.unique(leaf.get_value()) for path, leaf in nnx.to_flat_state(updates)}
+    assert found == {
+        (name, leaf): [-method.lr_ratio if leaf == "b" else -1.0] for name, method in own.items() for leaf in ("a", "b")
+    }
+
+
 def test_with_other_methods_the_optimizer_stays_as_it_is() -> None:
     tx = optax.adam(1e-2)
     assert peftjax.wrap_optimizer(tx, attached(peftjax.Lora(rank=2))) is tx

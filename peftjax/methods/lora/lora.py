@@ -298,12 +298,16 @@ class Lora(Ranked):
         if self.lr_ratio == 1:
             return inner
 
-        def rate(path: str, leaf: nnx.Variable) -> str:
+        def is_fast(path: str, leaf: nnx.Variable) -> bool:
             axes = tuple(axis for axis in leaf.axes if axis not in ("layers", "expert"))
             embedding = path.endswith(".b") and "vocab" in leaves.get(f"{path[:-1]}a", leaf).axes
-            return "fast" if len(axes) == 1 or (axes[:1] == ("rank",) and not embedding) else "plain"
+            return len(axes) == 1 or (axes[:1] == ("rank",) and not embedding)
 
-        rates = {path: rate(path, leaf) for path, leaf in leaves.items()}
+        fast = {path for path, leaf in leaves.items() if is_fast(path, leaf)}
+
+        def rates(tree: Mapping[str, Any]) -> dict[str, str]:
+            return {path: "fast" if path in fast else "plain" for path in tree}
+
         scale = optax.partition({"plain": optax.identity(), "fast": optax.scale(self.lr_ratio)}, rates)
         return optax.chain(inner, scale)
 
