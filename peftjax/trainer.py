@@ -14,6 +14,7 @@ from peftjax.core import distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.home import expand
 from peftjax.data.sources import absolute
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.log import METRICS, PLACE, read_metrics
@@ -90,7 +91,7 @@ def train(
             raise UserError(f"train: {name} must be a function, not {callback!r}")
     if not isinstance(workdir, str | Path):
         raise UserError(f"train: workdir must be the path of a directory, not {workdir!r}")
-    directory = Path(workdir).expanduser().absolute()  # the run can be read from another directory
+    directory = expand(workdir).absolute()  # the run can be read from another directory
     fields = dict(config or {})
     if isinstance(method, ConfigDict | Mapping):
         method = dict(method)

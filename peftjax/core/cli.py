@@ -14,6 +14,7 @@ import jax
 
 from peftjax.core import debug_log, distributed, signals
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.output import say
 from peftjax.core.preemption import Interrupted, Preempted
 
@@ -106,7 +107,7 @@ def require_value(options: argparse.Namespace, *names: str) -> None:
 
 def path(text: str) -> str:
     """The path that an option gives, as argparse's `type`: shells leave the ~ of --workdir=~/runs to the command."""
-    return os.path.expanduser(text)  # noqa: PTH111  # Path would turn an empty text into "."
+    return str(expand(text)) if text else text
 
 
 def program(command: str) -> str:

@@ -23,6 +23,7 @@ import jax
 
 from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 
 MARK = ".peftjax"
 TURN = ".peftjax-turn"  # the lock of the job that writes shared files
@@ -55,7 +56,7 @@ def check(workdir: Path, base: str = "") -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "is not writable" if place.is_dir() else "is a file"
         raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written to")
-    if base and (model := Path(base).expanduser()).is_dir():
+    if base and (model := expand(base)).is_dir():
         mine, theirs = workdir.resolve(), model.resolve()
         if mine == theirs or theirs in mine.parents:
             where = "is" if mine == theirs else "is inside"

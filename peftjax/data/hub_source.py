@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.hub_layout import CARD, Layout, canonical, declared, inferred, read_configs
 
@@ -29,7 +30,7 @@ def split_files(spec: str, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
     name, _, split = spec.removeprefix("hf:").rpartition("/")
     if not name or not split:
         raise UserError(f"source {spec!r} must have the form hf:OWNER/NAME/SPLIT or hf:OWNER/NAME/CONFIG/SPLIT")
-    folder, config = pathlib.Path(name).expanduser(), ""
+    folder, config = expand(name), ""
     if _declares(folder.parent, folder.name):
         folder, config = folder.parent, folder.name
     if folder.is_dir():

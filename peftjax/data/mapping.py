@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.core.python_file import run_python_file
 from peftjax.data.sources import Source
@@ -76,7 +77,7 @@ def load_function(spec: str) -> Callable[[Record], Any]:
 
 
 def _from_file(place: str, spec: str) -> ModuleType:
-    path = pathlib.Path(place).expanduser()
+    path = expand(place)
     if not path.is_file():
         near = suggest(path.name, [other.name for other in path.parent.glob("*.py")])
         raise UserError(f"data.map={spec}: no such file: {place}.{near}")

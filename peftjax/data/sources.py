@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.hub_source import split_files
 from peftjax.data.tables import Csv, Listed, json_problem, json_records
@@ -77,7 +78,7 @@ def absolute(spec: str) -> str:
     if spec.startswith(("tfds:", "hf:")):
         return spec
     kind, path = ("images:", spec[7:]) if spec.startswith("images:") else ("", spec)
-    return f"{kind}{pathlib.Path(path).expanduser().absolute()}"
+    return f"{kind}{expand(path).absolute()}"
 
 
 def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
@@ -254,7 +255,7 @@ class ImageFolder:
     """
 
     def __init__(self, spec: str):
-        self._root = pathlib.Path(spec.removeprefix("images:")).expanduser()
+        self._root = expand(spec.removeprefix("images:"))
         if not self._root.is_dir():
             raise _not_found(spec, self._root, "folder")
         self._paths, others = list[str](), list[str]()
@@ -286,7 +287,7 @@ class ImageFolder:
 def class_folders(specs: Iterable[str]) -> tuple[str, ...]:
     """Return the class names of all image folders among some source strings, sorted."""
     names = [split_weight(spec)[0].removeprefix("images:") for spec in specs if spec.startswith("images:")]
-    roots = [root for name in names if (root := pathlib.Path(name).expanduser()).is_dir()]
+    roots = [root for name in names if (root := expand(name)).is_dir()]
     folders = (entry for root in roots for entry in root.iterdir())
     return tuple(sorted({entry.name for entry in folders if entry.is_dir() and not entry.name.startswith(".")}))
 
@@ -302,7 +303,7 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
 
 def _files(spec: str) -> list[pathlib.Path]:
     """The files that a path or glob pattern names, sorted. An existing file is never taken for a pattern."""
-    path = pathlib.Path(spec).expanduser()
+    path = expand(spec)
     if path.is_file():
         return [path]
     if path.is_dir():

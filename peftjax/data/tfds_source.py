@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.output import say
 from peftjax.core.paths import suggest
 
@@ -123,7 +123,7 @@ def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        folder = expand(data_dir or tfds.core.constants.DATA_DIR)
         known = {*tfds.list_builders(with_community_datasets=False), *(entry.name for entry in folder.glob("*"))}
         near = suggest(dataset, known.union(OWN_BUILDERS))
         where = f"in {data_dir!r}" if data_dir else "in its default directory (config.data.tfds_data_dir sets another)"

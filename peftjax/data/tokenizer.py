@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.chat_template import ChatTemplate, Message, Tools
 from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, read_json_if_any, resolve
@@ -36,7 +37,7 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
         >>> tokenizer.decode(tokenizer.encode("Hello"))
         'Hello'
     """
-    directory = pathlib.Path(path).expanduser()
+    directory = expand(path)
     if str(path) == "embedded" or revision is not None or not directory.is_dir():
         directory = resolve(path, revision, ("config.json", *SIDE_FILES))
     return Tokenizer(directory)

@@ -17,6 +17,7 @@ from peftjax.adapters.registry import ModelT, active
 from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
@@ -84,7 +85,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
         >>> path = peftjax.save_adapter(model, "my-adapter")
         >>> model = peftjax.load_adapter(model, "my-adapter", name="again")
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     method: Method
     if adapter_hub.is_hub(path):
         method, tensors = adapter_hub.read(path, model, name)

@@ -20,6 +20,7 @@ from peftjax.adapters.sites import head_sites
 from peftjax.core import distributed, host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
 from peftjax.io.adapter_check import TOKENS
@@ -77,7 +78,7 @@ def save_adapter(
     named = BaseName(base) if base is not None else base_name(model, name)
     if named is None and isinstance(model, Model) and model.origin:
         named = BaseName(model.origin.path, model.origin.options["revision"])
-    return write_adapter(model, Path(path).expanduser(), name, named, single_experts=single_experts)
+    return write_adapter(model, expand(path), name, named, single_experts=single_experts)
 
 
 def write_adapter(

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.core.workdir import is_run
 from peftjax.io.json_types import check_types
@@ -74,7 +75,7 @@ def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] 
         UserError: The directory does not exist or has no config.json, or the download fails.
     """
     name = str(path)
-    directory = EMBEDDED if name == "embedded" else Path(path).expanduser()
+    directory = EMBEDDED if name == "embedded" else expand(path)
     if directory.is_dir():
         if revision:
             raise UserError(f"{name} is a directory and has no revision {revision!r}; revisions belong to hub ids")
@@ -359,7 +360,7 @@ def _open(file: Path) -> safe_open:
                     f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
                 ) from error
         raise UserError(
-            f"{file} is not a safetensors file, or it is damaged or truncated ({error}); download it again"
+            f"{file} is not a safetensors file, or it is damaged or truncated ({error}); download or save it again"
         ) from error
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.adapters.method import Method
+from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
@@ -121,7 +122,7 @@ def _checksum(text: str) -> str:
 
 def hub_id(base: str) -> str | None:
     """The base's id on the hub; None if it is a local directory or the bundled model."""
-    local = base == "embedded" or Path(base).expanduser().exists()
+    local = base == "embedded" or expand(base).exists()
     return base if is_hub_id(base) and not local else None
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
 from peftjax.io.adapter_method import read_method
 from peftjax.io.model_card import CARD, REPOSITORY, make_card, without_mark
 
@@ -36,7 +37,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     read_method(directory)
     files = {
         path.name: path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")

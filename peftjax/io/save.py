@@ -11,6 +11,7 @@ from flax import nnx
 from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.home import expand
 from peftjax.io import bitsandbytes, hf_files
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import projections
@@ -54,7 +55,7 @@ def save_model(
         >>> peftjax.save_model(model, "my-model")
         >>> model = peftjax.load_model("my-model")
     """
-    target = Path(path).expanduser().resolve()  # a link to a directory cannot be replaced
+    target = expand(path).resolve()  # a link to a directory cannot be replaced
     if active := sorted(
         {name for _, slot in nnx.iter_modules(model) if isinstance(slot, Slot) for name in slot.active}
     ):

@@ -27,6 +27,7 @@ from peftjax.core import variables
 from peftjax.core.config_values import as_tuples
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.home import expand
 from peftjax.core.variables import DropoutKey
 from peftjax.io import hf_files
 from peftjax.io.adapter_keys import has_single_experts
@@ -62,7 +63,7 @@ def resolve(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Co
     """
     if config.start_from and (identity := checkpoints.identity()) is not None:
         return as_stored(config, identity["config"]), workdir / KEPT
-    return with_options(config), Path(config.start_from).expanduser() if config.start_from else None
+    return with_options(config), expand(config.start_from) if config.start_from else None
 
 
 def with_options(config: Config) -> Config:
@@ -74,7 +75,7 @@ def with_options(config: Config) -> Config:
     """
     if not config.start_from:
         return config
-    theirs = _method(Path(config.start_from).expanduser(), config.model)
+    theirs = _method(expand(config.start_from), config.model)
     method = _completed(config.method, theirs)
     _require_agreement(method, theirs, config.start_from)
     if found := [f"{name}={value!r}" for name, value in vars(method).items() if unusual(value)]:
@@ -107,7 +108,7 @@ def describe(config: Config) -> str:
 
 def keep(config: Config, workdir: Path) -> None:
     """Copy the adapter of method.start_from into the workdir. One process calls this, before the first step."""
-    source, kept, partial = Path(config.start_from).expanduser(), workdir / KEPT, workdir / f"{KEPT}.partial"
+    source, kept, partial = expand(config.start_from), workdir / KEPT, workdir / f"{KEPT}.partial"
     if source.resolve() == kept.resolve():
         return
     for left in (partial, kept):

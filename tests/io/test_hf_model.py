@@ -335,10 +335,15 @@ def test_an_index_without_a_weight_map_is_an_error(tmp_path: Path) -> None:
         load_model(tmp_path / "m")
 
 
+def test_an_unknown_home_directory_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^~nosuchuser/model: no such directory"):
+        load_model("~nosuchuser/model")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-5], r"damaged or truncated \(.*\); download it again"),
+        (lambda data: data[:-5], r"damaged or truncated \(.*\); download or save it again"),
         (lambda data: data[:40], "not a safetensors file, or it is damaged or truncated"),
         (lambda data: b"", "not a safetensors file, or it is damaged or truncated"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
