@@ -1,6 +1,9 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
-from peftjax.core import signals as _signals  # noqa: F401  # first: it handles signals while a command imports the rest
+from peftjax.core import huge_pages as _huge_pages  # noqa: F401  # first: it may start the process anew
+
+# isort: split
+from peftjax.core import signals as _signals  # noqa: F401  # now: it handles signals while a command imports the rest
 
 # isort: split
 import sys as _sys

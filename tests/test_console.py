@@ -10,7 +10,7 @@ import pytest
 import peftjax
 from peftjax import __main__ as console
 from peftjax.core import cli
-from peftjax.core.signals import _command
+from peftjax.core.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,8 +81,10 @@ print(*[name for name in sys.modules if name in ("peftjax.train", "peftjax.gener
         (["train.py"], ["python", "train.py"], None),
     ],
 )
-def test_the_handling_of_signals_knows_the_command(argv: list[str], started: list[str], command: str | None) -> None:
-    assert _command(argv, started) == command
+def test_a_process_knows_its_command_before_it_imports_anything(
+    argv: list[str], started: list[str], command: str | None
+) -> None:
+    assert parse(argv, started) == command
 
 
 @pytest.mark.parametrize(

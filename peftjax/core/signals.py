@@ -8,17 +8,18 @@ handler of Python would not run. It decides by what there is to lose:
 - Between the first step and the end, the signal is noted. The training loop saves and stops (core/preemption.py).
 - A second SIGINT ends the process. Checkpoints are complete or absent, so that the last complete one remains.
 
-This module imports only the standard library, so that it is loaded at once.
+This module imports little more than the standard library, so that it is loaded at once.
 """
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
+
+from peftjax.core.command import command
 
 PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
 INTERRUPTED = 130  # exit code after SIGINT, as shells report it
@@ -139,30 +140,12 @@ def _tell(text: str) -> None:
         os.write(2, f"{text}\n".encode())  # not print: the main thread may be in the middle of one
 
 
-def _command(arguments: list[str], started: list[str]) -> str | None:
-    """The command whose package Python is importing; None if another program imports it.
-
-    Args:
-        arguments: sys.argv, which is ["-m", ...] until Python has found the module to run.
-        started: sys.orig_argv.
-    """
-    if arguments[:1] == ["-m"] and "-m" in started:
-        package, _, command = started[started.index("-m") + 1].partition(".")
-        if package != "peftjax":
-            return None
-        return command or (arguments[1:] or [""])[0]  # python -m peftjax train
-    if arguments and os.path.basename(arguments[0]) == "peftjax":  # noqa: PTH119  # pathlib is not loaded yet
-        return (arguments[1:] or [""])[0]
-    return None
-
-
-def _start(arguments: list[str], started: list[str]) -> None:
+def _start() -> None:
     """Handle signals if this process runs one of our commands."""
-    command = _command(arguments, started)
-    if command in _RUNS:
+    if command() in _RUNS:
         received.watch()
-    elif command is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    elif command() is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _quit)
 
 
-_start(sys.argv, sys.orig_argv)
+_start()
