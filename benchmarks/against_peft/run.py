@@ -118,9 +118,12 @@ def check_results(cell: Cell, results: dict[str, float]) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of the children: this checkout, the CPU, and no programs compiled by an earlier run."""
+    """The environment of the children: this checkout, the CPU, huge pages for both sides, and no programs compiled by an
+    earlier run."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": path}
+    huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": path}
+    return os.environ | huge_pages | settings
 
 
 def machine() -> dict[str, Any]:
