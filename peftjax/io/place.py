@@ -58,13 +58,14 @@ def read_parameter(
     if not entry.stacked:
         make_one = jax.jit(_made, static_argnums=(1, 2, 3), out_shardings=made)
         return make_one(read(checked(tensors[0])), order, dtype, encode)
-    stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, leaf.dtype, where)(), whole, made)
+    pack = on_host and mesh.size == 1
+    stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, _wide(leaf.dtype, pack), where)(), whole, made)
     options = sharding.compiler_options(mesh.devices.flat)
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4, 5), out_shardings=made, compiler_options=options)
     for layer, host in enumerate(_ahead(checked, tensors)):
         # Without waiting, all layers would be read before the first is written.
         stack = jax.block_until_ready(put(stack, read(host), layer, order, dtype, encode))
-    return stack
+    return jax.tree.map(_packed, stack, whole, placed) if pack else stack
 
 
 def _ahead(check: Callable[[Stored], T], tensors: Sequence[Stored]) -> Iterator[T]:
@@ -75,6 +76,16 @@ def _ahead(check: Callable[[Stored], T], tensors: Sequence[Stored]) -> Iterator[
             ready, coming = coming.result(), checker.submit(check, tensor)
             yield ready
         yield coming.result()
+
+
+def _wide(dtype: np.dtype, pack: bool) -> np.dtype:
+    """The dtype of a stack while it is being read; int8 for int4 if it is to be packed afterwards."""
+    return np.dtype(np.int8) if pack and dtype == jnp.int4 else dtype
+
+
+def _packed(stack: jax.Array, whole: jax.ShapeDtypeStruct, placed: Any) -> jax.Array:
+    """A stack with its final dtype. JAX packs an int4 array of the host about 25 times as fast as XLA's CPU backend does."""
+    return stack if stack.dtype == whole.dtype else jax.device_put(np.asarray(stack).view(whole.dtype), placed)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,6 +100,7 @@ def _put(stack: Any, value: Any, layer: jax.Array, order: Order, dtype: np.dtype
 
 def _put_layer(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
     """Write one layer into a stack, in place."""
+    one = one.astype(stack.dtype)
     if stack.dtype == jnp.bfloat16:
         # XLA's CPU backend would convert the whole stack to float32 and back. It writes integers in place.
         bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
