@@ -44,6 +44,7 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel
 
 PICKLE = "adapter_model.bin"
+OF_WHOLE_MODULES = ("weight", "bias", "modules_to_save", "original_module")  # after the name of a module in a key
 PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
 NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
@@ -168,10 +169,17 @@ def _holds_head(
     """Whether the file of the tensors holds the task head; by_config: whether its config says so.
 
     Raises:
-        UserError: It holds only the biases of the head, which `bias="all"` trains.
+        UserError: It holds an adapter of the head, or only the biases of the head, which `bias="all"` trains.
     """
     names = [bare_key(name) for site in head_sites(model) for name in site.names]
-    held = any(bare_key(key).startswith(f"{name}.") for key in tensors for name in names)
+    of_head = [(key, name) for key in tensors for name in names if bare_key(key).startswith(f"{name}.")]
+    held = bool(of_head)
+    for key, name in of_head:
+        if bare_key(key).removeprefix(f"{name}.").partition(".")[0] not in OF_WHOLE_MODULES:
+            raise UserError(
+                f"{path / WEIGHTS} has an adapter of the task head ({name}), which is trained in full here: {key} is not "
+                "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
+            )
     if held and not by_config and getattr(method, "bias", "none") == "all":
         raise UserError(
             f"{path / CONFIG}: bias='all' trained the biases of the task head ({', '.join(names)}) without its kernels, which "

@@ -195,9 +195,13 @@ def _method(model: nnx.Module, name: str) -> Method:
 
 def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | None) -> dict[str, Any]:
     """PEFT's adapter_config.json."""
+    trained = [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+    task = task_type(model)
+    if task in CLASSIFICATIONS and not trained:
+        task = "FEATURE_EXTRACTION"  # for a classification, PEFT would require the head in the file
     config = {
         "peft_type": method.peft_type,
-        "task_type": task_type(model),
+        "task_type": task,
         "base_model_name_or_path": base.name if base else None,
         "revision": base.revision if base else None,
         "inference_mode": True,
@@ -205,8 +209,7 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
     } | method.to_hf(model, name)
     # PEFT saves a layer of the task head if the task_type has a head and the layer one of PEFT's names for it. Otherwise
     # modules_to_save must name the layer.
-    saved_by_task = HEAD_NAMES if task_type(model) in CLASSIFICATIONS else ()
-    trained = [hf for site in head_sites(model) if name in site.module.adapters.names() for hf in site.names]
+    saved_by_task = HEAD_NAMES if task in CLASSIFICATIONS else ()
     if heads := [head for head in trained if not any(is_saved(head, entry) for entry in saved_by_task)]:
         saved = config.get("modules_to_save") or []
         config["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]

@@ -46,6 +46,12 @@ class Entry:
         """The shape of each tensor."""
         return self._stored(self.shape)
 
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """The shape of each kernel in NF4: [out, in], also where a dense tensor is [in, out], as in a GPT-2."""
+        *lead, inputs, outputs = self.shape[1:] if self.stacked else self.shape
+        return (*lead, outputs, inputs)
+
     def stored_sharding(self, whole: NamedSharding) -> NamedSharding:
         """The sharding of one tensor with which every device reads only what its shard of the parameter needs."""
         return NamedSharding(whole.mesh, PartitionSpec(*self._stored(tuple(whole.spec))))

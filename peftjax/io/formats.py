@@ -45,7 +45,7 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
             continue
         modules = entry.hf_modules
         names += modules
-        skipped = [name for name in modules if matches(name, tuple(skip))]
+        skipped = [name for name in modules if matches(name, (*skip, *model.hf_dense))]
         if skipped and len(skipped) < len(modules):
             raise UserError(
                 f"skip (model.skip_quantize): {skipped[0]} is one of several layers that share one format; name them all"

@@ -55,7 +55,8 @@ def load_model(
             loaded as it is.
         dtype: Compute dtype: "float32", "bfloat16" or "float16".
         quantize: Format of the kernels: "nf4", "nf4_single" (without double quantization) or "int8"; each is quantized
-            as it is read. Norms, biases, embeddings and output layers stay in `param_dtype`.
+            as it is read. Norms, biases, embeddings and output layers stay in `param_dtype`, and so do the modules `wo` of
+            a T5, as in transformers.
         param_dtype: Dtype of the parameters; default: `dtype`.
         mesh: Devices to shard over; default: one device.
         revision: Branch, tag or commit of a hub id.

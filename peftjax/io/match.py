@@ -12,7 +12,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.io import hf_files
 from peftjax.io.bitsandbytes import Packed, Stored
-from peftjax.io.entries import Entry
+from peftjax.io.entries import Entry, is_linear
 from peftjax.io.hf_files import enumerate_some
 from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
@@ -66,11 +66,12 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         for problem, faults in zip((missing, unexpected, shapes), packed.faults(), strict=True):
             problem += faults
     for key in (key for key in expected if key in found):
-        shape, needed = found[key].shape, expected[key].stored_shape
-        if shape != needed:
-            shapes.append(f"{key} is stored as {list(shape)}, but config.json asks for {list(needed)}")
-        if found[key].dtype not in hf_files.FLOATS:
-            dtypes.append(f"{key} is stored as {found[key].dtype}, but must be a float of 8 to 64 bits")
+        tensor, entry = found[key], expected[key]
+        needed = entry.packed_shape if isinstance(tensor, Packed) and is_linear(model, entry) else entry.stored_shape
+        if tensor.shape != needed:
+            shapes.append(f"{key} is stored as {list(tensor.shape)}, but config.json asks for {list(needed)}")
+        if tensor.dtype not in hf_files.FLOATS:
+            dtypes.append(f"{key} is stored as {tensor.dtype}, but must be a float of 8 to 64 bits")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
     if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
         warnings.warn(

@@ -107,7 +107,9 @@ def _quantization_config(model: Model) -> dict[str, Any]:
         value = leaves[entry.path].get_value()
         if isinstance(value, Quantized):
             kernels[entry.path] = value
-            dense = [name for name in dense if name not in entry.hf_modules]
+            dense = [
+                name for name in dense if not any(f"{module}.".startswith(f"{name}.") for module in entry.hf_modules)
+            ]
         elif is_linear(model, entry):
             dense += [name for name in entry.hf_modules if name not in dense]
     if other := [path for path, value in kernels.items() if not isinstance(value, Nf4)]:

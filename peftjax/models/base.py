@@ -135,6 +135,7 @@ class Model(nnx.Module):
         origin: Where it was loaded from; None if it was not loaded.
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
+        hf_dense: Name endings of other modules that transformers does not quantize.
         hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
             holds all experts. An empty tuple if checkpoints contain that parameter itself.
     """
@@ -144,6 +145,7 @@ class Model(nnx.Module):
     __call__: Callable[..., Any]  # each kind of model has its own inputs
     output_layers: ClassVar[tuple[str, ...]] = ()
     task_head: ClassVar[tuple[str, ...]] = ()
+    hf_dense: ClassVar[tuple[str, ...]] = ()
     hf_experts: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     @property

@@ -220,6 +220,7 @@ class T5(EncoderDecoder):
     hf_ignored: ClassVar[tuple[str, ...]]
     hf_tied: ClassVar[Mapping[str, str]]
     prefix_layers: ClassVar = ("decoder.attention",)  # neither in the encoder nor in `cross`
+    hf_dense: ClassVar = ("wo",)  # kept in float32, because its outputs are large
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
         self.config = config

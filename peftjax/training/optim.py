@@ -49,7 +49,9 @@ class OptimConfig:
         instead_of="warmup_steps",
     )  # fmt: skip
     final_fraction: float = field(0.0, "Final learning rate as a fraction of the peak", low=0, high=1)
-    weight_decay: float = field(0.0, "Decoupled weight decay; not applied to norms and biases", low=0)
+    weight_decay: float = field(
+        0.0, "Decoupled weight decay of matrices; not applied to norms, biases and other vectors", low=0
+    )
     b1: float = field(0.9, "Decay rate of the first moment (adamw, lion)", low=0, high=1)
     b2: float = field(0.999, "Decay rate of the second moment (adamw) or of the momentum (lion)", low=0, high=1)
     eps: float = field(1e-8, "Term added to the root of the second moment (adamw)", low=0)

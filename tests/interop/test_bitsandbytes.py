@@ -23,9 +23,19 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.fingerprint import fingerprint
 from peftjax.io.save import save_model
+from peftjax.models.encoder_decoder import EncoderDecoder
 from peftjax.quant import nf4
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, Nf4
-from tests.interop.peers import THEIRS, assert_close, assert_far, logits, train_by_the_step, train_theirs
+from tests.interop.peers import (
+    THEIRS,
+    assert_close,
+    assert_far,
+    logits,
+    shake,
+    tokens,
+    train_by_the_step,
+    train_theirs,
+)
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings(*THEIRS)]
 
@@ -208,6 +218,59 @@ def test_quantized_as_it_is_loaded_a_model_is_theirs(bases: Callable) -> None:
     theirs = logits(quantized(bases("wide")))
     model = peftjax.load_model(bases("wide"), quantize="nf4")
     assert_close(logits(model), theirs)
+
+
+# Conv1D, whose kernels are [in, out] in dense files; modules that transformers never quantizes; a head of two layers
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=48, n_embd=64, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=48, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16)
+    ),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(
+            vocab_size=48,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_go_both_ways(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = FAMILIES[family]()
+    shake(dict(base.named_parameters()), 0.1)
+    base.save_pretrained(tmp_path / "base")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    theirs = type(base).from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = outputs(theirs)
+    model = peftjax.load_model(tmp_path / "theirs")
+    assert_close(outputs(model), expected)
+    if family != "roberta":  # they also quantize a classifier, unless told not to
+        assert_close(outputs(peftjax.load_model(tmp_path / "base", quantize="nf4")), expected)
+    peftjax.save_model(model, tmp_path / "ours")
+    np.testing.assert_array_equal(outputs(peftjax.load_model(tmp_path / "ours")), outputs(model))
+    assert_close(outputs(type(base).from_pretrained(tmp_path / "ours", device_map="cpu")), expected)
+
+
+def outputs(model: Any) -> np.ndarray:
+    """The logits of any text model; its texts are their own targets."""
+    ids = tokens()
+    if not isinstance(model, nnx.Module):
+        decoder = {"decoder_input_ids": torch.tensor(ids)} if model.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            return without_repacking(model).eval()(torch.tensor(ids), **decoder).logits.float().numpy()
+    options = {"decoder_tokens": jnp.asarray(ids)} if isinstance(model, EncoderDecoder) else {}
+    return np.asarray(model(jnp.asarray(ids), **options))
 
 
 def test_rows_that_are_no_multiple_of_64_come_and_go_with_every_bit(bases: Callable, tmp_path: Path) -> None:

@@ -322,10 +322,22 @@ def test_an_adapter_without_a_task_leaves_the_head_as_it_is(encoder: Callable, t
     base = encoder(CLASSIFIERS[0])
     peer = peft.get_peft_model(load_theirs(base), peft.LoraConfig(r=4, target_modules=["query"])).eval()
     shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
-    peer.save_pretrained(tmp_path)
-    model = peftjax.load_adapter(peftjax.load_model(base), tmp_path)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(base), tmp_path / "theirs")
     assert_close(ours(model), theirs(peer))
     assert count_trainable(model) == sum(p.numel() for p in peer.parameters() if p.requires_grad)
+    peftjax.save_adapter(model, tmp_path / "ours")  # and none is written
+    assert_close(theirs(load_into_theirs(base, tmp_path / "ours").eval()), theirs(peer))
+
+
+def test_an_adapter_of_the_head_itself_is_refused(encoder: Callable, tmp_path: Path) -> None:
+    base = encoder(CLASSIFIERS[0])
+    config = peft.LoraConfig(r=4, target_modules=["query", "classifier"])
+    peft.get_peft_model(load_theirs(base), config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has an adapter of the task head \(classifier\), which is trained in full here"
+    ):
+        peftjax.load_adapter(peftjax.load_model(base), tmp_path)
 
 
 def test_trained_tokens_leave_the_head_as_it_is(encoder: Callable, tmp_path: Path) -> None:
