@@ -33,7 +33,7 @@ class HfLeaf:
 
     def write(self, array: Any) -> Any:
         """The file's tensor, from one layer's array of the leaf."""
-        part = array[self.window]
+        part = array[*self.window, ...]
         part = part if self.axes is None else part.transpose(self.axes)
         return part if self.shape is None else part.reshape(self.shape)
 
@@ -43,7 +43,7 @@ class HfLeaf:
         Raises:
             UserError: The tensor has another shape.
         """
-        window = into[self.window]
+        window = into[*self.window, ...]  # a view, also of a single number
         expected = self.write(into).shape
         if tensor.shape != expected:
             raise UserError(f"has shape {tensor.shape}, but this model needs {expected}")

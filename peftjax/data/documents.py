@@ -17,7 +17,8 @@ class Document:
     """A record as arrays.
 
     Attributes:
-      arrays: The arrays of one example by name.
+      arrays: The arrays of one example by name. One is called `loss_weights`: one weight of the loss, or one for each token. It
+        is 0 in a row of padding.
       size: Its number of tokens, or 1 for an image.
       too_long: What exceeds the configured length, for a message; empty if nothing does.
     """

@@ -28,6 +28,7 @@ from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single
 from peftjax.io.adapter_tensors import CONFIG, PREFIX, WEIGHTS, adapter_tensors
 from peftjax.io.hf_files import DTYPES
 from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark
+from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.models.base import Model
 
@@ -187,6 +188,11 @@ def _method(model: nnx.Module, name: str) -> Method:
     method = attached(model)[name]
     if method.peft_type is None and not isinstance(method, Bottleneck):
         raise UserError(f"{method.method} has no adapter file; save the whole model with save_model")
+    if method.peft_type not in (cls.peft_type for cls in METHODS.values()):
+        kind = type(method).__name__
+        raise UserError(
+            f"{kind} is not registered, so nothing could load its file; register it: peftjax.methods.METHODS[{kind}.method] = {kind}"
+        )
     return method
 
 
@@ -252,7 +258,7 @@ def _json(config: dict[str, Any]) -> bytes:
 
 def _weights(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The safetensors file with these tensors."""
-    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    arrays = {key: np.asarray(value, order="C") for key, value in tensors.items()}
     return _with_sorted_metadata(save(arrays, metadata={"format": "pt", **metadata}))
 
 

@@ -75,8 +75,8 @@ class AdapterTensor:
         return variable
 
     def of_layer(self, value: Any) -> Any:
-        """Return this tensor's layer of the variable's value."""
-        return value if self.layer is None else value[self.layer]
+        """Return this tensor's layer of the variable's value, a view of an array of NumPy."""
+        return value if self.layer is None else value[self.layer, ...]
 
 
 def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[AdapterTensor]:

@@ -89,13 +89,17 @@ class AdoptedLinear(Linear):
     """A Flax layer with a slot: [..., *in_shape] -> [..., *out_shape]."""
 
     original: type[nnx.Module]
+    dtype: Any
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
 
     def __call__(self, inputs: jax.Array, *, out_sharding: Any = None, **parameters: jax.Array) -> jax.Array:
         lead = inputs.shape[: inputs.ndim - len(self.in_shape)]
         compute = partial(self.dense, out_sharding=out_sharding)
-        y = self.adapters(self, compute, inputs.reshape(*lead, self.in_features), **parameters)
+        x = inputs.reshape(*lead, self.in_features)
+        if self.dtype is not None:  # the base computes in this dtype, and so do the adapters
+            x = x.astype(self.dtype)
+        y = self.adapters(self, compute, x, **parameters)
         return y.reshape(*lead, *self.out_shape)
 
     def dense(
@@ -112,7 +116,10 @@ class AdoptedLinear(Linear):
 
 
 class AdoptedEmbed(Embedding, nnx.Embed):
-    """nnx.Embed with a slot: int [...] -> [..., D], or [B, T] -> [B, P + T, D] with a soft prompt."""
+    """nnx.Embed with a slot: int [...] -> [..., D], or [B, T] -> [B, P + T, D] with a soft prompt.
+
+    A network whose output layer is the transposed table calls `attend`, where adapters change the table, too.
+    """
 
     original = nnx.Embed
 
@@ -123,14 +130,24 @@ class AdoptedEmbed(Embedding, nnx.Embed):
         prompt = jnp.concatenate([adapter.prompt() for adapter in self._prompts()]).astype(y.dtype)
         return jnp.concatenate([jnp.broadcast_to(prompt, (*y.shape[:-2], *prompt.shape)), y], axis=-2)
 
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """query table^T: [..., D] -> [..., V]."""
+        table = self.embedding.get_value()
+        for adapter in self._active():
+            if not adapter.virtual:  # a soft prompt changes no table
+                table = adapter.merged(embedding=table)["embedding"]
+        return _twin(self, embedding=table).attend(query, out_sharding=out_sharding)
+
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None, *, out_sharding: Any = None) -> jax.Array:
         """The base computation, by Flax; `embedding` replaces the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
         return _twin(self, embedding=table)(tokens, out_sharding=out_sharding)
 
     def _prompts(self) -> list[Any]:
-        active = [self.adapters.adapter(name) for name in self.adapters.active]
-        return [adapter for adapter in active if adapter.virtual]
+        return [adapter for adapter in self._active() if adapter.virtual]
+
+    def _active(self) -> list[Any]:
+        return [self.adapters.adapter(name) for name in self.adapters.active]
 
 
 class AdoptedSublayer(Residual):

@@ -20,7 +20,8 @@ from peftjax.models.base import Model
 from peftjax.tasks.model import ModelSection, load_base
 from peftjax.totals import Batch, Totals
 
-# The arrays of a row that hold token ids.
+# The arrays of a row that hold token ids. Only these are checked against the rows of the embedding, and arrays of other names are
+# padded with 0 instead of the padding token.
 TOKENS = ("tokens", "decoder_tokens", "targets")
 
 

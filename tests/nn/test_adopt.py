@@ -12,7 +12,7 @@ from flax import nnx
 
 from peftjax import adapters, sharding
 from peftjax.core import variables
-from peftjax.methods import Houlsby, Lora, PrefixTuning, PromptTuning
+from peftjax.methods import Houlsby, Hra, Ia3, LoHa, Lora, PrefixTuning, PromptTuning, TrainableTokens, Vera
 from peftjax.nn.adopt import adopt
 from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
@@ -84,6 +84,48 @@ def test_lora_in_any_layer_is_the_update_of_its_matrix(target: str) -> None:
     assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
     np.testing.assert_allclose(adapters.merge(model)(TOKENS), attached, atol=1e-5)
     np.testing.assert_array_equal(adapters.detach(model)(TOKENS), adopted()(TOKENS))
+
+
+class Tied(nnx.Module):
+    """Tokens to logits over the tokens, with the transposed table as its output layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(20, 12, rngs=rngs)
+        self.hidden = nnx.Linear(12, 12, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embed.attend(jax.nn.relu(self.hidden(self.embed(tokens))))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Lora(rank=2, targets=("embed",)),
+        Lora(rank=2, targets=("hidden",), modules_to_save=("embed",)),
+        TrainableTokens(token_indices=(2, 19)),
+    ],
+    ids=lambda method: method.method,
+)
+def test_adapters_of_an_embedding_change_an_output_layer_that_is_its_transposed_table(method: adapters.Method) -> None:
+    before = Tied(nnx.Rngs(0))(TOKENS)
+    model = randomized(adapters.attach(adopt(Tied(nnx.Rngs(0))), method, rngs=nnx.Rngs(1)))
+    attached = model(TOKENS)
+    adapters.merge(model)
+    table = model.embed.embedding.get_value()
+    np.testing.assert_allclose(attached, jax.nn.relu(model.hidden(table[TOKENS])) @ table.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(adapters.detach(model)(TOKENS), before)
+
+
+def test_a_soft_prompt_does_not_change_the_transposed_table() -> None:
+    model = adapters.attach(adopt(Tied(nnx.Rngs(0))), PromptTuning(tokens=3), rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(model(TOKENS)[:, 3:], Tied(nnx.Rngs(0))(TOKENS))
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), LoHa(rank=2), Vera(rank=2), Ia3(targets=("layer",)), Hra(rank=2)])
+def test_adapters_compute_in_the_dtype_of_their_layer(method: adapters.Method) -> None:
+    layer = nnx.Linear(12, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = adapters.attach(adopt(nnx.Dict(layer=layer)), method, rngs=nnx.Rngs(1))
+    assert randomized(model).layer(jnp.ones((2, 12))).dtype == jnp.bfloat16
 
 
 def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
