@@ -103,7 +103,7 @@ class Rows(nnx.Module):
 
 
 def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
-    """Return the model for a batch whose row b uses adapter names[b].
+    """Return the model for a batch whose row b uses adapter names[b], for inference: its parameters are copies.
 
     Args:
         model: A decoder or an encoder from `load_model`.
