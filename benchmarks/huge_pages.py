@@ -18,28 +18,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from peftjax.core.huge_pages import VALUE, VARIABLE, left_to_programs
+from train_step import Step, model_directory
 
-SIZES = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 768, "intermediate_size": 2048,
-    "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-}  # fmt: skip
+import peftjax
+from peftjax.core.huge_pages import VALUE, VARIABLE, opt_in
+from peftjax.training import config as configs
+
+sys.path.append(str(Path(__file__).resolve().parent / "against_peft"))
+
+from cells import RANK, SHAPES
+
 STEPS = 10
 
 
 def measure(directory: str, method: str, rows: int, length: int) -> tuple[float, float]:
     """The median seconds of a step, and the mean number of page faults, in this process."""
-    from train_step import Step
-
-    import peftjax
-    from peftjax.training import config as configs
-
     fields = {
         "model.path": directory, "model.init": "random", "model.dtype": "float32", "model.param_dtype": "float32",
         "train.batch_size": rows, "data.max_length": length,
     }  # fmt: skip
-    chosen = peftjax.Full() if method == "full" else peftjax.Lora(rank=16, targets="all-linear")
+    chosen = peftjax.Full() if method == "full" else peftjax.Lora(rank=RANK, targets="all-linear")
     step = Step(configs.changed(configs.Config(method=chosen), fields))
     step.run(2)
     before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
@@ -61,25 +59,19 @@ def start(setting: str, *arguments: object) -> tuple[float, float]:
 
 
 def main() -> None:
-    from train_step import model_directory
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    if not left_to_programs():
-        sys.exit("the kernel does not leave huge pages to each program (transparent_hugepage/enabled is not madvise)")
+    if not opt_in():
+        sys.exit("huge pages are not opt-in on this machine (transparent_hugepage/enabled is not madvise)")
     with tempfile.TemporaryDirectory() as root:
-        directory = model_directory(Path(root) / "model", SIZES)
+        directory = model_directory(Path(root) / "model", SHAPES["110m"])
         for method in ("full", "lora"):
             for rows, length in ((1, 64), (4, 128)):
-                found = [
-                    [start(value, directory, method, rows, length) for value in ("", VALUE)] for _ in range(rounds)
-                ]
-                ratio = statistics.median(small[0] / huge[0] for small, huge in found)
-                faults = [
-                    statistics.median(pages)
-                    for pages in zip(*([one[1] for one in each] for each in found), strict=True)
-                ]
+                cell = directory, method, rows, length
+                found = [(*start("", *cell), *start(VALUE, *cell)) for _ in range(rounds)]
+                ratio = statistics.median(small / huge for small, _, huge, _ in found)
+                faults = [statistics.median(line[column] for line in found) for column in (1, 3)]
                 print(
                     f"{method}, {rows} x {length} tokens: {ratio:.2f} times as fast with huge pages; page faults per step: "
                     f"{faults[0]:,.0f} and {faults[1]:,.0f}"

@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning in JAX and Flax."""
 
-from peftjax.core import huge_pages as _huge_pages  # noqa: F401  # first: it may start the process anew
+from peftjax.core import huge_pages as _huge_pages  # noqa: F401  # first: it may restart the process
 
 # isort: split
 from peftjax.core import signals as _signals  # noqa: F401  # now: it handles signals while a command imports the rest

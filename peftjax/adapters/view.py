@@ -15,7 +15,7 @@ def active_view(model: ModelT) -> ModelT:
     view: ModelT = nnx.merge(*nnx.split(model))
     for site in sites(view):
         slot = site.module.adapters
-        active = [slot.adapter(name) for name in slot.active]
+        active = slot.active_adapters()
         for name in slot.names():
             slot.remove(name)
         for index, adapter in enumerate(active):

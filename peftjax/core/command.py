@@ -5,7 +5,7 @@ import sys
 
 
 def command() -> str | None:
-    """The peftjax command of this process, "" without a name; None if another program imports peftjax."""
+    """The peftjax command of this process, "" if it names none; None if another program imports peftjax."""
     return parse(sys.argv, sys.orig_argv)
 
 

@@ -142,9 +142,10 @@ def _tell(text: str) -> None:
 
 def _start() -> None:
     """Handle signals if this process runs one of our commands."""
-    if command() in _RUNS:
+    name = command()
+    if name in _RUNS:
         received.watch()
-    elif command() is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    elif name is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _quit)
 
 

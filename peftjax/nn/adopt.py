@@ -133,7 +133,7 @@ class AdoptedEmbed(Embedding, nnx.Embed):
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """query table^T: [..., D] -> [..., V]."""
         table = self.embedding.get_value()
-        for adapter in self._active():
+        for adapter in self.adapters.active_adapters():
             if not adapter.virtual:  # a soft prompt changes no table
                 table = adapter.merged(embedding=table)["embedding"]
         return _twin(self, embedding=table).attend(query, out_sharding=out_sharding)
@@ -144,10 +144,7 @@ class AdoptedEmbed(Embedding, nnx.Embed):
         return _twin(self, embedding=table)(tokens, out_sharding=out_sharding)
 
     def _prompts(self) -> list[Any]:
-        return [adapter for adapter in self._active() if adapter.virtual]
-
-    def _active(self) -> list[Any]:
-        return [self.adapters.adapter(name) for name in self.adapters.active]
+        return [adapter for adapter in self.adapters.active_adapters() if adapter.virtual]
 
 
 class AdoptedSublayer(Residual):

@@ -48,7 +48,7 @@ class Embedding(SlottedLayer):
 
     def prompt(self, batch: int) -> jax.Array:
         """Return the active soft prompts for `batch` rows, [B, P, D] in `dtype`."""
-        active = [self.adapters.adapter(name) for name in self.adapters.active]
+        active = self.adapters.active_adapters()
         prompt = jnp.concatenate([adapter.prompt() for adapter in active if adapter.virtual]).astype(self.dtype)
         return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
 

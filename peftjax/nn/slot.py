@@ -76,7 +76,11 @@ class Slot(nnx.Module):
     @property
     def virtual(self) -> int:
         """The number of virtual positions that the active adapters put before the first token."""
-        return sum(self.adapter(name).virtual for name in self.active)
+        return sum(adapter.virtual for adapter in self.active_adapters())
+
+    def active_adapters(self) -> list[Any]:
+        """The active adapters, innermost first."""
+        return [self.adapter(name) for name in self.active]
 
     def adapter(self, name: str) -> Any:
         """The adapter called `name`."""

@@ -1,4 +1,4 @@
-"""Commands that compute start anew with huge pages, where the system leaves them to each program."""
+"""Commands that compute restart with huge pages, where only programs that ask for them get them."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_the_setting_of_the_kernel(content: str, expected: bool, tmp_path: Path) -> None:
     (tmp_path / "enabled").write_text(content)
-    assert huge_pages.left_to_programs(str(tmp_path / "enabled")) is expected
-    assert not huge_pages.left_to_programs(str(tmp_path / "other"))  # a kernel without huge pages
+    assert huge_pages.opt_in(str(tmp_path / "enabled")) is expected
+    assert not huge_pages.opt_in(str(tmp_path / "other"))  # a kernel without huge pages
 
 
 @pytest.mark.parametrize(("command", "starts"), [("evaluate", 2), ("report", 1)])
-def test_a_command_that_computes_starts_anew_once(command: str, starts: int, tmp_path: Path) -> None:
+def test_a_command_that_computes_restarts_once(command: str, starts: int, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nprint('started', os.getpid(), os.environ.get('GLIBC_TUNABLES', ''), file=sys.stderr)\n"
     )
@@ -38,7 +38,7 @@ def test_a_command_that_computes_starts_anew_once(command: str, starts: int, tmp
         return [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("started")]
 
     found = run(given)
-    assert len(found) == (starts if huge_pages.left_to_programs() else 1)
+    assert len(found) == (starts if huge_pages.opt_in() else 1)
     assert len({process for process, *_ in found}) == 1
     assert [value for _, *value in found] == [[], [huge_pages.VALUE]][: len(found)]
     assert len(run(given | {huge_pages.VARIABLE: ""})) == 1  # the user's choice

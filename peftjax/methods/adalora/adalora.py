@@ -185,7 +185,7 @@ class AdaLora(Targeted):
         if self.orthogonality == 0:
             return None
         slots = [site.module.adapters for site in sites(model)]
-        found = [slot.adapter(name) for slot in slots for name in slot.active]
+        found = [adapter for slot in slots for adapter in slot.active_adapters()]
         found = [adapter for adapter in found if isinstance(adapter, AdaLoraLinear)]
         count = sum(rank is not None for adapter in found for rank in adapter.ranks)
         return self.orthogonality * sum(adapter.skewness() for adapter in found) / (2 * count)
