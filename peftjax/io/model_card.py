@@ -38,6 +38,37 @@ _TASKS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Library:
+    """Another library that can load an adapter.
+
+    Attributes:
+        title: Its name in the text.
+        package: Its Python package.
+        hub_name: What the hub calls it.
+        tags: The hub's tags of its adapters.
+        load: The lines of Python that load an adapter into a model.
+    """
+
+    title: str
+    package: str
+    hub_name: str
+    tags: tuple[str, ...]
+    load: str
+
+
+_PEFT = Library(
+    "Hugging Face PEFT", "peft", "peft", ("transformers",), "model = peft.PeftModel.from_pretrained(model, adapter)"
+)
+_ADAPTERS = Library(
+    "AdapterHub's adapters",
+    "adapters",
+    "adapter-transformers",
+    (),
+    "adapters.init(model)\nmodel.set_active_adapters(model.load_adapter(adapter))",
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSummary:
     """What a card says about the training.
 
@@ -72,14 +103,14 @@ def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
     base = config.get("model_name" if hub else "base_model_name_or_path") or ""
     task = training.task if training else config.get("task_type")
     tag, auto_class = _TASKS.get(task or "", (None, "AutoModel"))
-    library = "adapters" if hub else "peft" if method.peft_type in _IN_PEFT else ""
-    tags = [method.method, "peftjax"] + (["transformers"] if library == "peft" else [])
+    library = _ADAPTERS if hub else _PEFT if method.peft_type in _IN_PEFT else None
+    tags = [method.method, "peftjax", *(library.tags if library else ())]
     hub_base = hub_id(base)
     if hub_base:
         tags.insert(0, f"base_model:adapter:{hub_base}")
     data = ModelCardData(
         base_model=hub_base,
-        library_name={"adapters": "adapter-transformers"}.get(library, library or "peftjax"),
+        library_name=library.hub_name if library else "peftjax",
         pipeline_tag=tag,
         tags=tags,
     )
@@ -161,32 +192,24 @@ def _scores(training: TrainingSummary) -> str:
     return f"## Scores\n\nMeasured on {training.data}.\n\n" + _table(("Metric", "Before training", "After"), shown)
 
 
-def _usage(hub_base: str | None, base: str, auto_class: str, head: Mapping[str, Any], library: str) -> str:
+def _usage(hub_base: str | None, base: str, auto_class: str, head: Mapping[str, Any], library: Library | None) -> str:
     """How to load the adapter in peftjax and in the other library that can, if there is one."""
     theirs, ours = hub_base or _LOCAL, "embedded" if base == "embedded" else hub_base or _LOCAL
     given = {name: value for name, value in head.items() if value not in (None, False)}
     labels = given.get("labels")
     count = f", num_labels={labels if isinstance(labels, int) else len(labels)}" if labels else ""
     options = "".join(f", {name}={value!r}" for name, value in given.items())
-    name, load = {
-        "adapters": (
-            "AdapterHub's adapters",
-            "adapters.init(model)\nmodel.set_active_adapters(model.load_adapter(adapter))",
-        ),
-        "peft": ("Hugging Face PEFT", "model = peft.PeftModel.from_pretrained(model, adapter)"),
-        "": ("", ""),
-    }[library]
-    with_library = f"""With {name}:
+    others = f"""With {library.title}:
 
 ```python
-import {library}
+import {library.package}
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("{theirs}"{count})
-{load}
+{library.load}
 ```
 
-"""
+""" if library else ""  # fmt: skip
     note = f" `{_LOCAL}` stands for the directory of the base model." if _LOCAL in (theirs, ours) else ""
     return f"""## How to load it
 
@@ -198,7 +221,7 @@ from huggingface_hub import snapshot_download
 adapter = snapshot_download("{REPOSITORY}")
 ```
 
-{with_library if library else ""}With peftjax:
+{others}With peftjax:
 
 ```python
 import peftjax
