@@ -85,6 +85,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report_and_lowers_the_loss(
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
     page = (workdir / "report.html").read_text()
     assert "40+1=" in page
+    assert "nats per token" in page
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
 
     model = peftjax.load_adapter(load_model(made.model.path), workdir / "adapter")

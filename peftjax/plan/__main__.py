@@ -38,7 +38,7 @@ from peftjax.training import config as configs
 from peftjax.training import precision, space, start_from
 from peftjax.training.alike import populations
 from peftjax.training.config import Config
-from peftjax.training.packing import usable
+from peftjax.training.packing import one_at_a_time, usable
 
 _SUMMARY = """\
 Plan a training run: whether its train step fits a device, and how fast it can be at best.
@@ -161,11 +161,13 @@ def _plan_sweep(
             return dataclasses.replace(plan, memory=usable(plan.memory, device.platform))
 
         count = len(population)
-        probes = list(search("members", population[0], 1, probe_members, most=count))
+        alone = one_at_a_time(population[0], device.platform)
+        probes = list(search("members", population[0], 1, probe_members, most=1 if alone else count))
         best = max((value for value, plan in probes if isinstance(plan, Plan) and plan.fits), default=0)
         console.print(f"population {number} of {len(populations)}: {count} run{'s' * (count > 1)}")
         console.print(search_table("members", probes))
-        console.print(f"runs side by side: {best} of {count}\n" if best else "not even one run fits\n")
+        why = " (without a shared base, runs are trained one at a time on a CPU)" if alone and count > 1 else ""
+        console.print(f"runs side by side: {best} of {count}{why}\n" if best else "not even one run fits\n")
         everything = everything and best > 0
         records.append([{"members": value} | _record(plan) for value, plan in probes])
     return everything, records

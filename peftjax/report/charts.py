@@ -52,13 +52,13 @@ def main_scores(evaluations: Lines) -> list[str]:
     return [name for name in _SCORES if any(name in line for line in evaluations[-1:])][:2]
 
 
-def make_charts(train: Lines, evaluations: Lines, task: str) -> list[Chart]:
+def make_charts(train: Lines, evaluations: Lines, loss_unit: str) -> list[Chart]:
     """Return the charts for which there is data, the loss first.
 
     Args:
         train: The training lines of metrics.jsonl.
         evaluations: Its evaluation lines.
-        task: The task type.
+        loss_unit: The unit of the loss.
     """
     last_step = max((line["step"] for line in [*train, *evaluations]), default=0)
     loss = _curves("training", train, "loss", smooth=True) + _curves("held out", evaluations, "eval_loss", "second")
@@ -68,12 +68,11 @@ def make_charts(train: Lines, evaluations: Lines, task: str) -> list[Chart]:
         for curve in _curves(name.replace("_", " "), evaluations, name, color)
     ]
     lowest = min((value for curve in scores for value in curve.values), default=0)
-    unit = "nats per token" if task in ("causal_lm", "seq2seq") else "mean over examples"
     score_title = "Scores" if len(scores) > 1 else " ".join(curve.name.capitalize() for curve in scores)
     rate = _curves("learning rate", train, "learning_rate")
     norm = _curves("running mean", train, "grad_norm", smooth=True)
     charts = [
-        _chart("Loss", loss, last_step, unit, log=True, bounds=(None, None), wide=bool(scores)),
+        _chart("Loss", loss, last_step, loss_unit, log=True, bounds=(None, None), wide=bool(scores)),
         _chart(score_title, scores, last_step, "held out", bounds=(min(lowest, 0), 1), form="percent"),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),

@@ -72,6 +72,7 @@ class ReportData:
         after: Answers to the same prompts after the last step, paired with `before` by record and prompt.
         classes: The predictions of the last evaluation of a classification task.
         counts: The counts of the training data, from `Batches.summary`.
+        loss_unit: The unit of the loss.
         padding: The fraction of the positions in its rows that hold padding.
         sweep: Whether the run belongs to a sweep, whose page is in the parent directory.
         timings: Seconds by activity.
@@ -88,6 +89,7 @@ class ReportData:
     after: tuple[Sample, ...] = ()
     classes: Classes | None = None
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    loss_unit: str = ""
     padding: float | None = None
     sweep: bool = False
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -59,7 +59,7 @@ def _render(workdir: Path) -> str:
         step=train[-1]["step"] if train else 0,
         concerns=[why for why in (concern(lines), collapse(data.classes)) if why],
         cards=make_cards(train, evaluations, data),
-        charts=make_charts(train, evaluations, config.get("task.kind", "causal_lm")),
+        charts=make_charts(train, evaluations, data.loss_unit),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),
         matrix=confusion_matrix(data.classes),
         confused=most_confused(data.classes),

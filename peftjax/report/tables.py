@@ -26,7 +26,7 @@ def data_rows(data: ReportData, config: Mapping[str, Any]) -> list[tuple[str, st
         "empty": "Dropped, no tokens in the loss",
         "rows": "Rows",
         "tokens": "Tokens",
-        "loss_tokens": "Tokens in the loss" if config.get("task.kind") in ("causal_lm", "seq2seq") else "Labels",
+        "loss_tokens": "Targets in the loss",
     }
     counts = data.counts
     if data.padding is None:  # images

@@ -52,6 +52,7 @@ class Task:
       problem_type: transformers' name for what the head predicts.
       card_task: PEFT's task_type for it, used in model cards.
       unit: What the training speed counts.
+      loss_unit: The unit of the mean loss in the report.
       texts: The arrays of a row whose length is that of a text; without packing they are as short as a batch allows.
       generates: Whether the model answers prompts in text.
       packs: Whether several records may share a row.
@@ -68,6 +69,7 @@ class Task:
     problem_type: str | None = None
     card_task: ClassVar[str]
     unit: str = "tokens"
+    loss_unit: ClassVar[str] = "mean over labels"
     texts: tuple[Text, ...] = ()
     generates: ClassVar[bool] = False
     packs: bool = False

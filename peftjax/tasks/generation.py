@@ -13,6 +13,7 @@ class GenerationTask(Task):
     """A task that predicts tokens; its metrics follow from the sums of the loss."""
 
     generates: ClassVar[bool] = True
+    loss_unit: ClassVar[str] = "nats per token"
 
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
         """eval_loss in nats per token, perplexity = exp(eval_loss), and the share of tokens with the largest logit."""

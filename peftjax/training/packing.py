@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
@@ -22,6 +23,12 @@ from peftjax.training.memory import rejected_bytes, rough_bytes
 from peftjax.training.population_step import own_leaves, shared_leaves
 from peftjax.training.setup import abstract_run
 from peftjax.training.trained import open_task
+
+
+def one_at_a_time(config: Config, platform: str) -> bool:
+    """Whether runs are trained one after the other because they share no base, as in full fine-tuning, and a CPU trains
+    them no faster together."""
+    return platform == "cpu" and config.method.trains is nnx.Param
 
 
 def usable(memory: int, platform: str) -> int:
@@ -47,15 +54,19 @@ def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[li
     everyone = len(population)
     if most is not None or everyone < 2:
         return [(list(population), min(most or everyone, everyone))]
-    mesh = sharding.make_mesh(population[0].config.mesh.sizes)
+    first = population[0].config
+    mesh = sharding.make_mesh(first.mesh.sizes)
+    platform = mesh.devices.flat[0].platform
+    if one_at_a_time(first, platform):
+        say(f"the {everyone} runs share no base weights: they are trained one at a time, which is as fast on a CPU")
+        return [(list(population), 1)]
     memory = common_memory(mesh)
     if memory is None:
         say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
         return [(list(population), everyone)]
-    first = population[0].config
     task = open_task(first)
     configs = {one.name: precision.resolve(one.config, task.hf_config) for one in population}
-    room = usable(memory, mesh.devices.flat[0].platform)
+    room = usable(memory, platform)
     groups, _ = group_runs(
         population, lambda one: configs[one.name].method, lambda one: abstract_run(configs[one.name], task)
     )
@@ -78,8 +89,6 @@ def common_memory(mesh: Mesh) -> int | None:
 def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, memory: int) -> int:
     """The number of members, from 1 to all, whose train step takes at most `memory` bytes per device.
 
-    On CPUs it is 1 for members without a shared base, as in full fine-tuning: together they would not be faster.
-
     Args:
       configs: The configs of the members.
       task: Their task.
@@ -91,11 +100,6 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
-    if not base and mesh.devices.flat[0].platform == "cpu":
-        say(
-            f"the {most} runs share no base weights: they are trained one at a time, which is as fast on a CPU and needs less memory"
-        )
-        return 1
     room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
         say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")

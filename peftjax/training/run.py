@@ -181,6 +181,7 @@ class Run:
             ReportData.load(self.workdir) if step > 0 else self.report,
             parts=count_parts(leaves, self.method.trains),
             optimizer_bytes=tree_bytes(state.optimizer),
+            loss_unit=self.task.loss_unit,
             origin=origin(self.workdir),
             versions=versions(),
             default_config=json.loads(configs.to_json(self._resolved(default))),

@@ -587,6 +587,24 @@ def test_the_populations_of_a_sweep_are_planned_as_far_as_they_fit(
         command.main([f"--config={written / 'config.py'}", "--device=cpu", *swept, "--members=2"])
 
 
+def test_a_sweep_of_full_fine_tuning_is_planned_for_one_run_at_a_time_on_a_cpu(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: plan.Plan
+) -> None:
+    asked = list[int]()
+
+    def ask(config: Any, fields: Any, device: Device, *, members: int, **named: Any) -> plan.Plan:
+        asked.append(members)
+        return dataclasses.replace(alone, device=device.name, members=members)
+
+    monkeypatch.setattr(command, "ask", ask)
+    given = [f"--config={written / 'config.py'}", "--config.method.name=full", "--sweep.optim.learning_rate=1e-3,1e-2"]
+    command.main([*given, "--device=cpu"])
+    assert asked == [1]
+    assert "runs side by side: 1 of 2 (without a shared base" in capsys.readouterr().out
+    command.main([*given, "--device=h100"])
+    assert asked == [1, 1, 2]
+
+
 def test_a_search_for_the_length_ends_at_the_models_positions(
     written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: plan.Plan
 ) -> None:

@@ -53,6 +53,7 @@ DATA = ReportData(
     timings={"compile": 12.5},
     versions={"jax": "0.0.1"},
     counts={"records": 4000, "too_long": 12, "empty": 3, "rows": 3985, "tokens": 90_000, "loss_tokens": 30_000},
+    loss_unit="nats per token",
     padding=0.4125,
     origin={"command": "peftjax train --config=a.py", "workdir": "/runs/a", "git commit": "0123abc-dirty"},
     classes=Classes(
@@ -374,7 +375,7 @@ def test_a_finished_run_whose_loss_rose_has_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("last", "logarithmic"), [(0.1, True), (0.5, False), (0.0, False)])
 def test_a_loss_that_falls_far_has_a_logarithmic_axis(tmp_path: Path, last: float, logarithmic: bool) -> None:
     text = page(write_workdir(tmp_path, None, [train_line(1, loss=5.0), train_line(2, loss=last)]))
-    assert ("nats per token, logarithmic" in text) == logarithmic
+    assert ("Loss logarithmic" in words(text)) == logarithmic
     assert labels(charts(text)["Loss"])[3:] == (
         ["0.1", "0.3", "1", "3"] if logarithmic else ["0", "1", "2", "3", "4", "5"][last > 0 :]
     )
