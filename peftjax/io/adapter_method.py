@@ -53,12 +53,12 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
 
 
 def peft_method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
-    """The class for the peft_type in the adapter_config.json of a PEFT directory.
+    """The class for the peft_type in the adapter_config.json of a PEFT directory; of several, the one registered first.
 
     Raises:
         UserError: peftjax does not have the method.
     """
-    classes = {cls.peft_type: cls for cls in METHODS.values() if cls.peft_type}
+    classes = {cls.peft_type: cls for cls in reversed(METHODS.values()) if cls.peft_type}
     if (kind := config.get("peft_type")) not in classes:
         raise UserError(
             f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"

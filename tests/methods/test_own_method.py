@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import peftjax
+from peftjax import adapters
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter
 from peftjax.adapters.sites import Site, insert, sites
 from peftjax.core.errors import UserError
@@ -93,6 +94,16 @@ def test_a_run_does_not_train_another_method_than_the_given_one(method: peftjax.
     kind = type(method).__name__
     with pytest.raises(UserError, match=re.escape(f"METHODS[{kind}.method] = {kind}")):
         peftjax.train("embedded", method, [{"text": "one"}], workdir=tmp_path / "run")
+
+
+def test_a_method_registered_with_the_peft_type_of_another_does_not_take_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = peftjax.attach(peftjax.load_model("embedded"), peftjax.Lora(rank=2), rngs=nnx.Rngs(0))
+    peftjax.save_adapter(model, tmp_path / "adapter")
+    monkeypatch.setitem(METHODS, "own_lora", OwnLora)
+    again = peftjax.load_adapter(peftjax.load_model("embedded"), tmp_path / "adapter")
+    assert type(adapters.attached(again)["default"]) is peftjax.Lora
 
 
 def test_a_file_that_nothing_could_load_is_not_written(tmp_path: Path) -> None:
