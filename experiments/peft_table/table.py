@@ -159,8 +159,8 @@ def picture(found: dict[str, Results]) -> None:
                 axes.errorbar(
                     statistics.mean(scores), row, xerr=statistics.stdev(scores), fmt="o", color="#0072B2", capsize=3
                 )
-        unit = "" if TASKS[task].score == "bleu" else " (%)"
-        axes.set(title=task, xlabel=f"Test {TASKS[task].score}{unit}", yticks=range(len(METHODS)), yticklabels=METHODS)
+        label = {"bleu": "Test BLEU", "accuracy": "Test accuracy (%)"}[TASKS[task].score]
+        axes.set(title=task, xlabel=label, yticks=range(len(METHODS)), yticklabels=METHODS)
         axes.set_ylim(len(METHODS) - 0.5, -0.5)
         axes.grid(axis="x", color="lightgray", linewidth=0.5)
     figure.savefig(HERE / "scores.png", dpi=200)
