@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
+from peftjax.quant.matmul import matmul
 
 
 class ComputeOptions(TypedDict, total=False):
@@ -257,4 +260,9 @@ class LanguageModel(Model):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the head: [B, T, D] -> [B, T, V]."""
-        return self.head(hidden, kernel=self.tied_kernel()) if self.tied else self.head(hidden)
+        if not self.tied:
+            return self.head(hidden)
+        if self.head.adapters.active:
+            return self.head(hidden, kernel=self.tied_kernel())
+        gather = partial(sharding.gathered, axes=self.embed.axes)
+        return matmul(hidden, self.embed.embedding.get_value(), gather, transposed=True)

@@ -20,7 +20,9 @@ Kernel = jax.Array | Quantized
 Gather = Callable[[Any], Any]  # brings a kernel to the devices that use it, as `sharding.gathered` does
 
 
-def matmul(x: jax.Array, kernel: Kernel, gather: Gather = lambda kernel: kernel) -> jax.Array:
+def matmul(
+    x: jax.Array, kernel: Kernel, gather: Gather = lambda kernel: kernel, *, transposed: bool = False
+) -> jax.Array:
     """x @ kernel: [..., in] x [in, out] -> [..., out] in the dtype of x, accumulated in at least float32.
 
     The kernel is cast to the dtype of x first: float32 parameters under bfloat16 computation are master weights. A
@@ -30,20 +32,27 @@ def matmul(x: jax.Array, kernel: Kernel, gather: Gather = lambda kernel: kernel)
         x: Activations.
         kernel: An array or a quantized kernel.
         gather: Applied to the kernel in both passes, so that its result is not kept in between.
+        transposed: Whether an array is [out, in]. Of `matmul(x, kernel.T)` in bfloat16, XLA's CPU backend computes both
+            passes in float32.
     """
-    return _matmul(gather, x, kernel)
+    return _matmul(gather, transposed, x, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(gather: Gather, x: jax.Array, kernel: Kernel) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(gather: Gather, transposed: bool, x: jax.Array, kernel: Kernel) -> jax.Array:
     kernel, rows = gather(kernel), _rows(x)
-    y = kernel.dot(rows) if isinstance(kernel, Quantized) else product("...i,io->...o", rows, kernel)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+    if isinstance(kernel, Quantized):
+        y = kernel.dot(rows)
+    else:
+        y = product("...i,oi->...o" if transposed else "...i,io->...o", rows, kernel)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _forward(gather: Gather, x: CustomVJPPrimal, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, Kernel]]:
+def _forward(
+    gather: Gather, transposed: bool, x: CustomVJPPrimal, kernel: Any
+) -> tuple[jax.Array, tuple[jax.Array | None, Kernel]]:
     values = primal_values(kernel)
-    return _matmul(gather, x.value, values), (x.value if needs_gradient(kernel) else None, values)
+    return _matmul(gather, transposed, x.value, values), (x.value if needs_gradient(kernel) else None, values)
 
 
 def primal_values(arguments: Any) -> Any:
@@ -60,7 +69,7 @@ def needs_gradient(kernel: Any) -> bool:
 
 
 def _backward(
-    gather: Gather, residuals: tuple[jax.Array | None, Kernel], gradient: jax.Array | SymbolicZero
+    gather: Gather, transposed: bool, residuals: tuple[jax.Array | None, Kernel], gradient: jax.Array | SymbolicZero
 ) -> tuple[jax.Array | None, Kernel | None]:
     x, kernel = residuals
     if isinstance(gradient, SymbolicZero):
@@ -69,10 +78,12 @@ def _backward(
     if isinstance(gathered, Quantized):
         of_x = gathered.dot_transposed(rows)
     else:
-        of_x = product("...o,io->...i", rows, gathered).astype(gradient.dtype)
-    of_x = of_x.reshape(*gradient.shape[:-1], kernel.shape[0])
+        of_x = product("...o,oi->...i" if transposed else "...o,io->...i", rows, gathered).astype(gradient.dtype)
+    of_x = of_x.reshape(*gradient.shape[:-1], of_x.shape[-1])
     if x is None:
         return of_x, None
+    if transposed:
+        return of_x, product("...o,...i->oi", rows, _rows(x)).astype(kernel.dtype)
     return of_x, _kernel_gradient(_rows(x), rows).astype(kernel.dtype)
 
 
