@@ -232,6 +232,18 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
     assert path.read_text() == "old"
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json\.partial'"):
+        write_atomically(tmp_path / "a.json", "text")
+    log = Log(tmp_path, total_steps=6, resume_step=0, tensorboard=False, quiet=True)
+    log._file.close()
+    log._file = Path("/dev/full").open("w", encoding="utf-8")
+    for action in (lambda: log.step(1, {"loss": 1.0}), log.close):
+        with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+            action()
+
+
 def test_peak_memory_grows_with_what_is_held() -> None:
     before = peak_memory()
     held = np.ones(2**25)  # 256 MiB
