@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +239,10 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.json\.partial'"):
         write_atomically(tmp_path / "a.json", "text")
     log = Log(tmp_path, total_steps=6, resume_step=0, tensorboard=False, quiet=True)
-    log._file.close()
-    log._file = Path("/dev/full").open("w", encoding="utf-8")
-    for action in (lambda: log.step(1, {"loss": 1.0}), log.close):
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._file.fileno())
+    os.close(full)
+    for action in (partial(log.step, 1, {"loss": 1.0}), log.close):
         with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
             action()
 

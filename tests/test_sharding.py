@@ -150,7 +150,9 @@ def test_processes_that_cannot_share_a_microbatch_evenly_are_refused_at_the_star
 ) -> None:
     monkeypatch.setattr(sharding, "batch_share", lambda mesh: {"process_index": 0, "process_count": 2})
     config = configs.changed(configs.Config(), {"mesh.fsdp": 8, "train.batch_size": 16, "train.accumulate": 4})
-    message = r"a batch of 4 rows on data x fsdp = 8 devices of several processes: train\.batch_size / train\.accumulate must"
+    message = (
+        r"a batch of 4 rows on data x fsdp = 8 devices of several processes: train\.batch_size / train\.accumulate must"
+    )
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

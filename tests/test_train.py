@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, methods
+from peftjax import evaluate, methods, sharding
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
@@ -335,3 +336,16 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):
         train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_microbatch_that_the_mesh_does_not_divide_is_told_with_the_fix() -> None:
+    made = configs.changed(configs.Config(), {"train.batch_size": 12, "train.accumulate": 3})
+    given = [
+        SimpleNamespace(config=made, mesh=sharding.make_mesh(sizes)) for sizes in ({"data": 4, "fsdp": 2}, {"data": 4})
+    ]
+    told, nothing = (list(run_module.Run._describe_mesh(each, {})) for each in given)
+    assert told == [
+        "a microbatch of 4 rows cannot be split over data x fsdp = 8 devices, so that each of them computes all rows; make "
+        "train.batch_size / train.accumulate a multiple of 8"
+    ]
+    assert nothing == []

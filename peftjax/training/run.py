@@ -202,12 +202,22 @@ class Run:
                 padded = "mask" in self.task.row_shapes()
                 kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
             yield f"attention: {kernel} for {length:,} positions (model.attention='auto')"
+        yield from self._describe_mesh(leaves)
+
+    def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
+        """What the mesh does not divide, so that it is replicated."""
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             names = enumerate_some(list(uneven), 4)
             yield (
                 "parameters that cannot be split evenly over the mesh need another "
                 f"{format_bytes(more)} per device: {names}"
+            )
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        if rows % (split := self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+            yield (
+                f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so that each of them "
+                f"computes all rows; make train.batch_size / train.accumulate a multiple of {split}"
             )
 
     def _describe_data(self, log: Log) -> Iterator[str]:
