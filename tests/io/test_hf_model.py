@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.data.prompt_format import PromptFormat
 from peftjax.io import hf_files, place, shards
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
@@ -565,6 +566,14 @@ def test_named_chat_templates_of_the_source_are_copied(tmp_path: Path) -> None:
     for _ in "12":  # the second time it replaces the directory
         save_model(load_model(source), tmp_path / "saved", source=source)
         assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").read_text() == "for tools"
+
+
+def test_the_model_of_a_run_is_replaced_with_its_prompt_format(tmp_path: Path) -> None:
+    model, written = tiny.model(), PromptFormat("causal_lm", "completion", "{prompt}", "prompt")
+    save_model(model, tmp_path / "model")
+    written.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")  # as at the end of a run that was extended
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_weights_that_a_full_disk_does_not_take_are_an_error_of_the_file_system(tmp_path: Path) -> None:
