@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -52,7 +53,7 @@ from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval
 from peftjax.training.hooks import Hooks
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
-from peftjax.training.step import TrainState, flatten
+from peftjax.training.step import TrainState, abstract_state, flatten, init_state
 from peftjax.training.window import Window
 
 
@@ -128,8 +129,12 @@ class Run:
         """The records of data.eval."""
         return HeldOut(self.config.data, self.task)
 
-    def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
-        """The state of the newest intact checkpoint, with the data at its position; else `state`.
+    def resume(
+        self, trainable: variables.FlatTree, tx: optax.GradientTransformation, checkpoints: Checkpoints
+    ) -> TrainState:
+        """The state of the newest intact checkpoint, with the data at its position; else the state before the first step.
+
+        The model then has the trainable leaves of this state.
 
         Raises:
           UserError: The checkpoint belongs to another base.
@@ -137,19 +142,16 @@ class Run:
         if (identity := checkpoints.identity()) is not None and identity["base"] != self.base:
             prints = f"fingerprint {self.base} here, {identity['base']} there"
             raise_if_different(self.workdir, [f"the base model's weights: {prints}"])
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten(state).items()
-        }
-        self.sync(state)  # the state holds copies: release the originals
-        restored = checkpoints.restore(abstract)
-        if restored is None:
-            return state
-        self.batches.set_state(restored.data_state)
-        if left := self.config.train.steps - restored.step:
-            self.batches.preview(left)
-        self.planned = restored.identity["config"]["train"]["steps"]
-        leaves = [restored.state[name] for name in flatten(state)]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        abstract = abstract_state(trainable, tx)  # a second state beside the restored one might not fit the memory
+        if (restored := checkpoints.restore(flatten(abstract))) is None:
+            state = init_state(trainable, tx, self.config.seed)
+        else:
+            self.batches.set_state(restored.data_state)
+            if left := self.config.train.steps - restored.step:
+                self.batches.preview(left)
+            self.planned = restored.identity["config"]["train"]["steps"]
+            leaves = [restored.state[name] for name in flatten(abstract)]
+            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
         self.sync(state)
         return state
 
