@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -97,5 +97,5 @@ def _mean(value: jax.Array, axis: int) -> jax.Array:
     would have another fingerprint.
     """
     rows = jnp.moveaxis(value.astype(jnp.float32), axis, -1)
-    mean = jnp.vectorize(nf4.mean, signature="(n)->()")
+    mean: Callable[[jax.Array], jax.Array] = jnp.vectorize(nf4.mean, signature="(n)->()")
     return mean(jnp.maximum(rows, 0)) - mean(jnp.maximum(-rows, 0))
