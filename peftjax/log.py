@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import RenderableType
 
 from peftjax.core.errors import UserError
-from peftjax.core.files import write_atomically
+from peftjax.core.files import naming, write_atomically
 from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clocks
 from peftjax.trackers import Status, TensorBoard, Trackers, Tracking
@@ -101,7 +101,7 @@ class Log:
             self.progress = progress or Progress(enabled=False)
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS
+        path = self._path = workdir / METRICS
         logged = path.exists()
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if logged and resume_step else []
         write_atomically(path, "".join(map(_line, kept)))
@@ -182,21 +182,24 @@ class Log:
     def sync(self) -> None:
         """Write metrics.jsonl to disk, where a power cut does not lose it."""
         if self._enabled:
-            os.fsync(self._file.fileno())
+            with naming(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self, status: Status = "finished") -> None:
         """Stop the progress bar, end the run in the trackers and close the files. Further calls have no effect."""
         self._own.close()
         self._trackers.close(status)
         if self._enabled:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
 
     def _write(self, step: int, kind: str, numbers: Mapping[str, Any]) -> None:
         plain = {name: np.asarray(value).item() for name, value in numbers.items()}
         seconds = round(time.perf_counter() - self._began, 3)
         entry = {"step": step, "kind": kind, "seconds": seconds, **plain}
-        self._file.write(_line(entry))
-        self._file.flush()  # the line survives if the process is killed from here on
+        with naming(self._path):
+            self._file.write(_line(entry))
+            self._file.flush()  # the line survives if the process is killed from here on
         self._trackers.write(step, {f"{kind}/{name.removeprefix('eval_')}": value for name, value in plain.items()})
         if self._on_line:
             self._on_line(entry)

@@ -317,6 +317,16 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     return {"process_index": own[0] // len(own), "process_count": count}
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises a UserError if several processes cannot share the rows of a microbatch evenly among their devices."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split and batch_share(mesh)["process_count"] > 1:
+        raise UserError(
+            f"a batch of {rows} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
+            "train.accumulate must be a multiple of them"
+        )
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
     """Make the global batch from this process's rows, split into microbatches.
 
@@ -335,11 +345,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
-        if count > 1 and shape[1] % (split := mesh.shape["data"] * mesh.shape["fsdp"]):
-            raise UserError(
-                f"a batch of {shape[1]} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
-                "train.accumulate must be a multiple of them"
-            )
+        check_rows(shape[1], mesh)
         where = spec(batch_axes(rows.ndim - 1), shape, mesh)
         placed[name] = jax.make_array_from_process_local_data(where, local, shape)
     return placed

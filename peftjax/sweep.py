@@ -102,7 +102,8 @@ def sweep(
             distributed.meet("all runs of the population have ended")
         found = record()
     if all(member.failed for member in mine):
-        raise UserError(f"every run of the sweep failed; the first: {mine[0].failed}")
+        runs_of = "the sweep" if part.count == 1 else f"part {part}"
+        raise UserError(f"every run of {runs_of} failed; the first: {mine[0].failed}")
     return found
 
 

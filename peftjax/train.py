@@ -35,7 +35,7 @@ from peftjax.training.setup import (
     resolve_config,
 )
 from peftjax.training.split import split
-from peftjax.training.step import Metrics, TrainState, accumulate, apply, init_state, jit_options, summary
+from peftjax.training.step import Metrics, TrainState, accumulate, apply, jit_options, summary
 
 
 def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range | None = None) -> Trained:
@@ -55,6 +55,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         no longer finite.
     """
     mesh = sharding.make_mesh(config.mesh.sizes)
+    sharding.check_rows(config.train.batch_size // config.train.accumulate, mesh)
     with (
         Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),
@@ -69,7 +70,8 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         method = attach_method(config, task, model, mesh, source)
         objective, tx, trainable, frozen = parts = split(config, task, model, method, hooks.optimizer)
         run = Run(config, workdir, mesh, task, data, method, model, parts, base, hooks)
-        state = run.resume(init_state(trainable, tx, config.seed), checkpoints)
+        state = run.resume(trainable, tx, checkpoints)
+        del trainable, parts  # the state has copies of the leaves, which in full fine-tuning are a whole model
 
         @partial(jax.jit, donate_argnums=0, **jit_options(state))
         def train_step(state: TrainState, frozen: variables.FlatTree, batch: Batch) -> tuple[TrainState, Metrics]:

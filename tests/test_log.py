@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,19 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json\.partial'"):
+        write_atomically(tmp_path / "a.json", "text")
+    log = Log(tmp_path, total_steps=6, resume_step=0, tensorboard=False, quiet=True)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._file.fileno())
+    os.close(full)
+    for action in (partial(log.step, 1, {"loss": 1.0}), log.close):
+        with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+            action()
 
 
 def test_peak_memory_grows_with_what_is_held() -> None:

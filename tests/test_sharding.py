@@ -3,6 +3,7 @@
 import itertools
 import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,8 +15,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from peftjax import sharding
+from peftjax.core.errors import UserError
 from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
+from peftjax.train import train
+from peftjax.training import config as configs
 
 
 def test_a_mesh_of_one_device_is_the_default() -> None:
@@ -139,3 +143,16 @@ def test_processes_that_split_only_features_or_members_share_their_rows(monkeypa
     assert shares({"data": 2, "sequence": 2, "tensor": 2}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert shares({"members": 2, "data": 2, "tensor": 2}, local=2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert shares({"members": 4, "fsdp": 2}, local=2) == [(0, 1)] * 4
+
+
+def test_processes_that_cannot_share_a_microbatch_evenly_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "batch_share", lambda mesh: {"process_index": 0, "process_count": 2})
+    config = configs.changed(configs.Config(), {"mesh.fsdp": 8, "train.batch_size": 16, "train.accumulate": 4})
+    message = (
+        r"a batch of 4 rows on data x fsdp = 8 devices of several processes: train\.batch_size / train\.accumulate must"
+    )
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

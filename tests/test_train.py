@@ -5,15 +5,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, methods
+from peftjax import evaluate, methods, sharding
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
@@ -24,6 +26,7 @@ from peftjax.tasks import model as model_section
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import run as run_module
+from peftjax.training.hooks import Hooks
 from peftjax.training.trained import result_of, run_config
 from tests import tiny
 from tests.runs import files, in_process
@@ -162,9 +165,16 @@ def test_any_methods_run_leaves_an_adapter_that_changes_the_model(
     assert np.abs(model(tiny.tokens()) - load_model(made.model.path)(tiny.tokens())).max() > 1e-4
 
 
-def test_full_fine_tuning_leaves_a_model_directory(tmp_path: Path) -> None:
+def test_full_fine_tuning_leaves_a_model_directory_and_has_no_second_copy_of_the_parameters(tmp_path: Path) -> None:
     made, workdir = config(tmp_path, "full", train__steps=2, eval__exact_match=0, eval__samples=0), tmp_path / "run"
-    train(configs.validate(made), workdir)
+    before, copies = jax.live_arrays(), []  # the list keeps them alive, so that no other array gets their ids
+
+    def count(line: dict[str, Any]) -> None:
+        new = [x for x in jax.live_arrays() if id(x) not in set(map(id, before))]
+        copies.append(sum(x.shape == (257, 32) for x in new))
+
+    train(configs.validate(made), workdir, Hooks(on_metrics=count))
+    assert copies == [3] * 3  # the embedding and its two moments
     assert not (workdir / "adapter").exists()
     tuned, base = load_model(workdir / "model"), load_model(made.model.path)
     assert read_prompt_format(workdir / "model") == PromptFormat("causal_lm", "completion", "{prompt}", "prompt")
@@ -335,3 +345,16 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"train\.jsonl:1: the record has no field 'promt' .* Did you mean 'prompt'"):
         train(configs.validate(made), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_microbatch_that_the_mesh_does_not_divide_is_told_with_the_fix() -> None:
+    made = configs.changed(configs.Config(), {"train.batch_size": 12, "train.accumulate": 3})
+    given = [
+        SimpleNamespace(config=made, mesh=sharding.make_mesh(sizes)) for sizes in ({"data": 4, "fsdp": 2}, {"data": 4})
+    ]
+    told, nothing = (list(run_module.Run._describe_mesh(each, {})) for each in given)
+    assert told == [
+        "a microbatch of 4 rows cannot be split over data x fsdp = 8 devices, so that each of them computes all rows; make "
+        "train.batch_size / train.accumulate a multiple of 8"
+    ]
+    assert nothing == []

@@ -52,6 +52,8 @@ def start(options: argparse.Namespace) -> None:
             raise UserError(f"--{missing[0]} is missing: give --coordinator, --num_processes and --process_id, or none")
         _join_cluster()
         return
+    if options.num_processes < 1:
+        raise UserError(f"--num_processes={options.num_processes} must be at least 1")
     if not 0 <= options.process_id < options.num_processes:
         raise UserError(
             f"--process_id={options.process_id} is out of range for --num_processes={options.num_processes}; use 0 to "

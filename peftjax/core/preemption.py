@@ -36,6 +36,7 @@ class Preemption:
 
     def __init__(self, checkpoints: Path | None = None) -> None:
         self._steps, self._checkpoints = 0, checkpoints
+        self._agreed = False  # whether the processes have reached the step that they agreed on; JAX reports it once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -65,7 +66,7 @@ class Preemption:
             Preempted, Interrupted: The signal came during the last step of the run before.
         """
         received.unsaved = False
-        if received.asked and not jax.distributed.is_initialized():
+        if self._agreed or (received.asked and not jax.distributed.is_initialized()):
             raise _stopped("between two runs; run the same command to resume")
 
     def reached(self) -> bool:
@@ -73,7 +74,8 @@ class Preemption:
         self._steps += 1
         received.unsaved = True
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._steps)
+            self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._steps)
+            return self._agreed
         return received.asked != 0
 
 

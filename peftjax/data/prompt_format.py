@@ -18,9 +18,8 @@ from peftjax.data.config import DataConfig
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.hf_files import PROMPT_FORMAT, read_json_if_any
 
-FILE = "peftjax.json"
 _CHATS = ("chat", "sharegpt")
 
 
@@ -47,7 +46,7 @@ class PromptFormat:
 
     def save(self, directory: Path) -> None:
         """Write the file into the directory of an adapter or a model."""
-        write_atomically(directory / FILE, json.dumps({"prompt": dataclasses.asdict(self)}, indent=2) + "\n")
+        write_atomically(directory / PROMPT_FORMAT, json.dumps({"prompt": dataclasses.asdict(self)}, indent=2) + "\n")
 
     @property
     def has_template(self) -> bool:
@@ -114,7 +113,7 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
     Raises:
         UserError: The file is not what this version of peftjax writes.
     """
-    found = read_json_if_any(directory / FILE).get("prompt")
+    found = read_json_if_any(directory / PROMPT_FORMAT).get("prompt")
     names = [field.name for field in dataclasses.fields(PromptFormat)]
     if found is None:
         return None
@@ -124,7 +123,7 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
         or not all(isinstance(v, str) for v in found.values())
     ):
         raise UserError(
-            f'{directory / FILE}: "prompt" must be an object with the texts {", ".join(names)}; use --raw to ignore it'
+            f'{directory / PROMPT_FORMAT}: "prompt" must be an object with the texts {", ".join(names)}; use --raw to ignore it'
         )
     return PromptFormat(**found)
 

@@ -19,7 +19,7 @@ from peftjax.adapters.saved_modules import is_saved
 from peftjax.adapters.sites import head_sites
 from peftjax.core import distributed, host_arrays
 from peftjax.core.errors import UserError
-from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.files import naming, sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
@@ -298,7 +298,8 @@ def _write(path: Path, files: Mapping[str, bytes], training: TrainingSummary | N
     scratch.mkdir(parents=True)
     try:
         for file, content in files.items():
-            (scratch / file).write_bytes(content)
+            with naming(scratch / file):
+                (scratch / file).write_bytes(content)
         if card:
             (scratch / CARD).write_text(with_mark(make_card(scratch, training)), encoding="utf-8")
         sync_files(scratch)

@@ -42,6 +42,7 @@ SIDE_FILES = (
     f"{TEMPLATES}/*.jinja",
 )
 WEIGHTS = "model.safetensors"
+PROMPT_FORMAT = "peftjax.json"  # beside an adapter or a model that was trained on prompts; data/prompt_format.py
 INDEX = "model.safetensors.index.json"
 # No pickles (*.bin, *.pt, *.pkl): reading one can run arbitrary code.
 DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, "modules.json", "*_Pooling/config.json")

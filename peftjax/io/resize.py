@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 from peftjax.models.text_encoder import TextEncoderConfig
+from peftjax.quant import nf4
 from peftjax.quant.base import Quantized
 
 _WithVocabulary = LanguageModelConfig | TextEncoderConfig
@@ -82,8 +83,19 @@ def _grown(value: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], mesh
     placed = sharding.placement(jax.ShapeDtypeStruct(shape, value.dtype), axes, mesh)
 
     def grow(value: jax.Array) -> jax.Array:
-        mean = jnp.mean(value, axis=axis, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+        mean = jnp.expand_dims(_mean(value, axis), axis).astype(value.dtype)
         more = [shape[axis] - size if i == axis else size for i, size in enumerate(value.shape)]
         return jnp.concatenate([value, jnp.broadcast_to(mean, more)], axis=axis)
 
     return jax.jit(grow, out_shardings=sharding.as_jit_returns(placed))(value)
+
+
+def _mean(value: jax.Array, axis: int) -> jax.Array:
+    """The mean along an axis, float32.
+
+    Its bits are the same on every mesh, unlike those of `jnp.mean`. Otherwise, a run could not resume on another mesh: its base
+    would have another fingerprint.
+    """
+    rows = jnp.moveaxis(value.astype(jnp.float32), axis, -1)
+    mean: Callable[[jax.Array], jax.Array] = jnp.vectorize(nf4.mean, signature="(n)->()")
+    return mean(jnp.maximum(rows, 0)) - mean(jnp.maximum(-rows, 0))

@@ -145,7 +145,8 @@ def _check_target(target: Path) -> None:
             f"{target} exists and is not a model directory written by save_model; choose another, or delete it"
         )
     folders = (POOLING, hf_files.TEMPLATES)
-    known = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, *folders)
+    files = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, hf_files.PROMPT_FORMAT)
+    known = (*files, *folders)
     if foreign := sorted(
         entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
     ):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from peftjax.core import variables
@@ -65,10 +66,18 @@ def write_weights(
         where |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
         if writing:
-            save_file(arrays, directory / name, _METADATA)
+            _save(arrays, directory / name)
     if writing and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write a safetensors file. Raises an OSError if that fails, for example because the disk is full."""
+    try:
+        save_file(arrays, path, _METADATA)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _split(keys: Sequence[str], sizes: dict[str, int], max_bytes: int) -> list[list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -52,7 +53,7 @@ from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval
 from peftjax.training.hooks import Hooks
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
-from peftjax.training.step import TrainState, flatten
+from peftjax.training.step import TrainState, abstract_state, flatten, init_state
 from peftjax.training.window import Window
 
 
@@ -128,8 +129,12 @@ class Run:
         """The records of data.eval."""
         return HeldOut(self.config.data, self.task)
 
-    def resume(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
-        """The state of the newest intact checkpoint, with the data at its position; else `state`.
+    def resume(
+        self, trainable: variables.FlatTree, tx: optax.GradientTransformation, checkpoints: Checkpoints
+    ) -> TrainState:
+        """The state of the newest intact checkpoint, with the data at its position; else the state before the first step.
+
+        The model then has the trainable leaves of this state.
 
         Raises:
           UserError: The checkpoint belongs to another base.
@@ -137,19 +142,16 @@ class Run:
         if (identity := checkpoints.identity()) is not None and identity["base"] != self.base:
             prints = f"fingerprint {self.base} here, {identity['base']} there"
             raise_if_different(self.workdir, [f"the base model's weights: {prints}"])
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flatten(state).items()
-        }
-        self.sync(state)  # the state holds copies: release the originals
-        restored = checkpoints.restore(abstract)
-        if restored is None:
-            return state
-        self.batches.set_state(restored.data_state)
-        if left := self.config.train.steps - restored.step:
-            self.batches.preview(left)
-        self.planned = restored.identity["config"]["train"]["steps"]
-        leaves = [restored.state[name] for name in flatten(state)]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        abstract = abstract_state(trainable, tx)  # a second state beside the restored one might not fit the memory
+        if (restored := checkpoints.restore(flatten(abstract))) is None:
+            state = init_state(trainable, tx, self.config.seed)
+        else:
+            self.batches.set_state(restored.data_state)
+            if left := self.config.train.steps - restored.step:
+                self.batches.preview(left)
+            self.planned = restored.identity["config"]["train"]["steps"]
+            leaves = [restored.state[name] for name in flatten(abstract)]
+            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
         self.sync(state)
         return state
 
@@ -202,12 +204,22 @@ class Run:
                 padded = "mask" in self.task.row_shapes()
                 kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
             yield f"attention: {kernel} for {length:,} positions (model.attention='auto')"
+        yield from self._describe_mesh(leaves)
+
+    def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
+        """What the mesh does not divide, so that it is replicated."""
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             names = enumerate_some(list(uneven), 4)
             yield (
                 "parameters that cannot be split evenly over the mesh need another "
                 f"{format_bytes(more)} per device: {names}"
+            )
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        if rows % (split := self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+            yield (
+                f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so that each of them "
+                f"computes all rows; make train.batch_size / train.accumulate a multiple of {split}"
             )
 
     def _describe_data(self, log: Log) -> Iterator[str]:

@@ -68,6 +68,9 @@ def read_entries(workdir: Path) -> list[dict[str, Any]]:
 
 
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
-    """The adapter of the run with the lowest loss, or in full fine-tuning its model."""
-    directory = workdir / found[0]["run"]
-    return directory / ("adapter" if (directory / "adapter").exists() else "model")
+    """The adapter, or in full fine-tuning the model, of the run with the lowest loss among those that have one.
+
+    Other jobs may still be training the runs of their parts.
+    """
+    results = (workdir / entry["run"] / name for entry in found for name in ("adapter", "model"))
+    return next((result for result in results if result.exists()), workdir / found[0]["run"])

@@ -31,7 +31,7 @@ from peftjax.training.setup import (
     resolve_config,
 )
 from peftjax.training.split import split
-from peftjax.training.step import TrainState, init_state, jit_options
+from peftjax.training.step import TrainState, jit_options
 
 
 class SharedBase(NamedTuple):
@@ -93,7 +93,7 @@ class United:
             run = Run(config, member.workdir, self.mesh, task, batches, method, model, parts, base, NO_HOOKS)
             run.report = ReportData(sweep=True)
             run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
-            state = run.resume(init_state(parts.trainable, parts.tx, config.seed), checkpoints)
+            state = run.resume(parts.trainable, parts.tx, checkpoints)
             self.shared = self.shared or shared_leaves(model, run.frozen)
             own = own_leaves(model, run.frozen)
             run.frozen = {**self.shared, **own}

@@ -51,6 +51,7 @@ def test_the_options_name_the_processes(asked: list[dict[str, Any]]) -> None:
             ("--coordinator=a:1", "--num_processes=2", "--process_id=2"),
             "--process_id=2 is out of range for --num_processes=2; use 0 to 1",
         ),
+        (("--coordinator=a:1", "--num_processes=0", "--process_id=0"), "--num_processes=0 must be at least 1"),
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator=a must be HOST:PORT"),
     ],
 )

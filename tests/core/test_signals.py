@@ -142,6 +142,16 @@ def test_in_a_distributed_run_ctrl_c_is_passed_on_to_jax(monkeypatch: pytest.Mon
         assert isinstance(stopped(2, 9, Path("runs/2")), Interrupted)
 
 
+def test_processes_that_agree_on_the_last_step_of_a_run_start_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(preemptions.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2)
+    with Preemption() as preemption:
+        preemption.begin()
+        assert [preemption.reached() for _ in range(3)] == [False, True, True]
+        with pytest.raises(Preempted, match="between two runs"):
+            preemption.begin()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the caught signals in /proc")
 @pytest.mark.parametrize(
     ("command", "number", "code", "line"),

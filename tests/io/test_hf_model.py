@@ -4,6 +4,7 @@ import fnmatch
 import functools
 import gc
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.data.prompt_format import PromptFormat
 from peftjax.io import hf_files, place, shards
 from peftjax.io.hf_files import resolve
 from peftjax.io.load import load_model
@@ -564,6 +566,25 @@ def test_named_chat_templates_of_the_source_are_copied(tmp_path: Path) -> None:
     for _ in "12":  # the second time it replaces the directory
         save_model(load_model(source), tmp_path / "saved", source=source)
         assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").read_text() == "for tools"
+
+
+def test_the_model_of_a_run_is_replaced_with_its_prompt_format(tmp_path: Path) -> None:
+    model, written = tiny.model(), PromptFormat("causal_lm", "completion", "{prompt}", "prompt")
+    save_model(model, tmp_path / "model")
+    written.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")  # as at the end of a run that was extended
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_that_a_full_disk_does_not_take_are_an_error_of_the_file_system(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*File too large"):
+            save_model(tiny.model(), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
 
 
 def test_saving_again_replaces_what_was_saved_and_nothing_of_it_stays(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ from peftjax import methods, sharding
 from peftjax.core.errors import UserError
 from peftjax.data.batches import Batching, train_batches
 from peftjax.io.random_model import make_random
+from peftjax.io.resize import _grown
 from peftjax.models import from_hf_config
 from peftjax.tasks import make_task
 from peftjax.training import config as configs
@@ -42,6 +44,18 @@ def test_new_rows_are_the_mean_of_the_old_ones_and_are_saved(tmp_path: Path, tie
     np.testing.assert_array_equal(split.embed.embedding.get_value(), new)
     assert len(split.embed.embedding.get_value().sharding.device_set) == 2
     assert make_random(tmp_path / "model", resize_embeddings=MORE)(tiny.tokens()).shape == logits.shape
+
+
+def test_new_rows_have_the_same_bits_on_every_mesh_so_that_a_run_can_resume_on_another(tmp_path: Path) -> None:
+    table = jax.random.normal(jax.random.key(0), (1024, 128))
+    meshes = [sharding.make_mesh(sizes) for sizes in ({}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 4, "tensor": 2})]
+    split = [jax.device_put(table, sharding.spec(("vocab", "embed"), table.shape, mesh)) for mesh in meshes]
+    one, *others = (
+        np.asarray(_grown(x, (1032, 128), ("vocab", "embed"), mesh)) for x, mesh in zip(split, meshes, strict=True)
+    )
+    np.testing.assert_allclose(one[1024:], np.tile(np.asarray(table, np.float64).mean(0), (8, 1)), atol=1e-7)
+    for other in others:
+        np.testing.assert_array_equal(other, one)
 
 
 def test_an_image_model_has_no_rows(tmp_path: Path) -> None:

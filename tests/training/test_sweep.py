@@ -6,6 +6,7 @@ import json
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -24,6 +25,7 @@ from peftjax.report.data import ReportData
 from peftjax.train import train
 from peftjax.training import answers, population, sweep_members, sweep_results
 from peftjax.training import config as configs
+from peftjax.training.halving import Halving
 from peftjax.training.member import Member
 from peftjax.training.run import Measured, Run
 from peftjax.training.step import TrainState
@@ -377,6 +379,18 @@ def test_successive_halving_needs_evaluations(fields: dict[str, Any], message: s
     other = member(made, tmp_path / "sweep", train__steps=8)
     with pytest.raises(UserError, match=r"they need the same train\.steps"):
         sweep.sweep([pair[0], other], tmp_path / "sweep", reduction=2)
+
+
+def test_all_processes_stop_the_runs_that_the_first_process_finds_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population.distributed, "on_first", lambda action: ["seed=1", "seed=0"])  # its file system
+    stopped: list[str] = []
+    pair = [
+        SimpleNamespace(member=SimpleNamespace(name=name), stop=lambda why, name=name: stopped.append(name))
+        for name in ("seed=0", "seed=1")
+    ]
+    halving = Halving([], 2, [4])  # this process sees no losses yet
+    population.stop_worst(cast(Any, pair), 4, halving)
+    assert stopped == ["seed=0"]
 
 
 @pytest.mark.slow
