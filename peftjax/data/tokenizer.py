@@ -82,6 +82,7 @@ class Tokenizer:
         ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
         self.eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
         self._prefix, self._suffix = _added_around(self._tokenizer)
+        self._of_encoder_decoder = bool(model_config.get("is_encoder_decoder"))
         # transformers 5 no longer reads these two fields if there is a tokenizer.json; transformers 4 did.
         config = read_json_if_any(self.directory / "tokenizer_config.json")
         if config.get("add_bos_token") and self.bos_id is not None and self.bos_id not in self._prefix:
@@ -122,7 +123,10 @@ class Tokenizer:
         return self.begin(ids) if bos else [*(self._prefix if bos is None else []), *ids]
 
     def encode_prompt(self, prompt: str, chat: bool = False) -> list[int]:
-        """Convert a prompt to the tokens that generation continues: without an eos token.
+        """Convert a prompt to the tokens that generation starts from.
+
+        A decoder continues the prompt, so no eos token is added. An encoder-decoder reads it as it reads any text: T5's
+        tokenizer ends it with the eos token.
 
         Args:
             prompt: The prompt.
@@ -133,7 +137,7 @@ class Tokenizer:
         """
         if chat:
             return self.encode(self.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
-        return self.encode(prompt, bos=True, eos=False)
+        return self.encode(prompt) if self._of_encoder_decoder else self.encode(prompt, bos=True, eos=False)
 
     def begin(self, ids: list[int]) -> list[int]:
         """Prepend the tokenizer's prefix, unless the ids begin with it.

@@ -66,6 +66,14 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     assert tokenizer.encode_prompt("hello") == [1, *bare]  # generation continues it
 
 
+def test_a_prompt_for_an_encoder_decoder_ends_as_any_text(make_directory: Callable[..., Path]) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True}
+    directory = make_directory(tokenizer_config=special, config={"is_encoder_decoder": True})
+    ids = load_tokenizer(directory).encode_prompt("hello")
+    assert ids == load_tokenizer(directory).encode("hello")
+    assert ids[-1] == 2
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])
 def test_tokenizers_without_tokenizer_json_are_converted(kind: str, assets: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": kind != "tiktoken"}
