@@ -58,7 +58,6 @@ class Tokenizer:
         directory: The directory.
         bos_id: Id of the token that begins a text; None if there is none.
         eos_id: Id of the token that ends a text; None if there is none.
-        eos_ids: All ids that end a generated text: `eos_id`, and those in generation_config.json.
 
     Raises:
         UserError: The directory has no tokenizer, or a file cannot be read.
@@ -80,7 +79,7 @@ class Tokenizer:
         pad = self._named_id("pad", generation_config, model_config)
         self._pad_id = None if pad is None or pad >= rows else pad  # transformers adds a pad token that is missing
         ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
-        self.eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
+        self._eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
         self._prefix, self._suffix = _added_around(self._tokenizer)
         self._of_encoder_decoder = bool(model_config.get("is_encoder_decoder"))
         # transformers 5 no longer reads these two fields if there is a tokenizer.json; transformers 4 did.
@@ -247,9 +246,20 @@ class Tokenizer:
         return ChatTemplate(self._theirs, self.directory)
 
     @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a generated text: `eos_id`, those in generation_config.json, and that of the end-of-turn token.
+
+        The end-of-turn token is the special token that the chat template writes after an answer. Base models such as Qwen3's
+        name it in their template only, and learn it in training.
+        """
+        after = self.template.answer_end.lstrip()
+        end_of_turn = max((text for text in self.special_texts if after.startswith(text)), key=len, default=None)
+        return tuple(sorted({*self._eos_ids, *([self.token_id(end_of_turn)] if end_of_turn else [])}))
+
+    @functools.cached_property
     def eos_texts(self) -> tuple[str, ...]:
-        """The tokens that end a generated text, as they are written in a text."""
-        return tuple(text for i in self.eos_ids if (text := self._tokenizer.id_to_token(i)))
+        """The eos tokens that the tokenizer and generation_config.json name, as they are written in a text."""
+        return tuple(text for i in self._eos_ids if (text := self._tokenizer.id_to_token(i)))
 
     @functools.cached_property
     def special_texts(self) -> tuple[str, ...]:

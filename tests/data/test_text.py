@@ -40,7 +40,7 @@ RANKS = [*(bytes([i]) for i in range(256)), b"he", b"hel"]  # of a byte-level vo
 
 def test_special_tokens_are_read_and_decode_leaves_them_out(tokenizer: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
-    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.eos_ids == (2, 6)  # and <|end|>, with which the chat template ends an answer
     ids = tokenizer.encode("hello world")
     assert ids[0] == 1
     assert tokenizer.decode([*ids, 2, 3, 3]) == "hello world"
