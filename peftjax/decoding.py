@@ -19,6 +19,7 @@ from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModelConfig
 from peftjax.models.decoder import Decoder
 from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.nn.dropout import remove_dropout
 
 
 class Answers(NamedTuple):
@@ -124,6 +125,7 @@ def generate(
         raise UserError(f"generate: seed={seed} has more than 64 bits; use a smaller number")
     view = active_view(model)
     view.eval()
+    remove_dropout(view)
     graph, state = nnx.split(view)
     decode = _compiled(_decode, frozenset(jax.tree.leaves(state)[0].sharding.device_set))
     answers = decode(graph, state, *arguments, jax.random.key(seed), sampling=sampling, max_new=max_new_tokens)

@@ -97,8 +97,14 @@ def generate(
         >>> [len(answer) for answer in answers]
         [4, 4]
     """
+    if not isinstance(stop, Iterable):
+        raise UserError(f"generate: stop must be a list of token ids, not {stop!r}")
     if any(isinstance(token, str) for token in stop):
         raise UserError("generate: stop takes token ids, not texts; tokenizer.token_id(text) is the id of a token")
+    if not isinstance(sampling, Sampling):
+        raise UserError(
+            f"generate: sampling must be a peftjax.Sampling, such as Sampling(temperature=0.7), not {sampling!r}"
+        )
     if not isinstance(prompts, Tokenizer):
         if texts is not None or chat or any(isinstance(prompt, str) for prompt in prompts):
             raise UserError("generate: texts need a tokenizer: generate(model, tokenizer, texts)")

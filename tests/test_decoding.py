@@ -49,7 +49,7 @@ def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
     model = tiny.model()
     base = generate(model, PROMPTS, max_new_tokens=6)
     for seed, name in enumerate(("first", "second")):
-        adapters.attach(model, methods.Lora(rank=4), name, rngs=nnx.Rngs(seed))
+        adapters.attach(model, methods.Lora(rank=4, dropout=0.1 * seed), name, rngs=nnx.Rngs(seed))
         tiny.randomize(model, scale=1.0, seed=seed)
     first = generate(adapters.use(model, "first"), PROMPTS, max_new_tokens=6)
     decode = compiled_decode(model)

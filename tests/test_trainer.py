@@ -208,3 +208,7 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
         peftjax.generate(model, prompts[0])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stop takes token ids"):
         peftjax.generate(model, prompts, stop=["\n"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="stop must be a list of token ids, not 1"):
+        peftjax.generate(model, prompts, stop=tokenizer.eos_id)  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=r"sampling must be a peftjax.Sampling, .* not 0.7"):
+        peftjax.generate(model, prompts, sampling=0.7)  # type: ignore[call-overload]

@@ -153,4 +153,5 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
 
 
 def _merged(graph: nnx.GraphDef, adapter: variables.FlatTree, own: dict[str, Any]) -> dict[str, jax.Array]:
-    return variables.join(graph, adapter).merged(**own)
+    with jax.default_matmul_precision("highest"):  # by default, GPUs and TPUs round the factors of float32 products
+        return variables.join(graph, adapter).merged(**own)

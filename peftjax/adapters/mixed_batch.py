@@ -20,6 +20,7 @@ from peftjax.models.decoder import Decoder
 from peftjax.models.encoder import Encoder
 from peftjax.models.encoder_decoder import EncoderDecoder
 from peftjax.nn.cache import Cache
+from peftjax.nn.dropout import remove_dropout
 
 T = TypeVar("T")
 
@@ -155,6 +156,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         use(model, before)
     for name, view in zip(named, views, strict=True):
         view.eval()
+        remove_dropout(view)
         if variables.flat(view)[0] != variables.flat(views[0])[0] or _shapes(view) != _shapes(views[0]):
             raise UserError(
                 f"rows: the adapters {named[0]!r} and {name!r} differ in their shapes or layers; one batch needs adapters "

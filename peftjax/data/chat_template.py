@@ -75,6 +75,17 @@ class ChatTemplate:
             return ""
         return whole[len(bare) :] if whole.startswith(bare) else ""
 
+    @functools.cached_property
+    def answer_end(self) -> str:
+        """What the template writes after the last answer; empty if it writes nothing."""
+        mark = "\ue000"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        try:
+            _, found, after = self.render(turns, False, None).rpartition(mark)
+        except UserError:
+            return ""
+        return after if found else ""
+
     def warn(self, message: str) -> None:
         """Issue a warning once, since every record may cause it."""
         if message not in self._said:

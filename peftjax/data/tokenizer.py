@@ -58,7 +58,6 @@ class Tokenizer:
         directory: The directory.
         bos_id: Id of the token that begins a text; None if there is none.
         eos_id: Id of the token that ends a text; None if there is none.
-        eos_ids: All ids that end a generated text: `eos_id`, and those in generation_config.json.
 
     Raises:
         UserError: The directory has no tokenizer, or a file cannot be read.
@@ -80,8 +79,9 @@ class Tokenizer:
         pad = self._named_id("pad", generation_config, model_config)
         self._pad_id = None if pad is None or pad >= rows else pad  # transformers adds a pad token that is missing
         ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
-        self.eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
+        self._eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
         self._prefix, self._suffix = _added_around(self._tokenizer)
+        self._of_encoder_decoder = bool(model_config.get("is_encoder_decoder"))
         # transformers 5 no longer reads these two fields if there is a tokenizer.json; transformers 4 did.
         config = read_json_if_any(self.directory / "tokenizer_config.json")
         if config.get("add_bos_token") and self.bos_id is not None and self.bos_id not in self._prefix:
@@ -122,7 +122,10 @@ class Tokenizer:
         return self.begin(ids) if bos else [*(self._prefix if bos is None else []), *ids]
 
     def encode_prompt(self, prompt: str, chat: bool = False) -> list[int]:
-        """Convert a prompt to the tokens that generation continues: without an eos token.
+        """Convert a prompt to the tokens that generation starts from.
+
+        A decoder continues the prompt, so no eos token is added. An encoder-decoder reads it as it reads any text: T5's
+        tokenizer ends it with the eos token.
 
         Args:
             prompt: The prompt.
@@ -133,7 +136,7 @@ class Tokenizer:
         """
         if chat:
             return self.encode(self.chat([{"role": "user", "content": prompt}], True), bos=False, eos=False)
-        return self.encode(prompt, bos=True, eos=False)
+        return self.encode(prompt) if self._of_encoder_decoder else self.encode(prompt, bos=True, eos=False)
 
     def begin(self, ids: list[int]) -> list[int]:
         """Prepend the tokenizer's prefix, unless the ids begin with it.
@@ -243,9 +246,20 @@ class Tokenizer:
         return ChatTemplate(self._theirs, self.directory)
 
     @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a generated text: `eos_id`, those in generation_config.json, and that of the end-of-turn token.
+
+        The end-of-turn token is the special token that the chat template writes after an answer. Base models such as Qwen3's
+        name it in their template only, and learn it in training.
+        """
+        after = self.template.answer_end.lstrip()
+        end_of_turn = max((text for text in self.special_texts if after.startswith(text)), key=len, default=None)
+        return tuple(sorted({*self._eos_ids, *([self.token_id(end_of_turn)] if end_of_turn else [])}))
+
+    @functools.cached_property
     def eos_texts(self) -> tuple[str, ...]:
-        """The tokens that end a generated text, as they are written in a text."""
-        return tuple(text for i in self.eos_ids if (text := self._tokenizer.id_to_token(i)))
+        """The eos tokens that the tokenizer and generation_config.json name, as they are written in a text."""
+        return tuple(text for i in self._eos_ids if (text := self._tokenizer.id_to_token(i)))
 
     @functools.cached_property
     def special_texts(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,11 @@ from peftjax.quant.base import Quantized
 FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
 
 
-def base_record(model: nnx.Module, fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that describes a base with these fingerprints."""
-    return {FINGERPRINTS: json.dumps(fingerprints), FORMATS: json.dumps(provenance.formats(model))}
+def base_record(model: nnx.Module, name: str, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that describes the base beneath adapter `name`, with its fingerprints."""
+    kernels = {path: value for path, value in _beneath(model, name).items() if isinstance(value, Quantized)}
+    formats = {path: kernel.format for path, kernel in kernels.items()}
+    return {FINGERPRINTS: json.dumps(fingerprints), FORMATS: json.dumps(formats)}
 
 
 def base_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
@@ -50,14 +53,18 @@ def placeholder_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
 
 
 def _fingerprinted(model: nnx.Module, name: str) -> dict[str, jax.Array | OnHost]:
-    """The base's float32 and bfloat16 parameters; where adapters are merged, those from before the merge of `name`."""
-    arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
-    arrays |= parameters_before(model, name)
+    """The float32 and bfloat16 parameters beneath adapter `name`."""
     return {
         path: array
-        for path, array in arrays.items()
+        for path, array in _beneath(model, name).items()
         if not isinstance(array, Quantized) and array.dtype in (jnp.float32, jnp.bfloat16)
     }
+
+
+def _beneath(model: nnx.Module, name: str) -> dict[str, Any]:
+    """The base's parameters by path; where adapters are merged, those from before the merge of `name`."""
+    arrays = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
+    return arrays | parameters_before(model, name)
 
 
 def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:

@@ -133,7 +133,8 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
 def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
     """The method that an adapter_config.json describes, and whether the file of the tensors holds the task head."""
     method = peft_method_class(config, path)
-    fields = {key: value for key, value in config.items() if key not in GENERAL_FIELDS}
+    general = GENERAL_FIELDS - method.hf_constants.keys()
+    fields = {key: value for key, value in config.items() if key not in general}
     task = config.get("task_type")
     if task in CLASSIFICATIONS and task_type(model) not in (task, None):
         fix = (

@@ -113,7 +113,7 @@ def write_adapter(
     config = _peft_config(model, method, name, base) if method.peft_type else {}
     if single_experts or requires_single_experts(model, name):
         tensors, config = with_single_experts(model, name, method, tensors, config)
-    metadata = base_record(model, base_fingerprints(model, name))
+    metadata = base_record(model, name, base_fingerprints(model, name))
     if isinstance(method, Bottleneck):
         files = _hub_files(model, method, name, base.name if base else None, tensors, metadata)
     else:
@@ -153,7 +153,7 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
     tensors = _placeholders(model, name)
     if isinstance(model, Model) and requires_single_experts(model, name):
         tensors = shapes_of_single_experts(model, name, method, tensors)
-    metadata = base_record(model, placeholder_fingerprints(model, name))
+    metadata = base_record(model, name, placeholder_fingerprints(model, name))
     if not isinstance(method, Bottleneck):
         return _file_bytes(tensors, metadata)
     rest, head = _without_head(tensors)

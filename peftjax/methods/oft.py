@@ -7,8 +7,10 @@ paper, bounds ||Q||; as in peft, by eps / sqrt(number of blocks), by projection.
 """
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,17 @@ class Oft(Targeted):
         positive_integer(terms=self.terms)
         if self.neumann and self.terms < 2:
             raise UserError(f"method.terms={self.terms} leaves nothing to train; use 2 or more")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.0")  # peft writes it since 0.18
+        if config.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
+            warnings.warn(
+                "adapter_config.json: peft computed another series for use_cayley_neumann before 0.18, with which this adapter "
+                "was trained, so its outputs differ, as they do in newer versions of peft; train it again",
+                stacklevel=2,
+            )
+        return super().from_hf({key: value for key, value in config.items() if key != "peft_version"})
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "OftLinear":
         del rngs

@@ -69,6 +69,13 @@ class Dropout(nnx.Module):
         return jnp.where(kept, x / share, jnp.zeros_like(x))
 
 
+def remove_dropout(model: nnx.Module) -> None:
+    """Set all rates to 0, so that models that differ only in their rates have the same structure."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Dropout):
+            module.rate, module.key = 0.0, nnx.data(None)
+
+
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:
     """The model with dropout active and fresh keys, one for each dropout module of each layer.
 

@@ -16,6 +16,7 @@ from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.host_arrays import OnHost
+from peftjax.methods.lora.adapter import LoraLinear
 from peftjax.report.data import tree_bytes
 
 EMBED, MLP = 256, 512
@@ -33,6 +34,19 @@ def base(model: Any) -> dict[str, Any]:
 
 def shardings(model: Any) -> dict[str, Any]:
     return {path: jax.tree.map(lambda leaf: leaf.sharding, value) for path, value in base(model).items()}
+
+
+def test_updates_are_computed_in_the_highest_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs and TPUs do not by default; a CPU shows no difference."""
+    compute, precisions = LoraLinear.delta, set()
+
+    def watched(adapter: LoraLinear) -> jax.Array:
+        precisions.add(jax.config.jax_default_matmul_precision)
+        return compute(adapter)
+
+    monkeypatch.setattr(LoraLinear, "delta", watched)
+    adapters.merge(adapters.attach(tiny.model(), methods.Lora(rank=2, targets=("q_proj",)), rngs=nnx.Rngs(0)))
+    assert precisions == {"highest"}
 
 
 @pytest.mark.slow

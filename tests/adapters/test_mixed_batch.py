@@ -52,6 +52,15 @@ def test_each_row_is_what_its_adapter_alone_computes(method: str, names: list[st
         np.testing.assert_allclose(mixed[row], use(model, name)(tokens[row : row + 1])[0], atol=1e-5)
 
 
+def test_the_dropout_of_the_adapters_may_differ() -> None:
+    model = tiny.model()
+    for name, dropout in {"one": 0.0, "two": 0.1, "three": 0.2}.items():
+        adapters.attach(model, Lora(rank=2, dropout=dropout), name, rngs=nnx.Rngs(0))
+    tokens = jnp.resize(tiny.tokens(), (3, 9))
+    mixed = rows(tiny.randomize(model), ["three", "one", "two"])(tokens)
+    np.testing.assert_allclose(mixed[0], use(model, "three")(tokens[:1])[0], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_generation_answers_each_prompt_with_its_own_adapter() -> None:
     model = attached(LORA)

@@ -12,6 +12,8 @@ from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_tensors import WEIGHTS
+from peftjax.io.hf_files import read_metadata
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
 LORA = methods.Lora(rank=2, targets=("q_proj", "down_proj"))
@@ -41,6 +43,12 @@ def test_an_adapter_of_a_base_in_the_same_format_is_loaded_without_a_word(over_n
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapter(base("nf4"), over_nf4)
+
+
+def test_the_formats_are_recorded_while_the_adapter_is_merged(over_nf4: Path, tmp_path: Path) -> None:
+    model = adapters.merge(load_adapter(base("nf4"), over_nf4))
+    again = save_adapter(model, tmp_path / "again")
+    assert read_metadata(again / WEIGHTS) == read_metadata(over_nf4 / WEIGHTS)
 
 
 @pytest.mark.parametrize(("format_", "here"), [("", "not quantized"), ("int8", "int8")])

@@ -40,7 +40,7 @@ RANKS = [*(bytes([i]) for i in range(256)), b"he", b"hel"]  # of a byte-level vo
 
 def test_special_tokens_are_read_and_decode_leaves_them_out(tokenizer: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
-    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.eos_ids == (2, 6)  # and <|end|>, with which the chat template ends an answer
     ids = tokenizer.encode("hello world")
     assert ids[0] == 1
     assert tokenizer.decode([*ids, 2, 3, 3]) == "hello world"
@@ -64,6 +64,14 @@ def test_add_bos_token_counts_where_the_post_processor_adds_none(make_directory:
     bare = tokenizer.encode("hello", bos=False, eos=False)
     assert tokenizer.encode("hello") == [1, *bare, 2] == tokenizer.encode("hello", bos=True, eos=True)
     assert tokenizer.encode_prompt("hello") == [1, *bare]  # generation continues it
+
+
+def test_a_prompt_for_an_encoder_decoder_ends_as_any_text(make_directory: Callable[..., Path]) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True}
+    directory = make_directory(tokenizer_config=special, config={"is_encoder_decoder": True})
+    ids = load_tokenizer(directory).encode_prompt("hello")
+    assert ids == load_tokenizer(directory).encode("hello")
+    assert ids[-1] == 2
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken", "tekken"])

@@ -388,6 +388,17 @@ def test_what_only_says_how_it_was_trained_is_read_with_a_note(
     assert adapters.attached(model)["default"] == methods.Lora(rank=8, alpha=8, targets=("q_proj", "v_proj"))
 
 
+@pytest.mark.parametrize("version", [None, "0.17.1"])
+def test_the_series_of_an_older_peft_is_warned_of(version: str | None, tmp_path: Path) -> None:
+    oft = methods.Oft(block_size=8, targets=("q_proj",))
+    path = save_adapter(adapters.attach(tiny.model(), oft, rngs=nnx.Rngs(0)), tmp_path / "a")
+    load_adapter(tiny.model(), path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": version}))
+    with pytest.warns(UserWarning, match=r"another series for use_cayley_neumann before 0\.18"):
+        load_adapter(tiny.model(), path)
+
+
 @pytest.mark.parametrize("layers", [1, [1]])
 def test_one_layer_may_be_a_number_or_a_list(layers: Any, tmp_path: Path) -> None:
     stored = {key: value for key, value in random_tensors().items() if ".layers.1." in key}
