@@ -8,12 +8,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from matplotlib.figure import Figure
 
 from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
-from peftjax.report.run_plots import highest_shown, make_scale
+from peftjax.report.run_plots import RunCurve, draw_curves, highest_shown, make_scale
 from peftjax.report.sweep_page import write_sweep_page
 from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words
 
@@ -124,6 +125,17 @@ def test_a_run_that_diverged_does_not_set_the_limits(tmp_path: Path) -> None:
     assert words(found["learning_rate"]).index("rank=4") < words(found["learning_rate"]).index("rank=16")
     assert ">80<" not in found["learning_rate"]
     assert "eval_loss above 1.5 is drawn at the end of its axis" in found["Parallel coordinates"]
+
+
+def test_the_cross_of_a_failed_run_is_inside_the_axes_also_below_all_other_losses() -> None:
+    curves = [
+        RunCurve("fine", "#000000", (0, 9), (2.5, 2.0)),
+        RunCurve("failed", "#000000", (0, 5), (2.5, 0.5), failed=True),
+    ]
+    axes = Figure().subplots()
+    draw_curves(axes, curves)
+    ((cross,),) = (line.get_ydata() for line in axes.lines if line.get_marker() == "x")
+    assert axes.get_ylim()[0] <= cross <= 2.0
 
 
 def test_only_outliers_are_left_out_of_an_axis() -> None:
