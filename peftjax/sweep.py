@@ -210,8 +210,8 @@ def main(argv: list[str]) -> None:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")
         print(f"page: {workdir / SWEEP_PAGE}")
-        best = best_result(found, workdir)
-        print(f"best {best.name}: {best}")
+        if best := best_result(found, workdir):
+            print(f"best {best.name}: {best}")
 
 
 if __name__ == "__main__":
