@@ -22,7 +22,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers, population, sweep_members, sweep_results
+from peftjax.training import answers, population, precision, sweep_members, sweep_results
 from peftjax.training import config as configs
 from peftjax.training.member import Member
 from peftjax.training.run import Measured, Run
@@ -455,6 +455,17 @@ def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, t
     made.train.batch_size = 4
     with pytest.raises(ValueError, match=r"seed=0 holds a run with another configuration: train.batch_size: 4 here"):
         sweep.sweep([member(made, tmp_path / "sweep", seed=0)], tmp_path / "sweep")
+
+
+def test_a_run_that_has_started_is_trained_together_with_one_that_has_not(made: Any, tmp_path: Path) -> None:
+    pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
+    started = precision.resolve(pair[0].config, {})
+    assert (pair[0].config.model.dtype, started.model.dtype) == ("auto", "float32")
+    with Checkpoints(pair[0].workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
+        identity = {"config": json.loads(configs.to_json(started)), "base": ""}
+        checkpoints.save(2, {"step": jnp.zeros(())}, {}, identity=identity)
+    sweep.resolve(pair)
+    assert sweep.populations(pair) == [pair]
 
 
 def test_a_member_whose_directory_holds_other_files_is_named_before_any_run_starts(
