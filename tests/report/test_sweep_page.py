@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -145,7 +146,7 @@ def test_the_cross_of_a_failed_run_is_inside_the_axes_also_below_all_other_losse
     ]
     axes = Figure().subplots()
     draw_curves(axes, curves)
-    ((cross,),) = (line.get_ydata() for line in axes.lines if line.get_marker() == "x")
+    (cross,) = (float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_marker() == "x")
     assert axes.get_ylim()[0] <= cross <= 2.0
 
 
