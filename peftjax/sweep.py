@@ -11,6 +11,7 @@ read and dequantized once.
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
-from peftjax.io.hf_files import enumerate_some
+from peftjax.io.hf_files import enumerate_some, read_json_if_any
+from peftjax.io.hf_files import resolve as directory_of
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, precision, space, start_from
 from peftjax.training import config as configs
@@ -108,9 +110,10 @@ def sweep(
 
 
 def resolve(runs: Iterable[Member]) -> None:
-    """Complete the runs' configs so that they can be compared: lengths in steps, the dtype of a started run, and the options of
+    """Complete the runs' configs so that they can be compared: lengths in steps, the dtype, and the options of
     method.start_from."""
     counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
+    base_fields = functools.cache(lambda path, revision: read_json_if_any(directory_of(path, revision) / "config.json"))
 
     def rows(config: Config) -> int:
         key = (config.model.path, config.model.revision, config.task, config.data)
@@ -126,6 +129,9 @@ def resolve(runs: Iterable[Member]) -> None:
             with open_checkpoints(member.config, member.workdir) as checkpoints:
                 if (identity := checkpoints.identity()) is not None:
                     member.config = precision.as_stored(member.config, identity["config"])
+                else:
+                    model = member.config.model
+                    member.config = precision.resolve(member.config, base_fields(model.path, model.revision))
                 member.config, _ = start_from.resolve(member.config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
@@ -211,8 +217,8 @@ def main(argv: list[str]) -> None:
         make_console().print(make_table(found))
         print(f"results: {workdir / RESULTS}")
         print(f"page: {workdir / SWEEP_PAGE}")
-        best = best_result(found, workdir)
-        print(f"best {best.name}: {best}")
+        if best := best_result(found, workdir):
+            print(f"best {best.name}: {best}")
 
 
 if __name__ == "__main__":

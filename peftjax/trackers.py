@@ -83,6 +83,7 @@ class Tracking:
         name: Name of the run.
         group: Name of the sweep that the run belongs to; empty for none.
         config: {"section.field": value}.
+        required: Whether a new run that cannot be started in a tracker is an error; otherwise it is a warning.
     """
 
     trackers: tuple[str, ...]
@@ -90,6 +91,7 @@ class Tracking:
     name: str
     group: str
     config: Mapping[str, Any]
+    required: bool = True
 
     def start(self, workdir: Path, *, resume: bool) -> list[Tracker]:
         """Start a run in each tracker, or continue it.
@@ -100,7 +102,7 @@ class Tracking:
                 warning, since nobody may be there to start the run again.
 
         Raises:
-            UserError: A new run cannot be started.
+            UserError: A new run cannot be started, and it is required.
         """
         path, started = workdir / IDS, list[Tracker]()
         if not resume:
@@ -110,13 +112,13 @@ class Tracking:
             try:
                 tracker = _TRACKERS[name](self, workdir, ids.get(name))
             except Exception as error:
-                if not resume:
+                if self.required and not resume:
                     Trackers(started).close("failed")
                     raise UserError(
                         f"log.trackers={name!r}: the run cannot be started: {_text(error)}; fix this, or remove "
                         f"{name} from log.trackers"
                     ) from error
-                say(f"warning: {name} cannot continue the run: {_text(error)}")
+                say(f"warning: {name} cannot {'continue' if resume else 'start'} the run: {_text(error)}")
                 continue
             ids[name] = tracker.id
             started.append(tracker)

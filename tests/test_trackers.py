@@ -1,5 +1,6 @@
 """Trackers: which are started, what they are told, and what happens when one fails. Their packages are stood in for here."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -117,10 +118,12 @@ def test_a_tracker_that_does_not_start_ends_a_new_run_but_not_a_resumed_one(
     with pytest.raises(UserError, match=r"log\.trackers='wandb': the run cannot be started: no such project"):
         log(tmp_path, 0, 2, forbidden)
     log(tmp_path, 2, 3, forbidden)
-    out = capsys.readouterr().out
+    log(tmp_path, 0, 2, dataclasses.replace(forbidden, required=False))  # in the middle of a sweep
     assert [
-        f"warning: {name} cannot continue the run: no such project" for name in ("wandb", "trackio")
-    ] == out.splitlines()
+        f"warning: {name} cannot {what} the run: no such project"
+        for what in ("continue", "start")
+        for name in ("wandb", "trackio")
+    ] == capsys.readouterr().out.splitlines()
 
 
 def test_only_the_first_process_tracks(runs: Any, tmp_path: Path) -> None:

@@ -41,10 +41,8 @@ def matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(gather: Gather, transposed: bool, x: jax.Array, kernel: Kernel) -> jax.Array:
     kernel, rows = gather(kernel), _rows(x)
-    if isinstance(kernel, Quantized):
-        y = kernel.dot(rows)
-    else:
-        y = product("...i,oi->...o" if transposed else "...i,io->...o", rows, kernel)
+    form = "...i,oi->...o" if transposed else "...i,io->...o"
+    y = kernel.dot(rows) if isinstance(kernel, Quantized) else product(form, rows, kernel)
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 

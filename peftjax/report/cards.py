@@ -46,6 +46,8 @@ def _evaluation_cards(evaluations: Lines) -> Iterator[Card]:
         notes += [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
         before = format_percent(first[score]) if score in first else ""
         yield Card(field_title(score), format_percent(last[score]), " · ".join(notes), before)
+    if "bleu" in last:  # from 0 to 100, not a fraction
+        yield Card("BLEU", format_number(last["bleu"]), "", format_number(first["bleu"]) if "bleu" in first else "")
     if "eval_loss" in last:
         both = " → ".join(format_number(line["perplexity"]) for line in (first, last) if "perplexity" in line)
         before = format_number(first["eval_loss"]) if "eval_loss" in first else ""

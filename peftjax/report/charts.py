@@ -74,6 +74,7 @@ def make_charts(train: Lines, evaluations: Lines, loss_unit: str) -> list[Chart]
     charts = [
         _chart("Loss", loss, last_step, loss_unit, log=True, bounds=(None, None), wide=bool(scores)),
         _chart(score_title, scores, last_step, "held out", bounds=(min(lowest, 0), 1), form="percent"),
+        _chart("BLEU", _curves("BLEU", evaluations, "bleu"), last_step, "held out"),
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
     ]

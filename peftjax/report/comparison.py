@@ -12,6 +12,7 @@ from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, flat_config, read_json, read_object
 from peftjax.report.sweep_figures import SEED
 from peftjax.report.sweep_page import RESULTS
+from peftjax.tasks.metrics import OF_ANSWERS
 
 
 class RecordedRun(NamedTuple):
@@ -33,7 +34,7 @@ class RecordedRun(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs whose configs differ at most in the seed.
+    """Runs whose configs differ at most in the seed and in where they are logged.
 
     Attributes:
         values: The fields in which the groups differ, with their values; None for a field that a config lacks.
@@ -94,8 +95,9 @@ def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
 
 
 def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
-    """Group the runs whose configs differ at most in the seed, in the order of the runs."""
-    fields = [name for name in dict.fromkeys(name for run in runs for name in run.config) if name != SEED]
+    """Group the runs whose configs differ at most in the seed and in where they are logged, in the order of the runs."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    fields = [name for name in names if name != SEED and not name.startswith("log.")]
     varied = [name for name in fields if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
     groups: dict[str, Group] = {}
     for run in runs:
@@ -106,7 +108,9 @@ def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
 
 def compared_scores(names: Collection[str]) -> list[str]:
     """The scores to compare, of these: the held-out loss, or else the training loss, and the main score of the task."""
-    return ["eval_loss" if "eval_loss" in names else "loss", *main_scores([dict.fromkeys(names)])[:1]]
+    loss = "eval_loss" if "eval_loss" in names else "loss"
+    answers = [name for name in OF_ANSWERS if name in names]
+    return [loss, *(answers or main_scores([dict.fromkeys(names)]))[:1]]
 
 
 def last_score(run: RecordedRun, name: str) -> float | None:

@@ -196,9 +196,10 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve], highest: float = math.
         bottom, top = min(values), max(values)
         margin = 0.05 * (top - bottom or abs(top) or 1.0)
         axes.set_ylim(*((bottom / 1.1, top * 1.1) if is_log(values) else (bottom - margin, top + margin)))
+    bottom, top = axes.get_ylim()
     for curve in curves:
         if curve.failed:
-            axes.plot(curve.steps[-1:], [min(curve.values[-1], axes.get_ylim()[1])], zorder=4, **_FAILED)
+            axes.plot(curve.steps[-1:], [min(max(curve.values[-1], bottom), top)], zorder=4, **_FAILED)
 
 
 def draw_field(

@@ -41,12 +41,13 @@ class SweptRun(NamedTuple):
 
 
 def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
-    """The tokens or records that the runs were trained on, and the time of the longest run."""
+    """The tokens or images that the finished runs were trained on, and the time of the longest run."""
     cards = []
-    if ended := [run.counts for run in runs if run.counts]:
-        unit = "tokens" if any("tokens" in counts for counts in ended) else "records"
+    if ended := [run for run in runs if run.counts]:
+        images = any("images_per_second" in line for run in ended for line in run.lines)
+        title, count = ("Images trained", "records") if images else ("Tokens trained", "tokens")
         note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
-        cards.append(Card(f"{unit.capitalize()} trained", f"{sum(counts.get(unit, 0) for counts in ended):,}", note))
+        cards.append(Card(title, f"{sum(run.counts.get(count, 0) for run in ended):,}", note))
     if times := [max(line["seconds"] for line in run.lines) for run in runs if run.lines]:
         cards.append(
             Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together")

@@ -1,6 +1,6 @@
 """sweep.html: the plots of a sweep, its best run, and its runs with their values, scores and links to their reports.
 
-It is made from sweep.json, which the sweep writes at its start and after each population. The report of each run links back
+It is made from sweep.json, which the sweep writes at its start and whenever runs have ended. The report of each run links back
 to it.
 """
 
@@ -61,4 +61,5 @@ def _run(
     directory = workdir / run
     link = f"{quote(run)}/{PAGE}" if (directory / PAGE).exists() else ""
     lines = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []
-    return SweptRun(run, values, scores, failed, link, lines, ReportData.load(directory).counts, stopped)
+    counts = ReportData.load(directory).counts if link else {}  # before the end, those of the last evaluation
+    return SweptRun(run, values, scores, failed, link, lines, counts, stopped)

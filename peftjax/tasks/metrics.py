@@ -88,7 +88,7 @@ def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     from scipy import stats
 
-    predicted = logits[:, 0]
+    predicted, labels = logits[:, 0].astype(float), labels.astype(float)  # SciPy would round to float32
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
         return {"pearson": float("nan"), "spearman": float("nan")}
     return {

@@ -92,7 +92,7 @@ class Population:
             self._done = min(one.step for one in first)  # steps of the program; each run has its own step
             self._progress = Progress(self._done, self._done, enabled=jax.process_index() == 0)
             self._opened.enter_context(self._progress)
-            self._begin(first)
+            self._begin(first, tracked=True)
             with self._compile_ahead() as self._gradients:
                 self._renew(first)
                 yield
@@ -107,8 +107,11 @@ class Population:
             self.live.append(one)
         return opened
 
-    def _begin(self, opened: Sequence[Training]) -> None:
-        """Start runs: open their logs, and evaluate those at step 0. Runs of the same seed and step share their batches."""
+    def _begin(self, opened: Sequence[Training], *, tracked: bool) -> None:
+        """Start runs: open their logs, and evaluate those at step 0. Runs of the same seed and step share their batches.
+
+        A tracker that cannot start a run ends the sweep if `tracked`; otherwise this run is not logged to it.
+        """
         streams: dict[tuple[int, int], Batches] = {}
         for one in opened:
             config = one.run.config
@@ -123,7 +126,7 @@ class Population:
                 total_steps=one.last,
                 resume_step=one.step,
                 enabled=jax.process_index() == 0,
-                tracking=one.run.tracking(sweep=True),
+                tracking=one.run.tracking(sweep=True, required=tracked),
                 quiet=True,
                 progress=self._progress,
             )
@@ -204,7 +207,7 @@ class Population:
                 self._record()
                 self._progress.expect(*self._expected())
             if reached := self._open():
-                self._begin(reached)
+                self._begin(reached, tracked=False)
         if not self.waiting and 2 * len(self.live) <= self.width:
             self.width = self._divisible(len(self.live))
 

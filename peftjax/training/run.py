@@ -116,13 +116,13 @@ class Run:
         """The config and the base's fingerprint, which checkpoints record."""
         return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
 
-    def tracking(self, *, sweep: bool = False) -> Tracking:
+    def tracking(self, *, sweep: bool = False, required: bool = True) -> Tracking:
         """What trackers show of the run. The runs of a sweep form a group, each under the name of its directory."""
         log, workdir = self.config.log, self.workdir.absolute()
         name, group = (
             (workdir.name, log.run_name or workdir.parent.name) if sweep else (log.run_name or workdir.name, "")
         )
-        return Tracking(log.trackers, log.project, name, group, flat(configs.to_dict(self.config)))
+        return Tracking(log.trackers, log.project, name, group, flat(configs.to_dict(self.config)), required)
 
     @functools.cached_property
     def held_out(self) -> HeldOut:

@@ -216,11 +216,17 @@ def chosen_values(
     """The values of each run of a sweep: all combinations, or `trials` random draws, which may repeat.
 
     Raises:
-      UserError: A field has a range, and there are no trials.
+      UserError: A field has a range, and there are no trials; or the range of an integer field has no integer.
     """
     if not trials:
         return [texts for space in spaces for texts in grid(space)]
-    return draw(spaces, trials, seed, {name for space in spaces for name in _integers(path, overrides, space)})
+    integers = {name for space in spaces for name in _integers(path, overrides, space)}
+    for name, values in ((name, space[name]) for space in spaces for name in space if name in integers):
+        if isinstance(values, Range) and math.ceil(values.low) > math.floor(values.high):
+            raise UserError(
+                f"--sweep.{name}: there is no integer from {values.low:g} to {values.high:g}, and {name} must be one"
+            )
+    return draw(spaces, trials, seed, integers)
 
 
 def _integers(path: str, overrides: Sequence[str], swept: Space) -> list[str]:

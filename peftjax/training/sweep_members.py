@@ -1,5 +1,6 @@
 """The runs of a sweep, from its fields and their values."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -12,6 +13,8 @@ from peftjax.training import config as configs
 from peftjax.training import space
 from peftjax.training.member import Member
 from peftjax.training.sweep_results import read_entries
+
+LONGEST = 255  # bytes of a file name
 
 
 def members(
@@ -48,8 +51,16 @@ def members(
         if name in found and not trials:
             raise UserError(f"two runs of the sweep are the same: {name}; remove one of the two values")
         trial = {"seed": seed, "index": index, "drawn": texts} if trials else None
-        found.setdefault(name, Member(fixed, config, workdir / quote(name, safe=",=+ "), trial))
+        found.setdefault(name, Member(fixed, config, workdir / _directory(name), trial))
     return list(found.values())
+
+
+def _directory(name: str) -> str:
+    """The name of a run's directory; a name that is too long for a file system ends with its hash."""
+    quoted = quote(name, safe=",=+ ")
+    if len(quoted) <= LONGEST:
+        return quoted
+    return f"{quoted[: LONGEST - 17]}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _recorded(

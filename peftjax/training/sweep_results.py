@@ -12,6 +12,7 @@ import jax
 from peftjax.core import workdir as workdirs
 from peftjax.core.files import write_atomically
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
+from peftjax.report.data import read_json
 from peftjax.report.sweep_page import RESULTS, write_sweep_page
 from peftjax.training.member import Member
 
@@ -64,9 +65,10 @@ def outcome(member: Member) -> dict[str, Any]:
 def read_entries(workdir: Path) -> list[dict[str, Any]]:
     """The entries of sweep.json; none if it has not been written yet."""
     file = workdir / RESULTS
-    return json.loads(file.read_text()) if file.exists() else []
+    return read_json(file) if file.exists() else []
 
 
+<<<<<<< HEAD
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
     """The adapter, or in full fine-tuning the model, of the run with the lowest loss among those that have one.
 
@@ -74,3 +76,9 @@ def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
     """
     results = (workdir / entry["run"] / name for entry in found for name in ("adapter", "model"))
     return next((result for result in results if result.exists()), workdir / found[0]["run"])
+=======
+def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path | None:
+    """The adapter, or in full fine-tuning the model, of the best run that has one; None if no run has."""
+    results = (workdir / entry["run"] / name for entry in found for name in ("adapter", "model"))
+    return next((path for path in results if path.exists()), None)
+>>>>>>> rev-res

@@ -12,7 +12,7 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core import workdir as workdirs
 from peftjax.models.base import Model
-from peftjax.report.data import ReportData
+from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
 from peftjax.training import precision
 from peftjax.training.abstract import place_shapes
@@ -94,6 +94,8 @@ class United:
             run.report = ReportData(sweep=True)
             run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
             state = run.resume(parts.trainable, parts.tx, checkpoints)
+            if state.step < config.train.steps and jax.process_index() == 0:  # a run with a report counts as finished
+                (member.workdir / PAGE).unlink(missing_ok=True)
             self.shared = self.shared or shared_leaves(model, run.frozen)
             own = own_leaves(model, run.frozen)
             run.frozen = {**self.shared, **own}

@@ -16,6 +16,7 @@ from peftjax import compare
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.report.compared_tables import difference_intervals
+from peftjax.report.comparison import group_seeds, read_runs
 from tests.report.test_report import DATA, check_tags, eval_line, train_line, words, write_workdir
 
 
@@ -49,6 +50,14 @@ def test_runs_that_differ_only_in_the_seed_share_a_row(
     assert rows[0] == ["rank=4", "1", "0.5", "0.25", "0.5", "0.75"]
     assert " ".join(rows[1]) == "rank=8 2 1.50 ± 0.71 0.75 ± 0.35 0.5 0.75"  # of 1 and 2, and of their halves
     assert rows[2] == ["rank=4", "1", "80", "1.0", "MiB", "30", "s", "500"]
+
+
+def test_the_name_of_a_run_in_a_tracker_does_not_separate_it_from_other_seeds(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = {"seed": seed, "log": {"run_name": f"lora-{seed}"}}
+        write_workdir(tmp_path / str(seed), config, [train_line(1)], DATA)
+    runs = read_runs([tmp_path / "0", tmp_path / "1"])
+    assert [(group.values, group.runs) for group in group_seeds(runs)] == [({}, runs)]
 
 
 def test_an_empty_value_is_shown_in_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

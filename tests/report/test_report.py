@@ -27,6 +27,7 @@ from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
 from peftjax.report import svg
 from peftjax.report.classes import Classes, ClassScore, Prediction
+from peftjax.report.comparison import compared_scores
 from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration, format_number, format_spread
@@ -160,6 +161,13 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
     assert "Adapter file 2.0 KiB for a base of 15.6 KiB" in seen
     assert "Wall time 30 s 30 steps" in seen
     assert "Tokens per second 500" in seen
+
+
+def test_bleu_is_no_fraction(tmp_path: Path) -> None:
+    lines = [eval_line(step, 1.0, 0.5) | {"bleu": bleu} for step, bleu in ((0, 3.25), (10, 56.2))]
+    page = words(write_report(write_workdir(tmp_path, lines=lines)).read_text(encoding="utf-8"))
+    assert "BLEU 3.25 → 56.2" in page
+    assert compared_scores(lines[0].keys() - {"exact_match"}) == ["eval_loss", "bleu"]
 
 
 def test_every_section_is_there(full: str) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from peftjax.core.errors import UserError
 from peftjax.report import __main__ as command
+from peftjax.report.cards import Card
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
-from peftjax.report.run_plots import highest_shown, make_scale
+from peftjax.report.run_plots import RunCurve, draw_curves, highest_shown, make_scale
+from peftjax.report.sweep_figures import SweptRun, cost_cards
 from peftjax.report.sweep_page import write_sweep_page
 from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words
 
@@ -61,7 +65,9 @@ def write_sweep(workdir: Path, swept: list[dict[str, Any]]) -> str:
         loss = 1 + number / 10
         lines = [eval_line(0, 2.5, 0.0), train_line(10), eval_line(10, 50.0 if failed else loss, 0.5)]
         (workdir / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ReportData(counts={} if failed else {"tokens": 1000, "records": 7}).save(workdir / name)
+        ReportData(counts={"tokens": 1000, "records": 7}).save(workdir / name)
+        if not failed:
+            (workdir / name / "report.html").touch()
         outcome = {"scores": {}, "failed": "not finite"} if failed else {"scores": {"eval_loss": loss}}
         runs.append({"run": name, "values": values, **outcome})
     (workdir / "sweep.json").write_text(json.dumps(runs))
@@ -103,6 +109,13 @@ def test_the_page_has_curves_a_plot_of_each_field_and_parallel_coordinates(tmp_p
     assert "http:" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
 
 
+def test_runs_on_images_are_trained_on_images() -> None:
+    lines = [{"step": 1, "seconds": 2.0, "images_per_second": 5.0}]
+    counts = {"records": 10, "tokens": 10}  # an image counts as a token
+    (card, _) = cost_cards([SweptRun("a", {}, {}, "", "a/report.html", lines, counts)])
+    assert card == Card("Images trained", "10", "in one finished run")
+
+
 def test_one_field_has_no_parallel_coordinates_and_a_search_has_points_without_lines(tmp_path: Path) -> None:
     one = figures(write_sweep(tmp_path / "one", [{"method.rank": rank} for rank in (4, 8, 16)]))
     assert list(one) == ["Held-out loss", "rank"]
@@ -124,6 +137,17 @@ def test_a_run_that_diverged_does_not_set_the_limits(tmp_path: Path) -> None:
     assert words(found["learning_rate"]).index("rank=4") < words(found["learning_rate"]).index("rank=16")
     assert ">80<" not in found["learning_rate"]
     assert "eval_loss above 1.5 is drawn at the end of its axis" in found["Parallel coordinates"]
+
+
+def test_the_cross_of_a_failed_run_is_inside_the_axes_also_below_all_other_losses() -> None:
+    curves = [
+        RunCurve("fine", "#000000", (0, 9), (2.5, 2.0)),
+        RunCurve("failed", "#000000", (0, 5), (2.5, 0.5), failed=True),
+    ]
+    axes = Figure().subplots()
+    draw_curves(axes, curves)
+    (cross,) = (float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_marker() == "x")
+    assert axes.get_ylim()[0] <= cross <= 2.0
 
 
 def test_only_outliers_are_left_out_of_an_axis() -> None:

@@ -40,6 +40,12 @@ def test_numbers_are_scored_by_their_correlations() -> None:
     assert found == pytest.approx({"pearson": np.corrcoef(predicted[:, 0], labels)[0, 1], "spearman": 1.0})
 
 
+def test_nearly_equal_predictions_have_exact_correlations() -> None:
+    predicted = np.array([1, 1, 1 + 2**-23], np.float32)  # SciPy warns of fewer digits
+    found = scores.regression(predicted[:, None], np.array([0, 1, 2], np.float32))
+    assert found == pytest.approx({"pearson": 0.75**0.5, "spearman": 0.75**0.5}, rel=1e-12)
+
+
 def test_answers_are_scored_by_equality_by_bleu_and_by_common_subsequences() -> None:
     answers, expected = ["the cat sat on the mat", " yes "], ["the cat sat on the mat today", "yes"]
     found = scores.of_answers(answers, expected, scores.OF_ANSWERS)

@@ -23,7 +23,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers, population, sweep_members, sweep_results
+from peftjax.training import answers, population, precision, sweep_members, sweep_results
 from peftjax.training import config as configs
 from peftjax.training.halving import Halving
 from peftjax.training.member import Member
@@ -86,6 +86,14 @@ def test_a_sweep_has_a_run_for_each_combination_of_values(file: Path, tmp_path: 
     assert [one.name for one in targets] == ["targets=q_proj+v_proj", "targets=all-linear"]
 
 
+def test_the_directory_of_a_run_with_long_values_has_a_short_name_of_its_own(file: Path, tmp_path: Path) -> None:
+    paths = [f"/{'data' * 80}/{name}.jsonl" for name in "ab"]
+    found = sweep_members.members(str(file), [], [f"--sweep.data.train={','.join(paths)}"], tmp_path)
+    assert len({one.name for one in found}) == 2
+    for one in found:
+        one.workdir.mkdir()
+
+
 def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Path, tmp_path: Path) -> None:
     fields = [
         "--sweep.optim.learning_rate=loguniform(1e-5,1e-2)", "--sweep.method.rank=uniform(2,5)",
@@ -133,6 +141,12 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
 def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         sweep_members.members(str(file), [], fields, tmp_path)
+
+
+@pytest.mark.parametrize("values", ["loguniform(0.1,0.9)", "uniform(4.2,4.8)"])
+def test_the_range_of_an_integer_field_needs_an_integer(values: str, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--sweep\.method\.rank: there is no integer from [\d.]+ to"):
+        sweep_members.members(str(file), [], [f"--sweep.method.rank={values}"], tmp_path, trials=2)
 
 
 def test_a_recorded_draw_that_is_no_number_is_in_no_range(file: Path, tmp_path: Path) -> None:
@@ -299,6 +313,17 @@ def test_the_members_of_a_population_have_one_base_in_memory(made: Any, tmp_path
     assert len(ours) == 4  # codes, absmax, their scales and mean
 
 
+def test_a_run_that_is_extended_is_not_finished_until_it_has_a_new_report(made: Any, tmp_path: Path) -> None:
+    one = member(made, tmp_path, seed=0)
+    one.workdir.mkdir()
+    for name in (MARK, "report.html"):
+        (one.workdir / name).touch()
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        unite_runs([one], mesh)[0].open(one)
+    assert not (one.workdir / "report.html").exists()
+
+
 @pytest.mark.slow
 def test_successive_halving_continues_the_best_runs(
     made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -446,6 +471,17 @@ def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, t
         sweep.sweep([member(made, tmp_path / "sweep", seed=0)], tmp_path / "sweep")
 
 
+def test_a_run_that_has_started_is_trained_together_with_one_that_has_not(made: Any, tmp_path: Path) -> None:
+    pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
+    started = precision.resolve(pair[0].config, {})
+    assert (pair[0].config.model.dtype, started.model.dtype) == ("auto", "float32")
+    with Checkpoints(pair[0].workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
+        identity = {"config": json.loads(configs.to_json(started)), "base": ""}
+        checkpoints.save(2, {"step": jnp.zeros(())}, {}, identity=identity)
+    sweep.resolve(pair)
+    assert sweep.populations(pair) == [pair]
+
+
 def test_a_member_whose_directory_holds_other_files_is_named_before_any_run_starts(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +541,14 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(made: Any, tmp_path: Path
     found = sweep_results.write_results(several, tmp_path)
     assert [entry["values"]["optim__learning_rate"] for entry in found] == [0.3, 0.1, 0.2]
     assert [line.split()[1] for line in printed(found[::-1])[1:]] == ["1", "2", "nan"]
+
+
+def test_the_best_result_is_that_of_a_run_that_has_one(tmp_path: Path) -> None:
+    found = [{"run": "waits in another part"}, {"run": "b"}, {"run": "c"}]
+    assert sweep_results.best_result(found, tmp_path) is None
+    for name in ("c/adapter", "b/model"):
+        (tmp_path / name).mkdir(parents=True)
+    assert sweep_results.best_result(found, tmp_path) == tmp_path / "b" / "model"
 
 
 def test_the_table_shows_where_runs_were_stopped() -> None:
