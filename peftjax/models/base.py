@@ -262,7 +262,8 @@ class LanguageModel(Model):
         """Apply the head: [B, T, D] -> [B, T, V]."""
         if not self.tied:
             return self.head(hidden)
-        if self.head.adapters.active:
+        if hidden.dtype != jnp.bfloat16 or self.head.adapters.active:
             return self.head(hidden, kernel=self.tied_kernel())
+        # XLA's CPU backend multiplies with a transposed bfloat16 table in float32, which takes twice as long.
         gather = partial(sharding.gathered, axes=self.embed.axes)
         return matmul(hidden, self.embed.embedding.get_value(), gather, transposed=True)

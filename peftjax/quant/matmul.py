@@ -32,8 +32,7 @@ def matmul(
         x: Activations.
         kernel: An array or a quantized kernel.
         gather: Applied to the kernel in both passes, so that its result is not kept in between.
-        transposed: Whether an array is [out, in]. Of `matmul(x, kernel.T)` in bfloat16, XLA's CPU backend computes both
-            passes in float32.
+        transposed: Whether the kernel, which is then not quantized, is [out, in].
     """
     return _matmul(gather, transposed, x, kernel)
 

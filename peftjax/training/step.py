@@ -182,7 +182,7 @@ def shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def flatten(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state by name, in the order of its leaves."""
+def flatten(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, or their shapes, by name, in the order of its leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -68,17 +68,7 @@ def read_entries(workdir: Path) -> list[dict[str, Any]]:
     return read_json(file) if file.exists() else []
 
 
-<<<<<<< HEAD
-def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path:
-    """The adapter, or in full fine-tuning the model, of the run with the lowest loss among those that have one.
-
-    Other jobs may still be training the runs of their parts.
-    """
-    results = (workdir / entry["run"] / name for entry in found for name in ("adapter", "model"))
-    return next((result for result in results if result.exists()), workdir / found[0]["run"])
-=======
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path | None:
     """The adapter, or in full fine-tuning the model, of the best run that has one; None if no run has."""
     results = (workdir / entry["run"] / name for entry in found for name in ("adapter", "model"))
     return next((path for path in results if path.exists()), None)
->>>>>>> rev-res

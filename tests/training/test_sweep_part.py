@@ -55,10 +55,3 @@ def test_a_part_keeps_what_the_others_have_recorded(tmp_path: Path) -> None:
     assert not any(
         "failed" in entry for entry in sweep_results.write_results(whole, tmp_path)
     )  # it trains all of them again
-
-
-def test_the_best_result_is_one_that_exists_while_another_job_trains_a_better_run(tmp_path: Path) -> None:
-    (tmp_path / "seed=1" / "adapter").mkdir(parents=True)
-    (tmp_path / "seed=0" / "checkpoints").mkdir(parents=True)
-    found = [{"run": "seed=0", "scores": {"eval_loss": 1.0}}, {"run": "seed=1", "scores": {"eval_loss": 2.0}}]
-    assert sweep_results.best_result(found, tmp_path) == tmp_path / "seed=1" / "adapter"
