@@ -1,6 +1,7 @@
 """The base that an adapter was trained on: its name, the formats of its kernels, and how far they are from this model's."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from peftjax.quant.base import Quantized
 
 def formats(model: nnx.Module) -> dict[str, str]:
     """Return the format of every quantized kernel, by path."""
-    leaves = variables.flat(model)[1]
-    values = {path: leaf.get_value() for path, leaf in leaves.items()}
-    return {path: value.format for path, value in values.items() if isinstance(value, Quantized)}
+    return formats_of({path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()})
+
+
+def formats_of(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Return the format of those parameters, given by path, that are quantized."""
+    return {path: value.format for path, value in parameters.items() if isinstance(value, Quantized)}
 
 
 def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:

@@ -29,8 +29,7 @@ FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
 
 def base_record(model: nnx.Module, name: str, fingerprints: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata that describes the base beneath adapter `name`, with its fingerprints."""
-    kernels = {path: value for path, value in _beneath(model, name).items() if isinstance(value, Quantized)}
-    formats = {path: kernel.format for path, kernel in kernels.items()}
+    formats = provenance.formats_of(_beneath(model, name))
     return {FINGERPRINTS: json.dumps(fingerprints), FORMATS: json.dumps(formats)}
 
 
