@@ -124,7 +124,6 @@ def generate(
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"generate: seed={seed} has more than 64 bits; use a smaller number")
     view = active_view(model)
-    view.eval()
     remove_dropout(view)
     graph, state = nnx.split(view)
     decode = _compiled(_decode, frozenset(jax.tree.leaves(state)[0].sharding.device_set))

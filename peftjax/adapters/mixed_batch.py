@@ -155,7 +155,6 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
             detach(model, idle)
         use(model, before)
     for name, view in zip(named, views, strict=True):
-        view.eval()
         remove_dropout(view)
         if variables.flat(view)[0] != variables.flat(views[0])[0] or _shapes(view) != _shapes(views[0]):
             raise UserError(

@@ -70,7 +70,9 @@ class Dropout(nnx.Module):
 
 
 def remove_dropout(model: nnx.Module) -> None:
-    """Set all rates to 0, so that models that differ only in their rates have the same structure."""
+    """Switch to evaluation mode and set all rates to 0, so that models that differ only in their rates have the same
+    structure."""
+    model.eval()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Dropout):
             module.rate, module.key = 0.0, nnx.data(None)
