@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -52,9 +51,3 @@ class Quantized:
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         """y W^T of one layer: [..., out] -> [..., in], in the dtype of y."""
         raise NotImplementedError
-
-
-def product(subscripts: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """An einsum in the dtype of x, accumulated and returned in at least float32."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(subscripts, x, kernel.astype(x.dtype), preferred_element_type=accumulator)

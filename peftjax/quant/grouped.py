@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from peftjax.quant.base import Quantized, product
+from peftjax.quant.base import Quantized
 from peftjax.quant.matmul import Kernel, needs_gradient, primal_values
+from peftjax.quant.products import dot, dot_transposed, kernel_gradient
 
 IN_USE = "block_in_use"  # the scope of the conditions that skip unused blocks, by which a plan finds them in a program
 
@@ -94,7 +95,7 @@ def _one_by_one(
     def multiply(rows: jax.Array, one: Kernel) -> jax.Array:
         if isinstance(one, Quantized):
             return one.dot_transposed(rows) if transposed else one.dot(rows)
-        return product("ro,io->ri" if transposed else "ri,io->ro", rows, one).astype(rows.dtype)
+        return (dot_transposed if transposed else dot)(rows, one).astype(rows.dtype)
 
     def step(_: None, block: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         rows, expert, in_use = block
@@ -118,7 +119,7 @@ def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.
 
     def step(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         rows, change, expert, in_use = block
-        of_block = lambda: product("ri,ro->io", rows, change)  # noqa: E731
+        of_block = lambda: kernel_gradient(rows, change)  # noqa: E731
         empty = lambda: jnp.zeros(total.shape[1:], dtype)  # noqa: E731
         with jax.named_scope(IN_USE):
             added = jax.lax.cond(in_use, of_block, empty)

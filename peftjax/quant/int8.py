@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from peftjax.quant.base import Quantized, product
+from peftjax.quant.base import Quantized
+from peftjax.quant.products import dot, dot_transposed
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype"])
@@ -44,10 +45,10 @@ class Int8(Quantized):
         return [kernel, (*kernel[:-2], kernel[-1])]
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return _scaled(product("...i,io->...o", x, self.codes), self.scale).astype(x.dtype)
+        return _scaled(dot(x, self.codes), self.scale).astype(x.dtype)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
-        return product("...o,io->...i", _scaled(y, self.scale).astype(y.dtype), self.codes).astype(y.dtype)
+        return dot_transposed(_scaled(y, self.scale).astype(y.dtype), self.codes).astype(y.dtype)
 
 
 def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from peftjax.quant.base import Quantized, product
+from peftjax.quant.base import Quantized
+from peftjax.quant.products import dot, dot_transposed, kernel_gradient
 
 Kernel = jax.Array | Quantized
 Gather = Callable[[Any], Any]  # brings a kernel to the devices that use it, as `sharding.gathered` does
@@ -40,8 +41,8 @@ def matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(gather: Gather, transposed: bool, x: jax.Array, kernel: Kernel) -> jax.Array:
     kernel, rows = gather(kernel), _rows(x)
-    form = "...i,oi->...o" if transposed else "...i,io->...o"
-    y = kernel.dot(rows) if isinstance(kernel, Quantized) else product(form, rows, kernel)
+    times = dot_transposed if transposed else dot
+    y = kernel.dot(rows) if isinstance(kernel, Quantized) else times(rows, kernel)
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -72,30 +73,16 @@ def _backward(
     if isinstance(gradient, SymbolicZero):
         return None, None
     gathered, rows = gather(kernel), _rows(gradient)
-    if isinstance(gathered, Quantized):
-        of_x = gathered.dot_transposed(rows)
-    else:
-        of_x = product("...o,oi->...i" if transposed else "...o,io->...i", rows, gathered).astype(gradient.dtype)
-    of_x = of_x.reshape(*gradient.shape[:-1], of_x.shape[-1])
+    times = dot if transposed else dot_transposed
+    of_x = gathered.dot_transposed(rows) if isinstance(gathered, Quantized) else times(rows, gathered)
+    of_x = of_x.astype(gradient.dtype).reshape(*gradient.shape[:-1], of_x.shape[-1])
     if x is None:
         return of_x, None
-    if transposed:
-        return of_x, product("...o,...i->oi", rows, _rows(x)).astype(kernel.dtype)
-    return of_x, _kernel_gradient(_rows(x), rows).astype(kernel.dtype)
+    inputs, outputs = (rows, _rows(x)) if transposed else (_rows(x), rows)
+    return of_x, kernel_gradient(inputs, outputs).astype(kernel.dtype)
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """x^T g: [..., in] x [..., out] -> [in, out].
-
-    For few outputs, such as LoRA's rank, XLA's CPU backend computes the transposed product in less than half of the time
-    (benchmarks/matmul.py); the barrier keeps it from transposing the product back.
-    """
-    if 8 * gradient.shape[-1] <= x.shape[-1]:
-        return jax.lax.optimization_barrier(product("...o,...i->oi", gradient, x)).T
-    return product("...i,...o->io", x, gradient)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from peftjax.quant.base import Quantized, product
+from peftjax.quant.base import Quantized
+from peftjax.quant.products import dot, dot_transposed
 
 BLOCK, GROUP = 64, 256
 
@@ -122,12 +123,12 @@ class Nf4(Quantized):
 
     def dot(self, x: jax.Array) -> jax.Array:
         if not self._even:
-            return product("...i,io->...o", x, self.astype(x.dtype)).astype(x.dtype)
+            return dot(x, self.astype(x.dtype)).astype(x.dtype)
         return self._product(x, transposed=False)
 
     def dot_transposed(self, y: jax.Array) -> jax.Array:
         if not self._even:
-            return product("...o,io->...i", y, self.astype(y.dtype)).astype(y.dtype)
+            return dot_transposed(y, self.astype(y.dtype)).astype(y.dtype)
         y, kernel = _after(y, self)
         return kernel._product(y, transposed=True)
 
@@ -216,9 +217,9 @@ def _unfused(parts: int, transposed: bool, x: jax.Array, kernel: Nf4) -> jax.Arr
     columns = [part.astype(x.dtype) for part in _columns(kernel, parts)]
     if transposed:
         y = x.reshape(*x.shape[:-1], -1, len(columns))
-        products = (product("...o,io->...i", y[..., i], values) for i, values in enumerate(columns))
+        products = (dot_transposed(y[..., i], values) for i, values in enumerate(columns))
         return functools.reduce(jnp.add, products).astype(x.dtype)
-    y = jnp.stack([product("...i,io->...o", x, values).astype(x.dtype) for values in columns], axis=-1)
+    y = jnp.stack([dot(x, values).astype(x.dtype) for values in columns], axis=-1)
     return y.reshape(*x.shape[:-1], -1)
 
 
