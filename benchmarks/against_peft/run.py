@@ -86,7 +86,7 @@ def measure(cell: Cell, pythons: dict[str, str], directory: Path, rounds: int, t
         peaks: dict[str, int] = {}
         for _ in range(rounds):
             for side, child in sides.items():
-                answer = child.ask(run=counts[side])
+                answer = child.ask(run=counts[side], before=1)
                 seconds[side].append(answer["seconds"])
                 peaks[side] = answer["peak_bytes"]
         busy = max(idle, others.share())
