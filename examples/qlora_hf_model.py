@@ -41,7 +41,7 @@ def make_rows(tokenizer, texts, length):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="Hugging Face directory, hub id, or the bundled model")
-    parser.add_argument("--data", help="FILE.jsonl with a text per line")
+    parser.add_argument("--data", help='FILE.jsonl with records {"text": ...}; default: Python code')
     parser.add_argument("--dtype", default="float32", help="Compute dtype; bfloat16 on accelerators")
     parser.add_argument("--length", type=int, default=64, help="Tokens per sequence")
     parser.add_argument("--steps", type=int, default=60, help="Number of optimizer updates")

@@ -77,7 +77,7 @@ def generate(
         texts: One prompt, or several.
         chat: Whether each text is a user message, to be rendered with the chat template.
         max_new_tokens: Maximum number of new tokens per prompt.
-        stop: Token ids that end an answer. Texts also end with the tokenizer's `eos_ids`.
+        stop: Token ids that end an answer. With a tokenizer, its `eos_ids` also end an answer.
         sampling: How the next token is chosen; by default the most likely one.
         seed: Random seed for sampling.
 

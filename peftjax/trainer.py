@@ -157,7 +157,8 @@ def _model_fields(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     fields = {"model.path": model.origin.path} | {f"model.{name}": value for name, value in options.items()}
     if differ := [name for name, value in fields.items() if given.get(name, value) != value]:
         raise UserError(
-            f"train: {', '.join(differ)} cannot change for a loaded model; give the directory, or pass it to load_model"
+            f"train: {', '.join(differ)} cannot change for a loaded model; pass the model's directory instead, or set these "
+            "options in load_model"
         )
     return fields
 
@@ -185,7 +186,7 @@ def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
     if isinstance(data, str | Path):
         return (absolute(str(data)),)
     if type(data).__name__ == "DataFrame":  # of any library; iterating over it yields the names of its columns
-        raise UserError(f"train: the {name} data is a DataFrame; give its records, in pandas df.to_dict('records')")
+        raise UserError(f"train: the {name} data is a DataFrame; give its records: df.to_dict('records')")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UserError(f"train: the {name} data must be a list of records, or names of files, not {repr(data)[:60]}")
     items = list(data)

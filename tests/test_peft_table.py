@@ -6,13 +6,14 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sacrebleu
 
 import peftjax
-from experiments.peft_table import setting, study, table
+from experiments.peft_table import bootstrap, setting, study, table
 from peftjax.models import from_hf_config
 from tests import tiny
 
@@ -72,10 +73,15 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     lora = json.loads((tmp_path / "results" / "trec-lora.json").read_text())
     mean = statistics.mean(seed["epochs"][-1]["validation"] for seed in lora["seeds"].values())
     assert mean == lora["means"][str(lora["rate"])] == max((lora["validation"] | lora["means"]).values())
-    for seed, right in zip(lora["seeds"].values(), table.right_answers(lora), strict=True):
-        assert right.sum() / 18 == pytest.approx(seed["epochs"][-1]["accuracy"])
+    right = bootstrap.records_of(lora, "accuracy", [])
+    for seed, share in zip(lora["seeds"].values(), right.score(right.values.sum(1)), strict=True):
+        assert share / 100 == pytest.approx(seed["epochs"][-1]["accuracy"])
     answered = json.loads((tmp_path / "results" / "e2e-lora.json").read_text())
     references = [["A is here.", "See C."], ["Here is A.", None]]  # of the first and the last meaning representation
+    for score in ("bleu", "rouge_l"):
+        records = bootstrap.records_of(answered, score, references)
+        for seed, value in zip(answered["seeds"].values(), records.score(records.values.sum(1)), strict=True):
+            assert seed["epochs"][-1][score] * (1 if score == "bleu" else 100) == pytest.approx(value)
     for seed in answered["seeds"].values():
         bleu = sacrebleu.corpus_bleu(seed["predictions"], references).score
         assert seed["epochs"][-1]["bleu"] == pytest.approx(bleu)
@@ -83,6 +89,10 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     table.main([f"--workdir={tmp_path}"])
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| lora")] == ["| lora"] * 3
+    assert any(line.startswith("| lora - full |") and " to " in line for line in lines)
+    assert (tmp_path / "scores.md").read_text().splitlines()[
+        0
+    ] == "| method | trec, accuracy | e2e, bleu | e2e, rouge_l |"
     mean = 100 * np.mean([seed["epochs"][-1]["accuracy"] for seed in lora["seeds"].values()])
     assert any(line.startswith("| lora") and f"{mean:.1f} ±" in line for line in lines)
     assert (tmp_path / "scores.png").stat().st_size > 1000
@@ -97,17 +107,28 @@ def test_rates_are_tried_until_the_best_lies_between_others() -> None:
     assert study.more_rates({10.0**power: power for power in range(8)}, lower=False) == []
 
 
+def result(predictions: list[Any]) -> dict[str, Any]:
+    """A result file with these predictions by seed."""
+    epochs = [{"eval_labels": 400.0}]
+    return {"seeds": {str(seed): {"predictions": one, "epochs": epochs} for seed, one in enumerate(predictions)}}
+
+
 def test_a_difference_exceeds_chance_if_it_is_large_in_all_seeds() -> None:
     rng = np.random.default_rng(0)
 
-    def result(share: float) -> dict[str, object]:
-        bits = [np.packbits(rng.random(400) < share).tobytes().hex() for _ in range(3)]
-        return {"seeds": {seed: {"predictions": one} for seed, one in enumerate(bits)}}
+    def accuracies(*shares: float) -> bootstrap.Records:
+        bits = [np.packbits(rng.random(400) < share).tobytes().hex() for share in shares]
+        return bootstrap.records_of(result(bits), "accuracy", [])
 
-    good, similar, bad = result(0.8), result(0.8), result(0.6)
-    assert table.accuracy_differs(good, bad)
-    assert not table.accuracy_differs(good, similar)
-    assert not table.accuracy_differs(good, good)
+    good, similar, bad = (accuracies(share, share, share) for share in (0.8, 0.8, 0.6))
+    unstable = accuracies(0.8, 0.8, 0.1)
+    difference = bootstrap.compare(good, bad)
+    assert difference.low < difference.mean < difference.high
+    assert difference.significant
+    assert bootstrap.compare(bad, good).mean == pytest.approx(-difference.mean)
+    assert not bootstrap.compare(good, similar).significant
+    assert not bootstrap.compare(good, unstable).significant  # one seed of three
+    assert bootstrap.compare(good, good) == (0, 0, 0)
 
 
 def test_missing_references_do_not_shorten_the_expected_answers() -> None:
@@ -116,13 +137,14 @@ def test_missing_references_do_not_shorten_the_expected_answers() -> None:
     assert sacrebleu.corpus_bleu(["A", "B is ."], columns).bp < 1  # "A" would be nearer to an empty reference
 
 
-def test_bleu_differs_if_one_method_has_more_wrong_answers() -> None:
+@pytest.mark.parametrize("score", ["bleu", "rouge_l"])
+def test_scores_of_answers_differ_if_one_method_has_more_wrong_ones(score: str) -> None:
     rng, facts = np.random.default_rng(0), [f"The number {number} is a fine one to have ." for number in range(60)]
 
-    def result(share: float) -> dict[str, object]:
-        texts = [fact if rng.random() < share else "It is ." for fact in facts]
-        return {"seeds": {"0": {"predictions": texts}}}
+    def answers(share: float) -> bootstrap.Records:
+        texts = [[fact if rng.random() < share else "It is ." for fact in facts] for _ in range(2)]
+        return bootstrap.records_of(result(texts), score, [[*facts]])
 
-    good, similar, bad = result(0.8), result(0.8), result(0.2)
-    assert table.bleu_differs(good, bad, [[*facts]])
-    assert not table.bleu_differs(good, similar, [[*facts]])
+    good, similar, bad = answers(0.8), answers(0.8), answers(0.2)
+    assert bootstrap.compare(good, bad).significant
+    assert not bootstrap.compare(good, similar).significant

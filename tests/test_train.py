@@ -354,7 +354,7 @@ def test_a_microbatch_that_the_mesh_does_not_divide_is_told_with_the_fix() -> No
     ]
     told, nothing = (list(run_module.Run._describe_mesh(each, {})) for each in given)
     assert told == [
-        "a microbatch of 4 rows cannot be split over data x fsdp = 8 devices, so that each of them computes all rows; make "
+        "a microbatch of 4 rows cannot be split over data x fsdp = 8 devices, so each of them computes all rows; make "
         "train.batch_size / train.accumulate a multiple of 8"
     ]
     assert nothing == []

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import peftjax
-from experiments.report import COLORS, RATE, Run, by_values, name_of, plot, versions
+from experiments.report import COLORS, RATE, Run, by_values, interval, name_of, plot, versions
 from peftjax import sharding
 from peftjax.training.config import Config
 from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
@@ -54,15 +54,24 @@ def by_method(results: dict[str, Any]) -> dict[str, dict[float, list[Run]]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Each method with its rate of the lowest mean loss on the new text: means and standard deviations over seeds, as Markdown."""
-    lines = ["| | learning rate | loss on the new text | loss on the pretraining text |", "|---|---:|---:|---:|"]
-    lines.append(f"| (the base) | | | {results['base']:.3f} |")
+    """Each method with its rate of the lowest mean loss on the new text, as Markdown.
+
+    Means and standard deviations over seeds, and differences from full fine-tuning with 95% intervals (Student's t, paired).
+    """
+    texts = ("new", "pretraining")
+    lines = ["| | learning rate | new text | difference from full | pretraining text | difference from full |"]
+    lines += ["|---|" + "---:|" * 5, f"| (the base) | | | | {results['base']:.3f} | |"]
+    baseline: dict[str, np.ndarray] = {}
     for name, rates in by_method(results).items():
         rate, seeds = min(rates.items(), key=lambda item: np.mean([run["new"] for run in item[1]]))
-        cells = [np.array([run[text] for run in seeds]) for text in ("new", "pretraining")]
-        lines.append(
-            f"| {name} | {rate:g} | {' | '.join(f'{each.mean():.3f} ± {each.std(ddof=1):.3f}' for each in cells)} |"
-        )
+        ordered = sorted(seeds, key=lambda run: run["values"]["seed"])
+        losses = {text: np.array([run[text] for run in ordered]) for text in texts}
+        baseline = losses if name == "full" else baseline
+        cells = [f"{rate:g}"]
+        for text, values in losses.items():
+            difference = "" if name == "full" else interval(values - baseline[text])
+            cells += [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}", difference]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,19 +3,21 @@
     PYTHONPATH=. python experiments/peft_table/costs.py --encoder=DIR --decoder=DIR --data=DIR --workdir=DIR
 
 Writes costs.json; with one of the two models, only its figures are replaced. Peak memory is that of a process that loads the
-model and makes four train steps. Step times and latencies are medians of rounds in which all methods take turns, so that what
-else the machine does falls on all alike.
+model and makes four train steps. In each round, all methods take turns, so that what else the machine does falls on all alike.
+Step times are medians over the rounds; a latency is the median, with the quartiles, of its ratios to the base in each round.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,9 @@ from peftjax.training.step import init_state, make_train_step
 
 MODELS = {"encoder": "mrpc", "decoder": "e2e"}  # and the task whose batches are used
 ROUNDS, STEPS = 5, 4
+ANSWERS = 25  # rounds of inference
 PROMPT, NEW_TOKENS = 32, 32
+TEXTS = 16  # of one call of an encoder
 
 
 class Prepared:
@@ -88,26 +92,37 @@ def size(prepared: Prepared, method: str) -> dict[str, Any]:
     return {"trainable": count, "share": count / prepared.base, "file_bytes": sum(leaf.nbytes for leaf in tensors)}
 
 
-def take_turns(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median time in seconds of each function over `ROUNDS` rounds, after one call that compiles."""
+def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The time in seconds of each function in each round, after one call that compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
             if number:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def latencies(runs: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float, float]]:
+    """The median and the quartiles of the ratios to the base, by method."""
+    seconds = take_turns(runs, ANSWERS)
+    found = {}
+    for name, times in seconds.items():
+        ratios = [one / base for one, base in zip(times, seconds["base"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        found[name] = (median, low, high)
+    return found
 
 
 def inference(model: Model) -> Callable[[], object]:
-    """A function that answers one prompt (a decoder) or encodes one text (an encoder) with the model as it is."""
+    """A function that answers one prompt (a decoder) or encodes 16 texts (an encoder) with the model as it is."""
     tokens = np.arange(5, 5 + PROMPT, dtype=np.int32)
     if isinstance(model, Decoder):
         return lambda: generate(model, [tokens.tolist()], max_new_tokens=NEW_TOKENS)
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
-    return lambda: jax.block_until_ready(forward(state, tokens[None]))
+    return lambda: jax.block_until_ready(forward(state, np.tile(tokens, (TEXTS, 1))))
 
 
 def peak_of_training(arguments: list[str], method: str) -> int:
@@ -120,25 +135,31 @@ def measure(config_of: Callable[[str], Config], task: str, arguments: list[str])
     """The costs of each method with one of the models; of the methods that can be merged, also the latency when merged."""
     methods = methods_of(task)
     prepared = {method: Prepared(config_of(method)) for method in methods}
-    steps = take_turns({method: partial(one.steps, STEPS) for method, one in prepared.items()})
+    steps = take_turns({method: partial(one.steps, STEPS) for method, one in prepared.items()}, ROUNDS)
     base = peftjax.load_model(config_of("lora").model.path, dtype="float32")
     runs = {"base": inference(base)} | {method: inference(one.model) for method, one in prepared.items()}
-    attached = take_turns(runs)
+    attached = latencies(runs)
     merged = {}
     for method in ("lora", "dora", "ia3"):
         peftjax.merge(prepared[method].model)
         merged[method] = inference(prepared[method].model)
-    merged_times = take_turns({"base": runs["base"]} | merged)
+    merged_latencies = latencies({"base": runs["base"]} | merged)
     return {
         method: size(one, method)
         | {
             "peak_bytes": peak_of_training(arguments, method),
-            "step_seconds": steps[method] / STEPS,
-            "latency": attached[method] / attached["base"],
+            "step_seconds": statistics.median(steps[method]) / STEPS,
+            "latency": attached[method],
         }
-        | ({"latency_merged": merged_times[method] / merged_times["base"]} if method in merged else {})
+        | ({"latency_merged": merged_latencies[method]} if method in merged else {})
         for method, one in prepared.items()
     }
+
+
+def processor() -> str:
+    """The name of the processor, or "" if the system does not tell."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def main() -> None:
@@ -166,7 +187,9 @@ def main() -> None:
             continue
         prepare(task, options.data, options.workdir / "data")
         arguments = [*sys.argv[1:], "--only", kind]
-        found[kind] = measure(partial(config_of, kind), task, arguments)
+        methods = measure(partial(config_of, kind), task, arguments)
+        versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+        found[kind] = {"methods": methods, "versions": versions, "processor": processor(), "cores": os.cpu_count()}
         write_atomically(COSTS, json.dumps(found, indent=1) + "\n")
 
 

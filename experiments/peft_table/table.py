@@ -1,4 +1,4 @@
-"""Make table.md and scores.png from the files in results/:
+"""Make table.md, scores.md and scores.png from the files in results/:
 
 PYTHONPATH=. python experiments/peft_table/table.py --workdir=DIR
 """
@@ -8,19 +8,41 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 
+from experiments.peft_table.bootstrap import Difference, Records, compare, records_of
 from experiments.peft_table.setting import METHODS, RATES, TASKS, References, columns, references_of
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
 COSTS = HERE / "costs.json"
 BASELINE = "full"
-SAMPLES = 10_000  # of the bootstrap
+MORE_SCORES = {"e2e": ("rouge_l",)}
 Results = dict[str, dict[str, Any]]  # by method
+
+
+class Column(NamedTuple):
+    """A task and a score on its test file."""
+
+    task: str
+    score: str
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.score}"
+
+
+Differences = dict[tuple[Column, str, str], Difference]  # by column, method, and the method that it is compared with
+
+
+def columns_of(found: dict[str, Results]) -> list[Column]:
+    """The columns of the tables of scores."""
+    return [
+        Column(task, score)
+        for task in found
+        for score in dict.fromkeys([TASKS[task].score, *MORE_SCORES.get(task, ())])
+    ]
 
 
 def load() -> dict[str, Results]:
@@ -44,81 +66,85 @@ def test_scores(result: dict[str, Any], score: str, *, best: bool) -> list[float
     return chosen
 
 
-def right_answers(result: dict[str, Any]) -> np.ndarray:
-    """Whether each test record was classified correctly after the last epoch, bool [seeds, records]."""
-    packed = [np.frombuffer(bytes.fromhex(seed["predictions"]), np.uint8) for seed in result["seeds"].values()]
-    return np.unpackbits(np.stack(packed), axis=-1).astype(bool)
+class Compared:
+    """The differences between methods, computed once each."""
+
+    def __init__(self, found: dict[str, Results], references: References) -> None:
+        self._found, self._references = found, references
+        self._records: dict[tuple[str, str, str], Records] = {}
+
+    def __call__(self, column: Column, method: str, baseline: str = BASELINE) -> Difference:
+        """How much higher the score of a method is after the last epoch."""
+        return compare(self._of(column, method), self._of(column, baseline))
+
+    def _of(self, column: Column, method: str) -> Records:
+        key = (*column, method)
+        if key not in self._records:
+            self._records[key] = records_of(self._found[column.task][method], column.score, self._references)
+        return self._records[key]
 
 
-def accuracy_differs(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether 0 is outside the 95 % interval of the difference of the mean accuracies, by a paired bootstrap.
-
-    Seeds and test records are resampled; both methods get the same resamples, because runs of a seed share the data order
-    and the initial head (Efron and Tibshirani 1993; Koehn 2004).
-    """
-    difference = right_answers(one).astype(np.float32) - right_answers(other)  # [seeds, records]; padding bits cancel
-    rng = np.random.default_rng(0)
-    seeds, records = difference.shape
-    by_seed = rng.multinomial(seeds, [1 / seeds] * seeds, SAMPLES) / seeds
-    means = np.empty(SAMPLES)
-    for index, weights in enumerate(by_seed):
-        means[index] = (weights @ difference)[rng.integers(records, size=records)].mean()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return not low <= 0 <= high
-
-
-def bleu_differs(one: dict[str, Any], other: dict[str, Any], references: References) -> bool:
-    """Whether the BLEU of two methods differs with p < 0.05, over the answers of all seeds.
-
-    By sacrebleu's approximate randomization, which exchanges answers between the methods (Riezler and Maxwell 2005).
-    """
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.significance import PairedTest, Result
-
-    texts = [[text for seed in result["seeds"].values() for text in seed["predictions"]] for result in (other, one)]
-    repeated = [column * len(one["seeds"]) for column in references]
-    systems = [("baseline", texts[0]), ("system", texts[1])]
-    test = PairedTest(systems, {"BLEU": BLEU()}, repeated, n_samples=1000)
-    system = test()[1]["BLEU"][1]
-    assert isinstance(system, Result)
-    return system.p_value is not None and system.p_value < 0.05
-
-
-def cell(results: Results, method: str, task: str, references: References, *, best: bool) -> str:
+def cell(found: dict[str, Results], column: Column, method: str, differences: Differences, *, best: bool) -> str:
     """Mean and standard deviation over seeds; bold if the difference to the baseline exceeds chance (last epoch only)."""
-    if method not in results:
+    if method not in found[column.task]:
         return ""
-    result, score = results[method], TASKS[task].score
-    scores = test_scores(result, score, best=best)
+    scores = test_scores(found[column.task][method], column.score, best=best)
     text = f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
-    if best or method == BASELINE or BASELINE not in results:
-        return text
-    baseline = results[BASELINE]
-    differs = bleu_differs(result, baseline, references) if score == "bleu" else accuracy_differs(result, baseline)
-    return f"**{text}**" if differs else text
+    difference = None if best else differences.get((column, method, BASELINE))
+    return f"**{text}**" if difference is not None and difference.significant else text
 
 
-def table(found: dict[str, Results], references: References, *, best: bool) -> str:
+def differences_of(found: dict[str, Results], references: References) -> Differences:
+    """The differences of all methods to the baseline, and of QLoRA to LoRA."""
+    compared = Compared(found, references)
+    pairs = [*((method, BASELINE) for method in METHODS if method != BASELINE), ("qlora", "lora")]
+    return {
+        (column, *pair): compared(column, *pair)
+        for column in columns_of(found)
+        for pair in pairs
+        if found[column.task].keys() >= set(pair)
+    }
+
+
+def score_table(found: dict[str, Results], differences: Differences, *, best: bool) -> str:
     """Test scores by method and task, as Markdown."""
-    lines = [
-        "| method | " + " | ".join(f"{task}, {TASKS[task].score}" for task in found) + " |",
-        "|---|" + "---:|" * len(found),
-    ]
-    for method in METHODS:
-        cells = [cell(results, method, task, references, best=best) for task, results in found.items()]
-        if any(cells):
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+    rows = {
+        method: [cell(found, column, method, differences, best=best) for column in columns_of(found)]
+        for method in METHODS
+    }
+    return table(["method", *map(str, columns_of(found))], rows)
+
+
+def differences_table(found: dict[str, Results], differences: Differences) -> str:
+    """The differences with their intervals."""
+
+    def text(column: Column, method: str, baseline: str) -> str:
+        one = differences.get((column, method, baseline))
+        return "" if one is None else f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+
+    pairs = dict.fromkeys((method, baseline) for _, method, baseline in differences)
+    rows = {
+        f"{method} - {baseline}": [text(column, method, baseline) for column in columns_of(found)]
+        for method, baseline in pairs
+    }
+    return table(["difference", *map(str, columns_of(found))], rows)
+
+
+def table(header: list[str], rows: dict[str, list[str]]) -> str:
+    """A Markdown table, without empty rows."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items() if any(cells)]
     return "\n".join(lines) + "\n"
 
 
 def rates_table(found: dict[str, Results]) -> str:
     """The chosen rate of each method and task; with * if it is the lowest or the highest that was tried."""
-    lines = [f"| method | first tried | {' | '.join(found)} |", "|---|---|" + "---:|" * len(found)]
-    for method, rates in RATES.items():
-        cells = [chosen_rate(results[method]) if method in results else "" for results in found.values()]
-        if any(cells):
-            lines.append(f"| {method} | {', '.join(f'{rate:g}' for rate in rates)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = {
+        method: [", ".join(f"{rate:g}" for rate in rates)]
+        + [chosen_rate(results[method]) if method in results else "" for results in found.values()]
+        for method, rates in RATES.items()
+    }
+    return table(["method", "first tried", *found], rows)
 
 
 def chosen_rate(result: dict[str, Any]) -> str:
@@ -128,19 +154,32 @@ def chosen_rate(result: dict[str, Any]) -> str:
 
 def costs_table(costs: dict[str, dict[str, Any]]) -> str:
     """What each method costs with one of the models, relative to full fine-tuning or to the base."""
-    lines = [
-        "| method | trainable | share | file (MB) | training memory (GB) | step, of full | inference, of base | when merged |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    header = [
+        "method",
+        "trainable",
+        "share",
+        "file (MB)",
+        "training memory (GB)",
+        "step, of full",
+        "inference, of base",
+        "when merged",
     ]
+    rows = {}
     for method, cost in costs.items():
         step = cost["step_seconds"] / costs[BASELINE]["step_seconds"]
-        merged = f"{cost['latency_merged']:.2f}" if "latency_merged" in cost else ""
-        cells = [
+        rows[method] = [
             f"{cost['trainable']:,}", f"{cost['share']:.2%}", f"{cost['file_bytes'] / 1e6:.1f}",
-            f"{cost['peak_bytes'] / 1e9:.2f}", f"{step:.2f}", f"{cost['latency']:.2f}", merged,
+            f"{cost['peak_bytes'] / 1e9:.2f}", f"{step:.2f}", latency(cost, "latency"), latency(cost, "latency_merged"),
         ]  # fmt: skip
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return table(header, rows)
+
+
+def latency(cost: dict[str, Any], name: str) -> str:
+    """A ratio of times with its quartiles over the rounds, if it was measured."""
+    if name not in cost:
+        return ""
+    ratio, low, high = cost[name]
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
 
 
 def picture(found: dict[str, Results]) -> None:
@@ -167,24 +206,25 @@ def picture(found: dict[str, Results]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Make table.md and scores.png from the files in results/.")
-    parser.add_argument(
-        "--workdir", type=Path, help="That of study.py; needed to compare BLEU, as it has the references"
-    )
+    parser = argparse.ArgumentParser(description="Make table.md, scores.md and scores.png from the files in results/.")
+    parser.add_argument("--workdir", type=Path, help="That of study.py; needed for E2E, as it has the references")
     options = parser.parse_args(argv)
     found = load()
     references = columns(references_of(options.workdir / "data" / "e2e" / "test.jsonl")) if "e2e" in found else []
     hours = sum(result["cpu_seconds"] for results in found.values() for result in results.values()) / 3600
+    differences = differences_of(found, references)
     parts = {
-        "After the last epoch": table(found, references, best=False),
-        "After the epoch with the best validation score": table(found, references, best=True),
+        "After the last epoch": score_table(found, differences, best=False),
+        "Differences after the last epoch, with 95% intervals": differences_table(found, differences),
+        "After the epoch with the best validation score": score_table(found, differences, best=True),
         "Learning rates": rates_table(found),
     }
     if COSTS.exists():
         for model, costs in json.loads(COSTS.read_text()).items():
-            parts[f"Costs with the {model}"] = costs_table(costs)
+            parts[f"Costs with the {model}"] = costs_table(costs["methods"])
     text = "\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     (HERE / "table.md").write_text(f"{text}\nAll runs took {hours:.1f} hours of processor time.\n")
+    (HERE / "scores.md").write_text(score_table(found, differences, best=False))  # for the documentation
     picture(found)
 
 

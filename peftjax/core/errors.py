@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A mistake in what the user gave: a config, a file, the data, or an argument of a public function.
 
     The message says on one line what happened, where, the value and the fix. The commands print it without a traceback. Any
-    other exception is a bug in peftjax.
+    other exception is a bug in peftjax, or a lack of memory.
     """
 
 

@@ -61,8 +61,8 @@ def with_all_experts(
     dora = isinstance(method, Lora) and method.dora
     if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
         raise UserError(
-            f"adapter file: use_dora=true is not supported for parameters, as in peft, and {of_all} is that of one; save the "
-            "adapter with modules of single experts where it was trained (in peftjax, save_adapter does so)"
+            f"adapter file: use_dora=true is not supported for parameters, as in peft, but {of_all} adapts one; save the "
+            "adapter again where it was trained, with modules of single experts (peftjax's save_adapter does this)"
         )
     found: dict[str, dict[Single, dict[str, np.ndarray]]] = {}
     rest: dict[str, np.ndarray] = {}

@@ -352,7 +352,7 @@ def _require_same_leaves(path: epath.Path, saved: Mapping[str, str], wanted: Map
     if differences:
         raise UserError(
             f"{path} belongs to another model, method or optimizer. Differences:\n  " + "\n  ".join(differences) + "\n"
-            "Use the settings it was saved with, or another working directory."
+            "Use the settings it was saved with, or another workdir."
         )
 
 

@@ -47,8 +47,8 @@ def load_model(
     """Load a model from a Hugging Face directory.
 
     Only the text model of a multimodal directory is loaded. A warning names the other parts, which `save_model` copies.
-    Tensors are read one at a time, and each process reads only what its devices hold. Peak memory is the model plus about
-    two and a half of its largest tensors.
+    Tensors are read one at a time, and each process reads only what its devices hold. Peak memory is the model plus up to about
+    three times its largest tensor.
 
     Args:
         path: A directory, a hub id, or "embedded", the bundled model. A directory with kernels in bitsandbytes' NF4 is

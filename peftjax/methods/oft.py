@@ -78,8 +78,8 @@ class Oft(Targeted):
         version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.0")  # peft writes it since 0.18
         if config.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
             warnings.warn(
-                "adapter_config.json: peft computed another series for use_cayley_neumann before 0.18, with which this adapter "
-                "was trained, so its outputs differ, as they do in newer versions of peft; train it again",
+                "adapter_config.json: peft computed another series for use_cayley_neumann before 0.18. This adapter was trained "
+                "with it, so its outputs differ here and in newer versions of peft; train it again",
                 stacklevel=2,
             )
         return super().from_hf({key: value for key, value in config.items() if key != "peft_version"})

@@ -34,7 +34,7 @@ class PrefixTuning(SoftPrompt):
     Attributes:
         init (str, default "random"): "random" (normal, standard deviation 1) or "zero".
         projection (bool, default False): Compute the prefix from smaller vectors by two Linear layers with tanh in
-            between (section 4.3 of the paper), which makes training steadier. The adapter file holds only the result, so
+            between (section 4.3 of the paper), which makes training more stable. The adapter file holds only the result, so
             an adapter from a file has no projection.
         hidden (int, default 0): Width between the two layers; 0 is the width of a layer's keys.
     """
@@ -102,7 +102,7 @@ def _encoder_decoder(model: nnx.Module) -> EncoderDecoder | None:
     config = model.config
     if config.layers != config.decoder_layers:
         raise UserError(
-            f"method.name='prefix' needs an encoder-decoder with as many layers in both, as in peft; this model has "
+            f"method.name='prefix' needs as many layers in the encoder as in the decoder, as in peft; this model has "
             f"{config.layers} and {config.decoder_layers}"
         )
     return model

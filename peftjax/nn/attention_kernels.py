@@ -72,7 +72,7 @@ def splash(
     if length % (SPLASH_BLOCK * parts) or k.shape[1] != mask.prefix + length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
-            f"attention='splash' takes sequences whose length is a multiple of {SPLASH_BLOCK}{each}, but this one has {length}"
+            f"attention='splash' needs a length that is a multiple of {SPLASH_BLOCK}{each}, got {length}; choose 'auto'"
         )
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
     segments = _splash_segments(q, mask)

@@ -37,7 +37,9 @@ class TaskConfig:
         "pair, token classification, or image classification",
         choices=tuple(TASKS),
     )
-    labels: tuple[str, ...] = field((), "Class names in their order; empty: those of the checkpoint's own head")
+    labels: tuple[str, ...] = field(
+        (), "Class names in the order of their indices; empty: those of the checkpoint's head"
+    )
     multi_label: bool = field(False, "Whether a text may have several classes at once, or none; for classification")
     router_aux_loss_coef: float = field(
         0.0,

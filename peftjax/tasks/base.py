@@ -94,7 +94,7 @@ class Task:
         Args:
           data: The section `data` of the configuration.
           directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
-          labels: Class names in their order; empty for those of the checkpoint.
+          labels: Class names in the order of their indices; empty for those of the checkpoint.
           multi_label: Whether an example may have several classes.
           router_aux_loss_coef: Coefficient of the load-balancing loss in training.
           loss_chunk: Positions whose logits are computed at a time.

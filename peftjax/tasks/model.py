@@ -32,7 +32,9 @@ class ModelSection:
         choices=("", "float32", "bfloat16"),
     )
     quantize: str = field(
-        "", "Quantization format of the frozen weights; empty: not quantized", choices=("", "nf4", "nf4_single", "int8")
+        "",
+        "Quantization format of the frozen weights (nf4_single: NF4 without double quantization); empty: not quantized",
+        choices=("", "nf4", "nf4_single", "int8"),
     )
     skip_quantize: tuple[str, ...] = field((), "Names of modules that are not quantized, besides the head")
     remat: str = field(

@@ -107,7 +107,7 @@ class CheckpointConfig:
     )
     minutes: float = field(
         10.0,
-        "Minutes between two checkpoints if `every` takes longer, checked at each line of the log; 0: no limit",
+        "Maximum age of the last checkpoint in minutes, checked whenever metrics are logged; 0: never save by time",
         low=0,
     )
     keep: int = field(2, "Number of most recent checkpoints to keep", low=1)

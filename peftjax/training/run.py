@@ -218,7 +218,7 @@ class Run:
         rows = self.config.train.batch_size // self.config.train.accumulate
         if rows % (split := self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
             yield (
-                f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so that each of them "
+                f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so each of them "
                 f"computes all rows; make train.batch_size / train.accumulate a multiple of {split}"
             )
 

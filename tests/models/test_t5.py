@@ -180,7 +180,7 @@ def test_a_merged_head_of_its_own_is_saved_beside_the_scaling(tmp_path: Path) ->
         (
             {"num_decoder_layers": 3},
             methods.PrefixTuning(),
-            "as many layers in both, as in peft; this model has 2 and 3",
+            "as many layers in the encoder as in the decoder, as in peft; this model has 2 and 3",
         ),
         ({}, methods.Pfeiffer(leave_out=(1,)), "refers to the layers of a single stack, but this model has several"),
     ],

@@ -60,7 +60,7 @@ class Lora(Ranked):
             model ("all").
         lora_bias (bool, default False): Train a bias of B, which is scaled as B is.
         token_indices (tuple of int, default none): Token ids whose embeddings are trained too, such as new tokens (see
-            `TrainableTokens`), or a table with the ids for some layers: {"lm_head": (3, 7)}.
+            `TrainableTokens`), or a dict from layer names to ids: {"lm_head": (3, 7)}.
         ensure_weight_tying (bool, default False): If the head is tied to the embedding and either is trained or adapted,
             train or adapt the embedding and let the head follow it.
         dora (bool, default False): Train magnitude and direction separately (DoRA).
