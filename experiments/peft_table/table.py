@@ -20,6 +20,15 @@ HERE = Path(__file__).parent
 COSTS = HERE / "costs.json"
 BASELINE = "full"
 MORE_SCORES = {"e2e": ("rouge_l",)}
+TITLES = {
+    "sst2": "SST-2",
+    "trec": "TREC",
+    "ag_news": "AG News",
+    "mrpc": "MRPC",
+    "e2e": "E2E",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+}
 Results = dict[str, dict[str, Any]]  # by method
 
 
@@ -30,7 +39,8 @@ class Column(NamedTuple):
     score: str
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.score}"
+        task, score = (TITLES.get(name, name) for name in self)
+        return task if self.score == "accuracy" else f"{task}, {score}"
 
 
 Differences = dict[tuple[Column, str, str], Difference]  # by column, method, and the method that it is compared with
@@ -214,7 +224,7 @@ def main(argv: list[str]) -> None:
     hours = sum(result["cpu_seconds"] for results in found.values() for result in results.values()) / 3600
     differences = differences_of(found, references)
     parts = {
-        "After the last epoch": score_table(found, differences, best=False),
+        "Test scores after the last epoch (accuracy unless named)": score_table(found, differences, best=False),
         "Differences after the last epoch, with 95% intervals": differences_table(found, differences),
         "After the epoch with the best validation score": score_table(found, differences, best=True),
         "Learning rates": rates_table(found),
