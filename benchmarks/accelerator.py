@@ -202,7 +202,7 @@ def child_step(directory: str, rounds: int, **fields: Any) -> dict[str, Any]:
     import jax
     from train_step import Step
 
-    from peftjax.log import peak_memory
+    from peftjax.core.memory import peak_memory
 
     step = Step(run_config(Run(**fields), directory))
     started = time.perf_counter()

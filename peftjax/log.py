@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import RenderableType
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import naming, write_atomically
+from peftjax.core.memory import peak_memory
 from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clocks
 from peftjax.trackers import Status, TensorBoard, Trackers, Tracking
@@ -249,19 +249,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def peak_memory() -> int:
-    """Return the peak memory of this process in bytes.
-
-    Returns:
-        Maximum over the local accelerators of their peak memory in use; on CPU, the peak resident set size.
-    """
-    import jax
-
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)
-    return peak or _peak_resident()
-
-
 def _line(entry: Mapping[str, Any]) -> str:
     names = {repr(value): name for name, value in _NOT_FINITE.items()}  # compare by repr, since nan != nan
     return json.dumps({key: names.get(repr(value), value) for key, value in entry.items()}, allow_nan=False) + "\n"
@@ -285,15 +272,3 @@ def _short(name: str, value: float) -> str:
     if name == "learning_rate":
         return f"{label} {value:.3g}"
     return f"{label} {value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{label} {value:.4g}"
-
-
-def _peak_resident() -> int:
-    """Return the peak resident set size of this process in bytes."""
-    try:  # Linux; getrusage would include the memory of the parent process at the fork
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

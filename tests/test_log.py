@@ -14,8 +14,9 @@ import pytest
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.memory import peak_memory
 from peftjax.core.units import format_bytes, format_clock
-from peftjax.log import MEASURED, METRICS, Log, peak_memory, read_metrics
+from peftjax.log import MEASURED, METRICS, Log, read_metrics
 
 
 def run(workdir: Path, start: int, stop: int, **options: Any) -> None:

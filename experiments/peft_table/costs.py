@@ -31,9 +31,9 @@ from experiments.peft_table.table import COSTS
 from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.core.files import write_atomically
+from peftjax.core.memory import peak_memory
 from peftjax.decoding import generate
 from peftjax.io.adapter_tensors import adapter_tensors
-from peftjax.log import peak_memory
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
 from peftjax.training.config import Config

@@ -1,8 +1,9 @@
-"""The memory of this machine and of its devices."""
+"""The memory of this machine, of its devices and of this process."""
 
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,7 @@ def host_memory() -> int:
 
 def swap_space() -> int:
     """Return the bytes of this machine's swap space; 0 where that is not known."""
-    try:
-        found = re.search(r"^SwapTotal: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        return 0
-    return 1024 * int(found[1]) if found else 0
+    return _read_field("meminfo", "SwapTotal", 0)
 
 
 def most_memory(devices: Sequence[jax.Device]) -> int | None:
@@ -45,19 +42,39 @@ def free_memory(devices: Sequence[jax.Device]) -> int | None:
     CPU devices share the available memory of their host, or what its control group (a container, or a SLURM job) allows.
     """
     if devices[0].platform == "cpu":
-        return min([_available(), *_group_limits()]) // len(devices)
+        return min([_read_field("meminfo", "MemAvailable", host_memory()), *_group_limits()]) // len(devices)
     if (most := most_memory(devices)) is None:
         return None
     return min(most, *(most - (device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices))
 
 
-def _available() -> int:
-    """The bytes of memory that new programs can use without swapping."""
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes.
+
+    Returns:
+        Maximum over the local accelerators of their peak memory in use; on CPU, the peak resident set size.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)
+    return peak or _peak_resident()
+
+
+def _peak_resident() -> int:
+    if peak := _read_field("self/status", "VmHWM", 0):  # getrusage would include that of the parent process at the fork
+        return peak
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _read_field(file: str, name: str, default: int) -> int:
+    """The bytes in a field of a file in /proc; `default` if there is none, as on other systems than Linux."""
     try:
-        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        return host_memory()
-    return 1024 * int(found[1]) if found else host_memory()
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
+    except OSError:
+        return default
+    return 1024 * int(found[1]) if found else default
 
 
 def _group_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
