@@ -9,6 +9,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.hub_layout import CARD, Layout, canonical, declared, inferred, read_configs
+from peftjax.io.hf_files import hub_refusal
 
 # The branch in which the hub keeps every public dataset as Parquet, regardless of its original format.
 CONVERTED = "refs/convert/parquet"
@@ -78,7 +79,7 @@ def _stages(suffixes: tuple[str, ...]) -> Iterable[tuple[str | None, tuple[str, 
 
 def _download(repository: str, config: str, split: str, spec: str, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
 
     problem: UserError | None = None
     try:
@@ -107,16 +108,9 @@ def _download(repository: str, config: str, split: str, spec: str, suffixes: tup
         )
     except UserError:
         raise
-    except GatedRepoError as error:
-        raise UserError(
-            f"source {spec!r}: {repository} is gated: accept its terms on the hub, then log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"source {spec!r}: {repository} is neither a local directory nor a dataset on the hub. If it is private, log in "
-            "with `hf auth login`"
-        ) from error
     except Exception as error:  # offline; errors of the hub client's HTTP library also get here
+        if refusal := hub_refusal(error, repository, "dataset"):
+            raise UserError(f"source {spec!r}: {refusal}") from error
         failed = (
             f"source {spec!r}: downloading {repository} from the Hugging Face hub failed ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]})"

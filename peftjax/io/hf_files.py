@@ -106,25 +106,31 @@ def _near(directory: Path) -> str:
 
 def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except GatedRepoError as error:
-        raise UserError(f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        known = suggest(name, (entry.name for entry in Path.cwd().iterdir() if entry.is_dir()))
-        raise UserError(
-            f"{name} is neither a local directory nor a model on the hub.{known} If it is private, log in with `hf auth login`"
-        ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{name} has no revision {revision!r} on the hub") from error
     except Exception as error:  # offline; errors of the hub client's HTTP library also get here
         raise UserError(
-            f"{name} is not a local directory, and downloading it from the Hugging Face hub failed "
+            hub_refusal(error, name, "model")
+            or f"{name} is not a local directory, and downloading it from the Hugging Face hub failed "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Download it on a machine with network access "
             "and give its directory, or set HF_HOME to a cache that has it"
         ) from error
+
+
+def hub_refusal(error: Exception, name: str, kind: str) -> str:
+    """Why the hub refuses to give a repository ("model" or "dataset"); empty if the error has another cause."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        known = suggest(name, (entry.name for entry in Path.cwd().iterdir() if entry.is_dir()))
+        return f"{name} is neither a local directory nor a {kind} on the hub.{known} If it is private, log in with `hf auth login`"
+    return ""
 
 
 def _with_config(directory: Path) -> Path:

@@ -13,8 +13,10 @@ import pytest
 from huggingface_hub import RepoFile
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
+    GatedRepoError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
@@ -404,6 +406,24 @@ def test_on_the_hub_the_readme_comes_first_and_converted_files_before_other_form
     assert read(open_source("hf:owner/data/lines/train")) == [{"n": 10}]
     branches[None] = ["data.zip"]
     with pytest.raises(UserError, match=r"has no files that end in \.jsonl, .* and the hub has not converted it"):
+        open_source("hf:owner/data/train")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "owner/data is gated: accept its terms"),
+        (RepositoryNotFoundError, "owner/data is neither a local directory nor a dataset on the hub"),
+    ],
+)
+def test_why_the_hub_refuses_to_give_a_dataset_is_told(
+    error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error("", response=Mock())
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refuse)
+    with pytest.raises(UserError, match=f"^source 'hf:owner/data/train': {message}"):
         open_source("hf:owner/data/train")
 
 

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -498,6 +499,15 @@ def test_offline_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
         resolve("owner/model")
     assert "owner/model is not a local directory" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_gated_model_needs_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise GatedRepoError("", response=Mock())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"^owner/model is gated: .* log in with `hf auth login`$"):
+        resolve("owner/model")
 
 
 # --- Saving ---
