@@ -139,8 +139,8 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._saving = step
 
-    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct], *, step: int | None = None) -> Restored | None:
-        """Restore the newest intact checkpoint, or that of `step`. Returns None if there is no checkpoint at all.
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
+        """Restore the newest intact checkpoint. Returns None if there is no checkpoint at all.
 
         Everything that is read is verified against the checksums saved with it. A damaged checkpoint is reported (printed
         and in `Restored.damaged`), and the next older one is used instead.
@@ -150,14 +150,11 @@ class Checkpoints:
                 it was saved with.
 
         Raises:
-            UserError: Every checkpoint (or that of `step`) is damaged; or the newest intact one has other names, shapes or
-                dtypes than `abstract`, or was saved by another number of processes, each at its own data position.
+            UserError: Every checkpoint is damaged; or the newest intact one has other names, shapes or dtypes than
+                `abstract`, or was saved by another number of processes, each at its own data position.
         """
         self.wait()
-        steps = self._steps()
-        if step is not None and step not in steps:
-            raise UserError(f"there is no checkpoint {step} in {self._directory}; available: {steps or 'none'}")
-        candidates = steps[::-1] if step is None else [step]
+        candidates = self._steps()[::-1]
         messages: list[str] = []
         for candidate in candidates:
             try:
@@ -187,13 +184,6 @@ class Checkpoints:
             records = (_readable_about(self._directory / str(step)) for step in reversed(self._steps_here()))
             found = next((record["identity"] for record in records if record is not None), None)
         return distributed.gather(found)[0]
-
-    def best_step(self) -> int | None:
-        """The step with the highest score among the checkpoints on disk (the earliest of equals); None without scores."""
-        self.wait()
-        metrics = [self._manager.metrics(step) for step in self._steps_here() if step not in self._damaged]
-        best = max((found for found in metrics if found is not None), key=_score, default=None)
-        return distributed.gather(best and best["step"])[0]
 
     def latest_step(self) -> int | None:
         """The newest step on disk that is not known to be damaged."""

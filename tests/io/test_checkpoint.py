@@ -95,20 +95,10 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(directory: Path) -> None
     assert_same_bits(restored.state, state_of(40))
 
 
-def test_a_step_can_be_asked_for(directory: Path) -> None:
-    with Checkpoints(directory, keep=9, keep_best=False) as checkpoints:
-        restored = checkpoints.restore(ABSTRACT, step=20)
-        assert restored is not None
-        assert restored.data_state == {"position": 20}
-        with pytest.raises(UserError, match=r"no checkpoint 30 in .*; available: \[10, 20, 40\]"):
-            checkpoints.restore(ABSTRACT, step=30)
-
-
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "not" / "there", keep=1, keep_best=True) as checkpoints:
         assert checkpoints.restore(ABSTRACT) is None
         assert checkpoints.identity() is None
-        assert checkpoints.best_step() is None
         assert checkpoints.latest_step() is None
     assert not (tmp_path / "not").exists()
 
@@ -157,25 +147,24 @@ def test_arrays_may_be_donated_and_the_data_state_changed_while_a_save_is_runnin
 
 
 @pytest.mark.parametrize(
-    ("keep", "keep_best", "scores", "left", "best"),
+    ("keep", "keep_best", "scores", "left"),
     [
-        (1, False, [5.0, 1.0, 2.0, 3.0], [40], 40),
-        (2, False, [5.0, 1.0, 2.0, 3.0], [30, 40], 40),
-        (2, True, [5.0, 1.0, 2.0, 3.0], [10, 30, 40], 10),
-        (1, True, [1.0, 9.0, 2.0, 3.0], [20, 40], 20),
-        (1, True, [1.0, 2.0, 3.0, 4.0], [40], 40),
-        (1, True, [7.0, 7.0, 7.0, 7.0], [10, 40], 10),  # the first of equals
-        (1, True, [1.0, None, float("nan"), None], [10, 40], 10),
-        (1, True, [None, None, float("inf"), None], [40], None),
+        (1, False, [5.0, 1.0, 2.0, 3.0], [40]),
+        (2, False, [5.0, 1.0, 2.0, 3.0], [30, 40]),
+        (2, True, [5.0, 1.0, 2.0, 3.0], [10, 30, 40]),
+        (1, True, [1.0, 9.0, 2.0, 3.0], [20, 40]),
+        (1, True, [1.0, 2.0, 3.0, 4.0], [40]),
+        (1, True, [7.0, 7.0, 7.0, 7.0], [10, 40]),  # the first of equals
+        (1, True, [1.0, None, float("nan"), None], [10, 40]),
+        (1, True, [None, None, float("inf"), None], [40]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(
-    tmp_path: Path, keep: int, keep_best: bool, scores: list[float | None], left: list[int], best: int | None
+    tmp_path: Path, keep: int, keep_best: bool, scores: list[float | None], left: list[int]
 ) -> None:
     with Checkpoints(tmp_path, keep=keep, keep_best=keep_best) as checkpoints:
         for step, score in zip((10, 20, 30, 40), scores, strict=True):
             checkpoints.save(step, {"x": jnp.float32(step)}, {}, score=score, identity={})
-        assert checkpoints.best_step() == best
         assert checkpoints.latest_step() == 40
     assert steps_in(tmp_path) == left
 
@@ -213,16 +202,20 @@ def test_checkpoints_of_plain_orbax_calls_are_restored_and_counted(tmp_path: Pat
         assert (restored.step, restored.data_state, restored.identity) == (20, {"position": 20}, IDENTITY)
         assert_same_bits(restored.state, state_of(20))
         checkpoints.save(30, state_of(30), {}, score=2.0, identity=IDENTITY)
-        assert checkpoints.best_step() == 10
     assert steps_in(tmp_path) == [10, 30]
 
 
 def test_an_intact_checkpoint_is_never_overwritten(directory: Path) -> None:
+    with (
+        Checkpoints(directory, keep=9, keep_best=False) as checkpoints,
+        pytest.raises(UserError, match="20 already exists"),
+    ):
+        checkpoints.save(20, state_of(21), {}, identity={})
+    shutil.rmtree(directory / "40")
     with Checkpoints(directory, keep=9, keep_best=False) as checkpoints:
-        with pytest.raises(UserError, match="20 already exists"):
-            checkpoints.save(20, state_of(21), {}, identity={})
-        restored = checkpoints.restore(ABSTRACT, step=20)
+        restored = checkpoints.restore(ABSTRACT)
     assert restored is not None
+    assert restored.step == 20
     assert_same_bits(restored.state, state_of(20))
 
 
@@ -349,7 +342,6 @@ def test_a_damaged_checkpoint_goes_when_a_newer_one_is_complete_and_displaces_no
         checkpoints.restore(ABSTRACT)
         assert steps_in(directory) == [10, 20, 40]
         checkpoints.save(30, state_of(30), {}, score=1.0, identity=IDENTITY)
-        assert checkpoints.best_step() == 20
     assert steps_in(directory) == [20, 30]
 
 
@@ -409,7 +401,7 @@ def full_disk() -> Callable[[], None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("call", ["save", "wait", "close", "latest_step", "best_step", "restore"])
+@pytest.mark.parametrize("call", ["save", "wait", "close", "latest_step", "restore"])
 def test_a_save_that_fails_in_the_background_raises_at_the_next_call(
     tmp_path: Path, full_disk: Callable[[], None], call: str
 ) -> None:
@@ -453,7 +445,7 @@ def test_a_save_that_fails_loses_none_of_the_checkpoints_before_it(
         checkpoints.save(30, large, {}, score=3.0, identity={})  # complete, it would replace both
         with pytest.raises(OSError, match="checkpoint 30 could not be written to"):
             checkpoints.wait()
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (20, 10)
+        assert checkpoints.latest_step() == 20
         full_disk()
         checkpoints.save(40, {"x": jnp.float32(40)}, {}, score=1.0, identity={})
     assert steps_in(tmp_path) == [10, 40]
@@ -519,7 +511,7 @@ checkpoints = Checkpoints(directory, keep=2, keep_best=True)
 for step in (10, 20, 30):
     position = {"rank": rank, "position": step * (rank + 1), "padding": "x" * 10 * rank}
     checkpoints.save(step, state(step), position, score=-step, identity={"base": "b"})
-assert (checkpoints.best_step(), checkpoints.latest_step(), checkpoints.identity()) == (10, 30, {"base": "b"})
+assert (checkpoints.latest_step(), checkpoints.identity()) == (30, {"base": "b"})
 def check(step):
     restored = checkpoints.restore(abstract)
     assert (restored.step, restored.data_state["position"]) == (step, step * (rank + 1)), restored
