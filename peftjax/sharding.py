@@ -317,6 +317,17 @@ def batch_share(mesh: Mesh) -> dict[str, int]:
     return {"process_index": own[0] // len(own), "process_count": count}
 
 
+def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
+    """Return a warning if a mesh of this shape does not divide the rows of a microbatch; else an empty string."""
+    split = shape.get("data", 1) * shape.get("fsdp", 1)
+    if rows % split == 0:
+        return ""
+    return (
+        f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so each of them computes all "
+        f"rows; make train.batch_size / train.accumulate a multiple of {split}"
+    )
+
+
 def check_rows(rows: int, mesh: Mesh) -> None:
     """Raises a UserError if several processes cannot share the rows of a microbatch evenly among their devices."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]

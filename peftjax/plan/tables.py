@@ -1,6 +1,5 @@
 """Plans as printed text and tables."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.core.units import format_bytes
 from peftjax.plan import devices
@@ -71,13 +71,8 @@ def _notes(config: Config, plan: Plan) -> list[Text]:
         notes.append(
             Text("By default, jax uses only 75% of a GPU's memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=.98 for the run.")
         )
-    parts = math.prod(plan.mesh.get(axis, 1) for axis in ("data", "fsdp"))
-    if (rows := config.train.batch_size // config.train.accumulate) % parts:
-        uneven = (
-            f"{rows} sequences cannot be split over {parts} devices, so each device computes all of them; make "
-            f"train.batch_size / train.accumulate a multiple of {parts}."
-        )
-        notes.append(Text(uneven, "yellow"))
+    if warning := sharding.uneven_rows(config.train.batch_size // config.train.accumulate, plan.mesh):
+        notes.append(Text(f"Warning: {warning}.", "yellow"))
     return notes
 
 

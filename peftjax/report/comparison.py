@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.charts import main_scores
-from peftjax.report.data import ReportData, count_trained, flat_config, read_json, read_object
+from peftjax.report.data import ReportData, count_trained, read_json, read_object
 from peftjax.report.sweep_figures import SEED
 from peftjax.report.sweep_page import RESULTS
 from peftjax.tasks.metrics import OF_ANSWERS
@@ -90,7 +91,7 @@ def _ended(entry: Mapping[str, Any]) -> str:
 
 
 def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
-    config = flat_config(read_object(workdir / "config.json"))
+    config = flat(read_object(workdir / "config.json"))
     return RecordedRun(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
 
 

@@ -177,9 +177,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object but {type(values).__name__}")
     return values
-
-
-def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config as {"section.field": value}."""
-    sections = {name: fields if isinstance(fields, Mapping) else {"": fields} for name, fields in config.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, fields in sections.items() for key, value in fields.items()}

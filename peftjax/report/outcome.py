@@ -3,6 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftjax.report.classes import Classes, collapse
+
+
+def concerns(lines: Sequence[Mapping[str, Any]], classes: Classes | None) -> list[str]:
+    """Signs in the metrics of a run, and in its last predictions of classes, that it has learned nothing."""
+    return [why for why in (concern(lines), collapse(classes)) if why]
+
 
 def concern(lines: Sequence[Mapping[str, Any]]) -> str:
     """Why a run seems to have learned nothing; empty if there is no sign of that.

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
-from peftjax.report.classes import collapse
-from peftjax.report.data import DATA, PAGE, ReportData, Sample, flat_config, read_object
+from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
 from peftjax.report.html import render
-from peftjax.report.outcome import concern
+from peftjax.report.outcome import concerns
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
 
 _CONFIG = "config.json"
@@ -45,7 +45,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _render(workdir: Path) -> str:
-    config = flat_config(read_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
+    config = flat(read_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
     lines = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     data = ReportData.load(workdir)
     train = [line for line in lines if line["kind"] == "train"]
@@ -55,9 +55,9 @@ def _render(workdir: Path) -> str:
         title=data.title or workdir.resolve().name,
         data=data,
         config=config,
-        changed=_changed(config, flat_config(data.default_config)),
+        changed=_changed(config, flat(data.default_config)),
         step=train[-1]["step"] if train else 0,
-        concerns=[why for why in (concern(lines), collapse(data.classes)) if why],
+        concerns=concerns(lines, data.classes),
         cards=make_cards(train, evaluations, data),
         charts=make_charts(train, evaluations, data.loss_unit),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),

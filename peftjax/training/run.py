@@ -35,10 +35,9 @@ from peftjax.methods import make_config
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
 from peftjax.models.kernels import kernel_of
-from peftjax.report.classes import collapse
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
-from peftjax.report.outcome import concern
+from peftjax.report.outcome import concerns
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
@@ -216,11 +215,8 @@ class Run:
                 f"{format_bytes(more)} per device: {names}"
             )
         rows = self.config.train.batch_size // self.config.train.accumulate
-        if rows % (split := self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
-            yield (
-                f"a microbatch of {rows} rows cannot be split over data x fsdp = {split} devices, so each of them "
-                f"computes all rows; make train.batch_size / train.accumulate a multiple of {split}"
-            )
+        if warning := sharding.uneven_rows(rows, self.mesh.shape):
+            yield warning
 
     def _describe_data(self, log: Log) -> Iterator[str]:
         if log.prints:  # with packing, this tokenizes records
@@ -392,7 +388,6 @@ class Run:
             log.message(f"{result}: {format_bytes(size)}")
             if jax.process_index() == 0:
                 log.message(str(write_report(self.workdir)))
-                for why in (concern(read_metrics(self.workdir / METRICS)), collapse(self.report.classes)):
-                    if why:
-                        log.message(f"warning: {why}")
+                for why in concerns(read_metrics(self.workdir / METRICS), self.report.classes):
+                    log.message(f"warning: {why}")
         return result
