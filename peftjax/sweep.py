@@ -28,7 +28,7 @@ from peftjax.core.terminal import make_console
 from peftjax.io.hf_files import enumerate_some, read_json_if_any
 from peftjax.io.hf_files import resolve as directory_of
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
-from peftjax.training import alike, duration, precision, space, start_from
+from peftjax.training import alike, duration, space, start_from
 from peftjax.training import config as configs
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
@@ -36,7 +36,7 @@ from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
 from peftjax.training.packing import pack
 from peftjax.training.population import train_population
-from peftjax.training.setup import check_fit, check_workdir, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import check_fit, check_workdir, complete, open_checkpoints, open_data, resolve_config
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results
@@ -124,15 +124,12 @@ def resolve(runs: Iterable[Member]) -> None:
         return counted[key]
 
     for member in runs:
+        config, model = member.config, member.config.model
         try:
-            member.config = duration.in_steps(member.config, partial(rows, member.config))
-            with open_checkpoints(member.config, member.workdir) as checkpoints:
-                if (identity := checkpoints.identity()) is not None:
-                    member.config = precision.as_stored(member.config, identity["config"])
-                else:
-                    model = member.config.model
-                    member.config = precision.resolve(member.config, base_fields(model.path, model.revision))
-                member.config, _ = start_from.resolve(member.config, member.workdir, checkpoints)
+            with open_checkpoints(config, member.workdir) as checkpoints:
+                fields = partial(base_fields, model.path, model.revision)
+                config = complete(config, checkpoints, partial(rows, config), fields)
+                member.config, _ = start_from.resolve(config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
 

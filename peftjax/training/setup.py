@@ -6,7 +6,8 @@ Mistakes in the workdir, the config and the data are reported before a model is 
 import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,20 @@ def resolve_config(
       UserError: A length is in epochs and the data has none; the workdir holds another run, see `check_workdir`; or the
         adapter to start from does not fit, see `start_from.resolve`.
     """
-    config = duration.in_steps(config, lambda: duration.rows_of_epoch(config, task, data))
-    if (identity := checkpoints.identity()) is not None:
-        config = precision.as_stored(config, identity["config"])
-    config = precision.resolve(config, task.hf_config)
+    rows = partial(duration.rows_of_epoch, config, task, data)
+    config = complete(config, checkpoints, rows, lambda: task.hf_config)
     check_workdir(config, workdir, checkpoints)
     return start_from.resolve(config, workdir, checkpoints)
+
+
+def complete(
+    config: Config, checkpoints: Checkpoints, rows: Callable[[], int], hf_config: Callable[[], Mapping[str, Any]]
+) -> Config:
+    """The config with all lengths in steps (`rows`: see `duration.in_steps`) and a dtype, that of the checkpoints if any."""
+    config = duration.in_steps(config, rows)
+    if (identity := checkpoints.identity()) is not None:
+        return precision.as_stored(config, identity["config"])
+    return precision.resolve(config, hf_config())
 
 
 def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> None:
