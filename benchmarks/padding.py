@@ -21,6 +21,7 @@ import jax
 from train_step import model_directory
 
 from peftjax import methods, sharding
+from peftjax.core.config import defaults
 from peftjax.data.batches import train_batches
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -46,7 +47,7 @@ def make_config(root: Path, model: dict[str, Any], tokens: tuple[int, int], **fi
     rng, file = random.Random(0), directory / "train.jsonl"
     texts = [" ".join(["a"] * rng.randint(*tokens)) for _ in range(RECORDS)]
     file.write_text("".join(json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(texts)))
-    made = configs.defaults()
+    made = defaults()
     made.model.path, made.model.init, made.data.train = str(directory), "random", (str(file),)
     made.method = methods.make_config("lora")
     for name, value in fields.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftjax import list_methods, methods
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
 from peftjax.log import Log
@@ -48,7 +49,7 @@ def test_only_one_place_makes_consoles() -> None:
 
 
 def test_plans(out: io.StringIO) -> None:
-    config = configs.changed(configs.validate(configs.defaults()), {"model.path": TEXT})
+    config = configs.changed(configs.validate(defaults()), {"model.path": TEXT})
     fields = {"mesh": {"data": 1}, "arguments": {TEXT: 1}, "advice": [(TEXT, 1)], "collectives": {TEXT: (1, 1)}}
     values = {field.name: fields.get(field.name, 1) for field in dataclasses.fields(Plan)}
     plan = Plan(**values | {"device": "cpu", "memory": 0, "compiler": TEXT, "refused": TEXT})

@@ -16,6 +16,7 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate, methods, sharding
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
@@ -33,7 +34,7 @@ from tests.runs import files, in_process
 
 
 def config(root: Path, method: str = "lora", **fields: Any) -> Any:
-    made = configs.defaults()
+    made = defaults()
     made.model.path = str(tiny.directory(root / "model"))
     made.method = methods.make_config(method)
     made.data.train, made.data.eval = (str(root / "train.jsonl"),), (str(root / "eval.jsonl"),)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 import peftjax
 from peftjax import evaluate, methods
+from peftjax.core.config import defaults
 from peftjax.log import MEASURED, read_metrics
 from peftjax.models import from_hf_config
 from peftjax.report.data import ReportData
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_config(world: Path) -> Callable[..., Any]:
     def make(method: str = "lora", **options: Any) -> Any:
-        made = configs.defaults()
+        made = defaults()
         made.model.path, made.task.kind = str(world / "model"), "image_classification"
         made.task.labels = tuple(COLORS)
         made.method = methods.make_config(method, **options)

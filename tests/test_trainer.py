@@ -12,6 +12,7 @@ from flax import nnx
 
 import peftjax
 from peftjax import evaluate
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data import batches
 from peftjax.data.sources import absolute, open_source
@@ -74,7 +75,7 @@ def test_a_loaded_model_with_an_optax_optimizer_trains_as_the_config_that_descri
         leaves = nnx.to_flat_state(nnx.state(model, peftjax.PeftParam))
         return {"norm": np.sqrt(sum(np.square(leaf.get_value()).sum() for _, leaf in leaves))}
 
-    adamw, whole = optax.adamw(1e-2, weight_decay=0.0), configs.defaults()
+    adamw, whole = optax.adamw(1e-2, weight_decay=0.0), defaults()
     whole.method, whole.optim = configs.to_dict(Config(method=LORA))["method"], adamw  # in place of the section
 
     def own(count: int, method: Any = LORA, config: Any = FIELDS, **given: Any) -> Any:

@@ -17,7 +17,7 @@ from peftjax import methods
 from peftjax.adapters.method import Method
 from peftjax.core import config as core_config
 from peftjax.core import config_file, config_values
-from peftjax.core.config import Field, Schema, defaults, field, flat, section
+from peftjax.core.config import Field, Schema, field, flat, section
 from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
@@ -27,22 +27,6 @@ from peftjax.tasks.metrics import check_answer_metrics
 from peftjax.tasks.model import ModelSection
 from peftjax.trackers import LogConfig
 from peftjax.training.optim import OptimConfig
-
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "EvalConfig",
-    "TrainConfig",
-    "changed",
-    "defaults",
-    "describe",
-    "differences",
-    "load",
-    "to_dict",
-    "to_json",
-    "validate",
-]
-
 
 DEFAULT_STEPS = 1000
 

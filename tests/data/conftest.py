@@ -10,6 +10,7 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from peftjax.core.config import defaults
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.training import config as configs
 
@@ -67,7 +68,7 @@ def make_config() -> Callable[..., ConfigDict]:
     """A valid config: `data` fields by keyword, with a batch size of 4 rows and rows of 16 tokens."""
 
     def make(*, batch_size: int = 4, seed: int = 0, **data: Any) -> ConfigDict:
-        config = configs.defaults()
+        config = defaults()
         config.seed, config.train.batch_size, config.data.max_length = seed, batch_size, 16
         config.data.update(data)
         return configs.validate(config)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from peftjax.core.config import defaults
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -28,7 +29,7 @@ def as_bert(data: dict[str, Any]) -> None:
 def make(
     kind: str, labels: tuple[str, ...] = (), multi_label: bool = False, router_aux_loss_coef: float = 0.0, **data: Any
 ) -> Config:
-    config = configs.defaults()
+    config = defaults()
     config.task.kind, config.task.labels, config.task.multi_label = kind, labels, multi_label
     config.task.router_aux_loss_coef = router_aux_loss_coef
     config.data.update(SIZES | {"prompt_template": "{text}"} | data)

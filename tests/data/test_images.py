@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peftjax.core.config import defaults
 from peftjax.data.batches import Batching, HeldOut, train_batches
 from peftjax.data.images import load_preparation
 from peftjax.data.sources import open_source
@@ -50,7 +51,7 @@ def directory(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    made = configs.defaults()
+    made = defaults()
     made.task.kind, made.task.labels, made.train.batch_size = "image_classification", ("red", "blue"), 2
     made.data.train = made.data.eval = (f"images:{tmp_path}/colors",)
     return configs.validate(made)

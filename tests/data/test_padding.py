@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftjax.core.config import defaults
 from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
 from peftjax.data.padding import lengths, pad_alike
 from peftjax.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def file(write_jsonl: Callable[..., str], tokenizer: Tokenizer) -> str:
 
 
 def make(file: str, kind: str = "causal_lm", **data: Any) -> Config:
-    config = configs.defaults()
+    config = defaults()
     config.task.kind, config.data.train, config.data.eval = kind, (file,), (file,)
     config.data.shuffle, config.data.max_length = False, 100
     config.data.update(data)

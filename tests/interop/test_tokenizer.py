@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 import transformers
 
+from peftjax.core.config import defaults
 from peftjax.data.records import encode_record
 from peftjax.data.tokenizer import load_tokenizer
-from peftjax.training import config as configs
 
 pytestmark = pytest.mark.interop
 
@@ -160,7 +160,7 @@ def test_what_the_assistant_says_is_found_as_the_template_marks_it(with_template
     marked: Any = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     unmarked = Path(shutil.copytree(with_template, tmp_path / "unmarked")) / "chat_template.jinja"
     unmarked.write_text(re.sub(r"{%-? (end)?generation %}", "", unmarked.read_text()))
-    config = configs.defaults()
+    config = defaults()
     config.data.format = "chat"
     for folder in (with_template, unmarked.parent):
         example = encode_record({"messages": CHAT}, config.data, load_tokenizer(folder), name="a:1")
@@ -172,7 +172,7 @@ def test_the_chats_of_smollm2_are_those_of_transformers(assets: Path) -> None:
     """Its template adds a system message, which is not learned."""
     folder = assets / "smollm2_135m"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    config = configs.defaults()
+    config = defaults()
     config.data.format = "chat"
     for messages in (CHAT, CHAT[1:]):
         example = encode_record({"messages": messages}, config.data, load_tokenizer(folder), name="a:1")

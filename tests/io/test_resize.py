@@ -10,6 +10,7 @@ import tokenizers
 
 import peftjax
 from peftjax import methods, sharding
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data.batches import Batching, train_batches
 from peftjax.io.random_model import make_random
@@ -78,7 +79,7 @@ def extended(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) -> None:
-    made = configs.defaults()
+    made = defaults()
     made.model.path, made.method = str(extended), methods.make_config("lora")
     made.data.train, made.data.format = (str(extended.parent / "train.jsonl"),), "completion"
     made.data.max_length, made.data.shuffle = 8, False
@@ -97,7 +98,7 @@ def test_training_names_the_token_and_the_fix_and_the_fix_works(extended: Path) 
 
 
 def test_the_text_of_a_soft_prompt_names_the_token_and_the_fix_works(extended: Path) -> None:
-    made = configs.defaults()
+    made = defaults()
     made.data.max_length = 8
     made.model.path, made.method = str(extended), methods.make_config("prompt", init="text", text="a<tool>", tokens=2)
     mesh = sharding.make_mesh({})

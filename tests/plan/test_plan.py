@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from peftjax import adapters, methods
 from peftjax.adapters import provenance
 from peftjax.core import variables
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
 from peftjax.io.adapter_save import save_adapter, weights_bytes
@@ -41,7 +42,7 @@ SMALL = tiny.CONFIG | {"hidden_size": 64, "intermediate_size": 128, "vocab_size"
 
 def make_config(**fields: Any) -> Any:
     """LoRA on NF4 kernels, with other values of some fields (model__remat="none")."""
-    config = configs.defaults()
+    config = defaults()
     config.method = methods.make_config("lora", rank=4, targets="all-linear")
     config.model.quantize, config.model.remat, config.data.max_length = "nf4", "block", 16
     return configs.changed(configs.validate(config), {name.replace("__", "."): value for name, value in fields.items()})

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from peftjax import methods, sharding
+from peftjax.core.config import defaults
 from peftjax.quant.base import Quantized
 from peftjax.tasks import make_task
 from peftjax.training import config as configs
@@ -24,7 +25,7 @@ PARAMETERS = 4 * 1024 * 1024 + 3 * 1024 * 2048  # of one layer's kernels
 @pytest.fixture(scope="module")
 def steps() -> dict[int, tuple[Any, Any]]:
     """The compiled step of 2 and of 4 layers, each with its abstract arguments."""
-    config = configs.defaults()
+    config = defaults()
     config.method = methods.make_config("lora", rank=2)
     config.model.quantize, config.model.remat = "nf4", "block"
     config.train.batch_size, config.data.max_length = 1, LENGTH

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftjax import methods
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.training import config
 from peftjax.training.config import SCHEMA, Config
@@ -38,7 +39,7 @@ def error_of(load, line: str = "pass", *overrides: str) -> str:
 
 
 def test_every_default_passes_its_own_checks_and_has_a_meaning():
-    resolved = config.validate(config.defaults())
+    resolved = config.validate(defaults())
     assert resolved == config.validate({})
     assert all(field.help for field in SCHEMA.fields.values())
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from peftjax import methods, sharding
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.memory import host_memory, most_memory
 from peftjax.tasks import make_task
@@ -24,7 +25,7 @@ INPUTS = 4 * 3 * 64 * 64 * 32  # float32 inputs [B, T, D] of 3 layers
 
 def refusal(monkeypatch: pytest.MonkeyPatch, room: int, **values: Any) -> str:
     """What `check_step` says where a device has `room` more bytes than the arguments of the step; empty: nothing."""
-    config = configs.defaults()
+    config = defaults()
     config.method, config.data.max_length, config.model.remat = methods.make_config("lora", rank=2), 64, "block"
     for name, value in values.items():
         section, _, leaf = name.partition("__")

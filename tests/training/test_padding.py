@@ -11,6 +11,7 @@ import pytest
 
 import peftjax
 from peftjax import methods, sharding
+from peftjax.core.config import defaults
 from peftjax.data import padding
 from peftjax.models import from_hf_config
 from peftjax.training import config as configs
@@ -41,7 +42,7 @@ def test_padding_to_the_longest_example_changes_no_loss_and_no_parameter(
         file.rename(model / file.name)
     records = [{"prompt": "ab" * (n // 2), "completion": "c" * (1 + n // 3), "label": n % 2} for n in LENGTHS]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    made = configs.defaults()
+    made = defaults()
     made.model.path, made.method, made.data.train = (
         str(model),
         methods.make_config("lora", dropout=0.1),

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from peftjax import methods, sharding, sweep
+from peftjax.core.config import defaults
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.terminal import make_console
 from peftjax.core.workdir import MARK
@@ -188,7 +189,7 @@ def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path
 
 
 def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:
-    made = configs.defaults()
+    made = defaults()
     made.method = methods.make_config("lora")
     numbers = [member(made, tmp_path, seed=seed, optim__name=name) for seed in (0, 1) for name in ("sgd", "adamw")]
     assert sweep.populations(numbers) == [numbers]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from peftjax import sweep
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
-from peftjax.training import config as configs
 from peftjax.training import sweep_results
 from peftjax.training.sweep_part import SweepPart, parse_part
 from tests.training.test_sweep import member
@@ -44,7 +44,7 @@ def test_parts_and_halving_exclude_each_other() -> None:
 
 def test_a_part_keeps_what_the_others_have_recorded(tmp_path: Path) -> None:
     def pair() -> list[sweep.Member]:
-        return [member(configs.defaults(), tmp_path, seed=seed) for seed in (0, 1)]
+        return [member(defaults(), tmp_path, seed=seed) for seed in (0, 1)]
 
     first, second, whole = pair(), pair(), pair()
     first[0].failed = "step 3: loss is nan"
