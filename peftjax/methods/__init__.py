@@ -9,90 +9,41 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from peftjax.adapters.method import Method, no_such_option
+from peftjax.adapters.method import Method as Method
+from peftjax.adapters.method import no_such_option
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.methods.adalora import AdaLora
-from peftjax.methods.bitfit import BitFit
-from peftjax.methods.boft import Boft
-from peftjax.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
-from peftjax.methods.fourierft import FourierFT
-from peftjax.methods.full import Full
-from peftjax.methods.hra import Hra
-from peftjax.methods.ia3 import Ia3
-from peftjax.methods.ln_tuning import LnTuning
-from peftjax.methods.loha import LoHa
-from peftjax.methods.lokr import LoKr
-from peftjax.methods.lora.lora import Lora
-from peftjax.methods.miss import Miss
-from peftjax.methods.oft import Oft
-from peftjax.methods.p_tuning import PTuning
-from peftjax.methods.prefix import PrefixTuning
-from peftjax.methods.prompt import PromptTuning
-from peftjax.methods.randlora import RandLora
-from peftjax.methods.trainable_tokens import TrainableTokens
-from peftjax.methods.vblora import VbLora
-from peftjax.methods.vera import Vera
+from peftjax.methods.adalora import AdaLora as AdaLora
+from peftjax.methods.bitfit import BitFit as BitFit
+from peftjax.methods.boft import Boft as Boft
+from peftjax.methods.bottleneck import Houlsby as Houlsby
+from peftjax.methods.bottleneck import ParallelAdapter as ParallelAdapter
+from peftjax.methods.bottleneck import Pfeiffer as Pfeiffer
+from peftjax.methods.fourierft import FourierFT as FourierFT
+from peftjax.methods.full import Full as Full
+from peftjax.methods.hra import Hra as Hra
+from peftjax.methods.ia3 import Ia3 as Ia3
+from peftjax.methods.ln_tuning import LnTuning as LnTuning
+from peftjax.methods.loha import LoHa as LoHa
+from peftjax.methods.lokr import LoKr as LoKr
+from peftjax.methods.lora.lora import Lora as Lora
+from peftjax.methods.miss import Miss as Miss
+from peftjax.methods.oft import Oft as Oft
+from peftjax.methods.p_tuning import PTuning as PTuning
+from peftjax.methods.prefix import PrefixTuning as PrefixTuning
+from peftjax.methods.prompt import PromptTuning as PromptTuning
+from peftjax.methods.randlora import RandLora as RandLora
+from peftjax.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from peftjax.methods.vblora import VbLora as VbLora
+from peftjax.methods.vera import Vera as Vera
 
 METHODS: dict[str, type[Method]] = {
     cls.method: cls
     for cls in (
-        AdaLora,
-        BitFit,
-        Boft,
-        FourierFT,
-        Full,
-        Houlsby,
-        Hra,
-        Ia3,
-        LnTuning,
-        LoHa,
-        LoKr,
-        Lora,
-        Miss,
-        Oft,
-        PTuning,
-        ParallelAdapter,
-        Pfeiffer,
-        PrefixTuning,
-        PromptTuning,
-        RandLora,
-        TrainableTokens,
-        VbLora,
-        Vera,
+        AdaLora, BitFit, Boft, FourierFT, Full, Houlsby, Hra, Ia3, LnTuning, LoHa, LoKr, Lora, Miss, Oft, PTuning,
+        ParallelAdapter, Pfeiffer, PrefixTuning, PromptTuning, RandLora, TrainableTokens, VbLora, Vera,
     )
-}
-
-__all__ = [
-    "METHODS",
-    "AdaLora",
-    "BitFit",
-    "Boft",
-    "FourierFT",
-    "Full",
-    "Houlsby",
-    "Hra",
-    "Ia3",
-    "LnTuning",
-    "LoHa",
-    "LoKr",
-    "Lora",
-    "Method",
-    "Miss",
-    "Oft",
-    "PTuning",
-    "ParallelAdapter",
-    "Pfeiffer",
-    "PrefixTuning",
-    "PromptTuning",
-    "RandLora",
-    "TrainableTokens",
-    "VbLora",
-    "Vera",
-    "from_config",
-    "make_config",
-    "method_defaults",
-]
+}  # fmt: skip
 
 
 def method_class(name: str) -> type[Method]:

@@ -36,6 +36,7 @@ from peftjax.models import (
 )
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.decoder import DecoderConfig
+from peftjax.models.fields import Fields
 from peftjax.models.heads import HeadOptions
 from peftjax.models.text_encoder import HEADS
 
@@ -47,8 +48,9 @@ class Family:
     """What the module of a model family provides.
 
     Attributes:
-        from_hf: Reads a config.json. Called with its fields, the `ComputeOptions` as keyword arguments and, for a family
-            with `heads`, the options of `models.heads.read_head`.
+        from_hf: Reads a config.json. Called with its `Fields`, the `ComputeOptions` as keyword arguments and, for a family
+            with `heads`, the options of `models.heads.read_head`. Raises a `UserError` if a field is missing or its
+            value is not supported.
         heads: The task heads to choose from, "none" among them; empty for language models.
     """
 
@@ -128,8 +130,11 @@ def from_hf_config(config: dict[str, Any], **options: Any) -> ModelConfig:
             raise UserError(
                 f"{said}: a model of type {config['model_type']!r} has no task head to choose; only encoders do"
             )
-    if config.get("model_type") not in multimodal.WHOLES:
-        return family(config).from_hf(config, **options)
-    text = family(config).from_hf(multimodal.text_config(config), **options)
-    assert isinstance(text, DecoderConfig)
-    return dataclasses.replace(text, whole=json.dumps(config))
+    whole = config.get("model_type") in multimodal.WHOLES
+    fields = Fields(multimodal.text_config(config) if whole else config)
+    read = family(config).from_hf(fields, **options)
+    fields.done()
+    if not whole:
+        return read
+    assert isinstance(read, DecoderConfig)
+    return dataclasses.replace(read, whole=json.dumps(config))

@@ -1,7 +1,6 @@
 """BERT: a post-norm encoder with learned positions (Devlin et al. 2018, arXiv:1810.04805, section 3)."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import jax
@@ -10,14 +9,7 @@ from flax import nnx
 from peftjax import sharding
 from peftjax.models.encoder import EncoderBlock, linear, read_shared
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import (
-    TEXT_HARMLESS,
-    TextEncoder,
-    TextEncoderConfig,
-    TextOptions,
-    architectures,
-    read_text_head,
-)
+from peftjax.models.text_encoder import TextEncoder, TextEncoderConfig, TextOptions, read_text_head
 from peftjax.nn.residual import NormedResidual
 from peftjax.nn.stack import scan_stack
 
@@ -25,10 +17,6 @@ from peftjax.nn.stack import scan_stack
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(TextEncoderConfig):
     """Sizes and options of a BERT."""
-
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        return _ARCHITECTURES
 
     @property
     def pooler(self) -> bool:
@@ -113,43 +101,32 @@ Bert.hf_base = {
     "blocks.feedforward_residual.norm": "encoder.layer.{}.output.LayerNorm",
     "pooler": "pooler.dense",
 }
-# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
-_ARCHITECTURES = architectures("Bert", "BertForPreTraining")
-BERT_HARMLESS = (TEXT_HARMLESS - {"is_decoder"}) | {
-    # in BERT's first checkpoints; they describe the pooler that every BERT has
+# In BERT's first checkpoints; they describe the pooler that every BERT has.
+_POOLER = (
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
     "pooler_type", "output_past",
-}  # fmt: skip
+)  # fmt: skip
 # Fields of which only one value is supported.
 _FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> BertConfig:
-    """Read a config.json of model_type bert, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, harmless=BERT_HARMLESS)
-    result = BertConfig(**read_bert(fields, _ARCHITECTURES, options))
-    fields.done()
-    return result
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> BertConfig:
+    """Read a config.json of model_type bert, in the format of transformers 4 or 5."""
+    return BertConfig(**read_bert(fields, options, "Bert", "BertForPreTraining"))
 
 
-def read_bert(fields: Fields, architectures: Mapping[str, str], options: TextOptions) -> dict[str, Any]:
+def read_bert(fields: Fields, options: TextOptions, name: str, *others: str) -> dict[str, Any]:
     """Read the options of `BertConfig`.
 
-    Args:
-        fields: The fields of config.json.
-        architectures: {transformers class: its head}.
-        options: What config.json does not decide.
+    The arguments are those of `read_text_head`.
 
     Raises:
         UserError: A field is missing, or its value is not supported.
     """
+    fields.skip(*_POOLER)
     for field, value in _FIXED.items():
         fields.only(field, value)
-    head, rest = read_text_head(dict(fields.config), architectures, options)
+    head, rest = read_text_head(fields, options, name, *others)
     shared = read_shared(fields, head, dropout=0.1)
     positions = fields.take("max_position_embeddings", 512)
     return {

@@ -4,8 +4,7 @@ He et al. 2020 (arXiv:2006.03654), section 3; He et al. 2021 (arXiv:2111.09543).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,7 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.encoder import feedforward, linear, read_shared
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import (
-    TEXT_HARMLESS,
-    TextEncoder,
-    TextEncoderConfig,
-    TextOptions,
-    architectures,
-    read_text_head,
-)
+from peftjax.models.text_encoder import TextEncoder, TextEncoderConfig, TextOptions, read_text_head
 from peftjax.nn.convolution import Convolution
 from peftjax.nn.disentangled import DisentangledAttention, rows_of_positions
 from peftjax.nn.dropout import Dropout
@@ -60,10 +52,6 @@ class DebertaConfig(TextEncoderConfig):
     convolution_activation: str
     pooler_dropout: float
     pooler_activation: str
-
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        return _ARCHITECTURES
 
     @property
     def span(self) -> int:
@@ -213,20 +201,12 @@ Deberta.hf_base = {
     "blocks.feedforward_residual": "encoder.layer.{}.output",
     "blocks.feedforward_residual.norm": "encoder.layer.{}.output.LayerNorm",
 }
-# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
-_ARCHITECTURES = architectures("DebertaV2")
-# A field of the pretraining head.
-_HARMLESS = TEXT_HARMLESS | {"legacy"}
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DebertaConfig:
-    """Read a config.json of model_type deberta-v2, which DeBERTa v3 also has.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    head, rest = read_text_head(config, _ARCHITECTURES, options)
-    fields = Fields(config, harmless=_HARMLESS)
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DebertaConfig:
+    """Read a config.json of model_type deberta-v2, which DeBERTa v3 also has."""
+    head, rest = read_text_head(fields, options, "DebertaV2")
+    fields.skip("legacy")  # of the pretraining head
     shared = read_shared(fields, head, dropout=0.1, norm_eps=1e-7)
     rows = fields.take("max_position_embeddings", 512)
     for name, value in {
@@ -257,7 +237,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DebertaCo
         **shared,
         **rest,
     )
-    fields.done()
     if result.convolution and not result.convolution % 2:
         raise UserError(f"config.json: conv_kernel_size={result.convolution} is even; only odd sizes keep the length")
     return result

@@ -11,12 +11,16 @@ from peftjax.nn.rope import Rope
 from peftjax.nn.rope import from_hf as rope_from_hf
 
 
-def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
+def read_shared(
+    fields: Fields, *, norm_eps: float, activation: tuple[str, str] = ("hidden_act", "silu"), tied: bool = False
+) -> dict[str, Any]:
     """Read the options of `DecoderConfig` that Llama and its relatives have in the same fields.
 
     Args:
         fields: The fields of config.json.
         norm_eps: Default of the norms' epsilon.
+        activation: The field of the activation, and its default.
+        tied: Default of tie_word_embeddings.
 
     Raises:
         UserError: A field is missing, or its value is not supported.
@@ -33,6 +37,8 @@ def read_shared(fields: Fields, *, norm_eps: float) -> dict[str, Any]:
         "head_dim": fields.take("head_dim", embed // heads),
         "max_positions": fields.take("max_position_embeddings"),
         "norm_eps": fields.take("rms_norm_eps", norm_eps),
+        "activation": fields.activation(*activation),
+        "tied": fields.take("tie_word_embeddings", tied),
         "init_stddev": fields.take("initializer_range", 0.02),
         "hf": json.dumps(fields.config),
     }

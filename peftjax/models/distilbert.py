@@ -1,8 +1,7 @@
 """DistilBERT: BERT with half of the layers and without token types (Sanh et al. 2019, arXiv:1910.01108, section 3)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 from flax import nnx
@@ -10,16 +9,12 @@ from flax import nnx
 from peftjax.models.bert import Bert, BertConfig
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import TEXT_HARMLESS, TextOptions, architectures, read_text_head
+from peftjax.models.text_encoder import TextOptions, read_text_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistilBertConfig(BertConfig):
     """Sizes and options of a DistilBERT."""
-
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        return _ARCHITECTURES
 
     @property
     def pooler(self) -> bool:
@@ -68,8 +63,6 @@ DistilBert.hf_base = {
     "blocks.feedforward_residual": "transformer.layer.{}.output_adapters",
     "blocks.feedforward_residual.norm": "transformer.layer.{}.output_layer_norm",
 }
-# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
-_ARCHITECTURES = architectures("DistilBert")
 # The names of BERT's fields.
 _NAMES = {
     "hidden_size": "dim",
@@ -77,22 +70,17 @@ _NAMES = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
 }
-# Dropout of question answering, initialization of the position table, and two fields of the first checkpoints.
-_HARMLESS = TEXT_HARMLESS | {"qa_dropout", "sinusoidal_pos_embds", "tie_weights_", "output_past"}
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DistilBertConfig:
-    """Read a config.json of model_type distilbert, with DistilBERT's names of the fields or BERT's.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    head, rest = read_text_head(config, _ARCHITECTURES, options)
-    names = _NAMES | {"intermediate_size": "intermediate_size"}  # which transformers does not read
-    fields = Fields({names.get(name, name): value for name, value in config.items()}, harmless=_HARMLESS)
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DistilBertConfig:
+    """Read a config.json of model_type distilbert, with DistilBERT's names of the fields or BERT's."""
+    head, rest = read_text_head(fields, options, "DistilBert")
+    fields.rename(_NAMES | {"intermediate_size": "intermediate_size"})  # which transformers does not read
+    # Dropout of question answering, initialization of the position table, and two fields of the first checkpoints.
+    fields.skip("qa_dropout", "sinusoidal_pos_embds", "tie_weights_", "output_past")
     positions, dropout = fields.take("max_position_embeddings", 512), fields.take("dropout", 0.1)
     sequences = fields.take("seq_classif_dropout", 0.2)
-    result = DistilBertConfig(
+    return DistilBertConfig(
         **read_sizes(fields, head, _NAMES),
         vocab=fields.take("vocab_size"),
         positions=positions,
@@ -105,5 +93,3 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> DistilBer
         head_dropout=sequences if head.name == "sequence_classification" else dropout,
         **rest,
     )
-    fields.done()
-    return result

@@ -27,6 +27,7 @@ class EncoderConfig(ModelConfig):
 
     Attributes:
         kind: The model_type.
+        architecture: The transformers class with this head.
         head: Kind of task head, or "none".
         stored_head: Kind of task head in the checkpoint, "none", or `heads.OTHER`.
         labels: Names of the head's outputs.
@@ -37,6 +38,7 @@ class EncoderConfig(ModelConfig):
     """
 
     kind: str
+    architecture: str
     head: str
     stored_head: str
     labels: tuple[str, ...]
@@ -45,11 +47,6 @@ class EncoderConfig(ModelConfig):
     attention_dropout: float
     init_stddev: float
 
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        """{transformers class: its head}. Of the classes with one head, the first is written to config.json."""
-        raise NotImplementedError
-
     def norm(self) -> LayerNorm:
         """Build a norm of the hidden states."""
         return LayerNorm(self.embed, eps=self.norm_eps, dtype=jnp.dtype(self.param_dtype))
@@ -57,8 +54,7 @@ class EncoderConfig(ModelConfig):
     def to_hf(self) -> dict[str, Any]:
         fields = json.loads(self.hf)
         fields.pop("torch_dtype", None)
-        architecture = next(name for name, head in self.architectures.items() if head == self.head)
-        return fields | {"dtype": self.param_dtype, "architectures": [architecture]}
+        return fields | {"dtype": self.param_dtype, "architectures": [self.architecture]}
 
 
 class EncoderBlock(nnx.Module):
@@ -187,6 +183,7 @@ def read_sizes(fields: Fields, head: Head, names: Mapping[str, str] = MappingPro
         "heads": heads,
         "kv_heads": heads,
         "head_dim": embed // heads,
+        "architecture": head.architecture,
         "head": head.name,
         "stored_head": head.stored,
         "labels": head.labels,

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from peftjax.core.errors import UserError
@@ -10,7 +9,7 @@ from peftjax.core.paths import suggest
 from peftjax.models import hf_fields
 from peftjax.nn.feedforward import ACTIVATIONS
 
-# Fields that do not affect the logits.
+# Fields that do not affect the logits, unless a family takes them.
 HARMLESS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "_name_or_path", "tokenizer_class",
@@ -26,20 +25,26 @@ class Fields:
 
     Args:
         config: The config.json.
-        defaults: Defaults of transformers for omitted fields.
-        harmless: Fields that do not affect the logits of this family.
     """
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        defaults: Mapping[str, Any] = MappingProxyType({}),
-        harmless: frozenset[str] = HARMLESS,
-    ) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.kind = config, str(config["model_type"])
-        given = {name: value for name, value in config.items() if value is not None and name not in harmless}
-        self._left = dict(defaults) | given
+        self._left = {name: value for name, value in config.items() if value is not None}
+
+    def assume(self, **defaults: Any) -> None:
+        """Use defaults of transformers for omitted fields."""
+        self._left = defaults | self._left
+
+    def skip(self, *names: str) -> None:
+        """Leave out fields that do not affect the logits of this family."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give fields the names by which they are taken, {name in config.json: name}."""
+        self.config, self._left = (
+            {names.get(name, name): value for name, value in fields.items()} for fields in (self.config, self._left)
+        )
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return the value of a field; without a default it is required."""
@@ -85,15 +90,16 @@ class Fields:
 
     def done(self) -> None:
         """Deal with the fields that were not taken: reject those that transformers reads, and warn of the others."""
-        read = sorted(name for name in self._left if hf_fields.reads(self.kind, name))
+        left = sorted(self._left.keys() - HARMLESS)
+        read = [name for name in left if hf_fields.reads(self.kind, name)]
         if read:
             raise UserError(
                 f"config.json: {', '.join(f'{name}={self._left[name]!r}' for name in read)}: transformers reads this for "
                 f"model_type {self.kind!r} and peftjax does not, so the logits could differ; remove the field from "
                 "config.json if the checkpoint was trained without it"
             )
-        if self._left:
+        if left:
             warnings.warn(
-                f"config.json: ignoring {', '.join(sorted(self._left))}, as transformers does for model_type {self.kind!r}",
+                f"config.json: ignoring {', '.join(left)}, as transformers does for model_type {self.kind!r}",
                 stacklevel=2,
             )

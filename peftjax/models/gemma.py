@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
 from peftjax.models.decoder_fields import read_rope, read_ropes, read_shared, read_windows
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import ZeroCenteredRMSNorm
 from peftjax.nn.rope import Rope
@@ -74,19 +74,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaConfig:
-    """Read a config.json of model_type gemma2 or gemma3_text, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    kind = config["model_type"]
-    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=HARMLESS | {"cache_implementation"})
-    shared = read_shared(fields, norm_eps=1e-6)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GemmaConfig:
+    """Read a config.json of model_type gemma2 or gemma3_text, in the format of transformers 4 or 5."""
+    kind = fields.kind
+    fields.assume(**_DEFAULTS[kind])
+    fields.skip("cache_implementation")
+    shared = read_shared(fields, norm_eps=1e-6, activation=("hidden_activation", "gelu_pytorch_tanh"), tied=True)
     head_dim, max_positions = shared["head_dim"], shared["max_positions"]
     fields.only("use_bidirectional_attention", False)
-    activation = fields.activation("hidden_activation", "gelu_pytorch_tanh")
-    fields.implied("hidden_act", activation)  # an old name
+    fields.implied("hidden_act", shared["activation"])  # an old name
     attention_bias = fields.take("attention_bias", False)
     local_rope: Rope | None = None
     if kind == "gemma2":
@@ -98,11 +94,9 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         rope, local_rope = read_ropes(fields, head_dim, max_positions, theta=theta, local_theta=local_theta)
         fields.only("attn_logit_softcapping", None)  # a field of Gemma 3 that transformers does not use
         attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
-    result = GemmaConfig(
+    return GemmaConfig(
         rope=rope,
         local_rope=local_rope,
-        activation=activation,
-        tied=fields.take("tie_word_embeddings", True),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         qk_norm=kind == "gemma3_text",
@@ -113,8 +107,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GemmaC
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ GLM-4 (arXiv:2406.12793); the norms are those of GLM-4-0414.
 """
 
 import dataclasses
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -56,31 +56,19 @@ Glm4.hf_names = {path: name for path, name in Llama.hf_names.items() if not path
     "blocks.feedforward.down": "model.layers.{}.mlp.down_proj",
     "blocks.feedforward_out_norm": "model.layers.{}.post_mlp_layernorm",
 }
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {
-    "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5,
-}  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Glm4Config:
-    """Read a config.json of model_type glm4, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Glm4Config:
+    """Read a config.json of model_type glm4, in the format of transformers 4 or 5."""
+    fields.assume(max_position_embeddings=131072, num_key_value_heads=2, head_dim=128, partial_rotary_factor=0.5)
     shared = read_shared(fields, norm_eps=1.5625e-07)
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     rope = rope_fields(fields)
     rotated = int(shared["head_dim"] * rope.pop("partial_rotary_factor"))
-    result = Glm4Config(
+    return Glm4Config(
         rope=rope_from_hf(rope, head_dim=rotated, max_positions=shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=fields.take("attention_bias", True),
         windows=(0,) * shared["layers"],
         **shared,
         **options,
     )
-    fields.done()
-    return result

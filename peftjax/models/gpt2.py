@@ -5,7 +5,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", sect
 
 import dataclasses
 import json
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.cache import Cache
 from peftjax.nn.embedding import Embedding
@@ -126,19 +126,15 @@ _HARMLESS = frozenset({
 _DROPOUT = frozenset({"resid_pdrop", "embd_pdrop", "attn_pdrop"})
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Gpt2Config:
-    """Read a config.json of model_type gpt2.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, harmless=HARMLESS | _HARMLESS | _DROPOUT)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Gpt2Config:
+    """Read a config.json of model_type gpt2."""
+    fields.skip(*_HARMLESS, *_DROPOUT)
     layers, embed, heads = (fields.take(name) for name in ("n_layer", "n_embd", "n_head"))
     if embed % heads:
         raise UserError(f"config.json: n_embd={embed} is not a multiple of n_head={heads}")
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
-    result = Gpt2Config(
+    return Gpt2Config(
         vocab=fields.take("vocab_size"),
         embed=embed,
         mlp=fields.take("n_inner", 4 * embed),
@@ -154,8 +150,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Gpt2Co
         windows=(0,) * layers,
         scaled=fields.take("scale_attn_weights", True),
         init_stddev=fields.take("initializer_range", 0.02),
-        hf=json.dumps(config),
+        hf=json.dumps(fields.config),
         **options,
     )
-    fields.done()
-    return result

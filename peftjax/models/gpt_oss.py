@@ -12,8 +12,8 @@ from flax import nnx
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
 from peftjax.models.decoder_fields import read_shared, read_windows, rope_fields
-from peftjax.models.fields import HARMLESS, Fields
-from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+from peftjax.models.fields import Fields
+from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts
 from peftjax.nn.moe import ClampedExperts
 from peftjax.nn.norm import Float32RMSNorm
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -47,33 +47,25 @@ class GptOss(MoeLlama):
 
 GptOss.hf_names = MOE_NAMES | {"blocks.feedforward.router": "model.layers.{}.mlp.router"}
 GptOss.hf_experts = {"gate_up_proj": (), "down_proj": ()}
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}
-_THETA = 150_000.0
+# Defaults of transformers for a config.json that does not scale the rotary embedding.
 _ROPE: dict[str, Any] = {
     "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
     "truncate": False,
 }  # fmt: skip
-_DUPLICATES = frozenset({"experts_per_token", "initial_context_length"})  # duplicates of fields that transformers reads
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOssConfig:
-    """Read a config.json of model_type gpt_oss.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING | _DUPLICATES)
-    shared = read_shared(fields, norm_eps=1e-5)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GptOssConfig:
+    """Read a config.json of model_type gpt_oss."""
+    fields.assume(max_position_embeddings=131072, num_key_value_heads=8, head_dim=64, rope_theta=150_000.0)
+    fields.skip("experts_per_token", "initial_context_length")  # duplicates of fields that transformers reads
     fields.only("hidden_act", "silu")
+    shared = read_shared(fields, norm_eps=1e-5)
     layers, attention_bias = shared["layers"], fields.take("attention_bias", True)
     types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    scaled = config.get("rope_parameters") or config.get("rope_scaling")
-    rope = ({} if scaled else _ROPE) | {"rope_theta": _THETA} | rope_fields(fields)
-    result = GptOssConfig(
+    scaled = fields.config.get("rope_parameters") or fields.config.get("rope_scaling")
+    rope = ({} if scaled else _ROPE) | rope_fields(fields)
+    return GptOssConfig(
         rope=rope_from_hf(rope, head_dim=shared["head_dim"], max_positions=shared["max_positions"]),
-        activation="silu",
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         normalized=True,
@@ -85,5 +77,3 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GptOss
         **shared,
         **options,
     )
-    fields.done()
-    return result

@@ -6,7 +6,7 @@ The factors are those of Yang et al. 2022 (arXiv:2203.03466).
 import dataclasses
 import warnings
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 from flax import nnx
@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
 from peftjax.models.decoder_fields import read_rope, read_shared
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.residual import ScaledResidual, times
 
@@ -66,24 +66,17 @@ class Granite(Llama):
 Granite.hf_names = Llama.hf_names
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> GraniteConfig:
-    """Read a config.json of model_type granite, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GraniteConfig:
+    """Read a config.json of model_type granite, in the format of transformers 4 or 5."""
     # The dropout of the pretraining, as in GPT-2
-    if dropout := config.get("attention_dropout"):
+    if dropout := fields.maybe("attention_dropout"):
         warnings.warn(f"config.json: attention_dropout={dropout} is not applied in training", stacklevel=2)
-    harmless = HARMLESS | {"attention_dropout"}
-    fields = Fields(config, defaults={"max_position_embeddings": 2048}, harmless=harmless)
+    fields.assume(max_position_embeddings=2048)
     shared = read_shared(fields, norm_eps=1e-6)
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
     attention_bias = fields.take("attention_bias", False)
-    result = GraniteConfig(
+    return GraniteConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False),
@@ -95,5 +88,3 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Granit
         **shared,
         **options,
     )
-    fields.done()
-    return result

@@ -28,6 +28,7 @@ class Head:
     """The task head of a model.
 
     Attributes:
+        architecture: The transformers class with this head.
         name: Kind of head, or "none".
         stored: Kind of head in the checkpoint, "none" or `OTHER`.
         labels: Names of its outputs.
@@ -35,6 +36,7 @@ class Head:
         config: The config.json with these labels.
     """
 
+    architecture: str
     name: str
     stored: str
     labels: tuple[str, ...]
@@ -55,7 +57,7 @@ def read_head(
 
     Args:
         config: The fields of config.json.
-        architectures: {transformers class: its head}; the first one if config.json names none.
+        architectures: {transformers class: its head}. The first one is the default, and the first one with a head is written.
         heads: The kinds of head the family has.
         head: Kind of head; default: the checkpoint's.
         labels: Number of outputs, or their names; default: those in config.json.
@@ -94,7 +96,8 @@ def read_head(
                 f"{REPLACE}"
             )
         config = config | {"problem_type": problem_type}
-    return Head(head, stored, names, config.get("problem_type"), config)
+    architecture = next(name for name, kind in architectures.items() if kind == head)
+    return Head(architecture, head, stored, names, config.get("problem_type"), config)
 
 
 def stored_labels(config: dict[str, Any]) -> tuple[str, ...]:

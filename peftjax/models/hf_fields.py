@@ -21,56 +21,64 @@ _BERT = _names("""
     num_attention_heads num_labels pad_token_id problem_type tie_word_embeddings type_vocab_size use_cache
     vocab_size
 """)
+# What most decoders read.
+_DECODER = _names("""
+    attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size
+    max_position_embeddings num_attention_heads num_key_value_heads original_max_position_embeddings pad_token_id
+    partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache
+    vocab_size
+""")
+_MOE = _DECODER | _names("num_experts_per_tok output_router_logits router_aux_loss_coef")
+_QWEN_MOE = _MOE | _names("""
+    decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts use_sliding_window
+""")
+_GEMMA2 = (_DECODER - {"hidden_act"}) | _names("""
+    attention_bias attn_logit_softcapping final_logit_softcapping hidden_activation query_pre_attn_scalar
+    use_bidirectional_attention
+""")
+_T5 = _names("""
+    classifier_dropout d_ff d_kv d_model decoder_start_token_id dense_act_fn dropout_rate eos_token_id
+    feed_forward_proj head_dim hidden_size initializer_factor is_decoder is_encoder_decoder is_gated_act
+    layer_norm_epsilon num_attention_heads num_decoder_layers num_heads num_labels num_layers pad_token_id
+    problem_type relative_attention_max_distance relative_attention_num_buckets scale_decoder_outputs
+    tie_word_embeddings use_cache vocab_size
+""")
 # Read by the model_type's own classes.
 OWN: dict[str, frozenset[str]] = {
-    "llama": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings mlp_bias num_attention_heads
-        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor pretraining_tp
-        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    "llama": _DECODER | {"attention_bias", "mlp_bias", "pretraining_tp"},
+    "mistral": _DECODER,
+    "qwen2": _DECODER | {"max_window_layers", "use_sliding_window"},
+    "qwen3": _DECODER | {"attention_bias", "max_window_layers", "use_sliding_window"},
+    "mixtral": _MOE | {"num_experts", "num_local_experts", "router_jitter_noise"},
+    "qwen2_moe": _QWEN_MOE | {"max_window_layers", "qkv_bias", "shared_expert_intermediate_size"},
+    "qwen3_moe": _QWEN_MOE | {"attention_bias"},
+    "phi3": _DECODER | {"embd_pdrop", "resid_pdrop"},
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2
+    | _names("""
+        image_token_id mm_tokens_per_image rope_local_base_freq sliding_window_pattern text_config vision_config
     """),
-    "mistral": _names("""
-        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
-        intermediate_size max_position_embeddings num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
-        rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
+    "olmo2": _DECODER | {"attention_bias"},
+    "olmo3": _DECODER | {"attention_bias"},
+    "smollm3": _DECODER
+    | _names("""
+        attention_bias mlp_bias no_rope_layer_interval no_rope_layers use_sliding_window
     """),
-    "qwen2": _names("""
-        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
-        intermediate_size max_position_embeddings max_window_layers num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
-        rope_scaling rope_theta tie_word_embeddings use_cache use_sliding_window vocab_size
+    "granite": _DECODER
+    | _names("""
+        attention_bias attention_multiplier embedding_multiplier logits_scaling mlp_bias residual_multiplier
     """),
-    "qwen3": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings max_window_layers num_attention_heads
-        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps
-        rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache use_sliding_window vocab_size
+    "llama4_text": _MOE
+    | _names("""
+        attention_bias attn_scale attn_temperature_tuning floor_scale image_size image_token_id
+        interleave_moe_layer_step intermediate_size_mlp moe_layers no_rope_layer_interval no_rope_layers num_channels
+        num_local_experts output_attentions output_hidden_states patch_size pixel_shuffle_ratio projector_dropout
+        projector_input_dim projector_output_dim return_dict router_jitter_noise text_config use_qk_norm
+        vision_config
     """),
-    "mixtral": _names("""
-        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
-        intermediate_size max_position_embeddings num_attention_heads num_experts num_experts_per_tok
-        num_key_value_heads num_local_experts original_max_position_embeddings output_router_logits
-        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
-        router_aux_loss_coef router_jitter_noise tie_word_embeddings use_cache vocab_size
-    """),
-    "qwen2_moe": _names("""
-        attention_dropout bos_token_id decoder_sparse_step eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings max_window_layers mlp_only_layers
-        moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok
-        num_key_value_heads original_max_position_embeddings output_router_logits pad_token_id
-        partial_rotary_factor qkv_bias rms_norm_eps rope_parameters rope_scaling rope_theta
-        router_aux_loss_coef shared_expert_intermediate_size tie_word_embeddings use_cache
-        use_sliding_window vocab_size
-    """),
-    "qwen3_moe": _names("""
-        attention_bias attention_dropout bos_token_id decoder_sparse_step eos_token_id head_dim
-        hidden_act hidden_size initializer_range intermediate_size max_position_embeddings
-        mlp_only_layers moe_intermediate_size norm_topk_prob num_attention_heads num_experts
-        num_experts_per_tok num_key_value_heads original_max_position_embeddings output_router_logits
-        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
-        router_aux_loss_coef tie_word_embeddings use_cache use_sliding_window vocab_size
-    """),
+    "ministral3": _DECODER,
+    "glm4": _DECODER | {"attention_bias"},
+    "gpt_oss": _MOE | {"attention_bias", "num_experts", "num_local_experts", "swiglu_alpha", "swiglu_limit"},
     "gpt2": _names("""
         activation_function add_cross_attention attn_pdrop bos_token_id classifier_dropout embd_pdrop
         eos_token_id hidden_dropout hidden_size initializer_range layer_norm_epsilon max_position_embeddings
@@ -78,85 +86,6 @@ OWN: dict[str, frozenset[str]] = {
         reorder_and_upcast_attn resid_pdrop scale_attn_by_inverse_layer_idx scale_attn_weights
         summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type
         summary_use_proj tie_word_embeddings use_cache vocab_size
-    """),
-    "phi3": _names("""
-        attention_dropout bos_token_id embd_pdrop eos_token_id head_dim hidden_act hidden_size initializer_range
-        intermediate_size max_position_embeddings num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor resid_pdrop rms_norm_eps
-        rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "gemma2": _names("""
-        attention_bias attention_dropout attn_logit_softcapping bos_token_id eos_token_id
-        final_logit_softcapping head_dim hidden_activation hidden_size initializer_range intermediate_size
-        max_position_embeddings num_attention_heads num_key_value_heads original_max_position_embeddings
-        pad_token_id partial_rotary_factor query_pre_attn_scalar rms_norm_eps rope_parameters rope_scaling
-        rope_theta tie_word_embeddings use_bidirectional_attention use_cache vocab_size
-    """),
-    "gemma3_text": _names("""
-        attention_bias attention_dropout attn_logit_softcapping bos_token_id eos_token_id
-        final_logit_softcapping head_dim hidden_activation hidden_size image_token_id initializer_range
-        intermediate_size max_position_embeddings mm_tokens_per_image num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor query_pre_attn_scalar rms_norm_eps
-        rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window_pattern text_config
-        tie_word_embeddings use_bidirectional_attention use_cache vision_config vocab_size
-    """),
-    "olmo2": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings num_attention_heads
-        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
-        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "olmo3": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings num_attention_heads
-        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
-        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "smollm3": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings mlp_bias no_rope_layer_interval
-        no_rope_layers num_attention_heads num_key_value_heads original_max_position_embeddings
-        pad_token_id partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta
-        tie_word_embeddings use_cache use_sliding_window vocab_size
-    """),
-    "granite": _names("""
-        attention_bias attention_dropout attention_multiplier bos_token_id embedding_multiplier
-        eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size logits_scaling
-        max_position_embeddings mlp_bias num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor residual_multiplier
-        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "llama4_text": _names("""
-        attention_bias attention_dropout attn_scale attn_temperature_tuning bos_token_id eos_token_id
-        floor_scale head_dim hidden_act hidden_size image_size image_token_id initializer_range
-        interleave_moe_layer_step intermediate_size intermediate_size_mlp max_position_embeddings
-        moe_layers no_rope_layer_interval no_rope_layers num_attention_heads num_channels
-        num_experts_per_tok num_key_value_heads num_local_experts original_max_position_embeddings
-        output_attentions output_hidden_states output_router_logits pad_token_id partial_rotary_factor
-        patch_size pixel_shuffle_ratio projector_dropout projector_input_dim projector_output_dim
-        return_dict rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef
-        router_jitter_noise text_config tie_word_embeddings use_cache use_qk_norm vision_config
-        vocab_size
-    """),
-    "ministral3": _names("""
-        attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range
-        intermediate_size max_position_embeddings num_attention_heads num_key_value_heads
-        original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
-        rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "glm4": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings num_attention_heads
-        num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor
-        rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size
-    """),
-    "gpt_oss": _names("""
-        attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size
-        initializer_range intermediate_size max_position_embeddings num_attention_heads num_experts
-        num_experts_per_tok num_key_value_heads num_local_experts original_max_position_embeddings
-        output_router_logits pad_token_id partial_rotary_factor rms_norm_eps rope_parameters
-        rope_scaling rope_theta router_aux_loss_coef swiglu_alpha swiglu_limit tie_word_embeddings
-        use_cache vocab_size
     """),
     "bert": _BERT,
     "roberta": _BERT,
@@ -186,20 +115,8 @@ OWN: dict[str, frozenset[str]] = {
         position_biased_input position_buckets problem_type relative_attention return_dict share_att_key
         tie_word_embeddings type_vocab_size vocab_size
     """),
-    "t5": _names("""
-        classifier_dropout d_ff d_kv d_model decoder_start_token_id dense_act_fn dropout_rate eos_token_id
-        feed_forward_proj head_dim hidden_size initializer_factor is_decoder is_encoder_decoder is_gated_act
-        layer_norm_epsilon num_attention_heads num_decoder_layers num_heads num_labels num_layers pad_token_id
-        problem_type relative_attention_max_distance relative_attention_num_buckets scale_decoder_outputs
-        tie_word_embeddings use_cache vocab_size
-    """),
-    "mt5": _names("""
-        bos_token_id classifier_dropout d_ff d_kv d_model decoder_start_token_id dense_act_fn dropout_rate
-        eos_token_id feed_forward_proj head_dim hidden_size initializer_factor is_decoder is_encoder_decoder
-        is_gated_act layer_norm_epsilon num_attention_heads num_decoder_layers num_heads num_labels num_layers
-        pad_token_id problem_type relative_attention_max_distance relative_attention_num_buckets
-        tie_word_embeddings use_cache vocab_size
-    """),
+    "t5": _T5,
+    "mt5": (_T5 - {"scale_decoder_outputs"}) | {"bos_token_id"},
     "vit": _names("""
         attention_probs_dropout_prob encoder_stride head_dim hidden_act hidden_dropout_prob hidden_size
         image_size initializer_range intermediate_size layer_norm_eps num_attention_heads num_channels

@@ -107,20 +107,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaConfig:
-    """Read a config.json of model_type llama, mistral, qwen2 or qwen3, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    kind = config["model_type"]
-    fields = Fields(config, defaults=_DEFAULTS[kind])
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> LlamaConfig:
+    """Read a config.json of model_type llama, mistral, qwen2 or qwen3, in the format of transformers 4 or 5."""
+    kind = fields.kind
+    fields.assume(**_DEFAULTS[kind])
     shared = read_shared(fields, norm_eps=1e-6)
     attention_bias = fields.take("attention_bias", False) if kind in ("llama", "qwen3") else False
-    result = LlamaConfig(
+    return LlamaConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias or kind == "qwen2",
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False) if kind == "llama" else False,
@@ -129,8 +123,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import LayerOptions
 from peftjax.models.decoder_fields import read_rope, read_shared
-from peftjax.models.fields import HARMLESS, Fields
-from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
+from peftjax.models.fields import Fields
+from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 from peftjax.models.smollm3 import read_rotated
 from peftjax.nn.attention import Attention
 from peftjax.nn.moe import InputWeightedExperts, MixtureOfExperts
@@ -78,31 +78,26 @@ _NAMES = MOE_NAMES | {
 }
 Llama4.hf_names = {path: name.replace(".mlp.", ".feed_forward.") for path, name in with_dense(_NAMES).items()}
 Llama4.hf_experts = {"gate_up_proj": (), "down_proj": ()}
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {
-    "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192,
-    "rope_theta": 500_000.0,
-}  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Llama4Config:
-    """Read a config.json of model_type llama4_text.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Llama4Config:
+    """Read a config.json of model_type llama4_text."""
+    fields.assume(
+        max_position_embeddings=131072,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=8192,
+        rope_theta=500_000.0,
+    )
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("router_jitter_noise")
     expert_mlp, layers = shared.pop("mlp"), shared.pop("layers")
     attention_bias, tuned = fields.take("attention_bias", False), fields.take("attn_temperature_tuning", True)
     growth, rotated = fields.take("attn_scale", 0.1), read_rotated(fields, layers)
     windows = _chunks(fields, rotated)
-    result = Llama4Config(
+    return Llama4Config(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         rotated=rotated,
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         layers=layers,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
@@ -120,8 +115,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Llama4
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -47,24 +47,19 @@ class Ministral(Llama):
 # --- Hugging Face: names of our modules, and config.json ---
 
 Ministral.hf_names = Llama.hf_names
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128}
+# Defaults of transformers for a config.json that does not scale the rotary embedding.
 _ROPE: dict[str, Any] = {
     "type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> MinistralConfig:
-    """Read a config.json of model_type ministral3.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MinistralConfig:
+    """Read a config.json of model_type ministral3."""
+    fields.assume(max_position_embeddings=262144, num_key_value_heads=8, head_dim=128)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
-    scaled = config.get("rope_parameters") or config.get("rope_scaling")
+    scaled = fields.config.get("rope_parameters") or fields.config.get("rope_scaling")
     rope = rope_fields(fields) | ({} if scaled else _ROPE)
     rope.pop("max_position_embeddings", None)  # duplicates the model's field
     growth, interval = rope.pop("llama_4_scaling_beta", None), rope.get("original_max_position_embeddings")
@@ -73,15 +68,11 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Minist
             "config.json: model_type 'ministral3' needs llama_4_scaling_beta and original_max_position_embeddings in "
             f"rope_parameters; it has {sorted(rope)}"
         )
-    result = MinistralConfig(
+    return MinistralConfig(
         rope=rope_from_hf(rope, head_dim=shared["head_dim"], max_positions=shared["max_positions"]),
         growth=growth,
         interval=interval,
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],
         **shared,
         **options,
     )
-    fields.done()
-    return result

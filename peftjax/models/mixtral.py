@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder_fields import read_rope, read_shared
-from peftjax.models.fields import HARMLESS, Fields
-from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts
+from peftjax.models.fields import Fields
+from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,23 +35,15 @@ class Mixtral(MoeLlama):
 
 Mixtral.hf_names = MOE_NAMES
 Mixtral.hf_experts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1_000_000.0}
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> MixtralConfig:
-    """Read a config.json of model_type mixtral, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS, harmless=HARMLESS | BALANCING)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MixtralConfig:
+    """Read a config.json of model_type mixtral, in the format of transformers 4 or 5."""
+    fields.assume(max_position_embeddings=131072, num_key_value_heads=8, rope_theta=1_000_000.0)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("router_jitter_noise")
-    result = MixtralConfig(
+    return MixtralConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         normalized=True,
         expert_mlp=shared["mlp"],
         windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],
@@ -59,5 +51,3 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Mixtra
         **shared,
         **options,
     )
-    fields.done()
-    return result

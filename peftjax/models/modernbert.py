@@ -17,15 +17,7 @@ from peftjax.core.errors import UserError
 from peftjax.models.decoder_fields import read_ropes, read_windows
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import (
-    TEXT_HARMLESS,
-    TextEncoder,
-    TextEncoderConfig,
-    TextOptions,
-    architectures,
-    masked_mean,
-    read_text_head,
-)
+from peftjax.models.text_encoder import TextEncoder, TextEncoderConfig, TextOptions, masked_mean, read_text_head
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
@@ -64,10 +56,6 @@ class ModernBertConfig(TextEncoderConfig):
     head_bias: bool
     head_activation: str
     head_pooling: str
-
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        return _ARCHITECTURES
 
     def norm(self) -> LayerNorm:
         return LayerNorm(self.embed, eps=self.norm_eps, use_bias=self.norm_bias, dtype=jnp.dtype(self.param_dtype))
@@ -213,24 +201,18 @@ ModernBert.hf_base = {
     "blocks.feedforward_residual": "layers.{}.output_adapters",
     "norm": "final_norm",
 }
-# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
-_ARCHITECTURES = architectures("ModernBert")
 # Fields of the pretraining head, of initialization and of other implementations, and two that no version reads.
-_HARMLESS = TEXT_HARMLESS | {
+_HARMLESS = (
     "decoder_bias", "sparse_prediction", "sparse_pred_ignore_index", "initializer_cutoff_factor", "cls_token_id",
     "sep_token_id", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad", "layer_norm_eps",
     "position_embedding_type",
-}  # fmt: skip
+)  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBertConfig:
-    """Read a config.json of model_type modernbert, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    head, rest = read_text_head(config, _ARCHITECTURES, options)
-    fields = Fields(config, harmless=_HARMLESS)
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> ModernBertConfig:
+    """Read a config.json of model_type modernbert, in the format of transformers 4 or 5."""
+    head, rest = read_text_head(fields, options, "ModernBert")
+    fields.skip(*_HARMLESS)
     sizes, max_positions = read_sizes(fields, head), fields.take("max_position_embeddings", 8192)
     theta, local_theta = fields.take("global_rope_theta", 160000.0), fields.take("local_rope_theta", 10000.0)
     rope, local_rope = read_ropes(
@@ -242,7 +224,7 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBer
     pooling = fields.take("classifier_pooling", "cls")
     if pooling not in ("cls", "mean"):
         raise UserError(f"config.json: classifier_pooling={pooling!r} is neither 'cls' nor 'mean'")
-    result = ModernBertConfig(
+    return ModernBertConfig(
         **sizes,
         vocab=fields.take("vocab_size"),
         positions=0,
@@ -266,8 +248,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> ModernBer
         head_pooling=pooling,
         **rest,
     )
-    fields.done()
-    return result
 
 
 def _local(fields: Fields, layers: int) -> tuple[bool, ...]:

@@ -138,10 +138,6 @@ def with_dense(names: Mapping[str, str]) -> dict[str, str]:
     return {**names, **moved(names, "sparse."), **moved(Llama.hf_names, "dense.")}
 
 
-# Fields of the load-balancing loss, which do not affect the logits.
-BALANCING = frozenset({"output_router_logits", "router_aux_loss_coef"})
-
-
 def read_experts(fields: Fields, experts: int, choices: int) -> dict[str, Any]:
     """Read the numbers of experts, by the name that transformers 4 or 5 gives the field.
 
@@ -150,6 +146,7 @@ def read_experts(fields: Fields, experts: int, choices: int) -> dict[str, Any]:
         experts: Default of the number of experts.
         choices: Default of the number of experts per token.
     """
+    fields.skip("output_router_logits", "router_aux_loss_coef")  # which only the load-balancing loss reads
     old, new = fields.maybe("num_experts"), fields.maybe("num_local_experts")
     experts, choices = new or old or experts, fields.take("num_experts_per_tok", choices)
     if choices > experts:

@@ -4,7 +4,7 @@ OLMo 2 (arXiv:2501.00656). OLMo 3 adds sliding windows to three of four layers; 
 """
 
 import dataclasses
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 from flax import nnx
 
@@ -46,13 +46,9 @@ Olmo.hf_names = {path: name for path, name in Llama.hf_names.items() if path not
 _THETA = 500_000.0  # default of OLMo 3
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoConfig:
-    """Read a config.json of model_type olmo2 or olmo3, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults={"max_position_embeddings": 2048})
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> OlmoConfig:
+    """Read a config.json of model_type olmo2 or olmo3, in the format of transformers 4 or 5."""
+    fields.assume(max_position_embeddings=2048)
     shared = read_shared(fields, norm_eps=1e-5)
     layers, sizes = shared["layers"], (shared["head_dim"], shared["max_positions"])
     local_rope: Rope | None = None
@@ -65,11 +61,9 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
         rope, local_rope = read_ropes(fields, *sizes, theta=theta, local_theta=_THETA)
         windows = _windows(fields, layers)
     attention_bias = fields.take("attention_bias", False)
-    result = OlmoConfig(
+    return OlmoConfig(
         rope=rope,
         local_rope=local_rope,
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         qk_norm=True,
@@ -77,8 +71,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> OlmoCo
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Abdin et al. 2024 (arXiv:2404.14219), section 2. Phi-3.5 mini, Phi-4 and Phi-4 m
 """
 
 import dataclasses
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block, Decoder, DecoderConfig
 from peftjax.models.decoder_fields import read_shared, rope_fields
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.feedforward import ACTIVATIONS, FusedGatedFeedForward
 from peftjax.nn.rope import Rope
@@ -80,27 +80,20 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> Phi3Config:
-    """Read a config.json of model_type phi3, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults={"max_position_embeddings": 4096}, harmless=HARMLESS | {"auto_map"})
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Phi3Config:
+    """Read a config.json of model_type phi3, in the format of transformers 4 or 5."""
+    fields.assume(max_position_embeddings=4096)
+    fields.skip("auto_map")
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("resid_pdrop", "embd_pdrop")
     for name, value in _NEUTRAL.items():
         fields.implied(name, value)
-    result = Phi3Config(
+    return Phi3Config(
         rope=_rope(fields, shared["head_dim"], shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         windows=(fields.maybe("sliding_window") or 0,) * shared["layers"],
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:

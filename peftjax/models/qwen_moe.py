@@ -11,8 +11,8 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
-from peftjax.models.fields import HARMLESS, Fields
-from peftjax.models.moe import BALANCING, MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
+from peftjax.models.fields import Fields
+from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,22 +51,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _EXPERTS = {"qwen2_moe": (60, 4), "qwen3_moe": (128, 8)}
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMoeConfig:
-    """Read a config.json of model_type qwen2_moe or qwen3_moe, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    kind = config["model_type"]
-    defaults = {"max_position_embeddings": 32768} | _DEFAULTS[kind]
-    fields = Fields(config, defaults=defaults, harmless=HARMLESS | BALANCING)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> QwenMoeConfig:
+    """Read a config.json of model_type qwen2_moe or qwen3_moe, in the format of transformers 4 or 5."""
+    kind = fields.kind
+    fields.assume(max_position_embeddings=32768, **_DEFAULTS[kind])
     shared = read_shared(fields, norm_eps=1e-6)
     attention_bias = fields.take("attention_bias", False) if kind == "qwen3_moe" else False
     experts, choices = _EXPERTS[kind]
-    result = QwenMoeConfig(
+    return QwenMoeConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", False),
         qkv_bias=attention_bias if kind == "qwen3_moe" else fields.take("qkv_bias"),
         out_bias=attention_bias,
         qk_norm=kind == "qwen3_moe",
@@ -79,8 +72,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> QwenMo
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _dense_layers(fields: Fields, layers: int) -> tuple[int, ...]:

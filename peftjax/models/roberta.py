@@ -4,17 +4,16 @@ Liu et al. 2019 (arXiv:1907.11692); Conneau et al. 2019 (arXiv:1911.02116).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.models.bert import BERT_HARMLESS, Bert, BertConfig, read_bert
+from peftjax.models.bert import Bert, BertConfig, read_bert
 from peftjax.models.encoder import linear
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import TextOptions, architectures
+from peftjax.models.text_encoder import TextOptions
 from peftjax.nn.dropout import Dropout
 
 
@@ -27,10 +26,6 @@ class RobertaConfig(BertConfig):
     """
 
     pad_id: int
-
-    @property
-    def architectures(self) -> Mapping[str, str]:
-        return _ARCHITECTURES[self.kind]
 
     @property
     def pooler(self) -> bool:
@@ -91,19 +86,14 @@ class Roberta(Bert):
     hf_pretraining: ClassVar = (r"lm_head\..*",)
 
 
-# By model_type: the transformers class that wrote a checkpoint -> its head. Of the classes with one head, the first is written.
-_ARCHITECTURES = {"roberta": architectures("Roberta"), "xlm-roberta": architectures("XLMRoberta")}
+_CLASSES = {
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+}  # the names in the classes of transformers, by model_type
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[TextOptions]) -> RobertaConfig:
-    """Read a config.json of model_type roberta or xlm-roberta, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults={"pad_token_id": 1}, harmless=BERT_HARMLESS - {"pad_token_id"})
-    read, pad_id = read_bert(fields, _ARCHITECTURES[fields.kind], options), fields.take("pad_token_id")
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> RobertaConfig:
+    """Read a config.json of model_type roberta or xlm-roberta, in the format of transformers 4 or 5."""
+    read, pad_id = read_bert(fields, options, _CLASSES[fields.kind]), fields.take("pad_token_id", 1)
     positions = {"max_positions": read["positions"] - pad_id - 1}  # the first is at pad_id + 1
-    result = RobertaConfig(pad_id=pad_id, **read | positions)
-    fields.done()
-    return result
+    return RobertaConfig(pad_id=pad_id, **read | positions)

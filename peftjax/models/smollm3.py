@@ -1,6 +1,6 @@
 """SmolLM3: a Llama without rotary embedding in every fourth layer (Yang et al. 2025, arXiv:2501.18795)."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
@@ -8,25 +8,16 @@ from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import LlamaConfig
 
-# Defaults of transformers for fields that config.json omits.
-_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2_000_000.0}
 
-
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaConfig:
-    """Read a config.json of model_type smollm3.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, defaults=_DEFAULTS)
-    shared = read_shared(fields, norm_eps=1e-6)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> LlamaConfig:
+    """Read a config.json of model_type smollm3."""
+    fields.assume(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2_000_000.0)
+    shared = read_shared(fields, norm_eps=1e-6, tied=True)
     attention_bias = fields.take("attention_bias", False)
     rotated = read_rotated(fields, shared["layers"])
-    result = LlamaConfig(
+    return LlamaConfig(
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         rotated=rotated,
-        activation=fields.activation("hidden_act", "silu"),
-        tied=fields.take("tie_word_embeddings", True),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=fields.take("mlp_bias", False),
@@ -34,8 +25,6 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> LlamaC
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:

@@ -18,7 +18,7 @@ from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.encoder_decoder import DecoderCache, EncoderDecoder, EncoderDecoderConfig
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.nn.cache import Carry, KeysValues, LayerCache
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -397,20 +397,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu",
     },
 }  # fmt: skip
-# Fields that do not affect the logits.
-_HARMLESS = (HARMLESS - {"is_encoder_decoder", "is_decoder", "pad_token_id"}) | {
-    "task_specific_params", "n_positions", "output_past", "classifier_dropout",
-}  # fmt: skip
 
 
-def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Config:
-    """Read a config.json of model_type t5 or mt5, in the format of transformers 4 or 5.
-
-    Raises:
-        UserError: A field is unknown, or its value is not supported.
-    """
-    kind = config["model_type"]
-    fields = Fields(config, defaults=_DEFAULTS[kind], harmless=_HARMLESS)
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> T5Config:
+    """Read a config.json of model_type t5 or mt5, in the format of transformers 4 or 5."""
+    fields.assume(**_DEFAULTS[fields.kind])
+    fields.skip("task_specific_params", "n_positions", "output_past", "classifier_dropout")
     take = fields.take
     if not take("is_encoder_decoder", True) or take("is_decoder", False):
         raise UserError(
@@ -446,11 +438,11 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
         activation=activation,
         gated=gated,
         tied=tied and scaled,
-        scaled=scaled and kind == "t5",
+        scaled=scaled and fields.kind == "t5",
         dropout=take("dropout_rate", 0.1),
         init_factor=take("initializer_factor", 1.0),
         start=take("decoder_start_token_id", pad),
-        hf=json.dumps(config),
+        hf=json.dumps(fields.config),
         **options,
     )
     if result.activation not in ACTIVATIONS:
@@ -463,5 +455,4 @@ def from_hf(config: dict[str, Any], **options: Unpack[ComputeOptions]) -> T5Conf
             f"config.json: relative_attention_num_buckets={result.buckets} must be 4 or more, and "
             f"relative_attention_max_distance={result.max_distance} more than half of it"
         )
-    fields.done()
     return result

@@ -16,7 +16,7 @@ from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.eager import compiled
 from peftjax.models.encoder import Encoder, EncoderConfig, linear
-from peftjax.models.fields import HARMLESS
+from peftjax.models.fields import Fields
 from peftjax.models.heads import LABELS, Head, HeadOptions, read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
@@ -31,8 +31,6 @@ CLASSES = {
     "ForSequenceClassification": "sequence_classification",
     "ForTokenClassification": "token_classification",
 }
-# Fields that do not affect the computation, or are read elsewhere.
-TEXT_HARMLESS = HARMLESS | LABELS | {"tie_word_embeddings", "finetuning_task"}
 
 
 class TextOptions(ComputeOptions, HeadOptions, total=False):
@@ -258,16 +256,17 @@ def masked_mean(states: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.sum(states * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
 
 
-def architectures(name: str, *others: str) -> dict[str, str]:
-    """Return {transformers class: its head} for the classes called `name`; `others` are classes without a supported head."""
-    classes = {name + ending: head for ending, head in CLASSES.items()}
-    return classes | dict.fromkeys(others, "none")
+def read_text_head(fields: Fields, options: TextOptions, name: str, *others: str) -> tuple[Head, dict[str, Any]]:
+    """Decide on the task head, with `read_head`; returns it and the remaining options.
 
-
-def read_text_head(
-    config: dict[str, Any], architectures: Mapping[str, str], options: TextOptions
-) -> tuple[Head, dict[str, Any]]:
-    """Decide on the task head, with `read_head`; returns it and the remaining options."""
+    Args:
+        fields: The fields of config.json. Those that only a head reads are skipped.
+        options: What config.json does not decide.
+        name: What the names of the family's transformers classes begin with.
+        *others: Further transformers classes, without a supported head.
+    """
+    fields.skip(*LABELS, "tie_word_embeddings", "finetuning_task")
+    architectures = {name + ending: head for ending, head in CLASSES.items()} | dict.fromkeys(others, "none")
     rest: dict[str, Any] = dict(options)
-    given = {name: rest.pop(name) for name in HeadOptions.__annotations__ if name in rest}
-    return read_head(config, architectures, HEADS, **given), rest
+    given = {option: rest.pop(option) for option in HeadOptions.__annotations__ if option in rest}
+    return read_head(fields.config, architectures, HEADS, **given), rest

@@ -5,7 +5,7 @@ Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.eager import compiled
 from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, linear, read_shared
-from peftjax.models.fields import HARMLESS, Fields
+from peftjax.models.fields import Fields
 from peftjax.models.heads import LABELS, read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.layer import HfLeaves, Layer
@@ -44,10 +44,6 @@ class VitConfig(EncoderConfig):
     channels: int
     pooled: int
     qkv_bias: bool
-
-    @property
-    def architectures(self) -> dict[str, str]:
-        return _ARCHITECTURES
 
     @property
     def patches(self) -> int:
@@ -215,18 +211,15 @@ _STORED = {
     "blocks.feedforward.up": "encoder.layer.{}.intermediate.dense",
     "blocks.feedforward.down": "encoder.layer.{}.output.dense",
 }
-# The transformers class that wrote a checkpoint -> its head; of the classes with one head, the first is written.
 _ARCHITECTURES = {
     "ViTModel": "none",
     "ViTForMaskedImageModeling": "none",
     "ViTForImageClassification": "image_classification",
 }
-# encoder_stride belongs to the decoder of masked image modeling, which is not read.
-_HARMLESS = LABELS | {"encoder_stride", "tie_word_embeddings", "finetuning_task"}
 
 
 def from_hf(
-    config: dict[str, Any],
+    fields: Fields,
     *,
     head: str | None = None,
     labels: int | Sequence[str] | None = None,
@@ -234,19 +227,16 @@ def from_hf(
     new_head: bool = False,
     **options: Unpack[ComputeOptions],
 ) -> VitConfig:
-    """Read a config.json of model_type vit. The head options are those of `read_head`, with the head one of `HEADS`.
-
-    Raises:
-        UserError: A field is missing or unknown, or its value is not supported.
-    """
-    fields = Fields(config, harmless=HARMLESS | _HARMLESS)
-    chosen = read_head(config, _ARCHITECTURES, HEADS, head, labels, problem_type, new_head)
+    """Read a config.json of model_type vit. The head options are those of `read_head`, with the head one of `HEADS`."""
+    # encoder_stride belongs to the decoder of masked image modeling, which is not read.
+    fields.skip(*LABELS, "encoder_stride", "tie_word_embeddings", "finetuning_task")
+    chosen = read_head(fields.config, _ARCHITECTURES, HEADS, head, labels, problem_type, new_head)
     fields.only("pooler_act", "tanh")
     image, patch = (_both(fields, name, default) for name, default in (("image_size", 224), ("patch_size", 16)))
     if any(side % part for side, part in zip(image, patch, strict=True)):
         raise UserError(f"config.json: image_size={list(image)} is not a multiple of patch_size={list(patch)}")
     shared = read_shared(fields, chosen, dropout=0.0)
-    result = VitConfig(
+    return VitConfig(
         image=image,
         patch=patch,
         max_positions=1 + (image[0] // patch[0]) * (image[1] // patch[1]),  # the class token and the patches
@@ -256,8 +246,6 @@ def from_hf(
         **shared,
         **options,
     )
-    fields.done()
-    return result
 
 
 def _both(fields: Fields, name: str, default: int) -> tuple[int, int]:
