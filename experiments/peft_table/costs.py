@@ -43,7 +43,7 @@ from peftjax.training.step import init_state, make_train_step
 
 MODELS = {"encoder": "mrpc", "decoder": "e2e"}  # and the task whose batches are used
 ROUNDS, STEPS = 5, 4
-ANSWERS = 25  # rounds of inference
+ANSWERS = 15  # rounds of inference
 PROMPT, NEW_TOKENS = 32, 32
 TEXTS = 16  # of one call of an encoder
 
