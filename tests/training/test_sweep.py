@@ -54,14 +54,14 @@ def member(made: Any, workdir: Path, **values: Any) -> Member:
     )
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, result: str = "adapter/adapter_model.safetensors") -> None:
     lines, others = (runs.metrics(workdir) for workdir in (one, other))
     assert [(line.pop("step"), line.pop("kind")) for line in lines] == [
         (line.pop("step"), line.pop("kind")) for line in others
     ]
     for line, expected in zip(lines, others, strict=True):
         assert line == pytest.approx(expected, rel=2e-4)
-    assert_same_result(one, other, "adapter/adapter_model.safetensors")
+    assert_same_result(one, other, result)
 
 
 def assert_same_result(one: Path, other: Path, file: str) -> None:
