@@ -1,6 +1,7 @@
 """Reading a config file: Python with a function `get_config()`, or the same sections and fields in YAML or JSON.
 
-A Python file may also have a function `get_sweep()`, with the fields that `peftjax sweep` varies and their values.
+A file may also define search spaces, the fields that `peftjax sweep` varies and their values: a Python file with a function
+`get_sweep()`, a YAML or JSON file with an entry `sweep`.
 """
 
 import json
@@ -19,6 +20,7 @@ from peftjax.core.paths import suggest
 from peftjax.core.python_file import run_python_file
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
+SWEEP = "sweep"  # the entry of a YAML or JSON file that defines search spaces
 
 
 def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
@@ -30,19 +32,10 @@ def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
     Raises:
       UserError: The file is missing, malformed or fails; the message has the line if it is known.
     """
-    path, arguments = _split(given)
-    if not path.is_file():
-        near = suggest(path.name, [other.name for other in path.parent.glob("*") if other.suffix in SUFFIXES])
-        raise UserError(f"--config={path}: no such file.{near}")
-    if path.suffix in (".yaml", ".yml"):
-        values, lines = config_yaml.read(path)
-        return values, ConfigSource(str(path), lines)
-    if path.suffix == ".json":
-        return _json(path), ConfigSource(str(path))
+    path, arguments = _checked(given)
     if path.suffix != ".py":
-        raise UserError(
-            f"--config={path}: a config is a Python, YAML or JSON file, so its name ends in .py, .yaml or .json"
-        )
+        sections, lines = _sections(path)
+        return flat({name: value for name, value in sections.items() if name != SWEEP}), ConfigSource(str(path), lines)
     config = _call(path, "get_config", *arguments)
     if config is None:
         raise UserError(f"{path}: a config file needs a function get_config() that returns a ConfigDict")
@@ -51,32 +44,60 @@ def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
     return flat(config), ConfigSource(str(path))
 
 
-def read_sweep(given: str | Path) -> list[Mapping[str, Any]]:
-    """The search spaces that `get_sweep()` of a Python file returns, {"section.field": values} each; none without that function.
+def read_sweep(given: str | Path) -> list[tuple[Mapping[str, Any], ConfigSource]]:
+    """The search spaces that a config file defines.
 
     Args:
       given: As in `read`.
 
+    Returns:
+      {"section.field": values} of each space, and where its values come from. Nothing if the file defines no space.
+
     Raises:
-      UserError: The file fails, or the function does not return a mapping or a list of mappings.
+      UserError: The file is missing, malformed or fails, or its search space is not a mapping or a list of mappings.
     """
-    path, _ = _split(given)
-    sweep = _call(path, "get_sweep") if path.suffix == ".py" else None
-    spaces = sweep if isinstance(sweep, list | tuple) else [] if sweep is None else [sweep]
+    path, _ = _checked(given)
+    lines: Mapping[str, int] = {}
+    if path.suffix == ".py":
+        sweep = _call(path, "get_sweep")
+        expected = "get_sweep() must return a dict of fields and their values, or a list of such dicts, but returned"
+    else:
+        sections, lines = _sections(path)
+        sweep = sections.get(SWEEP)
+        expected = f"{SWEEP} must be a mapping of fields to their values, or a list of such mappings, not"
+    several = isinstance(sweep, list | tuple)
+    spaces = sweep if several else [] if sweep is None else [sweep]
     if not all(isinstance(space, Mapping) for space in spaces):
-        raise UserError(
-            f"{path}: get_sweep() must return a dict of fields and their values, or a list of such dicts, but returned {sweep!r}"
-        )
-    return [space for space in spaces if space]
+        raise UserError(f"{ConfigSource(str(path), lines).of(SWEEP)}: {expected} {sweep!r}")
+    found = []
+    for index, space in enumerate(spaces):
+        place = f"{SWEEP}.{index}." if several else f"{SWEEP}."
+        own = {name.removeprefix(place): line for name, line in lines.items() if name.startswith(place)}
+        if space:
+            found.append((space, ConfigSource(str(path), own)))
+    return found
 
 
-def _split(given: str | Path) -> tuple[Path, list[str]]:
-    """The path, and the argument of `get_config` if there is one."""
+def _checked(given: str | Path) -> tuple[Path, list[str]]:
+    """The path of an existing file, and the argument of `get_config` if there is one."""
     file, colon, argument = str(given).rpartition(".py:")
-    return (Path(file + ".py"), [argument]) if colon else (Path(given), [])
+    path, arguments = (Path(file + ".py"), [argument]) if colon else (Path(given), [])
+    if not path.is_file():
+        near = suggest(path.name, [other.name for other in path.parent.glob("*") if other.suffix in SUFFIXES])
+        raise UserError(f"--config={path}: no such file.{near}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(
+            f"--config={path}: a config is a Python, YAML or JSON file, so its name ends in .py, .yaml or .json"
+        )
+    return path, arguments
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _sections(path: Path) -> tuple[Mapping[str, Any], Mapping[str, int]]:
+    """The sections of a YAML or JSON file, and the lines of the fields if they are known."""
+    return (_json(path), {}) if path.suffix == ".json" else config_yaml.read(path)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
@@ -85,7 +106,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, Mapping):
         raise UserError(f"{path}: a config must be an object with sections, not {json.dumps(config)[:40]}")
-    return flat(config)
+    return config
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

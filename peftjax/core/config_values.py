@@ -46,7 +46,7 @@ def complete(values: Mapping[str, Any], schema: Schema, source: ConfigSource) ->
     }
 
 
-def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values:
+def override(values: Values, overrides: Iterable[str], schema: Schema, origins: Mapping[str, str]) -> Values:
     """Complete values with overrides applied, in their order.
 
     Args:
@@ -56,8 +56,9 @@ def override(values: Values, overrides: Iterable[str], schema: Schema) -> Values
         Another method.name first replaces the section `method` by that method's defaults, and a field that is set in
         place of another one resets it.
       schema: The known fields.
+      origins: Where an override was given, for messages; one that is not in here is named itself.
     """
-    parsed = [_split(item) for item in overrides]
+    parsed = [(*_split(item), origins.get(item, item)) for item in overrides]
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
@@ -88,10 +89,10 @@ def _known(values: Mapping[str, Any], schema: Schema, source: str) -> dict[str, 
     return {**schema.fields, **{name: each for name, each in own.items() if name not in schema.fields}}
 
 
-def _split(item: str) -> tuple[str, str, str]:
-    """(field, text, the override itself for messages) of "--config.a.b=text"."""
+def _split(item: str) -> tuple[str, str]:
+    """(field, text) of "--config.a.b=text"."""
     name, _, text = item.removeprefix("--config.").partition("=")
-    return name, text, item
+    return name, text
 
 
 def _parse(text: str, field: Field) -> Any:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 
 _SCALARS = (  # (tag, pattern, the characters that a value begins with); the first one that matches counts
@@ -33,7 +32,9 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The values of a YAML file, {"section.field": value}, and the line of each.
+    """The sections of a YAML file, and the lines of the fields: {"section": 1, "section.field": 2}.
+
+    The fields of a mapping in a list have its index: {"section.0.field": 3}.
 
     Raises:
       UserError: The file is not valid YAML or not a mapping; the message has the line if it is known.
@@ -44,7 +45,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if root is None:
             return {}, {}
         lines = _lines(root, path)
-        return flat(loader.construct_document(root)), lines
+        sections: dict[str, Any] = loader.construct_document(root)
+        return sections, lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -58,9 +60,16 @@ def _lines(root: yaml.Node, path: Path) -> dict[str, int]:
     lines: dict[str, int] = {}
     for section, (line, value) in _entries(root, path).items():
         lines[section] = line
-        if isinstance(value, yaml.MappingNode):
-            lines |= {f"{section}.{name}": line for name, (line, _) in _entries(value, path).items()}
+        for place, node in _mappings(section, value):
+            lines |= {f"{place}.{name}": line for name, (line, _) in _entries(node, path).items()}
     return lines
+
+
+def _mappings(name: str, value: yaml.Node) -> list[tuple[str, yaml.Node]]:
+    """A mapping, or those in a list, each with its name."""
+    several = isinstance(value, yaml.SequenceNode)
+    nodes = [(f"{name}.{index}", node) for index, node in enumerate(value.value)] if several else [(name, value)]
+    return [(place, node) for place, node in nodes if isinstance(node, yaml.MappingNode)]
 
 
 def _entries(node: yaml.Node, path: Path) -> dict[str, tuple[int, yaml.Node]]:

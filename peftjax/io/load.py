@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax.core import variables
@@ -114,7 +115,8 @@ def load_model(
         for entry in table
         if entry.keys[0] in matched
     }
-    rest = [path for path in variables.flat(model)[1] if path not in values]  # new heads, and dropout keys
+    leaves = variables.flat(model)[1]
+    rest = [path for path in leaves if path not in values]  # new heads, and dropout keys
     variables.update(model, values, make(config, rest, mesh, seed))
     model = with_rows(model, resize_embeddings, mesh)
     jax.block_until_ready([variable.get_value() for variable in variables.flat(model)[1].values()])
@@ -131,6 +133,7 @@ def load_model(
             "new_head": new_head,
         },
         time.perf_counter() - started,
+        tuple(path for path in rest if type(leaves[path]) is nnx.Param),
     )
     return model
 

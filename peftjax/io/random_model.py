@@ -80,6 +80,12 @@ def make(
     return jax.jit(make, out_shardings=sharding.as_jit_returns(shardings))()
 
 
+def draw_again(model: Model, mesh: Mesh, seed: int) -> None:
+    """Give the parameters that the checkpoint lacks the values that `load_model` gives them with another seed, in place."""
+    if model.origin:
+        variables.update(model, make(model.config, model.origin.drawn, mesh, seed))
+
+
 def make_quantized(
     config: ModelConfig,
     quantize: str | None,

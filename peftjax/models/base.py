@@ -114,11 +114,13 @@ class Origin:
         path: The directory or hub id.
         options: The options, by the name of their field in the section `model` of a config.
         seconds: Loading time in seconds, without the download.
+        drawn: Paths of the parameters that the checkpoint lacks, such as those of a new head. They were drawn from the seed.
     """
 
     path: str
     options: Mapping[str, Any]
     seconds: float
+    drawn: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)

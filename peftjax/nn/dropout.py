@@ -18,7 +18,8 @@ class Dropout(nnx.Module):
     """Zero each element of x with probability `rate` and divide the rest by 1 - rate; in evaluation mode return x.
 
     The key is part of the state, one per layer of a stack. A scan slices it, and rematerialization draws the same mask
-    again. For x [B, T, D], the mask of a position does not depend on T. `variables.with_dropout_keys` replaces the keys
+    again. Padding changes no mask: for x [B, T, D], that of a position does not depend on T, and for attention probabilities
+    [B, ..., T, S], that of a query and a key depends on neither T nor S. `variables.with_dropout_keys` replaces the keys
     before each training step; `training_view` does so for a single evaluation of a loss. A new module is in evaluation
     mode; `model.train()` and `model.eval()` switch it.
 
@@ -62,11 +63,20 @@ class Dropout(nnx.Module):
         keep = share = 1 - (self.rate.get_value() if isinstance(self.rate, nnx.Variable) else self.rate)
         if isinstance(share, jax.Array):
             share = jnp.where(share > 0, share, 1.0).astype(x.dtype)
-        if x.ndim == 3:  # drawn as [T, B, D], so that padding does not change the mask of the positions before it
-            kept = jax.random.bernoulli(key, keep, (x.shape[1], x.shape[0], x.shape[2])).swapaxes(0, 1)
-        else:
-            kept = jax.random.bernoulli(key, keep, x.shape)
-        return jnp.where(kept, x / share, jnp.zeros_like(x))
+        return jnp.where(_kept(key, keep, x.shape), x / share, jnp.zeros_like(x))
+
+
+def _kept(key: jax.Array, keep: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Random booleans of a shape, True with probability `keep`. Those of a longer shape begin with those of a shorter one."""
+    if len(shape) < 3:
+        return jax.random.bernoulli(key, keep, shape)
+    if len(shape) == 3:  # drawn as [T, B, D]
+        batch, length, width = shape
+        return jax.random.bernoulli(key, keep, (length, batch, width)).swapaxes(0, 1)
+    *lead, queries, keys = shape  # drawn for each query as [S, B, ...]
+    of_queries = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(queries))
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (keys, *lead)))(of_queries)
+    return jnp.moveaxis(drawn, (0, 1), (-2, -1))
 
 
 def remove_dropout(model: nnx.Module) -> None:

@@ -69,7 +69,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     modes.add_argument(
         "--sweep",
         action="store_true",
-        help="Find how many runs of the config file's get_sweep() fit side by side, and what their steps cost",
+        help="Find how many runs of the config file's search space fit side by side, and what their steps cost",
     )
     parser.add_argument(
         "--sweep.FIELD", metavar="V,V", help="Plan a sweep over these values of a config field, as for peftjax sweep"

@@ -11,7 +11,7 @@ def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str], tr
     """Return the config of each run that `peftjax sweep` would train with the same arguments in a new workdir.
 
     Args:
-        path: The config file, whose `get_sweep()` defines the search space.
+        path: The config file, which may define a search space.
         overrides: Strings "--config.train.steps=100".
         fields: Strings "--sweep.method.rank=4,8".
         trials: The number of random draws; 0 for all combinations.
@@ -23,8 +23,8 @@ def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str], tr
     spaces = space.read_spaces(path, fields)
     if not any(spaces):
         raise UserError(
-            "nothing to sweep: the config file has no get_sweep(); name a field and its values, --sweep.FIELD=V,V"
+            "nothing to sweep: the config file defines no search space; name a field and its values, --sweep.FIELD=V,V"
         )
     chosen = space.chosen_values(path, overrides, spaces, trials, seed)
     different = dict.fromkeys(tuple(texts.items()) for texts in chosen)  # as in a sweep, repeated draws count once
-    return [space.load(path, overrides, dict(texts)) for texts in different]
+    return [space.load(path, overrides, spaces, dict(texts)) for texts in different]

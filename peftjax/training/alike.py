@@ -18,7 +18,6 @@ from peftjax.adapters.sites import sites
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.nn.dropout import Dropout
-from peftjax.tasks import TASKS
 from peftjax.training import config as configs
 from peftjax.training.config import Config
 
@@ -33,8 +32,7 @@ PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:"
 
 def separating_fields(one: Config, other: Config) -> list[str]:
     """The dotted names of the fields whose values prevent one program from training both runs."""
-    # Whether a part of the base is initialized from the seed.
-    drawn = TASKS[one.task.kind].head is not None or one.model.init == "random"
+    drawn = one.model.init == "random"  # the whole base is initialized from the seed
     traced = tuple(f"method.{option}:" for option in one.method.traced_options)
     free = (*PER_MEMBER, *traced, *(() if drawn else ("seed:",)))
     lines = configs.differences(one, configs.to_dict(other))

@@ -158,20 +158,21 @@ SCHEMA = Schema(core_config.fields_of(Config), methods.method_defaults)
 core_config.declare(SCHEMA)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load(path: str | Path, overrides: Iterable[str] = (), origins: Mapping[str, str] | None = None) -> Config:
     """The config of a file, completed by the defaults and overridden.
 
     Args:
       path: A Python file with a function `get_config()` (in "FILE.py:TEXT", the text is its argument), or a YAML or JSON file
         with the same sections and fields, such as the config.json of a run.
       overrides: Strings "--config.optim.learning_rate=1e-3"; see `config_values.override`.
+      origins: Where some of the overrides were given, for messages.
 
     Raises:
       UserError: The file fails, or a field is unknown, of the wrong type or out of range.
     """
     given, source = config_file.read(path)
     values = config_values.complete(given, SCHEMA, source)
-    return _make(config_values.override(values, overrides, SCHEMA), str(path))
+    return _make(config_values.override(values, overrides, SCHEMA, origins or {}), str(path))
 
 
 def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> Config:

@@ -52,7 +52,7 @@ class Training:
     Attributes:
       member: The member.
       run: Its run. All members share the base; those of the same seed that started together share their batches.
-      own: The frozen leaves of its method.
+      own: The frozen leaves that it does not share with others; see `own_leaves`.
       update: The jitted update of its state.
       state: Its state.
       step: The number of steps done.

@@ -57,12 +57,17 @@ def make_update(tx: optax.GradientTransformation) -> Update:
 
 
 def own_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
-    """The frozen leaves that came with the method, such as LoRA's scales."""
-    kinds = variables.flat(model)[1]
-    return {path: leaf for path, leaf in frozen.items() if isinstance(kinds[path], variables.PeftConstant)}
+    """The frozen leaves in which runs differ: those that came with the method, such as LoRA's scales, and those of the base that
+    were drawn from the seed, such as a new head."""
+    kinds, drawn = variables.flat(model)[1], model.origin.drawn if model.origin else ()
+    return {
+        path: leaf
+        for path, leaf in variables.present(frozen).items()
+        if isinstance(kinds[path], variables.PeftConstant) or path in drawn
+    }
 
 
 def shared_leaves(model: Model, frozen: variables.FlatTree) -> variables.FlatTree:
-    """The other frozen leaves, such as the base."""
+    """The other frozen leaves, those of the base."""
     own = own_leaves(model, frozen)
     return {path: leaf for path, leaf in variables.present(frozen).items() if path not in own}

@@ -19,7 +19,7 @@ from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.config import flat
-from peftjax.core.errors import NotFiniteError
+from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
@@ -177,7 +177,6 @@ class Run:
             if config.start_from and step == 0:
                 start_from.keep(config, self.workdir)
         leaves = variables.flat(self.model)[1]
-        default = configs.validate({"method": make_config(config.method.method).to_dict()})
         self.report = dataclasses.replace(
             ReportData.load(self.workdir) if step > 0 else self.report,
             parts=count_parts(leaves, self.method.trains),
@@ -185,7 +184,7 @@ class Run:
             loss_unit=self.task.loss_unit,
             origin=origin(self.workdir),
             versions=versions(),
-            default_config=json.loads(configs.to_json(self._resolved(default))),
+            default_config=self._default_config(),
         )
         for text in (*self._describe_model(leaves), *self._describe_data(log), *self._describe_start(step)):
             log.message(text)
@@ -232,6 +231,16 @@ class Run:
             yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
+
+    def _default_config(self) -> dict[str, Any]:
+        """The default config of the run's method, resolved as the config of the run."""
+        options = json.loads(json.dumps(make_config(self.config.method.method).to_dict()))
+        try:
+            default, own = configs.validate({"method": options}), dict[str, Any]()
+        except UserError:  # the default of a required option is not valid, such as token_indices of trainable tokens
+            default, own = dataclasses.replace(configs.validate({}), method=self.config.method), {"method": options}
+        values: dict[str, Any] = json.loads(configs.to_json(self._resolved(default)))
+        return values | own
 
     def _resolved(self, default: Config) -> Config:
         """The default config as it would be resolved in this run; the report shows which values of the run differ."""

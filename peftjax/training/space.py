@@ -12,6 +12,7 @@ import numpy as np
 
 from peftjax.core.config import flat
 from peftjax.core.config_file import read_sweep
+from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -22,9 +23,10 @@ DIGITS = 4  # significant digits of a drawn value, so that the names of runs are
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A list of values, each as the text of an override."""
+    """A list of values, each as the text of an override; `where` they were given, for messages."""
 
     texts: tuple[str, ...]
+    where: str
 
     def draw(self, quantile: float, *, integer: bool) -> str:
         """Return the value at a quantile in [0, 1), as text; `integer` has no effect."""
@@ -36,11 +38,15 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A uniform distribution over the numbers from `low` to `high`; if `log`, uniform in the logarithm."""
+    """A uniform distribution over the numbers from `low` to `high`; if `log`, uniform in the logarithm.
+
+    `where` it was given, for messages.
+    """
 
     low: float
     high: float
     log: bool
+    where: str
 
     def draw(self, quantile: float, *, integer: bool) -> str:
         """Return the number at a quantile in [0, 1), as text; an integer if `integer`."""
@@ -77,45 +83,55 @@ def parse(item: str) -> tuple[str, Choice | Range]:
       UserError: There is no value, or the bounds of a range are not two numbers in order.
     """
     name, _, text = item.removeprefix("--sweep.").partition("=")
-    if found := RANGE.fullmatch(text.strip()):
-        return name, _parse_range(item, found[1] == "loguniform", found[2])
-    texts = tuple(value.strip() for value in text.split(";" if ";" in text else ","))
-    if not all(texts):
-        raise UserError(f"{item}: a swept field needs values, --sweep.{name}=VALUE,VALUE,...")
-    return name, Choice(texts)
+    return name, _parse_text(text, item)
 
 
-def parse_values(name: str, values: Any) -> Choice | Range:
-    """The values of a field in `get_sweep()` of a config file: a list, or a string as on the command line.
+def parse_values(name: str, values: Any, source: ConfigSource) -> Choice | Range:
+    """The values of a field in a config file: a list, or a string as on the command line.
 
     Raises:
       UserError: The list is empty, or as for `parse`.
     """
+    where = source.of(name)
     if isinstance(values, str):
-        return parse(f"--sweep.{name}={values}")[1]
+        return _parse_text(values, f"{where}: {name}={values}")
+    if isinstance(values, Mapping):
+        names = ", ".join(f"{name}.{field}" for field in values)
+        raise UserError(f"{where}: write each swept field of the section {name} with a dot: {names}")
     if not isinstance(values, list | tuple) or not values:
         raise UserError(
-            f"get_sweep(): {name} needs a list of values or a range such as 'loguniform(1e-5,1e-2)', not {values!r}"
+            f"{where}: the swept field {name} needs a list of values or a range such as 'loguniform(1e-5,1e-2)', not "
+            f"{values!r}"
         )
-    return Choice(tuple(map(str, values)))
+    return Choice(tuple(map(str, values)), where)
 
 
-def _parse_range(item: str, log: bool, bounds: str) -> Range:
+def _parse_text(text: str, where: str) -> Choice | Range:
+    """The values of a field, from text as on the command line."""
+    if found := RANGE.fullmatch(text.strip()):
+        return _parse_range(found[1] == "loguniform", found[2], where)
+    texts = tuple(value.strip() for value in text.split(";" if ";" in text else ","))
+    if not all(texts):
+        raise UserError(f"{where}: a swept field needs values, such as VALUE,VALUE")
+    return Choice(texts, where)
+
+
+def _parse_range(log: bool, bounds: str, where: str) -> Range:
     try:
         low, high = map(float, bounds.split(","))
     except ValueError:
-        raise UserError(f"{item}: a range needs two numbers, for example loguniform(1e-5,1e-2)") from None
+        raise UserError(f"{where}: a range needs two numbers, for example loguniform(1e-5,1e-2)") from None
     if not (math.isfinite(high - low) and low < high):
-        raise UserError(f"{item}: the lower bound of a range must be below the upper bound, and both must be finite")
+        raise UserError(f"{where}: the lower bound of a range must be below the upper bound, and both must be finite")
     if log and low <= 0:
         raise UserError(
-            f"{item}: the lower bound of loguniform must be more than 0; use uniform for a range that starts at {low:g}"
+            f"{where}: the lower bound of loguniform must be more than 0; use uniform for a range that starts at {low:g}"
         )
-    return Range(low, high, log)
+    return Range(low, high, log, where)
 
 
 def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
-    """The search spaces that `get_sweep()` of a config file returns, each with `fields` in addition or with their values.
+    """The search spaces of a config file, each with `fields` in addition or with their values.
 
     Args:
       path: The config file.
@@ -133,15 +149,24 @@ def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
         if name in given:
             raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
         given[name] = values
-    return [
-        {name: parse_values(name, values) for name, values in space.items()} | given
-        for space in read_sweep(path) or [{}]
+    spaces = [
+        {str(name): parse_values(str(name), values, source) for name, values in space.items()}
+        for space, source in read_sweep(path)
     ]
+    return [space | given for space in spaces or [{}]]
 
 
-def load(path: str, overrides: Iterable[str], texts: Mapping[str, str]) -> Config:
-    """The config of a combination of values."""
-    return configs.load(path, [*overrides, *(f"--config.{name}={text}" for name, text in texts.items())])
+def load(path: str, overrides: Iterable[str], spaces: Iterable[Space], texts: Mapping[str, str]) -> Config:
+    """The config of a combination of values from one of the spaces. A message about a value says where it was given."""
+    space = space_of(spaces, texts)
+    assert space is not None
+    origins = {f"--config.{name}={text}": space[name].where for name, text in texts.items()}
+    return configs.load(path, [*overrides, *origins], origins)
+
+
+def space_of(spaces: Iterable[Space], texts: Mapping[str, str]) -> Space | None:
+    """The first space that has a combination of values; None if there is none."""
+    return next((space for space in spaces if accepts(space, texts)), None)
 
 
 def grid(space: Space) -> list[dict[str, str]]:
@@ -154,7 +179,7 @@ def grid(space: Space) -> list[dict[str, str]]:
     for name, values in space.items():
         if isinstance(values, Range):
             raise UserError(
-                f"--sweep.{name}: a range needs random search; set the number of draws, for example --trials=20"
+                f"{values.where}: the range of {name} needs random search; set the number of draws, for example --trials=20"
             )
         texts[name] = values.texts
     return [dict(zip(texts, combination, strict=True)) for combination in itertools.product(*texts.values())]
@@ -224,13 +249,14 @@ def chosen_values(
     for name, values in ((name, space[name]) for space in spaces for name in space if name in integers):
         if isinstance(values, Range) and math.ceil(values.low) > math.floor(values.high):
             raise UserError(
-                f"--sweep.{name}: there is no integer from {values.low:g} to {values.high:g}, and {name} must be one"
+                f"{values.where}: there is no integer from {values.low:g} to {values.high:g}, and {name} must be one"
             )
     return draw(spaces, trials, seed, integers)
 
 
 def _integers(path: str, overrides: Sequence[str], swept: Space) -> list[str]:
     """The fields of a search space whose values are integers."""
-    lists = {name: values.texts[0] for name, values in swept.items() if isinstance(values, Choice)}
-    defaults = flat(configs.to_dict(load(path, overrides, lists)))
+    lists = {name: values for name, values in swept.items() if isinstance(values, Choice)}
+    first = {name: values.texts[0] for name, values in lists.items()}
+    defaults = flat(configs.to_dict(load(path, overrides, [lists], first)))
     return [name for name in swept if type(defaults.get(name)) is int]

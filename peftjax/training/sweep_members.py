@@ -22,8 +22,8 @@ def members(
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
 
-    They are added to the fields that `get_sweep()` of the config file returns, or replace their values. If it returns several
-    search spaces, this is done in each of them.
+    They are added to the search space of the config file, or replace its values. If the file has several search spaces, this is
+    done in each of them.
 
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
@@ -36,15 +36,15 @@ def members(
     swept = list(dict.fromkeys(name for each in spaces for name in each))
     if not swept:
         raise UserError(
-            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define "
-            "get_sweep() in the config file"
+            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define a "
+            "search space in the config file: get_sweep() in Python, the entry `sweep` in YAML or JSON"
         )
     chosen = space.chosen_values(path, overrides, spaces, trials, seed)
     if trials:
         chosen = _recorded(spaces, seed, workdir, chosen)
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
-        config = space.load(path, overrides, texts)
+        config = space.load(path, overrides, spaces, texts)
         values = flat(configs.to_dict(config))
         fixed = {name: values[name] for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
@@ -74,7 +74,7 @@ def _recorded(
     file = workdir / RESULTS
     for trial in (entry["trial"] for entry in read_entries(workdir) if entry.get("trial", {}).get("seed") == seed):
         texts = trial["drawn"]
-        accepting = next((each for each in spaces if space.accepts(each, texts)), None)
+        accepting = space.space_of(spaces, texts)
         if accepting is None:
             values = ", ".join(f"{name}={text}" for name, text in texts.items())
             raise UserError(

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core import workdir as workdirs
+from peftjax.io.random_model import draw_again
 from peftjax.models.base import Model
 from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
@@ -34,20 +35,31 @@ from peftjax.training.split import split
 from peftjax.training.step import TrainState, jit_options
 
 
-class SharedBase(NamedTuple):
-    """The base model of all runs.
+class SharedBase:
+    """The bases of all runs. They share all arrays but those of the parameters that the checkpoint lacks, such as a new head.
 
     Attributes:
-      model: The model.
-      fingerprint: Its fingerprint.
+      model: The base of a run with the seed `seed`.
       task: The task.
       dropout: The paths of the dropout modules whose rates differ between runs.
+      mesh: The devices.
     """
 
-    model: Model
-    fingerprint: str
-    task: Task
-    dropout: Sequence[Path]
+    def __init__(self, model: Model, seed: int, task: Task, dropout: Sequence[Path], mesh: Mesh) -> None:
+        self.model, self.task, self.dropout, self.mesh = model, task, dropout, mesh
+        self._of_seeds = {seed: (model, base_fingerprint(model))}
+
+    def of(self, seed: int) -> tuple[Model, str]:
+        """A copy of the base of a run with a seed, and its fingerprint."""
+        if seed not in self._of_seeds:
+            ((model, fingerprint), *_) = self._of_seeds.values()
+            if self.model.origin and self.model.origin.drawn:
+                model = nnx.clone(self.model)
+                draw_again(model, self.mesh, seed)
+                fingerprint = base_fingerprint(model)
+            self._of_seeds[seed] = model, fingerprint
+        model, fingerprint = self._of_seeds[seed]
+        return nnx.clone(model), fingerprint
 
 
 class United:
@@ -83,13 +95,12 @@ class United:
             task, batches = open_data(member.config, self.mesh)
             checkpoints = opened.enter_context(open_checkpoints(member.config, member.workdir))
             config, source = resolve_config(member.config, task, batches, member.workdir, checkpoints)
-            model = nnx.clone(self._base.model)
+            model, base = self._base.of(config.seed)
             method = attach_method(config, task, model, self.mesh, source)
             vary_dropout(model, self._base.dropout)
             sharding.place(model, self.mesh)
             parts = split(config, task, model, method)
             assert unite(self.model, model) is not None, f"{member.name} has another structure"
-            base = self._base.fingerprint
             run = Run(config, member.workdir, self.mesh, task, batches, method, model, parts, base, NO_HOOKS)
             run.report = ReportData(sweep=True)
             run.eval_step = self._alone.setdefault(structure(model), run.eval_step)
@@ -139,7 +150,7 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     config = precision.resolve(config, task.hf_config)
     model = task.load_model(config.model, task.directory, mesh, config.seed)
     groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
-    base = SharedBase(model, base_fingerprint(model), task, dropout)
+    base = SharedBase(model, config.seed, task, dropout, mesh)
     return [United(runs, base, united, mesh) for united, runs in groups]
 
 

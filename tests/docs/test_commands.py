@@ -73,9 +73,12 @@ def check_fields(arguments: list[str]) -> None:
 def test_configs_in_yaml_are_valid(page: Path, tmp_path: Path) -> None:
     texts = [block.code for block in blocks(page, "yaml") if block.code.startswith("# my_config.yaml")]
     assert texts
+    file = tmp_path / "my_config.yaml"
     for text in texts:
-        (tmp_path / "my_config.yaml").write_text(text)
-        assert configs.load(tmp_path / "my_config.yaml") != configs.validate({})
+        file.write_text(text)
+        assert configs.load(file) != configs.validate({})
+        for swept in space.read_spaces(str(file), []):
+            space.load(str(file), [], [swept], {name: each.draw(0.0, integer=False) for name, each in swept.items()})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -198,6 +198,35 @@ def test_a_training_of_two_tasks_is_stopped_and_goes_on(slurm: Slurm, tmp_path: 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_the_tasks_of_an_array_train_the_parts_of_a_sweep_and_are_requeued_alone(slurm: Slurm, tmp_path: Path) -> None:
+    changes = {
+        "train.steps": STEPS, "train.log_every": 1, "train.eval_every": STEPS, "train.eval_batches": 1,
+        "eval.exact_match": 0, "eval.samples": 0, "checkpoint.every": STEPS,
+    }  # fmt: skip
+    array = slurm.submit(
+        "--array=1-2", f"--output={slurm.folder}/%A_%a.log", "launch/slurm.sbatch", sys.executable, "-m", "peftjax.sweep",
+        "--config=configs/quickstart.py", f"--workdir={tmp_path}/sweep", "--part=$SLURM_ARRAY_TASK_ID/2",
+        "--sweep.method.rank=1,2", *(f"--config.{field}={value}" for field, value in changes.items()),
+    )  # fmt: skip
+    first, second = f"{array}_1", f"{array}_2"
+    wait_for("the second step", lambda: f" 2/{STEPS} " in slurm.log(second), 600)
+    slurm.run("scancel", "--signal=TERM", second)
+    for job, restarts in ((first, "0"), (second, "1")):
+        ended = slurm.wait(job)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", restarts), slurm.log(job)
+    assert "--part=1/2" in slurm.log(first)
+    assert "--part=2/2" in slurm.log(second)
+    assert "0: stopped by SIGTERM after step" in slurm.log(second)
+    entries = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert {entry["run"] for entry in entries} == {"rank=1", "rank=2"}
+    for entry in entries:
+        assert entry["scores"]["eval_loss"] > 0
+        run = tmp_path / "sweep" / entry["run"]
+        assert (run / "adapter" / "adapter_model.safetensors").exists()
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if "learning_rate" in record] == list(range(1, STEPS + 1))
+
+
 def test_a_cancelled_job_saves_and_stays_away(slurm: Slurm, stand_in: list[str]) -> None:
     job = slurm.submit("--ntasks=2", *stand_in)
     wait_for("the start", lambda: slurm.log(job).count("begins") == 2)

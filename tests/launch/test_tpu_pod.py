@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.pages import blocks
+
 ROOT = Path(__file__).resolve().parents[2]
 
 OPTIONS = ["--name=mine", "--zone=us-west4-a", "--type=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite"]
@@ -22,10 +24,13 @@ DELETE = ["compute", "tpus", "queued-resources", "delete", "mine", "--zone=us-we
 GCLOUD = """
 import json, os, pathlib, shutil, subprocess, sys
 here = pathlib.Path(__file__).parent
+group, verb = sys.argv[3:5]
+name = sys.argv[6].split(":")[0] if verb == "scp" else sys.argv[5]
+if (here / name).is_dir():  # a TPU with a worker of its own
+    here = here / name
 home = here / "home"
 with (here / "calls.jsonl").open("a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-group, verb = sys.argv[3:5]
 if verb == "describe":
     states = (here / "states").read_text().split()
     (here / "states").write_text(" ".join(states[1:] or states))
@@ -71,7 +76,7 @@ sys.exit(int(first))
 class Cloud:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "home").mkdir()
+        (folder / "home").mkdir(parents=True)
         (folder / "worker").mkdir()
         self.executable("gcloud", f"#!{sys.executable}\n{GCLOUD}")
         self.executable("worker/python3", TOOLS)
@@ -81,14 +86,21 @@ class Cloud:
         (self.folder / name).write_text(text)
         (self.folder / name).chmod(0o755)
 
-    def start(self, *options: str, states: str, codes: str = "", root: Path = ROOT) -> subprocess.Popen[str]:
+    def plan(self, states: str, codes: str) -> None:
+        """Set the states of the TPU and the exit codes of the command."""
         (self.folder / "states").write_text(states)
         (self.folder / "home" / "codes").write_text(codes)
-        environment = os.environ | {"PATH": f"{self.folder}:{os.environ['PATH']}", "TPU_POD_POLL": "0"}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self.folder}:{os.environ['PATH']}", "TPU_POD_POLL": "0"}
+
+    def start(self, *options: str, states: str, codes: str = "", root: Path = ROOT) -> subprocess.Popen[str]:
+        self.plan(states, codes)
         command = ["python", "../command.py", "--a=b", "two words", "$HOME 'x'"]
         return subprocess.Popen(
             ["launch/tpu_pod.sh", *OPTIONS, *options, "--", *command],
-            cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=root, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def run(self, *options: str, states: str, codes: str = "", root: Path = ROOT) -> tuple[int, str]:
@@ -197,3 +209,30 @@ def test_a_mistake_shows_the_usage(arguments: list[str]) -> None:
     done = subprocess.run(["launch/tpu_pod.sh", *arguments], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2
     assert "usage: launch/tpu_pod.sh --name=NAME" in done.stdout
+
+
+def test_the_loop_in_the_documentation_trains_every_part_of_a_sweep_on_a_tpu_of_its_own(cloud: Cloud) -> None:
+    page = ROOT / "docs" / "launch_tpu_pod.md"
+    loop = next(block.code for block in blocks(page, "bash") if "--part=$i/4" in block.code)
+    clouds = [Cloud(cloud.folder / f"sweep-{part}") for part in range(1, 5)]
+    for part, own in enumerate(clouds, 1):  # the second one is preempted
+        own.plan(*(("ACTIVE SUSPENDED ABSENT ACTIVE", "1 0") if part == 2 else ("ABSENT ACTIVE", "0")))
+    for written, here in (
+        ("--setup='...'", "--setup=true"), ("> sweep-", f"> {cloud.folder}/sweep-"),
+        ("python -m peftjax.sweep", "python ../command.py"),
+    ):  # fmt: skip
+        assert written in loop
+        loop = loop.replace(written, here)
+    subprocess.run(["bash", "-c", loop], cwd=ROOT, env=cloud.environment, check=True, timeout=120)
+    for part, own in enumerate(clouds, 1):
+        output = (cloud.folder / f"sweep-{part}.log").read_text()
+        arguments = [
+            "--config=my_config.py",
+            "--workdir=/mnt/runs/sweep",
+            f"--part={part}/4",
+            "--sweep.method.rank=4,8,16,32",
+        ]
+        assert output.count(f"ran with {arguments} in peftjax") == (2 if part == 2 else 1), output
+        assert own.verbs.endswith("delete")
+        creates = [call for call in own.calls if call[3] == "create"]
+        assert [(call[4], "--spot" in call) for call in creates] == [(f"sweep-{part}", True)]

@@ -24,9 +24,8 @@ from tests.tasks.test_tasks import BERT, T5
 LENGTHS = (20, 9, 45, 30, 3, 31)  # of the prompts of three batches, in tokens
 MODELS: dict[str, dict[str, Any]] = {
     "causal_lm": tiny.CONFIG | {"vocab_size": 257, "num_hidden_layers": 2},
-    "classification": BERT
-    | {"max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "seq2seq": T5 | {"dropout_rate": 0.0},
+    "classification": BERT | {"max_position_embeddings": 64},
+    "seq2seq": T5,
 }
 
 

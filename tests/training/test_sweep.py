@@ -55,14 +55,14 @@ def member(made: Any, workdir: Path, **values: Any) -> Member:
     )
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, result: str = "adapter/adapter_model.safetensors") -> None:
     lines, others = (runs.metrics(workdir) for workdir in (one, other))
     assert [(line.pop("step"), line.pop("kind")) for line in lines] == [
         (line.pop("step"), line.pop("kind")) for line in others
     ]
     for line, expected in zip(lines, others, strict=True):
         assert line == pytest.approx(expected, rel=2e-4)
-    assert_same_result(one, other, "adapter/adapter_model.safetensors")
+    assert_same_result(one, other, result)
 
 
 def assert_same_result(one: Path, other: Path, file: str) -> None:
@@ -131,7 +131,7 @@ def test_random_search_draws_from_lists_and_ranges_and_keeps_its_draws(file: Pat
         (["--sweep.optim.learning_rate=uniform(1e-3)"], "a range needs two numbers"),
         (["--sweep.optim.learning_rate=uniform(2,1)"], "the lower bound of a range must be below"),
         (["--sweep.optim.learning_rate=loguniform(0,1)"], "the lower bound of loguniform must be more than 0"),
-        (["--sweep.seed="], "needs values, --sweep.seed=VALUE,VALUE"),
+        (["--sweep.seed="], "a swept field needs values, such as"),
         (["--sweep.seed"], "needs values"),
         (["--sweep.seed=1", "--sweep.seed=2"], "seed is swept twice"),
         (["--sweep.optim.learning_rate=1e-3,0.001"], "two runs of the sweep are the same: learning_rate=0.001"),
@@ -146,7 +146,7 @@ def test_a_mistaken_sweep_is_refused(fields: list[str], message: str, file: Path
 
 @pytest.mark.parametrize("values", ["loguniform(0.1,0.9)", "uniform(4.2,4.8)"])
 def test_the_range_of_an_integer_field_needs_an_integer(values: str, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--sweep\.method\.rank: there is no integer from [\d.]+ to"):
+    with pytest.raises(UserError, match=r"--sweep\.method\.rank=.*: there is no integer from [\d.]+ to"):
         sweep_members.members(str(file), [], [f"--sweep.method.rank={values}"], tmp_path, trials=2)
 
 
@@ -177,7 +177,9 @@ def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path
         ("method.name", "method.tokens", "seed"),
     }
     assert all(type(values.get("method.tokens", 8)) is int for values in drawn)
-    with pytest.raises(UserError, match=r"--sweep.method.tokens: a range needs random search"):
+    with pytest.raises(
+        UserError, match=r"config.py: method.tokens=uniform\(8,64\): the range of method.tokens needs random search"
+    ):
         sweep_members.members(str(file), [], [], tmp_path)
     file.write_text(file.read_text().replace('"uniform(8,64)"', "[16, 32]"))
     grid = [one.name for one in sweep_members.members(str(file), [], [], tmp_path)]
@@ -186,6 +188,87 @@ def test_a_config_file_can_name_the_fields_and_their_values(file: Path, tmp_path
         file.write_text(file.read_text() + f"\n\ndef get_sweep():\n    return {wrong}\n")
         with pytest.raises(UserError, match=message):
             sweep_members.members(str(file), [], [], tmp_path)
+
+
+SPACES = {
+    "py": """
+from peftjax.core.config import defaults
+
+def get_config():
+    return defaults()
+
+def get_sweep():
+    return [
+        {"method.name": ["lora"], "method.rank": [4, 8], "method.targets": [("q_proj", "v_proj"), "all-linear"]},
+        {"method.name": ["prompt"], "optim.learning_rate": [1e-3, 3e-2], "method.tokens": "16,32"},
+    ]
+""",
+    "yaml": """
+sweep:
+  - {method.name: [lora], method.rank: [4, 8], method.targets: [[q_proj, v_proj], all-linear]}
+  - method.name: [prompt]
+    optim.learning_rate: [1e-3, 3e-2]
+    method.tokens: 16,32
+""",
+    "json": """{"sweep": [
+        {"method.name": ["lora"], "method.rank": [4, 8], "method.targets": [["q_proj", "v_proj"], "all-linear"]},
+        {"method.name": ["prompt"], "optim.learning_rate": [1e-3, 3e-2], "method.tokens": "16,32"}
+    ]}""",
+}
+
+
+def test_yaml_and_json_define_the_search_spaces_that_python_defines(tmp_path: Path) -> None:
+    found = {}
+    for kind, text in SPACES.items():
+        file = tmp_path / f"config.{kind}"
+        file.write_text(text)
+        assert configs.load(file) == configs.validate({})  # other commands ignore the search spaces
+        found[kind] = [(one.values, one.config) for one in sweep_members.members(str(file), [], [], tmp_path)]
+    assert len(found["py"]) == 8
+    assert found["yaml"] == found["json"] == found["py"]
+
+    file = tmp_path / "one.yaml"
+    file.write_text("seed: 7\nsweep:\n  optim.learning_rate: loguniform(1e-4, 1e-3)\n  method.rslora: [true, false]\n")
+    drawn = sweep_members.members(str(file), [], ["--sweep.method.rank=2"], tmp_path, trials=9)
+    assert {one.values["method.rslora"] for one in drawn} == {True, False}
+    assert all(1e-4 <= one.values["optim.learning_rate"] <= 1e-3 and one.values["method.rank"] == 2 for one in drawn)
+    assert {one.config.seed for one in drawn} == {7}
+    for nothing in ("sweep:", "sweep: {}", "sweep: []"):
+        file.write_text(nothing)
+        with pytest.raises(UserError, match="nothing to sweep"):
+            sweep_members.members(str(file), [], [], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: 1\nsweep: 3", "a.yaml, line 2: sweep must be a mapping of fields to their values, or a list of"),
+        ("a.yaml", "sweep:\n  - [seed]", "a.yaml, line 1: sweep must be a mapping"),
+        ("a.yaml", "sweep:\n  seed: 3", "a.yaml, line 2: the swept field seed needs a list of values or a range such as"),
+        ("a.yaml", "sweep:\n  optim: {learning_rate: [1], b1: [0]}",
+         "a.yaml, line 2: write each swept field of the section optim with a dot: optim.learning_rate, optim.b1"),
+        ("a.yaml", "sweep:\n  seed: [0]\n  optim.learnin_rate: [1e-3]",
+         "a.yaml, line 3: unknown field optim.learnin_rate. Did you mean 'learning_rate'?"),
+        ("a.yaml", "sweep:\n- method.name: [lora]\n- method.name: [promt]",
+         "a.yaml, line 3: method.name: 'promt' is not a method. Did you mean 'prompt'"),
+        ("a.yaml", "sweep:\n- {seed: [0]}\n- {method.name: [lora], method.tokens: [4]}",
+         "a.yaml, line 3: unknown field method.tokens."),
+        ("a.yaml", "sweep:\n  seed: [0, -1]", "a.yaml, line 2: seed=-1 must be at least 0"),
+        ("a.yaml", "sweep:\n  seed: [0]\n  seed: [1]", "a.yaml, line 3: seed is given twice, first on line 2"),
+        ("a.yaml", "sweep:\n  seed: uniform(0)", "a.yaml, line 2: seed=uniform(0): a range needs two numbers"),
+        ("a.json", '{"sweep": {"optim.b1": "uniform(0,1)"}}', "a.json: optim.b1=uniform(0,1): the range of optim.b1 needs"),
+        ("a.json", '{"sweep": {"method.rank": ["four"]}}', "a.json: method.rank must be an int, not 'four' (str)"),
+        ("a.json", '{"sweep": {"method.rank": []}}', "a.json: the swept field method.rank needs a list of values"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_search_space_of_a_file_is_one_line_with_its_place(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        sweep_members.members(str(tmp_path / name), [], [], tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:

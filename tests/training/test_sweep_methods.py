@@ -1,0 +1,156 @@
+"""Side by side, runs of every method have the losses and the results that each has alone; so do runs with a new head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import peftjax
+from peftjax import methods, sharding, sweep
+from peftjax.models import from_hf_config
+from peftjax.train import train
+from peftjax.training import config as configs
+from peftjax.training.member import Member
+from peftjax.training.setup import base_fingerprint
+from peftjax.training.united import unite_runs
+from tests import tiny
+from tests.tasks.test_tasks import BERT
+from tests.test_train import config
+from tests.training.test_sweep import assert_same_run, member
+
+LAYERS = ("q_proj", "v_proj", "down_proj")
+# Those whose ranks and other options are varied are in test_sweep.py.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ia3": {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
+    "bitfit": {},
+    "ln_tuning": {},
+    "trainable_tokens": {"token_indices": (15, 16, 17)},  # digits
+    "prompt": {"tokens": 3},
+    "p_tuning": {"tokens": 3, "hidden": 6},
+    "prefix": {"tokens": 3, "projection": True, "hidden": 6},
+    "houlsby": {"reduction_factor": 8.0},
+    "pfeiffer": {"reduction_factor": 8.0},
+    "parallel": {"reduction_factor": 8.0},
+    "oft": {"block_size": 8, "targets": LAYERS},
+    "boft": {"targets": LAYERS},
+    "hra": {"rank": 4, "targets": LAYERS},
+    "miss": {"rank": 4, "targets": LAYERS},
+    "vblora": {"rank": 2, "num_vectors": 6, "vector_length": 8, "targets": LAYERS},
+    "fourierft": {"n_frequency": 6, "targets": LAYERS},
+    "int8": {"rank": 2, "targets": LAYERS},
+    "eva": {"rank": 2, "targets": LAYERS, "init": "eva", "eva_batches": 2},
+    "loftq": {"rank": 2, "targets": LAYERS, "init": "loftq"},
+}
+QUANTIZED = {"int8": "int8", "loftq": "nf4"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A training of three steps, without held-out data, of a base of two layers with biases."""
+    root = tmp_path_factory.mktemp("small")
+    fields = {"vocab_size": 257, "eos_token_id": 256, "num_hidden_layers": 2, "attention_bias": True}
+    write_model(root / "model", tiny.CONFIG | fields | {"architectures": ["LlamaForCausalLM"]})
+    made = config(root, data__eval=(), train__steps=3, train__log_every=1, checkpoint__every=3, optim__eps=1e-4)
+    made.train.batch_size = 4
+    return made
+
+
+def write_model(path: Path, fields: dict[str, Any]) -> None:
+    """A directory with a random model and a tokenizer whose tokens are bytes."""
+    peftjax.save_model(tiny.make(from_hf_config(fields)), path)
+    tiny.write_tokenizer(path.with_name("tokenizer"))
+    for file in path.with_name("tokenizer").iterdir():
+        file.rename(path / file.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_runs_of_a_method_side_by_side_are_what_each_is_alone(
+    name: str, small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = small.copy_and_resolve_references()
+    made.method = methods.make_config(name if name in methods.METHODS else "lora", **OPTIONS[name])
+    made.model.quantize = QUANTIZED.get(name, "")
+    pair = [
+        member(made, tmp_path / "sweep", seed=seed, optim__learning_rate=rate) for seed, rate in ((0, 1e-3), (1, 1e-2))
+    ]
+    assert sweep.populations(pair) == [pair]
+    sweep.sweep(pair, tmp_path / "sweep")
+    printed = capsys.readouterr().out
+    assert "population 1 of 1, 2 side by side" in printed
+    assert "separate programs" not in printed
+    other = pair[1]  # everything that the two share is the first one's
+    train(other.config, tmp_path / "alone")
+    (file,) = (other.workdir / "adapter").glob("*.safetensors")
+    assert_same_run(other.workdir, tmp_path / "alone", f"adapter/{file.name}")
+    first, second = (load_file(one.workdir / "adapter" / file.name) for one in pair)
+    assert any(first[key].shape != array.shape or np.any(first[key] != array) for key, array in second.items())
+
+
+LABELS = ("without", "with")
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Any:
+    """A training of an encoder with dropout, also of its attention, and a new head, on texts of several lengths."""
+    write_model(tmp_path / "model", BERT | {"architectures": ["BertModel"], "max_position_embeddings": 64})
+    for name, count in (("train", 30), ("eval", 6)):
+        records = [{"text": ("long " if n % 6 else "b " * 19) + "a" * (n % 2), "label": n % 2} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = configs.defaults()
+    made.model.path, made.task.kind, made.task.labels = str(tmp_path / "model"), "classification", LABELS
+    made.data.train, made.data.eval = (str(tmp_path / "train.jsonl"),), (str(tmp_path / "eval.jsonl"),)
+    made.data.prompt_template, made.data.max_length = "{text}", 48
+    made.optim.learning_rate, made.optim.eps = 1e-2, 1e-4
+    made.train.update({"steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 2})
+    made.checkpoint.every = 2
+    return made
+
+
+def seeds(made: Any, workdir: Path) -> list[Member]:
+    return [member(made, workdir, seed=seed) for seed in (0, 1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "prompt", "full"])
+def test_runs_whose_new_heads_differ_are_one_population_and_resume_in_another(
+    method: str, classifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier.method = methods.make_config(
+        method, **{"prompt": {"tokens": 3}, "lora": {"dropout": 0.1}}.get(method, {})
+    )
+    assert [len(group) for group in sweep.populations(seeds(classifier, tmp_path / "sweep"))] == [3]
+    found = sweep.sweep(seeds(classifier, tmp_path / "sweep"), tmp_path / "sweep", most=0, reduction=3)
+    assert "population 1 of 1, 3 side by side" in capsys.readouterr().out
+    assert sorted(entry.get("stopped", 6) for entry in found) == [2, 2, 6]
+    sweep.sweep(seeds(classifier, tmp_path / "sweep"), tmp_path / "sweep", most=0)  # the two that were stopped
+    assert "population 1 of 1, 2 side by side" in capsys.readouterr().out
+    for one in seeds(classifier, tmp_path / "sweep"):
+        alone = tmp_path / "alone" / one.name
+        train(one.config, alone)
+        result = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+        assert_same_run(one.workdir, alone, result)
+
+
+def test_a_member_has_the_base_of_a_separate_run_bit_by_bit(classifier: Any, tmp_path: Path) -> None:
+    classifier.method, mesh = methods.make_config("lora", rank=2), sharding.make_mesh()
+    heads = set()
+    with jax.set_mesh(mesh):
+        (united,) = unite_runs(seeds(classifier, tmp_path / "sweep"), mesh)
+        for each in united.members:
+            one = united.open(each)
+            base = one.run.task.load_model(each.config.model, one.run.task.directory, mesh, each.config.seed)
+            expected = tiny.bits(base)
+            assert one.run.base == base_fingerprint(base)
+            assert {path: tiny.in_bytes(one.run.frozen[path]) for path in expected} == expected
+            head = expected["classifier.kernel"]
+            assert tiny.in_bytes(one.state.trainable["classifier.adapters.default.kernel"]) == head
+            heads.add(head)
+    assert len(heads) == 3
+    assert {"classifier.bias", "classifier.kernel"} < one.own.keys()
+    assert united.shared.keys() | one.own.keys() >= expected.keys()
+    assert not united.shared.keys() & one.own.keys()
