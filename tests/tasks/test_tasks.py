@@ -12,6 +12,7 @@ import pytest
 
 import peftjax
 from peftjax import evaluate, methods
+from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.io.hf_files import read_json
@@ -74,7 +75,7 @@ def records(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def config(root: Path, model: Path, kind: str, labels: tuple[str, ...] = (), **fields: Any) -> Any:
-    made = configs.defaults()
+    made = defaults()
     made.model.path = str(model)
     made.method = methods.make_config("lora", rank=4)
     made.task.kind, made.task.labels = kind.replace("multi_label", "classification"), labels

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 import peftjax
 from peftjax import methods, sharding, sweep
+from peftjax.core.config import defaults
 from peftjax.models import from_hf_config
 from peftjax.train import train
-from peftjax.training import config as configs
 from peftjax.training.member import Member
 from peftjax.training.setup import base_fingerprint
 from peftjax.training.united import unite_runs
@@ -101,7 +101,7 @@ def classifier(tmp_path: Path) -> Any:
     for name, count in (("train", 30), ("eval", 6)):
         records = [{"text": ("long " if n % 6 else "b " * 19) + "a" * (n % 2), "label": n % 2} for n in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    made = configs.defaults()
+    made = defaults()
     made.model.path, made.task.kind, made.task.labels = str(tmp_path / "model"), "classification", LABELS
     made.data.train, made.data.eval = (str(tmp_path / "train.jsonl"),), (str(tmp_path / "eval.jsonl"),)
     made.data.prompt_template, made.data.max_length = "{text}", 48
