@@ -264,7 +264,7 @@ def test_fused_attention_is_refused_where_it_would_not_be_the_same() -> None:
     q = jnp.zeros((1, 384, 2, 16))
     with (
         jax.set_mesh(make_mesh({"sequence": 2})),
-        pytest.raises(ValueError, match="multiple of 128 on each of 2 devices, but this one has 384"),
+        pytest.raises(ValueError, match="multiple of 128 on each of 2 devices, got 384"),
     ):
         splash(q, q, q, plain_mask(384), scale=None)
     with pytest.raises(ValueError, match="attention='cudnn' is not possible here: "):
