@@ -88,7 +88,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
 
     table.main([f"--workdir={tmp_path}"])
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines if line.startswith("| lora")] == ["| lora"] * 3
+    assert len([line for line in lines if line.startswith("| lora |")]) == 3
     assert any(line.startswith("| lora - full |") and " to " in line for line in lines)
     assert (tmp_path / "scores.md").read_text().splitlines()[0] == "| method | TREC | E2E, BLEU | E2E, ROUGE-L |"
     mean = 100 * np.mean([seed["epochs"][-1]["accuracy"] for seed in lora["seeds"].values()])

@@ -285,8 +285,8 @@ def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folde
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    state = init_state(trainable, optax.adam(2e-2), seed=0)
-    step = make_train_step(Objective(graph, classification_loss, dropout_keys=keys), optax.adam(2e-2), state)
+    state = init_state(trainable, optax.adam(1e-2), seed=0)
+    step = make_train_step(Objective(graph, classification_loss, dropout_keys=keys), optax.adam(1e-2), state)
     placed = sharding.shard_batch(batch, mesh)
     for _ in range(25):
         state, _ = step(state, frozen, placed)
