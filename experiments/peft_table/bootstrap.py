@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
-from experiments.peft_table.setting import References
+from experiments.peft_table.setting import overlaps
 
 SAMPLES = 10_000
 
@@ -56,26 +56,17 @@ def compare(one: Records, other: Records) -> Difference:
     return Difference(mean, float(low), float(high))
 
 
-def records_of(result: dict[str, Any], score: str, references: References) -> Records:
-    """The statistics of a result file for accuracy, bleu or rouge_l; the references are those of E2E."""
+def records_of(result: dict[str, Any], score: str, references: list[list[str]]) -> Records:
+    """The statistics of a result file for accuracy, bleu or rouge_l; the references are those of each test record of E2E."""
     predictions = [seed["predictions"] for seed in result["seeds"].values()]
     if score == "accuracy":
         packed = np.stack([np.frombuffer(bytes.fromhex(one), np.uint8) for one in predictions])
         count = int(next(iter(result["seeds"].values()))["epochs"][-1]["eval_labels"])
         return _shares(np.unpackbits(packed, axis=-1, count=count))
-    several = [[text for text in row if text is not None] for row in zip(*references, strict=True)]  # by record
-    if score == "bleu":
-        return Records(
-            np.array([[_counts(*pair) for pair in zip(texts, several, strict=True)] for texts in predictions]), _bleu
-        )
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rouge = RougeScorer(["rougeL"])
-    overlap = [
-        [rouge.score_multi(expected, text)["rougeL"].fmeasure for text, expected in zip(texts, several, strict=True)]
-        for texts in predictions
-    ]
-    return _shares(np.array(overlap))
+    if score == "rouge_l":
+        return _shares(np.array([overlaps(texts, references) for texts in predictions]))
+    counts = [[_counts(*pair) for pair in zip(texts, references, strict=True)] for texts in predictions]
+    return Records(np.array(counts), _bleu)
 
 
 def _shares(values: np.ndarray) -> Records:

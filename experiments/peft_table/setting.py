@@ -4,7 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +192,12 @@ def columns(references: Mapping[str, list[str]]) -> References:
     """The references as sacrebleu takes them: the first of each meaning representation, the second of each, and so on,
     with None where there are fewer. An empty string would count as a reference of length 0 in the brevity penalty."""
     return [list(column) for column in itertools.zip_longest(*references.values())]
+
+
+def overlaps(texts: Iterable[str], references: Iterable[list[str]]) -> list[float]:
+    """ROUGE-L of each answer: its F-measure with the best of its references."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge = RougeScorer(["rougeL"])
+    pairs = zip(texts, references, strict=True)
+    return [rouge.score_multi(several, text)["rougeL"].fmeasure for text, several in pairs]

@@ -33,6 +33,7 @@ from experiments.peft_table.setting import (
     columns,
     make_config_of,
     methods_of,
+    overlaps,
     prepare,
     references_of,
 )
@@ -181,22 +182,18 @@ def class_scorer(config: Config) -> Scorer:
 def generation_scorer(config: Config, folder: Path) -> Scorer:
     """Scores greedy answers with BLEU (sacrebleu) and ROUGE-L (the best of the references), and returns the answers."""
     import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
 
     made = open_task(config)
     references = references_of(folder / "test.jsonl")
     prompts: dict[str, Prompt] = {}
     for prompt in HeldOut(config.data, made).prompts(sum(map(len, references.values()))):
         prompts.setdefault(prompt.prompt, prompt)
-    rouge = RougeScorer(["rougeL"])
 
     def score(model: Model) -> tuple[dict[str, float], list[str]]:
         found = answers.answer(model, list(prompts.values()), made.tokenizer, NEW_TOKENS, Progress(enabled=False))
         texts = [one.answer.strip() for one in found]
-        pairs = zip(references.values(), texts, strict=True)
-        overlap = [rouge.score_multi(several, text)["rougeL"].fmeasure for several, text in pairs]
         bleu = sacrebleu.corpus_bleu(texts, columns(references)).score
-        return {"bleu": float(bleu), "rouge_l": float(np.mean(overlap))}, texts
+        return {"bleu": float(bleu), "rouge_l": float(np.mean(overlaps(texts, references.values())))}, texts
 
     return score
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from experiments.peft_table.bootstrap import Difference, Records, compare, records_of
-from experiments.peft_table.setting import METHODS, RATES, TASKS, References, columns, references_of
+from experiments.peft_table.setting import METHODS, RATES, TASKS, references_of
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
@@ -79,7 +79,7 @@ def test_scores(result: dict[str, Any], score: str, *, best: bool) -> list[float
 class Compared:
     """The differences between methods, computed once each."""
 
-    def __init__(self, found: dict[str, Results], references: References) -> None:
+    def __init__(self, found: dict[str, Results], references: list[list[str]]) -> None:
         self._found, self._references = found, references
         self._records: dict[tuple[str, str, str], Records] = {}
 
@@ -104,7 +104,7 @@ def cell(found: dict[str, Results], column: Column, method: str, differences: Di
     return f"**{text}**" if difference is not None and difference.significant else text
 
 
-def differences_of(found: dict[str, Results], references: References) -> Differences:
+def differences_of(found: dict[str, Results], references: list[list[str]]) -> Differences:
     """The differences of all methods to the baseline, and of QLoRA to LoRA."""
     compared = Compared(found, references)
     pairs = [*((method, BASELINE) for method in METHODS if method != BASELINE), ("qlora", "lora")]
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, help="That of study.py; needed for E2E, as it has the references")
     options = parser.parse_args(argv)
     found = load()
-    references = columns(references_of(options.workdir / "data" / "e2e" / "test.jsonl")) if "e2e" in found else []
+    references = list(references_of(options.workdir / "data" / "e2e" / "test.jsonl").values()) if "e2e" in found else []
     hours = sum(result["cpu_seconds"] for results in found.values() for result in results.values()) / 3600
     differences = differences_of(found, references)
     parts = {
