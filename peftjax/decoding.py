@@ -16,9 +16,7 @@ from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
-from peftjax.models.base import LanguageModelConfig
-from peftjax.models.decoder import Decoder
-from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.nn.dropout import remove_dropout
 
 
@@ -37,10 +35,6 @@ class Answers(NamedTuple):
     failed: jax.Array
     done: jax.Array
 
-
-# The state after the prompts: hidden states [B, 1 or W, D], the last of which predict the first new token; the key/value
-# cache; and a function (token [B, 1], its index, cache) -> (hidden states, cache) that reads a new token.
-Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +170,8 @@ def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
-    generators = Decoder | EncoderDecoder | Rows
-    if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
+    if not isinstance(model, LanguageModel | Rows) or not isinstance(model.config, LanguageModelConfig):
+        # the second: rows of an encoder
         raise UserError(
             f"generate: a {type(model).__name__} does not generate text; use a decoder or an encoder-decoder"
         )
@@ -274,12 +268,9 @@ def _decode(
         axis: The axis of `jax.vmap` that all models of a population are on. The loop ends for all at once: if each ended
             alone, every step would select between the old and the new cache, which copies it.
     """
-    model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
+    model: LanguageModel | Rows = nnx.merge(graph, state)
     batch = len(tokens)
-    if isinstance(model, EncoderDecoder):
-        hidden, cache, read = _begin_target(model, tokens, mask, max_new)
-    else:
-        hidden, cache, read = _read_prompts(model, tokens, mask, max_new)
+    hidden, cache, read = model.read_prompts(tokens, mask, max_new)
 
     def choose(index: jax.Array | int, hidden: jax.Array, answers: Answers) -> Answers:
         """Choose new token number `index` from the hidden states [B, T, D] of the tokens before it."""
@@ -305,24 +296,3 @@ def _decode(
     answers = choose(0, hidden, Answers(jnp.zeros((batch, max_new), jnp.int32), none, no, no))
     _, answers, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(1), answers, cache))
     return answers
-
-
-def _read_prompts(model: Decoder | Rows, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """Feed the prompts to a decoder."""
-    batch, width = tokens.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=model.make_cache(batch, width + max_new))
-
-    def read(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return model.hidden(token, positions=positions[:, -1:] + 1 + index, cache=cache)
-
-    return hidden, cache, read
-
-
-def _begin_target(model: EncoderDecoder, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """Encode the prompts and begin each target with the start token of an encoder-decoder."""
-    order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes right, so that a soft prompt is next to its text
-    tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
-    cache = model.make_cache(tokens, mask, max_new + 1)
-    start = jnp.full((len(tokens), 1), model.config.start, jnp.int32)
-    return *model.decode(start, cache), lambda token, index, cache: model.decode(token, cache)

@@ -72,7 +72,7 @@ def row(config: ModelConfig, name: str) -> Row:
         method = methods.METHODS[name](**_REQUIRED.get(name, {}))
         model = config.make(nnx.Rngs(0))
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        if method.trains is nnx.Param:
+        if method.trains_base:
             return {}
         adapters.attach(model, method, rngs=nnx.Rngs(0))
         counted["trained"], merges = adapters.count_trainable(model), _merges(model)

@@ -19,7 +19,6 @@ from peftjax.core.errors import UserError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
-from peftjax.methods import Full
 from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> None:
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
     if options.push is not None:
-        if isinstance(config.method, Full):
+        if config.method.trains_base:
             raise UserError(
                 f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
             )

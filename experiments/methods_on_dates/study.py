@@ -72,7 +72,7 @@ def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: l
     alone = products(model, batches[0]["tokens"])
     shown = batches[: method.data] if method.data else None
     adapters.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
-    full = method.trains is nnx.Param
+    full = method.trains_base
     graph, leaves = variables.flat(model)
     _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})

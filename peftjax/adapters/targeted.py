@@ -22,8 +22,6 @@ from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Conv1D, Linear
 from peftjax.nn.moe import Router
 
-DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targeted(Method):
@@ -64,7 +62,7 @@ class Targeted(Method):
             layers_to_transform=integers("layers_to_transform", self.layers_to_transform),
             modules_to_save=split_names("modules_to_save", self.modules_to_save),
         )
-        probability(**{name: getattr(self, name) for name in DROPOUTS if hasattr(self, name)})
+        probability(**{name: value for name, value in vars(self).items() if name.endswith("dropout")})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
             raise UserError(
                 f"method.layers_to_transform={self.layers_to_transform} needs targets that are names; "

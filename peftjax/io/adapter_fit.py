@@ -109,7 +109,7 @@ def with_joined_experts(method: Method, model: nnx.Module) -> Method:
     """Return the method with all experts selected by one name, where its options name every one of them."""
     if not isinstance(method, Targeted) or not method.splits_experts:
         return method
-    changes = {key: getattr(method, key) for key in ("targets", "feedforward") if hasattr(method, key)}
+    changes = {key: value for key, value in vars(method).items() if key in ("targets", "feedforward")}
     for option, entries in changes.items():
         for site in sites(model) if isinstance(entries, tuple) else ():
             every = {ending_of(single) for single in single_sites(site)}
@@ -283,7 +283,7 @@ def _by_whole_name(pair: tuple[str, Any], names: Iterable[str]) -> list[tuple[st
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
     """The options that are tables by module name. AdaLoRA's has the names of tensors, which it checks itself."""
-    return {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in TABLES if hasattr(method, key)}
+    return {} if isinstance(method, AdaLora) else {key: value for key, value in vars(method).items() if key in TABLES}
 
 
 def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:

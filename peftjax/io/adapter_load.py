@@ -181,7 +181,7 @@ def _holds_head(
                 f"{path / WEIGHTS} has an adapter of the task head ({name}), which is trained in full here: {key} is not "
                 "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
             )
-    if held and not by_config and getattr(method, "bias", "none") == "all":
+    if held and not by_config and isinstance(method, Lora) and method.bias == "all":
         raise UserError(
             f"{path / CONFIG}: bias='all' trained the biases of the task head ({', '.join(names)}) without its kernels, which "
             "is not supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
@@ -213,7 +213,7 @@ def _fitted(
         UserError: The adapter needs a changed base that cannot be computed.
     """
     older = older_names(model, tensors)
-    with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
+    with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
         method = with_joined_experts(with_names(method, model, older), model)
         method = without_parameters(method, model, tensors, parameters)
         method, inner = without_nested(method, model)

@@ -19,7 +19,7 @@ from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config, read_fields
 from peftjax.io.hf_files import StoredTensor, resolve
 from peftjax.io.match import match, tied_as_stored
-from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
+from peftjax.io.parts import text_tensors, warn_of_the_rest
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows, with_stored_rows
@@ -93,7 +93,7 @@ def load_model(
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
     tensors = mxfp4.gather(hf_files.read_tensors(directory))
-    if whole_of(config):
+    if config.whole:
         warn_of_the_rest(tensors, directory)
         tensors = text_tensors(tensors)
     packed = bitsandbytes.is_packed(tensors, quantization, directory)
@@ -167,7 +167,7 @@ def load_kernels(
     fields, quantization = read_fields(directory)
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
-    if whole_of(model.config):
+    if model.config.whole:
         tensors = text_tensors(tensors)
         fields = text_config(fields)
     model = with_stored_rows(model, fields)

@@ -14,7 +14,6 @@ from peftjax.io import hf_files
 from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry, is_linear
 from peftjax.io.hf_files import enumerate_some
-from peftjax.io.parts import whole_of
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 
 
@@ -25,7 +24,7 @@ def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelCo
     """
     if not isinstance(config, LanguageModelConfig):
         return config
-    of_whole = ("lm_head.weight", "model.embed_tokens.weight") if whole_of(config) and config.tied else None
+    of_whole = ("lm_head.weight", "model.embed_tokens.weight") if config.whole and config.tied else None
     if (names := of_whole or config.tied_if_equal) is None:
         return config
     one, other = (stored.get(name) for name in names)

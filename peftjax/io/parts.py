@@ -9,14 +9,8 @@ from peftjax.core.errors import UserError
 from peftjax.io import hf_files
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.hf_files import StoredTensor
-from peftjax.models.base import Model, ModelConfig
-from peftjax.models.decoder import DecoderConfig
+from peftjax.models.base import Model
 from peftjax.models.multimodal import OTHERS, other_part, text_name
-
-
-def whole_of(config: ModelConfig) -> str:
-    """Return the config.json of the multimodal model that the configuration is a part of; empty if there is none."""
-    return config.whole if isinstance(config, DecoderConfig) else ""
 
 
 def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

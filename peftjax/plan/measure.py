@@ -63,7 +63,7 @@ def measure(
 
 def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mesh: Mesh, step: TracedStep) -> Plan:
     """The plan without a compiler."""
-    full = config.method.trains is nnx.Param
+    full = config.method.trains_base
     base = _base(step.model)
     positions = step.members * config.train.batch_size * step.task.positions(step.model)
     dense = {name: value for name, value in hf_config.items() if name != "quantization_config"}

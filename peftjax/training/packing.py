@@ -4,7 +4,6 @@ import socket
 from collections.abc import Callable, Sequence
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
@@ -28,7 +27,7 @@ from peftjax.training.trained import open_task
 def one_at_a_time(config: Config, platform: str) -> bool:
     """Whether runs are trained one after the other because they share no base, as in full fine-tuning, and a CPU trains
     them no faster together."""
-    return platform == "cpu" and config.method.trains is nnx.Param
+    return platform == "cpu" and config.method.trains_base
 
 
 def usable(memory: int, platform: str) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
 
 from peftjax.tasks.model import compute_dtype
 from peftjax.training.config import Config
@@ -24,7 +23,7 @@ def resolve(config: Config, hf_config: Mapping[str, Any], platform: str | None =
     if config.model.dtype != "auto":
         return config
     dtype = compute_dtype(config.model, hf_config, platform)
-    full = config.method.trains is nnx.Param and dtype == "bfloat16"
+    full = config.method.trains_base and dtype == "bfloat16"
     param_dtype = config.model.param_dtype or ("float32" if full else "")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=param_dtype))
 

@@ -33,7 +33,6 @@ from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config
 from peftjax.models.base import Model
-from peftjax.models.decoder import Decoder
 from peftjax.models.kernels import kernel_of
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
@@ -196,7 +195,7 @@ class Run:
         loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
         yield f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}"
         yield f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base"
-        if config.model.attention == "auto" and isinstance(self.model, Decoder):
+        if config.model.attention == "auto" and self.model.chooses_attention:
             length = self.task.positions(self.model) + self.model.virtual
             with jax.set_mesh(self.mesh):
                 padded = "mask" in self.task.row_shapes()
@@ -369,7 +368,7 @@ class Run:
     def write_result(self, state: TrainState) -> Path:
         """Write the adapter with its model card, or in full fine-tuning the model; returns its directory."""
         self.sync(state)
-        if self.method.trains is nnx.Param:
+        if self.method.trains_base:
             directory = self.workdir / "model"
             save_model(self.model, directory, source=self.task.directory)
         else:

@@ -17,7 +17,6 @@ from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
-from peftjax.methods import Full
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task, make_task
@@ -77,7 +76,7 @@ def result_of(config: Config, workdir: Path) -> Path:
     Raises:
       UserError: There is none yet.
     """
-    result = workdir / ("model" if isinstance(config.method, Full) else "adapter")
+    result = workdir / ("model" if config.method.trains_base else "adapter")
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     newest = max(saved, default=0)
     steps = _stored(workdir).get("train", {}).get("steps", config.train.steps)  # those of a file may be epochs
@@ -111,7 +110,7 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
       result: The directory of its adapter or model, from `result_of`.
       mesh: The devices.
     """
-    full = isinstance(config.method, Full)
+    full = config.method.trains_base
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
     model = task.load_model(options, result if full else task.directory, mesh, config.seed)
     if not full:
