@@ -170,8 +170,8 @@ def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
+    # The config tells rows of a decoder from those of an encoder.
     if not isinstance(model, LanguageModel | Rows) or not isinstance(model.config, LanguageModelConfig):
-        # the second: rows of an encoder
         raise UserError(
             f"generate: a {type(model).__name__} does not generate text; use a decoder or an encoder-decoder"
         )

@@ -32,7 +32,7 @@ from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
@@ -140,7 +140,7 @@ def open_model(options: argparse.Namespace) -> ModelSource:
     adapter = Path(options.adapter) if options.adapter else None
     if adapter:
         read_method(adapter)  # mistakes in its config are reported before any weights are read
-    directory = resolve(options.model) if options.model else _base_of(adapter)
+    directory = find_model(options.model) if options.model else _base_of(adapter)
     tokenizer = load_tokenizer(directory)
 
     def load() -> LanguageModel:
@@ -161,7 +161,7 @@ def _base_of(adapter: Path | None) -> Path:
     try:
         if (base := recorded_name(adapter)) is None:
             raise UserError(f"{adapter / CONFIG} does not name the base model")
-        return resolve(base.name, base.revision)
+        return find_model(base.name, base.revision)
     except UserError as error:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 

@@ -28,7 +28,7 @@ from peftjax.core.terminal import make_console
 from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_config import read_fields
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.models import from_hf_config
 from peftjax.models.base import ModelConfig
 
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     if given.method:
         explain(given.method, console)
         return
-    directory = resolve(given.model, files=("config.json",))
+    directory = find_model(given.model, files=("config.json",))
     print_methods(from_hf_config(read_fields(directory)[0]), console)
 
 

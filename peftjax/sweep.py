@@ -25,8 +25,9 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
-from peftjax.io.hf_files import enumerate_some, read_json_if_any
-from peftjax.io.hf_files import resolve as directory_of
+from peftjax.core.listing import enumerate_some
+from peftjax.io.json_files import read_json_if_any
+from peftjax.io.hf_files import find_model
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, space, start_from
 from peftjax.training import config as configs
@@ -71,7 +72,7 @@ def sweep(
     with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
         for member in mine:
             workdirs.check(member.workdir, member.config.model.path)
-        resolve(mine)
+        resolve_configs(mine)
         halving = None
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
@@ -109,11 +110,11 @@ def sweep(
     return found
 
 
-def resolve(runs: Iterable[Member]) -> None:
+def resolve_configs(runs: Iterable[Member]) -> None:
     """Complete the runs' configs so that they can be compared: lengths in steps, the dtype, and the options of
     method.start_from."""
     counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
-    base_fields = functools.cache(lambda path, revision: read_json_if_any(directory_of(path, revision) / "config.json"))
+    base_fields = functools.cache(lambda path, revision: read_json_if_any(find_model(path, revision) / "config.json"))
 
     def rows(config: Config) -> int:
         key = (config.model.path, config.model.revision, config.task, config.data)

@@ -24,7 +24,7 @@ from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.data.batches import Batching, HeldOut, train_batches
 from peftjax.io.adapter_tensors import adapter_tensors
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.tasks import make_task
 from peftjax.totals import next_token_loss
@@ -159,7 +159,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    base = resolve(config.model.path)
+    base = find_model(config.model.path)
     task, batching = make_task(config.task, config.data, base), Batching(config.train.batch_size)
     stream = train_batches(config.data, task, batching, config.seed)
     batches = [batch.arrays for batch in itertools.islice(stream, config.train.steps)]

@@ -16,7 +16,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.chat_template import ChatTemplate, Message, Tools
-from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, read_json_if_any, resolve
+from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, find_model
+from peftjax.io.json_files import read_json_if_any
 
 Text = str | Sequence[str]  # a text, or its words
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
     """
     directory = expand(path)
     if str(path) == "embedded" or revision is not None or not directory.is_dir():
-        directory = resolve(path, revision, ("config.json", *SIDE_FILES))
+        directory = find_model(path, revision, ("config.json", *SIDE_FILES))
     return Tokenizer(directory)
 
 

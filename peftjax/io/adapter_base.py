@@ -21,7 +21,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
 from peftjax.core.host_arrays import OnHost
 from peftjax.io.adapter_hub import CONFIG, is_hub
-from peftjax.io.hf_files import enumerate_some, parse_json, read_json
+from peftjax.core.listing import enumerate_some
+from peftjax.io.json_files import parse_json, read_json
 from peftjax.quant.base import Quantized
 
 FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"

@@ -13,7 +13,8 @@ from flax import nnx
 
 from peftjax.adapters.sites import sites
 from peftjax.core.errors import UserError
-from peftjax.io.hf_files import read_header, read_json
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import read_header
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.models.base import Model
 from peftjax.models.encoder import Encoder

@@ -37,7 +37,9 @@ from peftjax.io.adapter_method import check_directory, peft_method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
+from peftjax.core.listing import enumerate_some
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import read_header, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora

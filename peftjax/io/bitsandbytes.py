@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
-from peftjax.io import finite, hf_files
-from peftjax.io.hf_files import DTYPES, StoredTensor, parse_json
+from peftjax.io import finite
+from peftjax.io.json_files import parse_json
+from peftjax.io.safetensors_files import DTYPES, StoredTensor, read_arrays
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -128,7 +129,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
     maps = tuple(f".{map_}" for map_ in _MAPS)
     wanted = {name: tensor for name, tensor in stored.items() if name in states or name.endswith(maps)}
-    arrays = hf_files.read_arrays(wanted.values())
+    arrays = read_arrays(wanted.values())
     small = {name: arrays[tensor.name] for name, tensor in wanted.items()}  # a part of a file may be renamed
     for name in states:
         weight, _, kind = name.partition(_STATE)

@@ -5,7 +5,9 @@ from typing import Any
 
 from peftjax import models
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files, mxfp4
+from peftjax.io import bitsandbytes, mxfp4
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import DTYPES, read_tensors
 from peftjax.io.parts import text_tensors
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling
@@ -22,7 +24,7 @@ def read_fields(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     It is also empty for MXFP4, whose kernels are decoded when they are read.
     """
-    fields = hf_files.read_json(directory / "config.json")
+    fields = read_json(directory / "config.json")
     quantization = fields.pop("quantization_config", None) or {}
     if quantization.get("quant_method") == mxfp4.METHOD:
         quantization = {}
@@ -45,8 +47,8 @@ def read_config(
         UserError: An option, the architecture or a field is not supported.
     """
     for name, value, values in (
-        ("dtype", dtype, hf_files.DTYPES),
-        ("param_dtype", param_dtype or dtype, hf_files.DTYPES),
+        ("dtype", dtype, DTYPES),
+        ("param_dtype", param_dtype or dtype, DTYPES),
         ("remat", remat, REMATS),
     ):
         if value not in values:
@@ -74,7 +76,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     """
     fields, quantization = read_fields(directory)
     try:
-        tensors = mxfp4.gather(hf_files.read_tensors(directory))
+        tensors = mxfp4.gather(read_tensors(directory))
     except UserError:  # the directory has no weights, or not all of them
         return quantization
     if fields.get("model_type") in WHOLES:

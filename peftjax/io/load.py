@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files, mxfp4
+from peftjax.io import bitsandbytes, mxfp4
 from peftjax.io.bitsandbytes import Stored
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config, read_fields
-from peftjax.io.hf_files import StoredTensor, resolve
+from peftjax.io.hf_files import find_model
+from peftjax.io.safetensors_files import StoredTensor, read_tensors
 from peftjax.io.match import match, tied_as_stored
 from peftjax.io.parts import text_tensors, warn_of_the_rest
 from peftjax.io.place import ordered, read_parameter
@@ -88,11 +89,11 @@ def load_model(
         >>> model(jnp.array([[5, 6, 7]])).shape  # logits
         (1, 3, 1024)
     """
-    directory = resolve(path, revision)
+    directory = find_model(path, revision)
     started = time.perf_counter()
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
-    tensors = mxfp4.gather(hf_files.read_tensors(directory))
+    tensors = mxfp4.gather(read_tensors(directory))
     if config.whole:
         warn_of_the_rest(tensors, directory)
         tensors = text_tensors(tensors)
@@ -162,8 +163,8 @@ def load_kernels(
         >>> method = peftjax.Lora(rank=4, init="loftq")
         >>> model = peftjax.attach(model, method, rngs=nnx.Rngs(0), kernels=kernels)
     """
-    directory = resolve(path, revision)
-    tensors = mxfp4.gather(hf_files.read_tensors(directory))
+    directory = find_model(path, revision)
+    tensors = mxfp4.gather(read_tensors(directory))
     fields, quantization = read_fields(directory)
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")

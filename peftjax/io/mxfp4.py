@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from peftjax.io.hf_files import StoredTensor
+from peftjax.io.safetensors_files import StoredTensor
 
 METHOD = "mxfp4"  # quant_method in config.json
 _BLOCK, _BYTES = 32, 16

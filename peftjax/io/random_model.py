@@ -16,7 +16,7 @@ from peftjax.io.entries import Entry, entries
 from peftjax.io.experts import single_names
 from peftjax.io.formats import encoders
 from peftjax.io.hf_config import PACKED, read_config, stored_quantization
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.resize import resized
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.heads import HeadOptions
@@ -46,7 +46,7 @@ def make_random(
     Raises:
         UserError: As `load_model`, except that no weights are read; or the directory is quantized and `quantize` is None.
     """
-    directory = resolve(path, revision)
+    directory = find_model(path, revision)
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
     if quantization and not quantize and stored_quantization(directory):

@@ -25,7 +25,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import make_console
 from peftjax.io.hf_config import read_fields, stored_quantization
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.plan import devices
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
 
 def _hf_config(path: str, revision: str | None) -> dict[str, Any]:
     """The fields of a model's config.json, with the quantization of its weights."""
-    directory = resolve(path, revision, files=("config.json",))
+    directory = find_model(path, revision, files=("config.json",))
     return read_fields(directory)[0] | {"quantization_config": stored_quantization(directory)}
 
 

@@ -15,7 +15,7 @@ from peftjax.data.documents import Document, Row, Text
 from peftjax.data.records import Prompt
 from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.json_files import read_json_if_any
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelSection, load_base
 from peftjax.totals import Batch, Totals

@@ -28,7 +28,7 @@ from peftjax.data.prompt_format import PromptFormat
 from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.io.hf_files import enumerate_some
+from peftjax.core.listing import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.methods import make_config

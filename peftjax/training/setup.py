@@ -24,7 +24,8 @@ from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
 from peftjax.data.token_rows import check_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import stored_quantization
-from peftjax.io.hf_files import read_json, resolve
+from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json
 from peftjax.io.load import load_kernels
 from peftjax.io.save import MARK
 from peftjax.models.base import Model
@@ -130,7 +131,7 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     Raises:
       UserError: The model directory lacks what the task needs, a batch does not fit the memory, or the data cannot be read.
     """
-    directory = resolve(config.model.path, config.model.revision)
+    directory = find_model(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
     share = batching(config, mesh)
     check_batch(config, task, share.process_count)

@@ -29,7 +29,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.core.variables import DropoutKey
-from peftjax.io import hf_files
+from peftjax.io.hf_files import find_model
+from peftjax.io.safetensors_files import read_header
 from peftjax.io.adapter_keys import has_single_experts
 from peftjax.io.adapter_load import load_adapter, method_for
 from peftjax.io.adapter_method import read_method
@@ -175,9 +176,9 @@ def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:
 def _method(path: Path, base: ModelSection) -> Method:
     """The method of an adapter directory. If its file has modules of single experts, in the base's names of all experts."""
     method = read_method(path)
-    if not (path / WEIGHTS).is_file() or not has_single_experts(hf_files.read_header(path / WEIGHTS)):
+    if not (path / WEIGHTS).is_file() or not has_single_experts(read_header(path / WEIGHTS)):
         return method
-    directory = hf_files.resolve(base.path, base.revision, files=("config.json",))
+    directory = find_model(base.path, base.revision, files=("config.json",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
         return method_for(path, from_hf_config(read_fields(directory)[0]).abstract())

@@ -16,7 +16,9 @@ from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
+from peftjax.core.listing import enumerate_some
+from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json_if_any
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task, make_task
@@ -97,7 +99,7 @@ def result_of(config: Config, workdir: Path) -> Path:
 def open_task(config: Config) -> Task:
     """The task of a config, with the tokenizer of its base model."""
     return make_task(
-        config.task, config.data, resolve(config.model.path, config.model.revision), config.train.loss_chunk
+        config.task, config.data, find_model(config.model.path, config.model.revision), config.train.loss_chunk
     )
 
 

@@ -173,7 +173,7 @@ def test_the_runs_of_a_sweep_over_epochs_are_put_in_steps_and_their_data_is_open
         Member({}, configs.changed(configs.validate(base), fields), tmp_path / "run")
         for fields in ({}, {"train.epochs": 2.0}, {"optim.learning_rate": 1.0}, {"train.steps": 7})
     ]
-    sweep.resolve(runs)
+    sweep.resolve_configs(runs)
     assert [one.config.train.steps for one in runs] == [5, 10, 5, 7]
     assert len(opened) == 1
     assert sweep.populations(runs) == [runs]  # members may have different numbers of steps

@@ -562,7 +562,7 @@ def test_a_run_that_has_started_is_trained_together_with_one_that_has_not(made: 
     with Checkpoints(pair[0].workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
         identity = {"config": json.loads(configs.to_json(started)), "base": ""}
         checkpoints.save(2, {"step": jnp.zeros(())}, {}, identity=identity)
-    sweep.resolve(pair)
+    sweep.resolve_configs(pair)
     assert sweep.populations(pair) == [pair]
 
 
