@@ -22,7 +22,7 @@ from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
-from peftjax.io.adapter_experts import with_all_experts
+from peftjax.io.adapter_experts_load import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
     with_factors_of,

@@ -24,7 +24,7 @@ from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
 from peftjax.io.adapter_check import TOKENS
-from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
+from peftjax.io.adapter_experts_save import requires_single_experts, shapes_of_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, PREFIX, WEIGHTS, adapter_tensors
 from peftjax.io.safetensors_files import DTYPES
 from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark
