@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax.core import variables
-from peftjax.io.adapter_save import weights_bytes
+from peftjax.io.adapter_size import weights_bytes
 from peftjax.models.base import LanguageModel, Model
 from peftjax.models.kernels import kernel_of
 from peftjax.plan import hlo_cost

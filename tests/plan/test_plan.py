@@ -24,7 +24,8 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
-from peftjax.io.adapter_save import save_adapter, weights_bytes
+from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_size import weights_bytes
 from peftjax.io.hf_config import read_fields, stored_quantization
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
