@@ -20,7 +20,7 @@ from peftjax.core.paths import matches, matching
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Conv1D, Linear
-from peftjax.nn.moe import Router
+from peftjax.nn.routing import Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

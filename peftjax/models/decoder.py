@@ -23,7 +23,8 @@ from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import Load, MixtureOfExperts
+from peftjax.nn.moe import MixtureOfExperts
+from peftjax.nn.routing import Load
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables

@@ -25,7 +25,7 @@ from peftjax.data.config import DataConfig
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
-from peftjax.nn import moe
+from peftjax.nn import routing
 from peftjax.tasks import TaskConfig, make_task
 from peftjax.training.step import Objective, accumulate, init_state, summary
 from tests.interop import peers
@@ -187,7 +187,7 @@ def test_the_load_balancing_loss_is_that_of_transformers() -> None:
     for kept in (None, mask):
         attention = None if kept is None else torch.tensor(kept.astype(np.int64))
         expected = theirs(by_layer, 5, 2, attention).item()
-        ours = moe.load_balancing_loss(jnp.asarray(logits), 2, None if kept is None else jnp.asarray(kept))
+        ours = routing.load_balancing_loss(jnp.asarray(logits), 2, None if kept is None else jnp.asarray(kept))
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
