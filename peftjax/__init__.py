@@ -16,7 +16,7 @@ from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
-from peftjax.decoding import Sampling
+from peftjax.sampling import Sampling
 from peftjax.generation import generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter

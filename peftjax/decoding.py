@@ -1,8 +1,6 @@
-"""Batched text generation in one compiled function, with a key/value cache."""
+"""Batched generation of tokens in one compiled function, with a key/value cache."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.nn.dropout import remove_dropout
+from peftjax.sampling import Sampling
 
 
 class Answers(NamedTuple):
@@ -37,52 +36,7 @@ class Answers(NamedTuple):
 
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature, then top_k, then top_p, in the order of transformers.
-
-    Attributes:
-        temperature: Logits are divided by it before the softmax; 0 takes the most likely token (greedy decoding).
-        top_k: Sample from the k most likely tokens; 0 means all tokens.
-        top_p: Sample from the smallest set of most likely tokens whose probabilities add up to at least p (nucleus
-            sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1); 1 means all tokens.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature={self.temperature} is out of range; use 0 (greedy) or a finite number above 0"
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} is negative; use 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} is out of range; use more than 0 and at most 1")
-
-    def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-        """Sample token ids [B] from logits [B, V]."""
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        logits = logits.astype(jnp.float32) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probabilities = jax.nn.softmax(ordered, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the total probability of more likely tokens
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1)
-
-
-def generate(
+def generate_ids(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]],
     *,
@@ -91,11 +45,10 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
+    """Generate up to `max_new_tokens` tokens for each prompt in one batch, with the active adapters.
 
-    A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. All prompts run in one
-    batch. They are padded on the left to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most
-    an eighth, so that prompts of similar length share one compiled function.
+    A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. Prompts are padded on the left
+    to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most an eighth.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
@@ -136,7 +89,7 @@ def generate_each(
 ) -> list[list[list[int]] | NotFiniteError]:
     """Generate greedily with several models that differ in some leaves, in one program.
 
-    The answers of each model are those of `generate`.
+    The answers of each model are those of `generate_ids`.
 
     Args:
         model: One of the models, in evaluation mode.
@@ -150,7 +103,7 @@ def generate_each(
         For each model, the new token ids of each prompt, or the error if its logits are NaN or infinite.
 
     Raises:
-        UserError: As in `generate`.
+        UserError: As in `generate_ids`.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
     decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))

@@ -27,7 +27,8 @@ from peftjax.core.terminal import printable
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.decoding import Sampling, generate
+from peftjax.decoding import generate_ids
+from peftjax.sampling import Sampling
 from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
@@ -191,7 +192,7 @@ def main(argv: list[str]) -> None:
         for prompt in prompts:
             check_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
         answer = partial(
-            generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
+            generate_ids, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
         )
         answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
         started = time.perf_counter()

@@ -12,7 +12,7 @@ from peftjax.core.terminal import Clipped
 from peftjax.data.records import Prompt
 from peftjax.data.token_rows import check_rows
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.decoding import generate, generate_each
+from peftjax.decoding import generate_each, generate_ids
 from peftjax.models.base import Model
 from peftjax.tasks import metrics
 
@@ -49,7 +49,7 @@ def answer(
     answers = []
     with progress.phase(GENERATING):
         for part, tokens in _batches(model, prompts, tokenizer, BATCH, progress):
-            outputs = generate(model, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
+            outputs = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
             answers += _decoded(part, outputs, tokenizer)
     return answers
 
