@@ -26,7 +26,8 @@ from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
-from peftjax.data.sources import Concatenated, Source, open_source, split_weight, with_distinct_names
+from peftjax.data.source_strings import split_weight
+from peftjax.data.sources import Concatenated, Source, open_source, with_distinct_names
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
 
 # What is counted, in the order of the summary.
