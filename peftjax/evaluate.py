@@ -15,14 +15,13 @@ from peftjax.core.progress import Progress
 from peftjax.data.batches import HeldOut
 from peftjax.log import is_amount
 from peftjax.training import answers
-from peftjax.training import config as configs
 from peftjax.training.setup import check_held_out
 from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
 
 
 def main(argv: list[str]) -> None:
     summary = "Evaluate the trained model in a workdir."
-    options = cli.parse(argv, "evaluate", summary, configs.describe(), of_run=True, options=distributed.add_options)
+    options = cli.parse_command(argv, "evaluate", summary, of_run=True, options=distributed.add_options)
     workdir = Path(options.workdir)
     config = run_config(workdir, options.config, options.overrides)
     distributed.start(options)

@@ -30,7 +30,6 @@ from peftjax.io.json_files import read_json_if_any
 from peftjax.io.hf_files import find_model
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, space, start_from
-from peftjax.training import config as configs
 from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
@@ -195,7 +194,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of field values, or for each draw of a random search."
     fields, rest = cli.config_fields(argv, "--sweep.")
-    options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
+    options = cli.parse_command(rest, "sweep", summary, options=add_options)
     if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
     space.check_search_options(options)

@@ -127,7 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     description = "Train a model with the method of a config. Run the same command again to resume."
-    options = cli.parse(argv, "train", description, configs.describe(), options=add_options)
+    options = cli.parse_command(argv, "train", description, options=add_options)
     profile = parse_steps(options.profile) if options.profile is not None else None
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
