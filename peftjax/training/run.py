@@ -40,7 +40,7 @@ from peftjax.report.outcome import concerns
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
-from peftjax.trackers import Tracking
+from peftjax.trackers.base import Tracking
 from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_batch
