@@ -19,7 +19,7 @@ from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.config import flat
-from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
@@ -31,7 +31,6 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.core.listing import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
-from peftjax.methods import make_config
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
@@ -41,11 +40,12 @@ from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
 from peftjax.trackers.base import Tracking
-from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
+from peftjax.training import answers, card, duration, optim, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
+from peftjax.training.defaults import default_values
 from peftjax.training.due import Due
 from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
@@ -183,7 +183,7 @@ class Run:
             loss_unit=self.task.loss_unit,
             origin=origin(self.workdir),
             versions=versions(),
-            default_config=self._default_config(),
+            default_config=default_values(config, self.task.hf_config),
         )
         for text in (*self._describe_model(leaves), *self._describe_data(log), *self._describe_start(step)):
             log.message(text)
@@ -230,22 +230,6 @@ class Run:
             yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
-
-    def _default_config(self) -> dict[str, Any]:
-        """The default config of the run's method, resolved as the config of the run."""
-        options = json.loads(json.dumps(make_config(self.config.method.method).to_dict()))
-        try:
-            default, own = configs.validate({"method": options}), dict[str, Any]()
-        except UserError:  # the default of a required option is not valid, such as token_indices of trainable tokens
-            default, own = dataclasses.replace(configs.validate({}), method=self.config.method), {"method": options}
-        values: dict[str, Any] = json.loads(configs.to_json(self._resolved(default)))
-        return values | own
-
-    def _resolved(self, default: Config) -> Config:
-        """The default config as it would be resolved in this run; the report shows which values of the run differ."""
-        same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=self.config.train.steps))
-        resolved = precision.resolve(duration.in_steps(same, lambda: 0), self.task.hf_config)
-        return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
