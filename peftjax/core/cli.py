@@ -44,7 +44,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Preempted as stop:
         say(str(stop), error=True)
         code, saved = signals.PREEMPTED, True
-    except Exception as raised:
+    except Exception as raised:  # of any kind: other processes of a run must learn that this one ends
         error = _without_device(raised) or raised
         mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
         if not mistake and not distributed.many():

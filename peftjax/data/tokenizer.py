@@ -278,7 +278,7 @@ class Tokenizer:
             yield
         except TypeError as error:  # a lone surrogate: how Python reads an argument that is not UTF-8
             raise UserError(f"cannot encode {str(text)[:40]!r}: it is not valid Unicode") from error
-        except Exception as error:
+        except Exception as error:  # the only type that the library raises
             raise UserError(
                 f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "
                 "probably has no token for unknown text; set unk_token in tokenizer.json to a token of the vocabulary"
@@ -350,7 +350,7 @@ def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]
     for probe in itertools.chain(("a", "0", "."), tokens):
         try:
             bare = tokenizer.encode(probe, add_special_tokens=False).ids
-        except Exception:  # the library's only type: the vocabulary has no unknown token
+        except Exception:  # the only type that the library raises: the vocabulary has no unknown token
             continue
         if bare:
             whole = tokenizer.encode(probe).ids
