@@ -25,7 +25,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.output import say
 from peftjax.core.terminal import printable
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import generate_ids
 from peftjax.sampling import Sampling
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext():
         model = source.load()
         for prompt in prompts:
-            check_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
+            check_token_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
         answer = partial(
             generate_ids, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
         )

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_ids
 from peftjax.models.base import Model
@@ -121,7 +121,7 @@ def generate(
     tokens = [tokenizer.encode_prompt(text, chat) for text in several]
     rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
-        check_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
+        check_token_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
     out = generate_ids(
         model, tokens, max_new_tokens=max_new_tokens, stop=[*tokenizer.eos_ids, *stop], sampling=sampling, seed=seed
     )

@@ -91,7 +91,7 @@ def _merges(model: nnx.Module) -> bool:
     return all(type(adapter).merged is not MethodAdapter.merged for _, adapter in adapters_named(model, "default"))
 
 
-def table(rows: Sequence[Row]) -> Table:
+def methods_table(rows: Sequence[Row]) -> Table:
     """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
@@ -132,7 +132,7 @@ def _equation(cls: type[adapters.Method]) -> str:
 def print_methods(config: ModelConfig, console: Console) -> None:
     """Print the table of all methods with their default options, what they compute, and why some do not fit the model."""
     rows = [row(config, name) for name in sorted(methods.METHODS)]
-    console.print(table(rows))
+    console.print(methods_table(rows))
     console.print(equations(found.name for found in rows))
     console.print()
     for name, options in _REQUIRED.items():

@@ -36,7 +36,7 @@ from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
 from peftjax.training.packing import pack
 from peftjax.training.population import train_population
-from peftjax.training.setup import check_fit, check_workdir, complete, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import check_fit, check_workdir, complete_config, open_checkpoints, open_data, resolve_config
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results
@@ -128,8 +128,8 @@ def resolve_configs(runs: Iterable[Member]) -> None:
         try:
             with open_checkpoints(config, member.workdir) as checkpoints:
                 fields = partial(base_fields, model.path, model.revision)
-                config = complete(config, checkpoints, partial(rows, config), fields)
-                member.config, _ = start_from.resolve(config, member.workdir, checkpoints)
+                config = complete_config(config, checkpoints, partial(rows, config), fields)
+                member.config, _ = start_from.resolve_options(config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
 

@@ -54,7 +54,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         no longer finite.
     """
     mesh = sharding.make_mesh(config.mesh.sizes)
-    sharding.check_rows(config.train.batch_size // config.train.accumulate, mesh)
+    sharding.check_even_rows(config.train.batch_size // config.train.accumulate, mesh)
     with (
         Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),

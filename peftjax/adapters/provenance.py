@@ -66,7 +66,7 @@ def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
     return float(jnp.sqrt(difference.sum() / norm.sum()))
 
 
-def summary(errors: Mapping[str, float]) -> str:
+def describe_errors(errors: Mapping[str, float]) -> str:
     """Describe the mean and the largest of relative errors, which are given by path."""
     worst = max(errors, key=lambda path: errors[path])
     return f"{sum(errors.values()) / len(errors):.2%} on average, at most {errors[worst]:.2%} ({worst})"

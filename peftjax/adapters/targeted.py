@@ -12,7 +12,7 @@ from flax import nnx
 from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
-from peftjax.adapters.saved_modules import is_saved, nested, outermost, train_whole
+from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost, train_whole
 from peftjax.adapters.selection import Chosen, choose, chosen_names, ending_of, target_entries
 from peftjax.adapters.sites import SingleSite, Site, head_sites, insert, single_sites, sites
 from peftjax.core.errors import UserError
@@ -138,7 +138,7 @@ class Targeted(Method):
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained in full: those of modules_to_save and of a classification head."""
         layers = sites(model)
-        for entry, (outside, outer) in nested(layers, self.modules_to_save).items():
+        for entry, (outside, outer) in nested_entries(layers, self.modules_to_save).items():
             if not outside:
                 raise UserError(
                     f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained in full; remove {entry!r}"

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.saved_modules import is_saved, nested, outermost
+from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, is_selected, target_entries
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
@@ -185,7 +185,7 @@ def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]
 
     peft trains the outermost modules. It writes the others as it found them, and cannot load such a file.
     """
-    if not isinstance(method, Targeted) or not (found := nested(sites(model), method.modules_to_save)):
+    if not isinstance(method, Targeted) or not (found := nested_entries(sites(model), method.modules_to_save)):
         return method, []
     return dataclasses.replace(method, modules_to_save=outermost(model, method.modules_to_save)), list(found)
 

@@ -91,7 +91,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
     path = expand(path)
     method: Method
     if adapter_hub.is_hub(path):
-        method, tensors = adapter_hub.read(path, model, name)
+        method, tensors = adapter_hub.read_adapter(path, model, name)
         has_head = (path / adapter_hub.HEAD).is_file()
     else:
         method, tensors, has_head = _read(path, model)

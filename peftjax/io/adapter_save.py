@@ -200,7 +200,7 @@ def _hub_files(
     rest, head = without_head(tensors)
     files = {
         adapter_hub.WEIGHTS: _weights(adapter_hub.with_both_names(rest, method), metadata),
-        adapter_hub.CONFIG: _json(adapter_hub.make_config(model, method, name, base)),
+        adapter_hub.CONFIG: _json(adapter_hub.adapter_config(model, method, name, base)),
     }
     if head:
         files |= {

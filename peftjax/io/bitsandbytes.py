@@ -112,7 +112,7 @@ def _claimed(quantization: Mapping[str, Any]) -> str:
     return f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4') if four else 'load_in_8bit'}"
 
 
-def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
+def with_packed_kernels(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
     """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight.
 
     Args:
@@ -342,7 +342,7 @@ def _check_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
 # --- Writing ---
 
 
-def pack(kernel: Nf4) -> dict[str, jax.Array]:
+def pack_kernel(kernel: Nf4) -> dict[str, jax.Array]:
     """Return the arrays of one layer's kernel as they are stored; the inverse of `Unpack`."""
     codes, absmax = (kernel.codes.astype(jnp.int8) + 8).astype(jnp.uint8), kernel.absmax
     if codes.ndim == 3:
@@ -360,7 +360,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
 
     Args:
         weight: The name of its weight.
-        arrays: What `pack` made of the layer.
+        arrays: What `pack_kernel` made of the layer.
         kernel: The kernel, of one layer or stacked.
     """
     inputs, outputs = kernel.features
@@ -375,7 +375,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
     return stored
 
 
-def make_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
+def quantization_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
     """Return the quantization_config of config.json.
 
     Args:

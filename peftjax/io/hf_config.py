@@ -76,7 +76,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     """
     fields, quantization = read_fields(directory)
     try:
-        tensors = mxfp4.gather(read_tensors(directory))
+        tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
     except UserError:  # the directory has no weights, or not all of them
         return quantization
     if fields.get("model_type") in WHOLES:
@@ -85,4 +85,4 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
         return {}
     nested = any(name.endswith(".nested_absmax") for name in tensors)
     packed = {PACKED: bitsandbytes.packed_names(tensors)}
-    return quantization | bitsandbytes.make_config(nested, (), "float32") | packed
+    return quantization | bitsandbytes.quantization_config(nested, (), "float32") | packed

@@ -93,14 +93,14 @@ def load_model(
     started = time.perf_counter()
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
-    tensors = mxfp4.gather(read_tensors(directory))
+    tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
     if config.whole:
         warn_of_the_rest(tensors, directory)
         tensors = text_tensors(tensors)
     packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is already quantized")
-    stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
+    stored: Mapping[str, Stored] = bitsandbytes.with_packed_kernels(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
     model = config.abstract()
     table = entries(model)
@@ -164,7 +164,7 @@ def load_kernels(
         >>> model = peftjax.attach(model, method, rngs=nnx.Rngs(0), kernels=kernels)
     """
     directory = find_model(path, revision)
-    tensors = mxfp4.gather(read_tensors(directory))
+    tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
     fields, quantization = read_fields(directory)
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")

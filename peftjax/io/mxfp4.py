@@ -70,7 +70,7 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (_PAIRS[blocks] * powers[..., None, None]).reshape(*scales.shape[:-1], -1)
 
 
-def gather(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def with_decoded_kernels(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Replace the blocks and scales of each kernel by one tensor with the kernel's name, which decodes them when read."""
     result = dict(stored)
     for name, blocks in stored.items():

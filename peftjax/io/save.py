@@ -131,7 +131,7 @@ def _quantization_config(model: Model) -> dict[str, Any]:
     if not kernels:
         return {}
     nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())
-    return {"quantization_config": bitsandbytes.make_config(nested, dense, model.config.dtype)}
+    return {"quantization_config": bitsandbytes.quantization_config(nested, dense, model.config.dtype)}
 
 
 def _check_target(target: Path) -> None:

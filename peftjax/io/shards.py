@@ -134,5 +134,5 @@ def _take(
     if stacked:
         value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
     if isinstance(value, Nf4):
-        return bitsandbytes.pack(value) if value.ndim == 2 else jax.vmap(bitsandbytes.pack)(value)
+        return bitsandbytes.pack_kernel(value) if value.ndim == 2 else jax.vmap(bitsandbytes.pack_kernel)(value)
     return value if order is None else value.transpose(order)

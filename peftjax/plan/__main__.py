@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
     fields_of = cache(_hf_config)  # runs of a sweep may have different models
-    config = precision.resolve(config, fields_of(config.model.path, config.model.revision), device.platform)
+    config = precision.resolve_dtype(config, fields_of(config.model.path, config.model.revision), device.platform)
     console = make_console(soft_wrap=True)
     one = not (given.search or given.compare or swept)
 

@@ -49,7 +49,7 @@ def measure(
     Raises:
         UserError: The model, the method and the config do not go together.
     """
-    config, *alike = (precision.resolve(one, hf_config, device.platform) for one in (config, *population))
+    config, *alike = (precision.resolve_dtype(one, hf_config, device.platform) for one in (config, *population))
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
     step = trace_step(config, hf_config, mesh, members, alike)

@@ -16,7 +16,7 @@ from peftjax.report.compared_tables import ComparedTable, final_scores, group_na
 from peftjax.report.comparison import Group, RecordedRun, group_seeds, warnings_of
 from peftjax.report.data import Sample
 from peftjax.report.figures import Drawer, Figure, make_figure, save_figure
-from peftjax.report.html import render
+from peftjax.report.html import render_page
 from peftjax.report.run_plots import RunCurve
 from peftjax.report.svg import COLORS, GROUP_COLORS, is_log
 from peftjax.report.sweep_figures import SEED
@@ -55,7 +55,7 @@ def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]
     loss = scores_of(runs)[0]
     title = "Held-out loss" if loss == "eval_loss" else "Training loss"
     shown, fields = _shown(groups, loss), ", ".join(short_name(field, groups[0].values) for field in groups[0].values)
-    page = render(
+    page = render_page(
         "compare.html.j2",
         title="Comparison",
         runs=runs,

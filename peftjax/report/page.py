@@ -16,7 +16,7 @@ from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_recorded_object
-from peftjax.report.html import render
+from peftjax.report.html import render_page
 from peftjax.report.outcome import concerns
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
 
@@ -50,7 +50,7 @@ def _render(workdir: Path) -> str:
     data = ReportData.load(workdir)
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
-    return render(
+    return render_page(
         "run.html.j2",
         title=data.title or workdir.resolve().name,
         data=data,

@@ -79,7 +79,7 @@ class Drawing(NamedTuple):
     frame: Frame
 
 
-def draw(
+def draw_chart(
     title: str,
     curves: Sequence[Curve],
     last_step: int,

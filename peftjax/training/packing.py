@@ -64,7 +64,7 @@ def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[li
         say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
         return [(list(population), everyone)]
     task = open_task(first)
-    configs = {one.name: precision.resolve(one.config, task.hf_config) for one in population}
+    configs = {one.name: precision.resolve_dtype(one.config, task.hf_config) for one in population}
     room = usable(memory, platform)
     groups, _ = group_runs(
         population, lambda one: configs[one.name].method, lambda one: abstract_run(configs[one.name], task)

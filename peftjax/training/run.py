@@ -218,14 +218,14 @@ class Run:
 
     def _describe_data(self, log: Log) -> Iterator[str]:
         if log.prints:  # with packing, this tokenizes records
-            yield duration.describe(self.config, self.task, self.batches)
+            yield duration.describe_length(self.config, self.task, self.batches)
         if padding := self.batches.padding_text():
             yield padding
 
     def _describe_start(self, step: int) -> Iterator[str]:
         config = self.config
         if config.start_from and step == 0:
-            yield start_from.describe(config)
+            yield start_from.describe_start(config)
         if step > 0:
             yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
@@ -284,7 +284,7 @@ class Run:
             self.save_report()  # a resumed run cannot answer as the untrained model any more
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
-                log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
+                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.exact_match > 0))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
@@ -359,8 +359,8 @@ class Run:
             training = None
             if jax.process_index() == 0:
                 parts = count_parts(variables.flat(self.model)[1], self.method.trains)
-                training = card.describe(self.config, self.task, self.workdir, int(state.step), parts)
-            base = start_from.base_name(self.model, self.config)
+                training = card.training_summary(self.config, self.task, self.workdir, int(state.step), parts)
+            base = start_from.recorded_base(self.model, self.config)
             directory = write_adapter(self.model, self.workdir / "adapter", "default", base, training)
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)

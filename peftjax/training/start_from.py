@@ -47,7 +47,7 @@ KEPT = "start_from"  # the copy in the workdir
 _SOURCE = "start_from"  # the name of the loaded adapter while its values are copied
 
 
-def resolve(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Config, Path | None]:
+def resolve_options(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Config, Path | None]:
     """The config with the method's options resolved, and the directory of the adapter to start from.
 
     Args:
@@ -63,7 +63,7 @@ def resolve(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Co
       UserError: The directory does not hold an adapter, or an option differs from the adapter's.
     """
     if config.start_from and (identity := checkpoints.identity()) is not None:
-        return as_stored(config, identity["config"]), workdir / KEPT
+        return with_stored_options(config, identity["config"]), workdir / KEPT
     return with_options(config), expand(config.start_from) if config.start_from else None
 
 
@@ -87,7 +87,7 @@ def with_options(config: Config) -> Config:
     return dataclasses.replace(config, method=method)
 
 
-def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+def with_stored_options(config: Config, stored: Mapping[str, Any]) -> Config:
     """The config with the options that it leaves to the adapter of method.start_from, as a stored config has them."""
     section = stored["method"]
     if not config.start_from or section.get("start_from") != config.start_from:
@@ -96,7 +96,7 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, method=_completed(config.method, theirs))
 
 
-def describe(config: Config) -> str:
+def describe_start(config: Config) -> str:
     """The message of a new run: the adapter, and the method's options that are not at their defaults."""
     values = [
         (field.name, getattr(config.method, field.name), field.default) for field in dataclasses.fields(config.method)
@@ -148,7 +148,7 @@ def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> 
     return method
 
 
-def base_name(model: Model, config: Config) -> BaseName:
+def recorded_base(model: Model, config: Config) -> BaseName:
     """The name of the base to record with the trained adapter.
 
     It is model.path; if that is a local directory and the adapter of method.start_from names a base on the hub, that name.

@@ -46,7 +46,7 @@ def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] 
     if file is not None:
         config = configs.load(file, overrides)
         stored = _stored(workdir)
-        return precision.as_stored(config, stored) if stored else config
+        return precision.with_stored_dtype(config, stored) if stored else config
     if not is_run(workdir):
         raise UserError(f"--workdir={workdir}: {_why_not(workdir)}")
     return configs.load(workdir / CONFIG, overrides)
@@ -124,7 +124,7 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     return model
 
 
-def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
+def held_out_scores(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}

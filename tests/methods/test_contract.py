@@ -332,8 +332,7 @@ def trainer(model: Any, method: adapters.Method, mesh: Any = None) -> tuple[Call
     sharding.place(model, mesh or sharding.make_mesh())
     model.train()
     graph, leaves = variables.flat(model)
-    mask = variables.trainable_mask(leaves, method.trains)
-    _, trainable, frozen = variables.split(model, mask)
+    _, trainable, frozen = variables.split_by_kind(model, method.trains)
     optimizer = method.optimizer(optimizer_for(trainable, leaves), leaves)
     state = init_state(trainable, optimizer, seed=3)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
@@ -436,7 +435,7 @@ def differentiable(name: str, remat: str = "none") -> tuple[Callable, Callable, 
     """A loss of the trainable parameters, its jitted gradient, and parameters with random values."""
     model = tiny.randomize(attached(name, remat=remat))
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, first_method(name).trains))
+    _, trainable, frozen = variables.split_by_kind(model, first_method(name).trains)
     loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     return loss, jax.jit(jax.grad(loss)), trainable
 

@@ -133,7 +133,7 @@ def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
     mesh = sharding.make_mesh({"data": 2})
     sharding.place(model, mesh)
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, frozen = variables.split_by_kind(model)
 
     def loss(model: Any, batch: Any) -> Totals:
         logits, labels = model(batch["tokens"]), batch["labels"]

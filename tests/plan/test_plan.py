@@ -670,7 +670,7 @@ def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) 
     def run(command: list[str], input: str, **options: Any) -> Any:  # noqa: A002  subprocess.run's name for it
         monkeypatch.setattr("sys.stdin", io.StringIO(input))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            worker.answer()
+            worker.serve()
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     monkeypatch.setattr("subprocess.run", run)

@@ -52,7 +52,7 @@ def test_no_more_runs_are_trained_together_than_fit(
     several = [member(made, tmp_path / "sweep", **values) for values in options]
     mesh = sharding.make_mesh()
     task, _ = open_data(several[0].config, mesh)
-    resolved = [precision.resolve(one.config, task.hf_config) for one in several]
+    resolved = [precision.resolve_dtype(one.config, task.hf_config) for one in several]
     models, _ = group_runs(resolved, lambda one: one.method, lambda one: abstract_run(one, task))
     assert [len(alike) for _, alike in models] == [5, 1]  # the structure of PiSSA differs
     with jax.set_mesh(mesh):
