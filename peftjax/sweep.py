@@ -34,7 +34,7 @@ from peftjax.training.alike import separating_fields
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
-from peftjax.training.packing import pack
+from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.population import train_population
 from peftjax.training.setup import check_fit, check_workdir, complete_config, open_checkpoints, open_data, resolve_config
 from peftjax.training.sweep_members import members
@@ -57,7 +57,7 @@ def sweep(
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `packing.pack`.
+      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `concurrency.concurrent_groups`.
       reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
       part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
@@ -90,7 +90,7 @@ def sweep(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
-        groups = [group for population in waiting_alike for group in pack(population, most)]
+        groups = [group for population in waiting_alike for group in concurrent_groups(population, most)]
         record = partial(write_results, runs, workdir, mine)
         record()  # the reports of the runs link to the page
         for number, (population, width) in enumerate(groups, 1):

@@ -39,7 +39,7 @@ def usable(memory: int, platform: str) -> int:
     return int((0.8 if platform == "cpu" else 0.9) * memory)
 
 
-def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
+def concurrent_groups(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
     """Divide a population into groups that are trained one after the other; returns each with its number of concurrent runs.
 
     All members fit if a rough estimate from shapes, which is usually too high, is at most half of the memory. Otherwise the
