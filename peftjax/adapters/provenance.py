@@ -23,11 +23,6 @@ def formats_of(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {path: value.format for path, value in parameters.items() if isinstance(value, Quantized)}
 
 
-def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:
-    """Record with the model the formats of the kernels, by path, that adapter `name` was trained on."""
-    set_registry(model, registry_of(model).with_formats(name, recorded))
-
-
 def base_name(model: nnx.Module, name: str) -> BaseName | None:
     """Return the name of the base in the file that adapter `name` was loaded from; None if the file does not name it."""
     return dict(registry_of(model).bases).get(name)

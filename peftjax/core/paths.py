@@ -10,6 +10,8 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.core.time_limit import time_limit
 
+REGEX = set("*+?()[]{}|^$\\")  # the characters that make a text a regular expression
+
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Suggest known names similar to `word`, whatever their case.

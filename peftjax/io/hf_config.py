@@ -56,7 +56,7 @@ def read_config(
     # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
     fields, quantization = read_fields(directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    if models.family(fields).heads and head["head"] in (None, "none"):
+    if models.family(fields).heads and head.get("head") in (None, "none"):
         options |= read_pooling(directory)
     options |= head
     return models.from_hf_config(fields, **options), quantization

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -75,7 +76,9 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of a directory that transformers can load."""
-        raise NotImplementedError
+        fields = json.loads(self.hf)
+        fields.pop("torch_dtype", None)
+        return fields | {"dtype": self.param_dtype}
 
 
 def as_shapes(make: Callable[[], "Model"]) -> "Model":

@@ -5,7 +5,6 @@ A family provides its layers (`make_block`) and overrides the few steps in which
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -55,12 +54,10 @@ class DecoderConfig(LanguageModelConfig):
         raise NotImplementedError
 
     def to_hf(self) -> dict[str, Any]:
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
         changed = {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
-        return (
-            multimodal.with_text(self.whole, changed | {"vocab_size": self.vocab}) if self.whole else fields | changed
-        )
+        if self.whole:
+            return multimodal.with_text(self.whole, changed | {"vocab_size": self.vocab})
+        return super().to_hf() | changed
 
 
 class LayerOptions(NamedTuple):
