@@ -74,7 +74,7 @@ def measure(method: adapters.Method, model: Any, batches: list[Any], held_out: l
     adapters.attach(model, method, rngs=nnx.Rngs(0), batches=shown)
     full = method.trains_base
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split_by_mask(model, variables.trainable_mask(leaves, method.trains))
+    _, trainable, frozen = variables.split_by_kind(model, method.trains)
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     loss = partial(next_token_loss, chunk=config.train.loss_chunk)
 
