@@ -16,7 +16,7 @@ from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.nn.dropout import remove_dropout
-from peftjax.sampling import Sampling
+from peftjax.sampling import GREEDY, Sampling
 
 
 class Answers(NamedTuple):
@@ -35,14 +35,13 @@ class Answers(NamedTuple):
     done: jax.Array
 
 
-
 def generate_ids(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[list[int]]:
     """Generate up to `max_new_tokens` tokens for each prompt in one batch, with the active adapters.
@@ -108,7 +107,7 @@ def generate_each(
     arguments = _arguments(model, prompts, max_new_tokens, stop)
     decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))
     graph, key = variables.flat(model)[0], jax.random.key(0)
-    answers = decode(graph, own, shared, *arguments, key, sampling=Sampling(), max_new=max_new_tokens)
+    answers = decode(graph, own, shared, *arguments, key, sampling=GREEDY, max_new=max_new_tokens)
     answers = jax.tree.map(host_arrays.whole, answers)
     found: list[list[list[int]] | NotFiniteError] = []
     for index in range(len(own)):

@@ -28,7 +28,6 @@ from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import generate_ids
-from peftjax.sampling import Sampling
 from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
@@ -37,6 +36,7 @@ from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
+from peftjax.sampling import Sampling
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
 
 

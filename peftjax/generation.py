@@ -11,9 +11,7 @@ from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_ids
 from peftjax.models.base import Model
-from peftjax.sampling import Sampling
-
-GREEDY = Sampling()
+from peftjax.sampling import GREEDY, Sampling
 
 
 @overload

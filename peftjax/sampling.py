@@ -54,3 +54,4 @@ class Sampling:
         return jax.random.categorical(key, logits, axis=-1)
 
 
+GREEDY = Sampling()

@@ -23,20 +23,27 @@ from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
-from peftjax.core.listing import enumerate_some
-from peftjax.io.json_files import read_json_if_any
 from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json_if_any
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, space, start_from
 from peftjax.training.alike import separating_fields
+from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
-from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.population import train_population
-from peftjax.training.setup import check_fit, check_workdir, complete_config, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import (
+    check_fit,
+    check_workdir,
+    complete_config,
+    open_checkpoints,
+    open_data,
+    resolve_config,
+)
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results

@@ -152,7 +152,9 @@ def test_ids_without_a_row_are_an_error_in_a_prompt_and_nothing_in_a_list_of_sto
     for token in (48, -1):
         with pytest.raises(UserError, match=rf"prompts\[1\] holds the token id {token}, but the embedding has 48 rows"):
             generate_ids(model, [[5], [6, token]], max_new_tokens=6)
-    assert generate_ids(model, PROMPTS, max_new_tokens=6, stop=[-1, 48]) == generate_ids(model, PROMPTS, max_new_tokens=6)
+    assert generate_ids(model, PROMPTS, max_new_tokens=6, stop=[-1, 48]) == generate_ids(
+        model, PROMPTS, max_new_tokens=6
+    )
 
 
 def test_sampling_is_the_same_for_a_seed_and_differs_between_seeds() -> None:

@@ -39,7 +39,10 @@ def evaluate(runs: list[Run], workdir: Path, text: str) -> dict[str, Any]:
         for run in runs:
             config = config_of(workdir / run["run"], text)
             model = load_trained(config, task, result_of(config, workdir / run["run"]), mesh)
-            losses = {"new": run["scores"]["eval_loss"], "pretraining": held_out_scores(config, model, task, mesh)["eval_loss"]}
+            losses = {
+                "new": run["scores"]["eval_loss"],
+                "pretraining": held_out_scores(config, model, task, mesh)["eval_loss"],
+            }
             found.append({"values": run["values"], **losses})
             print(run["run"], losses, flush=True)
     return {"versions": versions(), "base": before, "runs": found}

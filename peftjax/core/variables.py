@@ -104,9 +104,7 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
     return jax.tree.map(decide, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def split_by_kind(
-    model: nnx.Module, kind: type[nnx.Variable] = PeftParam
-) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
+def split_by_kind(model: nnx.Module, kind: type[nnx.Variable] = PeftParam) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
     """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves.
 
     Args:

@@ -64,5 +64,3 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
         for name in names:
             if not name.startswith("."):
                 yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
-
-

@@ -77,5 +77,3 @@ def without_lone_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {without_lone_surrogates(key): without_lone_surrogates(entry) for key, entry in value.items()}
     return [without_lone_surrogates(entry) for entry in value] if isinstance(value, list) else value
-
-

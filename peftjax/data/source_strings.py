@@ -43,5 +43,3 @@ def not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
     names = sorted(entry.name for entry in folder.iterdir())
     holds = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
     return UserError(f"source {spec!r}: no such {kind}.{suggest(missing, names)} {folder.resolve()} holds {holds}")
-
-

@@ -20,8 +20,8 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
 from peftjax.core.host_arrays import OnHost
-from peftjax.io.adapter_hub import CONFIG, is_hub
 from peftjax.core.listing import enumerate_some
+from peftjax.io.adapter_hub import CONFIG, is_hub
 from peftjax.io.json_files import parse_json, read_json
 from peftjax.quant.base import Quantized
 

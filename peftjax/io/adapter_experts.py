@@ -31,4 +31,3 @@ def table_entries(values: Mapping[str, Any], table: Pattern, default: Any) -> Pa
         same = len(set(own.values())) == 1
         entries += [(ending, next(iter(own.values())))] if wrong and same else wrong.items()
     return tuple(entries)
-

@@ -18,6 +18,7 @@ from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
@@ -37,10 +38,9 @@ from peftjax.io.adapter_method import check_directory, peft_method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.core.listing import enumerate_some
 from peftjax.io.json_files import read_json
-from peftjax.io.safetensors_files import read_header, read_metadata
 from peftjax.io.parts import in_other_parts, warn_of_adapters
+from peftjax.io.safetensors_files import read_header, read_metadata
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel

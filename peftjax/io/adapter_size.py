@@ -68,5 +68,3 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
         }
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + length + -length % 8 + end
-
-

@@ -18,12 +18,12 @@ from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config, read_fields
 from peftjax.io.hf_files import find_model
-from peftjax.io.safetensors_files import StoredTensor, read_tensors
 from peftjax.io.match import match, tied_as_stored
 from peftjax.io.parts import text_tensors, warn_of_the_rest
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows, with_stored_rows
+from peftjax.io.safetensors_files import StoredTensor, read_tensors
 from peftjax.models.base import Model, Origin
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import text_config

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import suggest
-from peftjax.io.json_files import read_json
-from peftjax.io.safetensors_files import FLOATS
 from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry, is_linear
-from peftjax.core.listing import enumerate_some
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import FLOATS
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 
 

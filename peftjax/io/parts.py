@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftjax.core.errors import UserError
-from peftjax.io.json_files import read_json
 from peftjax.io.adapter_keys import bare_key
+from peftjax.io.json_files import read_json
 from peftjax.io.safetensors_files import StoredTensor, read_tensors
 from peftjax.models.base import Model
 from peftjax.models.multimodal import OTHERS, other_part, text_name

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
 from peftjax.io import finite
-from peftjax.io.safetensors_files import FLOATS
 from peftjax.io.bitsandbytes import Packed, Stored, Unpack
 from peftjax.io.entries import Entry
 from peftjax.io.formats import Encode
+from peftjax.io.safetensors_files import FLOATS
 from peftjax.quant.base import Quantized
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)

@@ -12,10 +12,10 @@ from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.home import expand
+from peftjax.core.listing import enumerate_some
 from peftjax.io import bitsandbytes
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import projections
-from peftjax.core.listing import enumerate_some
 from peftjax.io.hf_files import INDEX, PROMPT_FORMAT, SIDE_FILES, TEMPLATES, find_model
 from peftjax.io.json_files import read_json
 from peftjax.io.packed_experts import can_split

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from peftjax.core import variables
 from peftjax.io import bitsandbytes
-from peftjax.io.hf_files import INDEX, WEIGHTS
 from peftjax.io.entries import Entry, entries
 from peftjax.io.experts import single_names, split_experts
+from peftjax.io.hf_files import INDEX, WEIGHTS
 from peftjax.io.packed_experts import split_kernels
 from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model

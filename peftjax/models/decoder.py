@@ -23,10 +23,10 @@ from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
 from peftjax.nn.moe import MixtureOfExperts
-from peftjax.nn.routing import Load
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
+from peftjax.nn.routing import Load
 from peftjax.nn.stack import make_stack, scan_stack
 
 

@@ -104,5 +104,3 @@ def load_balancing_loss(logits: jax.Array, choices: int, mask: jax.Array | None 
         float32 []; K if the load is balanced.
     """
     return balance(jax.vmap(lambda layer: expert_load(layer, choices, mask))(logits).mean(axis=0))
-
-

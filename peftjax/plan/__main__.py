@@ -37,8 +37,8 @@ from peftjax.plan.worker import ask
 from peftjax.training import config as configs
 from peftjax.training import precision, space, start_from
 from peftjax.training.alike import populations
-from peftjax.training.config import Config
 from peftjax.training.concurrency import one_at_a_time, usable
+from peftjax.training.config import Config
 
 _SUMMARY = """\
 Plan a training run: whether its train step fits a device, and how fast it can be at best.

@@ -84,5 +84,3 @@ def _round_values(low: float, high: float) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     return [value for value in MaxNLocator(5).tick_values(low, high) if low <= value <= high]
-
-

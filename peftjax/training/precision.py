@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-
 from peftjax.tasks.model import compute_dtype
 from peftjax.training.config import Config
 

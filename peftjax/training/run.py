@@ -21,6 +21,7 @@ from peftjax.core import variables
 from peftjax.core.config import flat
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
+from peftjax.core.listing import enumerate_some
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
@@ -28,7 +29,6 @@ from peftjax.data.prompt_format import PromptFormat
 from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.core.listing import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.models.base import Model

@@ -29,15 +29,15 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.core.variables import DropoutKey
-from peftjax.io.hf_files import find_model
-from peftjax.io.safetensors_files import read_header
 from peftjax.io.adapter_keys import has_single_experts
 from peftjax.io.adapter_load import load_adapter, method_for
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import WEIGHTS
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import read_fields
+from peftjax.io.hf_files import find_model
 from peftjax.io.model_card import hub_id
+from peftjax.io.safetensors_files import read_header
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelSection

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
-from peftjax.core.listing import enumerate_some
 from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json_if_any
 from peftjax.models.base import Model
@@ -124,7 +124,9 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     return model
 
 
-def held_out_scores(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
+def held_out_scores(
+    config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None
+) -> dict[str, float]:
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}

@@ -67,7 +67,8 @@ def test_generation_answers_each_prompt_with_its_own_adapter() -> None:
     prompts, names = [[5, 9, 2], [5, 9, 2], [1, 30, 8, 21]], ["one", None, "two"]
     together = generate_ids(rows(model, names), prompts, max_new_tokens=5)
     alone = [
-        generate_ids(use(model, name), [prompt], max_new_tokens=5)[0] for name, prompt in zip(names, prompts, strict=True)
+        generate_ids(use(model, name), [prompt], max_new_tokens=5)[0]
+        for name, prompt in zip(names, prompts, strict=True)
     ]
     assert together == alone
     assert together[0] != together[1]

@@ -126,7 +126,9 @@ def test_parse_takes_a_commands_own_options():
     def options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--device")
 
-    arguments = cli.parse_command(["--config=c.py", "--device=v5e:4x4"], "plan", "Plans.", workdir=False, options=options)
+    arguments = cli.parse_command(
+        ["--config=c.py", "--device=v5e:4x4"], "plan", "Plans.", workdir=False, options=options
+    )
     assert arguments.device == "v5e:4x4"
     assert not hasattr(arguments, "workdir")
 

@@ -219,8 +219,7 @@ def test_training_with_the_load_balancing_loss_is_that_of_transformers(
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, -1), "loss_weights": shifted, "mask": mask}
     assert batch.keys() == task.row_shapes().keys()
     sharding.place(model, sharding.make_mesh())
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split_by_kind(model, nnx.Param)
+    graph, trainable, frozen = variables.split_by_kind(model, nnx.Param)
     state = init_state(trainable, optax.identity(), seed=0)
     objective = Objective(graph, task.loss, balanced=True)
     gradients, sums = jax.jit(partial(accumulate, objective))(state, frozen, batch)

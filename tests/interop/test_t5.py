@@ -162,7 +162,9 @@ def test_transformers_loads_what_we_save_and_generates_the_same(name: str, t5s: 
         do_sample=False,
     )
     ended = [[*row.tolist()[1:], 1] for row in answers]  # after the start token; 1 is the end of text
-    assert generate_ids(ours, real_tokens(given), max_new_tokens=12, stop=(1,)) == [row[: row.index(1)] for row in ended]
+    assert generate_ids(ours, real_tokens(given), max_new_tokens=12, stop=(1,)) == [
+        row[: row.index(1)] for row in ended
+    ]
 
 
 def test_old_files_that_hold_the_embedding_under_other_names_load(t5s: Callable, tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_each_parameter_is_its_stored_tensor_kernels_transposed_and_layers_stack
 @pytest.mark.parametrize("stored_dtype", safetensors_files.FLOATS.values())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_stored_float_is_converted(tmp_path: Path, stored_dtype: Any, dtype: str) -> None:
-    sign = np.abs if stored_dtype is safetensors_files.FLOATS["F8_E8M0"] else np.positive  # which holds powers of two only
+    sign = (
+        np.abs if stored_dtype is safetensors_files.FLOATS["F8_E8M0"] else np.positive
+    )  # which holds powers of two only
     stored = {name: sign(array).astype(stored_dtype) for name, array in random_tensors().items()}
     loaded = values(load_model(write(tmp_path / "m", stored), dtype))
     assert {array.dtype for array in loaded.values()} == {np.dtype(dtype)}

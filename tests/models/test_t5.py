@@ -15,8 +15,8 @@ import peftjax
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.decoding import generate_ids
-from peftjax.sampling import Sampling
 from peftjax.models import from_hf_config
+from peftjax.sampling import Sampling
 from peftjax.totals import seq2seq_loss
 from tests import tiny
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from peftjax import methods, sharding, sweep
 from peftjax.core import memory
 from peftjax.tasks import make_task
-from peftjax.training import config as configs
 from peftjax.training import concurrency, precision
+from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_step
 from peftjax.training.abstract_population import abstract_population
 from peftjax.training.alike import group_runs

@@ -63,7 +63,6 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     model = adapters.attach(tiny.model(), methods.Lora(rank=4), rngs=nnx.Rngs(1))
     sharding.place(model, mesh)
-    _, leaves = variables.flat(model)
     _, trainable, _ = variables.split_by_kind(model)
     state = init_state(trainable, optax.adam(1e-3), seed=0)
     moments = state.optimizer[0].mu
