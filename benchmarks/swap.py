@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/swap.py
 
-A random Llama of 24 layers and width 512 (about 79 million parameters) has two rank-16 LoRAs on all linear layers. A switch
+A random Llama of 24 layers and width 512 (about 81 million parameters) has two rank-16 LoRAs on all linear layers. A switch
 is `use` and the new arguments of a compiled forward pass, which must not compile again. Times are medians.
 """
 

@@ -1,10 +1,10 @@
 """The time of one step of several runs trained together by `peftjax sweep`, relative to separate steps.
 
-    PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4] [--full]
+    PYTHONPATH=. JAX_PLATFORMS=cpu python benchmarks/sweep.py [--width=1024] [--batch=4] [--runs 2 4 8] [--dense | --full]
 
-A random Llama of 4 layers with NF4 kernels, rank-4 LoRAs on all linear layers, packed sequences of 64 tokens. --full trains
-all weights in float32 instead. A separate step is a population of one. Times are medians over rounds in which all populations
-take turns.
+A random Llama of 4 layers with NF4 kernels, rank-4 LoRAs on all linear layers, packed sequences of 64 tokens. With --dense, the
+kernels are float32; --full trains all of them. A separate step is a population of one. Times are medians over rounds in which
+all populations take turns.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from peftjax.training import sweep_members
 from peftjax.training.population import Population
 from peftjax.training.united import unite_runs
 
-COUNTS, ROUNDS = (1, 2, 4, 8), 7
+ROUNDS = 7
 
 
 def sizes(width: int) -> dict[str, Any]:
@@ -39,11 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument(
-        "--full", action="store_true", help="Full fine-tuning in float32 instead of LoRA on an NF4 base"
-    )
+    parser.add_argument("--runs", type=int, nargs="+", default=[2, 4, 8], help="Sizes of the populations")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dense", action="store_true", help="LoRA on a float32 base instead of an NF4 base")
+    kinds.add_argument("--full", action="store_true", help="Full fine-tuning in float32")
     options = parser.parse_args()
-    name, method = ("runs", {"method.name": "full"}) if options.full else ("LoRAs", {"model.quantize": "nf4"})
+    counts = [1, *options.runs]
+    name = "runs" if options.full else "LoRAs"
+    method = {"method.name": "full"} if options.full else {} if options.dense else {"model.quantize": "nf4"}
     with contextlib.ExitStack() as opened:
         root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         fields = {
@@ -53,18 +56,18 @@ def main() -> None:
             **method,
         }
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-        rates = ",".join(f"{rate}e-3" for rate in range(1, max(COUNTS) + 1))
+        rates = ",".join(f"{rate}e-3" for rate in range(1, max(counts) + 1))
         swept = [f"--sweep.optim.learning_rate={rates}"]
         mesh = sharding.make_mesh()
         opened.enter_context(jax.set_mesh(mesh))
         together = {}
-        for count in COUNTS:
+        for count in counts:
             members = sweep_members.members("configs/quickstart.py", overrides, swept, root / str(count))[:count]
             (united,) = unite_runs(members, mesh)
             together[count] = Population(united, count, None, lambda: None)
             opened.enter_context(together[count].start())
             together[count].advance()  # compiles
-        seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
+        seconds: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(ROUNDS):
             for count, population in together.items():
                 jax.block_until_ready([one.state for one in population.live])
@@ -73,7 +76,7 @@ def main() -> None:
                 jax.block_until_ready([one.state for one in population.live])
                 seconds[count].append(time.perf_counter() - started)
     print(f"{jax.devices()[0].device_kind}: width {options.width}, {options.batch} x 64 tokens each")
-    for count in COUNTS[1:]:
+    for count in options.runs:
         ratio = statistics.median(many / one for many, one in zip(seconds[count], seconds[1], strict=True)) / count
         print(f"one step of {count} {name} together takes {ratio:.2f} of the time of {count} separate steps")
 

@@ -1,4 +1,5 @@
-"""LoRA of rank 4 from six initializations on a float32 base, and from two on an NF4 base, with three learning rates and three seeds."""
+"""LoRA of rank 4 from six initializations on a float32 base, and from two on an NF4 base, with three seeds and three or more
+learning rates, so that the best one is not the lowest or the highest."""
 
 from typing import Any
 
@@ -18,8 +19,16 @@ def get_config() -> ConfigDict:
 
 
 def get_sweep() -> list[dict[str, list[Any]]]:
-    runs: dict[str, list[Any]] = {"optim.learning_rate": RATES, "seed": SEEDS}
+    higher, lower = [*RATES, 4e-3, 8e-3], [2.5e-4, *RATES]
     return [
-        {"method.init": ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"], **runs},
-        {"model.quantize": ["nf4"], "method.init": ["kaiming", "loftq"], **runs},
+        {"method.init": ["kaiming", "orthogonal"], "optim.learning_rate": higher, "seed": SEEDS},
+        {"method.init": ["gaussian"], "optim.learning_rate": lower, "seed": SEEDS},
+        {"method.init": ["pissa", "olora", "eva"], "optim.learning_rate": RATES, "seed": SEEDS},
+        {"method.init": ["eva"], "method.eva_rho": [1.0], "optim.learning_rate": RATES, "seed": SEEDS},
+        {
+            "model.quantize": ["nf4"],
+            "method.init": ["kaiming", "loftq"],
+            "optim.learning_rate": higher,
+            "seed": SEEDS,
+        },
     ]

@@ -1,6 +1,10 @@
-"""Plot the held-out losses in results.json over the number of trainable parameters: python experiments/methods_on_dates/picture.py"""
+"""Plot the held-out losses in results.json over the number of trainable parameters:
+
+PYTHONPATH=. python experiments/methods_on_dates/picture.py
+"""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,11 @@ FAMILIES = {  # of methods, with a color
 SPOTS = [(across, up) for up in (0, 5, -5, 9, -9, 14, -14) for across in (7, -7, 0) if across or abs(up) > 8]
 
 
+def losses(result: dict[str, Any]) -> list[float]:
+    """The held-out loss of each seed with the best rate."""
+    return [seed["eval_loss"] for seed in result["scores"][result["rate"]]]
+
+
 def draw(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -30,8 +39,8 @@ def draw(results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(8.4, 5), layout="constrained")
     methods = results["methods"]
     for family, (color, names) in FAMILIES.items():
-        trained, losses = zip(*((methods[name]["trained"], methods[name]["eval_loss"]) for name in names), strict=True)
-        axes.plot(trained, losses, "o", color=color, markersize=6, label=family)
+        trained, means, deviations = zip(*(point(methods[name]) for name in names), strict=True)
+        axes.errorbar(trained, means, deviations, fmt="o", color=color, markersize=6, linewidth=1, label=family)
     axes.axhline(results["base_loss"], color="gray", linestyle=":", linewidth=1)
     axes.annotate("the base alone", (1, results["base_loss"]), (0, -4), xycoords=("axes fraction", "data"),
                   textcoords="offset points", ha="right", va="top", color="gray", fontsize=9)  # fmt: skip
@@ -48,18 +57,23 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(HERE / "methods.png", dpi=160)
 
 
+def point(result: dict[str, Any]) -> tuple[int, float, float]:
+    """The number of trained parameters, and the mean and standard deviation of the held-out losses."""
+    return result["trained"], statistics.mean(losses(result)), statistics.stdev(losses(result))
+
+
 def add_names(axes: Any, methods: dict[str, Any]) -> None:
     """Write each name at the first spot around its point where it hides no other name and no point."""
     figure = axes.get_figure()
     figure.canvas.draw()
     figure.set_layout_engine("none")
-    points = {name: axes.transData.transform((one["trained"], one["eval_loss"])) for name, one in methods.items()}
+    points = {name: axes.transData.transform(point(one)[:2]) for name, one in methods.items()}
     colors = {name: color for color, names in FAMILIES.values() for name in names}
     taken = [axes.get_legend().get_window_extent()]
     for name, one in methods.items():
         for across, up in SPOTS:
             label = axes.annotate(
-                name, (one["trained"], one["eval_loss"]), (across, up), textcoords="offset points", fontsize=8.5, color=colors[name],
+                name, point(one)[:2], (across, up), textcoords="offset points", fontsize=8.5, color=colors[name],
                 ha="center" if not across else "left" if across > 0 else "right", va="center",
             )  # fmt: skip
             box = label.get_window_extent()

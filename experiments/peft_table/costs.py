@@ -162,7 +162,7 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measure what the methods cost.")
     for name in MODELS:
         parser.add_argument(f"--{name}", help=f"Hugging Face directory of the {name}")
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs=2, metavar=("MODEL", "METHOD"), help="Make the steps of one method, print its peak memory"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     def config_of(kind: str, method: str) -> Config:
         folder = options.workdir / "data"
@@ -186,7 +186,7 @@ def main() -> None:
         if getattr(options, kind) is None:
             continue
         prepare(task, options.data, options.workdir / "data")
-        arguments = [*sys.argv[1:], "--only", kind]
+        arguments = [*argv, "--only", kind]
         methods = measure(partial(config_of, kind), task, arguments)
         versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
         found[kind] = {"methods": methods, "versions": versions, "processor": processor(), "cores": os.cpu_count()}
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -17,7 +17,7 @@ from experiments.peft_table.setting import METHODS, RATES, TASKS, references_of
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
-COSTS = HERE / "costs.json"
+COSTS, PLANS = HERE / "costs.json", HERE / "plans.json"
 BASELINE = "full"
 MORE_SCORES = {"e2e": ("rouge_l",)}
 TITLES = {
@@ -184,6 +184,13 @@ def costs_table(costs: dict[str, dict[str, Any]]) -> str:
     return table(header, rows)
 
 
+def plans_table(sizes: dict[str, dict[str, int]]) -> str:
+    """The memory that a compiler plans for a train step, in GiB, by method and size of the model."""
+    methods = dict.fromkeys(method for of_size in sizes.values() for method in of_size)
+    rows = {method: [f"{of_size[method] / 2**30:.1f}" for of_size in sizes.values()] for method in methods}
+    return table(["method", *(size.upper() for size in sizes)], rows)
+
+
 def latency(cost: dict[str, Any], name: str) -> str:
     """A ratio of times with its quartiles over the rounds, if it was measured."""
     if name not in cost:
@@ -232,6 +239,9 @@ def main(argv: list[str]) -> None:
     if COSTS.exists():
         for model, costs in json.loads(COSTS.read_text()).items():
             parts[f"Costs with the {model}"] = costs_table(costs["methods"])
+    if PLANS.exists():
+        planned = json.loads(PLANS.read_text())["bytes"]
+        parts["Memory of a train step with LLaMA (GiB), planned by XLA:GPU"] = plans_table(planned)
     text = "\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     (HERE / "table.md").write_text(f"{text}\nAll runs took {hours:.1f} hours of processor time.\n")
     (HERE / "scores.md").write_text(score_table(found, differences, best=False))  # for the documentation

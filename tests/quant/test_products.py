@@ -14,7 +14,16 @@ PRODUCTS: dict[str, tuple[Callable, str]] = {
     "dot_transposed": (dot_transposed, "ro,io->ri"),
     "kernel_gradient": (kernel_gradient, "ri,ro->io"),
 }
-SIZES = [(1, 1280, 8), (64, 1280, 8), (61, 8, 1280), (64, 1280, 1100), (65, 8, 1280), (48, 1280, 16), (130, 40, 24)]
+SIZES = [
+    (1, 1280, 8),
+    (1, 4100, 1030),
+    (64, 1280, 8),
+    (61, 8, 1280),
+    (64, 1280, 1100),
+    (65, 8, 1280),
+    (48, 1280, 16),
+    (130, 40, 24),
+]
 
 
 def operands(name: str, rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
