@@ -15,7 +15,14 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora, EVA": ({"name": "lora", "rank": 4, "alpha": 8.0, "init": "eva", "eva_batches": 8}, (1e-2, 3e-2, 1e-1)),
     "lora, PiSSA": ({"name": "lora", "rank": 4, "alpha": 8.0, "init": "pissa"}, (1e-2, 3e-2, 1e-1)),
     "adalora": (
-        {"name": "adalora", "init_rank": 6, "target_rank": 4, "warmup_steps": 20, "final_steps": 40},
+        {
+            "name": "adalora",
+            "init_rank": 6,
+            "target_rank": 4,
+            "total_steps": 100,
+            "warmup_steps": 20,
+            "final_steps": 40,
+        },
         (3e-2, 1e-1, 3e-1),
     ),
     "loha": ({"name": "loha", "rank": 4}, (1e-2, 3e-2, 1e-1)),

@@ -88,8 +88,7 @@ def costs(name: str, base: Model) -> dict[str, Any]:
     """The size of a method, and the matrix products of a train step, and of inference relative to the base."""
     config, fields = config_of(name, 1e-3, 0), read_fields(find_model("embedded"))[0]
     plan = ask(config, fields, devices.find("cpu"))
-    method = config.method.in_steps(config.train.steps)
-    model = attach_unchecked(nnx.clone(base), method, "default", rngs=nnx.Rngs(0))
+    model = attach_unchecked(nnx.clone(base), config.method, "default", rngs=nnx.Rngs(0))
     return {
         "trained": plan.trained_parameters,
         "share": plan.trained_parameters / plan.base_parameters,

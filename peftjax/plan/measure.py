@@ -49,7 +49,7 @@ def measure(
     Raises:
         UserError: The model, the method and the config do not go together.
     """
-    config, *alike = (precision.resolve_dtype(one, hf_config, device.platform) for one in (config, *population))
+    config, *alike = (_resolved(one, hf_config, device) for one in (config, *population))
     installed = not device.missing()
     mesh = device.mesh(config.mesh.sizes, simulated=not installed)
     step = trace_step(config, hf_config, mesh, members, alike)
@@ -59,6 +59,13 @@ def measure(
     if advise and not plan.fits:
         plan = dataclasses.replace(plan, advice=tuple(advice(config, hf_config, mesh, step.needed, members)))
     return plan
+
+
+def _resolved(config: Config, hf_config: Mapping[str, Any], device: Device) -> Config:
+    """The config with a dtype, and with the options of its method that depend on the number of steps."""
+    config = precision.resolve_dtype(config, hf_config, device.platform)
+    # Without the data, the number of steps of an epoch is unknown. It changes no shape.
+    return dataclasses.replace(config, method=config.method.in_steps(config.train.steps))
 
 
 def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mesh: Mesh, step: TracedStep) -> Plan:

@@ -239,6 +239,14 @@ def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: di
     assert adapters.attached(abstract_model(config, SMALL))["default"].rank == 4
 
 
+def test_options_that_depend_on_the_number_of_steps_are_set_as_in_training() -> None:
+    method = methods.make_config("adalora", init_rank=4, target_rank=2).to_dict()
+    lora = methods.make_config("lora", rank=4).to_dict()
+    planned = [measure.measure(make_config(method=one), SMALL, devices.find("h100")) for one in (method, lora)]
+    singular_values = 4 * 7 * SMALL["num_hidden_layers"]
+    assert planned[0].trained_parameters == planned[1].trained_parameters + singular_values
+
+
 def test_more_positions_than_the_model_has_are_refused() -> None:
     with pytest.raises(UserError, match="exceeds the model's 64 positions"):
         measure.measure(make_config(data__max_length=65), SMALL, devices.find("cpu"))
