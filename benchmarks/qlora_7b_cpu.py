@@ -47,7 +47,7 @@ def prepare(directory: Path, dtype: str) -> tuple[Any, Any, Any]:
     method = methods.Lora(rank=16, targets="all-linear")
     peftjax.attach(model, method, rngs=nnx.Rngs(0))
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    _, trainable, frozen = variables.split_by_kind(model, method.trains)
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     optimizer = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-3), 100, decayed)
     state = init_state(trainable, optimizer, seed=0)

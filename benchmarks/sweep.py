@@ -20,7 +20,7 @@ import jax
 from train_step import model_directory
 
 from peftjax import sharding
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.training import sweep_members
 from peftjax.training.population import Population
 from peftjax.training.united import unite_runs
@@ -30,7 +30,7 @@ ROUNDS = 7
 
 def sizes(width: int) -> dict[str, Any]:
     """The fields of the bundled model's config.json, with other widths."""
-    bundled: dict[str, Any] = json.loads((resolve("embedded") / "config.json").read_text())
+    bundled: dict[str, Any] = json.loads((find_model("embedded") / "config.json").read_text())
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
     return bundled | heads | {"hidden_size": width, "intermediate_size": 11 * width // 4}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from peftjax import sharding
 from peftjax.core import variables
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.models.base import LanguageModel
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
@@ -26,7 +26,7 @@ DOCUMENTS = 4  # in each packed row
 def model_directory(root: Path, sizes: Mapping[str, Any]) -> Path:
     """A directory with this config.json and the tokenizer of the bundled model, without weights: for model.init="random"."""
     root.mkdir(parents=True)
-    for file in resolve("embedded").glob("tokenizer*"):
+    for file in find_model("embedded").glob("tokenizer*"):
         shutil.copy(file, root)
     (root / "config.json").write_text(json.dumps(sizes))
     return root
@@ -42,7 +42,7 @@ class Step:
     def __init__(self, config: Config) -> None:
         mesh = sharding.make_mesh(config.mesh.sizes)
         jax.set_mesh(mesh)
-        task = make_task(config.task, config.data, resolve(config.model.path), config.train.loss_chunk)
+        task = make_task(config.task, config.data, find_model(config.model.path), config.train.loss_chunk)
         self.model = model = task.load_model(config.model, task.directory, mesh, config.seed)
         assert isinstance(model, LanguageModel)
         method = attach_method(config, task, model, mesh)

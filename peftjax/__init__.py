@@ -16,7 +16,6 @@ from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.paths import suggest as _suggest
 from peftjax.core.variables import PeftParam, trainable_mask
 from peftjax.data.tokenizer import load_tokenizer
-from peftjax.decoding import Sampling
 from peftjax.generation import generate
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
@@ -50,6 +49,7 @@ from peftjax.methods import (
 )
 from peftjax.methods.lora.combine import combine
 from peftjax.nn.adopt import adopt
+from peftjax.sampling import Sampling
 from peftjax.trainer import train
 from peftjax.training import config as _config  # noqa: F401  # declares the fields for `peftjax.core.config.defaults`
 

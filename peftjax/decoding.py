@@ -1,8 +1,6 @@
-"""Batched text generation in one compiled function, with a key/value cache."""
+"""Batched generation of tokens in one compiled function, with a key/value cache."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +14,9 @@ from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
-from peftjax.models.base import LanguageModelConfig
-from peftjax.models.decoder import Decoder
-from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.nn.dropout import remove_dropout
+from peftjax.sampling import GREEDY, Sampling
 
 
 class Answers(NamedTuple):
@@ -38,70 +35,19 @@ class Answers(NamedTuple):
     done: jax.Array
 
 
-# The state after the prompts: hidden states [B, 1 or W, D], the last of which predict the first new token; the key/value
-# cache; and a function (token [B, 1], its index, cache) -> (hidden states, cache) that reads a new token.
-Begun = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature, then top_k, then top_p, in the order of transformers.
-
-    Attributes:
-        temperature: Logits are divided by it before the softmax; 0 takes the most likely token (greedy decoding).
-        top_k: Sample from the k most likely tokens; 0 means all tokens.
-        top_p: Sample from the smallest set of most likely tokens whose probabilities add up to at least p (nucleus
-            sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1); 1 means all tokens.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature={self.temperature} is out of range; use 0 (greedy) or a finite number above 0"
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} is negative; use 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} is out of range; use more than 0 and at most 1")
-
-    def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-        """Sample token ids [B] from logits [B, V]."""
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        logits = logits.astype(jnp.float32) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probabilities = jax.nn.softmax(ordered, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the total probability of more likely tokens
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1)
-
-
-def generate(
+def generate_ids(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Generate up to `max_new_tokens` tokens for each prompt, with the active adapters.
+    """Generate up to `max_new_tokens` tokens for each prompt in one batch, with the active adapters.
 
-    A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. All prompts run in one
-    batch. They are padded on the left to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most
-    an eighth, so that prompts of similar length share one compiled function.
+    A decoder continues the prompt; an encoder-decoder encodes the prompt and generates a target. Prompts are padded on the left
+    to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most an eighth.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
@@ -142,7 +88,7 @@ def generate_each(
 ) -> list[list[list[int]] | NotFiniteError]:
     """Generate greedily with several models that differ in some leaves, in one program.
 
-    The answers of each model are those of `generate`.
+    The answers of each model are those of `generate_ids`.
 
     Args:
         model: One of the models, in evaluation mode.
@@ -156,12 +102,12 @@ def generate_each(
         For each model, the new token ids of each prompt, or the error if its logits are NaN or infinite.
 
     Raises:
-        UserError: As in `generate`.
+        UserError: As in `generate_ids`.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
     decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))
     graph, key = variables.flat(model)[0], jax.random.key(0)
-    answers = decode(graph, own, shared, *arguments, key, sampling=Sampling(), max_new=max_new_tokens)
+    answers = decode(graph, own, shared, *arguments, key, sampling=GREEDY, max_new=max_new_tokens)
     answers = jax.tree.map(host_arrays.whole, answers)
     found: list[list[list[int]] | NotFiniteError] = []
     for index in range(len(own)):
@@ -176,8 +122,8 @@ def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
-    generators = Decoder | EncoderDecoder | Rows
-    if not isinstance(model, generators) or not isinstance(model.config, LanguageModelConfig):  # or rows of an encoder
+    # The config tells rows of a decoder from those of an encoder.
+    if not isinstance(model, LanguageModel | Rows) or not isinstance(model.config, LanguageModelConfig):
         raise UserError(
             f"generate: a {type(model).__name__} does not generate text; use a decoder or an encoder-decoder"
         )
@@ -274,12 +220,9 @@ def _decode(
         axis: The axis of `jax.vmap` that all models of a population are on. The loop ends for all at once: if each ended
             alone, every step would select between the old and the new cache, which copies it.
     """
-    model: Decoder | EncoderDecoder | Rows = nnx.merge(graph, state)
+    model: LanguageModel | Rows = nnx.merge(graph, state)
     batch = len(tokens)
-    if isinstance(model, EncoderDecoder):
-        hidden, cache, read = _begin_target(model, tokens, mask, max_new)
-    else:
-        hidden, cache, read = _read_prompts(model, tokens, mask, max_new)
+    hidden, cache, read = model.read_prompts(tokens, mask, max_new)
 
     def choose(index: jax.Array | int, hidden: jax.Array, answers: Answers) -> Answers:
         """Choose new token number `index` from the hidden states [B, T, D] of the tokens before it."""
@@ -305,24 +248,3 @@ def _decode(
     answers = choose(0, hidden, Answers(jnp.zeros((batch, max_new), jnp.int32), none, no, no))
     _, answers, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(1), answers, cache))
     return answers
-
-
-def _read_prompts(model: Decoder | Rows, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """Feed the prompts to a decoder."""
-    batch, width = tokens.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, cache = model.hidden(tokens, mask=mask, positions=positions, cache=model.make_cache(batch, width + max_new))
-
-    def read(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return model.hidden(token, positions=positions[:, -1:] + 1 + index, cache=cache)
-
-    return hidden, cache, read
-
-
-def _begin_target(model: EncoderDecoder, tokens: jax.Array, mask: jax.Array, max_new: int) -> Begun:
-    """Encode the prompts and begin each target with the start token of an encoder-decoder."""
-    order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes right, so that a soft prompt is next to its text
-    tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
-    cache = model.make_cache(tokens, mask, max_new + 1)
-    start = jnp.full((len(tokens), 1), model.config.start, jnp.int32)
-    return *model.decode(start, cache), lambda token, index, cache: model.decode(token, cache)

@@ -15,14 +15,13 @@ from peftjax.core.progress import Progress
 from peftjax.data.batches import HeldOut
 from peftjax.log import is_amount
 from peftjax.training import answers
-from peftjax.training import config as configs
 from peftjax.training.setup import check_held_out
-from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
+from peftjax.training.trained import held_out_scores, load_trained, open_task, result_of, run_config
 
 
 def main(argv: list[str]) -> None:
     summary = "Evaluate the trained model in a workdir."
-    options = cli.parse(argv, "evaluate", summary, configs.describe(), of_run=True, options=distributed.add_options)
+    options = cli.parse_command(argv, "evaluate", summary, of_run=True, options=distributed.add_options)
     workdir = Path(options.workdir)
     config = run_config(workdir, options.config, options.overrides)
     distributed.start(options)
@@ -30,14 +29,14 @@ def main(argv: list[str]) -> None:
     check_held_out(config, task, mesh)  # before any weights are read
     model = load_trained(config, task, result, mesh)
     with jax.set_mesh(mesh), Progress(enabled=jax.process_index() == 0) as progress:
-        measured = measure(config, model, task, mesh, progress)
+        measured = held_out_scores(config, model, task, mesh, progress)
         if count := config.eval.exact_match or config.eval.samples:
             prompts = HeldOut(config.data, task).prompts(count)
             found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens, progress)
             if scored := config.eval.exact_match > 0:
                 measured |= answers.score(found, config.eval.metrics)
             if config.eval.samples:
-                progress.print_panel("samples", answers.table(found[: config.eval.samples], scored))
+                progress.print_panel("samples", answers.answers_table(found[: config.eval.samples], scored))
     if jax.process_index() != 0:
         return
     for name, value in measured.items():

@@ -25,17 +25,18 @@ from peftjax.core.errors import UserError
 from peftjax.core.output import say
 from peftjax.core.terminal import printable
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.decoding import Sampling, generate
+from peftjax.decoding import generate_ids
 from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
+from peftjax.sampling import Sampling
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
 
 
@@ -140,7 +141,7 @@ def open_model(options: argparse.Namespace) -> ModelSource:
     adapter = Path(options.adapter) if options.adapter else None
     if adapter:
         read_method(adapter)  # mistakes in its config are reported before any weights are read
-    directory = resolve(options.model) if options.model else _base_of(adapter)
+    directory = find_model(options.model) if options.model else _base_of(adapter)
     tokenizer = load_tokenizer(directory)
 
     def load() -> LanguageModel:
@@ -161,7 +162,7 @@ def _base_of(adapter: Path | None) -> Path:
     try:
         if (base := recorded_name(adapter)) is None:
             raise UserError(f"{adapter / CONFIG} does not name the base model")
-        return resolve(base.name, base.revision)
+        return find_model(base.name, base.revision)
     except UserError as error:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 
@@ -189,9 +190,9 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext():
         model = source.load()
         for prompt in prompts:
-            check_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
+            check_token_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
         answer = partial(
-            generate, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
+            generate_ids, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
         )
         answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
         started = time.perf_counter()

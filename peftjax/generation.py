@@ -6,14 +6,12 @@ from typing import overload
 import numpy as np
 from flax import nnx
 
-from peftjax import decoding
 from peftjax.core.errors import UserError
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.decoding import Sampling
+from peftjax.decoding import generate_ids
 from peftjax.models.base import Model
-
-GREEDY = Sampling()
+from peftjax.sampling import GREEDY, Sampling
 
 
 @overload
@@ -111,7 +109,7 @@ def generate(
         if any(np.ndim(prompt) != 1 for prompt in prompts):
             raise UserError("generate: prompts must be a list of token ids for each prompt, such as [[1, 2, 3]]")
         ids = [np.asarray(prompt).tolist() for prompt in prompts]
-        return decoding.generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+        return generate_ids(model, ids, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer = prompts
@@ -121,8 +119,8 @@ def generate(
     tokens = [tokenizer.encode_prompt(text, chat) for text in several]
     rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
-        check_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
-    out = decoding.generate(
+        check_token_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
+    out = generate_ids(
         model, tokens, max_new_tokens=max_new_tokens, stop=[*tokenizer.eos_ids, *stop], sampling=sampling, seed=seed
     )
     answers = [tokenizer.decode(ids) for ids in out]

@@ -28,7 +28,7 @@ from peftjax.core.terminal import make_console
 from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_config import read_fields
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.models import from_hf_config
 from peftjax.models.base import ModelConfig
 
@@ -72,7 +72,7 @@ def row(config: ModelConfig, name: str) -> Row:
         method = methods.METHODS[name](**_REQUIRED.get(name, {}))
         model = config.make(nnx.Rngs(0))
         counted["base"] = counted["trained"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        if method.trains is nnx.Param:
+        if method.trains_base:
             return {}
         adapters.attach(model, method, rngs=nnx.Rngs(0))
         counted["trained"], merges = adapters.count_trainable(model), _merges(model)
@@ -91,7 +91,7 @@ def _merges(model: nnx.Module) -> bool:
     return all(type(adapter).merged is not MethodAdapter.merged for _, adapter in adapters_named(model, "default"))
 
 
-def table(rows: Sequence[Row]) -> Table:
+def methods_table(rows: Sequence[Row]) -> Table:
     """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
@@ -132,7 +132,7 @@ def _equation(cls: type[adapters.Method]) -> str:
 def print_methods(config: ModelConfig, console: Console) -> None:
     """Print the table of all methods with their default options, what they compute, and why some do not fit the model."""
     rows = [row(config, name) for name in sorted(methods.METHODS)]
-    console.print(table(rows))
+    console.print(methods_table(rows))
     console.print(equations(found.name for found in rows))
     console.print()
     for name, options in _REQUIRED.items():
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     if given.method:
         explain(given.method, console)
         return
-    directory = resolve(given.model, files=("config.json",))
+    directory = find_model(given.model, files=("config.json",))
     print_methods(from_hf_config(read_fields(directory)[0]), console)
 
 

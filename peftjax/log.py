@@ -26,7 +26,9 @@ from peftjax.core.files import naming, write_atomically
 from peftjax.core.memory import peak_memory
 from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clocks
-from peftjax.trackers import Status, TensorBoard, Trackers, Tracking
+from peftjax.trackers import Trackers, start_trackers
+from peftjax.trackers.base import Status, Tracking
+from peftjax.trackers.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
 SPEEDS = ("tokens_per_second", "images_per_second")
@@ -106,7 +108,7 @@ class Log:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if logged and resume_step else []
         write_atomically(path, "".join(map(_line, kept)))
         self._began = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
-        trackers = tracking.start(workdir, resume=resume_step > 0) if tracking else []
+        trackers = start_trackers(tracking, workdir, resume=resume_step > 0) if tracking else []
         if tensorboard:
             trackers.append(TensorBoard(workdir, purge=(resume_step + 1 if resume_step else 0) if logged else None))
         self._trackers = Trackers(trackers)

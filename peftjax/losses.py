@@ -21,8 +21,8 @@ from peftjax.core.errors import UserError
 from peftjax.nn.dropout import evaluation_view, training_view
 from peftjax.totals import (
     Batch,
-    Decoder,
-    EncoderDecoder,
+    DecoderLike,
+    EncoderDecoderLike,
     Totals,
     classification_loss,
     multi_label_loss,
@@ -63,7 +63,7 @@ class ImageClassifier(Protocol):
 
 
 def next_token(
-    model: Decoder, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
+    model: DecoderLike, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
 ) -> jax.Array:
     """Mean cross entropy of a decoder's next-token predictions, float32 [].
 
@@ -97,7 +97,7 @@ def next_token(
 
 
 def seq2seq(
-    model: EncoderDecoder, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
+    model: EncoderDecoderLike, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
 ) -> jax.Array:
     """Mean cross entropy of an encoder-decoder's target tokens, float32 [].
 

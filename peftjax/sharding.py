@@ -328,7 +328,7 @@ def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
     )
 
 
-def check_rows(rows: int, mesh: Mesh) -> None:
+def check_even_rows(rows: int, mesh: Mesh) -> None:
     """Raises a UserError if several processes cannot share the rows of a microbatch evenly among their devices."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split and batch_share(mesh)["process_count"] > 1:
@@ -356,7 +356,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
-        check_rows(shape[1], mesh)
+        check_even_rows(shape[1], mesh)
         where = spec(batch_axes(rows.ndim - 1), shape, mesh)
         placed[name] = jax.make_array_from_process_local_data(where, local, shape)
     return placed

@@ -23,20 +23,27 @@ from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
-from peftjax.io.hf_files import enumerate_some, read_json_if_any
-from peftjax.io.hf_files import resolve as directory_of
+from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json_if_any
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, space, start_from
-from peftjax.training import config as configs
 from peftjax.training.alike import separating_fields
+from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
-from peftjax.training.packing import pack
 from peftjax.training.population import train_population
-from peftjax.training.setup import check_fit, check_workdir, complete, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import (
+    check_fit,
+    check_workdir,
+    complete_config,
+    open_checkpoints,
+    open_data,
+    resolve_config,
+)
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results
@@ -57,7 +64,7 @@ def sweep(
     Args:
       runs: All runs.
       workdir: The directory of the sweep.
-      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `packing.pack`.
+      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `concurrency.concurrent_groups`.
       reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
       part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
@@ -71,7 +78,7 @@ def sweep(
     with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
         for member in mine:
             workdirs.check(member.workdir, member.config.model.path)
-        resolve(mine)
+        resolve_configs(mine)
         halving = None
         if reduction:
             rungs = find_rungs([member.config for member in runs], reduction)
@@ -90,7 +97,7 @@ def sweep(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
-        groups = [group for population in waiting_alike for group in pack(population, most)]
+        groups = [group for population in waiting_alike for group in concurrent_groups(population, most)]
         record = partial(write_results, runs, workdir, mine)
         record()  # the reports of the runs link to the page
         for number, (population, width) in enumerate(groups, 1):
@@ -109,11 +116,11 @@ def sweep(
     return found
 
 
-def resolve(runs: Iterable[Member]) -> None:
+def resolve_configs(runs: Iterable[Member]) -> None:
     """Complete the runs' configs so that they can be compared: lengths in steps, the dtype, and the options of
     method.start_from."""
     counted: dict[Hashable, int] = {}  # data of runs that differ elsewhere is opened once
-    base_fields = functools.cache(lambda path, revision: read_json_if_any(directory_of(path, revision) / "config.json"))
+    base_fields = functools.cache(lambda path, revision: read_json_if_any(find_model(path, revision) / "config.json"))
 
     def rows(config: Config) -> int:
         key = (config.model.path, config.model.revision, config.task, config.data)
@@ -128,8 +135,8 @@ def resolve(runs: Iterable[Member]) -> None:
         try:
             with open_checkpoints(config, member.workdir) as checkpoints:
                 fields = partial(base_fields, model.path, model.revision)
-                config = complete(config, checkpoints, partial(rows, config), fields)
-                member.config, _ = start_from.resolve(config, member.workdir, checkpoints)
+                config = complete_config(config, checkpoints, partial(rows, config), fields)
+                member.config, _ = start_from.resolve_options(config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
 
@@ -194,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of field values, or for each draw of a random search."
     fields, rest = cli.config_fields(argv, "--sweep.")
-    options = cli.parse(rest, "sweep", summary, configs.describe(), options=add_options)
+    options = cli.parse_command(rest, "sweep", summary, options=add_options)
     if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")
     space.check_search_options(options)

@@ -17,7 +17,7 @@ from peftjax.core.errors import UserError
 Batch = Mapping[str, jax.Array]
 
 
-class Decoder(Protocol):
+class DecoderLike(Protocol):
     """A model that predicts the next token; peftjax.models.decoder has the families."""
 
     def hidden(
@@ -29,7 +29,7 @@ class Decoder(Protocol):
         """[B, c, D] -> [B, c, V]."""
 
 
-class MixtureDecoder(Decoder, Protocol):
+class MixtureDecoderLike(DecoderLike, Protocol):
     """A decoder with routers; peftjax.models.moe has the families."""
 
     def hidden_and_balance(
@@ -43,7 +43,7 @@ class MixtureDecoder(Decoder, Protocol):
         """States after the last norm, [B, T, D], and the load-balancing loss of the tokens `counted`."""
 
 
-class EncoderDecoder(Protocol):
+class EncoderDecoderLike(Protocol):
     """A model that predicts a target's next token from a source text, such as T5."""
 
     def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def chunked_cross_entropy(
     return sums
 
 
-def next_token_loss(model: Decoder, batch: Batch, chunk: int) -> Totals:
+def next_token_loss(model: DecoderLike, batch: Batch, chunk: int) -> Totals:
     """Summed cross entropy of a decoder on a batch as `next_token` takes it.
 
     Padding is on the right, so that without packing causal attention needs no mask.
@@ -136,7 +136,7 @@ def next_token_loss(model: Decoder, batch: Batch, chunk: int) -> Totals:
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
 
 
-def balanced_next_token_loss(model: MixtureDecoder, batch: Batch, chunk: int, coefficient: float) -> Totals:
+def balanced_next_token_loss(model: MixtureDecoderLike, batch: Batch, chunk: int, coefficient: float) -> Totals:
     """`next_token_loss`, and the load-balancing loss of the tokens in the batch's mask, bool [B, T], or in its documents."""
     inputs = {name: batch[name] for name in ("positions", "segments") if name in batch}
     counted = batch["mask"] if "mask" in batch else batch["segments"] > 0
@@ -145,7 +145,7 @@ def balanced_next_token_loss(model: MixtureDecoder, batch: Batch, chunk: int, co
     return totals._replace(balance=coefficient * balance * totals.tokens)
 
 
-def seq2seq_loss(model: EncoderDecoder, batch: Batch, chunk: int) -> Totals:
+def seq2seq_loss(model: EncoderDecoderLike, batch: Batch, chunk: int) -> Totals:
     """Summed cross entropy of an encoder-decoder on a batch as `seq2seq` takes it."""
     hidden = model.hidden(batch["tokens"], mask=batch["mask"], decoder_tokens=batch["decoder_tokens"])
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)

@@ -19,7 +19,6 @@ from peftjax.core.errors import UserError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
-from peftjax.methods import Full
 from peftjax.totals import Batch
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -55,7 +54,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         no longer finite.
     """
     mesh = sharding.make_mesh(config.mesh.sizes)
-    sharding.check_rows(config.train.batch_size // config.train.accumulate, mesh)
+    sharding.check_even_rows(config.train.batch_size // config.train.accumulate, mesh)
     with (
         Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),
@@ -128,12 +127,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     description = "Train a model with the method of a config. Run the same command again to resume."
-    options = cli.parse(argv, "train", description, configs.describe(), options=add_options)
+    options = cli.parse_command(argv, "train", description, options=add_options)
     profile = parse_steps(options.profile) if options.profile is not None else None
     config = configs.load(options.config, options.overrides)
     distributed.start(options)
     if options.push is not None:
-        if isinstance(config.method, Full):
+        if config.method.trains_base:
             raise UserError(
                 f"--push={options.push} uploads adapters, and method.name='full' trains the whole model; remove --push"
             )

@@ -15,7 +15,7 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.home import expand
-from peftjax.data.sources import absolute
+from peftjax.data.source_strings import absolute
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.models.base import Model, Origin

@@ -11,7 +11,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.fields import fill
 from peftjax.training import config as configs
 from peftjax.training import duration, space
-from peftjax.training.config import DEFAULT_STEPS
+from peftjax.training.sections import DEFAULT_STEPS
 
 FOLDER = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(

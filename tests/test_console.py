@@ -10,7 +10,7 @@ import pytest
 import peftjax
 from peftjax import __main__ as console
 from peftjax.core import cli
-from peftjax.core.command import parse
+from peftjax.core.command import command_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,7 +84,7 @@ print(*[name for name in sys.modules if name in ("peftjax.train", "peftjax.gener
 def test_a_process_knows_its_command_before_it_imports_anything(
     argv: list[str], started: list[str], command: str | None
 ) -> None:
-    assert parse(argv, started) == command
+    assert command_in(argv, started) == command
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from flax import nnx
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.core.errors import NotFiniteError, UserError
-from peftjax.decoding import Sampling, _compiled, _decode, _decode_each, _padded, generate, generate_each
+from peftjax.decoding import _compiled, _decode, _decode_each, _padded, generate_each, generate_ids
+from peftjax.sampling import Sampling
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
@@ -29,35 +30,35 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 
 def test_greedy_generation_in_a_batch_equals_each_prompt_by_whole_forward_passes() -> None:
     model = tiny.model()
-    assert generate(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert generate_ids(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
 
 
 def test_a_sliding_window_is_kept_while_generating() -> None:
     model = tiny.model(model_type="mistral", sliding_window=3)
-    assert generate(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert generate_ids(model, PROMPTS, max_new_tokens=6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
 
 
 def test_a_stop_token_ends_its_row_and_is_not_given_back() -> None:
     model = tiny.model()
-    free = generate(model, PROMPTS, max_new_tokens=6)
+    free = generate_ids(model, PROMPTS, max_new_tokens=6)
     stop = free[0][2]
-    for row, stopped in zip(free, generate(model, PROMPTS, max_new_tokens=6, stop=[stop]), strict=True):
+    for row, stopped in zip(free, generate_ids(model, PROMPTS, max_new_tokens=6, stop=[stop]), strict=True):
         assert stopped == (row[: row.index(stop)] if stop in row else row)
 
 
 def test_the_active_adapter_takes_part_and_a_swap_compiles_nothing() -> None:
     model = tiny.model()
-    base = generate(model, PROMPTS, max_new_tokens=6)
+    base = generate_ids(model, PROMPTS, max_new_tokens=6)
     for seed, name in enumerate(("first", "second")):
         adapters.attach(model, methods.Lora(rank=4, dropout=0.1 * seed), name, rngs=nnx.Rngs(seed))
         tiny.randomize(model, scale=1.0, seed=seed)
-    first = generate(adapters.use(model, "first"), PROMPTS, max_new_tokens=6)
+    first = generate_ids(adapters.use(model, "first"), PROMPTS, max_new_tokens=6)
     decode = compiled_decode(model)
     compiled = decode._cache_size()
-    second = generate(adapters.use(model, "second"), PROMPTS, max_new_tokens=6)
+    second = generate_ids(adapters.use(model, "second"), PROMPTS, max_new_tokens=6)
     assert decode._cache_size() == compiled
     assert base != first != second
-    assert generate(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
+    assert generate_ids(adapters.use(model, None), PROMPTS, max_new_tokens=6) == base
 
 
 def compiled_decode(model: nnx.Module) -> Any:
@@ -107,9 +108,9 @@ def test_members_of_a_population_answer_as_they_do_alone_and_fail_alone(members:
     for seed, model in enumerate(models):
         tiny.randomize(model, scale=1.0, seed=seed)
         model.eval()
-    alone = [generate(model, PROMPTS, max_new_tokens=6) for model in models]
+    alone = [generate_ids(model, PROMPTS, max_new_tokens=6) for model in models]
     stop = alone[0][0][1]  # so that rows and members end at different steps
-    alone = [generate(model, PROMPTS, max_new_tokens=6, stop=[stop]) for model in models]
+    alone = [generate_ids(model, PROMPTS, max_new_tokens=6, stop=[stop]) for model in models]
     assert alone[0] != alone[1]
     own = [own_and_shared(model)[0] for model in models]
     own = [variables.filled(leaves, own[1]) for leaves in own]
@@ -122,10 +123,10 @@ def test_members_of_a_population_answer_as_they_do_alone_and_fail_alone(members:
 
 def test_prompts_of_similar_length_share_a_compiled_function() -> None:
     model = tiny.model()
-    generate(model, [[5] * 3], max_new_tokens=4)
+    generate_ids(model, [[5] * 3], max_new_tokens=4)
     decode = compiled_decode(model)
     compiled = decode._cache_size()
-    generate(model, [[5] * 20], max_new_tokens=4)
+    generate_ids(model, [[5] * 20], max_new_tokens=4)
     assert decode._cache_size() == compiled
     lengths = np.arange(1, 8193)
     padded = np.array([_padded(int(length)) for length in lengths])
@@ -142,21 +143,23 @@ def test_logits_that_are_not_finite_are_an_error_and_never_a_token(sampling: Sam
     table = model.embed.embedding
     table.set_value(table.get_value().at[9].set(jnp.nan))
     with pytest.raises(UserError, match=r"the logits after 0 new tokens of prompts\[1\] are NaN or Inf"):
-        generate(model, PROMPTS, max_new_tokens=6, sampling=sampling)
-    assert generate(model, PROMPTS[:1], max_new_tokens=1, sampling=sampling)[0] != []
+        generate_ids(model, PROMPTS, max_new_tokens=6, sampling=sampling)
+    assert generate_ids(model, PROMPTS[:1], max_new_tokens=1, sampling=sampling)[0] != []
 
 
 def test_ids_without_a_row_are_an_error_in_a_prompt_and_nothing_in_a_list_of_stop_tokens() -> None:
     model = tiny.model()
     for token in (48, -1):
         with pytest.raises(UserError, match=rf"prompts\[1\] holds the token id {token}, but the embedding has 48 rows"):
-            generate(model, [[5], [6, token]], max_new_tokens=6)
-    assert generate(model, PROMPTS, max_new_tokens=6, stop=[-1, 48]) == generate(model, PROMPTS, max_new_tokens=6)
+            generate_ids(model, [[5], [6, token]], max_new_tokens=6)
+    assert generate_ids(model, PROMPTS, max_new_tokens=6, stop=[-1, 48]) == generate_ids(
+        model, PROMPTS, max_new_tokens=6
+    )
 
 
 def test_sampling_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
     model, hot = tiny.model(), Sampling(temperature=2.0)
-    one, again, other = (generate(model, PROMPTS, max_new_tokens=8, sampling=hot, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (generate_ids(model, PROMPTS, max_new_tokens=8, sampling=hot, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
 
 
@@ -191,12 +194,12 @@ def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampl
 )
 def test_what_cannot_be_generated_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(tiny.model(), **arguments)
+        generate_ids(tiny.model(), **arguments)
 
 
 def test_a_model_without_a_cache_generates_no_text() -> None:
     with pytest.raises(UserError, match="a Linear does not generate text; use a decoder or an encoder-decoder"):
-        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=2)
+        generate_ids(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "peftjax"
 # From the ground up. A room imports only from the floors below its own.
 FLOORS = [
     ["core"],
-    ["quant", "trackers"],
+    ["quant", "trackers", "sampling"],
     ["log"],
     ["sharding"],
     ["nn", "totals"],

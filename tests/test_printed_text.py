@@ -16,8 +16,7 @@ from peftjax.models import from_hf_config
 from peftjax.plan import devices, tables
 from peftjax.plan.plan import Plan
 from peftjax.training import config as configs
-from peftjax.training.answers import Answer
-from peftjax.training.answers import table as answers_table
+from peftjax.training.answers import Answer, answers_table
 from peftjax.training.sweep_table import make_table
 from tests import tiny
 

@@ -12,7 +12,8 @@ import pytest
 import peftjax
 from peftjax.core.errors import UserError
 from peftjax.log import Log, read_metrics
-from peftjax.trackers import LogConfig, Tracking, check_installed
+from peftjax.trackers import LogConfig, check_installed
+from peftjax.trackers.base import Tracking
 from peftjax.training import config as configs
 
 STAND_IN = """

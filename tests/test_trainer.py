@@ -15,7 +15,8 @@ from peftjax import evaluate
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data import batches
-from peftjax.data.sources import absolute, open_source
+from peftjax.data.source_strings import absolute
+from peftjax.data.sources import open_source
 from peftjax.log import read_metrics
 from peftjax.train import train as train_by_config
 from peftjax.trainer import _model_fields

@@ -18,7 +18,7 @@ from peftjax.io.save import save_model
 from peftjax.models import from_hf_config
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import Router
+from peftjax.nn.routing import Router
 from peftjax.quant import FORMATS
 from peftjax.report.data import tree_bytes
 

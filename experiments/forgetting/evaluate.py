@@ -17,7 +17,7 @@ import peftjax
 from experiments.report import COLORS, RATE, Run, by_values, interval, name_of, plot, versions
 from peftjax import sharding
 from peftjax.training.config import Config
-from peftjax.training.trained import load_trained, measure, open_task, result_of, run_config
+from peftjax.training.trained import held_out_scores, load_trained, open_task, result_of, run_config
 
 HERE = Path(__file__).parent
 
@@ -35,11 +35,14 @@ def evaluate(runs: list[Run], workdir: Path, text: str) -> dict[str, Any]:
     task = open_task(first)
     base = peftjax.load_model(first.model.path, dtype="float32")
     with jax.set_mesh(mesh):
-        before = measure(first, base, task, mesh)["eval_loss"]
+        before = held_out_scores(first, base, task, mesh)["eval_loss"]
         for run in runs:
             config = config_of(workdir / run["run"], text)
             model = load_trained(config, task, result_of(config, workdir / run["run"]), mesh)
-            losses = {"new": run["scores"]["eval_loss"], "pretraining": measure(config, model, task, mesh)["eval_loss"]}
+            losses = {
+                "new": run["scores"]["eval_loss"],
+                "pretraining": held_out_scores(config, model, task, mesh)["eval_loss"],
+            }
             found.append({"values": run["values"], **losses})
             print(run["run"], losses, flush=True)
     return {"versions": versions(), "base": before, "runs": found}

@@ -23,7 +23,7 @@ from experiments.methods_on_dates.picture import draw, losses
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.core.files import write_atomically
 from peftjax.io.hf_config import read_fields
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.log import METRICS, read_metrics
 from peftjax.methods import make_config
@@ -86,7 +86,7 @@ def mean(scores: list[dict[str, float]], name: str) -> float:
 
 def costs(name: str, base: Model) -> dict[str, Any]:
     """The size of a method, and the matrix products of a train step, and of inference relative to the base."""
-    config, fields = config_of(name, 1e-3, 0), read_fields(resolve("embedded"))[0]
+    config, fields = config_of(name, 1e-3, 0), read_fields(find_model("embedded"))[0]
     plan = ask(config, fields, devices.find("cpu"))
     model = attach_unchecked(nnx.clone(base), config.method, "default", rngs=nnx.Rngs(0))
     return {
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train every method on the same data.")
     parser.add_argument("--workdir", required=True, type=Path, help="Folder for the runs")
     workdir = parser.parse_args().workdir
-    file, base = HERE / "results.json", load_model(resolve("embedded"))
+    file, base = HERE / "results.json", load_model(find_model("embedded"))
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"methods": {}}
     for name in METHODS:
         if name in found["methods"]:

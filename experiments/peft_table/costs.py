@@ -32,7 +32,7 @@ from peftjax import adapters, sharding
 from peftjax.core import variables
 from peftjax.core.files import write_atomically
 from peftjax.core.memory import peak_memory
-from peftjax.decoding import generate
+from peftjax.decoding import generate_ids
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
@@ -119,7 +119,7 @@ def inference(model: Model) -> Callable[[], object]:
     """A function that answers one prompt (a decoder) or encodes 16 texts (an encoder) with the model as it is."""
     tokens = np.arange(5, 5 + PROMPT, dtype=np.int32)
     if isinstance(model, Decoder):
-        return lambda: generate(model, [tokens.tolist()], max_new_tokens=NEW_TOKENS)
+        return lambda: generate_ids(model, [tokens.tolist()], max_new_tokens=NEW_TOKENS)
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
     return lambda: jax.block_until_ready(forward(state, np.tile(tokens, (TEXTS, 1))))

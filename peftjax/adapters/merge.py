@@ -56,7 +56,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
     if others := provenance.moved(model, name):
         print(
             f"{name!r} was trained on quantized kernels, but this model's are not quantized. Relative difference from the "
-            f"kernels it was trained on: {provenance.summary(others)}"
+            f"kernels it was trained on: {provenance.describe_errors(others)}"
         )
     untied = False
     if isinstance(model, LanguageModel) and model.tied and any(site.path in ("embed", "head") for site in changed):
@@ -78,13 +78,13 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
                     errors[path] = provenance.distance(kernel, value)
                     changes[path] = provenance.distance(value, old[leaf])
                 site.parameters[leaf].set_value(kernel)
-    except Exception:
+    except Exception:  # whatever it is: the model is as before, and the error goes on
         _restore(model, before, untied)
         raise
     if errors:
         print(
-            f"merged {name!r} and quantized again. Relative rounding error of the kernels: {provenance.summary(errors)}. "
-            f"Relative size of the adapter's updates: {provenance.summary(changes)}; smaller updates are mostly lost to "
+            f"merged {name!r} and quantized again. Relative rounding error of the kernels: {provenance.describe_errors(errors)}. "
+            f"Relative size of the adapter's updates: {provenance.describe_errors(changes)}; smaller updates are mostly lost to "
             "rounding"
         )
     registry = registry_of(model)

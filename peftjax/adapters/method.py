@@ -68,6 +68,11 @@ class Method:
             object.__setattr__(self, option, value)
 
     @property
+    def trains_base(self) -> bool:
+        """Whether the base itself is trained, so that the result is a whole model and not an adapter."""
+        return self.trains is nnx.Param
+
+    @property
     def neutral(self) -> bool:
         """Whether the method leaves the model's outputs unchanged before it is trained."""
         return True

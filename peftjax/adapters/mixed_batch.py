@@ -16,9 +16,8 @@ from peftjax.adapters.registry import active, attached, require, use
 from peftjax.adapters.view import active_view
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.models.decoder import Decoder
-from peftjax.models.encoder import Encoder
-from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.models.base import Model, PromptState
+from peftjax.models.decoder import read_prompts
 from peftjax.nn.cache import Cache
 from peftjax.nn.dropout import remove_dropout
 
@@ -36,7 +35,7 @@ class Rows(nnx.Module):
         index: int [B], a variable.
     """
 
-    def __init__(self, views: Sequence[Decoder | Encoder], index: jax.Array) -> None:
+    def __init__(self, views: Sequence[Model], index: jax.Array) -> None:
         self.config, self.virtual = views[0].config, views[0].virtual
         self.graph = variables.flat(views[0])[0]
         trees = [variables.flat(view)[1] for view in views]
@@ -71,6 +70,10 @@ class Rows(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the head: [B, T, D] -> [B, T, V]."""
         return self._over_rows(lambda model, hidden: model.logits(hidden), hidden[:, None])[:, 0]
+
+    def read_prompts(self, tokens: jax.Array, mask: jax.Array, new: int) -> PromptState:
+        """As `LanguageModel.read_prompts`."""
+        return read_prompts(self, tokens, mask, new)
 
     def make_cache(self, batch: int, length: int) -> Cache:
         """As `Decoder.make_cache`; the arrays of the cache have a leading row axis.
@@ -127,13 +130,13 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         >>> mixed(jnp.ones((3, 4), int)).shape
         (3, 4, 1024)
     """
-    if isinstance(model, EncoderDecoder):
-        raise UserError(
-            "rows: a batch of several adapters is not supported for an encoder-decoder; use() one at a time"
-        )
-    if not isinstance(model, Decoder | Encoder):
+    if not isinstance(model, Model):
         raise UserError(
             f"rows: {type(model).__name__} is not a decoder or encoder of peftjax; adopted networks are not supported"
+        )
+    if not model.mixes_adapters:
+        raise UserError(
+            "rows: a batch of several adapters is not supported for an encoder-decoder; use() one at a time"
         )
     if isinstance(names, str):
         raise UserError(f"rows: names must be a list with one adapter for each row, got {names!r}")

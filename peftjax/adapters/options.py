@@ -7,8 +7,7 @@ from numbers import Real
 from typing import Any
 
 from peftjax.core.errors import UserError
-
-REGEX = set("*+?()[]{}|^$\\")
+from peftjax.core.paths import REGEX
 
 
 class Unusual(float):

@@ -23,11 +23,6 @@ def formats_of(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {path: value.format for path, value in parameters.items() if isinstance(value, Quantized)}
 
 
-def remember(model: nnx.Module, name: str, recorded: Mapping[str, str]) -> None:
-    """Record with the model the formats of the kernels, by path, that adapter `name` was trained on."""
-    set_registry(model, registry_of(model).with_formats(name, recorded))
-
-
 def base_name(model: nnx.Module, name: str) -> BaseName | None:
     """Return the name of the base in the file that adapter `name` was loaded from; None if the file does not name it."""
     return dict(registry_of(model).bases).get(name)
@@ -66,7 +61,7 @@ def distance(one: jax.Array | Quantized, other: jax.Array | Quantized) -> float:
     return float(jnp.sqrt(difference.sum() / norm.sum()))
 
 
-def summary(errors: Mapping[str, float]) -> str:
+def describe_errors(errors: Mapping[str, float]) -> str:
     """Describe the mean and the largest of relative errors, which are given by path."""
     worst = max(errors, key=lambda path: errors[path])
     return f"{sum(errors.values()) / len(errors):.2%} on average, at most {errors[worst]:.2%} ({worst})"

@@ -12,7 +12,7 @@ from peftjax.core.errors import UserError
 from peftjax.nn.layer import Layer
 
 
-def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+def nested_entries(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tuple[str, ...], str]]:
     """The entries of modules_to_save that match a module inside another one that is trained in full.
 
     Returns:
@@ -36,8 +36,8 @@ def nested(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, tuple[tu
 
 
 def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
-    """The entries of modules_to_save, with those that are `nested` replaced by their modules that are not inside others."""
-    found = nested(sites(model), entries)
+    """The entries of modules_to_save, with those of `nested_entries` replaced by their modules that are not inside others."""
+    found = nested_entries(sites(model), entries)
     return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
 
 

@@ -107,8 +107,7 @@ def joined(chosen: Chosen) -> Chosen:
 def by_name(site: Site, table: tuple[tuple[str, Any], ...], default: Any) -> np.ndarray:
     """Return for every layer of a site the value of the first entry of `table` that matches its name, else `default`."""
     with matching("method.rank_pattern and alpha_pattern", *(key for key, _ in table)):
-        found = [first_match(name, table) for name in site.names]
-    return np.array([default if value is None else value for value in found])
+        return np.array([first_match(name, table, default) for name in site.names])
 
 
 def by_expert(option: str, table: tuple[tuple[str, Any], ...], site: Site, others: np.ndarray) -> np.ndarray:
@@ -130,8 +129,7 @@ def by_expert(option: str, table: tuple[tuple[str, Any], ...], site: Site, other
     with matching(f"method.{option}", *(key for key, _ in table)):
         for layer, names in enumerate(site.single_experts):
             for expert, parts in enumerate(names):
-                found = [first_match(name, table) for name in parts]
-                given = [values[layer][expert] if value is None else value for value in found]
+                given = [first_match(name, table, values[layer][expert]) for name in parts]
                 if len(set(given)) > 1:
                     every = " and ".join(f"{value} for {name}" for name, value in zip(parts, given, strict=True))
                     raise UserError(f"method.{option} has {every}, which share A; give them one value")

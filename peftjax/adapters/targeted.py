@@ -12,7 +12,7 @@ from flax import nnx
 from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
-from peftjax.adapters.saved_modules import is_saved, nested, outermost, train_whole
+from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost, train_whole
 from peftjax.adapters.selection import Chosen, choose, chosen_names, ending_of, target_entries
 from peftjax.adapters.sites import SingleSite, Site, head_sites, insert, single_sites, sites
 from peftjax.core.errors import UserError
@@ -20,9 +20,7 @@ from peftjax.core.paths import matches, matching
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Conv1D, Linear
-from peftjax.nn.moe import Router
-
-DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+from peftjax.nn.routing import Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ class Targeted(Method):
             layers_to_transform=integers("layers_to_transform", self.layers_to_transform),
             modules_to_save=split_names("modules_to_save", self.modules_to_save),
         )
-        probability(**{name: getattr(self, name) for name in DROPOUTS if hasattr(self, name)})
+        probability(**{name: value for name, value in vars(self).items() if name.endswith("dropout")})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
             raise UserError(
                 f"method.layers_to_transform={self.layers_to_transform} needs targets that are names; "
@@ -140,7 +138,7 @@ class Targeted(Method):
     def saved(self, model: nnx.Module) -> Chosen:
         """The sites that are trained in full: those of modules_to_save and of a classification head."""
         layers = sites(model)
-        for entry, (outside, outer) in nested(layers, self.modules_to_save).items():
+        for entry, (outside, outer) in nested_entries(layers, self.modules_to_save).items():
             if not outside:
                 raise UserError(
                     f"method.modules_to_save: {entry!r} is inside {outer!r}, which is trained in full; remove {entry!r}"

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 
 from peftjax.core import debug_log, distributed, signals
+from peftjax.core.config import help_text
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.output import say
@@ -43,7 +44,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Preempted as stop:
         say(str(stop), error=True)
         code, saved = signals.PREEMPTED, True
-    except Exception as raised:
+    except Exception as raised:  # of any kind: other processes of a run must learn that this one ends
         error = _without_device(raised) or raised
         mistake = isinstance(error, UserError | OSError) and os.environ.get("PEFTJAX_TRACEBACK") != "1"
         if not mistake and not distributed.many():
@@ -145,11 +146,10 @@ def config_fields(argv: list[str], prefix: str = "--config.") -> tuple[list[str]
     return fields, [word for word in argv if word not in found]
 
 
-def parse(
+def parse_command(
     argv: list[str],
     command: str,
     summary: str,
-    fields: str,
     *,
     of_run: bool = False,
     workdir: bool = True,
@@ -163,7 +163,6 @@ def parse(
       argv: The command line without the program.
       command: The name of the command.
       summary: What it does, for --help.
-      fields: The description of all config fields, for --help.
       of_run: Whether the command reads a run, whose config is the default for --config.
       workdir: Whether the command has --workdir.
       options: Adds the command's own options to the parser.
@@ -171,7 +170,7 @@ def parse(
     parser = argparse.ArgumentParser(
         prog=program(command),
         description=summary,
-        epilog=fields,
+        epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

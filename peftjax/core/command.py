@@ -6,10 +6,10 @@ import sys
 
 def command() -> str | None:
     """The peftjax command of this process, "" if it names none; None if another program imports peftjax."""
-    return parse(sys.argv, sys.orig_argv)
+    return command_in(sys.argv, sys.orig_argv)
 
 
-def parse(arguments: list[str], started: list[str]) -> str | None:
+def command_in(arguments: list[str], started: list[str]) -> str | None:
     """The command whose package Python is importing.
 
     Args:

@@ -160,8 +160,9 @@ def nested(values: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(tree, type_safe=False)
 
 
-def describe(schema: Schema) -> str:
+def help_text() -> str:
     """All fields with their defaults and meanings, one section after the other, for --help."""
+    (schema,) = _declared
     lines, head = ["Config fields (--config.SECTION.FIELD=VALUE):"], ""
     for name, each in schema.fields.items():
         if (own := name.rpartition(".")[0]) != head:

@@ -94,7 +94,7 @@ def _checked(given: str | Path) -> tuple[Path, list[str]]:
 
 def _sections(path: Path) -> tuple[Mapping[str, Any], Mapping[str, int]]:
     """The sections of a YAML or JSON file, and the lines of the fields if they are known."""
-    return (_json(path), {}) if path.suffix == ".json" else config_yaml.read(path)
+    return (_json(path), {}) if path.suffix == ".json" else config_yaml.read_yaml(path)
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from peftjax.core.config import Field, Interval, Schema, replaced_by
 from peftjax.core.errors import UserError
-from peftjax.core.paths import suggest
+from peftjax.core.paths import REGEX, suggest
 
 Values = dict[str, Any]
 
@@ -112,7 +112,7 @@ def _parse(text: str, field: Field) -> Any:
         quoted = text.lstrip().startswith(("(", "[", "{", "'", '"'))  # 0,1 without quotes is ("0", "1") as strings
         if isinstance(literal, tuple | list | dict) and (quoted or field.of_method):
             return literal
-        if field.of_method and _is_pattern(text):
+        if field.of_method and REGEX & set(text):
             return text
         elements = [element.strip() for element in text.split(",") if element.strip()]
         return tuple(_literal(element) if field.of_method else element for element in elements)
@@ -127,10 +127,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-
-
-def _is_pattern(text: str) -> bool:
-    return any(character in text for character in "*+?()[]{}|^$\\")
 
 
 def _checked(name: str, value: Any, field: Field, source: str) -> Any:

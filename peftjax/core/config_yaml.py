@@ -31,7 +31,7 @@ for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The sections of a YAML file, and the lines of the fields: {"section": 1, "section.field": 2}.
 
     The fields of a mapping in a list have its index: {"section.0.field": 3}.

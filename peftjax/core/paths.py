@@ -5,9 +5,12 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.time_limit import time_limit
+
+REGEX = set("*+?()[]{}|^$\\")  # the characters that make a text a regular expression
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -57,20 +60,21 @@ def _entries(pattern: tuple[str, ...]) -> frozenset[str]:
     return frozenset(pattern)
 
 
-def first_match(name: str, table: Iterable[tuple[str, object]]) -> object | None:
+def first_match(name: str, table: Iterable[tuple[str, Any]], default: Any = None) -> Any:
     """Look up a module name in a table of patterns, by the rule of `rank_pattern` and `alpha_pattern` in Hugging Face PEFT.
 
     Args:
         name: Dotted module name.
         table: (pattern, value) pairs. A pattern is the full name, its last components, or a regular expression for either.
+        default: The result if no pattern matches.
 
     Returns:
-        The value of the first matching pattern, or None.
+        The value of the first matching pattern.
     """
     for key, value in table:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
-    return None
+    return default
 
 
 def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]:

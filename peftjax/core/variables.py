@@ -104,9 +104,15 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
     return jax.tree.map(decide, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def split(model: nnx.Module, mask: Mapping[str, bool]) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
-    """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves."""
+def split_by_kind(model: nnx.Module, kind: type[nnx.Variable] = PeftParam) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
+    """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves.
+
+    Args:
+        model: The model.
+        kind: The type of the trainable variables.
+    """
     graph, variables = flat(model)
+    mask = trainable_mask(variables, kind)
     values = {path: variable.get_value() for path, variable in variables.items()}
     trainable = {path: value if mask[path] else optax.MaskedNode() for path, value in values.items()}
     frozen = {path: optax.MaskedNode() if mask[path] else value for path, value in values.items()}

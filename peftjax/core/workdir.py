@@ -24,6 +24,7 @@ import jax
 from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
+from peftjax.core.listing import enumerate_some
 
 MARK = ".peftjax"
 TURN = ".peftjax-turn"  # the lock of the job that writes shared files
@@ -262,5 +263,4 @@ def _foreign_steps(checkpoints: Path) -> list[Path]:
 
 
 def _some(directory: Path) -> str:
-    names = sorted(path.name for path in directory.iterdir() if not _is_harmless(path.name))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return enumerate_some(sorted(path.name for path in directory.iterdir() if not _is_harmless(path.name)), 3)

@@ -26,8 +26,9 @@ from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
-from peftjax.data.sources import Concatenated, Source, open_source, split_weight, with_distinct_names
-from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read
+from peftjax.data.source_strings import split_weight
+from peftjax.data.sources import Concatenated, Source, open_source, with_distinct_names
+from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read_ahead
 
 # What is counted, in the order of the summary.
 COUNTS = ("records", "too_long", "empty", "rows", "positions", "tokens", "loss_tokens")
@@ -258,7 +259,7 @@ def train_batches(data: DataConfig, encoder: RecordEncoder, batching: Batching, 
     order = grain.MapDataset.mix(orders, given) if len(orders) > 1 else orders[0]
     lengths = _lengths(specs, sources)
     named = lengths if given else [(", ".join(specs), len(parts[0]))]
-    kept = Kept(read(order, data.workers), data, named, {})
+    kept = Kept(read_ahead(order, data.workers), data, named, {})
     batches = Batches("train", data, encoder, batching, kept, lengths)
     batches.source = None if given else parts[0]
     return batches
@@ -284,7 +285,7 @@ class HeldOut:
         """One pass, in batches of as many rows as in training; every process gets as many batches."""
         data, encoder, rest = self._data, self._encoder, dict[str, int]()
         order = grain.MapDataset.source(Encoded(self._records, 0, data, encoder))
-        kept = Kept(read(order, data.workers), data, [(self._specs, len(self._records))], rest)
+        kept = Kept(read_ahead(order, data.workers), data, [(self._specs, len(self._records))], rest)
         return EvalBatches("eval", data, encoder, batching, kept, self._lengths, rest=rest)
 
     def prompts(self, count: int) -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.time_limit import time_limit
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.json_files import read_json_if_any
 
 LONGEST = 10_000_000  # characters that a shorter conversation may become
 

@@ -9,7 +9,7 @@ from peftjax.data import packing
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import RecordEncoder, Row
 from peftjax.data.sources import Source
-from peftjax.data.stream import Encoded, Kept, read
+from peftjax.data.stream import Encoded, Kept, read_ahead
 
 PROBED = 16  # records whose size tells how many can be tokenized
 TYPICAL = 2_000  # characters of a record; of longer ones, fewer are tokenized
@@ -38,7 +38,7 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     most = max(1, int(most * min(1.0, TYPICAL / size)))
     sample = _Sample(source, min(most, len(source)))
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
-    kept: grain.IterDataset = Kept(read(order, data.workers), data, [("config.data.train", len(sample))], {})
+    kept: grain.IterDataset = Kept(read_ahead(order, data.workers), data, [("config.data.train", len(sample))], {})
     fills = [_fill(row) for row in packing.pack(kept, encoder.empty_row())] if data.pack else [1.0 for _ in kept]
     if len(sample) == len(source):
         return len(fills), True

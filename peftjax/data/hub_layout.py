@@ -35,7 +35,7 @@ def read_configs(card: pathlib.Path) -> Any:
 
     try:
         return (metadata_load(card) or {}).get("configs")
-    except Exception as error:  # of yaml, or not UTF-8
+    except Exception as error:  # of any kind: PyYAML raises what Python does for a malformed value, such as KeyError
         raise UserError(f"{CARD}: the metadata is not valid YAML: {' '.join(str(error).split())}") from error
 
 

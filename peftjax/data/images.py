@@ -16,7 +16,7 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.json_files import read_json_if_any
 
 if TYPE_CHECKING:
     from PIL.Image import Image

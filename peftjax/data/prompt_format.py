@@ -18,7 +18,8 @@ from peftjax.data.config import DataConfig
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.io.hf_files import PROMPT_FORMAT, read_json_if_any
+from peftjax.io.hf_files import PROMPT_FORMAT
+from peftjax.io.json_files import read_json_if_any
 
 _CHATS = ("chat", "sharegpt")
 

@@ -80,7 +80,7 @@ class RewriteDates(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
 
     def _generate_examples(self, split: str, days: list[datetime.date]) -> Iterator[tuple[int, dict[str, str]]]:
         for index in range(EXAMPLES[split]):
-            number = draw(f"{split} {index}")
+            number = pseudorandom(f"{split} {index}")
             day, form = days[number // len(FORMS) % len(days)], FORMS[number % len(FORMS)]
             yield index, {"prompt": form(day), "completion": day.isoformat()}
 
@@ -96,7 +96,7 @@ def days_by_split() -> dict[str, list[datetime.date]]:
 
 def split_of(day: datetime.date) -> str:
     """Return the split that a day belongs to."""
-    percentile = draw(day.isoformat()) % 100
+    percentile = pseudorandom(day.isoformat()) % 100
     for split, percent in HELD_OUT_PERCENT.items():
         if percentile < percent:
             return split
@@ -104,6 +104,6 @@ def split_of(day: datetime.date) -> str:
     return "train"
 
 
-def draw(text: str) -> int:
+def pseudorandom(text: str) -> int:
     """Return a pseudorandom number below 2^64 that depends only on `text`."""
     return int.from_bytes(hashlib.sha256(f"rewrite_dates 1 {text}".encode()).digest()[:8], "big")

@@ -15,32 +15,27 @@ A path may be a glob pattern or a directory; its files, sorted by path, form one
 source's weight in a mixture.
 """
 
-import array
 import bisect
-import codecs
 import gzip
 import itertools
-import json
-import math
 import mmap
-import os
 import pathlib
 import re
-import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
-from peftjax.core.paths import suggest
 from peftjax.data.hub_source import split_files
-from peftjax.data.tables import Csv, Listed, json_problem, json_records
+from peftjax.data.image_folder import ImageFolder
+from peftjax.data.json_lines import JsonLines, without_lone_surrogates
+from peftjax.data.source_strings import not_found
+from peftjax.data.tables import Csv, Listed, Parquet, json_problem, json_records
 from peftjax.data.tfds_source import open_tfds
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet")
 SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source(Protocol):
@@ -53,32 +48,6 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return the file or split and the number of a record, counted from 1: "train.jsonl:17"."""
         ...
-
-
-def split_weight(spec: str) -> tuple[str, float | None]:
-    """Split a source string into the source and its weight: "a.jsonl@0.5" gives ("a.jsonl", 0.5).
-
-    Returns:
-        The source without its weight, and the weight; None if it has none.
-
-    Raises:
-        UserError: The weight is not positive.
-    """
-    match = re.fullmatch(r"(.+)@(-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)", spec)
-    if not match:
-        return spec, None
-    weight = float(match[2])
-    if not 0 < weight < math.inf:
-        raise UserError(f"source {spec!r}: the weight {match[2]} is not positive; use a finite number above 0")
-    return match[1], weight
-
-
-def absolute(spec: str) -> str:
-    """Return a source string with an absolute path, if it has a path: "images:a@2" gives "images:/home/me/a@2"."""
-    if spec.startswith(("tfds:", "hf:")):
-        return spec
-    kind, path = ("images:", spec[7:]) if spec.startswith("images:") else ("", spec)
-    return f"{kind}{expand(path).absolute()}"
 
 
 def open_source(spec: str, *, tfds_data_dir: str = "") -> Source:
@@ -154,153 +123,6 @@ class Concatenated:
         return self._sources[which], index - (self._ends[which - 1] if which else 0)
 
 
-class JsonLines:
-    """JSON objects, one per line. Blank lines are skipped.
-
-    Args:
-        data: The lines: bytes, or a memory-mapped file.
-        label: The file's name in the names of records.
-    """
-
-    def __init__(self, data: bytes | mmap.mmap, label: str):
-        self._data, self._label, self._warned = data, label, False
-        self._starts, self._lines = array.array("q"), array.array("q")
-        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(
-                f"{label}: the file is UTF-16; convert it to UTF-8, for example with `iconv -f utf-16 -t utf-8`"
-            )
-        start, line = 0, 1
-        while start < len(data):
-            end = data.find(b"\n", start) + 1 or len(data)
-            if not data[start:end].isspace():
-                self._starts.append(start)
-                self._lines.append(line)
-            start, line = end, line + 1
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        start = self._starts[index]
-        end = self._data.find(b"\n", start)
-        text = self._data[start:] if end < 0 else self._data[start:end]
-        try:
-            record = json.loads(text)
-            repaired = _without_lone_surrogates(record) if _SURROGATE.search(text) else record
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.name(index)}: not valid JSON: {error.msg}, at column {error.colno}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.name(index)}: not valid UTF-8: {error}; convert the file to UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.name(index)}: the JSON cannot be read: {json_problem(error)}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{self.name(index)}: expected a JSON object {{...}}, found {type(record).__name__}")
-        if repaired is not record and repaired != record and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.name(index)}: a lone surrogate (\\ud800 to \\udfff) is not a character; it is replaced by U+FFFD, here and "
-                "in later records",
-                stacklevel=2,
-            )
-        return repaired
-
-    def name(self, index: int) -> str:
-        return f"{self._label}:{self._lines[index]}"
-
-
-# In JSON, escaped (two of them in a row may be one character) or as the bytes that json.loads decodes to one.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-
-
-def _without_lone_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return re.sub("[\ud800-\udfff]", "\ufffd", value)
-    if isinstance(value, dict):
-        return {_without_lone_surrogates(key): _without_lone_surrogates(entry) for key, entry in value.items()}
-    return [_without_lone_surrogates(entry) for entry in value] if isinstance(value, list) else value
-
-
-class Parquet:
-    """The rows of a Parquet file, kept in memory as Arrow columns. Times in nanoseconds are cut to microseconds."""
-
-    def __init__(self, path: pathlib.Path, label: str):
-        import pyarrow.parquet
-
-        self._table, self._label = pyarrow.parquet.read_table(path), label
-        self._columns = dict(zip(self._table.column_names, self._table.columns, strict=True))
-        for name, column in self._columns.items():  # Python's datetime has microseconds
-            if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":
-                self._columns[name] = column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = dict[str, Any]()
-        for name, column in self._columns.items():
-            try:
-                record[name] = column[index].as_py()
-            except (ValueError, OverflowError) as error:  # a time that Python cannot represent
-                raise UserError(f"{self.name(index)}: field {name!r} cannot be read: {error}; remove it") from error
-        return record
-
-    def name(self, index: int) -> str:
-        return f"{self._label}:{index + 1}"
-
-
-class ImageFolder:
-    """The images at any depth below DIR/CLASS as {"image": the file's bytes, "label": CLASS}, sorted by path.
-
-    A warning lists files without an image suffix. Hidden files and folders are ignored.
-    """
-
-    def __init__(self, spec: str):
-        self._root = expand(spec.removeprefix("images:"))
-        if not self._root.is_dir():
-            raise _not_found(spec, self._root, "folder")
-        self._paths, others = list[str](), list[str]()
-        for path in sorted(_walk(self._root)):
-            image = "/" in path and path.lower().endswith(IMAGE_SUFFIXES)
-            (self._paths if image else others).append(path)
-        classes = class_folders([spec])
-        empty = set(classes) - {path.partition("/")[0] for path in self._paths}
-        if empty or not classes:
-            why = f"its folder {min(empty)!r} contains no images" if empty else "it has no folder for each class"
-            raise UserError(
-                f"source {spec!r}: {why}. Images belong in DIR/CLASS, and have one of the suffixes {', '.join(IMAGE_SUFFIXES)}"
-            )
-        if others:
-            some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-            warnings.warn(f"source {spec!r}: ignoring files that are not images of a class: {some}", stacklevel=2)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self._paths[index]
-        return {"image": (self._root / path).read_bytes(), "label": path.partition("/")[0]}
-
-    def name(self, index: int) -> str:
-        return self._paths[index]
-
-
-def class_folders(specs: Iterable[str]) -> tuple[str, ...]:
-    """Return the class names of all image folders among some source strings, sorted."""
-    names = [split_weight(spec)[0].removeprefix("images:") for spec in specs if spec.startswith("images:")]
-    roots = [root for name in names if (root := expand(name)).is_dir()]
-    folders = (entry for root in roots for entry in root.iterdir())
-    return tuple(sorted({entry.name for entry in folders if entry.is_dir() and not entry.name.startswith(".")}))
-
-
-def _walk(root: pathlib.Path) -> Iterator[str]:
-    """The paths of all files below a folder that are not hidden, relative to it, with "/" as the separator."""
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
-
-
 def _files(spec: str) -> list[pathlib.Path]:
     """The files that a path or glob pattern names, sorted. An existing file is never taken for a pattern."""
     path = expand(spec)
@@ -315,7 +137,7 @@ def _files(spec: str) -> list[pathlib.Path]:
         raise UserError(f"source {spec!r}: {error}. Write ** between slashes, as in data/**/*.jsonl") from error
     if files:
         return files
-    raise _not_found(spec, path, "file")
+    raise not_found(spec, path, "file")
 
 
 def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
@@ -334,16 +156,6 @@ def _files_in(folder: pathlib.Path, spec: str) -> list[pathlib.Path]:
             f"{spec.rstrip('/')}/{min(splits)}*"
         )
     return files
-
-
-def _not_found(spec: str, path: pathlib.Path, kind: str) -> UserError:
-    """The error for a path that does not exist; it suggests similar names in the nearest existing folder."""
-    folder, missing = path.parent, path.name
-    while not folder.is_dir():
-        folder, missing = folder.parent, folder.name
-    names = sorted(entry.name for entry in folder.iterdir())
-    holds = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
-    return UserError(f"source {spec!r}: no such {kind}.{suggest(missing, names)} {folder.resolve()} holds {holds}")
 
 
 def _open_file(path: pathlib.Path, label: str) -> Source:
@@ -382,7 +194,7 @@ def _read_file(path: pathlib.Path, label: str) -> Source:
     if name.endswith(".csv"):
         return Csv(data, label)
     records = json_records(data, label) if data.strip() else []
-    return JsonLines(data, label) if records is None else Listed(_without_lone_surrogates(records), label)
+    return JsonLines(data, label) if records is None else Listed(without_lone_surrogates(records), label)
 
 
 def _mapped(path: pathlib.Path) -> bytes | mmap.mmap:

@@ -1,8 +1,9 @@
-"""Records from files that are read whole: CSV and JSON."""
+"""Records from files that are read whole: CSV, Parquet and JSON."""
 
 import csv
 import io
 import json
+import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,34 @@ def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:
         if str(numbers[-1]) != text:
             return column
     return numbers
+
+
+class Parquet:
+    """The rows of a Parquet file, kept in memory as Arrow columns. Times in nanoseconds are cut to microseconds."""
+
+    def __init__(self, path: pathlib.Path, label: str):
+        import pyarrow.parquet
+
+        self._table, self._label = pyarrow.parquet.read_table(path), label
+        self._columns = dict(zip(self._table.column_names, self._table.columns, strict=True))
+        for name, column in self._columns.items():  # Python's datetime has microseconds
+            if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":
+                self._columns[name] = column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = dict[str, Any]()
+        for name, column in self._columns.items():
+            try:
+                record[name] = column[index].as_py()
+            except (ValueError, OverflowError) as error:  # a time that Python cannot represent
+                raise UserError(f"{self.name(index)}: field {name!r} cannot be read: {error}; remove it") from error
+        return record
+
+    def name(self, index: int) -> str:
+        return f"{self._label}:{index + 1}"
 
 
 class Listed:

@@ -8,7 +8,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.tokenizer import Tokenizer
 
 
-def check_rows(ids: Iterable[int], rows: int | None, tokenizer: Tokenizer, name: str) -> None:
+def check_token_rows(ids: Iterable[int], rows: int | None, tokenizer: Tokenizer, name: str) -> None:
     """Check that every token of a text has a row.
 
     Args:

@@ -16,7 +16,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
 from peftjax.data.chat_template import ChatTemplate, Message, Tools
-from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, read_json_if_any, resolve
+from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, find_model
+from peftjax.io.json_files import read_json_if_any
 
 Text = str | Sequence[str]  # a text, or its words
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
     """
     directory = expand(path)
     if str(path) == "embedded" or revision is not None or not directory.is_dir():
-        directory = resolve(path, revision, ("config.json", *SIDE_FILES))
+        directory = find_model(path, revision, ("config.json", *SIDE_FILES))
     return Tokenizer(directory)
 
 
@@ -277,7 +278,7 @@ class Tokenizer:
             yield
         except TypeError as error:  # a lone surrogate: how Python reads an argument that is not UTF-8
             raise UserError(f"cannot encode {str(text)[:40]!r}: it is not valid Unicode") from error
-        except Exception as error:
+        except Exception as error:  # the only type that the library raises
             raise UserError(
                 f"the tokenizer in {self.directory} cannot encode {str(text)[:40]!r}: {error}. Its vocabulary "
                 "probably has no token for unknown text; set unk_token in tokenizer.json to a token of the vocabulary"
@@ -349,7 +350,7 @@ def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]
     for probe in itertools.chain(("a", "0", "."), tokens):
         try:
             bare = tokenizer.encode(probe, add_special_tokens=False).ids
-        except Exception:  # the library's only type: the vocabulary has no unknown token
+        except Exception:  # the only type that the library raises: the vocabulary has no unknown token
             continue
         if bare:
             whole = tokenizer.encode(probe).ids

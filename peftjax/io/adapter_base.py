@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters import provenance
-from peftjax.adapters.registry import BaseName, parameters_before
+from peftjax.adapters.registry import BaseName, parameters_before, registry_of, set_registry
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
 from peftjax.core.host_arrays import OnHost
+from peftjax.core.listing import enumerate_some
 from peftjax.io.adapter_hub import CONFIG, is_hub
-from peftjax.io.hf_files import enumerate_some, parse_json, read_json
+from peftjax.io.json_files import parse_json, read_json
 from peftjax.quant.base import Quantized
 
 FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
@@ -85,7 +86,7 @@ def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, 
 def remember_formats(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:
     """Record the kernel formats that the adapter was trained on; warn if the model's are different."""
     recorded, own = _recorded(metadata, FORMATS, path), provenance.formats(model)
-    provenance.remember(model, name, recorded)
+    set_registry(model, registry_of(model).with_formats(name, recorded))
     if FORMATS in metadata and recorded != own:
         here, there = (", ".join(sorted(set(kinds.values()))) or "not quantized" for kinds in (own, recorded))
         warnings.warn(

@@ -10,9 +10,9 @@ from flax import nnx
 from peftjax.adapters.sites import Site, sites, tied_kernel
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
-from peftjax.io.hf_files import enumerate_some
 
 TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
 # What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained

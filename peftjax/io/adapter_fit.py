@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.method import Method
-from peftjax.adapters.saved_modules import is_saved, nested, outermost
+from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, is_selected, target_entries
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
@@ -109,7 +109,7 @@ def with_joined_experts(method: Method, model: nnx.Module) -> Method:
     """Return the method with all experts selected by one name, where its options name every one of them."""
     if not isinstance(method, Targeted) or not method.splits_experts:
         return method
-    changes = {key: getattr(method, key) for key in ("targets", "feedforward") if hasattr(method, key)}
+    changes = {key: value for key, value in vars(method).items() if key in ("targets", "feedforward")}
     for option, entries in changes.items():
         for site in sites(model) if isinstance(entries, tuple) else ():
             every = {ending_of(single) for single in single_sites(site)}
@@ -185,7 +185,7 @@ def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]
 
     peft trains the outermost modules. It writes the others as it found them, and cannot load such a file.
     """
-    if not isinstance(method, Targeted) or not (found := nested(sites(model), method.modules_to_save)):
+    if not isinstance(method, Targeted) or not (found := nested_entries(sites(model), method.modules_to_save)):
         return method, []
     return dataclasses.replace(method, modules_to_save=outermost(model, method.modules_to_save)), list(found)
 
@@ -283,7 +283,7 @@ def _by_whole_name(pair: tuple[str, Any], names: Iterable[str]) -> list[tuple[st
 
 def _tables(method: Method) -> dict[str, tuple[tuple[str, Any], ...]]:
     """The options that are tables by module name. AdaLoRA's has the names of tensors, which it checks itself."""
-    return {} if isinstance(method, AdaLora) else {key: getattr(method, key) for key in TABLES if hasattr(method, key)}
+    return {} if isinstance(method, AdaLora) else {key: value for key, value in vars(method).items() if key in TABLES}
 
 
 def _with_adapter(names: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:

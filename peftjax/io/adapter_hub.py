@@ -13,7 +13,8 @@ from flax import nnx
 
 from peftjax.adapters.sites import sites
 from peftjax.core.errors import UserError
-from peftjax.io.hf_files import read_header, read_json
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import read_header
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.models.base import Model
 from peftjax.models.encoder import Encoder
@@ -51,7 +52,7 @@ def options_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return options
 
 
-def make_config(model: Model, method: Bottleneck, name: str, base: str | None) -> dict[str, Any]:
+def adapter_config(model: Model, method: Bottleneck, name: str, base: str | None) -> dict[str, Any]:
     """Return adapter_config.json."""
     return {
         "config": dict(sorted(method.to_hf(model, name).items())),
@@ -87,7 +88,7 @@ def with_both_names(tensors: Mapping[str, T], method: Bottleneck) -> dict[str, T
     return {**tensors, **again}
 
 
-def read(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str, np.ndarray]]:
+def read_adapter(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str, np.ndarray]]:
     """Read the method and the tensors of a directory.
 
     Args:

@@ -18,11 +18,12 @@ from peftjax.adapters.sites import head_sites, sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_check import copies_in, reason
-from peftjax.io.adapter_experts import with_all_experts
+from peftjax.io.adapter_experts_load import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
     with_factors_of,
@@ -37,8 +38,9 @@ from peftjax.io.adapter_method import check_directory, peft_method_class
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
 from peftjax.io.finite import check_finite
-from peftjax.io.hf_files import enumerate_some, read_header, read_json, read_metadata
+from peftjax.io.json_files import read_json
 from peftjax.io.parts import in_other_parts, warn_of_adapters
+from peftjax.io.safetensors_files import read_header, read_metadata
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel
@@ -89,7 +91,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
     path = expand(path)
     method: Method
     if adapter_hub.is_hub(path):
-        method, tensors = adapter_hub.read(path, model, name)
+        method, tensors = adapter_hub.read_adapter(path, model, name)
         has_head = (path / adapter_hub.HEAD).is_file()
     else:
         method, tensors, has_head = _read(path, model)
@@ -104,7 +106,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
             check_base(model, name, path, metadata)
         remember_formats(model, name, path, metadata)
         remember_base(model, name, recorded_name(path))
-    except Exception:
+    except Exception:  # whatever it is: the model is as before, and the error goes on
         use(detach(model, name), before)
         raise
     return model
@@ -181,7 +183,7 @@ def _holds_head(
                 f"{path / WEIGHTS} has an adapter of the task head ({name}), which is trained in full here: {key} is not "
                 "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
             )
-    if held and not by_config and getattr(method, "bias", "none") == "all":
+    if held and not by_config and isinstance(method, Lora) and method.bias == "all":
         raise UserError(
             f"{path / CONFIG}: bias='all' trained the biases of the task head ({', '.join(names)}) without its kernels, which "
             "is not supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
@@ -213,7 +215,7 @@ def _fitted(
         UserError: The adapter needs a changed base that cannot be computed.
     """
     older = older_names(model, tensors)
-    with matching(str(path / CONFIG), *(getattr(method, option, None) for option in PATTERNS)):
+    with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
         method = with_joined_experts(with_names(method, model, older), model)
         method = without_parameters(method, model, tensors, parameters)
         method, inner = without_nested(method, model)

@@ -7,9 +7,11 @@ from typing import Any
 
 from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
+from peftjax.core.listing import listing
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_tensors import CONFIG
-from peftjax.io.hf_files import check_files, is_hub_id, listing, read_json
+from peftjax.io.hf_files import check_files, is_hub_id
+from peftjax.io.json_files import read_json
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import from_hub
 

@@ -22,11 +22,10 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import naming, sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.io import adapter_hub
-from peftjax.io.adapter_base import base_fingerprints, base_record, placeholder_fingerprints
+from peftjax.io.adapter_base import base_fingerprints, base_record
 from peftjax.io.adapter_check import TOKENS
-from peftjax.io.adapter_experts import requires_single_experts, shapes_of_single_experts, with_single_experts
+from peftjax.io.adapter_experts_save import requires_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, PREFIX, WEIGHTS, adapter_tensors
-from peftjax.io.hf_files import DTYPES
 from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark
 from peftjax.methods import METHODS
 from peftjax.methods.bottleneck import Bottleneck
@@ -104,7 +103,7 @@ def write_adapter(
     Raises:
         UserError: As `save_adapter`.
     """
-    method = _method(model, name)
+    method = saved_method(model, name)
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path} is a file; give a directory")
@@ -143,46 +142,12 @@ def _warn_of_copies(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
             )
 
 
-def weights_bytes(model: nnx.Module, name: str = "default") -> int:
-    """Return the size in bytes of the safetensors files that `save_adapter` would write; the model may be abstract.
-
-    Raises:
-        UserError: As `save_adapter`.
-    """
-    method = _method(model, name)
-    tensors = _placeholders(model, name)
-    if isinstance(model, Model) and requires_single_experts(model, name):
-        tensors = shapes_of_single_experts(model, name, method, tensors)
-    metadata = base_record(model, name, placeholder_fingerprints(model, name))
-    if not isinstance(method, Bottleneck):
-        return _file_bytes(tensors, metadata)
-    rest, head = _without_head(tensors)
-    size = _file_bytes(adapter_hub.with_both_names(rest, method), metadata)
-    return size + (_file_bytes(head, {}) if head else 0)
-
-
-def _placeholders(model: nnx.Module, name: str) -> dict[str, Any]:
-    """Arrays of zeros, without memory of their own, in place of the tensors that the files hold.
-
-    Only what computes tensors is traced. Tracing the thousands of cuts into the tensors of single experts would take long.
-    """
-    tensors: dict[str, Any] = {}
-    graph, state = nnx.split(model)
-
-    def record(state: nnx.State) -> None:
-        zeros = lambda value: np.broadcast_to(np.zeros((), value.dtype), value.shape)  # noqa: E731
-        tensors.update(adapter_tensors(nnx.merge(graph, state), name, read=zeros))
-
-    jax.eval_shape(record, state)
-    return tensors
-
-
 def task_type(model: nnx.Module) -> str | None:
     """Return the task_type of adapter_config.json; None if PEFT has none for the model, which then fits any adapter."""
     return model.hf_task if isinstance(model, Model) else "CAUSAL_LM"
 
 
-def _method(model: nnx.Module, name: str) -> Method:
+def saved_method(model: nnx.Module, name: str) -> Method:
     """The method of adapter `name`, which must have a file format."""
     require(model, name)
     method = attached(model)[name]
@@ -232,10 +197,10 @@ def _hub_files(
 ) -> dict[str, bytes]:
     """The files of an AdapterHub directory."""
     assert isinstance(model, Model)  # only its blocks have slots for bottleneck adapters
-    rest, head = _without_head(tensors)
+    rest, head = without_head(tensors)
     files = {
         adapter_hub.WEIGHTS: _weights(adapter_hub.with_both_names(rest, method), metadata),
-        adapter_hub.CONFIG: _json(adapter_hub.make_config(model, method, name, base)),
+        adapter_hub.CONFIG: _json(adapter_hub.adapter_config(model, method, name, base)),
     }
     if head:
         files |= {
@@ -245,7 +210,7 @@ def _hub_files(
     return files
 
 
-def _without_head(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+def without_head(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     """The tensors of bottleneck adapters, and those of the task head."""
     rest = {key: value for key, value in tensors.items() if ".adapters." in key}
     return rest, {key: value for key, value in tensors.items() if key not in rest}
@@ -270,24 +235,6 @@ def _with_sorted_metadata(file: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + file[start:]
-
-
-def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]) -> int:
-    """The size of the file that `_weights` makes of tensors of these shapes.
-
-    The file holds the length of the header in 8 bytes, the header, and the tensors, those of the widest dtype first.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for key, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        begin, end = end, end + value.size * value.dtype.itemsize
-        header[key] = {
-            "dtype": DTYPES[value.dtype.name],
-            "shape": list(value.shape),
-            "data_offsets": [begin, end],
-        }
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + length + -length % 8 + end
 
 
 def _write(path: Path, files: Mapping[str, bytes], training: TrainingSummary | None, *, card: bool) -> None:

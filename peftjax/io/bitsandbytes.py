@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
-from peftjax.io import finite, hf_files
-from peftjax.io.hf_files import DTYPES, StoredTensor, parse_json
+from peftjax.io import finite
+from peftjax.io.json_files import parse_json
+from peftjax.io.safetensors_files import DTYPES, StoredTensor, read_arrays
 from peftjax.quant.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, Nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -111,7 +112,7 @@ def _claimed(quantization: Mapping[str, Any]) -> str:
     return f"{method}, {quantization.get('bnb_4bit_quant_type', 'fp4') if four else 'load_in_8bit'}"
 
 
-def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
+def with_packed_kernels(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
     """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight.
 
     Args:
@@ -128,7 +129,7 @@ def gather(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
     maps = tuple(f".{map_}" for map_ in _MAPS)
     wanted = {name: tensor for name, tensor in stored.items() if name in states or name.endswith(maps)}
-    arrays = hf_files.read_arrays(wanted.values())
+    arrays = read_arrays(wanted.values())
     small = {name: arrays[tensor.name] for name, tensor in wanted.items()}  # a part of a file may be renamed
     for name in states:
         weight, _, kind = name.partition(_STATE)
@@ -341,7 +342,7 @@ def _check_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
 # --- Writing ---
 
 
-def pack(kernel: Nf4) -> dict[str, jax.Array]:
+def pack_kernel(kernel: Nf4) -> dict[str, jax.Array]:
     """Return the arrays of one layer's kernel as they are stored; the inverse of `Unpack`."""
     codes, absmax = (kernel.codes.astype(jnp.int8) + 8).astype(jnp.uint8), kernel.absmax
     if codes.ndim == 3:
@@ -359,7 +360,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
 
     Args:
         weight: The name of its weight.
-        arrays: What `pack` made of the layer.
+        arrays: What `pack_kernel` made of the layer.
         kernel: The kernel, of one layer or stacked.
     """
     inputs, outputs = kernel.features
@@ -374,7 +375,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
     return stored
 
 
-def make_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
+def quantization_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
     """Return the quantization_config of config.json.
 
     Args:

@@ -135,7 +135,7 @@ class Checkpoints:
             self._damaged.discard(step)
             # force: the caller has decided to save; without it orbax skips any step that is not its newest.
             self._manager.save(step, args=items, metrics=_metrics(step, content), force=True)
-        except Exception as error:
+        except Exception as error:  # of any kind: orbax and tensorstore have types of their own
             raise self._failed(step, error) from error
         self._saving = step
 
@@ -203,7 +203,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 self._sync(step)
-        except Exception as error:
+        except Exception as error:  # as in `save`
             raise self._failed(step, error) from error
 
     def close(self) -> None:
@@ -315,7 +315,7 @@ def _metrics(step: int, content: Json) -> Json | None:
 def _readable_about(path: epath.Path) -> Json | None:
     try:
         return _read_about(path)
-    except Exception:  # damaged, which `restore` reports
+    except Exception:  # damaged in any way, which `restore` reports
         return None
 
 
@@ -374,7 +374,7 @@ def _on_every_process(what: str, read: Callable[[], T]) -> T:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             results.append(read())
-        except Exception as error:
+        except Exception as error:  # of any kind: the other processes must not wait for this one
             problem, details = _reason(error), debug_log.record(error)
         if problem:
             gc.collect()  # collect the abandoned reads while the warning is ignored

@@ -11,7 +11,7 @@ from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.layer import Layer
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import Router
+from peftjax.nn.routing import Router
 
 
 @dataclasses.dataclass(frozen=True)

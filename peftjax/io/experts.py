@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry
-from peftjax.io.hf_files import StoredTensor, enumerate_some
 from peftjax.io.packed_experts import PackedExperts, join_kernels
+from peftjax.io.safetensors_files import StoredTensor
 from peftjax.models.base import Model
 from peftjax.models.moe import MoeConfig
 

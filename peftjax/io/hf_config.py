@@ -5,8 +5,10 @@ from typing import Any
 
 from peftjax import models
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files, mxfp4
+from peftjax.io import bitsandbytes, mxfp4
+from peftjax.io.json_files import read_json
 from peftjax.io.parts import text_tensors
+from peftjax.io.safetensors_files import DTYPES, read_tensors
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling
 from peftjax.models.base import ModelConfig
@@ -22,7 +24,7 @@ def read_fields(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     It is also empty for MXFP4, whose kernels are decoded when they are read.
     """
-    fields = hf_files.read_json(directory / "config.json")
+    fields = read_json(directory / "config.json")
     quantization = fields.pop("quantization_config", None) or {}
     if quantization.get("quant_method") == mxfp4.METHOD:
         quantization = {}
@@ -45,8 +47,8 @@ def read_config(
         UserError: An option, the architecture or a field is not supported.
     """
     for name, value, values in (
-        ("dtype", dtype, hf_files.DTYPES),
-        ("param_dtype", param_dtype or dtype, hf_files.DTYPES),
+        ("dtype", dtype, DTYPES),
+        ("param_dtype", param_dtype or dtype, DTYPES),
         ("remat", remat, REMATS),
     ):
         if value not in values:
@@ -54,7 +56,7 @@ def read_config(
     # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
     fields, quantization = read_fields(directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
-    if models.family(fields).heads and head["head"] in (None, "none"):
+    if models.family(fields).heads and head.get("head") in (None, "none"):
         options |= read_pooling(directory)
     options |= head
     return models.from_hf_config(fields, **options), quantization
@@ -74,7 +76,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     """
     fields, quantization = read_fields(directory)
     try:
-        tensors = mxfp4.gather(hf_files.read_tensors(directory))
+        tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
     except UserError:  # the directory has no weights, or not all of them
         return quantization
     if fields.get("model_type") in WHOLES:
@@ -83,4 +85,4 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
         return {}
     nested = any(name.endswith(".nested_absmax") for name in tensors)
     packed = {PACKED: bitsandbytes.packed_names(tensors)}
-    return quantization | bitsandbytes.make_config(nested, (), "float32") | packed
+    return quantization | bitsandbytes.quantization_config(nested, (), "float32") | packed

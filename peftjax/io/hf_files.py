@@ -1,25 +1,16 @@
-"""Hugging Face model directories: find or download them, and read their JSON and safetensors files."""
+"""Hugging Face model directories: their files, and where they are, downloaded if necessary."""
 
-import dataclasses
 import fnmatch
-import functools
-import json
-import math
 import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
+from peftjax.core.listing import listing
 from peftjax.core.paths import suggest
 from peftjax.core.workdir import is_run
-from peftjax.io.json_types import check_types
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "base"
 
@@ -42,29 +33,13 @@ SIDE_FILES = (
     f"{TEMPLATES}/*.jinja",
 )
 WEIGHTS = "model.safetensors"
-PROMPT_FORMAT = "peftjax.json"  # beside an adapter or a model that was trained on prompts; data/prompt_format.py
 INDEX = "model.safetensors.index.json"
+PROMPT_FORMAT = "peftjax.json"  # beside an adapter or a model that was trained on prompts; data/prompt_format.py
 # No pickles (*.bin, *.pt, *.pkl): reading one can run arbitrary code.
 DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, "modules.json", "*_Pooling/config.json")
 
-FLOATS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what safetensors calls the dtypes of parameters
 
-
-# --- Model directories ---
-
-
-def resolve(path: str | Path, revision: str | None = None, files: Sequence[str] = DOWNLOADED) -> Path:
+def find_model(path: str | Path, revision: str | None = None, files: Sequence[str] = DOWNLOADED) -> Path:
     """Return the local directory of a model, downloading it if necessary.
 
     Args:
@@ -155,59 +130,6 @@ def check_files(directory: Path, patterns: Iterable[str] = DOWNLOADED) -> None:
             check_regular(path)
 
 
-def listing(directory: Path) -> str:
-    """Name the first entries of a directory, for messages."""
-    return enumerate_some(sorted(entry.name for entry in directory.iterdir()), 10) or "no files"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object and check the types of the fields that `json_types` lists.
-
-    Raises:
-        UserError: The file is not valid JSON, holds another kind of value, or a field has another type.
-    """
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    check_types(value, str(path), path.name)
-    return value
-
-
-def load_json(path: Path) -> Any:
-    """Read a JSON file that holds any kind of value.
-
-    Raises:
-        UserError: It is no regular file, or not valid JSON.
-    """
-    check_regular(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON from a file.
-
-    Raises:
-        UserError: It is not valid, is nested too deeply, or has a lone surrogate, which is not a character.
-    """
-    try:
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where} has a lone surrogate ({error.object[error.start]!r}), which is not a character; replace it"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{where} is not valid JSON: its values are nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-    return value
-
-
 def check_regular(path: Path) -> None:
     """Raises a UserError for a name that is neither a regular file nor a directory: reading a pipe would wait forever."""
     try:
@@ -222,156 +144,3 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}; replace it with a regular file") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is a pipe, a socket or a device; replace it with a regular file")
-
-
-def read_json_if_any(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no such file."""
-    return read_json(path) if path.is_file() else {}
-
-
-# --- safetensors files ---
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file that has not been read.
-
-    Attributes:
-        file: The file.
-        name: Its name.
-        dtype: As in the file's header: "F32", "BF16", ...
-        shape: Its shape.
-    """
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def open(self) -> Any:
-        """Return a view that reads the requested part when it is indexed with [...] or slices.
-
-        The file is closed when the view is deleted.
-        """
-        if 0 in self.shape:
-            return _open(self.file).get_tensor(self.name)  # safetensors cannot slice an empty tensor
-        if self.dtype not in FLOATS:
-            return _open(self.file).get_slice(self.name)
-        # get_slice would copy, and does not support 8-bit floats in NumPy.
-        return self.mapped().view(FLOATS[self.dtype]).reshape(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3"; "BOOL" has none
-        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
-
-    def mapped(self) -> np.ndarray:
-        """Map its bytes into memory, uint8 [nbytes]."""
-        status = self.file.stat()
-        begin, end = _offsets(self.file, status.st_ino, status.st_mtime_ns)[self.name]
-        return np.memmap(self.file, np.uint8, mode="r", offset=begin, shape=(end - begin,))
-
-
-@functools.lru_cache(maxsize=4)
-def _offsets(file: Path, inode: int, changed: int) -> dict[str, tuple[int, int]]:
-    """Where the tensors of a file begin and end, in bytes. The safetensors library checks this, but does not expose it.
-
-    A file may have tens of thousands of tensors, one or several for every expert, so its header is parsed once and not for
-    each of them. `inode` and `changed` (its last change in ns) tell another file at the same path.
-    """
-    del inode, changed
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    spans = {name: fields["data_offsets"] for name, fields in header.items() if name != "__metadata__"}
-    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in spans.items()}
-
-
-def read_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of model.safetensors, or of the files in model.safetensors.index.json, by name.
-
-    Raises:
-        UserError: There is no safetensors file, or one is truncated, malformed or does not match the index.
-    """
-    if (directory / WEIGHTS).is_file():
-        return read_header(directory / WEIGHTS)
-    if (directory / INDEX).is_file():
-        return _read_sharded(directory)
-    if list(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory} has only pytorch_model.bin, a pickle. Reading a pickle can run arbitrary code, so it is not "
-            'supported; convert it to safetensors: load it with transformers and call model.save_pretrained("DIR")'
-        )
-    raise UserError(
-        f"{directory} has neither {WEIGHTS} nor {INDEX}; it holds {listing(directory)}. Other formats, such as "
-        'pytorch_model.bin, are neither downloaded nor read; load the model with transformers and call model.save_pretrained("DIR")'
-    )
-
-
-def _read_sharded(directory: Path) -> dict[str, StoredTensor]:
-    index = directory / INDEX
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index} has no weight_map from tensor names to files")
-    files = sorted(set(where.values()))
-    if outside := [file for file in files if Path(file).name != file]:
-        raise UserError(
-            f"{index} names files outside of its directory: {enumerate_some(outside, 3)}; use plain file names"
-        )
-    if absent := [file for file in files if not (directory / file).is_file()]:
-        raise UserError(f"{index} lists files that do not exist: {enumerate_some(absent)}; download them again")
-    headers = {file: read_header(directory / file) for file in files}
-    if absent := [f"{name} (in {file})" for name, file in where.items() if name not in headers[file]]:
-        raise UserError(f"{index} lists tensors that are not in their files: {enumerate_some(absent)}")
-    unlisted = {name: tensor for header in headers.values() for name, tensor in header.items()}
-    return unlisted | {name: headers[file][name] for name, file in where.items()}
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of one safetensors file, by name.
-
-    Raises:
-        UserError: The file is damaged or truncated, or is a git-lfs pointer.
-    """
-    with _open(file) as stored:
-        views = {name: stored.get_slice(name) for name in stored.offset_keys()}
-    return {name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
-
-
-def read_arrays(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
-    """Read small tensors, by name; each file is opened once."""
-    by_file: dict[Path, list[str]] = {}
-    for tensor in tensors:
-        by_file.setdefault(tensor.file, []).append(tensor.name)
-    arrays: dict[str, np.ndarray] = {}
-    for file, names in by_file.items():
-        with _open(file) as stored:
-            arrays |= {name: stored.get_tensor(name) for name in names}
-    return arrays
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file, such as {"format": "pt"}."""
-    with _open(file) as stored:
-        return stored.metadata() or {}
-
-
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="numpy", backend="mmap")  # "pread" reads a whole tensor to slice it
-    except SafetensorError as error:
-        with file.open("rb") as stream:
-            if stream.read(8) == b"version ":
-                raise UserError(
-                    f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
-                ) from error
-        raise UserError(
-            f"{file} is not a safetensors file, or it is damaged or truncated ({error}); download or save it again"
-        ) from error
-
-
-def enumerate_some(names: Sequence[str], limit: int = 20) -> str:
-    """Join the first `limit` names with commas, and say how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -11,18 +11,19 @@ from jax.sharding import Mesh
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.io import bitsandbytes, hf_files, mxfp4
+from peftjax.io import bitsandbytes, mxfp4
 from peftjax.io.bitsandbytes import Stored
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import with_experts
 from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config, read_fields
-from peftjax.io.hf_files import StoredTensor, resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.match import match, tied_as_stored
-from peftjax.io.parts import text_tensors, warn_of_the_rest, whole_of
+from peftjax.io.parts import text_tensors, warn_of_the_rest
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows, with_stored_rows
+from peftjax.io.safetensors_files import StoredTensor, read_tensors
 from peftjax.models.base import Model, Origin
 from peftjax.models.heads import HeadOptions
 from peftjax.models.multimodal import text_config
@@ -88,18 +89,18 @@ def load_model(
         >>> model(jnp.array([[5, 6, 7]])).shape  # logits
         (1, 3, 1024)
     """
-    directory = resolve(path, revision)
+    directory = find_model(path, revision)
     started = time.perf_counter()
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
     config, quantization = read_config(directory, dtype, param_dtype, remat, options)
-    tensors = mxfp4.gather(hf_files.read_tensors(directory))
-    if whole_of(config):
+    tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
+    if config.whole:
         warn_of_the_rest(tensors, directory)
         tensors = text_tensors(tensors)
     packed = bitsandbytes.is_packed(tensors, quantization, directory)
     if packed and skip:
         raise UserError(f"skip={tuple(skip)!r} (model.skip_quantize): {directory} is already quantized")
-    stored: Mapping[str, Stored] = bitsandbytes.gather(tensors, quantize) if packed else tensors
+    stored: Mapping[str, Stored] = bitsandbytes.with_packed_kernels(tensors, quantize) if packed else tensors
     config = tied_as_stored(config, stored)
     model = config.abstract()
     table = entries(model)
@@ -162,12 +163,12 @@ def load_kernels(
         >>> method = peftjax.Lora(rank=4, init="loftq")
         >>> model = peftjax.attach(model, method, rngs=nnx.Rngs(0), kernels=kernels)
     """
-    directory = resolve(path, revision)
-    tensors = mxfp4.gather(hf_files.read_tensors(directory))
+    directory = find_model(path, revision)
+    tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
     fields, quantization = read_fields(directory)
     if bitsandbytes.is_packed(tensors, quantization, directory):
         raise UserError(f"{directory} is already quantized; give the directory of the original model")
-    if whole_of(model.config):
+    if model.config.whole:
         tensors = text_tensors(tensors)
         fields = text_config(fields)
     model = with_stored_rows(model, fields)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import suggest
-from peftjax.io import hf_files
 from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry, is_linear
-from peftjax.io.hf_files import enumerate_some
-from peftjax.io.parts import whole_of
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import FLOATS
 from peftjax.models.base import LanguageModelConfig, Model, ModelConfig
 
 
@@ -25,7 +25,7 @@ def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelCo
     """
     if not isinstance(config, LanguageModelConfig):
         return config
-    of_whole = ("lm_head.weight", "model.embed_tokens.weight") if whole_of(config) and config.tied else None
+    of_whole = ("lm_head.weight", "model.embed_tokens.weight") if config.whole and config.tied else None
     if (names := of_whole or config.tied_if_equal) is None:
         return config
     one, other = (stored.get(name) for name in names)
@@ -70,7 +70,7 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         needed = entry.packed_shape if isinstance(tensor, Packed) and is_linear(model, entry) else entry.stored_shape
         if tensor.shape != needed:
             shapes.append(f"{key} is stored as {list(tensor.shape)}, but config.json asks for {list(needed)}")
-        if tensor.dtype not in hf_files.FLOATS:
+        if tensor.dtype not in FLOATS:
             dtypes.append(f"{key} is stored as {tensor.dtype}, but must be a float of 8 to 64 bits")
     problems = {"missing": missing, "unexpected": unexpected, "of a wrong shape": shapes, "of a wrong dtype": dtypes}
     if unexpected and not (missing or shapes or dtypes or any(_quantized(found[key]) for key in expected)):
@@ -83,7 +83,7 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         lines = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
         raise UserError(
             f"{directory}: the stored tensors are not those of its config.json (model_type "
-            f"{hf_files.read_json(directory / 'config.json').get('model_type')!r}):\n" + "\n".join(lines) + "\n"
+            f"{read_json(directory / 'config.json').get('model_type')!r}):\n" + "\n".join(lines) + "\n"
             "Check that config.json and the weights belong together, and that the weights are those of the whole model"
         )
     for other, key in tied.items():

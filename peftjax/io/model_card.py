@@ -17,7 +17,9 @@ from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
-from peftjax.io.hf_files import is_hub_id, read_header, read_json
+from peftjax.io.hf_files import is_hub_id
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import read_header
 from peftjax.methods import METHODS
 
 CARD = "README.md"

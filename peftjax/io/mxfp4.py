@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from peftjax.io.hf_files import StoredTensor
+from peftjax.io.safetensors_files import StoredTensor
 
 METHOD = "mxfp4"  # quant_method in config.json
 _BLOCK, _BYTES = 32, 16
@@ -70,7 +70,7 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (_PAIRS[blocks] * powers[..., None, None]).reshape(*scales.shape[:-1], -1)
 
 
-def gather(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def with_decoded_kernels(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Replace the blocks and scales of each kernel by one tensor with the kernel's name, which decodes them when read."""
     result = dict(stored)
     for name, blocks in stored.items():

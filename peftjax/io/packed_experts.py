@@ -138,7 +138,7 @@ def split_kernels(
 
     Args:
         names: The names of the weights of every expert, E sequences of P.
-        arrays: What `bitsandbytes.pack` made of every expert, [E, ...].
+        arrays: What `bitsandbytes.pack_kernel` made of every expert, [E, ...].
         kernel: The kernels, which `can_split` divides.
     """
     inputs, outputs = kernel.features

@@ -6,17 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftjax.core.errors import UserError
-from peftjax.io import hf_files
 from peftjax.io.adapter_keys import bare_key
-from peftjax.io.hf_files import StoredTensor
-from peftjax.models.base import Model, ModelConfig
-from peftjax.models.decoder import DecoderConfig
+from peftjax.io.json_files import read_json
+from peftjax.io.safetensors_files import StoredTensor, read_tensors
+from peftjax.models.base import Model
 from peftjax.models.multimodal import OTHERS, other_part, text_name
-
-
-def whole_of(config: ModelConfig) -> str:
-    """Return the config.json of the multimodal model that the configuration is a part of; empty if there is none."""
-    return config.whole if isinstance(config, DecoderConfig) else ""
 
 
 def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -71,9 +65,9 @@ class Surroundings:
                 f"save_model: this is the text model of a {kind} model; pass source=DIR, the directory it was loaded from, "
                 "from which the other parts are copied"
             )
-        if hf_files.read_json(source / "config.json").get("model_type") != kind:
+        if read_json(source / "config.json").get("model_type") != kind:
             raise UserError(f"save_model: source={source} is not the {kind} model that this text model was loaded from")
-        stored = hf_files.read_tensors(source)
+        stored = read_tensors(source)
         self.others = {name: tensor for name, tensor in stored.items() if text_name(name) is None}
         self._stored = {ours: name for name in stored if (ours := text_name(name)) is not None}
         table = self._stored["model.embed_tokens.weight"].removesuffix("embed_tokens.weight")

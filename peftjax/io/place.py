@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
-from peftjax.io import finite, hf_files
+from peftjax.io import finite
 from peftjax.io.bitsandbytes import Packed, Stored, Unpack
 from peftjax.io.entries import Entry
 from peftjax.io.formats import Encode
+from peftjax.io.safetensors_files import FLOATS
 from peftjax.quant.base import Quantized
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
@@ -147,7 +148,7 @@ def _checked(tensor: Stored, order: Order, dtype: np.dtype, placed: NamedShardin
     axes = tuple(range(len(tensor.shape))) if order is None else order  # of the parameter, in the order of the tensor
     shape = ordered(np.broadcast_to(np.empty((), bool), tensor.shape), order).shape
     if tensor.dtype in ("BF16", "F16") and dtype == np.float32:
-        dtype = np.dtype(hf_files.FLOATS[tensor.dtype])
+        dtype = np.dtype(FLOATS[tensor.dtype])
     parts: dict[str, np.ndarray] = {}
     for index in placed.addressable_devices_indices_map(shape).values():
         if index is not None and str(index) not in parts:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from peftjax.io.entries import Entry, entries
 from peftjax.io.experts import single_names
 from peftjax.io.formats import encoders
 from peftjax.io.hf_config import PACKED, read_config, stored_quantization
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.io.resize import resized
 from peftjax.models.base import Model, ModelConfig
 from peftjax.models.heads import HeadOptions
@@ -32,12 +32,9 @@ def make_random(
     revision: str | None = None,
     remat: str = "none",
     skip: Sequence[str] = (),
-    head: str | None = None,
-    labels: int | Sequence[str] | None = None,
-    problem_type: str | None = None,
-    new_head: bool = False,
     resize_embeddings: int | None = None,
     seed: int = 0,
+    **head: Unpack[HeadOptions],
 ) -> Model:
     """Make a model with random weights from a directory's config.json, sharded over `mesh` from the start.
 
@@ -46,9 +43,8 @@ def make_random(
     Raises:
         UserError: As `load_model`, except that no weights are read; or the directory is quantized and `quantize` is None.
     """
-    directory = resolve(path, revision)
-    options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
-    config, quantization = read_config(directory, dtype, param_dtype, remat, options)
+    directory = find_model(path, revision)
+    config, quantization = read_config(directory, dtype, param_dtype, remat, head)
     if quantization and not quantize and stored_quantization(directory):
         raise UserError(f'{directory} is quantized; to make random weights pass quantize="nf4"')
     config = resized(config, resize_embeddings)

@@ -56,7 +56,7 @@ def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
     shapes = variables.flat(larger)[1]
     values: dict[str, Any] = {}
     for path, variable in variables.flat(model)[1].items():
-        value, axes = variable.get_value(), getattr(variable, "axes", ())
+        value, axes = variable.get_value(), variable.axes
         if "vocab" in axes:
             if isinstance(value, Quantized):
                 raise UserError(

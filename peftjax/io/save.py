@@ -12,10 +12,12 @@ from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.home import expand
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.core.listing import enumerate_some
+from peftjax.io import bitsandbytes
 from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import projections
-from peftjax.io.hf_files import enumerate_some, resolve
+from peftjax.io.hf_files import INDEX, PROMPT_FORMAT, SIDE_FILES, TEMPLATES, find_model
+from peftjax.io.json_files import read_json
 from peftjax.io.packed_experts import can_split
 from peftjax.io.parts import Surroundings
 from peftjax.io.sentence import MODULES, POOLING, write_pooling
@@ -65,7 +67,7 @@ def save_model(
         )
     quantization = _quantization_config(model)
     _check_target(target)
-    directory = None if source is None else resolve(source)
+    directory = None if source is None else find_model(source)
     side_files = {} if directory is None else _side_files(directory)
     around = Surroundings(model, directory) if model.hf_part else None
     if around and quantization:
@@ -129,7 +131,7 @@ def _quantization_config(model: Model) -> dict[str, Any]:
     if not kernels:
         return {}
     nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())
-    return {"quantization_config": bitsandbytes.make_config(nested, dense, model.config.dtype)}
+    return {"quantization_config": bitsandbytes.quantization_config(nested, dense, model.config.dtype)}
 
 
 def _check_target(target: Path) -> None:
@@ -140,12 +142,12 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         raise UserError(f"{target} is a file; give a directory that does not exist yet")
     config = target / "config.json"
-    if not config.is_file() or not MARK.items() <= hf_files.read_json(config).items():
+    if not config.is_file() or not MARK.items() <= read_json(config).items():
         raise UserError(
             f"{target} exists and is not a model directory written by save_model; choose another, or delete it"
         )
-    folders = (POOLING, hf_files.TEMPLATES)
-    files = ("config.json", "model*.safetensors", hf_files.INDEX, *hf_files.SIDE_FILES, MODULES, hf_files.PROMPT_FORMAT)
+    folders = (POOLING, TEMPLATES)
+    files = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, MODULES, PROMPT_FORMAT)
     known = (*files, *folders)
     if foreign := sorted(
         entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
@@ -158,7 +160,7 @@ def _check_target(target: Path) -> None:
 
 def _side_files(directory: Path) -> dict[Path, Path]:
     """The side files of a directory, each with its name in it."""
-    found = sorted(file for pattern in hf_files.SIDE_FILES for file in directory.glob(pattern) if file.is_file())
+    found = sorted(file for pattern in SIDE_FILES for file in directory.glob(pattern) if file.is_file())
     return {file: file.relative_to(directory) for file in found}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.core.errors import UserError
-from peftjax.io.hf_files import load_json, read_json
+from peftjax.io.json_files import load_json, read_json
 from peftjax.models.base import ModelConfig
 from peftjax.models.text_encoder import TextEncoderConfig
 

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from peftjax.core import variables
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.io import bitsandbytes
 from peftjax.io.entries import Entry, entries
 from peftjax.io.experts import single_names, split_experts
+from peftjax.io.hf_files import INDEX, WEIGHTS
 from peftjax.io.packed_experts import split_kernels
 from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model
@@ -47,7 +48,7 @@ def write_weights(
     sizes |= {key: tensor.nbytes for key, tensor in others.items()}
     keys += others
     shards = _split(keys, sizes, max_shard_bytes)
-    names = [hf_files.WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     where: dict[str, str] = {}
     total = 0
     for name, shard in zip(names, shards, strict=True):
@@ -69,7 +70,7 @@ def write_weights(
             _save(arrays, directory / name)
     if writing and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / hf_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
@@ -133,5 +134,5 @@ def _take(
     if stacked:
         value = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False), value)
     if isinstance(value, Nf4):
-        return bitsandbytes.pack(value) if value.ndim == 2 else jax.vmap(bitsandbytes.pack)(value)
+        return bitsandbytes.pack_kernel(value) if value.ndim == 2 else jax.vmap(bitsandbytes.pack_kernel)(value)
     return value if order is None else value.transpose(order)

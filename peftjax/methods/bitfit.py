@@ -20,7 +20,7 @@ from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.experts import ExpertLinear
-from peftjax.nn.moe import Router
+from peftjax.nn.routing import Router
 from peftjax.nn.slot import Base
 
 

@@ -35,7 +35,6 @@ from peftjax.models import (
     vit,
 )
 from peftjax.models.base import Model, ModelConfig
-from peftjax.models.decoder import DecoderConfig
 from peftjax.models.fields import Fields
 from peftjax.models.heads import HeadOptions
 from peftjax.models.text_encoder import HEADS
@@ -134,7 +133,4 @@ def from_hf_config(config: dict[str, Any], **options: Any) -> ModelConfig:
     fields = Fields(multimodal.text_config(config) if whole else config)
     read = family(config).from_hf(fields, **options)
     fields.done()
-    if not whole:
-        return read
-    assert isinstance(read, DecoderConfig)
-    return dataclasses.replace(read, whole=json.dumps(config))
+    return dataclasses.replace(read, whole=json.dumps(config)) if whole else read

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -41,6 +42,7 @@ class ModelConfig:
         norm_eps: Epsilon of the normalization layers.
         activation: Activation of the feed-forward layers, a key of `nn.feedforward.ACTIVATIONS`.
         hf: The config.json this was read from, as JSON.
+        whole: The config.json of the multimodal model to which this text model belongs, as JSON; empty if there is none.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; defaults to `dtype`.
         remat: Rematerialization in the backward pass, as in `nn.stack.scan_stack`.
@@ -56,6 +58,7 @@ class ModelConfig:
     norm_eps: float
     activation: str
     hf: str
+    whole: str = ""
     dtype: str = "float32"
     param_dtype: str = ""
     remat: str = "none"
@@ -73,7 +76,9 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of a directory that transformers can load."""
-        raise NotImplementedError
+        fields = json.loads(self.hf)
+        fields.pop("torch_dtype", None)
+        return fields | {"dtype": self.param_dtype}
 
 
 def as_shapes(make: Callable[[], "Model"]) -> "Model":
@@ -140,6 +145,8 @@ class Model(nnx.Module):
         origin: Where it was loaded from; None if it was not loaded.
         output_layers: Paths of the output layers. The target "all-linear" leaves them out, and they are not quantized.
         task_head: Paths of the task head's layers, which every method trains in full.
+        chooses_attention: Whether model.attention chooses the implementation of its attention.
+        mixes_adapters: Whether the rows of a batch may use different adapters; see `peftjax.rows`.
         hf_dense: Name endings of other modules that transformers does not quantize.
         hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
             holds all experts. An empty tuple if checkpoints contain that parameter itself.
@@ -150,6 +157,8 @@ class Model(nnx.Module):
     __call__: Callable[..., Any]  # each kind of model has its own inputs
     output_layers: ClassVar[tuple[str, ...]] = ()
     task_head: ClassVar[tuple[str, ...]] = ()
+    chooses_attention: ClassVar[bool] = False
+    mixes_adapters: ClassVar[bool] = True
     hf_dense: ClassVar[tuple[str, ...]] = ()
     hf_experts: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
@@ -197,7 +206,7 @@ class Model(nnx.Module):
     @property
     def hf_part(self) -> bool:
         """Whether this model is only a part of the transformers class; the other parts are not loaded."""
-        return False
+        return bool(self.config.whole)
 
     @property
     def hf_tied(self) -> Mapping[str, str]:
@@ -222,6 +231,11 @@ class Model(nnx.Module):
     def hf_stored(self, name: str) -> str:
         """Return the canonical name of a checkpoint tensor for which checkpoints use several names."""
         return name
+
+
+# The state after prompts: hidden states [B, T, D], the last of which predict the first new token; the key/value cache; and a
+# function (token [B, 1], its index, cache) -> (hidden states, cache) that reads a new token.
+PromptState = tuple[jax.Array, Any, Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]]
 
 
 class LanguageModel(Model):
@@ -259,6 +273,10 @@ class LanguageModel(Model):
         """Drop the head's own kernel; it shares the embedding table again."""
         self.head.kernel = nnx.data(None)
         self.config = dataclasses.replace(self.config, tied=True)
+
+    def read_prompts(self, tokens: jax.Array, mask: jax.Array, new: int) -> PromptState:
+        """Read prompts, int [B, W] padded on the left, with a cache that has room for `new` tokens after them."""
+        raise NotImplementedError
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the head: [B, T, D] -> [B, T, V]."""

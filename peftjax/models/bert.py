@@ -64,10 +64,6 @@ class Bert(TextEncoder):
         first = super().pool(states, valid)
         return self.pooled(first) if self.config.pooler else first
 
-    @property
-    def virtual(self) -> int:
-        return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
-
     # --- Hugging Face: names of our modules, and config.json ---
 
     hf_pretraining: ClassVar = (r"cls\..*",)

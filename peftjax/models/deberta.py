@@ -160,6 +160,10 @@ class Deberta(TextEncoder):
         first = self.pooler_dropout(super().pool(states, valid))
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
 
+    @property
+    def virtual(self) -> int:
+        return self.embed.adapters.virtual  # its attention has no slot for prefixes
+
     # --- Hugging Face: names of our modules, and config.json ---
 
     hf_root = "deberta"

@@ -5,9 +5,8 @@ A family provides its layers (`make_block`) and overrides the few steps in which
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.models import multimodal
-from peftjax.models.base import LanguageModel, LanguageModelConfig
+from peftjax.models.base import LanguageModel, LanguageModelConfig, PromptState
 from peftjax.models.eager import compiled
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import AttentionMask
@@ -23,10 +22,11 @@ from peftjax.nn.cache import Cache, LayerCache, extend_valid
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import Load, MixtureOfExperts
+from peftjax.nn.moe import MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.residual import Residual
 from peftjax.nn.rope import Rope, RopeTables
+from peftjax.nn.routing import Load
 from peftjax.nn.stack import make_stack, scan_stack
 
 
@@ -41,7 +41,6 @@ class DecoderConfig(LanguageModelConfig):
         windows: For each layer, how many positions back a query sees; 0: all.
         chunked: Whether `windows` are sizes of chunks. A query sees only the keys of its own chunk.
         init_stddev: Standard deviation of random weights.
-        whole: The config.json of the multimodal model to which this text model belongs, as JSON; empty if there is none.
     """
 
     rope: Rope | None
@@ -50,18 +49,15 @@ class DecoderConfig(LanguageModelConfig):
     windows: tuple[int, ...]
     chunked: bool = False
     init_stddev: float
-    whole: str = ""
 
     def make(self, rngs: nnx.Rngs) -> "Decoder":
         raise NotImplementedError
 
     def to_hf(self) -> dict[str, Any]:
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
         changed = {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
-        return (
-            multimodal.with_text(self.whole, changed | {"vocab_size": self.vocab}) if self.whole else fields | changed
-        )
+        if self.whole:
+            return multimodal.with_text(self.whole, changed | {"vocab_size": self.vocab})
+        return super().to_hf() | changed
 
 
 class LayerOptions(NamedTuple):
@@ -159,6 +155,7 @@ class Decoder(LanguageModel):
 
     config: DecoderConfig
     blocks: Block
+    chooses_attention: ClassVar[bool] = True
     norm_type: ClassVar[type[RMSNorm | LayerNorm]] = RMSNorm
     hf_prefix: ClassVar[str] = "model."
     hf_names: ClassVar[Mapping[str, str]]
@@ -244,10 +241,6 @@ class Decoder(LanguageModel):
     @property
     def hf_renamed(self) -> Mapping[str, str]:
         return self.hf_names if self.hf_part else {}
-
-    @property
-    def hf_part(self) -> bool:
-        return bool(self.config.whole)
 
     @compiled
     def __call__(
@@ -403,6 +396,9 @@ class Decoder(LanguageModel):
     def virtual(self) -> int:
         return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
 
+    def read_prompts(self, tokens: jax.Array, mask: jax.Array, new: int) -> PromptState:
+        return read_prompts(self, tokens, mask, new)
+
     def hf_stored(self, name: str) -> str:
         """Return our name for a checkpoint tensor; a checkpoint saved without the head lacks `hf_prefix`."""
         complete = (self.hf_prefix, f"{self.hf_names['head']}.")
@@ -426,4 +422,25 @@ class Decoder(LanguageModel):
         return filled
 
 
-# --- Fields of config.json that several families have ---
+class Cached(Protocol):
+    """A decoder, or several that read one batch (`peftjax.rows`)."""
+
+    def make_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `length` tokens in each of `batch` rows."""
+
+    def hidden(
+        self, tokens: jax.Array, *, cache: Cache, mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """As `Decoder.hidden`."""
+
+
+def read_prompts(model: Cached, tokens: jax.Array, mask: jax.Array, new: int) -> PromptState:
+    """`LanguageModel.read_prompts` of a decoder."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    cache = model.make_cache(len(tokens), tokens.shape[1] + new)
+    hidden, filled = model.hidden(tokens, mask=mask, positions=positions, cache=cache)
+
+    def read(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return model.hidden(token, positions=positions[:, -1:] + 1 + index, cache=cache)
+
+    return hidden, filled, read

@@ -52,9 +52,7 @@ class EncoderConfig(ModelConfig):
         return LayerNorm(self.embed, eps=self.norm_eps, dtype=jnp.dtype(self.param_dtype))
 
     def to_hf(self) -> dict[str, Any]:
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
-        return fields | {"dtype": self.param_dtype, "architectures": [self.architecture]}
+        return super().to_hf() | {"architectures": [self.architecture]}
 
 
 class EncoderBlock(nnx.Module):

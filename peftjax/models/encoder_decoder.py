@@ -5,8 +5,9 @@ from functools import partial
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
-from peftjax.models.base import LanguageModel, LanguageModelConfig
+from peftjax.models.base import LanguageModel, LanguageModelConfig, PromptState
 from peftjax.models.eager import compiled
 
 
@@ -58,6 +59,7 @@ class EncoderDecoder(LanguageModel):
 
     config: EncoderDecoderConfig
     prefix_layers: ClassVar[tuple[str, ...]]
+    mixes_adapters: ClassVar[bool] = False
     hf_task: ClassVar[str | None] = "SEQ_2_SEQ_LM"
 
     @compiled
@@ -79,6 +81,13 @@ class EncoderDecoder(LanguageModel):
     def make_cache(self, tokens: jax.Array, mask: jax.Array, length: int) -> DecoderCache:
         """Encode tokens, int [B, S], and make a cache for targets of `length` tokens, in the compute dtype."""
         raise NotImplementedError
+
+    def read_prompts(self, tokens: jax.Array, mask: jax.Array, new: int) -> PromptState:
+        order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes right, so that a soft prompt is next to its text
+        tokens, mask = (jnp.take_along_axis(array, order, axis=1) for array in (tokens, mask))
+        cache = self.make_cache(tokens, mask, new + 1)
+        start = jnp.full((len(tokens), 1), self.config.start, jnp.int32)
+        return *self.decode(start, cache), lambda token, index, cache: self.decode(token, cache)
 
     def decode(self, decoder_tokens: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
         """Return the hidden states of the next T target tokens, [B, T, D], and the cache extended by them."""

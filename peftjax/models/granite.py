@@ -16,7 +16,7 @@ from peftjax.models.decoder import Block
 from peftjax.models.decoder_fields import read_rope, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
-from peftjax.nn.residual import ScaledResidual, times
+from peftjax.nn.residual import ScaledResidual, scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class Granite(Llama):
     def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Scale the first layer's input. A soft prompt is also scaled, as in transformers."""
         del positions
-        return times(x, self.config.embed_factor)
+        return scaled(x, self.config.embed_factor)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        return times(super().logits(hidden), 1 / self.config.logits_divisor)
+        return scaled(super().logits(hidden), 1 / self.config.logits_divisor)
 
 
 # --- Hugging Face: names of our modules, and config.json ---

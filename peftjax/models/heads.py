@@ -14,7 +14,7 @@ REPLACE = "or replace it with new_head (model.new_head)"
 LABELS = frozenset({"id2label", "label2id", "num_labels", "_num_labels", "problem_type"})
 
 
-class HeadOptions(TypedDict):
+class HeadOptions(TypedDict, total=False):
     """The options of `read_head` that a user chooses."""
 
     head: str | None

@@ -159,10 +159,6 @@ class ModernBert(TextEncoder):
     def classify(self, x: jax.Array) -> jax.Array:
         return super().classify(self.head(x))
 
-    @property
-    def virtual(self) -> int:
-        return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
-
     # --- Hugging Face: names of our modules, and config.json ---
 
     hf_root = "model"

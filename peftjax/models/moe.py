@@ -13,7 +13,8 @@ from peftjax.models.decoder import Block, Layer, State
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.feedforward import ACTIVATIONS
-from peftjax.nn.moe import Load, MixtureOfExperts, balance
+from peftjax.nn.moe import MixtureOfExperts
+from peftjax.nn.routing import Load, balance
 from peftjax.nn.stack import make_stack, scan_variants
 
 

@@ -63,13 +63,11 @@ class T5Config(EncoderDecoderConfig):
         return (GatedT5 if self.gated else T5)(self, rngs)
 
     def to_hf(self) -> dict[str, Any]:
-        fields = json.loads(self.hf)
-        fields.pop("torch_dtype", None)
+        fields = super().to_hf()
         if fields["model_type"] == "mt5":
-            heads = {"tie_word_embeddings": self.tied}
-        else:  # transformers 4 reads the first field for both, transformers 5 the second for the scaling
-            heads = {"tie_word_embeddings": self.scaled, "scale_decoder_outputs": self.scaled}
-        return fields | heads | {"dtype": self.param_dtype}
+            return fields | {"tie_word_embeddings": self.tied}
+        # transformers 4 reads the first field for both, transformers 5 the second for the scaling
+        return fields | {"tie_word_embeddings": self.scaled, "scale_decoder_outputs": self.scaled}
 
 
 class T5Attention(SlottedLayer):

@@ -215,7 +215,7 @@ class TextEncoder(Encoder):
 
     @property
     def virtual(self) -> int:
-        return self.embed.adapters.virtual
+        return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
 
     # --- Hugging Face: names of our modules, and which checkpoint tensors are used ---
 

@@ -13,7 +13,7 @@ from peftjax.nn.attention_kernels import attend
 from peftjax.nn.attention_mask import AttentionMask, DenseMask
 from peftjax.nn.cache import LayerCache
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.fused import choose, fused
+from peftjax.nn.fused import choose_implementation, fused
 from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import RMSNorm, l2_norm
@@ -150,8 +150,8 @@ class Attention(SlottedLayer):
         return q, k, v
 
     def chosen(self, mask: AttentionMask, dtype: jnp.dtype) -> str:
-        """The implementation for a batch in a compute dtype, as `nn.fused.choose` returns it."""
-        return choose(
+        """The implementation for a batch in a compute dtype, as `nn.fused.choose_implementation` returns it."""
+        return choose_implementation(
             self.implementation,
             self.platform,
             mask,

@@ -42,7 +42,7 @@ def fused(
     return blockwise(q, k, v, mask, scale=scale, cap=cap, sinks=sinks)
 
 
-def choose(
+def choose_implementation(
     wanted: str,
     platform: str,
     mask: AttentionMask,

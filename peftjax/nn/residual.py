@@ -31,7 +31,7 @@ class ScaledResidual(Residual):
         self.factor = factor
 
     def join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + times(y, self.factor)
+        return x + scaled(y, self.factor)
 
 
 class NormedResidual(Residual):
@@ -45,6 +45,6 @@ class NormedResidual(Residual):
         return self.norm(x + y)
 
 
-def times(x: jax.Array, factor: float) -> jax.Array:
+def scaled(x: jax.Array, factor: float) -> jax.Array:
     """factor * x, computed in float32, because bfloat16 would also round the factor."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)

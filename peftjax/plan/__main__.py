@@ -25,7 +25,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import make_console
 from peftjax.io.hf_config import read_fields, stored_quantization
-from peftjax.io.hf_files import resolve
+from peftjax.io.hf_files import find_model
 from peftjax.plan import devices
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
@@ -37,8 +37,8 @@ from peftjax.plan.worker import ask
 from peftjax.training import config as configs
 from peftjax.training import precision, space, start_from
 from peftjax.training.alike import populations
+from peftjax.training.concurrency import one_at_a_time, usable
 from peftjax.training.config import Config
-from peftjax.training.packing import one_at_a_time, usable
 
 _SUMMARY = """\
 Plan a training run: whether its train step fits a device, and how fast it can be at best.
@@ -81,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
     fields, rest = cli.config_fields(argv, "--sweep.")
-    given = cli.parse(rest, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
+    given = cli.parse_command(rest, "plan", _SUMMARY, workdir=False, options=_add_options)
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")
     space.check_search_options(given)
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     config = start_from.with_options(configs.load(given.config, given.overrides))
     shape = device.mesh_shape(config.mesh.sizes)
     fields_of = cache(_hf_config)  # runs of a sweep may have different models
-    config = precision.resolve(config, fields_of(config.model.path, config.model.revision), device.platform)
+    config = precision.resolve_dtype(config, fields_of(config.model.path, config.model.revision), device.platform)
     console = make_console(soft_wrap=True)
     one = not (given.search or given.compare or swept)
 
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
 
 def _hf_config(path: str, revision: str | None) -> dict[str, Any]:
     """The fields of a model's config.json, with the quantization of its weights."""
-    directory = resolve(path, revision, files=("config.json",))
+    directory = find_model(path, revision, files=("config.json",))
     return read_fields(directory)[0] | {"quantization_config": stored_quantization(directory)}
 
 

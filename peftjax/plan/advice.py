@@ -9,7 +9,7 @@ from peftjax.core.errors import UserError
 from peftjax.plan import devices
 from peftjax.plan.plan import Plan
 from peftjax.plan.traced import trace_step
-from peftjax.training.config import Config, changed
+from peftjax.training.config import Config, changed, to_dict
 
 
 def advice(
@@ -49,15 +49,15 @@ def _candidates(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
 
 
 def _method_changes(config: Config) -> Iterator[dict[str, Any]]:
-    if config.method.method == "full":
+    if config.method.trains_base:
         yield {"method.name": "lora"}
         yield {"method.name": "lora", "model.quantize": "nf4"}
     elif not config.model.quantize:
         yield {"model.quantize": "nf4"}
-    if vars(config.method).get("dtype") == "float32":
+    options = to_dict(config)["method"]
+    if options.get("dtype") == "float32":
         yield {"method.dtype": "bfloat16"}
-    rank = vars(config.method).get("rank")
-    if isinstance(rank, int) and rank >= 8:
+    if (rank := options.get("rank", 0)) >= 8:
         yield {"method.rank": rank // 2}
 
 

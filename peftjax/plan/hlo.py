@@ -33,7 +33,7 @@ Program = dict[str, Computation]
 ENTRY = ""  # the name under which a program has its entry computation
 
 
-def parse(text: str) -> Program:
+def parse_program(text: str) -> Program:
     """Return the computations of a compiled program (`compiled.as_text()`) by name, the entry as `ENTRY`."""
     program: Program = {}
     current: Computation = {}

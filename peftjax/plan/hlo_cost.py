@@ -14,7 +14,7 @@ from peftjax.plan.hlo import (
     executions,
     fused_computation,
     group_size,
-    parse,
+    parse_program,
     trip_count,
     type_bytes,
 )
@@ -60,7 +60,7 @@ def traffic(text: str, *, trips: bool = True, blocks_in_use: float = 1.0) -> Tra
         trips: Whether the body of a loop counts as often as it runs; False counts it once, as `cost_analysis()` does.
         blocks_in_use: The share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
     """
-    program = parse(text)
+    program = parse_program(text)
     memory, unknown = 0.0, 0
     for computation, times in executions(program, trips=trips, conditions={IN_USE: blocks_in_use}):
         for instruction in computation.values():

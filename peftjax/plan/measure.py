@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax.core import variables
-from peftjax.io.adapter_save import weights_bytes
+from peftjax.io.adapter_size import weights_bytes
 from peftjax.models.base import LanguageModel, Model
 from peftjax.models.kernels import kernel_of
 from peftjax.plan import hlo_cost
@@ -63,14 +63,14 @@ def measure(
 
 def _resolved(config: Config, hf_config: Mapping[str, Any], device: Device) -> Config:
     """The config with a dtype, and with the options of its method that depend on the number of steps."""
-    config = precision.resolve(config, hf_config, device.platform)
+    config = precision.resolve_dtype(config, hf_config, device.platform)
     # Without the data, the number of steps of an epoch is unknown. It changes no shape.
     return dataclasses.replace(config, method=config.method.in_steps(config.train.steps))
 
 
 def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mesh: Mesh, step: TracedStep) -> Plan:
     """The plan without a compiler."""
-    full = config.method.trains is nnx.Param
+    full = config.method.trains_base
     base = _base(step.model)
     positions = step.members * config.train.batch_size * step.task.positions(step.model)
     dense = {name: value for name, value in hf_config.items() if name != "quantization_config"}

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator
 
+from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.plan.plan import Plan
-from peftjax.training.config import Config, changed
+from peftjax.training.config import Config, changed, to_dict
 
 Probe = Callable[[Config, int], Plan]  # the plan of a config, for a number of members
 
@@ -33,12 +34,13 @@ def search(
     Raises:
         UserError: The config's method has no rank.
     """
-    field, start, step = {
-        "batch": ("train.batch_size", config.train.batch_size, parts * config.train.accumulate),
-        "length": ("data.max_length", config.data.max_length, 64),
-        "rank": ("method.rank", vars(config.method).get("rank"), 1),
-        "members": ("", members, 1),
+    field, step = {
+        "batch": ("train.batch_size", parts * config.train.accumulate),
+        "length": ("data.max_length", 64),
+        "rank": ("method.rank", 1),
+        "members": ("", 1),
     }[kind]
+    start = flat(to_dict(config)).get(field) if field else members
     if start is None:
         raise UserError(f"--search=rank: method.name={config.method.method!r} has no rank; search for batch or length")
 

@@ -98,7 +98,7 @@ def _step_table(plan: Plan, config: Config) -> Table:
     table = _table("one step", "", "source")
     compiled = plan.compiler and not plan.refused
     source = plan.compiler if compiled else "estimate"
-    factor = 6 if config.method.method == "full" else 4
+    factor = 6 if config.method.trains_base else 4
     table.add_row(
         "positions in all batches" if plan.members > 1 else "positions in a batch", f"{plan.positions:,}", "shapes"
     )

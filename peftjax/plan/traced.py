@@ -120,7 +120,7 @@ def _argument_bytes(config: Config, model: Model, arguments: StepArguments, memb
     """The bytes of each group of arguments. Members share the frozen base."""
     state, frozen, batch = arguments
     base = {path for path, leaf in variables.flat(model)[1].items() if type(leaf) is nnx.Param}
-    full = config.method.trains is nnx.Param
+    full = config.method.trains_base
     sizes = {
         "frozen base": bytes_per_device([leaf for path, leaf in frozen.items() if path in base]),
         "adapters' frozen parts": bytes_per_device([leaf for path, leaf in frozen.items() if path not in base]),

@@ -62,7 +62,7 @@ def ask(
     return Plan(**reply)
 
 
-def answer() -> None:
+def serve() -> None:
     """Read a request from stdin and print the plan, or the user's mistake, as one line of JSON: the other end of `ask`."""
     request = json.load(sys.stdin)
     config = configs.validate(request["config"])
@@ -76,4 +76,4 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    answer()
+    serve()

@@ -9,7 +9,7 @@ import numpy as np
 
 from peftjax.log import SPEEDS
 from peftjax.report.points import curve_points
-from peftjax.report.svg import MANY, NARROW, WIDE, Bounds, Curve, Drawing, draw, is_log
+from peftjax.report.svg import MANY, NARROW, WIDE, Bounds, Curve, Drawing, draw_chart, is_log
 from peftjax.report.text import field_title, format_number, format_percent
 
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -113,12 +113,12 @@ def _chart(
     wide: bool = False,
 ) -> Chart | None:
     """The chart of some curves, or None if there are none. log: use a logarithmic axis if the values are positive and span
-    more than a factor of 30. form: a key of `_FORMATS`. The other arguments are those of `draw`."""
+    more than a factor of 30. form: a key of `_FORMATS`. The other arguments are those of `draw_chart`."""
     if not curves:
         return None
     text = _FORMATS[form]
     log = log and is_log([value for curve in curves for value in curve.values])
-    drawn = functools.partial(draw, title, curves, last_step, bounds=bounds, text=text, log=log)
+    drawn = functools.partial(draw_chart, title, curves, last_step, bounds=bounds, text=text, log=log)
     return Chart(
         title,
         ", ".join(filter(None, [note, "logarithmic" if log else ""])),

@@ -15,9 +15,10 @@ from peftjax.report import run_plots
 from peftjax.report.compared_tables import ComparedTable, final_scores, group_name, make_tables, scores_of
 from peftjax.report.comparison import Group, RecordedRun, group_seeds, warnings_of
 from peftjax.report.data import Sample
-from peftjax.report.html import render
-from peftjax.report.run_plots import GROUP_COLORS, Drawer, Figure, RunCurve, make_figure
-from peftjax.report.svg import COLORS, is_log
+from peftjax.report.figures import Drawer, Figure, make_figure, save_figure
+from peftjax.report.html import render_page
+from peftjax.report.run_plots import RunCurve
+from peftjax.report.svg import COLORS, GROUP_COLORS, is_log
 from peftjax.report.sweep_figures import SEED
 from peftjax.report.text import format_number, short_name, shorten, value_text
 
@@ -43,7 +44,7 @@ class _Shown(NamedTuple):
 def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]:
     """Write compare.html, each table as .csv, and the figures curves and scores as .png and .pdf; return their paths.
 
-    The figures are made for a column of a two-column paper, see `run_plots.save_figure`. Without a finite loss there are none.
+    The figures are made for a column of a two-column paper, see `save_figure`. Without a finite loss there are none.
 
     Args:
         runs: The runs.
@@ -54,7 +55,7 @@ def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]
     loss = scores_of(runs)[0]
     title = "Held-out loss" if loss == "eval_loss" else "Training loss"
     shown, fields = _shown(groups, loss), ", ".join(short_name(field, groups[0].values) for field in groups[0].values)
-    page = render(
+    page = render_page(
         "compare.html.j2",
         title="Comparison",
         runs=runs,
@@ -146,10 +147,9 @@ def _figures(shown: Sequence[_Shown], title: str, fields: str) -> list[Figure]:
 def _save_figures(shown: Sequence[_Shown], title: str, fields: str, directory: Path) -> list[Path]:
     curves, scores = _drawings(shown)
     across = shorten(" by ".join(filter(None, [f"Final {title.lower()}", fields])), 60)
-    save = run_plots.save_figure
     return [
-        *save(directory / "curves", curves, 2.2, across="Step", up=title, legend=len(shown) > 1),
-        *save(directory / "scores", scores, 0.5 + 0.2 * len(shown), across=across),
+        *save_figure(directory / "curves", curves, 2.2, across="Step", up=title, legend=len(shown) > 1),
+        *save_figure(directory / "scores", scores, 0.5 + 0.2 * len(shown), across=across),
     ]
 
 

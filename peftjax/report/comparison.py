@@ -10,7 +10,7 @@ from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.charts import main_scores
-from peftjax.report.data import ReportData, count_trained, read_json, read_object
+from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
 from peftjax.report.sweep_figures import SEED
 from peftjax.report.sweep_page import RESULTS
 from peftjax.tasks.metrics import OF_ANSWERS
@@ -67,7 +67,7 @@ def read_runs(workdirs: Iterable[Path]) -> list[RecordedRun]:
 def _read(workdir: Path) -> list[RecordedRun]:
     if (workdir / RESULTS).exists():
         try:
-            members = {workdir / entry["run"]: _ended(entry) for entry in read_json(workdir / RESULTS)}
+            members = {workdir / entry["run"]: _ended(entry) for entry in read_recorded(workdir / RESULTS)}
         except (TypeError, KeyError):
             raise UserError(f"{workdir / RESULTS} is not the result of a sweep; run the sweep again") from None
         runs = [_read_run(member, ended) for member, ended in members.items() if (member / METRICS).exists()]
@@ -91,7 +91,7 @@ def _ended(entry: Mapping[str, Any]) -> str:
 
 
 def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
-    config = flat(read_object(workdir / "config.json"))
+    config = flat(read_recorded_object(workdir / "config.json"))
     return RecordedRun(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
 
 

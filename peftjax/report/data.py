@@ -110,7 +110,7 @@ class ReportData:
             UserError: The file is not what `save` writes.
         """
         path = workdir / DATA
-        values = read_object(path) if path.exists() else {}
+        values = read_recorded_object(path) if path.exists() else {}
         try:
             for name, kind in (("parts", Part), ("before", Sample), ("after", Sample)):
                 values[name] = tuple(kind(**fields) for fields in values.get(name, ()))
@@ -155,8 +155,8 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.ceil(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(tree))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_recorded(path: Path) -> Any:
+    """Read a JSON file that a run has written. Unlike those of others, it may hold paths that are not valid Unicode.
 
     Raises:
         UserError: The file is not JSON.
@@ -167,13 +167,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_recorded_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a run has written.
 
     Raises:
         UserError: The file does not hold one.
     """
-    values = read_json(path)
+    values = read_recorded(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object but {type(values).__name__}")
     return values

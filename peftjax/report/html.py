@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import jinja2
 
 
-def render(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """Return the page of a template in this package with these values."""
     script = _read("charts.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

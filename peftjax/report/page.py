@@ -15,8 +15,8 @@ from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
-from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_object
-from peftjax.report.html import render
+from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_recorded_object
+from peftjax.report.html import render_page
 from peftjax.report.outcome import concerns
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
 
@@ -38,19 +38,19 @@ def write_report(workdir: Path) -> Path:
             f"--workdir={workdir} holds none of {_CONFIG}, {METRICS} and {DATA}, so it is not the workdir of a run; check the path"
         )
     marked = any((workdir / name).exists() for name in (MARK, METRICS, DATA))
-    if not marked and not isinstance(read_object(workdir / _CONFIG).get("method"), dict):
+    if not marked and not isinstance(read_recorded_object(workdir / _CONFIG).get("method"), dict):
         raise UserError(f"--workdir={workdir}: its {_CONFIG} is not that of a run; check the path")
     write_atomically(workdir / PAGE, _render(workdir))
     return workdir / PAGE
 
 
 def _render(workdir: Path) -> str:
-    config = flat(read_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
+    config = flat(read_recorded_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
     lines = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     data = ReportData.load(workdir)
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
-    return render(
+    return render_page(
         "run.html.j2",
         title=data.title or workdir.resolve().name,
         data=data,

@@ -1,40 +1,21 @@
 """Plots of several runs: learning curves, the score over a field, parallel coordinates, and the score of each group.
 
-Each `draw_*` function draws on given axes. `make_figure` makes a figure of a page from such a drawing, and
-`save_figure` one for a paper.
+Each function draws on given axes, from which `report.figures` makes figures.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftjax.core.terminal import printable
-from peftjax.report.svg import (
-    CARD,
-    COLORS,
-    NARROW,
-    WIDE,
-    element,
-    is_log,
-    page_figure,
-    plain_axes,
-    set_steps,
-    set_values,
-)
-from peftjax.report.text import format_number, shorten, value_text
+from peftjax.report.scales import Scale
+from peftjax.report.svg import CARD, COLORS, GROUP_COLORS, is_log, set_steps, set_values
+from peftjax.report.text import format_number, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Each group of runs has a color and, over a field, a marker. Four of the colors are from the palette of Okabe and Ito.
-GROUP_COLORS = ("first", "second", "third", "fourth", "fifth", "sixth")
-_MARKERS = "os^Dvp"
-
-Drawer = Callable[["Axes"], None]
-
-_COLUMN = 3.3  # inches: the width of a column of a two-column paper
+_MARKERS = "os^Dvp"  # of each group of runs, over a field
 _FAILED: dict[str, Any] = {
     "color": COLORS["wrong"],
     "marker": "x",
@@ -43,24 +24,6 @@ _FAILED: dict[str, Any] = {
     "clip_on": False,
 }
 _DOTTED: dict[str, Any] = {"color": COLORS["wrong"], "linestyle": ":"}
-
-
-class Figure(NamedTuple):
-    """A plot on a page.
-
-    Attributes:
-        title: The title.
-        note: What is on the axes.
-        legend: (CSS color, name).
-        svg: The drawing.
-        narrow: For a plot of the page's whole width, a drawing for small screens; otherwise empty.
-    """
-
-    title: str
-    note: str
-    legend: list[tuple[str, str]]
-    svg: str
-    narrow: str
 
 
 class RunCurve(NamedTuple):
@@ -85,20 +48,6 @@ class RunCurve(NamedTuple):
     width: float = 1.0
 
 
-class Scale(NamedTuple):
-    """Where values are on an axis.
-
-    Attributes:
-        kind: "linear", "logarithmic" or "categorical".
-        places: The place of each value.
-        ticks: Places with their labels.
-    """
-
-    kind: str
-    places: list[float]
-    ticks: list[tuple[float, str]]
-
-
 class Line(NamedTuple):
     """The runs that differ only in one field and the seed.
 
@@ -111,51 +60,6 @@ class Line(NamedTuple):
     name: str
     color: str
     points: list[tuple[float, float]]
-
-
-def make_scale(values: Sequence[Any]) -> Scale:
-    """The axis of the values of a field.
-
-    It is categorical if they are not all finite numbers: numbers in ascending order, then the others in the order of their
-    first occurrence. It is logarithmic if they are positive, span a factor of 10 or more, and are not more evenly spread on a
-    linear axis.
-    """
-    if not all(map(_is_number, values)):
-        ordered = sorted(values, key=lambda value: (0, value) if _is_number(value) else (1, 0))
-        names = list(dict.fromkeys(printable(value_text(value)) for value in ordered))
-        places = [float(names.index(printable(value_text(value)))) for value in values]
-        return Scale("categorical", places, list(enumerate(names)))
-    low, high = min(values), max(values)
-    log = low > 0 and high >= 10 * low and _skew([*map(math.log, values)]) <= _skew(values)
-    place = math.log10 if log else float
-    marked = sorted(set(values))
-    if len(marked) > 6:
-        marked = _decades(low, high) if log else _round_values(low, high)
-    ticks = [(place(value), format_number(value)) for value in marked]
-    return Scale("logarithmic" if log else "linear", [place(value) for value in values], ticks)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _skew(values: Sequence[float]) -> float:
-    """The distance of the median from the middle of the range, as a fraction of the range, to six digits."""
-    low, high = min(values), max(values)
-    return round(abs(statistics.median(values) - (low + high) / 2) / (high - low), 6)
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten in a range; of a range that is less than a factor of 1000, also three times these."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 3) if high < 1000 * low else (1,)
-    return [value for power in powers for factor in factors if low <= (value := float(f"{factor}e{power}")) <= high]
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    from matplotlib.ticker import MaxNLocator
-
-    return [value for value in MaxNLocator(5).tick_values(low, high) if low <= value <= high]
 
 
 def highest_shown(losses: Sequence[float]) -> float:
@@ -216,7 +120,7 @@ def draw_field(
     """
     scores = [score for line in lines for _, score in line.points if score <= highest]
     set_values(axes, scores, is_log(scores), format_number)
-    low, high = _padded(scale)
+    low, high = scale.padded
     axes.set_xlim(low, high)
     shift = 0.012 * (high - low)  # the lines do not hide each other
     for index, line in enumerate(lines):
@@ -260,7 +164,7 @@ def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], c
         colors: The color of each run, the best first; None for a failed run.
     """
     for run in reversed(range(len(colors))):
-        heights = [_height(scale, scale.places[run]) for scale in scales if run < len(scale.places)]
+        heights = [scale.height(scale.places[run]) for scale in scales if run < len(scale.places)]
         look = {"color": colors[run], "alpha": 1 if run == 0 else 0.75} if colors[run] else _DOTTED
         (line,) = axes.plot(range(len(heights)), heights, solid_capstyle="round", clip_on=False, **look)
         line.set_linewidth((1.8 if run == 0 else 0.8) * line.get_linewidth())
@@ -271,9 +175,9 @@ def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], c
     characters = int(_characters(axes) / len(scales))
     for index, scale in enumerate(scales):
         outside = -1 if index == 0 else 1  # labels of the first axis are on its left
-        for place, text in _spaced(scale.ticks, *_ends(scale), 12, lines=True):
+        for place, text in _spaced(scale.ticks, *scale.ends, 12, lines=True):
             axes.annotate(
-                shorten(text, max(characters - 3, 4)), (index, _height(scale, place)), (6 * outside, 0),
+                shorten(text, max(characters - 3, 4)), (index, scale.height(place)), (6 * outside, 0),
                 textcoords="offset points", ha="right" if outside < 0 else "left", va="center", fontsize="small",
                 color=COLORS["soft"], bbox=boxed, zorder=5,
             )  # fmt: skip
@@ -302,28 +206,11 @@ def draw_scores(axes: "Axes", names: Sequence[str], scores: Sequence[Sequence[fl
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _height(scale: Scale, place: float) -> float:
-    """A place as a fraction of the axis."""
-    low, high = _ends(scale)
-    return (place - low) / (high - low) if high > low else 0.5
-
-
 def _characters(axes: "Axes") -> float:
     """How many characters fit into the width of a figure on the page."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     return float(figure.get_size_inches()[0]) * 72 / 7.5
-
-
-def _ends(scale: Scale) -> tuple[float, float]:
-    everything = [*scale.places, *(place for place, _ in scale.ticks)] if scale.kind == "categorical" else scale.places
-    return min(everything), max(everything)
-
-
-def _padded(scale: Scale) -> tuple[float, float]:
-    low, high = _ends(scale)
-    margin = 0.5 if scale.kind == "categorical" else 0.06 * (high - low) or 1.0
-    return low - margin, high + margin
 
 
 def _spaced(
@@ -336,71 +223,3 @@ def _spaced(
         if not kept or (place - kept[-1][0]) * room >= needed * (high - low):
             kept.append((place, text))
     return kept
-
-
-def make_figure(
-    title: str,
-    note: str,
-    legend: list[tuple[str, str]],
-    draw: Drawer,
-    *,
-    wide: bool = False,
-    height: int = 250,
-) -> Figure:
-    """The drawing as a figure of a page. height: in pixels. wide: whether it has the page's whole width."""
-    label = printable(f"{title}, {note}" if note else title)
-    svg = _page_svg(label, draw, (WIDE if wide else NARROW, height))
-    narrow = _page_svg(label, draw, (NARROW, height)) if wide else ""
-    return Figure(title, note, legend, svg, narrow)
-
-
-def _page_svg(label: str, draw: Drawer, size: tuple[int, int]) -> str:
-    with page_figure(label, size) as figure:
-        draw(plain_axes(figure))
-        return element(figure, label)
-
-
-def save_figure(
-    path: Path, draw: Drawer, height: float, *, across: str, up: str = "", legend: bool = False
-) -> list[Path]:
-    """Save the drawing as path.png and path.pdf, and return these paths.
-
-    The figure is 3.3 inches wide, the column of a two-column paper, and has 300 dpi. The text of the PDF is embedded TrueType.
-
-    Args:
-        path: The path without the extension.
-        draw: Draws on axes.
-        height: The height in inches, without the legend.
-        across, up: The labels of the axes; may be empty.
-        legend: Whether to have one, below the axes.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    settings = {
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 7,
-        "text.parse_math": False,
-        "pdf.fonttype": 42,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 3.5,
-        "grid.linewidth": 0.5,
-    }
-    with style.context(["default", settings]):
-        figure = Figure((_COLUMN, height), dpi=300, layout="constrained")
-        axes = plain_axes(figure)
-        axes.tick_params(labelcolor="black", pad=3)
-        draw(axes)
-        axes.set_xlabel(across, loc="right")  # a text that is wider than the axes has room on their left
-        axes.set_ylabel(up)
-        if legend:
-            handles, names = axes.get_legend_handles_labels()
-            figure.set_figheight(height + 0.14 * min(len(names), len(GROUP_COLORS)))
-            best = slice(None, -len(GROUP_COLORS) - 1, -1)  # drawn last
-            figure.legend(
-                handles[best], [shorten(name, 48) for name in names[best]], loc="outside lower left", frameon=False
-            )
-        paths = [path.with_suffix(ending) for ending in (".png", ".pdf")]
-        for one in paths:
-            figure.savefig(one)
-    return paths

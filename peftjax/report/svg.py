@@ -16,6 +16,7 @@ COLORS = {
     "first": "#3457d5", "second": "#c8641b", "third": "#009e73", "fourth": "#cc79a7", "fifth": "#56b4e9", "sixth": "#e69f00",
     "soft": "#62656e", "grid": "#ecece8", "wrong": "#c2343a",
 }  # fmt: skip
+GROUP_COLORS = ("first", "second", "third", "fourth", "fifth", "sixth")  # four are from the palette of Okabe and Ito
 
 CARD = "#fffffe"  # behind the charts; a white of its own, which the page replaces by var(--card)
 
@@ -78,7 +79,7 @@ class Drawing(NamedTuple):
     frame: Frame
 
 
-def draw(
+def draw_chart(
     title: str,
     curves: Sequence[Curve],
     last_step: int,

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from peftjax.log import is_amount
 from peftjax.report import run_plots
 from peftjax.report.cards import Card
-from peftjax.report.run_plots import GROUP_COLORS, Figure, Line, RunCurve, make_figure, make_scale
-from peftjax.report.svg import COLORS, is_log, mixture
+from peftjax.report.figures import Figure, make_figure
+from peftjax.report.run_plots import Line, RunCurve
+from peftjax.report.scales import make_scale
+from peftjax.report.svg import COLORS, GROUP_COLORS, is_log, mixture
 from peftjax.report.text import format_duration, format_number, short_name, value_text
 
 SEED = "seed"

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.log import METRICS, is_amount, read_metrics
-from peftjax.report.data import PAGE, ReportData, read_json
-from peftjax.report.html import render
+from peftjax.report.data import PAGE, ReportData, read_recorded
+from peftjax.report.html import render_page
 from peftjax.report.sweep_figures import SweptRun, best_rows, cost_cards, make_figures
 
 RESULTS, SWEEP_PAGE = "sweep.json", "sweep.html"
@@ -26,11 +26,11 @@ def write_sweep_page(workdir: Path) -> Path:
     """
     path = workdir / RESULTS
     try:
-        runs = [_run(workdir, **entry) for entry in read_json(path)]
+        runs = [_run(workdir, **entry) for entry in read_recorded(path)]
     except TypeError as error:
         raise UserError(f"{path} is not the result of a sweep: {error}; run the sweep again") from None
     ranked_by = next((name for run in runs for name in ("eval_loss", "loss") if name in run.scores), "")
-    page = render(
+    page = render_page(
         "sweep.html.j2",
         title=workdir.resolve().name,
         runs=runs,

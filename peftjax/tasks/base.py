@@ -13,9 +13,9 @@ from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import Document, Row, Text
 from peftjax.data.records import Prompt
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.io.hf_files import read_json_if_any
+from peftjax.io.json_files import read_json_if_any
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelSection, load_base
 from peftjax.totals import Batch, Totals
@@ -138,7 +138,7 @@ class Task:
         """Raises a UserError if a token has no row in the embedding of the loaded model."""
         for tokens in TOKENS:
             if tokens in arrays:
-                check_rows(arrays[tokens], self.rows, self.tokenizer, name)
+                check_token_rows(arrays[tokens], self.rows, self.tokenizer, name)
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the longest row, without the batch dimension."""

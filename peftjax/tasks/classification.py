@@ -55,4 +55,4 @@ class Classification(TextLabelTask):
         return (multi_label_loss if self.multi_label else classification_loss)(logits, batch)
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return (metrics.multi_label if self.multi_label else metrics.classification)(logits, labels)
+        return (metrics.score_multi_label if self.multi_label else metrics.score_classification)(logits, labels)

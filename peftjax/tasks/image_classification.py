@@ -12,7 +12,7 @@ from peftjax.core.errors import UserError
 from peftjax.data import images
 from peftjax.data.documents import Document, Row
 from peftjax.data.fields import field_of
-from peftjax.data.sources import class_folders
+from peftjax.data.image_folder import class_folders
 from peftjax.models.base import Model
 from peftjax.models.vit import Vit
 from peftjax.tasks.labelled import LabelledTask

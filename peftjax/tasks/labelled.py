@@ -30,7 +30,7 @@ class LabelledTask(Task):
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics of all predictions [N, C] and their labels [N]."""
-        return metrics.classification(logits, labels)
+        return metrics.score_classification(logits, labels)
 
     def loss(self, model: Model, batch: Batch) -> Totals:
         return self.loss_of(self.logits(model, batch), batch)

@@ -13,7 +13,7 @@ from peftjax.core.paths import suggest
 OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
 
 
-def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score_classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Metrics of a single class per example.
 
     accuracy; f1 of class 1 if there are two classes, else macro_f1, the mean over the classes; matthews, the Matthews
@@ -34,7 +34,7 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score_multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Metrics of any number of classes per example, each predicted if its probability exceeds one half.
 
     accuracy, the fraction of examples with all classes right; micro_f1, over all classes of all examples; macro_f1, the
@@ -79,7 +79,7 @@ def by_class(
     return precision.tolist(), recall.tolist(), f1.tolist(), examples.tolist(), predictions.tolist()
 
 
-def regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score_regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """pearson and spearman, the correlations of the numbers and of their ranks; NaN if either is constant.
 
     Args:
@@ -111,7 +111,7 @@ def same(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
-def of_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+def score_answers(answers: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """Metrics of generated answers.
 
     exact_match: the fraction of answers equal to the expected ones up to surrounding spaces; bleu: corpus BLEU with

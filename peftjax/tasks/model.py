@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from peftjax.core.config import field
-from peftjax.io.hf_files import read_json
+from peftjax.io.json_files import read_json
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.models.base import Model

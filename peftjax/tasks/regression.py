@@ -40,4 +40,4 @@ class Regression(TextLabelTask):
         return regression_loss(logits, batch)
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return metrics.regression(logits, labels)
+        return metrics.score_regression(logits, labels)

@@ -10,9 +10,9 @@ from peftjax.core.errors import NotFiniteError
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import Clipped
 from peftjax.data.records import Prompt
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.decoding import generate, generate_each
+from peftjax.decoding import generate_each, generate_ids
 from peftjax.models.base import Model
 from peftjax.tasks import metrics
 
@@ -49,7 +49,7 @@ def answer(
     answers = []
     with progress.phase(GENERATING):
         for part, tokens in _batches(model, prompts, tokenizer, BATCH, progress):
-            outputs = generate(model, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
+            outputs = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
             answers += _decoded(part, outputs, tokenizer)
     return answers
 
@@ -85,7 +85,7 @@ def _batches(
 ) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
     """Up to `size` prompts at a time, and their tokens. The last prompt is repeated, so that all batches have one shape."""
     for prompt in prompts:
-        check_rows(prompt.tokens, model.embedding_rows, tokenizer, prompt.record)
+        check_token_rows(prompt.tokens, model.embedding_rows, tokenizer, prompt.record)
     size = min(size, len(prompts))
     starts = range(0, len(prompts), size)
     for start in progress.track(starts, "prompts", len(prompts), lambda start: min(size, len(prompts) - start)):
@@ -100,7 +100,7 @@ def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer:
     ]
 
 
-def table(answers: Sequence[Answer], scored: bool) -> Table:
+def answers_table(answers: Sequence[Answer], scored: bool) -> Table:
     """Answers to print, each text clipped to a few lines; with a verdict if they are scored."""
     made = Table.grid(padding=(0, 2, 0, 0))
     for index, item in enumerate(answers):
@@ -117,5 +117,5 @@ def table(answers: Sequence[Answer], scored: bool) -> Table:
 
 def score(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:
     """The metrics `names` of generated answers, and the number of answers."""
-    found = metrics.of_answers([item.answer for item in answers], [item.expected for item in answers], names)
+    found = metrics.score_answers([item.answer for item in answers], [item.expected for item in answers], names)
     return found | {"prompts": len(answers)}

@@ -13,7 +13,7 @@ from peftjax.training.config import Config
 from peftjax.training.optim import CUSTOM
 
 
-def describe(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> TrainingSummary:
+def training_summary(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> TrainingSummary:
     """What the card says about the training of a run.
 
     Args:

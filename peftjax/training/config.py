@@ -23,81 +23,10 @@ from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.sharding import MeshConfig
 from peftjax.tasks import TASKS, TaskConfig
-from peftjax.tasks.metrics import check_answer_metrics
 from peftjax.tasks.model import ModelSection
 from peftjax.trackers import LogConfig
 from peftjax.training.optim import OptimConfig
-
-DEFAULT_STEPS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How long the training is, how large its steps are, and when it logs and evaluates."""
-
-    steps: int = field(DEFAULT_STEPS, "Number of optimizer updates", low=1)
-    epochs: float = field(
-        0.0, "Number of passes over data.train, in place of steps; 0: steps", low=0, instead_of="steps"
-    )
-    batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
-    accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
-    loss_chunk: int = field(128, "Positions of a sequence whose logits are in memory at the same time", low=1)
-    log_every: int = field(10, "Steps between two lines of metrics", low=1)
-    eval_every: int | str = field(
-        "10%",
-        "Interval between two evaluations: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs'); "
-        "0: only before the first and after the last step",
-        low=0,
-        interval=True,
-    )
-    eval_batches: int = field(0, "Batches per evaluation; 0: all held-out records", low=0)
-
-    def __post_init__(self) -> None:
-        if self.epochs and self.steps != DEFAULT_STEPS:
-            raise UserError(
-                f"train.epochs={self.epochs:g} and train.steps={self.steps} both give the length of the run; set "
-                f"train.epochs=0, or leave train.steps at its default, {DEFAULT_STEPS}"
-            )
-        if self.batch_size % self.accumulate:
-            raise UserError(
-                f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """The evaluation of generated answers."""
-
-    exact_match: int = field(0, "Number of held-out prompts to answer and score; 0: none", low=0)
-    metrics: tuple[str, ...] = field(("exact_match",), "Metrics of these answers: exact_match, bleu, rouge_l")
-    max_new_tokens: int = field(64, "Maximum length of a generated answer in tokens", low=1)
-    samples: int = field(
-        0, "Number of generated answers to print and report; with exact_match, the first of those", low=0
-    )
-
-    def __post_init__(self) -> None:
-        check_answer_metrics(self.metrics)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are saved, and which of them are kept."""
-
-    every: int | str = field(
-        100,
-        "Interval between two checkpoints: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs')",
-        low=1,
-        interval=True,
-    )
-    minutes: float = field(
-        10.0,
-        "Maximum age of the last checkpoint in minutes, checked whenever metrics are logged; 0: never save by time",
-        low=0,
-    )
-    keep: int = field(2, "Number of most recent checkpoints to keep", low=1)
-    keep_best: bool = field(True, "Also keep the checkpoint with the lowest evaluation loss")
-    adapter: bool = field(False, "Also write adapter/ with every checkpoint, not only at the end")
-
+from peftjax.training.sections import CheckpointConfig, EvalConfig, TrainConfig
 
 METHOD_NAME = Field("lora", "PEFT method; the other fields of this section are the options of that method")
 START_FROM = Field(
@@ -272,8 +201,3 @@ def _make(values: Mapping[str, Any], source: str) -> Config:
         return Config(**sections[""], method=method, start_from=start_from, **made)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def describe() -> str:
-    """All fields with their defaults and meanings, for --help."""
-    return core_config.describe(SCHEMA)

@@ -65,7 +65,7 @@ def rows_of_epoch(config: Config, task: Task, batches: Batches) -> int:
     return count_rows(batches.source, config.data, task, COUNTED)[0]
 
 
-def describe(config: Config, task: Task, batches: Batches) -> str:
+def describe_length(config: Config, task: Task, batches: Batches) -> str:
     """The length of a run as a sentence: "40 steps of 8 examples: 2.5 epochs of 128 examples"."""
     unit = "packed rows" if config.data.pack else "images" if task.unit == "images" else "examples"
     size, steps = config.train.batch_size, config.train.steps

@@ -102,7 +102,7 @@ class Profiling:
             jax.profiler.stop_trace()
             operations = read_operations(train_step.lower(state, *arguments).compile().as_text())  # already compiled
             times = read_times(self._directory, f"jit_{train_step.__name__}", operations)
-            table = make_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices))
+            table = operations_table(operations, times, len(self._steps) * len(mesh_of(state).local_devices))
         except Exception as error:  # an error in profiling must not end the run
             why = f"{type(error).__name__}: {' '.join(str(error).split())}{debug_log.record(error)}"
             self._log.message(f"warning: the trace of {steps} could not be read, and the run continues. {why}")
@@ -111,7 +111,7 @@ class Profiling:
         self._log.panel(f"most expensive operations of {steps}", table)
 
 
-def make_table(
+def operations_table(
     operations: Mapping[str, Operation], times: Mapping[str, tuple[int, float]], steps: int, rows: int = SHOWN
 ) -> Table:
     """The most expensive operations, with their share of the time of all operations.

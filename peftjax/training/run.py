@@ -19,8 +19,9 @@ from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import variables
 from peftjax.core.config import flat
-from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.core.errors import NotFiniteError
 from peftjax.core.files import write_atomically
+from peftjax.core.listing import enumerate_some
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
@@ -28,12 +29,9 @@ from peftjax.data.prompt_format import PromptFormat
 from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.io.hf_files import enumerate_some
 from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
-from peftjax.methods import make_config
 from peftjax.models.base import Model
-from peftjax.models.decoder import Decoder
 from peftjax.models.kernels import kernel_of
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
@@ -41,12 +39,13 @@ from peftjax.report.outcome import concerns
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
-from peftjax.trackers import Tracking
-from peftjax.training import answers, card, duration, optim, precision, predictions, start_from
+from peftjax.trackers.base import Tracking
+from peftjax.training import answers, card, duration, optim, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.config import Config
+from peftjax.training.defaults import default_values
 from peftjax.training.due import Due
 from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
@@ -184,7 +183,7 @@ class Run:
             loss_unit=self.task.loss_unit,
             origin=origin(self.workdir),
             versions=versions(),
-            default_config=self._default_config(),
+            default_config=default_values(config, self.task.hf_config),
         )
         for text in (*self._describe_model(leaves), *self._describe_data(log), *self._describe_start(step)):
             log.message(text)
@@ -196,7 +195,7 @@ class Run:
         loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
         yield f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}"
         yield f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base"
-        if config.model.attention == "auto" and isinstance(self.model, Decoder):
+        if config.model.attention == "auto" and self.model.chooses_attention:
             length = self.task.positions(self.model) + self.model.virtual
             with jax.set_mesh(self.mesh):
                 padded = "mask" in self.task.row_shapes()
@@ -219,34 +218,18 @@ class Run:
 
     def _describe_data(self, log: Log) -> Iterator[str]:
         if log.prints:  # with packing, this tokenizes records
-            yield duration.describe(self.config, self.task, self.batches)
+            yield duration.describe_length(self.config, self.task, self.batches)
         if padding := self.batches.padding_text():
             yield padding
 
     def _describe_start(self, step: int) -> Iterator[str]:
         config = self.config
         if config.start_from and step == 0:
-            yield start_from.describe(config)
+            yield start_from.describe_start(config)
         if step > 0:
             yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
-
-    def _default_config(self) -> dict[str, Any]:
-        """The default config of the run's method, resolved as the config of the run."""
-        options = json.loads(json.dumps(make_config(self.config.method.method).to_dict()))
-        try:
-            default, own = configs.validate({"method": options}), dict[str, Any]()
-        except UserError:  # the default of a required option is not valid, such as token_indices of trainable tokens
-            default, own = dataclasses.replace(configs.validate({}), method=self.config.method), {"method": options}
-        values: dict[str, Any] = json.loads(configs.to_json(self._resolved(default)))
-        return values | own
-
-    def _resolved(self, default: Config) -> Config:
-        """The default config as it would be resolved in this run; the report shows which values of the run differ."""
-        same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=self.config.train.steps))
-        resolved = precision.resolve(duration.in_steps(same, lambda: 0), self.task.hf_config)
-        return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
@@ -301,7 +284,7 @@ class Run:
             self.save_report()  # a resumed run cannot answer as the untrained model any more
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
-                log.panel(f"samples at step {step}", answers.table(shown, self.config.eval.exact_match > 0))
+                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.exact_match > 0))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
@@ -369,15 +352,15 @@ class Run:
     def write_result(self, state: TrainState) -> Path:
         """Write the adapter with its model card, or in full fine-tuning the model; returns its directory."""
         self.sync(state)
-        if self.method.trains is nnx.Param:
+        if self.method.trains_base:
             directory = self.workdir / "model"
             save_model(self.model, directory, source=self.task.directory)
         else:
             training = None
             if jax.process_index() == 0:
                 parts = count_parts(variables.flat(self.model)[1], self.method.trains)
-                training = card.describe(self.config, self.task, self.workdir, int(state.step), parts)
-            base = start_from.base_name(self.model, self.config)
+                training = card.training_summary(self.config, self.task, self.workdir, int(state.step), parts)
+            base = start_from.recorded_base(self.model, self.config)
             directory = write_adapter(self.model, self.workdir / "adapter", "default", base, training)
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)

@@ -21,10 +21,11 @@ from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
-from peftjax.data.token_rows import check_rows
+from peftjax.data.token_rows import check_token_rows
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import stored_quantization
-from peftjax.io.hf_files import read_json, resolve
+from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json
 from peftjax.io.load import load_kernels
 from peftjax.io.save import MARK
 from peftjax.models.base import Model
@@ -55,26 +56,26 @@ def resolve_config(
     """The config that is written to the workdir: with all lengths in steps, a dtype, and all options of the method.
 
     Returns:
-      The config, and the directory of the adapter to start from; see `start_from.resolve`.
+      The config, and the directory of the adapter to start from; see `start_from.resolve_options`.
 
     Raises:
       UserError: A length is in epochs and the data has none; the workdir holds another run, see `check_workdir`; or the
-        adapter to start from does not fit, see `start_from.resolve`.
+        adapter to start from does not fit, see `start_from.resolve_options`.
     """
     rows = partial(duration.rows_of_epoch, config, task, data)
-    config = complete(config, checkpoints, rows, lambda: task.hf_config)
+    config = complete_config(config, checkpoints, rows, lambda: task.hf_config)
     check_workdir(config, workdir, checkpoints)
-    return start_from.resolve(config, workdir, checkpoints)
+    return start_from.resolve_options(config, workdir, checkpoints)
 
 
-def complete(
+def complete_config(
     config: Config, checkpoints: Checkpoints, rows: Callable[[], int], hf_config: Callable[[], Mapping[str, Any]]
 ) -> Config:
     """The config with all lengths in steps (`rows`: see `duration.in_steps`) and a dtype, that of the checkpoints if any."""
     config = duration.in_steps(config, rows)
     if (identity := checkpoints.identity()) is not None:
-        return precision.as_stored(config, identity["config"])
-    return precision.resolve(config, hf_config())
+        return precision.with_stored_dtype(config, identity["config"])
+    return precision.resolve_dtype(config, hf_config())
 
 
 def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> None:
@@ -94,8 +95,8 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
 def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
     """The fields in which a config differs from that of an earlier run but must not."""
     free = FREE_LONGER if config.train.steps > stored["train"]["steps"] else FREE
-    config = precision.as_stored(config, stored)
-    lines = configs.differences(start_from.as_stored(config, stored), stored)
+    config = precision.with_stored_dtype(config, stored)
+    lines = configs.differences(start_from.with_stored_options(config, stored), stored)
     if any(line.startswith("method.name:") for line in lines):  # other methods have other options
         lines = [line for line in lines if not line.startswith("method.") or line.startswith("method.name:")]
     return [line for line in lines if not line.startswith(free)]
@@ -130,7 +131,7 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     Raises:
       UserError: The model directory lacks what the task needs, a batch does not fit the memory, or the data cannot be read.
     """
-    directory = resolve(config.model.path, config.model.revision)
+    directory = find_model(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
     share = batching(config, mesh)
     check_batch(config, task, share.process_count)
@@ -183,7 +184,7 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
         next(batches)
     if count := config.eval.exact_match or config.eval.samples:
         for prompt in held_out.prompts(count):
-            check_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)
+            check_token_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:
@@ -209,7 +210,7 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
 
     def encode(text: str) -> list[int]:
         ids = task.tokenizer.encode(text)
-        check_rows(ids, model.embedding_rows, task.tokenizer, f"method.text={text!r}")
+        check_token_rows(ids, model.embedding_rows, task.tokenizer, f"method.text={text!r}")
         return ids
 
     method, rngs = config.method.tokenized(encode), nnx.Rngs(config.seed)

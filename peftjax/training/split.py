@@ -49,7 +49,7 @@ def split(
     use_kernel(model, config.model.attention, _platform(leaves))
     model.train()
     _, leaves = variables.flat(model)
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, method.trains))
+    graph, trainable, frozen = variables.split_by_kind(model, method.trains)
     model.eval()
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     given = optim.in_float32(optimizer) if optimizer else None

@@ -29,14 +29,15 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.core.variables import DropoutKey
-from peftjax.io import hf_files
 from peftjax.io.adapter_keys import has_single_experts
 from peftjax.io.adapter_load import load_adapter, method_for
 from peftjax.io.adapter_method import read_method
 from peftjax.io.adapter_tensors import WEIGHTS
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.hf_config import read_fields
+from peftjax.io.hf_files import find_model
 from peftjax.io.model_card import hub_id
+from peftjax.io.safetensors_files import read_header
 from peftjax.models import from_hf_config
 from peftjax.models.base import Model
 from peftjax.tasks.model import ModelSection
@@ -46,7 +47,7 @@ KEPT = "start_from"  # the copy in the workdir
 _SOURCE = "start_from"  # the name of the loaded adapter while its values are copied
 
 
-def resolve(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Config, Path | None]:
+def resolve_options(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Config, Path | None]:
     """The config with the method's options resolved, and the directory of the adapter to start from.
 
     Args:
@@ -62,7 +63,7 @@ def resolve(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Co
       UserError: The directory does not hold an adapter, or an option differs from the adapter's.
     """
     if config.start_from and (identity := checkpoints.identity()) is not None:
-        return as_stored(config, identity["config"]), workdir / KEPT
+        return with_stored_options(config, identity["config"]), workdir / KEPT
     return with_options(config), expand(config.start_from) if config.start_from else None
 
 
@@ -86,7 +87,7 @@ def with_options(config: Config) -> Config:
     return dataclasses.replace(config, method=method)
 
 
-def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+def with_stored_options(config: Config, stored: Mapping[str, Any]) -> Config:
     """The config with the options that it leaves to the adapter of method.start_from, as a stored config has them."""
     section = stored["method"]
     if not config.start_from or section.get("start_from") != config.start_from:
@@ -95,7 +96,7 @@ def as_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, method=_completed(config.method, theirs))
 
 
-def describe(config: Config) -> str:
+def describe_start(config: Config) -> str:
     """The message of a new run: the adapter, and the method's options that are not at their defaults."""
     values = [
         (field.name, getattr(config.method, field.name), field.default) for field in dataclasses.fields(config.method)
@@ -147,7 +148,7 @@ def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> 
     return method
 
 
-def base_name(model: Model, config: Config) -> BaseName:
+def recorded_base(model: Model, config: Config) -> BaseName:
     """The name of the base to record with the trained adapter.
 
     It is model.path; if that is a local directory and the adapter of method.start_from names a base on the hub, that name.
@@ -175,9 +176,9 @@ def _copy(source: MethodAdapter, adapter: MethodAdapter, what: str) -> None:
 def _method(path: Path, base: ModelSection) -> Method:
     """The method of an adapter directory. If its file has modules of single experts, in the base's names of all experts."""
     method = read_method(path)
-    if not (path / WEIGHTS).is_file() or not has_single_experts(hf_files.read_header(path / WEIGHTS)):
+    if not (path / WEIGHTS).is_file() or not has_single_experts(read_header(path / WEIGHTS)):
         return method
-    directory = hf_files.resolve(base.path, base.revision, files=("config.json",))
+    directory = find_model(base.path, base.revision, files=("config.json",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter gives them
         return method_for(path, from_hf_config(read_fields(directory)[0]).abstract())

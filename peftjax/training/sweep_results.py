@@ -12,7 +12,7 @@ import jax
 from peftjax.core import workdir as workdirs
 from peftjax.core.files import write_atomically
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
-from peftjax.report.data import read_json
+from peftjax.report.data import read_recorded
 from peftjax.report.sweep_page import RESULTS, write_sweep_page
 from peftjax.training.member import Member
 
@@ -65,7 +65,7 @@ def outcome(member: Member) -> dict[str, Any]:
 def read_entries(workdir: Path) -> list[dict[str, Any]]:
     """The entries of sweep.json; none if it has not been written yet."""
     file = workdir / RESULTS
-    return read_json(file) if file.exists() else []
+    return read_recorded(file) if file.exists() else []
 
 
 def best_result(found: Sequence[Mapping[str, Any]], workdir: Path) -> Path | None:

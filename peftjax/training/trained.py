@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
-from peftjax.io.hf_files import enumerate_some, read_json_if_any, resolve
-from peftjax.methods import Full
+from peftjax.io.hf_files import find_model
+from peftjax.io.json_files import read_json_if_any
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task, make_task
@@ -45,7 +46,7 @@ def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] 
     if file is not None:
         config = configs.load(file, overrides)
         stored = _stored(workdir)
-        return precision.as_stored(config, stored) if stored else config
+        return precision.with_stored_dtype(config, stored) if stored else config
     if not is_run(workdir):
         raise UserError(f"--workdir={workdir}: {_why_not(workdir)}")
     return configs.load(workdir / CONFIG, overrides)
@@ -77,7 +78,7 @@ def result_of(config: Config, workdir: Path) -> Path:
     Raises:
       UserError: There is none yet.
     """
-    result = workdir / ("model" if isinstance(config.method, Full) else "adapter")
+    result = workdir / ("model" if config.method.trains_base else "adapter")
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     newest = max(saved, default=0)
     steps = _stored(workdir).get("train", {}).get("steps", config.train.steps)  # those of a file may be epochs
@@ -98,7 +99,7 @@ def result_of(config: Config, workdir: Path) -> Path:
 def open_task(config: Config) -> Task:
     """The task of a config, with the tokenizer of its base model."""
     return make_task(
-        config.task, config.data, resolve(config.model.path, config.model.revision), config.train.loss_chunk
+        config.task, config.data, find_model(config.model.path, config.model.revision), config.train.loss_chunk
     )
 
 
@@ -111,7 +112,7 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
       result: The directory of its adapter or model, from `result_of`.
       mesh: The devices.
     """
-    full = isinstance(config.method, Full)
+    full = config.method.trains_base
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
     model = task.load_model(options, result if full else task.directory, mesh, config.seed)
     if not full:
@@ -123,7 +124,9 @@ def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     return model
 
 
-def measure(config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None) -> dict[str, float]:
+def held_out_scores(
+    config: Config, model: Model, task: Task, mesh: Mesh, progress: Progress | None = None
+) -> dict[str, float]:
     """The metrics of a model on data.eval."""
     graph, found = variables.flat(model)
     values = {path: variable.get_value() for path, variable in found.items()}

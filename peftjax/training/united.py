@@ -147,7 +147,7 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     config = members[0].config
     task, batches = open_data(config, mesh)
     batches.close()
-    config = precision.resolve(config, task.hf_config)
+    config = precision.resolve_dtype(config, task.hf_config)
     model = task.load_model(config.model, task.directory, mesh, config.seed)
     groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
     base = SharedBase(model, config.seed, task, dropout, mesh)

@@ -13,7 +13,7 @@ from peftjax import adapters
 from peftjax.adapters import rows, use
 from peftjax.adapters.registry import active
 from peftjax.core.errors import UserError
-from peftjax.decoding import generate
+from peftjax.decoding import generate_ids
 from peftjax.methods import Hra, Ia3, Lora, PromptTuning, Vera
 
 LORA = Lora(rank=2, targets=("q_proj", "embed_tokens"))
@@ -65,9 +65,10 @@ def test_the_dropout_of_the_adapters_may_differ() -> None:
 def test_generation_answers_each_prompt_with_its_own_adapter() -> None:
     model = attached(LORA)
     prompts, names = [[5, 9, 2], [5, 9, 2], [1, 30, 8, 21]], ["one", None, "two"]
-    together = generate(rows(model, names), prompts, max_new_tokens=5)
+    together = generate_ids(rows(model, names), prompts, max_new_tokens=5)
     alone = [
-        generate(use(model, name), [prompt], max_new_tokens=5)[0] for name, prompt in zip(names, prompts, strict=True)
+        generate_ids(use(model, name), [prompt], max_new_tokens=5)[0]
+        for name, prompt in zip(names, prompts, strict=True)
     ]
     assert together == alone
     assert together[0] != together[1]

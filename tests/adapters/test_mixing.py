@@ -79,8 +79,7 @@ def test_all_parts_are_trained_in_one_step(mix: str) -> None:
     model = mixed(*MIXES[mix])
     mesh = sharding.make_mesh()
     sharding.place(model, mesh)
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    graph, trainable, frozen = variables.split_by_kind(model)
     before = {path: np.asarray(leaf) for path, leaf in trainable.items() if not isinstance(leaf, optax.MaskedNode)}
     state = init_state(trainable, optax.adam(1e-2), seed=0)
     step = make_train_step(Objective(graph, partial(next_token_loss, chunk=8)), optax.adam(1e-2), state)

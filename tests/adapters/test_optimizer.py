@@ -31,7 +31,7 @@ def random_like(state: Any) -> Any:
 def test_the_updates_of_a_state_are_those_of_training(method: peftjax.Method) -> None:
     model = attached(method)
     _, leaves = variables.flat(model)
-    _, tree, _ = variables.split(model, variables.trainable_mask(leaves))
+    _, tree, _ = variables.split_by_kind(model)
     params = nnx.state(model, peftjax.PeftParam)
     ours, theirs = method.optimizer(optax.adam(1e-2), leaves), peftjax.wrap_optimizer(optax.adam(1e-2), model)
     state, opt = ours.init(tree), theirs.init(params)

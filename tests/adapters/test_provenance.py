@@ -13,7 +13,7 @@ from peftjax.core import variables
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.adapter_tensors import WEIGHTS
-from peftjax.io.hf_files import read_metadata
+from peftjax.io.safetensors_files import read_metadata
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
 LORA = methods.Lora(rank=2, targets=("q_proj", "down_proj"))

@@ -12,7 +12,7 @@ from flax import nnx
 import peftjax
 from peftjax.core import time_limit
 from peftjax.core.errors import UserError
-from peftjax.io import load
+from peftjax.io import load, safetensors_files
 from tests import runs, tiny
 
 DEEP = "[" * 100_000
@@ -216,7 +216,7 @@ def test_a_weights_index_with_a_path_is_refused(tmp_path: Path) -> None:
     for file in ("/etc/passwd", "../model.safetensors", "a/b.safetensors"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
         with pytest.raises(UserError, match=f"outside of its directory: {file}"):
-            load.hf_files.read_tensors(tmp_path)
+            safetensors_files.read_tensors(tmp_path)
 
 
 ADAPTERS: list[tuple[dict[str, Any], str]] = [

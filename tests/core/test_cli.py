@@ -11,7 +11,6 @@ import pytest
 
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from peftjax.training import config as configs
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, main, *arguments: str) -> int | str | None:
@@ -117,7 +116,7 @@ def test_compiled_programs_are_kept_where_the_user_says_or_in_the_users_cache_di
 
 def test_parse_separates_the_config_its_overrides_and_the_workdir():
     argv = ["--config=c.py", "--config.seed=3", "--workdir", "runs/a", "--config.data.train=a,b"]
-    arguments = cli.parse(argv, "train", "Trains.", configs.describe())
+    arguments = cli.parse_command(argv, "train", "Trains.")
     assert arguments.config == "c.py"
     assert arguments.workdir == "runs/a"
     assert arguments.overrides == ["--config.seed=3", "--config.data.train=a,b"]
@@ -127,7 +126,9 @@ def test_parse_takes_a_commands_own_options():
     def options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--device")
 
-    arguments = cli.parse(["--config=c.py", "--device=v5e:4x4"], "plan", "Plans.", "", workdir=False, options=options)
+    arguments = cli.parse_command(
+        ["--config=c.py", "--device=v5e:4x4"], "plan", "Plans.", workdir=False, options=options
+    )
     assert arguments.device == "v5e:4x4"
     assert not hasattr(arguments, "workdir")
 
@@ -137,14 +138,14 @@ def test_parse_takes_a_commands_own_options():
 )
 def test_a_missing_or_unknown_argument_ends_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(argv, "train", "Trains.", configs.describe())
+        cli.parse_command(argv, "train", "Trains.")
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err
 
 
 def test_help_lists_the_fields_with_their_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(["--help"], "train", "Trains.", configs.describe())
+        cli.parse_command(["--help"], "train", "Trains.")
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "python -m peftjax.train" in out
@@ -158,7 +159,7 @@ def test_dashes_and_underscores_are_alike_in_the_names_of_options():
         parser.add_argument("--max-new-tokens")
 
     argv = ["--config=a_b-c.py", "--workdir", "run-a_b", "--num-processes=2", "--max_new_tokens=a-b_c"]
-    arguments = cli.parse([*argv, "--config.train.eval-every=a-b"], "train", "Trains.", "", options=options)
+    arguments = cli.parse_command([*argv, "--config.train.eval-every=a-b"], "train", "Trains.", options=options)
     assert (arguments.config, arguments.workdir) == ("a_b-c.py", "run-a_b")
     assert (arguments.num_processes, arguments.max_new_tokens) == (2, "a-b_c")
     assert arguments.overrides == ["--config.train.eval_every=a-b"]
@@ -168,12 +169,12 @@ def test_dashes_and_underscores_are_alike_in_the_names_of_options():
 
 def test_a_config_field_without_a_value_is_refused():
     with pytest.raises(UserError, match=r"^--config\.train\.steps needs a value .*--config\.train\.steps=VALUE$"):
-        cli.parse(["--config=c.py", "--workdir=w", "--config.train.steps", "100"], "train", "Trains.", "")
+        cli.parse_command(["--config=c.py", "--workdir=w", "--config.train.steps", "100"], "train", "Trains.")
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    arguments = cli.parse(["--config=~/c.py:a", "--workdir=~/runs"], "train", "Trains.", "")
+    arguments = cli.parse_command(["--config=~/c.py:a", "--workdir=~/runs"], "train", "Trains.")
     assert (arguments.config, arguments.workdir) == ("/home/ada/c.py:a", "/home/ada/runs")
 
 

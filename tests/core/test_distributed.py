@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def options(*argv: str) -> argparse.Namespace:
-    return cli.parse(["--config=c", "--workdir=w", *argv], "train", "", "", options=distributed.add_options)
+    return cli.parse_command(["--config=c", "--workdir=w", *argv], "train", "", options=distributed.add_options)
 
 
 def test_the_options_name_the_processes(asked: list[dict[str, Any]]) -> None:

@@ -22,7 +22,8 @@ from huggingface_hub.errors import (
 
 from peftjax.core.errors import UserError
 from peftjax.data.hub_source import CONVERTED
-from peftjax.data.sources import Source, open_source, split_weight
+from peftjax.data.source_strings import split_weight
+from peftjax.data.sources import Source, open_source
 
 RECORDS = [{"text": "one"}, {"text": "zwei é"}, {"text": "three"}]
 

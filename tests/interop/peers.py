@@ -194,7 +194,7 @@ def train_by_hand(
     model: Any, steps: list[dict[str, np.ndarray]] | None = None, loss: Callable = next_token_loss, chunk: int = 7
 ) -> list[float]:
     """With value_and_grad, the loss and the optimizer alone."""
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, trainable, frozen = variables.split_by_kind(model)
     optimizer = optimizer_for(model, trainable)
     state, losses = optimizer.init(trainable), []
 
@@ -219,7 +219,7 @@ def train_by_the_step(model: Any) -> list[float]:
     """With the train command's own step, in two microbatches."""
     mesh = sharding.make_mesh()
     sharding.place(model, mesh)
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, trainable, frozen = variables.split_by_kind(model)
     (method,) = attached_methods(model).values()
     optimizer = method.optimizer(optimizer_for(model, trainable), variables.flat(model)[1])
     state, losses = init_state(trainable, optimizer, seed=0), []

@@ -63,7 +63,7 @@ def train_ours(model: Any) -> None:
     mesh = sharding.make_mesh()
     sharding.place(model, mesh)
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, frozen = variables.split_by_kind(model)
     config = optim.OptimConfig(learning_rate=RATE, clip_norm=0.0, schedule="constant")
     decay = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
     optimizer = OURS.optimizer(optim.make_optimizer(config, 5, decay), leaves)

@@ -14,7 +14,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import peftjax
-from peftjax.decoding import generate
+from peftjax.decoding import generate_ids
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
 from tests.interop import peers
@@ -215,7 +215,7 @@ def check_like_transformers(directory: Path, saved: Path, bound: float) -> None:
     np.testing.assert_array_equal(their_logits(their_model(saved)), expected)
 
     prompts = [row[:length].tolist() for row, length in zip(tokens(), (9, 4), strict=True)]
-    for prompt, answer in zip(prompts, generate(ours, prompts, max_new_tokens=6), strict=True):
+    for prompt, answer in zip(prompts, generate_ids(ours, prompts, max_new_tokens=6), strict=True):
         with torch.no_grad():  # of the whole text at once, without a cache
             likeliest = theirs(torch.tensor([prompt + answer])).logits.argmax(-1)[0]
         assert answer == likeliest[len(prompt) - 1 : -1].tolist()

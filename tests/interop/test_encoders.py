@@ -431,7 +431,7 @@ def train(model: Any) -> list[float]:
     """With the train command's own step."""
     mesh = sharding.make_mesh()
     sharding.place(model, mesh)
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, trainable, frozen = variables.split_by_kind(model)
     optimizer, losses = optimizer_for(model, trainable), []
     state = init_state(trainable, optimizer, seed=0)
     step = make_train_step(Objective(graph, cross_entropy), optimizer, state)

@@ -25,7 +25,7 @@ from peftjax.data.config import DataConfig
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
-from peftjax.nn import moe
+from peftjax.nn import routing
 from peftjax.tasks import TaskConfig, make_task
 from peftjax.training.step import Objective, accumulate, init_state, summary
 from tests.interop import peers
@@ -187,7 +187,7 @@ def test_the_load_balancing_loss_is_that_of_transformers() -> None:
     for kept in (None, mask):
         attention = None if kept is None else torch.tensor(kept.astype(np.int64))
         expected = theirs(by_layer, 5, 2, attention).item()
-        ours = moe.load_balancing_loss(jnp.asarray(logits), 2, None if kept is None else jnp.asarray(kept))
+        ours = routing.load_balancing_loss(jnp.asarray(logits), 2, None if kept is None else jnp.asarray(kept))
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
@@ -219,8 +219,7 @@ def test_training_with_the_load_balancing_loss_is_that_of_transformers(
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, -1), "loss_weights": shifted, "mask": mask}
     assert batch.keys() == task.row_shapes().keys()
     sharding.place(model, sharding.make_mesh())
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, nnx.Param))
+    graph, trainable, frozen = variables.split_by_kind(model, nnx.Param)
     state = init_state(trainable, optax.identity(), seed=0)
     objective = Objective(graph, task.loss, balanced=True)
     gradients, sums = jax.jit(partial(accumulate, objective))(state, frozen, batch)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import peftjax
 from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.decoding import generate
+from peftjax.decoding import generate_ids
 from peftjax.nn.relative_bias import buckets_of_distances
 from peftjax.totals import seq2seq_loss
 from tests.interop.peers import STEPS, THEIRS, adamw, assert_close, assert_far, attached, shake, train_by_hand
@@ -162,7 +162,9 @@ def test_transformers_loads_what_we_save_and_generates_the_same(name: str, t5s: 
         do_sample=False,
     )
     ended = [[*row.tolist()[1:], 1] for row in answers]  # after the start token; 1 is the end of text
-    assert generate(ours, real_tokens(given), max_new_tokens=12, stop=(1,)) == [row[: row.index(1)] for row in ended]
+    assert generate_ids(ours, real_tokens(given), max_new_tokens=12, stop=(1,)) == [
+        row[: row.index(1)] for row in ended
+    ]
 
 
 def test_old_files_that_hold_the_embedding_under_other_names_load(t5s: Callable, tmp_path: Path) -> None:
@@ -276,8 +278,8 @@ def test_text_generated_with_virtual_tokens_is_what_peft_finds_likeliest(
             last = call_theirs(theirs, given | {"decoder_tokens": target}).logits[:, -1]
             target = np.concatenate([target, last.argmax(-1, keepdim=True).numpy()], axis=1)
     model, prompts = peftjax.load_model(t5s("even")), real_tokens(given)
-    plain = generate(model, prompts, max_new_tokens=10)
-    assert generate(peftjax.load_adapter(model, tmp_path), prompts, max_new_tokens=10) == target[:, 1:].tolist()
+    plain = generate_ids(model, prompts, max_new_tokens=10)
+    assert generate_ids(peftjax.load_adapter(model, tmp_path), prompts, max_new_tokens=10) == target[:, 1:].tolist()
     assert target[:, 1:].tolist() != plain
 
 

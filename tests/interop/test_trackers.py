@@ -11,7 +11,7 @@ import pytest
 
 from peftjax import sweep
 from peftjax.log import Log, read_metrics
-from peftjax.trackers import Tracking
+from peftjax.trackers.base import Tracking
 from peftjax.training import sweep_members
 
 pytestmark = [

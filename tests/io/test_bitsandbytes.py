@@ -18,7 +18,7 @@ import tests.tiny as tiny
 from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.core.fingerprint import fingerprint
-from peftjax.io import bitsandbytes, hf_files
+from peftjax.io import bitsandbytes, safetensors_files
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.io.save import save_model
@@ -82,9 +82,9 @@ def test_no_kernel_is_read_as_anything_but_its_codes(
     rewritten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    open_file = hf_files.StoredTensor.open
+    open_file = safetensors_files.StoredTensor.open
     monkeypatch.setattr(
-        hf_files.StoredTensor, "open", lambda tensor: (opened.append(tensor.name), open_file(tensor))[1]
+        safetensors_files.StoredTensor, "open", lambda tensor: (opened.append(tensor.name), open_file(tensor))[1]
     )
     model = load_model(rewritten(), "bfloat16", quantize="nf4")
     assert sum(isinstance(value, Nf4) for value in values(model).values()) == 7
@@ -222,10 +222,10 @@ def test_integer_buffers_do_not_make_a_dense_checkpoint_quantized(buffer: str, t
     arrays = {"h.0.mlp.weight": np.zeros((2, 2), np.float32), buffer: np.zeros(4, np.uint8)}
     save_file(arrays, tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match=r"ignoring quantization_config \(gptq\), because no tensor is quantized"):
-        assert not bitsandbytes.is_packed(hf_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
+        assert not bitsandbytes.is_packed(safetensors_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
     save_file(arrays | {"h.0.mlp.qweight": np.zeros(4, np.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
-        bitsandbytes.is_packed(hf_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
+        bitsandbytes.is_packed(safetensors_files.read_tensors(tmp_path), {"quant_method": "gptq"}, tmp_path)
 
 
 def test_what_is_asked_for_must_be_what_is_stored(rewritten: Callable[..., Path]) -> None:

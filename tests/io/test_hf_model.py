@@ -24,8 +24,8 @@ from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.data.prompt_format import PromptFormat
-from peftjax.io import hf_files, place, shards
-from peftjax.io.hf_files import resolve
+from peftjax.io import hf_files, place, safetensors_files, shards
+from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
 from peftjax.io.random_model import make_random
 from peftjax.io.save import save_model
@@ -128,10 +128,12 @@ def test_each_parameter_is_its_stored_tensor_kernels_transposed_and_layers_stack
     assert sum(array.size for array in loaded.values()) == sum(array.size for array in stored.values())
 
 
-@pytest.mark.parametrize("stored_dtype", hf_files.FLOATS.values())
+@pytest.mark.parametrize("stored_dtype", safetensors_files.FLOATS.values())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_stored_float_is_converted(tmp_path: Path, stored_dtype: Any, dtype: str) -> None:
-    sign = np.abs if stored_dtype is hf_files.FLOATS["F8_E8M0"] else np.positive  # which holds powers of two only
+    sign = (
+        np.abs if stored_dtype is safetensors_files.FLOATS["F8_E8M0"] else np.positive
+    )  # which holds powers of two only
     stored = {name: sign(array).astype(stored_dtype) for name, array in random_tensors().items()}
     loaded = values(load_model(write(tmp_path / "m", stored), dtype))
     assert {array.dtype for array in loaded.values()} == {np.dtype(dtype)}
@@ -176,8 +178,8 @@ def test_each_device_reads_only_its_slice_of_the_file(tmp_path: Path, monkeypatc
             read.append(self.view[index].size)
             return self.view[index]
 
-    open_file = hf_files.StoredTensor.open
-    monkeypatch.setattr(hf_files.StoredTensor, "open", lambda tensor: Recorder(open_file(tensor)))
+    open_file = safetensors_files.StoredTensor.open
+    monkeypatch.setattr(safetensors_files.StoredTensor, "open", lambda tensor: Recorder(open_file(tensor)))
     load_model(write(tmp_path / "m", random_tensors()), mesh=sharding.make_mesh({"fsdp": 2, "tensor": 4}))
     assert max(read) == VOCAB * EMBED // 8  # the embedding, an eighth on each device
 
@@ -225,7 +227,7 @@ def test_missing_and_unexpected_tensors_and_wrong_shapes_are_one_error_before_an
     stored["score.weight"] = np.zeros((2, EMBED), np.float32)
     stored[GATE] = np.zeros((EMBED, MLP), np.float32)
     stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.int8)
-    monkeypatch.setattr(hf_files.StoredTensor, "open", lambda tensor: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(safetensors_files.StoredTensor, "open", lambda tensor: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="not those of its config") as error:
         load_model(write(tmp_path / "m", stored))
     told = str(error.value)
@@ -255,7 +257,7 @@ def test_buffers_that_carry_nothing_are_accepted_in_silence_and_only_those(tmp_p
 
 
 def test_unexpected_tensors_beside_8_bit_ones_may_be_their_scales_and_are_refused(tmp_path: Path) -> None:
-    stored = random_tensors() | {GATE: np.ones((MLP, EMBED), hf_files.FLOATS["F8_E4M3"])}
+    stored = random_tensors() | {GATE: np.ones((MLP, EMBED), safetensors_files.FLOATS["F8_E4M3"])}
     with pytest.raises(ValueError, match=r"1 unexpected: .*gate_proj\.weight_scale_inv"):
         load_model(write(tmp_path / "m", stored | {f"{GATE}_scale_inv": np.ones((1, 1), np.float32)}))
 
@@ -408,11 +410,11 @@ def test_a_directory_resolves_to_itself_and_embedded_to_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert find_model(tmp_path) == find_model(str(tmp_path)) == tmp_path
     package = Path(hf_files.__file__).parents[1]
     assert hf_files.EMBEDDED.relative_to(package).as_posix() == "assets/base"
     monkeypatch.setattr(hf_files, "EMBEDDED", tmp_path)
-    assert resolve("embedded") == tmp_path
+    assert find_model("embedded") == tmp_path
 
 
 def test_a_local_path_that_does_not_exist_names_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,11 +422,11 @@ def test_a_local_path_that_does_not_exist_names_what_is_near(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     for path in ("models/lama-small", "./models/lama-small", tmp_path / "models" / "lama-small"):
         with pytest.raises(ValueError, match=r"lama-small: no such directory\. Did you mean 'llama-small'\?"):
-            resolve(path)
+            find_model(path)
     with pytest.raises(ValueError, match=r"no such directory\. In .*models there are: llama-small"):
-        resolve("./models/x")
+        find_model("./models/x")
     with pytest.raises(ValueError, match=r"Its parent .*nowhere does not exist either"):
-        resolve(tmp_path / "nowhere" / "x")
+        find_model(tmp_path / "nowhere" / "x")
 
 
 def test_the_workdir_of_a_run_is_no_model(tmp_path: Path) -> None:
@@ -432,10 +434,10 @@ def test_the_workdir_of_a_run_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"is the workdir of a training run, .*; give its base model, and .*adapter as the adapter"
     ):
-        resolve(tmp_path)
+        find_model(tmp_path)
     (tmp_path / "model").mkdir()  # of full fine-tuning
     with pytest.raises(UserError, match=f"; give {tmp_path / 'model'}$"):
-        resolve(tmp_path)
+        find_model(tmp_path)
     with pytest.raises(UserError, match=r"config\.json has no model_type"):
         from_hf_config({"architectures": ["UNet"]})
 
@@ -443,17 +445,17 @@ def test_the_workdir_of_a_run_is_no_model(tmp_path: Path) -> None:
 def test_a_file_a_revision_of_a_directory_and_an_adapter_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
     with pytest.raises(ValueError, match="is a file; give the directory"):
-        resolve(directory / "model.safetensors")
+        find_model(directory / "model.safetensors")
     with pytest.raises(ValueError, match="is a directory and has no revision 'v2'"):
-        resolve(directory, "v2")
+        find_model(directory, "v2")
     (directory / "config.json").rename(directory / "adapter_config.json")
     with pytest.raises(ValueError, match="holds an adapter, not a model"):
-        resolve(directory)
+        find_model(directory)
     (directory / "adapter_config.json").unlink()
     with pytest.raises(
         ValueError, match=r"not a model directory: config\.json is missing; it holds model\.safetensors"
     ):
-        resolve(directory)
+        find_model(directory)
 
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
@@ -478,7 +480,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve("some-owner/some.model", "v2") == tmp_path
+    assert find_model("some-owner/some.model", "v2") == tmp_path
     assert (asked["name"], asked["revision"]) == ("some-owner/some.model", "v2")
 
     def wanted(file: str) -> bool:
@@ -496,7 +498,7 @@ def test_offline_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ValueError, match=r"Download it on a machine with network access .* or set HF_HOME") as error:
-        resolve("owner/model")
+        find_model("owner/model")
     assert "owner/model is not a local directory" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -507,7 +509,7 @@ def test_a_gated_model_needs_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError, match=r"^owner/model is gated: .* log in with `hf auth login`$"):
-        resolve("owner/model")
+        find_model("owner/model")
 
 
 # --- Saving ---

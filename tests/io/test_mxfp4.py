@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from peftjax.io import hf_files, mxfp4
+from peftjax.io import mxfp4, safetensors_files
 
 
 def test_a_part_of_a_kernel_equals_that_of_the_whole(tmp_path: Path) -> None:
@@ -13,7 +13,7 @@ def test_a_part_of_a_kernel_equals_that_of_the_whole(tmp_path: Path) -> None:
     blocks, scales = rng.integers(0, 256, (3, 5, 2, 16), np.uint8), rng.integers(120, 130, (3, 5, 2), np.uint8)
     other = {"a_blocks": np.zeros((2, 2), np.uint8), "a_scales": np.zeros(2, np.uint8)}  # another format
     save_file({"kernel_blocks": blocks, "kernel_scales": scales} | other, tmp_path / "model.safetensors")
-    stored = mxfp4.gather(hf_files.read_tensors(tmp_path))
+    stored = mxfp4.with_decoded_kernels(safetensors_files.read_tensors(tmp_path))
     assert stored.keys() == {"kernel"} | other.keys()
     view = stored["kernel"].open()
     whole = view[...]

@@ -39,7 +39,7 @@ def trained(method: AdaLora, updates: int) -> tuple[list[int], Any]:
     """The number of entries that are left after every update with random gradients, and the model."""
     model = attached(method)
     _, leaves = variables.flat(model)
-    _, tree, _ = variables.split(model, variables.trainable_mask(leaves))
+    _, tree, _ = variables.split_by_kind(model)
     optimizer = method.optimizer(optax.adam(1e-2), leaves)
     state, left, rng = optimizer.init(tree), [], np.random.default_rng(0)
     for _ in range(updates):

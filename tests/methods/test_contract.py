@@ -331,9 +331,8 @@ def trainer(model: Any, method: adapters.Method, mesh: Any = None) -> tuple[Call
     """The train step of the real train command, its first state, and the frozen tree."""
     sharding.place(model, mesh or sharding.make_mesh())
     model.train()
-    graph, leaves = variables.flat(model)
-    mask = variables.trainable_mask(leaves, method.trains)
-    _, trainable, frozen = variables.split(model, mask)
+    _, leaves = variables.flat(model)
+    graph, trainable, frozen = variables.split_by_kind(model, method.trains)
     optimizer = method.optimizer(optimizer_for(trainable, leaves), leaves)
     state = init_state(trainable, optimizer, seed=3)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
@@ -435,8 +434,7 @@ def test_the_number_of_trained_parameters_is_the_formulas(name: str) -> None:
 def differentiable(name: str, remat: str = "none") -> tuple[Callable, Callable, variables.FlatTree]:
     """A loss of the trainable parameters, its jitted gradient, and parameters with random values."""
     model = tiny.randomize(attached(name, remat=remat))
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves, first_method(name).trains))
+    graph, trainable, frozen = variables.split_by_kind(model, first_method(name).trains)
     loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     return loss, jax.jit(jax.grad(loss)), trainable
 

@@ -42,7 +42,7 @@ def query(model: Any, name: str = "default") -> Any:
 
 def gradients(model: Any) -> dict[str, np.ndarray]:
     """Of the mean square of the logits, for what is trained."""
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, trainable, frozen = variables.split_by_kind(model)
     loss = lambda tree: jnp.square(variables.join(graph, tree, frozen)(tiny.tokens())).mean()  # noqa: E731
     found = jax.jit(jax.grad(loss))(trainable)
     return {path: np.asarray(leaf) for path, leaf in found.items() if isinstance(leaf, jax.Array)}
@@ -345,7 +345,7 @@ def test_a_name_may_have_dashes_and_dots(tmp_path: Path) -> None:
     model = tiny.randomize(attached(name, rank=2, targets=("q_proj",)))
     expected, trained = logits(model), count_trainable(model, name)
     path = save_adapter(model, tmp_path / "adapter", name)
-    graph, state, rest = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, state, rest = variables.split_by_kind(model)
     np.testing.assert_array_equal(logits(variables.join(graph, state, rest)), expected)
     variables.update(model, state)
     np.testing.assert_array_equal(logits(use(use(model, None), name)), expected)

@@ -116,7 +116,7 @@ def test_lora_plus_multiplies_the_rate_of_b_and_of_vectors_alone() -> None:
     options = {"dora": True, "bias": "lora_only", "targets": ("q_proj", "embed_tokens", "lm_head")}
     model = attached(model=tiny.model(attention_bias=True), lr_ratio=16.0, modules_to_save=("norm",), **options)
     leaves = variables.flat(model)[1]
-    _, trainable, _ = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, _ = variables.split_by_kind(model)
     optimizer = Lora(lr_ratio=16.0).optimizer(optax.sgd(1.0), leaves)
     ones = jax.tree.map(jnp.ones_like, trainable)
     updates, _ = optimizer.update(ones, optimizer.init(trainable), trainable)

@@ -9,7 +9,7 @@ from flax import nnx
 
 import tests.tiny as tiny
 from peftjax import adapters
-from peftjax.decoding import generate
+from peftjax.decoding import generate_ids
 from peftjax.methods import PrefixTuning, PromptTuning, PTuning
 
 METHODS = {
@@ -75,19 +75,19 @@ def test_padding_on_the_left_changes_nothing(method: adapters.Method, fields: di
 def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(method: adapters.Method) -> None:
     model = tiny.randomize(attached(method))
     prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]
-    answers = generate(model, prompts, max_new_tokens=6)
+    answers = generate_ids(model, prompts, max_new_tokens=6)
     for prompt, answer in zip(prompts, answers, strict=True):
         sequence = list(prompt)
         for token in answer:
             assert int(jnp.argmax(model(jnp.array([sequence]))[0, -1])) == token
             sequence.append(token)
-    assert answers != generate(adapters.use(model, None), prompts, max_new_tokens=6)
+    assert answers != generate_ids(adapters.use(model, None), prompts, max_new_tokens=6)
 
 
 def test_a_window_hides_the_prefix_while_generating() -> None:
     model = tiny.randomize(attached(PrefixTuning(tokens=6), **mistral(4)))
     prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]
-    for prompt, answer in zip(prompts, generate(model, prompts, max_new_tokens=4), strict=True):
+    for prompt, answer in zip(prompts, generate_ids(model, prompts, max_new_tokens=4), strict=True):
         logits = model(jnp.array([prompt + answer]))[0]
         assert answer == [int(token) for token in jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1)]
 
@@ -101,7 +101,7 @@ def test_a_soft_prompt_and_a_prefix_work_together() -> None:
     assert both.virtual == 7
     assert np.abs(both(tiny.tokens()) - prompt).max() > 1e-3
     assert np.abs(both(tiny.tokens()) - prefix).max() > 1e-3
-    answers = generate(both, [[5, 9, 2]], max_new_tokens=3)
+    answers = generate_ids(both, [[5, 9, 2]], max_new_tokens=3)
     assert answers[0][0] == int(jnp.argmax(both(jnp.array([[5, 9, 2]]))[0, -1]))
 
 
@@ -139,7 +139,7 @@ def test_a_prefix_of_zeros_only_takes_attention_away() -> None:
         (lambda: attached(PromptTuning(tokens=64)), "method.tokens=64 leaves no room for text: the model has 64 positions"),
         (lambda: attached(PromptTuning(init="text", text="abc")), "method.text has no tokens yet"),
         (lambda: attached(PromptTuning(init="text", text_ids=(3, 48))), "48 is not a token of .*; its ids are 0 to 47"),
-        (lambda: generate(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less its 60 virtual"),
+        (lambda: generate_ids(attached(PromptTuning(tokens=60)), [[1, 2]], max_new_tokens=3), "less its 60 virtual"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:

@@ -244,7 +244,7 @@ def test_dense_layers_have_the_same_gradients_recomputed_and_under_vmap() -> Non
         assert model.dense.gate.adapters.default.ranks == (0, 3)
         assert model.sparse.experts.down.adapters.default.ranks == (2, 0)
         model = tiny.randomize(model)
-        graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+        graph, trainable, frozen = variables.split_by_kind(model)
 
         def loss(trainable: Any, frozen: Any = frozen, graph: Any = graph) -> jax.Array:
             return jnp.mean(jnp.square(logits(variables.join(graph, trainable, frozen))))

@@ -14,8 +14,9 @@ from flax import nnx
 import peftjax
 from peftjax import adapters, methods
 from peftjax.core import variables
-from peftjax.decoding import Sampling, generate
+from peftjax.decoding import generate_ids
 from peftjax.models import from_hf_config
+from peftjax.sampling import Sampling
 from peftjax.totals import seq2seq_loss
 from tests import tiny
 
@@ -158,8 +159,8 @@ def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() ->
     expected = model()(longer, mask=mask, decoder_tokens=given["decoder_tokens"])
     np.testing.assert_allclose(prompted(**given), expected, atol=1e-5)
     prompts = [[5, 9, 2, 11], [1, 30]]
-    with_prompt = generate(prompted, prompts, max_new_tokens=6, sampling=Sampling(1.0), seed=4)
-    with_tokens = generate(
+    with_prompt = generate_ids(prompted, prompts, max_new_tokens=6, sampling=Sampling(1.0), seed=4)
+    with_tokens = generate_ids(
         model(), [[7, 3, *prompt] for prompt in prompts], max_new_tokens=6, sampling=Sampling(1.0), seed=4
     )
     assert with_prompt == with_tokens

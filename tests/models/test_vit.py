@@ -143,7 +143,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_and_the_head_alone(folde
     sharding.place(model, mesh)
     model.train()
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, frozen = variables.split_by_kind(model)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     state = init_state(trainable, optax.adam(2e-2), seed=0)
     step = make_train_step(Objective(graph, classification_loss, dropout_keys=keys), optax.adam(2e-2), state)

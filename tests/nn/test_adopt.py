@@ -132,8 +132,7 @@ def test_the_train_step_trains_a_users_network_with_a_loss_of_its_own() -> None:
     model = adopted(Lora(rank=2, targets="all-linear", exclude=("head",), modules_to_save=("head",)))
     mesh = sharding.make_mesh({"data": 2})
     sharding.place(model, mesh)
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    graph, trainable, frozen = variables.split_by_kind(model)
 
     def loss(model: Any, batch: Any) -> Totals:
         logits, labels = model(batch["tokens"]), batch["labels"]

@@ -21,7 +21,7 @@ from peftjax.nn.attention_kernels import attend, cudnn, splash, triton
 from peftjax.nn.attention_mask import AttentionMask
 from peftjax.nn.blockwise import blockwise
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.fused import LONG, choose
+from peftjax.nn.fused import LONG, choose_implementation
 from peftjax.sharding import make_mesh
 from peftjax.training import jaxpr_cost
 
@@ -327,10 +327,10 @@ BERT |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 )
 def test_auto_takes_the_platforms_kernel_where_it_can(platform: str, fields: dict[str, Any], chosen: str) -> None:
     mask = dataclasses.replace(AttentionMask(length=256, positions=jnp.zeros((1, 1))), **fields)
-    assert choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128) == chosen
-    wide = choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=256)
+    assert choose_implementation("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128) == chosen
+    wide = choose_implementation("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=256)
     assert wide == {"triton": "xla"}.get(chosen, chosen)
-    sinks = choose("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128, sinks=True)
+    sinks = choose_implementation("auto", platform, mask, jnp.dtype("bfloat16"), cap=None, head_dim=128, sinks=True)
     assert sinks == ("blockwise" if mask.length >= LONG else "xla")
 
 
@@ -359,7 +359,7 @@ def test_an_implementation_that_does_not_support_a_batch_is_refused_by_name(
     mask = dataclasses.replace(AttentionMask(length=256, positions=jnp.zeros((1, 1))), **fields)
     options: dict[str, Any] = {"cap": 3.0, "sinks": True} if name == "triton" else {"cap": None}
     with pytest.raises(UserError, match=f"attention='{name}' does not support {reason}"):
-        choose(name, "tpu", mask, jnp.dtype("bfloat16"), head_dim=64, **options)
+        choose_implementation(name, "tpu", mask, jnp.dtype("bfloat16"), head_dim=64, **options)
 
 
 def test_the_choice_of_a_model_is_that_of_its_longest_batch() -> None:

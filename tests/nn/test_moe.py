@@ -21,7 +21,8 @@ from peftjax.methods.vera import VeraExperts
 from peftjax.nn.experts import ExpertLinear, Groups, make_groups
 from peftjax.nn.feedforward import silu
 from peftjax.nn.linear import Linear
-from peftjax.nn.moe import ClampedExperts, Experts, load_balancing_loss, route
+from peftjax.nn.moe import ClampedExperts, Experts
+from peftjax.nn.routing import load_balancing_loss, route
 from peftjax.quant import grouped
 from peftjax.totals import balanced_next_token_loss
 from tests import tiny

@@ -21,7 +21,7 @@ def gradients(remat: str) -> tuple[dict[str, np.ndarray], Any]:
     """Of a LoRA, and what the compiled program needs."""
     model = adapters.attach(tiny.model(remat=remat), methods.Lora(rank=2), name="default", rngs=nnx.Rngs(0))
     model = tiny.randomize(model)
-    graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+    graph, trainable, frozen = variables.split_by_kind(model)
 
     def loss(trainable: Any, frozen: Any) -> jax.Array:
         return jnp.mean(jnp.square(variables.join(graph, trainable, frozen)(TOKENS)))

@@ -24,7 +24,8 @@ from peftjax.core import variables
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.terminal import make_console
-from peftjax.io.adapter_save import save_adapter, weights_bytes
+from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_size import weights_bytes
 from peftjax.io.hf_config import read_fields, stored_quantization
 from peftjax.io.load import load_model
 from peftjax.io.save import save_model
@@ -677,7 +678,7 @@ def test_an_error_of_the_other_process_is_told(monkeypatch: pytest.MonkeyPatch) 
     def run(command: list[str], input: str, **options: Any) -> Any:  # noqa: A002  subprocess.run's name for it
         monkeypatch.setattr("sys.stdin", io.StringIO(input))
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            worker.answer()
+            worker.serve()
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     monkeypatch.setattr("subprocess.run", run)

@@ -16,7 +16,8 @@ from peftjax.report import __main__ as command
 from peftjax.report.cards import Card
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
-from peftjax.report.run_plots import RunCurve, draw_curves, highest_shown, make_scale
+from peftjax.report.run_plots import RunCurve, draw_curves, highest_shown
+from peftjax.report.scales import make_scale
 from peftjax.report.sweep_figures import SweptRun, cost_cards
 from peftjax.report.sweep_page import write_sweep_page
 from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words

@@ -15,7 +15,7 @@ from peftjax import evaluate, methods
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
-from peftjax.io.hf_files import read_json
+from peftjax.io.json_files import read_json
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.report.data import ReportData

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftjax import methods
-from peftjax.core.config import defaults
+from peftjax.core.config import defaults, help_text
 from peftjax.core.errors import UserError
 from peftjax.training import config
 from peftjax.training.config import SCHEMA, Config
@@ -350,6 +350,6 @@ def test_a_stored_config_of_an_older_version_has_the_defaults_of_newer_fields(lo
     assert lines == ["data.train_on: 'all' here, 'completions' there"]
 
 
-def test_describe_shows_every_field():
-    text = config.describe()
+def test_the_help_text_shows_every_field():
+    text = help_text()
     assert all(f"{name}={field.default!r}" in text and field.help in text for name, field in SCHEMA.fields.items())

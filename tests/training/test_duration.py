@@ -113,12 +113,12 @@ def test_an_epoch_has_the_rows_that_the_stream_fills_with_its_records(
     assert (abs(estimate - found) <= 2, exact) == (True, False)
     assert rows(tmp_path, data__too_long="drop", data__max_length=7)[0] == 10
     assert (
-        duration.describe(packed, task, batches)
+        duration.describe_length(packed, task, batches)
         == f"6 steps of 8 packed rows: {48 / found:.3g} epochs of {found} packed rows"
     )
     whole = dataclasses.replace(packed, data=dataclasses.replace(packed.data, pack=False))
     task, batches = open_data(whole, sharding.make_mesh())
-    assert duration.describe(whole, task, batches) == "6 steps of 8 examples: 1.2 epochs of 40 examples"
+    assert duration.describe_length(whole, task, batches) == "6 steps of 8 examples: 1.2 epochs of 40 examples"
     monkeypatch.setattr(epoch, "TYPICAL", 1)  # longer records: fewer are tokenized
     estimate, exact = rows(tmp_path, data__pack=True)
     assert (abs(estimate - found) <= 2, exact) == (True, False)
@@ -129,7 +129,7 @@ def test_a_mixture_has_no_epochs(tmp_path: Path) -> None:
     made.data.train = tuple(f"{path}@1" for path in made.data.train)
     one = configs.validate(made)
     task, batches = open_data(one, sharding.make_mesh())
-    assert duration.describe(one, task, batches) == "6 steps of 8 examples from a mixture"
+    assert duration.describe_length(one, task, batches) == "6 steps of 8 examples from a mixture"
     with pytest.raises(
         UserError, match=r"train\.jsonl@1 is a mixture with weights, which has no epochs; give train\.steps"
     ):
@@ -173,7 +173,7 @@ def test_the_runs_of_a_sweep_over_epochs_are_put_in_steps_and_their_data_is_open
         Member({}, configs.changed(configs.validate(base), fields), tmp_path / "run")
         for fields in ({}, {"train.epochs": 2.0}, {"optim.learning_rate": 1.0}, {"train.steps": 7})
     ]
-    sweep.resolve(runs)
+    sweep.resolve_configs(runs)
     assert [one.config.train.steps for one in runs] == [5, 10, 5, 7]
     assert len(opened) == 1
     assert sweep.populations(runs) == [runs]  # members may have different numbers of steps

@@ -40,7 +40,7 @@ def test_auto_is_bfloat16_on_accelerators_for_checkpoints_in_bfloat16(fields: An
 
 
 def resolved(platform: str, **fields: Any) -> tuple[str, str]:
-    one = precision.resolve(configs.changed(Config(), fields), BF16, platform).model
+    one = precision.resolve_dtype(configs.changed(Config(), fields), BF16, platform).model
     return one.dtype, one.param_dtype
 
 
@@ -67,8 +67,8 @@ def test_a_base_is_loaded_in_the_dtype_of_its_checkpoint_where_it_is_fast(
 
 def test_a_resumed_run_keeps_the_dtype_in_which_it_started(tmp_path: Path) -> None:
     started = configs.to_dict(configs.changed(Config(), {"model.dtype": "bfloat16", "model.attention": "xla"}))
-    assert precision.as_stored(Config(), started).model.dtype == "bfloat16"
-    assert precision.as_stored(Config(), started).model.attention == "xla"  # the default of older runs
+    assert precision.with_stored_dtype(Config(), started).model.dtype == "bfloat16"
+    assert precision.with_stored_dtype(Config(), started).model.attention == "xla"  # the default of older runs
     (tmp_path / "adapter").mkdir()  # of a run whose checkpoints are gone, which is compared with config.json
     (tmp_path / "config.json").write_text(json.dumps(started))
     with open_checkpoints(Config(), tmp_path) as checkpoints:

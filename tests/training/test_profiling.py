@@ -11,7 +11,7 @@ from peftjax.train import main, train
 from peftjax.training import config as configs
 from peftjax.training import profiling
 from peftjax.training.operations import Operation, read_operations
-from peftjax.training.profiling import make_table, parse_steps
+from peftjax.training.profiling import operations_table, parse_steps
 from tests.test_train import config
 
 
@@ -97,7 +97,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
     assert found["fusion.1"] == Operation(
         "fusion.1", "bf16[8,4]", "q_proj/dot_general", "models/decoder.py:20", backward=True
     )
-    table = make_table(found, {"fusion.1": (8, 0.3), "while.3": (2, 0.1)}, steps=2, rows=1)
+    table = operations_table(found, {"fusion.1": (8, 0.3), "while.3": (2, 0.1)}, steps=2, rows=1)
     first, others = zip(*(column.cells for column in table.columns), strict=True)
     assert first == ("150", "75.0%", "4", "fusion.1 bf16[8,4]\nq_proj/dot_general (backward) models/decoder.py:20")
     assert others[:4] == ("50", "25.0%", "", "1 others")

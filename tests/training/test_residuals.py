@@ -38,8 +38,7 @@ def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any,
     adapters.attach(model, methods.Lora(rank=RANK, targets="all-linear"), rngs=nnx.Rngs(1))
     mesh = sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])
     sharding.place(model, mesh)
-    graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    graph, trainable, frozen = variables.split_by_kind(model)
     tx = optax.sgd(1.0)
     tokens = jnp.ones((ROWS, LENGTH), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "loss_weights": jnp.ones((ROWS, LENGTH))}

@@ -79,7 +79,7 @@ def test_each_device_holds_its_part_of_the_activations_and_of_the_weights() -> N
         model = tiny.model(remat="block", max_position_embeddings=512, hidden_size=64, intermediate_size=128)
         adapters.attach(model, methods.Lora(rank=4), rngs=nnx.Rngs(0))
         sharding.place(model, mesh)
-        graph, trainable, frozen = variables.split(model, variables.trainable_mask(variables.flat(model)[1]))
+        graph, trainable, frozen = variables.split_by_kind(model)
         loss: Callable = lambda trained, batch: (  # noqa: E731
             next_token_loss(variables.join(graph, trained, frozen), batch, 128).loss
         )

@@ -24,7 +24,7 @@ from peftjax.training import config as configs
 from peftjax.training import start_from
 from peftjax.training.member import Member
 from peftjax.training.start_from import attach_trained, with_options
-from peftjax.training.trained import load_trained, measure, open_task
+from peftjax.training.trained import held_out_scores, load_trained, open_task
 from tests import tiny
 from tests.runs import files, last_arrays, metrics
 from tests.test_train import config
@@ -62,7 +62,7 @@ def test_a_run_starts_from_an_adapter_and_resumes_without_it(
         one = configs.validate(made)
         task = open_task(one)
         loaded = load_trained(one, task, adapter, mesh)
-        measured = measure(one, loaded, task, mesh)
+        measured = held_out_scores(one, loaded, task, mesh)
     assert loaded.blocks.attention.implementation == "auto"  # long records fit the memory as they did in training
     assert start["step"] == 0
     assert start["eval_loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
@@ -136,7 +136,7 @@ def test_an_adapter_of_any_method_has_the_values_of_the_directory(method: Any, t
     assert list(attached(model)) == ["default"]
     for given, recorded in (("embedded", "owner/base"), ("owner/copy", "owner/copy")):
         config = configs.Config(model=ModelSection(path=given))
-        assert start_from.base_name(model, config).name == recorded
+        assert start_from.recorded_base(model, config).name == recorded
     np.testing.assert_allclose(model(tiny.tokens()), source(tiny.tokens()), rtol=1e-5, atol=1e-5)
     theirs, ours = (variables.trainable_mask(variables.flat(each)[1]) for each in (source, model))
     assert theirs == ours  # what a step trains, by path

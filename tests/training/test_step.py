@@ -29,7 +29,7 @@ def trained_once(microbatches: int, *, dropout: float = 0.0, step: int = 0) -> t
     sharding.place(model, sharding.make_mesh())
     model.train()
     graph, leaves = variables.flat(model)
-    _, trainable, frozen = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, frozen = variables.split_by_kind(model)
     config = optim.OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=0.0)
     optimizer = optim.make_optimizer(config, 10, dict.fromkeys(trainable, False))
     state = init_state(trainable, optimizer, seed=0)._replace(step=jax.numpy.array(step, "int32"))
@@ -63,8 +63,7 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     model = adapters.attach(tiny.model(), methods.Lora(rank=4), rngs=nnx.Rngs(1))
     sharding.place(model, mesh)
-    _, leaves = variables.flat(model)
-    _, trainable, _ = variables.split(model, variables.trainable_mask(leaves))
+    _, trainable, _ = variables.split_by_kind(model)
     state = init_state(trainable, optax.adam(1e-3), seed=0)
     moments = state.optimizer[0].mu
     split = [

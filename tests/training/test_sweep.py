@@ -557,12 +557,12 @@ def test_another_configuration_in_the_directory_of_a_run_is_refused(made: Any, t
 
 def test_a_run_that_has_started_is_trained_together_with_one_that_has_not(made: Any, tmp_path: Path) -> None:
     pair = [member(made, tmp_path, seed=seed) for seed in (0, 1)]
-    started = precision.resolve(pair[0].config, {})
+    started = precision.resolve_dtype(pair[0].config, {})
     assert (pair[0].config.model.dtype, started.model.dtype) == ("auto", "float32")
     with Checkpoints(pair[0].workdir / "checkpoints", keep=1, keep_best=False) as checkpoints:
         identity = {"config": json.loads(configs.to_json(started)), "base": ""}
         checkpoints.save(2, {"step": jnp.zeros(())}, {}, identity=identity)
-    sweep.resolve(pair)
+    sweep.resolve_configs(pair)
     assert sweep.populations(pair) == [pair]
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 from pathlib import Path
 
-from peftjax.data.rewrite_dates import FORMS, days_by_split, draw
+from peftjax.data.rewrite_dates import FORMS, days_by_split, pseudorandom
 
 QUESTIONS = (
     "Write this date in ISO 8601: {}",
@@ -25,7 +25,7 @@ COUNTS = {"train": 400, "test": 60}
 
 def conversation(split: str, number: int, days: list[datetime.date]) -> list[dict[str, str]]:
     chosen = itertools.count()
-    pick = lambda options: options[draw(f"date_chats {split} {number} {next(chosen)}") % len(options)]  # noqa: E731
+    pick = lambda options: options[pseudorandom(f"date_chats {split} {number} {next(chosen)}") % len(options)]  # noqa: E731
     day, form, question, follow_up = pick(days), pick(FORMS), pick(QUESTIONS), pick(FOLLOW_UPS)
     turns = [(question.format(form(day)), day.isoformat())]
     if number % 2:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from peftjax import methods, sharding, sweep
 from peftjax.core import memory
 from peftjax.tasks import make_task
+from peftjax.training import concurrency, precision
 from peftjax.training import config as configs
-from peftjax.training import packing, precision
 from peftjax.training.abstract import abstract_step
 from peftjax.training.abstract_population import abstract_population
 from peftjax.training.alike import group_runs
@@ -30,10 +30,10 @@ def test_the_largest_number_that_fits_is_found_by_a_few_trials(shared: int, each
         tried[members] = 100 + shared + members * each  # 100 for the base
         return tried[members]
 
-    found = packing.largest(needed, 100, guess, most, 300)
+    found = concurrency.largest(needed, 100, guess, most, 300)
     best = max((count for count in range(1, most + 1) if needed(count) <= 300), default=1)
     tried.clear()
-    assert packing.largest(needed, 100, guess, most, 300) == found
+    assert concurrency.largest(needed, 100, guess, most, 300) == found
     assert best - best // 8 <= found <= best
     assert len(tried) <= 5
     assert most == 1 or (tried[found] <= 300 and max(tried) <= most)
@@ -52,17 +52,17 @@ def test_no_more_runs_are_trained_together_than_fit(
     several = [member(made, tmp_path / "sweep", **values) for values in options]
     mesh = sharding.make_mesh()
     task, _ = open_data(several[0].config, mesh)
-    resolved = [precision.resolve(one.config, task.hf_config) for one in several]
+    resolved = [precision.resolve_dtype(one.config, task.hf_config) for one in several]
     models, _ = group_runs(resolved, lambda one: one.method, lambda one: abstract_run(one, task))
     assert [len(alike) for _, alike in models] == [5, 1]  # the structure of PiSSA differs
     with jax.set_mesh(mesh):
-        largest, _, _ = packing.largest_step(models[0][1], task, models[0][0], mesh)
-    predicted = packing.compiled_bytes(largest, task, models[0][0], mesh, 2)
+        largest, _, _ = concurrency.largest_step(models[0][1], task, models[0][0], mesh)
+    predicted = concurrency.compiled_bytes(largest, task, models[0][0], mesh, 2)
 
-    monkeypatch.setattr(packing, "free_memory", lambda devices: 2**40)
+    monkeypatch.setattr(concurrency, "free_memory", lambda devices: 2**40)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "compiled_bytes", lambda *given: pytest.fail("a step was compiled"))
-        assert packing.pack(several) == [(several[:5], 5), (several[5:], 1)]
+        patch.setattr(concurrency, "compiled_bytes", lambda *given: pytest.fail("a step was compiled"))
+        assert concurrency.concurrent_groups(several) == [(several[:5], 5), (several[5:], 1)]
     assert "all 5 runs fit side by side: they need at most about" in capsys.readouterr().out
 
     taken = list[tuple[int, int]]()
@@ -75,7 +75,7 @@ def test_no_more_runs_are_trained_together_than_fit(
         return call(ahead, *arguments)
 
     monkeypatch.setattr(CompileAhead, "__call__", measured_call)
-    monkeypatch.setattr(packing, "free_memory", lambda devices: int((predicted + 1) / 0.8))
+    monkeypatch.setattr(concurrency, "free_memory", lambda devices: int((predicted + 1) / 0.8))
     sweep.sweep(several, tmp_path / "sweep")
     assert "2 of 5 runs are trained side by side: their step takes" in capsys.readouterr().out
     assert sorted(count for count, _ in taken) == [1, 1, 2, 2]
@@ -88,9 +88,9 @@ def test_on_cpus_runs_without_a_shared_base_are_trained_one_at_a_time(
     made = config(tmp_path)
     made.method = methods.make_config("full")
     pair = [member(made, tmp_path / "sweep", optim__learning_rate=rate) for rate in (1e-3, 1e-2)]
-    assert packing.pack(pair) == [(pair, 1)]
+    assert concurrency.concurrent_groups(pair) == [(pair, 1)]
     assert "the 2 runs share no base weights: they are trained one at a time" in capsys.readouterr().out
-    assert packing.pack(pair, 2) == [(pair, 2)]
+    assert concurrency.concurrent_groups(pair, 2) == [(pair, 2)]
 
 
 @pytest.mark.slow

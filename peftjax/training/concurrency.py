@@ -4,7 +4,6 @@ import socket
 from collections.abc import Callable, Sequence
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
@@ -28,7 +27,7 @@ from peftjax.training.trained import open_task
 def one_at_a_time(config: Config, platform: str) -> bool:
     """Whether runs are trained one after the other because they share no base, as in full fine-tuning, and a CPU trains
     them no faster together."""
-    return platform == "cpu" and config.method.trains is nnx.Param
+    return platform == "cpu" and config.method.trains_base
 
 
 def usable(memory: int, platform: str) -> int:
@@ -40,7 +39,7 @@ def usable(memory: int, platform: str) -> int:
     return int((0.8 if platform == "cpu" else 0.9) * memory)
 
 
-def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
+def concurrent_groups(population: Sequence[Member], most: int | None = None) -> list[tuple[list[Member], int]]:
     """Divide a population into groups that are trained one after the other; returns each with its number of concurrent runs.
 
     All members fit if a rough estimate from shapes, which is usually too high, is at most half of the memory. Otherwise the
@@ -65,7 +64,7 @@ def pack(population: Sequence[Member], most: int | None = None) -> list[tuple[li
         say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
         return [(list(population), everyone)]
     task = open_task(first)
-    configs = {one.name: precision.resolve(one.config, task.hf_config) for one in population}
+    configs = {one.name: precision.resolve_dtype(one.config, task.hf_config) for one in population}
     room = usable(memory, platform)
     groups, _ = group_runs(
         population, lambda one: configs[one.name].method, lambda one: abstract_run(configs[one.name], task)
