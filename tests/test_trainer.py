@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,32 @@ def test_a_run_records_absolute_paths_and_what_its_model_was_loaded_with(
     assert [absolute(spec) for spec in ("hf:a/train", "tfds:a/b", "images:c@2", "/d/*.json")] == [
         "hf:a/train", "tfds:a/b", f"images:{tmp_path}/c@2", "/d/*.json",
     ]  # fmt: skip
+
+
+def test_a_workdir_that_was_moved_resumes_with_the_same_records_only(tmp_path: Path) -> None:
+    def train(name: str, steps: int, records: list[dict[str, str]] = RECORDS) -> Any:
+        fields, data = FIELDS | {"train.steps": steps}, records[:16]
+        return peftjax.train("embedded", LORA, data, eval_data=RECORDS[16:], workdir=tmp_path / name, config=fields)
+
+    whole = train("whole", 4)
+    train("first", 2)
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    with pytest.raises(UserError, match=r"moved/train.jsonl holds other records"):
+        train("moved", 4, RECORDS[::-1])
+    evaluate.main([f"--workdir={tmp_path / 'moved'}"])
+    resumed = train("moved", 4)
+    assert (resumed.path / WEIGHTS).read_bytes() == (whole.path / WEIGHTS).read_bytes()
+    assert resumed.scores == whole.scores
+
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+    (tmp_path / "copied" / "train.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"holds a run with another configuration: data.train: .*copied.* here, .*moved"
+    ):
+        train("copied", 6, RECORDS[::-1])
+    (tmp_path / "moved" / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"another configuration: the records in .*moved/train.jsonl have changed"):
+        train("moved", 6, RECORDS[::-1])
 
 
 def refused(tmp_path: Path, *arguments: Any, **options: Any) -> str:
