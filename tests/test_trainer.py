@@ -170,6 +170,16 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "already has adapters: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
     assert "method must be a method such as peftjax.Lora" in refused(tmp_path, "embedded", "lora", "train.jsonl")
     assert "Did you mean 'train.steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"trian.steps": 3})
+    assert "Hugging Face's num_train_epochs is called 'train.epochs' here" in refused(
+        tmp_path, "embedded", LORA, RECORDS, config={"train.num_train_epochs": 3}
+    )
+    assert 'Its fields: messages. They are those of config.data.format="chat"' in refused(
+        tmp_path, "embedded", LORA, [{"messages": []}]
+    )
+    with pytest.raises(UserError, match=r"a path must be a string or a pathlib.Path, not None"):
+        peftjax.load_model(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"quantize=True is not a format. Formats: nf4"):
+        peftjax.load_model("embedded", quantize=True)  # type: ignore[arg-type]
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
     assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])

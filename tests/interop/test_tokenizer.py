@@ -192,7 +192,7 @@ CONFIGS: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
 def test_a_text_ends_where_generate_of_transformers_ends_it(
     generation: dict[str, Any] | None, fields: dict[str, Any], with_template: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(with_template, tmp_path / "model")
+    folder = shutil.copytree(with_template, tmp_path / "copy")
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = transformers.LlamaForCausalLM(
