@@ -11,7 +11,6 @@ OURS = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "output_dir": "workdir",
-    "lr": "optim.learning_rate",
     "lr_scheduler_type": "optim.schedule",
     "warmup_ratio": "optim.warmup_fraction",
     "max_grad_norm": "optim.clip_norm",

@@ -339,6 +339,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("name", ["Bert", "Roberta"])
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 def test_a_head_that_is_trained_in_part_is_read_as_a_whole(
@@ -356,7 +357,8 @@ def test_a_head_that_is_trained_in_part_is_read_as_a_whole(
     assert_close(ours(model), theirs(peer))
     assert_far(ours(model), ours(peftjax.use(model, None)))
     peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours")
-    assert_close(theirs(load_into_theirs(base, tmp_path / "ours").eval()), theirs(peer))
+    back = peft.PeftModel.from_pretrained(load_theirs(base), tmp_path / "ours").eval()
+    assert_close(theirs(back), theirs(peer))
 
 
 def test_another_adapter_of_the_head_is_refused(encoder: Callable, tmp_path: Path) -> None:
