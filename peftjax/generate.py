@@ -177,6 +177,12 @@ def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
     return [prompts.encode(prompt, tokenizer, "--prompt") for prompt in options.prompt]
 
 
+def stop_ids(source: ModelSource, options: argparse.Namespace) -> tuple[int, ...]:
+    """The tokens that end an answer: in a format of training those of the training, otherwise as in `peftjax.generate`."""
+    formatted = source.prompts is not None and not options.raw
+    return source.tokenizer.stop_ids(chat=options.chat or formatted)
+
+
 def main(argv: list[str]) -> None:
     overrides, rest = cli.config_fields(argv)
     options = cli.parse_options(make_parser(), rest)
@@ -185,7 +191,7 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     source = open_run(options, overrides) if options.workdir else open_model(options)
     tokenizer = source.tokenizer
-    stop = [*tokenizer.eos_ids, *(tokenizer.token_id(token) for token in options.stop)]
+    stop = [*stop_ids(source, options), *(tokenizer.token_id(token) for token in options.stop)]
     prompts = encode(source, options)
     with jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext():
         model = source.load()

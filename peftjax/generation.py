@@ -75,7 +75,8 @@ def generate(
         texts: One prompt, or several.
         chat: Whether each text is a user message, to be rendered with the chat template.
         max_new_tokens: Maximum number of new tokens per prompt.
-        stop: Token ids that end an answer. With a tokenizer, its `eos_ids` also end an answer.
+        stop: Token ids that end an answer. With a tokenizer, its `stop_ids` also end it: for a text the eos tokens at which
+            `generate` of transformers ends, for a chat prompt also the end-of-turn token of the chat template.
         sampling: How the next token is chosen; by default the most likely one.
         seed: Random seed for sampling.
 
@@ -120,8 +121,7 @@ def generate(
     rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
         check_token_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
-    out = generate_ids(
-        model, tokens, max_new_tokens=max_new_tokens, stop=[*tokenizer.eos_ids, *stop], sampling=sampling, seed=seed
-    )
+    stop = [*tokenizer.stop_ids(chat), *stop]
+    out = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
     answers = [tokenizer.decode(ids) for ids in out]
     return answers[0] if isinstance(texts, str) else answers

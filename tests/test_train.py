@@ -20,6 +20,7 @@ from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
+from peftjax.generate import ModelSource, make_parser, stop_ids
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
@@ -217,6 +218,20 @@ def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pyte
     assert answers(f"--model={made.model.path}", *prompts)[0] == ""
     (workdir / "adapter" / "peftjax.json").unlink()  # as one that save_adapter or peft has written
     assert answers(adapter, *raw[1:]) == ("", expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "formatted", "ends"),
+    [([], False, (1,)), (["--chat"], False, (1, 2)), ([], True, (1, 2)), (["--raw"], True, (1,))],
+)
+def test_a_text_that_is_continued_as_it_is_does_not_end_with_a_turn_of_a_chat(
+    flags: list[str], formatted: bool, ends: tuple[int, ...]
+) -> None:
+    options = make_parser().parse_args(["--prompt=a", *flags])
+    tokenizer: Any = SimpleNamespace(stop_ids=lambda chat: (1, 2) if chat else (1,))
+    prompts = PromptFormat("causal_lm", "chat", "{prompt}", "prompt") if formatted else None
+    source = ModelSource("--model=a", tokenizer, prompts, lambda: None)  # type: ignore[arg-type, return-value]
+    assert stop_ids(source, options) == ends
 
 
 @pytest.mark.parametrize("terminal", [False, True])

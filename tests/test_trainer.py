@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,32 @@ def test_a_run_records_absolute_paths_and_what_its_model_was_loaded_with(
     ]  # fmt: skip
 
 
+def test_a_workdir_that_was_moved_resumes_with_the_same_records_only(tmp_path: Path) -> None:
+    def train(name: str, steps: int, records: list[dict[str, str]] = RECORDS) -> Any:
+        fields, data = FIELDS | {"train.steps": steps}, records[:16]
+        return peftjax.train("embedded", LORA, data, eval_data=RECORDS[16:], workdir=tmp_path / name, config=fields)
+
+    whole = train("whole", 4)
+    train("first", 2)
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    with pytest.raises(UserError, match=r"moved/train.jsonl holds other records"):
+        train("moved", 4, RECORDS[::-1])
+    evaluate.main([f"--workdir={tmp_path / 'moved'}"])
+    resumed = train("moved", 4)
+    assert (resumed.path / WEIGHTS).read_bytes() == (whole.path / WEIGHTS).read_bytes()
+    assert resumed.scores == whole.scores
+
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+    (tmp_path / "copied" / "train.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"holds a run with another configuration: data.train: .*copied.* here, .*moved"
+    ):
+        train("copied", 6, RECORDS[::-1])
+    (tmp_path / "moved" / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"another configuration: the records in .*moved/train.jsonl have changed"):
+        train("moved", 6, RECORDS[::-1])
+
+
 def refused(tmp_path: Path, *arguments: Any, **options: Any) -> str:
     with pytest.raises(UserError) as error:
         peftjax.train(*arguments, workdir=tmp_path / "run", **options)
@@ -144,6 +171,16 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "already has adapters: ['mine']" in refused(tmp_path, model, LORA, RECORDS)
     assert "method must be a method such as peftjax.Lora" in refused(tmp_path, "embedded", "lora", "train.jsonl")
     assert "Did you mean 'train.steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"trian.steps": 3})
+    assert "Hugging Face's num_train_epochs is called 'train.epochs' here" in refused(
+        tmp_path, "embedded", LORA, RECORDS, config={"train.num_train_epochs": 3}
+    )
+    assert 'Its fields: messages. They are those of config.data.format="chat"' in refused(
+        tmp_path, "embedded", LORA, [{"messages": []}]
+    )
+    with pytest.raises(UserError, match=r"a path must be a string or a pathlib.Path, not None"):
+        peftjax.load_model(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"quantize=True is not a format. Formats: nf4"):
+        peftjax.load_model("embedded", quantize=True)  # type: ignore[arg-type]
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
     assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])

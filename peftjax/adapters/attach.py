@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.joint import adapter_parts, parts
 from peftjax.adapters.merge import unmerge
 from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
@@ -90,7 +91,7 @@ def attach(
     attach_unchecked(model, method, name, rngs=rngs)
     for site, adapter in adapters_named(model, name):
         for leaf, value in start.get(site.path, {}).items():
-            variable = vars(adapter)[leaf]
+            variable = vars(parts(adapter)[0])[leaf]
             variable.set_value(jnp.asarray(value, variable.get_value().dtype))
     if kernels is not None:
         try:
@@ -181,7 +182,7 @@ def count_trainable(model: nnx.Module, name: str = "default") -> int:
     counted: set[int] = set()  # variables that a method shares among layers, counted once
     counted_parts: set[tuple[int, int | None, tuple[range, ...]]] = set()
     total = 0
-    for site, adapter in adapters_named(model, name):
+    for site, adapter in adapter_parts(model, name):
         of_layers = [(layer, adapter.hf_leaves(layer)) for layer in site.layers]
         in_file = {leaf.leaf for _, leaves in of_layers for leaf in leaves.values()}
         for layer, leaves in of_layers:

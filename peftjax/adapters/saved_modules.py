@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, Override
+from peftjax.adapters.joint import join
 from peftjax.adapters.selection import Chosen
-from peftjax.adapters.sites import Site, insert, sites, tied_kernel
+from peftjax.adapters.sites import Site, sites, tied_kernel
 from peftjax.core.errors import UserError
 from peftjax.nn.layer import Layer
 
@@ -64,4 +65,4 @@ def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
             raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
         hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
         widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
-        insert(site, name, Override(widened, axes, hf, mask))
+        join(site, name, Override(widened, axes, hf, mask))

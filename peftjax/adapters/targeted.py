@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -192,4 +193,12 @@ class Targeted(Method):
     def from_hf(cls, config: dict[str, Any]) -> Self:
         if config.get("target_modules") is None:
             raise UserError(f"adapter_config.json: target_modules is missing; {cls.peft_type} needs it")
+        layers, targets = config.get("layers_to_transform"), config["target_modules"]
+        if layers not in (None, []) and isinstance(targets, str) and targets != cls.every:
+            warnings.warn(
+                f"adapter_config.json: layers_to_transform={layers!r} is ignored, as in peft, because target_modules is a regular "
+                "expression",
+                stacklevel=2,
+            )
+            config = config | {"layers_to_transform": None}
         return super().from_hf(config)

@@ -17,6 +17,7 @@ from peftjax.core.config import help_text
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.output import say
+from peftjax.core.paths import suggest
 from peftjax.core.preemption import Interrupted, Preempted
 
 
@@ -119,14 +120,26 @@ def program(command: str) -> str:
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """`parser.parse_args(argv)`, where the names of options may have dashes for underscores, and underscores for dashes."""
+    """`parser.parse_args(argv)`, where the names of options may have dashes for underscores, and underscores for dashes.
+
+    Raises:
+      UserError: There is no such option.
+    """
     declared = {option.replace("_", "-"): option for action in parser._actions for option in action.option_strings}
 
     def respelled(word: str) -> str:
         name, equals, value = word.partition("=")
         return declared.get(name.replace("_", "-"), name) + equals + value
 
-    return parser.parse_args([respelled(word) if word.startswith("--") else word for word in argv])
+    words = [respelled(word) if word.startswith("--") else word for word in argv]
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        field = "; a field of the config is set by --config.SECTION.FIELD=VALUE" if "--config" in declared else ""
+        raise UserError(
+            f"unknown argument {unknown[0]}.{suggest(name, declared.values())} {parser.prog} --help lists the options{field}"
+        )
+    return options
 
 
 def config_fields(argv: list[str], prefix: str = "--config.") -> tuple[list[str], list[str]]:

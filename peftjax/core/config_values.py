@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peftjax.core import hf_names
 from peftjax.core.config import Field, Interval, Schema, replaced_by
 from peftjax.core.errors import UserError
 from peftjax.core.paths import REGEX, suggest
@@ -184,7 +185,9 @@ def _unknown(name: str, known: Mapping[str, Field], source: str) -> UserError:
         inner = [key for key in known if key.startswith(name + ".")]
         return UserError(f"{source}: {name} is a section; set one of its fields: {', '.join(inner)}")
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    if elsewhere:
+    if not elsewhere and leaf in hf_names.OURS:
+        hint = f" Hugging Face's {leaf} is called {hf_names.OURS[leaf]!r} here."
+    elif elsewhere:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?"
     elif section in sections or not section:
         hint = suggest(leaf, [key.rpartition(".")[2] for key in siblings] + ([] if section else sections))

@@ -114,6 +114,22 @@ def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
     return value
 
 
+# The fields of each format, as datasets usually name them.
+FIELDS = {
+    "chat": {"messages"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction", "output"},
+    "completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+
+
+def _format_of(record: Mapping[str, Any]) -> str:
+    """The end of a message: the format that a record without the expected field seems to have; empty if it has none."""
+    found = next((format_ for format_, fields in FIELDS.items() if fields <= record.keys()), None)
+    return f'. They are those of config.data.format="{found}"' if found else ""
+
+
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
     """The value of a field, which config.data.`setting` names.
 
@@ -123,6 +139,6 @@ def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> 
     if field not in record:
         raise UserError(
             f"{name}: the record has no field {field!r} (set by config.data.{setting}).{suggest(field, record)} "
-            f"Its fields: {', '.join(record) or 'none'}"
+            f"Its fields: {', '.join(record) or 'none'}{_format_of(record)}"
         )
     return record[field]

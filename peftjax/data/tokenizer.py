@@ -79,8 +79,10 @@ class Tokenizer:
         rows = (model_config.get("text_config") or model_config).get("vocab_size") or self.vocab_size
         pad = self._named_id("pad", generation_config, model_config)
         self._pad_id = None if pad is None or pad >= rows else pad  # transformers adds a pad token that is missing
-        ends = {self.eos_id, *_ids((generation_config or model_config).get("eos_token_id"))}
-        self._eos_ids = tuple(sorted(i for i in ends if i is not None and i >= 0))
+        named = [i for i in _ids((generation_config or model_config).get("eos_token_id")) if i >= 0]
+        own = [] if self.eos_id is None or self.eos_id < 0 else [self.eos_id]
+        self._eos_ids = tuple(sorted({*own, *named}))
+        self._text_eos_ids = tuple(named or own)
         self._prefix, self._suffix = _added_around(self._tokenizer)
         self._of_encoder_decoder = bool(model_config.get("is_encoder_decoder"))
         # transformers 5 no longer reads these two fields if there is a tokenizer.json; transformers 4 did.
@@ -248,7 +250,7 @@ class Tokenizer:
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a generated text: `eos_id`, those in generation_config.json, and that of the end-of-turn token.
+        """All ids that end an answer: `eos_id`, those in generation_config.json, and that of the end-of-turn token.
 
         The end-of-turn token is the special token that the chat template writes after an answer. Base models such as Qwen3's
         name it in their template only, and learn it in training.
@@ -256,6 +258,14 @@ class Tokenizer:
         after = self.template.answer_end.lstrip()
         end_of_turn = max((text for text in self.special_texts if after.startswith(text)), key=len, default=None)
         return tuple(sorted({*self._eos_ids, *([self.token_id(end_of_turn)] if end_of_turn else [])}))
+
+    def stop_ids(self, chat: bool) -> tuple[int, ...]:
+        """Return the ids that end the continuation of a text, or the answer to a chat prompt.
+
+        A text ends where it does with `generate` of transformers: at the eos tokens that generation_config.json names, or without
+        that file config.json; `eos_id` if there are none. An answer in a chat ends at `eos_ids`.
+        """
+        return self.eos_ids if chat else self._text_eos_ids
 
     @functools.cached_property
     def eos_texts(self) -> tuple[str, ...]:

@@ -1,23 +1,31 @@
 """Checks of the tensors of an adapter file: values, shapes, and copies of the base."""
 
+import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, sites, tied_kernel
+from peftjax.adapters.targeted import Targeted
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.listing import enumerate_some
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
+from peftjax.methods.lora.lora import Lora
+from peftjax.models.base import LanguageModel
 
 TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
-# What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, of a layer that is trained
-# in full, and of an embedding with trained tokens.
-COPIES = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
+# What peft puts before a parameter's name where it saves a copy: of a layer with an adapter, and of an embedding with
+# trained tokens.
+COPIES = ("", "base_layer.", "token_adapter.base_layer.")
+ORIGINAL = ".original_module."  # stands before the name of a module in one that is trained in full
 
 
 def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
@@ -58,10 +66,12 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
             originals += [other for other in others if other.endswith(TOKENS)]
         if any(name in others and _same(tensors[key], others[name]) for name in originals):
             copies.add(key)
+    unused = {bare.replace(ORIGINAL, "."): key for bare, key in unexplained.items() if ORIGINAL in bare}
     for site in sites(model):
         for leaf, (suffix, order) in site.module.hf_leaves.items():
             for layer, hf in zip(site.layers, site.names, strict=True):
                 found = [unexplained.get(bare_key(f"{hf}.{before}{suffix}")) for before in COPIES]
+                found.append(unused.get(bare_key(f"{hf}.{suffix}")))
                 for key in (key for key in found if key is not None):
                     if (own := _base_value(model, site, leaf, layer)) is None:
                         continue
@@ -77,15 +87,57 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
     return copies
 
 
+def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) -> Method:
+    """Add tables of tokens to modules_to_save, of which the file in `path` has copies that differ from the model's in a few rows.
+
+    peft saves the embedding and the head after tokens were added, and loads both. The new rows are those of the adapter.
+    """
+    if not isinstance(method, Targeted) or not isinstance(model, LanguageModel) or _ties_or_trains_tokens(method):
+        return method
+    if isinstance(model.embed.embedding.get_value(), jax.ShapeDtypeStruct):
+        return method
+    used = {site.path for site, _ in (*method.chosen(model), *method.saved(model))}
+    own = {bare_key(key): key for key in tensors}
+    found = {}
+    for site in sites(model):
+        if site.path in used or not (site.module is model.embed or site.module is model.head):
+            continue
+        for leaf, (suffix, order) in site.module.hf_leaves.items():
+            key = own.get(bare_key(f"{site.names[0]}.{suffix}"))
+            if key is None or (value := _base_value(model, site, leaf, None)) is None:
+                continue
+            value = value if order is None else value.transpose(order)
+            if tensors[key].shape == value.shape and not _same(tensors[key], value):
+                rows = _changed_rows(tensors[key], value)
+                if 2 * len(rows) <= len(value):
+                    found[site.names[0]] = rows
+    for name, rows in found.items():
+        warnings.warn(
+            f"{path}: the rows {enumerate_some([str(row) for row in rows], 3)} of {name} differ from this model's, as of tokens that "
+            "were added for the adapter. As in peft, the file's are used; the module counts as one of modules_to_save",
+            stacklevel=4,
+        )
+    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *found)) if found else method
+
+
+def _ties_or_trains_tokens(method: Method) -> bool:
+    """Whether a LoRA relates the rows of the embedding to those of the head, or trains some of them."""
+    return isinstance(method, Lora) and bool(method.ensure_weight_tying or method.token_indices)
+
+
 def _where(one: np.ndarray, other: np.ndarray) -> str:
     """The end of an error message: where two arrays differ, and the likely reason."""
-    rows = [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
+    rows = _changed_rows(one, other)
     if 2 * len(rows) > len(one):
         return ": the adapter was trained on another base"
     return (
         f" in {len(rows)} of {len(one)} rows ({enumerate_some([str(row) for row in rows], 3)}), as happens "
         "when tokens are added again: load the base with the rows that the adapter was trained with"
     )
+
+
+def _changed_rows(one: np.ndarray, other: np.ndarray) -> list[int]:
+    return [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
 
 
 def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:

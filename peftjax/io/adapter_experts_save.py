@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.joint import adapter_parts
 from peftjax.adapters.method import Method
 from peftjax.adapters.registry import attached
 from peftjax.adapters.selection import chosen_names
 from peftjax.adapters.single_experts import SingleExperts
-from peftjax.adapters.sites import Site, adapters_named
+from peftjax.adapters.sites import Site
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.paths import first_match, last_parts
@@ -50,7 +51,7 @@ def requires_single_experts(model: nnx.Module, name: str) -> bool:
 
 def _are_single(model: nnx.Module, name: str) -> bool:
     """Whether the layers of single experts have adapters of their own."""
-    return any(isinstance(adapter, SingleExperts) for _, adapter in adapters_named(model, name))
+    return any(isinstance(adapter, SingleExperts) for _, adapter in adapter_parts(model, name))
 
 
 def with_single_experts(
@@ -154,7 +155,7 @@ def shapes_of_single_experts(
 
 
 def _of_experts(model: nnx.Module, name: str) -> list[tuple[Site, LoraExperts]]:
-    return [(site, adapter) for site, adapter in adapters_named(model, name) if isinstance(adapter, LoraExperts)]
+    return [(site, adapter) for site, adapter in adapter_parts(model, name) if isinstance(adapter, LoraExperts)]
 
 
 def _leaves(adapter: LoraExperts) -> tuple[str, ...]:

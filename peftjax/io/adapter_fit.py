@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.method import Method
 from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, is_selected, target_entries
@@ -23,6 +24,7 @@ from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.ia3 import Ia3, is_feedforward
+from peftjax.methods.lokr import LoKr
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
@@ -180,6 +182,39 @@ def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[
     return dataclasses.replace(method, factors=stored.pop()), f"boft_n_butterfly_factor={method.factors}"
 
 
+def with_full_factors(
+    method: Method, model: nnx.Module, tensors: dict[str, np.ndarray]
+) -> tuple[Method, dict[str, np.ndarray]]:
+    """Multiply the factors of LoKr's matrices where those of other layers of the same stack are not factored.
+
+    A stack has one form for all layers. The products have the rank of a full matrix, and an alpha with which the scale is the same.
+    """
+    if not isinstance(method, LoKr):
+        return method, tensors
+    keys = {bare_key(key): key for key in tensors}
+    made, ranks, alphas = dict(tensors), [], []
+    for site, mask in method.chosen(model):
+        if len(method.forms(site, mask)) == 1:
+            continue
+        full = method.full_rank(site)
+        layers = zip(site.names, mask, method.ranks(site, mask), method.alphas(site), strict=True)
+        for name, used, rank, alpha in layers:
+            if not used or rank >= full:
+                continue
+            ranks.append((name, full))
+            alphas.append((name, float(alpha * full / rank)))
+            for matrix in ("lokr_w1", "lokr_w2"):
+                a, b = (keys.get(bare_key(f"{name}.{matrix}_{factor}")) for factor in "ab")
+                if a is not None and b is not None:
+                    product = tensors[a].astype(np.float32) @ tensors[b].astype(np.float32)
+                    made[a.removesuffix("_a")] = product
+                    del made[a], made[b]
+    if not ranks:
+        return method, tensors
+    rank_pattern, alpha_pattern = (*ranks, *method.rank_pattern), (*alphas, *method.alpha_pattern)
+    return dataclasses.replace(method, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern), made
+
+
 def without_nested(method: Method, model: nnx.Module) -> tuple[Method, list[str]]:
     """Return the method with the outermost modules of modules_to_save only, and the entries that also select modules inside them.
 
@@ -265,7 +300,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
                 "feedforward", rule, lambda entry: any(is_feedforward(name, (entry,)) for name in spellings)
             )
     method = dataclasses.replace(method, **later)
-    if isinstance(method, Lora) and method.bias != "none" and not _has_bias(method, model):
+    if isinstance(method, Lora | WithBiases) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")
         method = dataclasses.replace(method, bias="none")
     if isinstance(method, Lora) and method.ensure_weight_tying and _is_untied(method, model, keys):
@@ -301,7 +336,7 @@ def _is_untied(method: Lora, model: nnx.Module, keys: Iterable[str]) -> bool:
     return embed.path in adapted and not any(bare_key(key).startswith(f"{bare_key(head.names[0])}.") for key in keys)
 
 
-def _has_bias(method: Lora, model: nnx.Module) -> bool:
-    """Whether the option `bias` of a LoRA applies to any bias of the model."""
+def _has_bias(method: Lora | WithBiases, model: nnx.Module) -> bool:
+    """Whether the option `bias` applies to any bias of the model."""
     layers = sites(model) if method.bias == "all" else [site for site, _ in Targeted.chosen(method, model)]
     return any("bias" in site.parameters for site in layers)

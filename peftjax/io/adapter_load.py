@@ -14,7 +14,7 @@ from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import formats, remember_base
 from peftjax.adapters.registry import ModelT, active
-from peftjax.adapters.sites import head_sites, sites
+from peftjax.adapters.sites import head_sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
@@ -22,21 +22,25 @@ from peftjax.core.listing import enumerate_some
 from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
-from peftjax.io.adapter_check import copies_in, reason
+from peftjax.io.adapter_check import copies_in, reason, with_new_rows
 from peftjax.io.adapter_experts_load import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
     with_factors_of,
+    with_full_factors,
     with_joined_experts,
     with_names,
     without_nested,
     without_parameters,
     without_unmatched,
 )
+from peftjax.io.adapter_head import with_whole_head
 from peftjax.io.adapter_keys import bare_key, respelled, with_older_names
 from peftjax.io.adapter_method import check_directory, peft_method_class
+from peftjax.io.adapter_projections import drawn_projections
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
 from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
+from peftjax.io.adapter_variants import as_plain
 from peftjax.io.finite import check_finite
 from peftjax.io.json_files import read_json
 from peftjax.io.parts import in_other_parts, warn_of_adapters
@@ -46,7 +50,6 @@ from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel
 
 PICKLE = "adapter_model.bin"
-OF_WHOLE_MODULES = ("weight", "bias", "modules_to_save", "original_module")  # after the name of a module in a key
 PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
 NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
@@ -126,10 +129,14 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     _check_files(path)
     config = read_json(path / CONFIG)
     method, has_head = _read_method(config, model, path)
-    tensors = {key: np.array(stored.open()[...]) for key, stored in read_header(path / WEIGHTS).items()}
-    has_head = _holds_head(method, has_head, tensors, model, path)
+    stored = {key: np.array(tensor.open()[...]) for key, tensor in read_header(path / WEIGHTS).items()}
+    tensors = as_plain(stored, config)
+    tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
+    has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
-    return *_fitted(method, tensors, model, path, config.get("target_parameters") or ()), has_head
+    method, tensors = _fitted(method, tensors, model, path, config.get("target_parameters") or ())
+    method = with_new_rows(method, model, tensors, path / WEIGHTS)
+    return method, tensors | drawn_projections(method, model, config), has_head
 
 
 def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
@@ -152,42 +159,14 @@ def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tu
     if task in CLASSIFICATIONS or head_sites(model):
         # The task head is trained with every method, and peft lists every name that it may have.
         fields["modules_to_save"] = [entry for entry in saved if entry not in HEAD_NAMES]
-    bias = fields.get("bias")
-    if (
-        "bias" in method.hf_constants
-        and bias not in (None, "none")
-        and not any("bias" in s.parameters for s in sites(model))
-    ):
-        warnings.warn(
-            f"{path / CONFIG}: bias={bias!r} is ignored, since no layer of this model has a bias", stacklevel=3
-        )
-        fields["bias"] = "none"
     fields = _without_unknown(fields, method, config.get("peft_version"), path)
     return method.from_hf(fields), task in CLASSIFICATIONS or any(entry in HEAD_NAMES for entry in saved)
 
 
-def _holds_head(
-    method: Method, by_config: bool, tensors: Mapping[str, np.ndarray], model: nnx.Module, path: Path
-) -> bool:
-    """Whether the file of the tensors holds the task head; by_config: whether its config says so.
-
-    Raises:
-        UserError: It holds an adapter of the head, or only the biases of the head, which `bias="all"` trains.
-    """
+def _holds_head(method: Method, by_config: bool, tensors: Iterable[str], model: nnx.Module) -> bool:
+    """Whether a file with these tensors holds the task head; by_config: whether its config says so."""
     names = [bare_key(name) for site in head_sites(model) for name in site.names]
-    of_head = [(key, name) for key in tensors for name in names if bare_key(key).startswith(f"{name}.")]
-    held = bool(of_head)
-    for key, name in of_head:
-        if bare_key(key).removeprefix(f"{name}.").partition(".")[0] not in OF_WHOLE_MODULES:
-            raise UserError(
-                f"{path / WEIGHTS} has an adapter of the task head ({name}), which is trained in full here: {key} is not "
-                "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
-            )
-    if held and not by_config and isinstance(method, Lora) and method.bias == "all":
-        raise UserError(
-            f"{path / CONFIG}: bias='all' trained the biases of the task head ({', '.join(names)}) without its kernels, which "
-            "is not supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
-        )
+    held = any(bare_key(key).startswith(f"{name}.") for key in tensors for name in names)
     # peft does not train the head with methods whose config has no modules_to_save.
     return by_config and (held or "modules_to_save" in method.hf_known())
 
@@ -236,7 +215,7 @@ def _fitted(
             f"{path / CONFIG}: ignoring {differing}, because the tensors have another number of factors", stacklevel=3
         )
     _check_residual(method, model, path)
-    return method, with_older_names(tensors, older)
+    return with_full_factors(method, model, with_older_names(tensors, older))
 
 
 def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:

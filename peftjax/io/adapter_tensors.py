@@ -8,9 +8,10 @@ import jax
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter
+from peftjax.adapters.joint import adapter_parts
 from peftjax.adapters.registry import attached
 from peftjax.adapters.single_experts import SingleExperts
-from peftjax.adapters.sites import adapters_named, head_sites
+from peftjax.adapters.sites import head_sites
 from peftjax.adapters.soft_prompt import SoftPrompt
 from peftjax.io import adapter_hub
 from peftjax.methods.bottleneck import Bottleneck
@@ -91,7 +92,7 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
     keys = layout(model, name)
     heads = [site.path for site in head_sites(model)]
     modules = _modules(model, name)
-    for site, adapter in adapters_named(model, name):
+    for site, adapter in adapter_parts(model, name):
         key_of = keys.head_key if site.path in heads else keys.key
         written = adapter.exported() if exported else adapter
         for key, leaf in written.hf_shared().items():
@@ -112,9 +113,10 @@ def _modules(model: nnx.Module, name: str) -> dict[str, str]:
     found: dict[str, str] = {}
     order = list(model.hf_experts) if isinstance(model, Model) else []
     names = set()
-    for site, adapter in adapters_named(model, name):
+    for site, adapter in adapter_parts(model, name):
         if isinstance(adapter, SingleExperts):
-            found |= {hf: hf.rpartition(".")[0] for hf in site.names}
+            of_layers = zip(site.layers, site.names, strict=True)
+            found |= {hf: hf.rpartition(".")[0] for layer, hf in of_layers if adapter.hf_leaves(layer)}
         elif isinstance(adapter, LoraExperts):
             names |= {hf for layer, hf in zip(site.layers, site.names, strict=True) if adapter.hf_leaves(layer)}
     for hf in names:

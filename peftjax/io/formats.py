@@ -36,7 +36,7 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
         return {}
     if quantize not in FORMATS:
         raise UserError(
-            f"quantize={quantize!r} is not a format.{suggest(quantize, FORMATS)} Formats: {', '.join(FORMATS)}"
+            f"quantize={quantize!r} is not a format.{suggest(str(quantize), FORMATS)} Formats: {', '.join(FORMATS)}"
         )
     chosen: dict[str, Encode] = {}
     names: list[str] = []

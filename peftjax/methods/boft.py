@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import either_size, positive_integer
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.methods.oft import cayley_less_one, times_blocks
@@ -25,7 +25,7 @@ from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Boft(Targeted):
+class Boft(WithBiases):
     """Options of BOFT.
 
     Attributes:
@@ -44,13 +44,13 @@ class Boft(Targeted):
     method: ClassVar[str] = "boft"
     peft_type: ClassVar[str] = "BOFT"
     traced_options: ClassVar = frozenset()  # its dropout rate determines a static number of blocks
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "block_size": ("boft_block_size", 4),
         "blocks": ("boft_block_num", 0),
         "factors": ("boft_n_butterfly_factor", 1),
         "dropout": ("boft_dropout", 0.0),
     }
-    hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False}
+    hf_constants: ClassVar = {"fan_in_fan_out": False}
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import pattern, positive, positive_integer, seed
 from peftjax.adapters.ranks import within
 from peftjax.adapters.selection import Chosen, check_table
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
+from peftjax.adapters.torch_random import TorchGenerator
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
@@ -30,7 +31,7 @@ LARGEST = (2**32 - 1) // 20  # from this size on, torch uses another algorithm f
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourierFT(Targeted):
+class FourierFT(WithBiases):
     """Options of FourierFT.
 
     Attributes:
@@ -50,14 +51,14 @@ class FourierFT(Targeted):
 
     method: ClassVar[str] = "fourierft"
     peft_type: ClassVar[str] = "FOURIERFT"
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "n_frequency": ("n_frequency", 1000),
         "scaling": ("scaling", 150.0),
         "random_loc_seed": ("random_loc_seed", 777),
         "n_frequency_pattern": ("n_frequency_pattern", None),
         "init_weights": ("init_weights", False),
     }
-    hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False}
+    hf_constants: ClassVar = {"fan_in_fan_out": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +105,7 @@ def places(size: int, count: int, seed: int) -> np.ndarray:
 
     A Fisher-Yates shuffle from the front, which swaps place i with place i + (32 bits of MT19937 modulo size - i).
     """
-    bits = np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32)
+    bits = TorchGenerator(seed).bits(count)
     moved: dict[int, int] = {}  # the numbers that are no longer at their own place
     found = []
     for index in range(count):

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive_integer
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Base
@@ -26,7 +26,7 @@ from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hra(Targeted):
+class Hra(WithBiases):
     """Options of HRA.
 
     Attributes:
@@ -39,8 +39,7 @@ class Hra(Targeted):
 
     method: ClassVar[str] = "hra"
     peft_type: ClassVar[str] = "HRA"
-    hf_fields: ClassVar = Targeted.hf_fields | {"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)}
-    hf_constants: ClassVar = {"bias": "none"}
+    hf_fields: ClassVar = WithBiases.hf_fields | {"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)}
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:

@@ -61,9 +61,8 @@ class LoKr(Lycoris):
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoKrLinear":
         ranks = self.ranks(site, mask)
-        m, n = factors(site.module.in_features, self.decompose_factor)
-        p, q = factors(site.module.out_features, self.decompose_factor)
-        full = {(not self.decompose_both or rank >= max(m, p) / 2, rank >= max(n, q) / 2) for rank in ranks[mask]}
+        (m, n), (p, q) = self.sizes(site)
+        full = self.forms(site, mask)
         if len(full) > 1:
             raise UserError(
                 f"method.rank_pattern: ranks {sorted({int(rank) for rank in ranks[mask]})} for the layers of "
@@ -71,6 +70,22 @@ class LoKr(Lycoris):
                 f"side of {max(n, q) / 2:g}" + (f" and of {max(m, p) / 2:g}" if self.decompose_both else "")
             )
         return LoKrLinear(self, site, ranks, (m, p), (n, q), *full.pop(), rngs)
+
+    def sizes(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The numbers (m, n) of rows of C and D, and (p, q) of columns."""
+        owner = site.module
+        return factors(owner.in_features, self.decompose_factor), factors(owner.out_features, self.decompose_factor)
+
+    def forms(self, site: Site, mask: np.ndarray) -> set[tuple[bool, bool]]:
+        """Whether C and D are full, for each layer of a site; all layers of a stack need one form."""
+        (m, n), (p, q) = self.sizes(site)
+        ranks = self.ranks(site, mask)[mask]
+        return {(bool(not self.decompose_both or rank >= max(m, p) / 2), bool(rank >= max(n, q) / 2)) for rank in ranks}
+
+    def full_rank(self, site: Site) -> int:
+        """The smallest rank with which C and D of a site are full."""
+        rows, columns = self.sizes(site)
+        return -(-max(*rows, *columns) // 2)
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import one_of, positive_integer
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.dropout import Dropout
@@ -23,7 +23,7 @@ from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Miss(Targeted):
+class Miss(WithBiases):
     """Options of MiSS.
 
     Attributes:
@@ -40,13 +40,12 @@ class Miss(Targeted):
 
     method: ClassVar[str] = "miss"
     peft_type: ClassVar[str] = "MISS"
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "rank": ("r", 64),
         "mini_rank": ("mini_r", 1),
         "dropout": ("miss_dropout", 0.0),
         "variant": ("init_weights", True),
     }
-    hf_constants: ClassVar = {"bias": "none"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,16 +19,16 @@ import optax
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, LayerMask, WeightAdapter
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import either_size, positive, positive_integer
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Oft(Targeted):
+class Oft(WithBiases):
     """Options of OFT.
 
     Attributes:
@@ -52,7 +52,7 @@ class Oft(Targeted):
 
     method: ClassVar[str] = "oft"
     peft_type: ClassVar[str] = "OFT"
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "block_size": ("oft_block_size", 32),
         "blocks": ("r", 0),
         "share": ("block_share", False),
@@ -62,7 +62,7 @@ class Oft(Targeted):
         "eps": ("eps", 6e-5),
     }
     # before 0.18.0 peft computed another series
-    hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False, "peft_version": "0.18.0"}
+    hf_constants: ClassVar = {"fan_in_fan_out": False, "peft_version": "0.18.0"}
     hf_training: ClassVar = {"init_weights": True, "module_dropout": 0.0}  # peft never uses module_dropout
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ columns in U and rows in V; column n * rank + k of U is that of B_n, but row k *
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,18 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
-from peftjax.adapters.selection import Chosen
+from peftjax.adapters.selection import Chosen, chosen_names
 from peftjax.adapters.sites import Site
+from peftjax.adapters.torch_random import TorchGenerator
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandLora(Projected):
+class RandLora(Projected, WithBiases):
     """Options of RandLoRA.
 
     Attributes:
@@ -46,12 +48,14 @@ class RandLora(Projected):
     method: ClassVar[str] = "randlora"
     peft_type: ClassVar[str] = "RANDLORA"
     hf_fields: ClassVar = Projected.hf_fields | {
+        "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 32),
         "alpha": ("randlora_alpha", 640),
         "dropout": ("randlora_dropout", 0.0),
         "sparse": ("sparse", False),
         "very_sparse": ("very_sparse", False),
     }
+    hf_constants: ClassVar = {field: value for field, value in Projected.hf_constants.items() if field != "bias"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +78,32 @@ class RandLora(Projected):
             share = 1 / (smaller**0.5 if self.very_sparse else 3)  # of the entries that are not 0
             drawn = jnp.sign(drawn) * (jnp.abs(drawn) > 1 - share)
         return drawn / drawn.std(ddof=1)
+
+    def drawn(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """A and B as peft draws them from `projection_prng_key`, by the keys of its files.
+
+        Unless they are sparse, peft draws them in bfloat16, if the device supports it.
+        """
+        sides = [max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features")]
+        smaller, larger = sorted(sides)
+        terms, generator = -(-smaller // self.rank), TorchGenerator(self.projection_prng_key)
+        if self.sparse or self.very_sparse:
+            share = 1 / (2 * (smaller**0.5 if self.very_sparse else 3))  # of the entries of each sign
+            shapes = (self.rank, 1, smaller), (larger, terms, self.rank)
+            drawn = [generator.uniform(shape, 0.0, 1.0) for shape in shapes]
+            a, b = ((one > np.float32(1 - share)).astype(np.float32) - (one < np.float32(share)) for one in drawn)
+        else:
+            a = generator.uniform((self.rank, 1, smaller), -(smaller**-0.5), smaller**-0.5, jnp.bfloat16)
+            bound, shape = self.rank**-0.5, (larger, 1, self.rank)
+            b = np.concatenate([generator.uniform(shape, -bound, bound, jnp.bfloat16) for _ in range(terms)], axis=1)
+        a, b = (one / one.astype(np.float64).std(ddof=1).astype(one.dtype) for one in (a, b))
+        whose = ("base_model", *(f"base_model.model.{name}" for name in chosen_names(chosen)))
+        return {f"{prefix}.randlora_{key}": one for prefix in whose for key, one in (("A", a), ("B", b))}
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        # The reader of the file draws projections that it lacks.
+        return super().from_hf(config | {"save_projection": True})
 
 
 class RandLoraLinear(FactoredAdapter):

@@ -6,6 +6,7 @@ There is no scale, and no factor is zero at initialization: a new adapter change
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -15,17 +16,17 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive, positive_integer
 from peftjax.adapters.selection import Chosen, check_rank
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
 from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VbLora(Targeted):
+class VbLora(WithBiases):
     """Options of VB-LoRA.
 
     Attributes:
@@ -48,7 +49,7 @@ class VbLora(Targeted):
 
     method: ClassVar[str] = "vblora"
     peft_type: ClassVar[str] = "VBLORA"
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "rank": ("r", 4),
         "num_vectors": ("num_vectors", 256),
         "vector_length": ("vector_length", 256),
@@ -57,7 +58,7 @@ class VbLora(Targeted):
         "init_vector_bank_bound": ("init_vector_bank_bound", 0.02),
         "init_logits_std": ("init_logits_std", 0.1),
     }
-    hf_constants: ClassVar = {"save_only_topk_weights": False, "bias": "none", "fan_in_fan_out": False}
+    hf_constants: ClassVar = {"save_only_topk_weights": False, "fan_in_fan_out": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,11 +91,12 @@ class VbLora(Targeted):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         if config.get("save_only_topk_weights"):
-            raise UserError(
-                "adapter_config.json: save_only_topk_weights=True: the file has the largest weights in place of the "
-                "logits and cannot be trained further. Save it from peft with save_only_topk_weights=False"
+            warnings.warn(
+                "adapter_config.json: save_only_topk_weights=True: the file has only the logits of the topk vectors. Further training "
+                "cannot choose other vectors",
+                stacklevel=2,
             )
-        return super().from_hf(config)
+        return super().from_hf(config | {"save_only_topk_weights": False})
 
 
 class VbLoraLinear(FactoredAdapter):

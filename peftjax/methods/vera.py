@@ -7,7 +7,7 @@ their first rows and columns, as in peft. Every layer of every expert has its ow
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, transposed
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
 from peftjax.adapters.selection import Chosen, joined
 from peftjax.adapters.single_experts import ExpertMask, SingleExperts, layer_mask, vectors
 from peftjax.adapters.sites import Site
+from peftjax.adapters.torch_random import TorchGenerator
 from peftjax.core.variables import PeftConstant
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.experts import ExpertLinear, Groups
@@ -30,7 +32,7 @@ from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vera(Projected):
+class Vera(Projected, WithBiases):
     """Options of VeRA. Targets can be Linear layers and layers of experts.
 
     Attributes:
@@ -47,10 +49,12 @@ class Vera(Projected):
     splits_experts: ClassVar = True
     traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial", "projection_prng_key"}
     hf_fields: ClassVar = Projected.hf_fields | {
+        "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 256),
         "d_initial": ("d_initial", 0.1),
         "dropout": ("vera_dropout", 0.0),
     }
+    hf_constants: ClassVar = {field: value for field, value in Projected.hf_constants.items() if field != "bias"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +71,20 @@ class Vera(Projected):
         for site, mask in chosen:
             kind = VeraExperts if isinstance(site.module, ExpertLinear) else VeraLinear
             yield site, kind(site, mask, a, b, d_initial=self.d_initial, dropout=self.dropout)
+
+    def drawn(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """A and B as peft draws them from `projection_prng_key`, by the keys of its files."""
+        sides = "in_features", "out_features"
+        inputs, outputs = (max(getattr(site.module, side) for site, _ in chosen) for side in sides)
+        generator, bounds = TorchGenerator(self.projection_prng_key), ((6 / inputs) ** 0.5, (6 / self.rank) ** 0.5)
+        shapes = (self.rank, inputs), (outputs, self.rank)
+        a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(shapes, bounds, strict=True))
+        return {"base_model.vera_A": a, "base_model.vera_B": b}
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        # The reader of the file draws projections that it lacks.
+        return super().from_hf(config | {"save_projection": True})
 
 
 def _outputs(site: Site) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
+from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
@@ -35,7 +36,7 @@ class RecordedRun(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs whose configs differ at most in the seed and in where they are logged.
+    """Runs whose configs differ at most in the seed and in fields that do not affect the results.
 
     Attributes:
         values: The fields in which the groups differ, with their values; None for a field that a config lacks.
@@ -96,9 +97,12 @@ def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
 
 
 def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
-    """Group the runs whose configs differ at most in the seed and in where they are logged, in the order of the runs."""
+    """Group the runs whose configs differ at most in the seed and in fields that do not affect the results.
+
+    The groups are in the order of their first runs.
+    """
     names = dict.fromkeys(name for run in runs for name in run.config)
-    fields = [name for name in names if name != SEED and not name.startswith("log.")]
+    fields = [name for name in names if name != SEED and not name.startswith(FREE)]
     varied = [name for name in fields if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
     groups: dict[str, Group] = {}
     for run in runs:

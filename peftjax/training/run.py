@@ -40,7 +40,7 @@ from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
 from peftjax.trackers.base import Tracking
-from peftjax.training import answers, card, duration, optim, predictions, start_from
+from peftjax.training import answers, card, duration, moved, optim, predictions, start_from
 from peftjax.training import config as configs
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.compile_ahead import CompileAhead
@@ -111,8 +111,12 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The config and the base's fingerprint, which checkpoints record."""
-        return {"config": json.loads(configs.to_json(self.config)), "base": self.base}
+        """The config, the base's fingerprint, and the checksums of records in the workdir, which checkpoints record."""
+        return {"config": json.loads(configs.to_json(self.config)), "base": self.base, "records": self._records}
+
+    @functools.cached_property
+    def _records(self) -> dict[str, str]:
+        return moved.checksums(self.config, self.workdir)
 
     def tracking(self, *, sweep: bool = False, required: bool = True) -> Tracking:
         """What trackers show of the run. The runs of a sweep form a group, each under the name of its directory."""
@@ -144,7 +148,7 @@ class Run:
         if (restored := checkpoints.restore(flatten(abstract))) is None:
             state = init_state(trainable, tx, self.config.seed)
         else:
-            self.batches.set_state(restored.data_state)
+            self.batches.set_state(moved.data_state(restored.data_state, restored.identity, self.workdir))
             if left := self.config.train.steps - restored.step:
                 self.batches.preview(left)
             self.planned = restored.identity["config"]["train"]["steps"]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from peftjax import adapters, sharding
 from peftjax.adapters.method import Method
-from peftjax.core import distributed, variables
+from peftjax.core import distributed, free_fields, variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import fingerprint
 from peftjax.data.batches import Batches, Batching, HeldOut, train_batches
@@ -33,14 +33,14 @@ from peftjax.nn.attention_kernels import SPLASH_BLOCK
 from peftjax.tasks import Task, make_task
 from peftjax.trackers import check_installed
 from peftjax.training import config as configs
-from peftjax.training import duration, precision, start_from
+from peftjax.training import duration, moved, precision, start_from
 from peftjax.training.abstract import abstract_model, abstract_step
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks
 from peftjax.training.memory import check_batch, check_step
 
-# Fields that may change when a run resumes, since they do not affect its results (mesh.: only their rounding).
-FREE = ("checkpoint.", "data.workers", "data.tfds_data_dir", "eval.samples", "log.", "mesh.", "train.eval_every:")
+# Fields that may change when a run resumes: those without an effect on its results, and mesh., which affects only their rounding.
+FREE = (*free_fields.FREE, "mesh.")
 # Those that may change when train.steps is raised: the schedules then span the new number of steps.
 FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
 
@@ -87,7 +87,8 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
       UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints are gone.
     """
     if (identity := checkpoints.identity()) is not None:
-        raise_if_different(workdir, _differing(config, identity["config"]))
+        differ = _differing(config, moved.relocated(identity, workdir))
+        raise_if_different(workdir, differ + moved.changed_records(identity, config, workdir))
     elif checkpoints.latest_step() is None:
         distributed.on_first(lambda: _refuse_to_replace_result(config, workdir))
 

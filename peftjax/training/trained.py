@@ -23,7 +23,7 @@ from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
-from peftjax.training import precision
+from peftjax.training import moved, precision
 from peftjax.training.config import Config
 from peftjax.training.evaluation import counted, evaluate, make_eval_step
 from peftjax.training.setup import batching
@@ -49,7 +49,7 @@ def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] 
         return precision.with_stored_dtype(config, stored) if stored else config
     if not is_run(workdir):
         raise UserError(f"--workdir={workdir}: {_why_not(workdir)}")
-    return configs.load(workdir / CONFIG, overrides)
+    return moved.with_own_records(configs.load(workdir / CONFIG, overrides), workdir)
 
 
 def _stored(workdir: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ RANKS = [*(bytes([i]) for i in range(256)), b"he", b"hel"]  # of a byte-level vo
 def test_special_tokens_are_read_and_decode_leaves_them_out(tokenizer: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
     assert tokenizer.eos_ids == (2, 6)  # and <|end|>, with which the chat template ends an answer
+    assert (tokenizer.stop_ids(chat=True), tokenizer.stop_ids(chat=False)) == ((2, 6), (2,))
     ids = tokenizer.encode("hello world")
     assert ids[0] == 1
     assert tokenizer.decode([*ids, 2, 3, 3]) == "hello world"
@@ -158,6 +159,7 @@ def test_the_models_own_configs_stand_in_for_the_tokenizers(make_directory: Call
     }
     tokenizer = load_tokenizer(make_directory(tokenizer_config={}, **files))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_ids) == (1, 6, 3, (2, 6))
+    assert tokenizer.stop_ids(chat=False) == (6, 2)
 
 
 def test_the_older_special_tokens_map_counts_as_in_transformers(make_directory: Callable[..., Path]) -> None:

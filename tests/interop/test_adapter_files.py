@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from safetensors.numpy import load_file, save_file
 
 import peftjax
@@ -92,6 +93,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "bias": ({"bias": "all"}, "bias='all'"),
     "bias of targets": ({"bias": "lora_only"}, "bias='lora_only'"),
     "container": ({"modules_to_save": ["layers.1.mlp", "norm"]}, None),
+    "container of a target": ({"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1.mlp"]}, None),
 }
 
 
@@ -165,7 +167,7 @@ def test_a_string_of_feedforward_modules_is_a_regular_expression_for_whole_names
 def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
     theirs = adapted(bases("untied"), peft.OFTConfig(oft_block_size=4, target_modules=list(QV), bias="all"))
     theirs.save_pretrained(tmp_path)
-    model = load(bases("untied"), tmp_path, "bias='all' is ignored, since no layer of this model has a bias")
+    model = load(bases("untied"), tmp_path, "match nothing in this model: bias='all'")
     assert_close(logits(model), logits(theirs))
 
 
@@ -185,6 +187,106 @@ def test_options_that_peft_does_not_read_for_adalora_are_ignored(
     model = load(bases("untied"), tmp_path, warning)
     assert_close(logits(model), logits(theirs))
     assert_far(logits(model), logits(peftjax.use(model, None)))
+
+
+VARIANTS: dict[str, tuple[str, Callable[[], peft.PeftConfig], str | None]] = {
+    "mica": ("untied", lambda: lora(init_lora_weights="mica"), "init_lora_weights='mica' describes how the adapter was trained"),
+    "velora": ("untied", lambda: lora(velora_config=VeloraConfig(num_groups=4)), "velora_config"),
+    "monteclora": ("untied", lambda: lora(monteclora_config=MontecloraConfig()), "monteclora_config"),
+    "bdlora": (
+        "untied",
+        lambda: lora(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)),
+        "block-diagonal matrices become whole ones",
+    ),
+    "lora-ga": ("untied", lambda: lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()), "lora_ga"),
+    "tied and dora": (
+        "tied",
+        lambda: lora(use_dora=True, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        None,
+    ),
+    "layers beside a regex": (
+        "untied",
+        lambda: peft.BOFTConfig(boft_block_size=4, target_modules=r".*\.[02]\..*q_proj", layers_to_transform=[0]),
+        "layers_to_transform=.0. is ignored",
+    ),
+    "lokr with full and factored layers": (
+        "untied",
+        lambda: peft.LoKrConfig(r=8, alpha=3, target_modules=QV, rank_pattern={"layers.1.self_attn.q_proj": 2}),
+        None,
+    ),
+    "lokr with two factored matrices": (
+        "untied",
+        lambda: peft.LoKrConfig(
+            r=3, alpha=5, target_modules=QV, decompose_both=True, rank_pattern={"layers.[01].*": 4}, alpha_pattern={"v_proj": 2}
+        ),
+        None,
+    ),
+    "vera without projections": (
+        "untied",
+        lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "up_proj"], save_projection=False, projection_prng_key=7),
+        None,
+    ),
+    "randlora without projections": (
+        "untied",
+        lambda: peft.RandLoraConfig(r=5, randlora_alpha=9, target_modules=["q_proj", "up_proj"], save_projection=False),
+        None,
+    ),
+    "sparse randlora without projections": (
+        "untied",
+        lambda: peft.RandLoraConfig(
+            r=5, randlora_alpha=9, target_modules=["v_proj", "up_proj"], save_projection=False, very_sparse=True
+        ),
+        None,
+    ),
+    "vblora with the largest weights": (
+        "untied",
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=9, vector_length=8, topk=3, target_modules=QV, save_only_topk_weights=True
+        ),
+        "save_only_topk_weights",
+    ),
+    "boft with biases": ("biased", lambda: peft.BOFTConfig(boft_block_size=4, target_modules=QV, bias="boft_only"), None),
+    "oft with biases": ("biased", lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV, bias="all"), None),
+    "hra with biases": (
+        "biased",
+        lambda: peft.HRAConfig(r=4, target_modules=QV, bias="all", layers_to_transform=[1], modules_to_save=["layers.2.self_attn"]),
+        None,
+    ),
+    "miss with biases": ("biased", lambda: peft.MissConfig(r=4, target_modules=QV, bias="MiSS_only"), None),
+    "vera with biases": ("biased", lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], bias="vera_only"), None),
+    "randlora with biases": (
+        "biased",
+        lambda: peft.RandLoraConfig(r=5, randlora_alpha=9, target_modules=QV, bias="all", save_projection=True),
+        None,
+    ),
+    "vblora with biases": (
+        "biased",
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=8, target_modules=QV, bias="vblora_only"),
+        None,
+    ),
+    "fourierft with biases": ("biased", lambda: peft.FourierFTConfig(n_frequency=9, target_modules=QV, bias="fourier_only"), None),
+    "adalora with biases": (
+        "biased",
+        lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=QV, bias="lora_only"),
+        None,
+    ),
+    "lora with all biases": ("biased", lambda: lora(bias="all", modules_to_save=["layers.1.self_attn.o_proj"]), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_that_compute_what_a_plain_method_does_are_read(name: str, bases: Callable, tmp_path: Path) -> None:
+    base, make, warning = VARIANTS[name]
+    theirs = adapted(bases(base), make())
+    theirs.save_pretrained(tmp_path / "theirs")
+    reloaded = peft.PeftModel.from_pretrained(load_theirs(bases(base)), tmp_path / "theirs").eval()
+    model = load(bases(base), tmp_path / "theirs", warning)
+    assert_close(logits(model), logits(reloaded))
+    assert_far(logits(model), logits(peftjax.use(model, None)))
+    peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(load_theirs(bases(base)), tmp_path / "ours").eval()
+    assert_close(logits(back), logits(reloaded))
+    assert_close(logits(peftjax.merge(model)), logits(reloaded))
 
 
 # --- Windows ---
@@ -371,3 +473,26 @@ def test_the_copies_that_peft_writes_beside_new_tokens_are_accepted(
     assert count_trainable(model) == sum(trained.values())
     peftjax.save_adapter(model, tmp_path / "b")
     assert_close(logits(load(resized(base), tmp_path / "b", None)), logits(theirs))
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_new_rows_of_the_file_replace_those_of_a_base_that_was_resized_again(
+    name: str, bases: Callable, resized: Callable, tmp_path: Path
+) -> None:
+    theirs = adapted(resized(name), lora(base_model_name_or_path=str(bases(name))))
+    theirs.peft_config["default"].base_model_name_or_path = str(bases(name))
+    theirs.save_pretrained(tmp_path / "a")
+    again = load_theirs(bases(name))
+    again.resize_token_embeddings(51)
+    for table in (again.get_input_embeddings(), again.get_output_embeddings()):
+        table.weight.data[48:] = torch.randn(3, 32)
+    again.save_pretrained(tmp_path / "base")
+    model = peftjax.load_model(tmp_path / "base")
+    with pytest.warns(
+        UserWarning, match="the rows 48, 49, 50 of (model.embed_tokens|lm_head) differ from this model's"
+    ):
+        peftjax.load_adapter(model, tmp_path / "a")
+    expected = logits(peft.PeftModel.from_pretrained(again, tmp_path / "a").eval(), 51)
+    assert_close(logits(model, 51), expected)
+    back = load_into_theirs(tmp_path / "base", peftjax.save_adapter(model, tmp_path / "b"))
+    assert_close(logits(back.eval(), 51), expected)

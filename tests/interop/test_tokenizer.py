@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import transformers
 
 from peftjax.core.config import defaults
@@ -178,3 +179,32 @@ def test_the_chats_of_smollm2_are_those_of_transformers(assets: Path) -> None:
         example = encode_record({"messages": messages}, config.data, load_tokenizer(folder), name="a:1")
         assert example.tokens.tolist() == theirs.apply_chat_template(messages)["input_ids"]
         assert theirs.decode(example.tokens[example.loss_mask]) == "Yes, <hello> é<|im_end|>No.<|im_end|>"
+
+
+CONFIGS: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
+    ({"eos_token_id": 2}, {"eos_token_id": 5}),
+    ({"eos_token_id": [7, 2]}, {}),
+    (None, {"eos_token_id": [5, 3]}),
+]
+
+
+@pytest.mark.parametrize(("generation", "fields"), CONFIGS)
+def test_a_text_ends_where_generate_of_transformers_ends_it(
+    generation: dict[str, Any] | None, fields: dict[str, Any], with_template: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(with_template, tmp_path / "copy")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=len(load_tokenizer(folder)._theirs), **sizes)
+    )
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "eos_token_id"}
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    tokenizer = load_tokenizer(folder)
+    assert list(tokenizer.stop_ids(chat=False)) == (theirs if isinstance(theirs, list) else [theirs])

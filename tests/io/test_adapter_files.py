@@ -450,12 +450,17 @@ def test_a_float16_copy_is_that_of_a_base_in_bfloat16(tmp_path: Path) -> None:
     load_adapter(base, write(tmp_path, random_tensors() | {f"{PREFIX}model.embed_tokens.weight": table}))
 
 
-def test_a_copy_that_differs_in_some_rows_is_not_said_to_be_of_another_base(tmp_path: Path) -> None:
+def test_a_table_with_new_rows_is_used_but_not_that_of_a_target(tmp_path: Path) -> None:
     table = values(tiny.model())["embed.embedding"].copy()
     table[[3, 7]] += 1
     key = f"{PREFIX}model.embed_tokens.weight"
-    message = rf"{key} differs from this model's parameter in 2 of {V} rows \(3, 7\), as happens when tokens"
-    assert_refused(write(tmp_path / "a", random_tensors() | {key: table}), message)
+    with pytest.warns(UserWarning, match=r"the rows 3, 7 of model.embed_tokens differ from this model's"):
+        model = load_adapter(tiny.model(), write(tmp_path / "a", random_tensors() | {key: table}))
+    np.testing.assert_array_equal(model.embed.adapters.default.embedding.get_value(), table)
+    assert adapters.attached(model)["default"].modules_to_save == ("model.embed_tokens",)  # type: ignore[attr-defined]
+    wrapped = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    message = rf"{wrapped} differs from this model's parameter in 2 of {V} rows \(3, 7\), as happens when tokens"
+    assert_refused(write(tmp_path / "c", random_tensors() | {wrapped: table}), message)
     longer = np.concatenate([table, table[:2]])
     message = rf"{key} differs from this model's parameter in shape: \({V + 2}, {E}\) instead of \({V}, {E}\)"
     assert_refused(write(tmp_path / "b", random_tensors() | {key: longer}), message)
@@ -550,7 +555,7 @@ def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(t
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_qalora", True),
+        ("kasa_config", {"beta": 1.0}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),

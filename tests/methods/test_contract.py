@@ -63,6 +63,10 @@ CASES = {
         methods.Lora(rank=2, targets=("q_proj", "embed_tokens"), bias="all", modules_to_save=("lm_head",)),
         L * 2 * (E + E) + 2 * (V + E) + L * (E + KV + KV + E) + E * V,
     ),
+    "lora-joint": Case(
+        methods.Lora(rank=2, targets=("q_proj", "up_proj"), modules_to_save=("layers.1.mlp",)),
+        2 * (L * (E + E) + (L - 1) * (E + F)) + 3 * E * F,
+    ),
     "lora-dora": Case(
         methods.Lora(
             rank=2, dora=True, dropout=0.25, targets=("q_proj", "down_proj", "embed_tokens"),
@@ -152,6 +156,10 @@ CASES = {
         methods.Boft(block_size=4, factors=3, dropout=0.25, targets=("q_proj", "up_proj"), layers_to_transform=(0, 2)),
         2 * (2 * 3 * 4 * E + E + F),
     ),
+    "boft-biases": Case(
+        methods.Boft(block_size=4, targets=("q_proj", "up_proj"), layers_to_transform=(0, 2), bias="all"),
+        2 * (2 * 4 * E + E + F) + L * (E + KV + KV + E),
+    ),
     "hra": Case(methods.Hra(rank=4), L * 4 * sum(i for i, _ in SIDES), noop=False),
     "hra-gram-schmidt": Case(
         methods.Hra(rank=3, gram_schmidt=True, targets=("q_proj", "down_proj"), layers_to_transform=(1,)), 3 * (E + F),
@@ -231,7 +239,10 @@ CASES = {
     ),
     "parallel": Case(methods.ParallelAdapter(learned_scale="scalar"), L * (2 * E * 16 + 16 + E + 1), merges=False),
 }  # fmt: skip
-FIELDS = {name: {"attention_bias": True} for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft")}
+FIELDS = {
+    name: {"attention_bias": True}
+    for name in ("lora-everything", "lora-bias", "bitfit", "bitfit-some", "boft", "boft-biases")
+}
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = ("lora-experts", "lora-experts-dora", "ia3-experts", "vera-experts")
 FIELDS |= dict.fromkeys(EXPERTS, MOE)

@@ -68,6 +68,8 @@ def gradients(model: Any) -> dict[str, np.ndarray]:
         ({"rank": 4, "targets": ("embed_tokens", "lm_head")}, 4 * (V + E) * 2),
         ({"rank": 4, **QV, "modules_to_save": ("lm_head", "embed_tokens")}, 4 * L * (3 * E + KV) + 2 * E * V),
         ({"rank": 4, **QV, "modules_to_save": ("layers.1.mlp.up_proj",)}, 4 * L * (3 * E + KV) + E * F),
+        ({"rank": 4, "targets": ("q_proj", "up_proj"), "modules_to_save": ("layers.1.mlp",)},
+         4 * L * (E + E) + 4 * (L - 1) * (E + F) + 3 * E * F),
         ({"rank": 4, **QV, "modules_to_save": ("model.norm",)}, 4 * L * (3 * E + KV) + E),
         ({"rank": 4, **QV, "modules_to_save": ("norm",)}, 4 * L * (3 * E + KV) + (2 * L + 1) * E),
         ({"rank": 4, "targets": ("q_proj", "lm_head"), "modules_to_save": ("lm_head",)}, 4 * L * (E + E) + E * V),
@@ -85,6 +87,8 @@ def test_the_number_of_trained_parameters_is_the_formulas(options: dict[str, Any
         ({"bias": "lora_only"}, L * (E + KV)),
         ({"bias": "lora_only", "layers_to_transform": (1,)}, E + KV),
         ({"bias": "lora_only", "modules_to_save": ("k_proj",)}, L * (E + KV)),
+        ({"bias": "all", "modules_to_save": ("layers.1.self_attn.o_proj",)}, L * (E + KV + KV + E) - E),
+        ({"bias": "all", "modules_to_save": ("layers.1.self_attn",)}, (L - 1) * (E + KV + KV + E)),
     ],
 )
 def test_the_number_of_trained_biases_is_the_formulas(options: dict[str, Any], biases: int) -> None:
@@ -304,6 +308,21 @@ def test_detaching_what_is_merged_restores_the_base() -> None:
     assert tiny.bits(detach(model)) == before
 
 
+def test_a_layer_trained_in_full_may_have_a_lora_in_other_layers(tmp_path: Path) -> None:
+    options = {"rank": 2, "targets": ("q_proj", "up_proj"), "modules_to_save": ("layers.1.mlp",)}
+    model = attached(**options)
+    np.testing.assert_array_equal(logits(model), logits(tiny.model()))
+    tiny.randomize(model)
+    expected, base = logits(model), tiny.bits(use(model, None))
+    found = gradients(use(model, "default"))
+    assert {path.rsplit(".", 2)[-2] for path in found if ".up." in path} == {"inner", "outer"}
+    assert all(np.abs(gradient).max() > 0 for gradient in found.values())
+    path = save_adapter(model, tmp_path / "adapter")
+    np.testing.assert_array_equal(logits(load_adapter(tiny.model(), path)), expected)
+    np.testing.assert_allclose(logits(merge(model)), expected, atol=1e-5)
+    assert tiny.bits(detach(model)) == base
+
+
 def test_two_merged_adapters_add_up_and_are_undone_from_the_last() -> None:
     model = attached("two", attached("one", **QV), targets=("up_proj", "q_proj"))
     tiny.randomize(model)
@@ -386,12 +405,6 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_errors() -> None:
 # --- Mistakes ---
 
 
-def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in_silence() -> None:
-    options = {"bias": "all", "modules_to_save": ("layers.1.self_attn.o_proj",)}
-    with pytest.raises(ValueError, match="bias='all' needs all layers of o_proj in modules_to_save or none"):
-        attached(model=tiny.model(attention_bias=True), **QV, **options)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -419,7 +432,6 @@ def test_biases_beside_a_module_that_is_saved_in_some_layers_are_not_left_out_in
             {"modules_to_save": ("mlp", "down_proj")},
             r"method.modules_to_save: 'down_proj' is inside 'mlp', which is trained in full; remove 'down_proj'",
         ),
-        ({"modules_to_save": ("layers.1.self_attn.q_proj",)}, r"layers.0.self_attn.q_proj is selected twice"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, r"all of them are in modules_to_save"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
     ],

@@ -1,16 +1,22 @@
 """The options of VeRA, RandLoRA and VB-LoRA, whose layers share arrays. What every method promises: test_contract.py."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import tests.tiny as tiny
 from peftjax.adapters import attach
 from peftjax.adapters.adapter import over_layers
 from peftjax.adapters.sites import adapters_named
 from peftjax.core import variables
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
+from peftjax.io.adapter_tensors import CONFIG, WEIGHTS
 from peftjax.methods import RandLora, VbLora, Vera
 
 pytestmark = pytest.mark.slow
@@ -80,17 +86,17 @@ def test_vb_loras_pieces_are_mixtures_of_the_largest_logits_vectors() -> None:
 
 
 @pytest.mark.parametrize("kind", [Vera, RandLora])
-def test_a_file_without_its_projections_is_refused(kind: Any) -> None:
-    config = {"target_modules": ["q_proj"], "save_projection": False}
-    with pytest.raises(
-        ValueError, match="save_projection=False: the file lacks its random projections, and only torch"
-    ):
-        kind.from_hf(config)
-
-
-def test_a_file_with_the_topk_weights_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="save_only_topk_weights=True: the file has the largest weights in place"):
-        VbLora.from_hf({"target_modules": ["q_proj"], "save_only_topk_weights": True})
+def test_a_file_without_its_projections_has_those_of_its_seed(kind: Any, tmp_path: Path) -> None:
+    model = tiny.randomize(attached(kind(rank=4)))
+    path = save_adapter(model, tmp_path / "adapter")
+    config, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(config | {"save_projection": False}))
+    drawn = {key: value for key, value in tensors.items() if key.endswith(("_A", "_B"))}
+    save_file({key: value for key, value in tensors.items() if key not in drawn}, path / WEIGHTS)
+    again = load_file(save_adapter(load_adapter(tiny.model(), path), tmp_path / "again") / WEIGHTS)
+    for key, value in drawn.items():
+        assert again[key].shape == value.shape
+        assert again[key].std() == pytest.approx(value.std(), rel=0.1)
 
 
 @pytest.mark.parametrize(

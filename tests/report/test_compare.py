@@ -52,9 +52,15 @@ def test_runs_that_differ_only_in_the_seed_share_a_row(
     assert rows[2] == ["rank=4", "1", "80", "1.0", "MiB", "30", "s", "500"]
 
 
-def test_the_name_of_a_run_in_a_tracker_does_not_separate_it_from_other_seeds(tmp_path: Path) -> None:
+def test_fields_that_do_not_affect_the_results_do_not_separate_a_run_from_other_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
-        config = {"seed": seed, "log": {"run_name": f"lora-{seed}"}}
+        config = {
+            "seed": seed,
+            "log": {"run_name": f"lora-{seed}", "trackers": ["wandb"] * seed},
+            "checkpoint": {"every": 10 + seed, "keep": 1 + seed},
+            "data": {"workers": seed},
+            "train": {"eval_every": 10 + seed, "steps": 30},
+        }
         write_workdir(tmp_path / str(seed), config, [train_line(1)], DATA)
     runs = read_runs([tmp_path / "0", tmp_path / "1"])
     assert [(group.values, group.runs) for group in group_seeds(runs)] == [({}, runs)]

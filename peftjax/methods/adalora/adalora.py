@@ -17,11 +17,12 @@ import optax
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, transposed
+from peftjax.adapters.biases import WithBiases
+from peftjax.adapters.joint import adapter_parts, parts
 from peftjax.adapters.options import pattern, positive, positive_integer
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.adapters.selection import Chosen, check_rank, chosen_names
-from peftjax.adapters.sites import Site, adapters_named, sites
-from peftjax.adapters.targeted import Targeted
+from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -32,7 +33,7 @@ from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLora(Targeted):
+class AdaLora(WithBiases):
     """Options of AdaLoRA.
 
     Attributes:
@@ -65,7 +66,7 @@ class AdaLora(Targeted):
 
     method: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
-    hf_fields: ClassVar = Targeted.hf_fields | {
+    hf_fields: ClassVar = WithBiases.hf_fields | {
         "init_rank": ("init_r", 12),
         "target_rank": ("target_r", 8),
         "alpha": ("lora_alpha", 8),
@@ -79,17 +80,17 @@ class AdaLora(Targeted):
         "orthogonality": ("orth_reg_weight", 0.5),
         "rank_pattern": ("rank_pattern", None),
     }
-    hf_constants: ClassVar = {"bias": "none", "init_lora_weights": True, "fan_in_fan_out": False}
+    hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Lora.hf_ignored | {"r"}
     hf_unsupported: ClassVar = Lora.hf_unsupported | {
         "ensure_weight_tying", "trainable_token_indices", "use_dora",
     }  # fmt: skip
     # peft accepts LoRA's fields for the scale and the bias of an update, and does not read them.
     hf_training: ClassVar = Lora.hf_training | {"alpha_pattern": {}, "lora_bias": False, "use_rslora": False}
-    traced_options: ClassVar = Targeted.traced_options | {
+    traced_options: ClassVar = WithBiases.traced_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
     }  # fmt: skip
-    training_options: ClassVar = Targeted.training_options | {
+    training_options: ClassVar = WithBiases.training_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
     }  # fmt: skip
 
@@ -161,7 +162,7 @@ class AdaLora(Targeted):
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         kept = {}
-        for site, adapter in adapters_named(model, name):
+        for site, adapter in adapter_parts(model, name):
             if isinstance(adapter, AdaLoraLinear):
                 for hf, rank, entries in zip(site.names, adapter.ranks, adapter.kept(), strict=True):
                     if rank is not None:
@@ -185,7 +186,7 @@ class AdaLora(Targeted):
         if self.orthogonality == 0:
             return None
         slots = [site.module.adapters for site in sites(model)]
-        found = [adapter for slot in slots for adapter in slot.active_adapters()]
+        found = [part for slot in slots for adapter in slot.active_adapters() for part in parts(adapter)]
         found = [adapter for adapter in found if isinstance(adapter, AdaLoraLinear)]
         count = sum(rank is not None for adapter in found for rank in adapter.ranks)
         return self.orthogonality * sum(adapter.skewness() for adapter in found) / (2 * count)

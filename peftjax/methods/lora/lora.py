@@ -20,6 +20,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from peftjax.adapters.biases import TrainedBias, biases_of
+from peftjax.adapters.joint import adapter_parts, join, parts
 from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
@@ -32,7 +34,6 @@ from peftjax.core.paths import last_parts, matches
 from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.methods.lora import eva, loftq
 from peftjax.methods.lora.adapter import LoraEmbedding, LoraLinear
-from peftjax.methods.lora.biases import train_biases
 from peftjax.methods.lora.dora import DoraEmbedding, DoraLinear, DoraResidual
 from peftjax.methods.lora.experts import DoraExperts, LoraExperts, SwappedLoraExperts
 from peftjax.methods.lora.init import INITS, RESIDUAL, initial
@@ -109,14 +110,14 @@ class Lora(Ranked):
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = Targeted.hf_ignored | {
-        "runtime_config", "megatron_core", "qalora_group_size", "target_parameters",
+        "runtime_config", "megatron_core", "qalora_group_size", "target_parameters", "use_bdlora",
     }  # fmt: skip
     hf_unsupported: ClassVar = frozenset({
         "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
-        "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
     })  # fmt: skip
     hf_training: ClassVar = {
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
+        "monteclora_config": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
     traced_options: ClassVar = Ranked.traced_options | {
         "targets", "exclude", "layers_to_transform", "rank_pattern", "alpha_pattern", "init", "rslora", "lr_ratio",
@@ -141,8 +142,6 @@ class Lora(Ranked):
             )
         if self.init == "orthogonal" and (odd := [rank for rank in self.all_ranks if rank % 2]):
             raise UserError(f"method.rank must be even with init='orthogonal', got {odd[0]}")
-        if self.dora and self.ensure_weight_tying:
-            raise UserError("method.ensure_weight_tying=True cannot be combined with dora=True; choose one of them")
         if self.dora and self.lora_bias:
             raise UserError("method.lora_bias=True cannot be combined with dora=True, as in peft; choose one of them")
         if not self.eva_rho >= 1:
@@ -189,8 +188,13 @@ class Lora(Ranked):
             tie(pair, name, self.dropout)
         for site, tokens, tied in tokens_by_site(model, self.token_indices) if self.token_indices else ():
             train_tokens(model, tokens, [site], name, key="token_adapter.", both=False, tie=tied)
-        if self.bias != "none":
-            train_biases(model, name, self.bias, self.chosen(model))
+        there = {site.path: parts(adapter)[0] for site, adapter in adapters_named(model, name)}
+        for site, mask in biases_of(model, name, self.bias, self.chosen(model)):
+            own, bias = there.get(site.path), TrainedBias(site, mask)
+            if isinstance(own, LoraLinear):
+                own.train_bias(vars(bias)["bias"], bias.layers)
+            else:
+                join(site, name, bias)
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
         if not isinstance(site.module, Linear):
@@ -286,7 +290,7 @@ class Lora(Ranked):
         return self.init.startswith("loftq")
 
     def begin(self, model: nnx.Module, name: str, kernels: Kernels, rngs: nnx.Rngs) -> None:
-        for site, adapter in adapters_named(model, name):
+        for site, adapter in adapter_parts(model, name):
             if isinstance(site.module, Linear) and isinstance(adapter, LoraLinear):
                 loftq.begin(self.init, site, adapter, kernels, rngs.params())
 
@@ -372,7 +376,14 @@ class Lora(Ranked):
                 "initial update from the base, and this update's randomized SVD differs every time peft computes it; convert the "
                 "adapter to plain LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
+        if init == "lora_ga":
+            warnings.warn(
+                "adapter_config.json: init_lora_weights='lora_ga' subtracted an initial update from the base in training. As in peft, "
+                "the adapter is applied to this model as it is, so this has to be the changed base",
+                stacklevel=2,
+            )
+            return cls.from_hf(config | {"init_lora_weights": True, "lora_ga_config": None})
+        if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
             raise UserError(
                 f"adapter_config.json: init_lora_weights={init!r} changes the base model in a way that cannot be recomputed "
                 "and is not supported; convert the adapter to plain LoRA first (save_pretrained with "

@@ -13,7 +13,9 @@ from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, LayerMask, Override, 
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.selection import Chosen
 from peftjax.adapters.sites import Site, insert
+from peftjax.core.errors import UserError
 from peftjax.methods.lora.adapter import LoraEmbedding
+from peftjax.methods.lora.dora import DoraEmbedding
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
 
@@ -33,6 +35,11 @@ def tie(pair: tuple[Site, Site], name: str, dropout: float) -> None:
     adapter = embed.module.adapters.adapter(name) if name in embed.module.adapters.names() else None
     if isinstance(adapter, Override):
         insert(head, name, TiedTable(vars(adapter)["embedding"]))
+    elif isinstance(adapter, DoraEmbedding):
+        raise UserError(
+            f"method.ensure_weight_tying=True cannot be combined with dora=True for {embed.names[0]}: the head would need "
+            "magnitudes of its own; leave the embedding out of the targets, or choose one of the options"
+        )
     elif isinstance(adapter, LoraEmbedding):
         insert(head, name, TiedLora(adapter, dropout))
 

@@ -1,0 +1,103 @@
+"""Biases that are trained beside the adapters: those of the targets, or all of the model."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from peftjax.adapters.adapter import HfLeaf, Override
+from peftjax.adapters.joint import join, parts
+from peftjax.adapters.options import one_of
+from peftjax.adapters.selection import Chosen
+from peftjax.adapters.sites import Site, adapters_named, sites
+from peftjax.adapters.targeted import Targeted
+from peftjax.core.errors import UserError
+from peftjax.nn.experts import ExpertLinear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithBiases(Targeted):
+    """The option to train biases.
+
+    Attributes:
+        bias (str, default "none"): Biases to train: "none", those of the targets ("targets") or those of the whole model
+            ("all").
+    """
+
+    bias: str = "none"
+
+    hf_fields: ClassVar[dict[str, tuple[str, Any]]] = Targeted.hf_fields | {"bias": ("bias", "none")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(("none", "all", "targets"), bias=self.bias)
+
+    def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
+        super().attach(model, name, rngs)
+        for site, mask in biases_of(model, name, self.bias, self.chosen(model)):
+            slot = site.module.adapters
+            others = parts(slot.adapter(name)) if name in slot.names() else []
+            join(site, name, TrainedBias(site, mask, others))
+
+    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
+        config = super().to_hf(model, name)
+        return config | {"bias": f"{self.method}_only"} if self.bias == "targets" else config
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        bias = config.get("bias")
+        of_targets = isinstance(bias, str) and bias.endswith("_only")  # peft accepts every such word
+        return super().from_hf(config | {"bias": "targets"} if of_targets else config)
+
+
+def biases_of(model: nnx.Module, name: str, which: str, chosen: Chosen) -> list[tuple[Site, np.ndarray]]:
+    """Return the layers whose biases adapter `name` has to train, without those that it trains in full.
+
+    Args:
+        model: The model.
+        name: The adapter, which is attached.
+        which: "none", "all", or another word for the layers in `chosen`.
+        chosen: The targets.
+
+    Raises:
+        UserError: There is no such bias, or it is one of experts.
+    """
+    if which == "none":
+        return []
+    targeted = {site.path: mask for site, mask in chosen}
+    there = {site.path: adapter for site, adapter in adapters_named(model, name)}
+    found = [site for site in sites(model) if "bias" in site.parameters and (which == "all" or site.path in targeted)]
+    if not found:
+        raise UserError(f"method.bias={which!r}: no layer that it applies to has a bias; set it to 'none'")
+    if experts := [site.names[0] for site in found if isinstance(site.module, ExpertLinear)]:
+        raise UserError(f"method.bias={which!r} is not supported for experts, such as {experts[0]}; set it to 'none'")
+    masks = []
+    for site in found:
+        mask = np.ones(len(site.names), bool) if which == "all" else targeted[site.path]
+        for part in parts(there[site.path]) if site.path in there else []:
+            mask = mask & ~np.array(part.layers.chosen) if isinstance(part, Override) else mask
+        masks.append((site, mask))
+    return [(site, mask) for site, mask in masks if mask.any()]
+
+
+class TrainedBias(Override):
+    """A trained copy of a bias.
+
+    Attributes:
+        wrapped: The layers that also have an adapter of the method: peft calls their bias `base_layer.bias`.
+    """
+
+    def __init__(self, site: Site, mask: np.ndarray, others: Iterable[Any] = ()) -> None:
+        bias = site.parameters["bias"]
+        copy = jnp.array(bias.get_value(), jnp.float32)
+        super().__init__({"bias": copy}, {"bias": bias.axes}, {"bias": HfLeaf("bias")}, mask)
+        adapters = [adapter for adapter in others if not isinstance(adapter, Override)]
+        self.wrapped = tuple(layer for layer in site.layers if any(adapter.hf_leaves(layer) for adapter in adapters))
+
+    def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
+        if layer not in self.layers:
+            return {}
+        return {"base_layer.bias" if layer in self.wrapped else "bias": HfLeaf("bias")}

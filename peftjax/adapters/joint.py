@@ -1,0 +1,51 @@
+"""Several adapters of one name in a slot: that of a method, and trained copies of parameters."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from peftjax.adapters.adapter import MethodAdapter, Override
+from peftjax.adapters.sites import Site, adapters_named, insert
+from peftjax.nn.slot import Base
+
+
+class Joint(MethodAdapter):
+    """The adapter of a method, beside trained copies of a layer's parameters: of other layers of the stack, or of biases.
+
+    Attributes:
+        inner: The method's adapter, or a joint one.
+        outer: The trained copies, with which the inner adapter computes.
+    """
+
+    def __init__(self, inner: MethodAdapter, outer: Override) -> None:
+        self.inner, self.outer = inner, outer
+
+    def apply(self, base: Base, *inputs: Any) -> jax.Array:
+        return self.outer(base.layer, partial(self.inner, base.layer, base.compute), *inputs, **base.replaced)
+
+    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
+        saved = self.outer.merged(**parameters)
+        return saved | self.inner.merged(**{**parameters, **saved})
+
+
+def join(site: Site, name: str, copies: Override) -> None:
+    """Put trained copies into a slot, which may have an adapter of that name that does not train the same parameters."""
+    slot = site.module.adapters
+    if name not in slot.names():
+        insert(site, name, copies)
+        return
+    inner = slot.adapter(name)
+    slot.remove(name)
+    slot.add(name, Joint(inner, copies))
+
+
+def parts(adapter: MethodAdapter) -> list[Any]:
+    """Return the adapters that one of a slot consists of, that of the method first."""
+    return [*parts(adapter.inner), adapter.outer] if isinstance(adapter, Joint) else [adapter]
+
+
+def adapter_parts(model: nnx.Module, name: str) -> list[tuple[Site, Any]]:
+    """Return the parts of adapter `name`, each with its site."""
+    return [(site, part) for site, adapter in adapters_named(model, name) for part in parts(adapter)]

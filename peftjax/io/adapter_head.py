@@ -1,0 +1,87 @@
+"""Adapter files that hold a part of the task head, which is trained in full here: a LoRA of it, or only its biases.
+
+The rest of the head is that of the base.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from peftjax.adapters.method import Method
+from peftjax.adapters.sites import Site, head_sites
+from peftjax.core import host_arrays
+from peftjax.core.errors import UserError
+from peftjax.io.adapter_keys import bare_key
+from peftjax.io.adapter_tensors import PREFIX
+from peftjax.methods.lora.lora import Lora
+
+OF_WHOLE_MODULES = ("weight", "bias", "modules_to_save", "original_module")  # after the name of a module in a key
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+def with_whole_head(
+    method: Method, tensors: Mapping[str, np.ndarray], model: nnx.Module, path: Path
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Return the tensors with the whole task head in place of a LoRA of it, or of its biases that `bias="all"` trains.
+
+    Returns:
+        The tensors, and whether anything was replaced.
+
+    Raises:
+        UserError: The file in `path` holds an adapter of the head that is more than a LoRA.
+    """
+    found, replaced = dict(tensors), False
+    for site in head_sites(model):
+        module = bare_key(site.names[0])
+        keys = {
+            bare_key(key).removeprefix(f"{module}."): key for key in tensors if bare_key(key).startswith(f"{module}.")
+        }
+        partial = {A, B} <= keys.keys() and isinstance(method, Lora) and not (method.dora or method.lora_bias)
+        others = [key for name, key in keys.items() if name.partition(".")[0] not in OF_WHOLE_MODULES]
+        if others and not partial:
+            raise UserError(
+                f"{path} has an adapter of the task head ({module}), which is trained in full here: {others[0]} is not "
+                "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
+            )
+        if not partial and (set(keys) != {"bias"} or getattr(method, "bias", "none") != "all"):
+            continue
+        whole = _parameters(site)
+        if partial:
+            assert isinstance(method, Lora)
+            whole["weight"] += _update(method, site, tensors[keys[A]], tensors[keys[B]])
+        if bias := keys.get("bias") or keys.get("base_layer.bias"):
+            whole["bias"] = tensors[bias]
+        found = {key: value for key, value in found.items() if key not in keys.values()}
+        found |= {f"{PREFIX}{site.names[0]}.{suffix}": value for suffix, value in whole.items()}
+        replaced = True
+    return (_with_rest(found, model) if replaced else found), replaced
+
+
+def _with_rest(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
+    """The tensors with the base's own ones of the layers of the head that the file leaves out."""
+    bare: list[str] = [bare_key(key) for key in tensors]
+    rest: dict[str, np.ndarray] = {}
+    for site in head_sites(model):
+        if not any(key.startswith(f"{bare_key(site.names[0])}.") for key in bare):
+            rest |= {f"{PREFIX}{site.names[0]}.{suffix}": value for suffix, value in _parameters(site).items()}
+    return {**tensors, **rest}
+
+
+def _parameters(site: Site) -> dict[str, np.ndarray]:
+    """The base's own parameters of a layer that is not stacked, float32, by their names in files."""
+    whole = {}
+    for leaf, (suffix, order) in site.module.hf_leaves.items():
+        if leaf in site.parameters:
+            value = np.array(host_arrays.whole(site.parameters[leaf].get_value()), np.float32)
+            whole[suffix] = value if order is None else value.transpose(order)
+    return whole
+
+
+def _update(method: Lora, site: Site, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """s B A, in the file's orientation."""
+    rank = len(a)
+    scale = float(method.alphas(site)[0]) / (rank**0.5 if method.rslora else rank)
+    update: np.ndarray = scale * (b.astype(np.float32) @ a.astype(np.float32))
+    return update
