@@ -68,6 +68,7 @@ class HraLinear(WeightAdapter):
         u: Vectors of any length along the reflections, [*stack, in, R].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"hra_u": HfLeaf("u")}
 
     def __init__(self, site: Site, mask: np.ndarray, rank: int, gram_schmidt: bool, rngs: nnx.Rngs) -> None:
@@ -87,10 +88,17 @@ class HraLinear(WeightAdapter):
         return kernel - u @ (t.T @ (u.T @ kernel))
 
     def reflections(self) -> tuple[jax.Array, jax.Array]:
-        """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter."""
+        """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter.
+
+        Columns of zeros, as those of padding, stay zero. They change neither H nor the gradients of the others.
+        """
         u = self.u.get_value()
-        u = u / jnp.sqrt(jnp.square(u).sum(axis=0, keepdims=True))
+        squares = jnp.square(u).sum(axis=0, keepdims=True)
+        u = u / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         gram = u.T @ u
         one = jnp.eye(len(gram))
-        t = 2 * jnp.linalg.inv(gram) if self.gram_schmidt else jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
+        if self.gram_schmidt:
+            t = 2 * jnp.linalg.inv(gram + one * (squares == 0))
+        else:
+            t = jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
         return u, self.layers.or_zero(t)

@@ -106,6 +106,7 @@ class VbLoraLinear(FactoredAdapter):
         logits_b: Logits of B, [*stack, out / P, R, H].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"vblora_logits_A": HfLeaf("logits_a"), "vblora_logits_B": HfLeaf("logits_b")}
 
     def __init__(self, site: Site, mask: np.ndarray, bank: PeftParam, method: VbLora, rngs: nnx.Rngs) -> None:

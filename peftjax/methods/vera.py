@@ -45,7 +45,7 @@ class Vera(Projected):
     peft_type: ClassVar[str] = "VERA"
     fits: ClassVar = (Linear, ExpertLinear)
     splits_experts: ClassVar = True
-    traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial", "projection_prng_key"}
+    traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial"}
     hf_fields: ClassVar = Projected.hf_fields | {
         "rank": ("r", 256),
         "d_initial": ("d_initial", 0.1),
@@ -91,6 +91,7 @@ class VeraLinear(DeltaAdapter):
         lambda_b: l, [*stack, out]; it counts as 0 in a layer without the adapter.
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"vera_lambda_d": HfLeaf("lambda_d"), "vera_lambda_b": HfLeaf("lambda_b")}
 
     def __init__(

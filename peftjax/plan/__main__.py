@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
-    fields, rest = cli.config_fields(argv, "--sweep.")
+    fields, rest = space.split_arguments(argv)
     given = cli.parse(rest, "plan", _SUMMARY, configs.describe(), workdir=False, options=_add_options)
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")

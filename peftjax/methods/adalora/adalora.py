@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, transposed
+from peftjax.adapters.adapter import HfLeaf, LayerMask, transposed
 from peftjax.adapters.options import pattern, positive, positive_integer
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.adapters.selection import Chosen, check_rank, chosen_names
@@ -187,7 +187,7 @@ class AdaLora(Targeted):
         slots = [site.module.adapters for site in sites(model)]
         found = [adapter for slot in slots for adapter in slot.active_adapters()]
         found = [adapter for adapter in found if isinstance(adapter, AdaLoraLinear)]
-        count = sum(rank is not None for adapter in found for rank in adapter.ranks)
+        count = sum(adapter.layers.count for adapter in found)
         return self.orthogonality * sum(adapter.skewness() for adapter in found) / (2 * count)
 
     def _entries(self, name: str) -> tuple[bool, ...]:
@@ -232,6 +232,7 @@ class AdaLoraLinear(RankedAdapter):
     ) -> None:
         self.p, self.singular_values, self.q, self.scale = p, singular_values, q, scale
         self.ranks, self.dropout = ranks, dropout
+        self.layers = LayerMask(rank is not None for rank in ranks)
 
     def delta(self) -> jax.Array:
         """s P E Q."""
