@@ -58,6 +58,9 @@ class FourierFT(Targeted):
         "init_weights": ("init_weights", False),
     }
     hf_constants: ClassVar = {"bias": "none", "fan_in_fan_out": False}
+    traced_options: ClassVar = Targeted.traced_options | {
+        "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,6 +42,7 @@ class Hra(Targeted):
     hf_fields: ClassVar = Targeted.hf_fields | {"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)}
     hf_constants: ClassVar = {"bias": "none"}
     hf_training: ClassVar = {"init_weights": True}
+    traced_options: ClassVar = Targeted.traced_options | {"rank"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

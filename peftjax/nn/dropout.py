@@ -91,7 +91,7 @@ def remove_dropout(model: nnx.Module) -> None:
     model.eval()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Dropout):
-            module.rate, module.key = 0.0, nnx.data(None)
+            module.rate, module.key, module.number = 0.0, nnx.data(None), nnx.data(None)
 
 
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:

@@ -87,7 +87,7 @@ class AdaLora(Targeted):
     # peft accepts LoRA's fields for the scale and the bias of an update, and does not read them.
     hf_training: ClassVar = Lora.hf_training | {"alpha_pattern": {}, "lora_bias": False, "use_rslora": False}
     traced_options: ClassVar = Targeted.traced_options | {
-        "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
+        "init_rank", "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
     }  # fmt: skip
     training_options: ClassVar = Targeted.training_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
