@@ -98,8 +98,6 @@ class HraLinear(WeightAdapter):
         u = u / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         gram = u.T @ u
         one = jnp.eye(len(gram))
-        if self.gram_schmidt:
-            t = 2 * jnp.linalg.inv(gram + one * (squares == 0))
-        else:
-            t = jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
+        padding = one * (squares == 0)
+        t = 2 * jnp.linalg.inv(gram + padding) if self.gram_schmidt else jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
         return u, self.layers.or_zero(t)

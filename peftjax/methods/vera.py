@@ -115,7 +115,8 @@ class VeraLinear(DeltaAdapter):
 
     def factors(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """A [in, R], d [R], B [R, out] and l [out] of one layer."""
-        a, b = self.a.get_value()[: self.inputs], self.b.get_value()[:, : self.outputs]
+        rank = self.lambda_d.shape[-1]  # in a population, A and B have the largest rank of all members
+        a, b = self.a.get_value()[: self.inputs, :rank], self.b.get_value()[:rank, : self.outputs]
         return a, self.lambda_d.get_value(), b, self.layers.or_zero(self.lambda_b.get_value())
 
     def hf_shared(self) -> dict[str, HfLeaf]:

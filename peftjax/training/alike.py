@@ -7,7 +7,7 @@ has no effect, as in the rank axis of LoRA. An adapter may be missing if it has 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx

@@ -174,7 +174,7 @@ def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
         for space, source in read_sweep(path)
     ]
     if len(given) == 1:
-        return [space | given[0] for space in spaces or [{}]]
+        return [{**space, **given[0]} for space in spaces or [{}]]
     if not all(given):
         raise UserError(f"{OR} separates search spaces: give at least one --sweep.FIELD=V,V before it and after it")
     if spaces:
@@ -182,7 +182,7 @@ def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
     return given
 
 
-def _parse_space(items: Iterable[str]) -> dict[str, Choice | Range]:
+def _parse_space(items: Iterable[str]) -> Space:
     """A search space of the command line."""
     found: dict[str, Choice | Range] = {}
     for item in items:

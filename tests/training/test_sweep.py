@@ -290,7 +290,9 @@ def test_or_separates_search_spaces_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [["--or"], ["--or", *SECOND], [*FIRST, "--or"], [*FIRST, "--or", "--or", *SECOND]])
 def test_each_search_space_of_the_command_line_has_a_field(fields: list[str], file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^--or separates search spaces: give at least one --sweep.FIELD=V,V before it"):
+    with pytest.raises(
+        UserError, match=r"^--or separates search spaces: give at least one --sweep\.FIELD=V,V before it"
+    ):
         sweep.main([f"--config={file}", f"--workdir={tmp_path / 'sweep'}", *fields])
 
 
@@ -318,7 +320,9 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Pa
     ]
     assert sweep.populations(activations) == [activations]
     saved = [
-        member(made, tmp_path, method__modules_to_save=name, seed=seed) for seed in (0, 1) for name in ("lm_head", "norm")
+        member(made, tmp_path, method__modules_to_save=(name,), seed=seed)
+        for seed in (0, 1)
+        for name in ("lm_head", "norm")
     ]
     assert sweep.populations(saved) == [[saved[0], saved[2]], [saved[1], saved[3]]]
     random = [member(made, tmp_path, model__init="random", seed=seed) for seed in (0, 1)]

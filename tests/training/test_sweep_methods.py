@@ -131,7 +131,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
         {"n_frequency": 4, "targets": "q_proj", "scaling": 20.0},
         {"n_frequency": 6, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "random_loc_seed": 0},
     ),
-    "hra": ({"rank": 4, "targets": "q_proj"}, {"rank": 2, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)}),
+    "hra": (
+        {"rank": 4, "targets": "q_proj"},
+        {"rank": 2, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
+    ),
     "orthogonal": (
         {"gram_schmidt": True, "rank": 2, "targets": "q_proj"},
         {"gram_schmidt": True, "rank": 3, "targets": "down_proj"},
@@ -248,7 +251,11 @@ def test_members_with_and_without_dropout_over_a_base_with_dropout_train_as_they
 ) -> None:
     classifier.data.eval = ()
     classifier.train.update({"steps": 3, "eval_every": 0})
-    options = ({"dropout": 0.3, "targets": "value"}, {"dropout": 0.1, "targets": ("query", "value")}, {"targets": "key"})
+    options = (
+        {"dropout": 0.3, "targets": "value"},
+        {"dropout": 0.1, "targets": ("query", "value")},
+        {"targets": "key"},
+    )
     members = []
     for index, each in enumerate(options):
         classifier.method = methods.make_config("lora", **each)

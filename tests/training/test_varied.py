@@ -46,7 +46,9 @@ def test_a_model_draws_the_same_dropout_keys_beside_the_modules_of_another_one()
     everywhere = dropout_keys(united)
     assert len(everywhere) == 3
     for model, keys in zip(several, expected, strict=True):
-        leaves, own = ({path: leaf.get_value() for path, leaf in variables.flat(each)[1].items()} for each in (united, model))
+        leaves, own = (
+            {path: leaf.get_value() for path, leaf in variables.flat(each)[1].items()} for each in (united, model)
+        )
         tree = variables.with_dropout_keys(variables.filled(own, leaves), tuple(everywhere), jax.random.key(3))
         for path, key in keys.items():
             np.testing.assert_array_equal(tree[path], key)
@@ -89,5 +91,8 @@ def test_layers_share_the_projections_of_a_population() -> None:
 
 
 def test_an_adapter_that_may_not_be_missing_separates_models() -> None:
-    pair = [attached(methods.TrainableTokens(token_indices=(3,), targets=targets)) for targets in ("embed_tokens", "lm_head")]
+    pair = [
+        attached(methods.TrainableTokens(token_indices=(3,), targets=targets))
+        for targets in ("embed_tokens", "lm_head")
+    ]
     assert unite(pair[0], pair[1]) is None
