@@ -122,15 +122,13 @@ class United:
     def states(self, members: Sequence[Training]) -> list[TrainState]:
         """The states of members without moments, padded."""
         return [
-            one.state._replace(
-                optimizer=(), trainable=self._trainable(variables.renamed(one.state.trainable, self._names))
-            )
+            one.state._replace(optimizer=(), trainable=self._trainable(self._named(one.state.trainable)))
             for one in members
         ]
 
     def own_frozen(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """The frozen leaves of each member that are not in `shared`, padded."""
-        return [self._own(variables.renamed(one.own, self._names)) for one in members]
+        return [self._own(self._named(one.own)) for one in members]
 
     def own(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """All leaves of each member that are not in `shared`, padded."""
@@ -139,11 +137,15 @@ class United:
             for state, frozen in zip(self.states(members), self.own_frozen(members), strict=True)
         ]
 
-    def _widen(self, leaves: Mapping[str, Any]) -> None:
+    def _widen(self, leaves: variables.FlatTree) -> None:
         """From now on, pad to shapes that are at least as large as those of a run's leaves."""
-        leaves = variables.renamed(leaves, self._names)
+        leaves = self._named(leaves)
         self._trainable.widen(leaves)
         self._own.widen(leaves)
+
+    def _named(self, tree: variables.FlatTree) -> variables.FlatTree:
+        """The tree of a member with the paths of `model`."""
+        return variables.renamed(tree, self._names) if self._names else tree
 
 
 def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
