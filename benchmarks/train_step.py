@@ -78,7 +78,7 @@ class PopulationStep(Step):
         self.states = [init_state(self.state.trainable, self.tx, seed) for seed in range(runs)]
         options = jit_options(self.state)
         self.gradients = jax.jit(make_gradients(self.objective), compiler_options=options["compiler_options"])
-        self.update = jax.jit(make_update(self.tx), donate_argnums=0, **options)
+        self.update = jax.jit(make_update(self.tx, {}), donate_argnums=0, **options)
 
     def run(self, count: int = 1) -> float:
         """Take a number of steps and wait for the last one; returns the loss of the last run."""

@@ -200,7 +200,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     summary = "Train one run for each combination of field values, or for each draw of a random search."
-    fields, rest = cli.config_fields(argv, "--sweep.")
+    fields, rest = space.split_arguments(argv)
     options = cli.parse_command(rest, "sweep", summary, options=add_options)
     if (options.together or 0) < 0:
         raise UserError(f"--together={options.together} must be a number of runs, or 0 for no limit")

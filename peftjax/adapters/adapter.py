@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from peftjax.core import variables
@@ -58,12 +59,20 @@ def transposed(leaf: str) -> HfLeaf:
 
 
 class MethodAdapter(Adapter):
-    """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged."""
+    """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged.
 
-    @property
-    def zero_is_identity(self) -> bool:
-        """Whether the adapter has no effect, not even in training, when all of its arrays are zero."""
-        return False
+    Attributes:
+        zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, among them the variable of its
+            `LayerMask`. Members of a population may then differ in the layers that have it.
+    """
+
+    zero_is_identity: ClassVar[bool] = False
+
+    def forget_layers(self) -> None:
+        """Forget which layers have the adapter, and its ranks. Only the adapter file and the initial values depend on them."""
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, LayerMask):
+                module.forget()
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         """The tensors that an adapter file holds for one layer (None: the module is not stacked), by key suffix; empty
@@ -89,12 +98,39 @@ class MethodAdapter(Adapter):
 
 
 class LayerMask(nnx.Module):
-    """The layers of a stack that an adapter is in: one bool per layer, or a single one for an unstacked module."""
+    """The layers of a stack that an adapter is in: one bool per layer, or a single one for an unstacked module.
+
+    Attributes:
+        mask: The same in a variable; None if all layers have the adapter and `vary` was not called.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, chosen: Iterable[bool]) -> None:
         self.chosen = tuple(bool(layer) for layer in chosen)
         masked = not all(self.chosen)
-        self.mask = nnx.data(PeftConstant(jnp.array(self.chosen), axes=("layers",)) if masked else None)
+        self.mask = nnx.data(PeftConstant(jnp.array(self.chosen), axes=self.axes) if masked else None)
+
+    @property
+    def array(self) -> np.ndarray:
+        """The layers as an array."""
+        return np.array(self.chosen)
+
+    @property
+    def count(self) -> int | jax.Array:
+        """The number of layers with the adapter."""
+        return len(self.chosen) if self.mask is None else self.mask.get_value().sum()
+
+    def vary(self) -> None:
+        """Hold the layers in a variable, so that one program can run adapters in different layers."""
+        array, axes = self.array, self.axes
+        if len(array) == 1:  # stacked or not
+            array, axes = array[0], axes[1:]
+        self.mask = nnx.data(PeftConstant(jnp.array(array), axes=axes))
+
+    def forget(self) -> None:
+        """Forget the layers, except in the variable."""
+        self.chosen = (True,) * len(self.chosen)
 
     def __contains__(self, layer: int | None) -> bool:
         return self.chosen[layer or 0]
@@ -121,6 +157,8 @@ class Override(MethodAdapter):
     Attributes:
         hf: Pairs of a suffix in the adapter file and the leaf it holds.
     """
+
+    zero_is_identity: ClassVar = True
 
     def __init__(
         self,

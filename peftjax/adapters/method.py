@@ -39,7 +39,8 @@ class Method:
         hf_training: Fields that describe how the adapter was trained, with the values that peft assumes where they are
             missing. They do not affect what is computed from the file; other values are accepted with a warning.
         traced_options: Options in which the members of a population may differ. They affect only the values of arrays, the
-            constants of the optimizer, or the length of an axis that can be padded with zeros.
+            constants of the optimizer, the length of an axis that can be padded with zeros, or which layers have an adapter.
+            Members whose models nevertheless differ in structure are trained by separate programs.
         training_options: Options that affect training, but neither the parameters nor the outputs of a trained adapter.
     """
 

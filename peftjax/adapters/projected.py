@@ -23,6 +23,7 @@ class Projected(Targeted):
     dropout: float = 0.0
     projection_prng_key: int = 0
 
+    traced_options: ClassVar = Targeted.traced_options | {"projection_prng_key"}
     hf_fields: ClassVar = {key: hf for key, hf in Targeted.hf_fields.items() if key != "exclude"} | {
         "projection_prng_key": ("projection_prng_key", 0)
     }

@@ -30,7 +30,7 @@ class Ranked(Targeted):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
-    traced_options: ClassVar[frozenset[str]] = Targeted.traced_options | {"rank"}
+    traced_options: ClassVar[frozenset[str]] = Targeted.traced_options | {"rank", "rank_pattern", "alpha_pattern"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,12 +78,17 @@ class RankedAdapter(DeltaAdapter):
         ranks: The rank of each layer; 0 or None in a layer without the adapter.
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar[Mapping[str, HfLeaf]]
     ranks: tuple[int | None, ...]
 
     def set_ranks(self, ranks: np.ndarray) -> None:
         """Set the ranks, and the layers with the adapter: those whose rank is not 0."""
         self.ranks, self.layers = tuple(int(rank) for rank in ranks), LayerMask(ranks > 0)
+
+    def forget_layers(self) -> None:
+        super().forget_layers()
+        self.ranks = (1,) * len(self.ranks)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         rank = self.ranks[layer or 0]

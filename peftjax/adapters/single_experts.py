@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +17,27 @@ from peftjax.nn.experts import ExpertLinear
 class ExpertMask(LayerMask):
     """The layers of single experts that an adapter is in: bool [layers, E, parts]."""
 
+    axes: ClassVar = ("layers", "expert", "part")
+
     def __init__(self, site: Site, chosen: np.ndarray) -> None:
         self.chosen = tuple(bool(layer.any()) for layer in chosen)
         self.shape, self.singles = chosen.shape, chosen.tobytes()  # not tuples, which would take long to compare
         mask = None if chosen.all() else jnp.asarray(chosen.reshape(*site.stack, *chosen.shape[1:]))
         self.mask = nnx.data(None if mask is None else PeftConstant(mask, axes=site.lead("expert", "part")))
 
+    @property
+    def array(self) -> np.ndarray:
+        array: np.ndarray = np.frombuffer(self.singles, bool).reshape(self.shape)
+        return array
+
+    def forget(self) -> None:
+        super().forget()
+        self.singles = b""
+
     def of_layer(self, layer: int | None) -> np.ndarray:
         """The layers of single experts in one layer of the stack, bool [E, parts]."""
-        layers: np.ndarray = np.frombuffer(self.singles, bool).reshape(self.shape)
-        return layers[layer or 0]
+        one: np.ndarray = self.array[layer or 0]
+        return one
 
 
 def layer_mask(site: Site, chosen: np.ndarray) -> LayerMask:

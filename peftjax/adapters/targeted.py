@@ -48,6 +48,7 @@ class Targeted(Method):
     fits: ClassVar[tuple[type[nnx.Module], ...]] = (Linear,)  # kinds of layers that can be targets
     splits_experts: ClassVar[bool] = False  # whether each layer of each expert is a target of its own
     every: ClassVar[str] = "all-linear"  # the word for all targets, `in_every`
+    traced_options: ClassVar[frozenset[str]] = Method.traced_options | {"targets", "exclude", "layers_to_transform"}
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {
         "targets": ("target_modules", None),
         "exclude": ("exclude_modules", None),

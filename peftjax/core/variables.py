@@ -10,7 +10,7 @@ optimizer moment and no update.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import nnx
 from peftjax.core.errors import UserError
 
 FlatTree = dict[str, Any]
+T = TypeVar("T")
 
 
 class PeftParam(nnx.Variable):
@@ -162,19 +163,26 @@ def widest(one: Any, other: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(map(max, one.shape, other.shape)), one.dtype)
 
 
+def renamed(tree: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    """The tree with other names for some paths."""
+    return {names.get(path, path): leaf for path, leaf in tree.items()}
+
+
 def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
     """The leaves at the paths of `like`, cut to its shapes, which removes what `filled` added."""
     return jax.tree.map(lambda own, leaf: leaf[tuple(map(slice, own.shape))], like, {path: tree[path] for path in like})
 
 
 def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:
-    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], drawn anew from `key`, one per layer."""
+    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], drawn anew from `key`, one per layer.
+
+    The number from which a key is drawn is its position in `paths`, or what its module holds (`Dropout.hold_number`).
+    """
     fresh = {}
     for index, path in enumerate(paths):
         stack = tree[path].shape[:-1]
-        fresh[path] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), stack or ())).astype(
-            jnp.uint32
-        )
+        own = jax.random.fold_in(key, tree.get(f"{path.removesuffix('key')}number", index))
+        fresh[path] = jax.random.key_data(jax.random.split(own, stack or ())).astype(jnp.uint32)
     return {**tree, **fresh}
 
 

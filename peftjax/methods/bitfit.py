@@ -72,6 +72,7 @@ class BiasDelta(WeightAdapter):
         delta: d, [*stack, out].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"beft_bias": HfLeaf("delta", shape=(1, -1))}
     kernel: ClassVar = "bias"
 

@@ -43,7 +43,7 @@ class Boft(WithBiases):
 
     method: ClassVar[str] = "boft"
     peft_type: ClassVar[str] = "BOFT"
-    traced_options: ClassVar = frozenset()  # its dropout rate determines a static number of blocks
+    traced_options: ClassVar = WithBiases.traced_options - {"dropout"}  # the rate determines a static number of blocks
     hf_fields: ClassVar = WithBiases.hf_fields | {
         "block_size": ("boft_block_size", 4),
         "blocks": ("boft_block_num", 0),
@@ -81,6 +81,7 @@ class BoftLinear(WeightAdapter):
         scale: s, [*stack, out].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"boft_R": HfLeaf("rotations"), "boft_s": HfLeaf("scale", shape=(-1, 1))}
 
     def __init__(self, site: Site, mask: np.ndarray, factors: int, size: int, dropout: float) -> None:

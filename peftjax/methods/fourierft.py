@@ -59,6 +59,9 @@ class FourierFT(WithBiases):
         "init_weights": ("init_weights", False),
     }
     hf_constants: ClassVar = {"fan_in_fan_out": False}
+    traced_options: ClassVar = WithBiases.traced_options | {
+        "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +130,8 @@ class FourierLinear(DeltaAdapter):
         place: Their rows and columns in S, int32 [2, N].
     """
 
+    zero_is_identity: ClassVar = True
+
     def __init__(self, site: Site, counts: np.ndarray, method: FourierFT, rngs: nnx.Rngs) -> None:
         self.counts = tuple(int(count) for count in counts)
         self.layers = LayerMask(counts > 0)
@@ -144,11 +149,15 @@ class FourierLinear(DeltaAdapter):
         """s Re(F^-1 S)."""
         rows, columns = self.place.get_value()
         coefficients = self.spectrum.get_value() * self.scale.get_value()
-        dense = jnp.zeros(self.shape, jnp.float32).at[rows, columns].set(coefficients, unique_indices=True)
+        dense = jnp.zeros(self.shape, jnp.float32).at[rows, columns].add(coefficients)
         return jnp.fft.ifft2(dense).real
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
         return base(x) + self.update(x)  # in this order, unlike in DeltaAdapter
+
+    def forget_layers(self) -> None:
+        super().forget_layers()
+        self.counts = (1,) * len(self.counts)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         count = self.counts[layer or 0]

@@ -41,6 +41,7 @@ class Hra(WithBiases):
     peft_type: ClassVar[str] = "HRA"
     hf_fields: ClassVar = WithBiases.hf_fields | {"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)}
     hf_training: ClassVar = {"init_weights": True}
+    traced_options: ClassVar = WithBiases.traced_options | {"rank"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +68,7 @@ class HraLinear(WeightAdapter):
         u: Vectors of any length along the reflections, [*stack, in, R].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"hra_u": HfLeaf("u")}
 
     def __init__(self, site: Site, mask: np.ndarray, rank: int, gram_schmidt: bool, rngs: nnx.Rngs) -> None:
@@ -86,10 +88,15 @@ class HraLinear(WeightAdapter):
         return kernel - u @ (t.T @ (u.T @ kernel))
 
     def reflections(self) -> tuple[jax.Array, jax.Array]:
-        """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter."""
+        """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter.
+
+        Columns of zeros, as those of padding, stay zero. They change neither H nor the gradients of the others.
+        """
         u = self.u.get_value()
-        u = u / jnp.sqrt(jnp.square(u).sum(axis=0, keepdims=True))
+        squares = jnp.square(u).sum(axis=0, keepdims=True)
+        u = u / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         gram = u.T @ u
         one = jnp.eye(len(gram))
-        t = 2 * jnp.linalg.inv(gram) if self.gram_schmidt else jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
+        padding = one * (squares == 0)
+        t = 2 * jnp.linalg.inv(gram + padding) if self.gram_schmidt else jnp.linalg.inv(one / 2 + jnp.triu(gram, 1))
         return u, self.layers.or_zero(t)

@@ -50,6 +50,7 @@ class Ia3(Targeted):
     hf_constants: ClassVar = {"init_ia3_weights": True, "fan_in_fan_out": False}
     hf_ignored: ClassVar = frozenset({"fan_in_fan_out"})
     hf_training: ClassVar = {"init_ia3_weights": True}
+    traced_options: ClassVar = Targeted.traced_options | {"feedforward"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +124,8 @@ class Ia3Linear(MethodAdapter):
         into_layers, out_of_layers: The layers that they apply to; in the others they count as 1.
     """
 
+    zero_is_identity: ClassVar = True
+
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
         owner = site.module
         self.into, self.into_layers = _ones(site, into, owner.in_features, owner.axes[0])
@@ -162,6 +165,8 @@ class Ia3Experts(SingleExperts):
         out_of: [*stack, E, parts, out / parts], or None if no layer scales its output.
         into_layers, out_of_layers: The layers of experts that they apply to; in the others they count as 1.
     """
+
+    zero_is_identity: ClassVar = True
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
         owner, self.parts = site.module, site.parts

@@ -81,6 +81,7 @@ class MissLinear(DeltaAdapter):
         block: [*stack, R, M], repeated to D, [*stack, R, out].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"miss_block": HfLeaf("block")}
 
     def __init__(self, site: Site, mask: np.ndarray, rank: int, columns: int, dropout: float) -> None:
@@ -109,6 +110,7 @@ class MissBat(WeightAdapter):
         block: D, [*stack, out / R, R, R].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"miss_block": HfLeaf("block")}
 
     def __init__(self, site: Site, mask: np.ndarray, rank: int) -> None:

@@ -127,7 +127,8 @@ class OftLinear(WeightAdapter):
         blocks = 1 if method.share else site.module.in_features // size
         shape = (*site.stack, blocks, size * (size - 1) // 2)
         self.packed_rotation = PeftParam(jnp.zeros(shape, jnp.float32), axes=site.lead("block", None))
-        self.size, self.method, self.layers = size, method, LayerMask(mask)
+        self.size, self.layers = size, LayerMask(mask)
+        self.eps, self.terms = (method.eps if method.constrained else None), (method.terms if method.neumann else None)
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
         return base(x + times_blocks(x, self.less_one()))
@@ -138,10 +139,10 @@ class OftLinear(WeightAdapter):
     def less_one(self) -> jax.Array:
         """N = R - I, [blocks, b, b] float32. bfloat16 could not represent R: near 1 its steps are 0.8 %."""
         packed = self.layers.or_zero(self.packed_rotation.get_value())
-        if self.method.constrained:  # straight-through: the gradient at the projected point goes to the parameter
-            packed = packed + jax.lax.stop_gradient(projected(packed, self.method.eps) - packed)
+        if self.eps is not None:  # straight-through: the gradient at the projected point goes to the parameter
+            packed = packed + jax.lax.stop_gradient(projected(packed, self.eps) - packed)
         q = skew(packed, self.size)
-        return neumann_less_one(q, self.method.terms) if self.method.neumann else cayley_less_one(q)
+        return cayley_less_one(q) if self.terms is None else neumann_less_one(q, self.terms)
 
 
 def near_divisor(number: int, wanted: int) -> int:

@@ -47,6 +47,7 @@ class PrefixTuning(SoftPrompt):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     hf_ignored: ClassVar = SoftPrompt.hf_ignored | {"encoder_hidden_size", "num_transformer_submodules"}
     hf_training: ClassVar = {"prefix_projection": False, "init_weights": True}
+    traced_options: ClassVar = SoftPrompt.traced_options | {"init"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,7 @@ class PromptTuning(InputPrompt):
         "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     }  # fmt: skip
     hf_training: ClassVar = {"prompt_tuning_init": "RANDOM"}
+    traced_options: ClassVar = InputPrompt.traced_options | {"init", "text", "text_ids"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -112,20 +112,22 @@ class RandLoraLinear(FactoredAdapter):
     Attributes:
         a: A of the largest layer, [R, smaller].
         b: The B_n of the largest layer, [larger, N', R].
+        scale: s, float32 [].
         lambdas: L_n, [*stack, R, N]; it counts as 0 in a layer without the adapter.
         gammas: G_n, [*stack, N, smaller side].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"randlora_lambda": HfLeaf("lambdas"), "randlora_gamma": HfLeaf("gammas")}
 
     def __init__(
         self, site: Site, mask: np.ndarray, a: PeftConstant, b: PeftConstant, *, scale: float, dropout: float
     ) -> None:
         owner, stack = site.module, site.stack
-        self.hf = tuple(name for name, used in zip(site.names, mask, strict=True) if used)
-        self.layers = LayerMask(mask)
+        self.hf, self.layers = site.names, LayerMask(mask)
         self.smaller, self.larger = sorted((owner.in_features, owner.out_features))
-        self.wide, self.scale = owner.in_features <= owner.out_features, scale
+        self.wide = owner.in_features <= owner.out_features
+        self.scale = PeftConstant(jnp.float32(scale), axes=())
         self.a, self.b = a, b
         rank = a.shape[0]
         bases = -(-self.smaller // rank)
@@ -136,7 +138,7 @@ class RandLoraLinear(FactoredAdapter):
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """U [in, N R] and s V [N R, out] of one layer, or s V^T and U^T if in <= out."""
-        lambdas, gammas = self.lambdas.get_value() * self.scale, self.gammas.get_value()
+        lambdas, gammas = self.lambdas.get_value() * self.scale.get_value(), self.gammas.get_value()
         lambdas = self.layers.or_zero(lambdas)
         rank, bases = lambdas.shape
         a = self.a.get_value()[:, : self.smaller]
@@ -147,5 +149,6 @@ class RandLoraLinear(FactoredAdapter):
     def hf_shared(self) -> dict[str, HfLeaf]:
         """peft stores the projections once and again with each layer, and requires all of them."""
         a, b = HfLeaf("a", shape=(self.a.shape[0], 1, self.a.shape[1])), HfLeaf("b")
-        whose = ("base_model", *(f"base_model.model.{name}" for name in self.hf))
+        used = (name for name, chosen in zip(self.hf, self.layers.chosen, strict=True) if chosen)
+        whose = ("base_model", *(f"base_model.model.{name}" for name in used))
         return {f"{prefix}.randlora_{key}": leaf for prefix in whose for key, leaf in (("A", a), ("B", b))}

@@ -21,7 +21,7 @@ from peftjax.adapters.options import positive, positive_integer
 from peftjax.adapters.selection import Chosen, check_rank
 from peftjax.adapters.sites import Site
 from peftjax.core.errors import UserError
-from peftjax.core.variables import PeftParam
+from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 
 
@@ -59,6 +59,7 @@ class VbLora(WithBiases):
         "init_logits_std": ("init_logits_std", 0.1),
     }
     hf_constants: ClassVar = {"save_only_topk_weights": False, "fan_in_fan_out": False}
+    traced_options: ClassVar = WithBiases.traced_options | {"rank", "init_vector_bank_bound", "init_logits_std"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +107,10 @@ class VbLoraLinear(FactoredAdapter):
         bank: [H, P].
         logits_a: Logits of A, [*stack, R, in / P, H]. In a layer without the adapter, A counts as 0.
         logits_b: Logits of B, [*stack, out / P, R, H].
+        active: 1 within the rank, and 0 in the padding of a population, whose logits of 0 would be mixtures too, [R].
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"vblora_logits_A": HfLeaf("logits_a"), "vblora_logits_B": HfLeaf("logits_b")}
 
     def __init__(self, site: Site, mask: np.ndarray, bank: PeftParam, method: VbLora, rngs: nnx.Rngs) -> None:
@@ -123,6 +126,7 @@ class VbLoraLinear(FactoredAdapter):
 
         self.logits_a = logits(a, "rank", None, None)
         self.logits_b = logits(b, None, "rank", None)
+        self.active = PeftConstant(jnp.ones(method.rank, jnp.float32), axes=("rank",))
         self.dropout = Dropout(method.dropout, site.stack)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +134,7 @@ class VbLoraLinear(FactoredAdapter):
         rank = self.logits_a.shape[0]
         a = self._mixed(self.logits_a.get_value()).reshape(rank, -1).T
         b = self._mixed(self.logits_b.get_value()).swapaxes(0, 1).reshape(rank, -1)
-        return self.layers.or_zero(a), b
+        return self.layers.or_zero(a * self.active.get_value()[None]), b
 
     def _mixed(self, logits: jax.Array) -> jax.Array:
         """Mixtures of vectors of the bank, float32 [..., P], from logits [..., H]."""

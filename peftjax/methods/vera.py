@@ -47,7 +47,7 @@ class Vera(Projected, WithBiases):
     peft_type: ClassVar[str] = "VERA"
     fits: ClassVar = (Linear, ExpertLinear)
     splits_experts: ClassVar = True
-    traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial", "projection_prng_key"}
+    traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial"}
     hf_fields: ClassVar = Projected.hf_fields | {
         "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 256),
@@ -109,6 +109,7 @@ class VeraLinear(DeltaAdapter):
         lambda_b: l, [*stack, out]; it counts as 0 in a layer without the adapter.
     """
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"vera_lambda_d": HfLeaf("lambda_d"), "vera_lambda_b": HfLeaf("lambda_b")}
 
     def __init__(
@@ -132,7 +133,8 @@ class VeraLinear(DeltaAdapter):
 
     def factors(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """A [in, R], d [R], B [R, out] and l [out] of one layer."""
-        a, b = self.a.get_value()[: self.inputs], self.b.get_value()[:, : self.outputs]
+        rank = self.lambda_d.shape[-1]  # in a population, A and B have the largest rank of all members
+        a, b = self.a.get_value()[: self.inputs, :rank], self.b.get_value()[:rank, : self.outputs]
         return a, self.lambda_d.get_value(), b, self.layers.or_zero(self.lambda_b.get_value())
 
     def hf_shared(self) -> dict[str, HfLeaf]:

@@ -27,6 +27,7 @@ class Dropout(nnx.Module):
         rate: The probability that an element is dropped, in [0, 1]; after `vary`, a variable that holds it, float32 [].
         deterministic: True in evaluation mode.
         key: Key data, uint32 [*stack, 2]; None if the rate is 0 and not a variable.
+        number: The number from which a step draws the key, int32 []; None if it is the position among all keys of the model.
 
     Raises:
         UserError: The rate is outside [0, 1].
@@ -38,6 +39,7 @@ class Dropout(nnx.Module):
         self.rate: Any = float(rate)
         self.stack, self.deterministic = stack, True
         self.key = nnx.data(self._make_key() if rate > 0 else None)
+        self.number: Any = nnx.data(None)
 
     def _make_key(self) -> DropoutKey:
         axes = ("layers", None) if self.stack else (None,)
@@ -48,6 +50,10 @@ class Dropout(nnx.Module):
         self.rate = nnx.data(PeftConstant(jnp.float32(self.rate), axes=()))
         if self.key is None:
             self.key = nnx.data(self._make_key())
+
+    def hold_number(self, number: int) -> None:
+        """Hold the number from which the key is drawn, so that a model with other dropout modules draws the same masks."""
+        self.number = nnx.data(PeftConstant(jnp.int32(number), axes=()))
 
     @property
     def idle(self) -> bool:
@@ -85,7 +91,7 @@ def remove_dropout(model: nnx.Module) -> None:
     model.eval()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Dropout):
-            module.rate, module.key = 0.0, nnx.data(None)
+            module.rate, module.key, module.number = 0.0, nnx.data(None), nnx.data(None)
 
 
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:

@@ -1,7 +1,7 @@
 """The command that plans a training run: does its train step fit a device, and how fast can it be?
 
     peftjax plan --config=FILE --device=v5e:4x4 [--config.x=y ...] [--members=N]
-        [--search=batch|length|rank|members] [--compare] [--sweep] [--sweep.FIELD=V,V] [--trials=N]
+        [--search=batch|length|rank|members] [--compare] [--sweep] [--sweep.FIELD=V,V] [--or] [--trials=N]
 
 The devices need not be attached, and no weights of the model are read. The step is compiled by the device's own
 compiler: the TPU's (extra `tpu`) or XLA:GPU (extra `cuda-plan`). If it is not installed, its figures are estimated, and
@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code: 0 if the step fits, 1 if it does not."""
-    fields, rest = cli.config_fields(argv, "--sweep.")
+    fields, rest = space.split_arguments(argv)
     given = cli.parse_command(rest, "plan", _SUMMARY, workdir=False, options=_add_options)
     if given.members < 1:
         raise UserError(f"--members={given.members} must be at least 1")

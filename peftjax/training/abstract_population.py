@@ -53,7 +53,7 @@ def abstract_population(
     state, frozen, batch = arguments
     states = [state] * members
     parts = split(config, task, model, config.method)
-    population_gradients, update = make_gradients(parts.objective), make_update(parts.tx)
+    population_gradients, update = make_gradients(parts.objective), make_update(parts.tx, {})
     options = jit_options(state)
 
     @partial(jax.jit, donate_argnums=0, **options | {"out_shardings": [options["out_shardings"]] * members})

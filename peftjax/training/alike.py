@@ -2,28 +2,28 @@
 
 One program trains all members. Whatever differs between them must therefore be an input of the program, such as an array of
 the model, or belong to the update, which is separate for each member. Arrays may differ in shape if padding them with zeros
-has no effect, as in the rank axis of LoRA. An adapter may be missing if it has no effect when all of its arrays are zero.
+has no effect, as in the rank axis of LoRA. An adapter may be missing if it has no effect when all of its arrays are zero
+(`MethodAdapter.zero_is_identity`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 from peftjax.adapters import Method, active_view
+from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.attach import attach_unchecked
-from peftjax.adapters.ranks import RankedAdapter
 from peftjax.adapters.sites import sites
 from peftjax.core import variables
 from peftjax.models.base import Model
-from peftjax.nn.dropout import Dropout
 from peftjax.training import config as configs
 from peftjax.training.config import Config
+from peftjax.training.varied import Varied, find_varied
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 RunT = TypeVar("RunT")
-Path = tuple[Any, ...]  # of a module
 
 # Fields that only affect the update, or when a member is evaluated, saved and finished, or where it is logged.
 # `Method.traced_options` adds others.
@@ -74,32 +74,12 @@ def outline(base: ModelT, method: Method) -> ModelT:
     return model
 
 
-def vary_dropout(model: nnx.Module, paths: Sequence[Path]) -> None:
-    """Turn the dropout rates at some paths into variables, in place.
-
-    In a model without any dropout, these modules also get keys; at rate 0 they drop nothing. A rate of 0 in a model with
-    other dropout, such as that of its base, stays as it is: an additional key would change the other masks. Such a model
-    has a different structure.
-    """
-    dropouts = _dropouts(model)
-    without = all(module.key is None for module in dropouts.values())
-    for path in paths:
-        if without or dropouts[path].rate:
-            dropouts[path].vary()
-
-
-def _dropouts(model: nnx.Module) -> dict[Path, Dropout]:
-    return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Dropout)}
-
-
 def structure(model: nnx.Module) -> nnx.GraphDef:
-    """The structure that models must share to be trained by one program: everything but array values and adapter ranks."""
+    """The structure that models must share to be trained by one program: everything but array values,
+    and the layers and ranks of adapters."""
     view = active_view(model)
-    for site in sites(view):
-        for name in site.module.adapters.active:
-            adapter = site.module.adapters.adapter(name)
-            if isinstance(adapter, RankedAdapter):
-                adapter.ranks = (1,) * len(adapter.ranks)
+    for _, adapter in _optional(view):
+        adapter.forget_layers()
     graph: nnx.GraphDef = nnx.split(view)[0]
     return graph
 
@@ -109,21 +89,57 @@ def unite(one: ModelT, other: nnx.Module) -> ModelT | None:
 
     The models have the same base and an adapter of the same name. The result shares their variables.
     """
-    united: ModelT = nnx.merge(*nnx.split(one))
-    added = nnx.merge(*nnx.split(other))
-    for site, counterpart in zip(sites(united), sites(added), strict=True):
-        mine, theirs = site.module.adapters, counterpart.module.adapters
-        for slot, source in ((mine, theirs), (theirs, mine)):
-            if not slot.names() and all(source.adapter(name).zero_is_identity for name in source.names()):
-                for name in source.names():
-                    slot.add(name, source.adapter(name))
-                slot.active = source.active
-    return united if structure(united) == structure(added) else None
+    united = _with_adapters(one, other)
+    return united if structure(united) == structure(_with_adapters(other, one)) else None
+
+
+def _with_adapters(model: ModelT, other: nnx.Module) -> ModelT:
+    """A copy of a model that also has the adapters of another one, in slots where it has none."""
+    united: ModelT = nnx.merge(*nnx.split(model))
+    copy = nnx.merge(*nnx.split(other))
+    for site, counterpart in zip(sites(united), sites(copy), strict=True):
+        slot, source = site.module.adapters, counterpart.module.adapters
+        if not slot.names() and all(source.adapter(name).zero_is_identity for name in source.names()):
+            for name in source.names():
+                slot.add(name, source.adapter(name))
+            slot.active = source.active
+    shared: dict[str, nnx.Variable] = {}
+    for _, adapter in _optional(united):
+        for leaf in _shared(adapter):
+            setattr(adapter, leaf, shared.setdefault(leaf, vars(adapter)[leaf]))
+    return united
+
+
+def _optional(model: nnx.Module) -> Iterator[tuple[str, MethodAdapter]]:
+    """The active adapters that may be missing, with their paths."""
+    for site in sites(model):
+        slot = site.module.adapters
+        for name in slot.active:
+            if slot.adapter(name).zero_is_identity:
+                yield f"{site.path}.adapters.{name}", slot.adapter(name)
+
+
+def _shared(adapter: MethodAdapter) -> set[str]:
+    """The leaves of an adapter that all layers share, such as the projections of VeRA."""
+    return {leaf.leaf for leaf in adapter.hf_shared().values()}
+
+
+def shared_paths(model: nnx.Module) -> dict[str, str]:
+    """The path in the flat tree of a model of each leaf that layers share, by all the paths that it can have.
+
+    It is the path in the first layer with the adapter, and thus another one in models of other layers.
+    """
+    leaves = variables.flat(model)[1]
+    paths: dict[str, list[str]] = {}
+    for adapter_path, adapter in _optional(model):
+        for leaf in _shared(adapter):
+            paths.setdefault(leaf, []).append(f"{adapter_path}.{leaf}")
+    return {path: next(filter(leaves.__contains__, same)) for same in paths.values() for path in same}
 
 
 def group_runs(
     runs: Iterable[RunT], method_of: Callable[[RunT], Method], make: Callable[[RunT], Model]
-) -> tuple[list[tuple[Model, list[RunT]]], list[Path]]:
+) -> tuple[list[tuple[Model, list[RunT]]], Varied]:
     """Group runs by what one program can train.
 
     Args:
@@ -133,40 +149,31 @@ def group_runs(
 
     Returns:
       For each group, a model with the adapters of all its runs, as shapes, and the runs. Each leaf is as large as in the run
-      where it is largest. And the paths of the dropout modules whose rates differ between runs; see `vary_dropout`.
+      where it is largest. And the differences that the models hold in variables.
     """
     by_method: dict[Method, list[RunT]] = {}
     for run in runs:
         by_method.setdefault(method_of(run), []).append(run)
     models = [make(alike[0]) for alike in by_method.values()]
-    dropout = _varied_dropout(models)
+    varied = find_varied(models, undecided=any(method.data for method in by_method))
     groups: list[tuple[Model, list[RunT]]] = []
     for model, alike in zip(models, by_method.values(), strict=True):
-        vary_dropout(model, dropout)
+        varied.hold(model)
         for place, (one, members) in enumerate(groups):
             if (united := unite(one, model)) is not None:
-                _widen(united, model)
+                _widen(united, one, model)
                 groups[place] = united, [*members, *alike]
                 break
         else:
             groups.append((model, alike))
-    return groups, dropout
+    return groups, varied
 
 
-def _varied_dropout(models: Sequence[nnx.Module]) -> list[Path]:
-    """The paths of the dropout modules whose rates differ between models."""
-    dropouts = [_dropouts(model) for model in models]
-    return [
-        path
-        for path in dropouts[0]
-        if all(path in own for own in dropouts) and len({own[path].rate for own in dropouts}) > 1
-    ]
-
-
-def _widen(model: Model, other: Model) -> None:
-    """Give each leaf that came with a method the larger of its sizes in both models, in place."""
-    leaves, others = variables.flat(model)[1], variables.flat(other)[1]
-    for path, leaf in leaves.items():
-        if path in others and type(leaf) is not nnx.Param:
-            leaf.set_value(variables.widest(leaf.get_value(), others[path].get_value()))
+def _widen(model: Model, *others: Model) -> None:
+    """Give each leaf that came with a method the largest of its sizes in some models, in place."""
+    leaves, names = variables.flat(model)[1], shared_paths(model)
+    for other in others:
+        for path, same in variables.renamed(variables.flat(other)[1], names).items():
+            if type(same) is not nnx.Param:
+                leaves[path].set_value(variables.widest(leaves[path].get_value(), same.get_value()))
     variables.update(model, {path: leaf.get_value() for path, leaf in leaves.items()})

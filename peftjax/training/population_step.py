@@ -5,7 +5,7 @@ place of another without compiling this program again. Leaves are padded there a
 has the leaves and the shapes that it has in a separate run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import optax
@@ -45,12 +45,18 @@ def make_gradients(objective: Objective) -> PopulationGradients:
     return population_gradients
 
 
-def make_update(tx: optax.GradientTransformation) -> Update:
-    """The function (state, gradients, index) -> (state, metrics) of the member with an index in the population."""
+def make_update(tx: optax.GradientTransformation, names: Mapping[str, str]) -> Update:
+    """The function (state, gradients, index) -> (state, metrics) of the member with an index in the population.
+
+    Args:
+      tx: The optimizer of the member.
+      names: The paths in the population of leaves that have other paths in the member.
+    """
 
     def update(state: TrainState, gradients: Gradients, index: int) -> tuple[TrainState, Metrics]:
         padded, totals = jax.tree.map(lambda leaf: leaf[index], gradients)
-        gradient = variables.cut(padded, state.trainable)
+        named = {path: padded[names.get(path, path)] for path in state.trainable}
+        gradient = variables.cut(named, state.trainable)
         return apply(tx, state, gradient), summary(gradient, totals)
 
     return update

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.core import cli
 from peftjax.core.config import flat
 from peftjax.core.config_file import read_sweep
 from peftjax.core.config_values import ConfigSource
@@ -18,6 +19,7 @@ from peftjax.training import config as configs
 from peftjax.training.config import Config
 
 RANGE = re.compile(r"(uniform|loguniform)\((.*)\)")
+OR = "--or"  # separates the search spaces on the command line
 DIGITS = 4  # significant digits of a drawn value, so that the names of runs are short and exact
 
 
@@ -130,30 +132,65 @@ def _parse_range(log: bool, bounds: str, where: str) -> Range:
     return Range(low, high, log, where)
 
 
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that define search spaces, "--sweep.FIELD=VALUES" and "--or", and all others."""
+    fields: list[str] = []
+    rest: list[str] = []
+    for index, words in enumerate(_split(argv)):
+        own, others = cli.config_fields(words, "--sweep.")
+        fields += [OR, *own] if index else own
+        rest += others
+    return fields, rest
+
+
+def _split(words: Iterable[str]) -> list[list[str]]:
+    """The words before, between and after "--or"."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == OR:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
 def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
-    """The search spaces of a config file, each with `fields` in addition or with their values.
+    """The search spaces of a config file, each with `fields` in addition or with their values, or those of the command line.
 
     Args:
       path: The config file.
-      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `parse`.
+      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3", see `parse`. If "--or" separates them, they are several spaces.
 
     Returns:
       At least one space, which may be empty.
 
     Raises:
-      UserError: A field is given twice, or has no valid values.
+      UserError: A field is given twice in a space, or has no valid values; or there is "--or", and a space is empty or the file
+        defines search spaces, too.
     """
-    given: dict[str, Choice | Range] = {}
-    for item in fields:
-        name, values = parse(item)
-        if name in given:
-            raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
-        given[name] = values
+    given = [_parse_space(items) for items in _split(fields)]
     spaces = [
         {str(name): parse_values(str(name), values, source) for name, values in space.items()}
         for space, source in read_sweep(path)
     ]
-    return [space | given for space in spaces or [{}]]
+    if len(given) == 1:
+        return [{**space, **given[0]} for space in spaces or [{}]]
+    if not all(given):
+        raise UserError(f"{OR} separates search spaces: give at least one --sweep.FIELD=V,V before it and after it")
+    if spaces:
+        raise UserError(f"{OR} cannot be combined with the search space of {path}; remove one of them")
+    return given
+
+
+def _parse_space(items: Iterable[str]) -> Space:
+    """A search space of the command line."""
+    found: dict[str, Choice | Range] = {}
+    for item in items:
+        name, values = parse(item)
+        if name in found:
+            raise UserError(f"{item}: {name} is swept twice; give all its values at once, separated by commas")
+        found[name] = values
+    return found
 
 
 def load(path: str, overrides: Iterable[str], spaces: Iterable[Space], texts: Mapping[str, str]) -> Config:
@@ -211,7 +248,8 @@ def draw(spaces: Sequence[Space], trials: int, seed: int, integers: Collection[s
 
 
 def add_search_options(parser: argparse._ActionsContainer) -> None:
-    """Add --trials and --search_seed."""
+    """Add --or, --trials and --search_seed."""
+    parser.add_argument(OR, action="store_true", help="Start another search space: --sweep.A=1,2 --or --sweep.B=3,4")
     parser.add_argument(
         "--trials",
         type=int,

@@ -20,17 +20,17 @@ LONGEST = 255  # bytes of a file name
 def members(
     path: str, overrides: Sequence[str], fields: Iterable[str], workdir: Path, trials: int = 0, seed: int = 0
 ) -> list[Member]:
-    """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.parse`.
+    """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.read_spaces`.
 
     They are added to the search space of the config file, or replace its values. If the file has several search spaces, this is
-    done in each of them.
+    done in each of them. If "--or" separates them, they are several search spaces themselves.
 
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
 
     Raises:
-      UserError: There are no fields, one is given twice or without a value, two runs are the same, a config is invalid, or
-        sweep.json records draws from other fields or values.
+      UserError: There are no fields, one is given twice or without a value, one of several spaces is empty, two runs are the
+        same, a config is invalid, or sweep.json records draws from other fields or values.
     """
     spaces = space.read_spaces(path, fields)
     swept = list(dict.fromkeys(name for each in spaces for name in each))

@@ -17,7 +17,7 @@ from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
 from peftjax.training import precision
 from peftjax.training.abstract import place_shapes
-from peftjax.training.alike import Path, group_runs, outline, structure, unite, vary_dropout
+from peftjax.training.alike import group_runs, outline, shared_paths, structure, unite
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
@@ -33,6 +33,7 @@ from peftjax.training.setup import (
 )
 from peftjax.training.split import split
 from peftjax.training.step import TrainState, jit_options
+from peftjax.training.varied import Varied
 
 
 class SharedBase:
@@ -41,12 +42,12 @@ class SharedBase:
     Attributes:
       model: The base of a run with the seed `seed`.
       task: The task.
-      dropout: The paths of the dropout modules whose rates differ between runs.
+      varied: The differences between the models of the runs.
       mesh: The devices.
     """
 
-    def __init__(self, model: Model, seed: int, task: Task, dropout: Sequence[Path], mesh: Mesh) -> None:
-        self.model, self.task, self.dropout, self.mesh = model, task, dropout, mesh
+    def __init__(self, model: Model, seed: int, task: Task, varied: Varied, mesh: Mesh) -> None:
+        self.model, self.task, self.varied, self.mesh = model, task, varied, mesh
         self._of_seeds = {seed: (model, base_fingerprint(model))}
 
     def of(self, seed: int) -> tuple[Model, str]:
@@ -79,6 +80,7 @@ class United:
         self.members, self.model, self.mesh = members, model, mesh
         self.shared: variables.FlatTree = {}
         self._base = base
+        self._names = shared_paths(model)
         self._updates: dict[Hashable, Update] = {}
         self._alone: dict[nnx.GraphDef, EvalStep] = {}
         config = members[0].config
@@ -97,7 +99,7 @@ class United:
             config, source = resolve_config(member.config, task, batches, member.workdir, checkpoints)
             model, base = self._base.of(config.seed)
             method = attach_method(config, task, model, self.mesh, source)
-            vary_dropout(model, self._base.dropout)
+            self._base.varied.hold(model)
             sharding.place(model, self.mesh)
             parts = split(config, task, model, method)
             assert unite(self.model, model) is not None, f"{member.name} has another structure"
@@ -113,17 +115,20 @@ class United:
             self._widen(variables.present(state.trainable, own))  # ranks may have been chosen from data
             key = config.optim, config.train.steps, config.method
             if key not in self._updates:
-                self._updates[key] = jax.jit(make_update(parts.tx), donate_argnums=0, **jit_options(state))
+                self._updates[key] = jax.jit(make_update(parts.tx, self._names), donate_argnums=0, **jit_options(state))
             update, step = self._updates[key], int(state.step)
             return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
 
     def states(self, members: Sequence[Training]) -> list[TrainState]:
         """The states of members without moments, padded."""
-        return [one.state._replace(optimizer=(), trainable=self._trainable(one.state.trainable)) for one in members]
+        return [
+            one.state._replace(optimizer=(), trainable=self._trainable(self._named(one.state.trainable)))
+            for one in members
+        ]
 
     def own_frozen(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """The frozen leaves of each member that are not in `shared`, padded."""
-        return [self._own(one.own) for one in members]
+        return [self._own(self._named(one.own)) for one in members]
 
     def own(self, members: Sequence[Training]) -> list[variables.FlatTree]:
         """All leaves of each member that are not in `shared`, padded."""
@@ -132,10 +137,15 @@ class United:
             for state, frozen in zip(self.states(members), self.own_frozen(members), strict=True)
         ]
 
-    def _widen(self, leaves: Mapping[str, Any]) -> None:
+    def _widen(self, leaves: variables.FlatTree) -> None:
         """From now on, pad to shapes that are at least as large as those of a run's leaves."""
+        leaves = self._named(leaves)
         self._trainable.widen(leaves)
         self._own.widen(leaves)
+
+    def _named(self, tree: variables.FlatTree) -> variables.FlatTree:
+        """The tree of a member with the paths of `model`."""
+        return variables.renamed(tree, self._names) if self._names else tree
 
 
 def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
@@ -149,8 +159,8 @@ def unite_runs(members: Sequence[Member], mesh: Mesh) -> list[United]:
     batches.close()
     config = precision.resolve_dtype(config, task.hf_config)
     model = task.load_model(config.model, task.directory, mesh, config.seed)
-    groups, dropout = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
-    base = SharedBase(model, config.seed, task, dropout, mesh)
+    groups, varied = group_runs(members, lambda one: one.config.method, lambda one: outline(model, one.config.method))
+    base = SharedBase(model, config.seed, task, varied, mesh)
     return [United(runs, base, united, mesh) for united, runs in groups]
 
 

@@ -62,11 +62,15 @@ def check_fields(arguments: list[str]) -> None:
         (word.partition("=")[2] for word in arguments if word.startswith("--config=configs/")), "configs/base.py"
     )
     changes = [word for word in arguments if word.startswith("--config.")]
+    swept: list[list[str]] = [[]]
     for word in arguments:
-        if word.startswith("--sweep."):
+        if word == space.OR:
+            swept.append([])
+        elif word.startswith("--sweep."):
             field, values = space.parse(word)
-            changes.append(f"--config.{field}={values.draw(0.0, integer=False)}")
-    configs.load(ROOT / file, changes)
+            swept[-1].append(f"--config.{field}={values.draw(0.0, integer=False)}")
+    for fields in swept:
+        configs.load(ROOT / file, [*changes, *fields])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "_config.yaml" in page.read_text()], ids=name)

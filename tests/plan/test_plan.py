@@ -656,6 +656,10 @@ def test_random_draws_and_the_sweep_of_the_config_file_are_planned_as_the_sweep_
     )
     command.main(["--device=cpu", f"--config={searched}", "--sweep"])
     assert [rank for _, rank in asked[-1][1]] == [2, 4]
+    command.main(
+        [*config, "--sweep.method.rank=2,4", "--or", "--sweep.method.rank=8", "--sweep.optim.learning_rate=1e-3"]
+    )
+    assert [rank for _, rank in asked[-1][1]] == [2, 4, 8]
 
 
 @pytest.mark.slow

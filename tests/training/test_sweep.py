@@ -24,7 +24,7 @@ from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.report.data import ReportData
 from peftjax.train import train
-from peftjax.training import answers, population, precision, sweep_members, sweep_results
+from peftjax.training import answers, population, precision, space, sweep_members, sweep_results
 from peftjax.training import config as configs
 from peftjax.training.halving import Halving
 from peftjax.training.member import Member
@@ -271,6 +271,38 @@ def test_a_mistake_in_the_search_space_of_a_file_is_one_line_with_its_place(
     assert "\n" not in str(caught.value)
 
 
+FIRST = ["--sweep.method.name=lora", "--sweep.method.rank=4,8", "--sweep.method.targets=('q_proj','v_proj');all-linear"]
+SECOND = ["--sweep.method.name=prompt", "--sweep.optim.learning-rate=1e-3,3e-2", "--sweep.method.tokens=16,32"]
+
+
+def test_or_separates_search_spaces_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(SPACES["py"])
+    expected = sweep_members.members(str(file), [], [], tmp_path)
+    file.write_text(SPACES["py"].partition("def get_sweep")[0])
+    fields, rest = space.split_arguments(["--workdir=w", *FIRST, "--or", *SECOND, "--trials=2"])
+    assert rest == ["--workdir=w", "--trials=2"]
+    found = sweep_members.members(str(file), [], fields, tmp_path)
+    assert [(one.values, one.config) for one in found] == [(one.values, one.config) for one in expected]
+    drawn = sweep_members.members(str(file), [], fields, tmp_path, trials=20)
+    assert {tuple(one.values) for one in drawn} == {tuple(one.values) for one in found}
+
+
+@pytest.mark.parametrize("fields", [["--or"], ["--or", *SECOND], [*FIRST, "--or"], [*FIRST, "--or", "--or", *SECOND]])
+def test_each_search_space_of_the_command_line_has_a_field(fields: list[str], file: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^--or separates search spaces: give at least one --sweep\.FIELD=V,V before it"
+    ):
+        sweep.main([f"--config={file}", f"--workdir={tmp_path / 'sweep'}", *fields])
+
+
+def test_or_is_refused_if_the_config_file_has_a_search_space(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(SPACES["py"])
+    with pytest.raises(UserError, match=r"^--or cannot be combined with the search space of .*config\.py; remove one"):
+        sweep.main([f"--config={file}", f"--workdir={tmp_path / 'sweep'}", *FIRST, "--or", *SECOND])
+
+
 def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Path) -> None:
     made = defaults()
     made.method = methods.make_config("lora")
@@ -286,7 +318,13 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_population(tmp_path: Pa
     activations = [
         member(made, tmp_path, method__targets=name, seed=seed) for seed in (0, 1) for name in ("k_proj", "v_proj")
     ]
-    assert sweep.populations(activations) == [[activations[0], activations[2]], [activations[1], activations[3]]]
+    assert sweep.populations(activations) == [activations]
+    saved = [
+        member(made, tmp_path, method__modules_to_save=(name,), seed=seed)
+        for seed in (0, 1)
+        for name in ("lm_head", "norm")
+    ]
+    assert sweep.populations(saved) == [[saved[0], saved[2]], [saved[1], saved[3]]]
     random = [member(made, tmp_path, model__init="random", seed=seed) for seed in (0, 1)]
     assert sweep.populations(random) == [[random[0]], [random[1]]]  # their bases differ
 

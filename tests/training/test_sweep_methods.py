@@ -91,6 +91,115 @@ def test_two_runs_of_a_method_side_by_side_are_what_each_is_alone(
     assert any(first[key].shape != array.shape or np.any(first[key] != array) for key, array in second.items())
 
 
+# Options of members with adapters in different layers, and of different ranks where the method allows it.
+DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
+    "lora": (
+        {"rank": 2, "targets": "q_proj", "dropout": 0.2},
+        {"rank": 3, "targets": ("q_proj", "v_proj"), "layers_to_transform": (1,), "dropout": 0.1},
+        {"targets": ("down_proj", "embed_tokens")},
+    ),
+    "biases": (
+        {"rank": 2, "targets": "q_proj", "bias": "lora_only"},
+        {"rank": 2, "targets": ("q_proj", "o_proj"), "layers_to_transform": (0,), "bias": "lora_only"},
+    ),
+    "dora": (
+        {"dora": True, "rank": 2, "targets": ("q_proj", "embed_tokens"), "dropout": 0.1},
+        {"dora": True, "rank": 3, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "dropout": 0.1},
+    ),
+    "loha": (
+        {"rank": 2, "targets": "q_proj", "rank_dropout": 0.1},
+        {"rank": 3, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "rank_dropout": 0.1},
+    ),
+    "lokr": (
+        {"rank": 2, "targets": "q_proj"},
+        {"rank": 1, "targets": ("v_proj", "down_proj"), "alpha_pattern": (("v_proj", 2.0),)},
+    ),
+    "adalora": (
+        {"init_rank": 3, "target_rank": 2, "targets": "q_proj"},
+        {"init_rank": 4, "target_rank": 1, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
+    ),
+    "vera": ({"rank": 3, "targets": "v_proj"}, {"rank": 4, "targets": ("q_proj", "down_proj"), "dropout": 0.1}),
+    "randlora": (
+        {"rank": 4, "targets": "v_proj"},
+        {"rank": 4, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "alpha": 64.0},
+    ),
+    "vblora": tuple(
+        {"num_vectors": 6, "vector_length": 8} | each
+        for each in ({"rank": 3, "targets": "v_proj"}, {"rank": 2, "targets": ("q_proj", "v_proj")})
+    ),
+    "fourierft": (
+        {"n_frequency": 4, "targets": "q_proj", "scaling": 20.0},
+        {"n_frequency": 6, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "random_loc_seed": 0},
+    ),
+    "hra": (
+        {"rank": 4, "targets": "q_proj"},
+        {"rank": 2, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
+    ),
+    "orthogonal": (
+        {"gram_schmidt": True, "rank": 2, "targets": "q_proj"},
+        {"gram_schmidt": True, "rank": 3, "targets": "down_proj"},
+    ),
+    "oft": tuple(
+        {"block_size": 8} | each
+        for each in ({"targets": "q_proj"}, {"targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)})
+    ),
+    "constrained": tuple(
+        {"block_size": 8, "constrained": True, "neumann": False, "eps": 0.01, "targets": targets}
+        for targets in ("q_proj", "down_proj")
+    ),
+    "boft": (
+        {"targets": "q_proj", "dropout": 0.5},
+        {"targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "dropout": 0.5},
+    ),
+    "miss": (
+        {"rank": 4, "targets": "q_proj", "dropout": 0.1},
+        {"rank": 4, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
+    ),
+    "bat": tuple({"rank": 4, "variant": "bat", "targets": targets} for targets in ("q_proj", "v_proj")),
+    "ia3": (
+        {"targets": ("k_proj", "down_proj"), "feedforward": ("down_proj",)},
+        {"targets": ("k_proj", "v_proj"), "layers_to_transform": (1,)},
+    ),
+    "bitfit": ({"targets": "q_proj"}, {"exclude": "k_proj", "layers_to_transform": (1,)}),
+    "ln_tuning": ({"targets": "input_layernorm"}, {"exclude": ("model.norm",), "layers_to_transform": (1,)}),
+    "houlsby": (
+        {"reduction_factor": 8.0, "leave_out": (0,), "norm_before": True, "dropout": 0.1},
+        {"reduction_factor": 4.0, "attention": False, "norm_before": True, "init": "mam_adapter", "scale": 2.0},
+    ),
+    "pfeiffer": (
+        {"reduction_factor": 8.0, "non_linearity": "sigmoid"},
+        {"reduction_factor": 4.0, "non_linearity": "sigmoid", "leave_out": (1,)},
+    ),
+    "prompt": ({"tokens": 3}, {"tokens": 3, "init": "vocabulary"}),
+}
+METHOD = {"biases": "lora", "dora": "lora", "orthogonal": "hra", "constrained": "oft", "bat": "miss"}
+
+
+def different(name: str, made: Any, workdir: Path) -> list[Member]:
+    """Runs with the options of `DIFFERENT`."""
+    members = []
+    for index, options in enumerate(DIFFERENT[name]):
+        made = made.copy_and_resolve_references()
+        made.method = methods.make_config(METHOD.get(name, name), **options)
+        members.append(member(made, workdir, seed=index))
+    return members
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_members_with_adapters_in_different_layers_train_as_they_do_alone(
+    name: str, small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = different(name, small, tmp_path / "sweep")
+    assert sweep.populations(members) == [members]
+    sweep.sweep(members, tmp_path / "sweep")
+    assert "separate programs" not in capsys.readouterr().out
+    for one in members:
+        train(one.config, tmp_path / "alone" / one.name)
+        (file,) = (one.workdir / "adapter").glob("*.safetensors")
+        assert_same_run(one.workdir, tmp_path / "alone" / one.name, f"adapter/{file.name}")
+
+
 LABELS = ("without", "with")
 
 
@@ -134,6 +243,28 @@ def test_runs_whose_new_heads_differ_are_one_population_and_resume_in_another(
         train(one.config, alone)
         result = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
         assert_same_run(one.workdir, alone, result)
+
+
+@pytest.mark.slow
+def test_members_with_and_without_dropout_over_a_base_with_dropout_train_as_they_do_alone(
+    classifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier.data.eval = ()
+    classifier.train.update({"steps": 3, "eval_every": 0})
+    options = (
+        {"dropout": 0.3, "targets": "value"},
+        {"dropout": 0.1, "targets": ("query", "value")},
+        {"targets": "key"},
+    )
+    members = []
+    for index, each in enumerate(options):
+        classifier.method = methods.make_config("lora", **each)
+        members.append(member(classifier, tmp_path / "sweep", seed=index))
+    sweep.sweep(members, tmp_path / "sweep")
+    assert "separate programs" not in capsys.readouterr().out
+    for one in members:
+        train(one.config, tmp_path / "alone" / one.name)
+        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
 
 
 def test_a_member_has_the_base_of_a_separate_run_bit_by_bit(classifier: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, transposed
+from peftjax.adapters.adapter import HfLeaf, LayerMask, transposed
 from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.joint import adapter_parts, parts
 from peftjax.adapters.options import pattern, positive, positive_integer
@@ -88,7 +88,7 @@ class AdaLora(WithBiases):
     # peft accepts LoRA's fields for the scale and the bias of an update, and does not read them.
     hf_training: ClassVar = Lora.hf_training | {"alpha_pattern": {}, "lora_bias": False, "use_rslora": False}
     traced_options: ClassVar = WithBiases.traced_options | {
-        "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
+        "init_rank", "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2",
     }  # fmt: skip
     training_options: ClassVar = WithBiases.training_options | {
         "target_rank", "total_steps", "warmup_steps", "final_steps", "interval", "beta1", "beta2", "orthogonality",
@@ -188,7 +188,7 @@ class AdaLora(WithBiases):
         slots = [site.module.adapters for site in sites(model)]
         found = [part for slot in slots for adapter in slot.active_adapters() for part in parts(adapter)]
         found = [adapter for adapter in found if isinstance(adapter, AdaLoraLinear)]
-        count = sum(rank is not None for adapter in found for rank in adapter.ranks)
+        count = sum(adapter.layers.count for adapter in found)
         return self.orthogonality * sum(adapter.skewness() for adapter in found) / (2 * count)
 
     def _entries(self, name: str) -> tuple[bool, ...]:
@@ -233,6 +233,7 @@ class AdaLoraLinear(RankedAdapter):
     ) -> None:
         self.p, self.singular_values, self.q, self.scale = p, singular_values, q, scale
         self.ranks, self.dropout = ranks, dropout
+        self.layers = LayerMask(rank is not None for rank in ranks)
 
     def delta(self) -> jax.Array:
         """s P E Q."""

@@ -1,7 +1,7 @@
 """The adapter of a residual sublayer: f(x) + B(u) in place of f(x)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class BottleneckAdapter(MethodAdapter):
         before_scale, before_shift: The LayerNorm of u, [*stack, D] each, or None.
         after_scale, after_shift: The LayerNorm of B(u) or of f(x) + B(u), [*stack, D] each, or None.
     """
+
+    zero_is_identity: ClassVar = True
 
     def __init__(
         self, method: BottleneckOptions, site: Site, width: int, chosen: Iterable[bool], rngs: nnx.Rngs

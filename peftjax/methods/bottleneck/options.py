@@ -61,6 +61,9 @@ class BottleneckOptions(Method):
     leave_out: tuple[int, ...] = ()
     init: str = "bert"
 
+    traced_options: ClassVar = Method.traced_options | {
+        "attention", "feedforward", "leave_out", "reduction_factor", "scale", "init",
+    }  # fmt: skip
     reads: ClassVar[str]  # u: the sublayer's "input" or "output", or their "sum"
     hf_fields: ClassVar = {
         "attention": ("mh_adapter", None),

@@ -45,10 +45,6 @@ class LoraLinear(RankedAdapter):
         self.shift: Any = nnx.data(None)
         self.dropout = Dropout(dropout, scale.shape[: scale.axes.count("layers")])
 
-    @property
-    def zero_is_identity(self) -> bool:
-        return self.bias is None and self.dropout.key is None  # an additional key would change the masks of the others
-
     def train_bias(self, bias: nnx.Variable, layers: LayerMask) -> None:
         """Use a trained bias in place of the layer's own."""
         self.bias, self.bias_layers = nnx.data(bias), nnx.data(layers)

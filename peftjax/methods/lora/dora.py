@@ -40,10 +40,6 @@ class DoraLinear(LoraLinear):
         self.layers = LayerMask(rank > 0 for rank in ranks)
         self.magnitude: Any = nnx.data(None)
 
-    @property
-    def zero_is_identity(self) -> bool:
-        return False
-
     def measure(self, kernel: jax.Array) -> None:
         """Set the magnitudes to the norms ||W + s A B|| of the kernel [*stack, in, out] and the current A and B."""
         norm = over_layers(self, lambda one, kernel: one.norm(kernel), kernel)

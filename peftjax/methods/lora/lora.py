@@ -119,9 +119,7 @@ class Lora(Ranked):
         "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
         "monteclora_config": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
-    traced_options: ClassVar = Ranked.traced_options | {
-        "targets", "exclude", "layers_to_transform", "rank_pattern", "alpha_pattern", "init", "rslora", "lr_ratio",
-    }  # fmt: skip
+    traced_options: ClassVar = Ranked.traced_options | {"init", "rslora", "lr_ratio"}
     training_options: ClassVar = Ranked.training_options | {"eva_rho", "eva_batches", "lr_ratio", "freeze_a", "dtype"}
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class TiedTable(WeightAdapter):
 class TiedLora(DeltaAdapter):
     """x W + (dropout(x) B^T * scale) A^T, with the embedding's A [V, R] and B [R, D]."""
 
+    zero_is_identity: ClassVar = True
     names: ClassVar = {"lora_A.weight": HfLeaf("b"), "lora_B.weight": HfLeaf("a")}
 
     def __init__(self, lora: LoraEmbedding, dropout: float) -> None:
