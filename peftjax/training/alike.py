@@ -6,7 +6,7 @@ has no effect, as in the rank axis of LoRA. An adapter may be missing if it has 
 (`MethodAdapter.zero_is_identity`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -75,11 +75,14 @@ def outline(base: ModelT, method: Method) -> ModelT:
 
 
 def structure(model: nnx.Module) -> nnx.GraphDef:
-    """The structure that models must share to be trained by one program: everything but array values,
-    and the layers and ranks of adapters."""
+    """The structure that models must share to be trained by one program.
+
+    It has no array values, and does not depend on the layers and ranks of adapters that may be missing.
+    """
     view = active_view(model)
-    for _, adapter in _optional(view):
-        adapter.forget_layers()
+    for adapter in _active_adapters(view).values():
+        if adapter.zero_is_identity:
+            adapter.forget_layers()
     graph: nnx.GraphDef = nnx.split(view)[0]
     return graph
 
@@ -104,36 +107,37 @@ def _with_adapters(model: ModelT, other: nnx.Module) -> ModelT:
                 slot.add(name, source.adapter(name))
             slot.active = source.active
     shared: dict[str, nnx.Variable] = {}
-    for _, adapter in _optional(united):
-        for leaf in _shared(adapter):
-            setattr(adapter, leaf, shared.setdefault(leaf, vars(adapter)[leaf]))
+    for _, adapter, leaf in _shared_leaves(united):
+        setattr(adapter, leaf, shared.setdefault(leaf, vars(adapter)[leaf]))
     return united
 
 
-def _optional(model: nnx.Module) -> Iterator[tuple[str, MethodAdapter]]:
-    """The active adapters that may be missing, with their paths."""
-    for site in sites(model):
-        slot = site.module.adapters
-        for name in slot.active:
-            if slot.adapter(name).zero_is_identity:
-                yield f"{site.path}.adapters.{name}", slot.adapter(name)
+def _active_adapters(model: nnx.Module) -> dict[str, MethodAdapter]:
+    """The active adapters by path."""
+    slots = [(site.path, site.module.adapters) for site in sites(model)]
+    return {f"{path}.adapters.{name}": slot.adapter(name) for path, slot in slots for name in slot.active}
 
 
-def _shared(adapter: MethodAdapter) -> set[str]:
-    """The leaves of an adapter that all layers share, such as the projections of VeRA."""
-    return {leaf.leaf for leaf in adapter.hf_shared().values()}
+def _shared_leaves(model: nnx.Module) -> list[tuple[str, MethodAdapter, str]]:
+    """The leaves that all layers share, such as the projections of VeRA: path, adapter and attribute in each layer."""
+    return [
+        (variables.dotted((path, *inside, leaf)), part, leaf)
+        for path, adapter in _active_adapters(model).items()
+        for inside, part in nnx.iter_modules(adapter)  # the adapter itself, or the parts of a `Joint`
+        if isinstance(part, MethodAdapter) and part.zero_is_identity
+        for leaf in {stored.leaf for stored in part.hf_shared().values()}
+    ]
 
 
 def shared_paths(model: nnx.Module) -> dict[str, str]:
     """The path in the flat tree of a model of each leaf that layers share, by all the paths that it can have.
 
-    It is the path in the first layer with the adapter, and thus another one in models of other layers.
+    It is the path in the first layer with the adapter. A model with adapters in other layers has another path.
     """
     leaves = variables.flat(model)[1]
     paths: dict[str, list[str]] = {}
-    for adapter_path, adapter in _optional(model):
-        for leaf in _shared(adapter):
-            paths.setdefault(leaf, []).append(f"{adapter_path}.{leaf}")
+    for path, _, leaf in _shared_leaves(model):
+        paths.setdefault(leaf, []).append(path)
     return {path: next(filter(leaves.__contains__, same)) for same in paths.values() for path in same}
 
 
@@ -148,14 +152,14 @@ def group_runs(
       make: Makes the model of a run, as shapes. It is called once for each method.
 
     Returns:
-      For each group, a model with the adapters of all its runs, as shapes, and the runs. Each leaf is as large as in the run
-      where it is largest. And the differences that the models hold in variables.
+      The groups, and the differences between runs that models hold in variables. A group is a model with the adapters of all
+      its runs, as shapes, and the runs. Each leaf is as large as in the run where it is largest.
     """
     by_method: dict[Method, list[RunT]] = {}
     for run in runs:
         by_method.setdefault(method_of(run), []).append(run)
     models = [make(alike[0]) for alike in by_method.values()]
-    varied = find_varied(models, undecided=any(method.data for method in by_method))
+    varied = find_varied(models, ranks_from_data=any(method.data for method in by_method))
     groups: list[tuple[Model, list[RunT]]] = []
     for model, alike in zip(models, by_method.values(), strict=True):
         varied.hold(model)
@@ -170,7 +174,7 @@ def group_runs(
 
 
 def _widen(model: Model, *others: Model) -> None:
-    """Give each leaf that came with a method the largest of its sizes in some models, in place."""
+    """Enlarge each leaf that came with a method to the largest of its sizes in some models, in place."""
     leaves, names = variables.flat(model)[1], shared_paths(model)
     for other in others:
         for path, same in variables.renamed(variables.flat(other)[1], names).items():

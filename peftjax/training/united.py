@@ -113,7 +113,8 @@ class United:
             own = own_leaves(model, run.frozen)
             run.frozen = {**self.shared, **own}
             self._widen(variables.present(state.trainable, own))  # ranks may have been chosen from data
-            key = config.optim, config.train.steps, config.method
+            # the paths: runs that choose ranks from data may leave out different layers
+            key = config.optim, config.train.steps, config.method, frozenset(state.trainable)
             if key not in self._updates:
                 self._updates[key] = jax.jit(make_update(parts.tx, self._names), donate_argnums=0, **jit_options(state))
             update, step = self._updates[key], int(state.step)

@@ -1,4 +1,4 @@
-"""The differences between the models of a population that are held in variables, so that one program can run all of them."""
+"""Differences between the models of a population that are held in variables, so that one program can run all of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class Varied:
     Attributes:
       rates: The dropout modules whose rates differ.
       layers: The masks of adapters whose layers differ.
-      numbered: Whether the models have different dropout modules. The keys of a model depend on the numbers of its modules, so
-        each model then holds its own numbers.
+      numbered: Whether the models have different dropout modules. A module's key depends on its number in the model, so each
+        model then holds the numbers of its own modules.
     """
 
     rates: tuple[Path, ...]
@@ -43,12 +43,12 @@ class Varied:
                 mask.vary()
 
 
-def find_varied(models: Sequence[nnx.Module], *, undecided: bool) -> Varied:
+def find_varied(models: Sequence[nnx.Module], *, ranks_from_data: bool) -> Varied:
     """The differences between models.
 
     Args:
       models: The models of runs.
-      undecided: Whether the runs may still leave out adapters, as those that choose ranks from data.
+      ranks_from_data: Whether runs choose ranks from their data later. Any layer may then lose its adapter.
     """
     dropouts, masks = [_modules(model, Dropout) for model in models], [_modules(model, LayerMask) for model in models]
     rates = {path: {own[path].rate for own in dropouts if path in own} for each in dropouts for path in each}
@@ -57,8 +57,8 @@ def find_varied(models: Sequence[nnx.Module], *, undecided: bool) -> Varied:
     }
     return Varied(
         rates=tuple(path for path, found in rates.items() if len(found) > 1),
-        layers=tuple(path for path, found in layers.items() if len(found) > 1),
-        numbered=undecided or len({tuple(_with_keys(own)) for own in dropouts}) > 1,
+        layers=tuple(path for path, found in layers.items() if ranks_from_data or len(found) > 1),
+        numbered=ranks_from_data or len({tuple(_with_keys(own)) for own in dropouts}) > 1,
     )
 
 

@@ -34,7 +34,7 @@ def test_a_model_draws_the_same_dropout_keys_beside_the_modules_of_another_one()
         for targets, rate in ((("v_proj",), 0.1), (("q_proj", "v_proj", "down_proj"), 0.1), (("q_proj",), 0.0))
     ]
     expected = [dropout_keys(model) for model in several]
-    varied = find_varied(several, undecided=False)
+    varied = find_varied(several, ranks_from_data=False)
     assert varied.numbered
     assert [path[-4:] for path in varied.rates] == [("query", "adapters", "default", "dropout")]
     for model in several:
@@ -57,10 +57,17 @@ def test_a_model_draws_the_same_dropout_keys_beside_the_modules_of_another_one()
 def test_models_with_the_same_modules_hold_nothing() -> None:
     pair = [attached(methods.Lora(targets="q_proj", dropout=0.1, rank=rank)) for rank in (2, 3)]
     before = variables.flat(pair[0])[1].keys()
-    varied = find_varied(pair, undecided=False)
+    varied = find_varied(pair, ranks_from_data=False)
     varied.hold(pair[0])
     assert variables.flat(pair[0])[1].keys() == before
-    assert find_varied(pair, undecided=True).numbered  # they may yet leave out layers
+
+
+def test_models_that_choose_ranks_from_data_hold_all_that_depends_on_the_layers() -> None:
+    pair = [attached(methods.Lora(targets="q_proj", dropout=0.1, dora=True, rank=rank)) for rank in (2, 3)]
+    assert not find_varied(pair, ranks_from_data=False).layers
+    varied = find_varied(pair, ranks_from_data=True)
+    assert varied.numbered
+    assert [path[-4:] for path in varied.layers] == [("query", "adapters", "default", "layers")]
 
 
 @pytest.mark.parametrize("chosen", [(True,), (True, False, True)])
@@ -79,7 +86,7 @@ def test_a_mask_of_zeros_stands_for_no_layer(chosen: tuple[bool, ...]) -> None:
 def test_layers_share_the_projections_of_a_population() -> None:
     pair = [attached(methods.Vera(targets=targets, rank=2)) for targets in ("v_proj", ("q_proj", "down_proj"))]
     for model in pair:
-        find_varied(pair, undecided=False).hold(model)
+        find_varied(pair, ranks_from_data=False).hold(model)
     united, again = unite(pair[0], pair[1]), unite(pair[1], pair[0])
     assert united is not None
     assert again is not None
@@ -88,6 +95,14 @@ def test_layers_share_the_projections_of_a_population() -> None:
     names = shared_paths(united)
     assert len(names) == 6
     assert set(names.values()) < variables.flat(united)[1].keys()
+
+
+def test_layers_share_projections_beside_trained_biases() -> None:
+    method = methods.Vera(targets=("q_proj", "down_proj"), rank=2, bias="targets")
+    model = adapters.attach(tiny.model(attention_bias=True), method, rngs=nnx.Rngs(0))
+    names = shared_paths(model)
+    assert sorted(path.rsplit("default.")[1] for path in names) == ["a", "b", "inner.a", "inner.b"]
+    assert set(names.values()) < variables.flat(model)[1].keys()
 
 
 def test_an_adapter_that_may_not_be_missing_separates_models() -> None:
