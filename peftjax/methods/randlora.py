@@ -11,7 +11,7 @@ columns in U and rows in V; column n * rank + k of U is that of B_n, but row k *
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
-from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
 from peftjax.adapters.selection import Chosen, chosen_names
@@ -30,7 +29,7 @@ from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandLora(Projected, WithBiases):
+class RandLora(Projected):
     """Options of RandLoRA.
 
     Attributes:
@@ -48,14 +47,12 @@ class RandLora(Projected, WithBiases):
     method: ClassVar[str] = "randlora"
     peft_type: ClassVar[str] = "RANDLORA"
     hf_fields: ClassVar = Projected.hf_fields | {
-        "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 32),
         "alpha": ("randlora_alpha", 640),
         "dropout": ("randlora_dropout", 0.0),
         "sparse": ("sparse", False),
         "very_sparse": ("very_sparse", False),
     }
-    hf_constants: ClassVar = {field: value for field, value in Projected.hf_constants.items() if field != "bias"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,13 +60,17 @@ class RandLora(Projected, WithBiases):
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "RandLoraLinear"]]:
         del rngs
-        largest = [max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features")]
-        smaller, larger = sorted(largest)
-        terms, keys = -(-smaller // self.rank), jax.random.split(jax.random.key(self.projection_prng_key))
+        (smaller, larger, terms), keys = self._sizes(chosen), jax.random.split(jax.random.key(self.projection_prng_key))
         a = PeftConstant(self._base(keys[0], (self.rank, smaller), smaller), axes=("rank", None))
         b = PeftConstant(self._base(keys[1], (larger, terms, self.rank), smaller), axes=(None, None, "rank"))
         for site, mask in chosen:
             yield site, RandLoraLinear(site, mask, a, b, scale=self.alpha / self.rank, dropout=self.dropout)
+
+    def _sizes(self, chosen: Chosen) -> tuple[int, int, int]:
+        """The smaller and the larger side of the largest layer, and its number of terms."""
+        sides = (max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features"))
+        smaller, larger = sorted(sides)
+        return smaller, larger, -(-smaller // self.rank)
 
     def _base(self, key: jax.Array, shape: tuple[int, ...], smaller: int) -> jax.Array:
         """Random numbers with standard deviation 1, float32."""
@@ -84,9 +85,7 @@ class RandLora(Projected, WithBiases):
 
         Unless they are sparse, peft draws them in bfloat16, if the device supports it.
         """
-        sides = [max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features")]
-        smaller, larger = sorted(sides)
-        terms, generator = -(-smaller // self.rank), TorchGenerator(self.projection_prng_key)
+        (smaller, larger, terms), generator = self._sizes(chosen), TorchGenerator(self.projection_prng_key)
         if self.sparse or self.very_sparse:
             share = 1 / (2 * (smaller**0.5 if self.very_sparse else 3))  # of the entries of each sign
             shapes = (self.rank, 1, smaller), (larger, terms, self.rank)
@@ -99,11 +98,6 @@ class RandLora(Projected, WithBiases):
         a, b = (one / one.astype(np.float64).std(ddof=1).astype(one.dtype) for one in (a, b))
         whose = ("base_model", *(f"base_model.model.{name}" for name in chosen_names(chosen)))
         return {f"{prefix}.randlora_{key}": one for prefix in whose for key, one in (("A", a), ("B", b))}
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        # The reader of the file draws projections that it lacks.
-        return super().from_hf(config | {"save_projection": True})
 
 
 class RandLoraLinear(FactoredAdapter):
