@@ -90,7 +90,7 @@ class HraLinear(WeightAdapter):
     def reflections(self) -> tuple[jax.Array, jax.Array]:
         """U [in, R] with columns of length 1, and T [R, R], both float32. T is 0 in a layer without the adapter.
 
-        Columns of zeros, as those of padding, stay zero. They change neither H nor the gradients of the others.
+        Columns of zeros, such as padding, stay zero. They change neither H nor the gradients of the other columns.
         """
         u = self.u.get_value()
         squares = jnp.square(u).sum(axis=0, keepdims=True)

@@ -77,7 +77,7 @@ class LoKr(Lycoris):
         return factors(owner.in_features, self.decompose_factor), factors(owner.out_features, self.decompose_factor)
 
     def forms(self, site: Site, mask: np.ndarray) -> set[tuple[bool, bool]]:
-        """Whether C and D are full, for each layer of a site; all layers of a stack need one form."""
+        """The distinct forms of a site's layers: whether C is full, and whether D is. All layers of a stack need the same."""
         (m, n), (p, q) = self.sizes(site)
         ranks = self.ranks(site, mask)[mask]
         return {(bool(not self.decompose_both or rank >= max(m, p) / 2), bool(rank >= max(n, q) / 2)) for rank in ranks}

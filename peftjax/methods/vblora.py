@@ -107,7 +107,7 @@ class VbLoraLinear(FactoredAdapter):
         bank: [H, P].
         logits_a: Logits of A, [*stack, R, in / P, H]. In a layer without the adapter, A counts as 0.
         logits_b: Logits of B, [*stack, out / P, R, H].
-        active: 1 within the rank, and 0 in the padding of a population, whose logits of 0 would be mixtures too, [R].
+        active: 1 within the rank and 0 in the padding of a population, [R]. Without it, padded logits would be mixtures, too.
     """
 
     zero_is_identity: ClassVar = True

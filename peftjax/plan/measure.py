@@ -64,7 +64,7 @@ def measure(
 def _resolved(config: Config, hf_config: Mapping[str, Any], device: Device) -> Config:
     """The config with a dtype, and with the options of its method that depend on the number of steps."""
     config = precision.resolve_dtype(config, hf_config, device.platform)
-    # Without the data, the number of steps of an epoch is unknown. It changes no shape.
+    # Without the data, train.epochs cannot be converted to steps. The number of steps changes no shape.
     return dataclasses.replace(config, method=config.method.in_steps(config.train.steps))
 
 

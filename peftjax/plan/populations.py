@@ -13,7 +13,7 @@ def swept_configs(path: str, overrides: Sequence[str], fields: Iterable[str], tr
     Args:
         path: The config file, which may define a search space.
         overrides: Strings "--config.train.steps=100".
-        fields: Strings "--sweep.method.rank=4,8", of several search spaces if "--or" separates them.
+        fields: Strings "--sweep.method.rank=4,8"; "--or" separates search spaces.
         trials: The number of random draws; 0 for all combinations.
         seed: The random seed of the draws.
 

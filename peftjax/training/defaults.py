@@ -29,7 +29,7 @@ def default_values(config: Config, hf_config: Mapping[str, Any]) -> dict[str, An
 
 
 def _resolved(default: Config, steps: int, hf_config: Mapping[str, Any]) -> Config:
-    """The default config as it would be resolved in a run of so many steps; the report shows which of its values differ."""
+    """The default config as it would be resolved in a run of `steps` steps; the report shows which of its values differ."""
     same = dataclasses.replace(default, train=dataclasses.replace(default.train, steps=steps))
     resolved = precision.resolve_dtype(duration.in_steps(same, lambda: 0), hf_config)
     return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, steps=default.train.steps))

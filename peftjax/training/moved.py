@@ -1,7 +1,7 @@
-"""Records in the workdir of a run, which still belong to the run after the workdir was moved or copied.
+"""Records in the workdir of a run, which the run finds again after its workdir was moved or copied.
 
-`peftjax.train` writes the records that it is given into the workdir, and the config names these files by their absolute
-paths. A checkpoint records their checksums. Elsewhere, a file of the same name and checksum in the workdir is the same source.
+`peftjax.train` writes the records that it is given into the workdir, and the config has the absolute paths of these files. A
+checkpoint records their checksums. In another workdir, a file of the same name and checksum counts as the same source.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def checksums(config: Config, workdir: Path) -> dict[str, str]:
 
 
 def relocations(identity: Mapping[str, Any], workdir: Path) -> dict[str, str]:
-    """Where the files of records are now, by the paths that a checkpoint recorded."""
+    """The present paths of the files of records, by the paths that a checkpoint recorded."""
     found = {}
     for source, checksum in identity.get("records", {}).items():
         now = workdir.absolute() / Path(source).name
@@ -43,7 +43,7 @@ def relocated(identity: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
 
 
 def changed_records(identity: Mapping[str, Any], config: Config, workdir: Path) -> list[str]:
-    """One line for each file of records in the workdir that has the recorded path but another checksum."""
+    """A line for each file of records in the workdir that has its recorded path but another checksum."""
     recorded = identity.get("records", {})
     return [
         f"the records in {source} have changed"
@@ -59,7 +59,7 @@ def data_state(state: Mapping[str, Any], identity: Mapping[str, Any], workdir: P
 
 
 def with_own_records(config: Config, workdir: Path) -> Config:
-    """The config of a run that may have been moved: of records that are missing, those of the same name in the workdir."""
+    """The config with files in the workdir in place of records of the same name that are missing, as after a move."""
 
     def present(source: str, name: str) -> str:
         own = workdir.absolute() / f"{name}.jsonl"

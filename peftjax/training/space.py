@@ -136,14 +136,14 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that define search spaces, "--sweep.FIELD=VALUES" and "--or", and all others."""
     fields: list[str] = []
     rest: list[str] = []
-    for index, words in enumerate(_split(argv)):
+    for index, words in enumerate(_split_at_or(argv)):
         own, others = cli.config_fields(words, "--sweep.")
         fields += [OR, *own] if index else own
         rest += others
     return fields, rest
 
 
-def _split(words: Iterable[str]) -> list[list[str]]:
+def _split_at_or(words: Iterable[str]) -> list[list[str]]:
     """The words before, between and after "--or"."""
     parts: list[list[str]] = [[]]
     for word in words:
@@ -155,20 +155,23 @@ def _split(words: Iterable[str]) -> list[list[str]]:
 
 
 def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
-    """The search spaces of a config file, each with `fields` in addition or with their values, or those of the command line.
+    """The search spaces of a sweep.
+
+    They are those of the config file, to each of which `fields` are added, or whose values they replace. If `fields` contain
+    "--or", they are the search spaces themselves.
 
     Args:
       path: The config file.
-      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3", see `parse`. If "--or" separates them, they are several spaces.
+      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3", see `parse`, possibly with "--or" between them.
 
     Returns:
       At least one space, which may be empty.
 
     Raises:
-      UserError: A field is given twice in a space, or has no valid values; or there is "--or", and a space is empty or the file
-        defines search spaces, too.
+      UserError: A field is given twice in a space, or has no valid values; or there is "--or" although a space is empty or the
+        file defines search spaces.
     """
-    given = [_parse_space(items) for items in _split(fields)]
+    given = [_parse_space(items) for items in _split_at_or(fields)]
     spaces = [
         {str(name): parse_values(str(name), values, source) for name, values in space.items()}
         for space, source in read_sweep(path)

@@ -23,7 +23,7 @@ def members(
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.read_spaces`.
 
     They are added to the search space of the config file, or replace its values. If the file has several search spaces, this is
-    done in each of them. If "--or" separates them, they are several search spaces themselves.
+    done in each of them. If `fields` contain "--or", they are the search spaces themselves.
 
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.

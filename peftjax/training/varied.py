@@ -30,7 +30,7 @@ class Varied:
     numbered: bool
 
     def hold(self, model: nnx.Module) -> None:
-        """Hold what differs in variables of a model, in place."""
+        """Hold the differences in variables of a model, in place."""
         dropouts, masks = _modules(model, Dropout), _modules(model, LayerMask)
         numbers = {path: number for number, path in enumerate(_with_keys(dropouts))}
         for path, module in dropouts.items():

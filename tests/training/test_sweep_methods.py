@@ -119,6 +119,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
         {"init_rank": 4, "target_rank": 1, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
     ),
     "vera": ({"rank": 3, "targets": "v_proj"}, {"rank": 4, "targets": ("q_proj", "down_proj"), "dropout": 0.1}),
+    "projections": tuple(
+        {"targets": ("q_proj", "down_proj"), "bias": "targets"} | each
+        for each in ({"rank": 3}, {"rank": 4, "dropout": 0.1})
+    ),
     "randlora": (
         {"rank": 4, "targets": "v_proj"},
         {"rank": 4, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "alpha": 64.0},
@@ -172,7 +176,14 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "prompt": ({"tokens": 3}, {"tokens": 3, "init": "vocabulary"}),
 }
-METHOD = {"biases": "lora", "dora": "lora", "orthogonal": "hra", "constrained": "oft", "bat": "miss"}
+METHOD = {
+    "biases": "lora",
+    "dora": "lora",
+    "projections": "vera",
+    "orthogonal": "hra",
+    "constrained": "oft",
+    "bat": "miss",
+}
 
 
 def different(name: str, made: Any, workdir: Path) -> list[Member]:

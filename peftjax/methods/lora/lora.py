@@ -377,7 +377,7 @@ class Lora(Ranked):
         if init == "lora_ga":
             warnings.warn(
                 "adapter_config.json: init_lora_weights='lora_ga' subtracted an initial update from the base in training. As in peft, "
-                "the adapter is applied to this model as it is, so this has to be the changed base",
+                "the adapter is applied to this model as it is, so load it into the changed base",
                 stacklevel=2,
             )
             return cls.from_hf(config | {"init_lora_weights": True, "lora_ga_config": None})
