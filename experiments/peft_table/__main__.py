@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python -m experiments.peft_table --encoder=DIR --decoder=DIR --data=DIR --workdir=DIR
 
-The command resumes where it was interrupted. Results that exist are kept: the files in results/, costs.json and plans.json. To
+The command resumes where it was interrupted and keeps existing results: the files in results/, costs.json and plans.json. To
 measure something again, remove its file.
 """
 
