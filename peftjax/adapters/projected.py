@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive_integer, seed
-from peftjax.adapters.targeted import Targeted
-from peftjax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projected(Targeted):
+class Projected(WithBiases):
     """Options of the random projections.
 
     Attributes:
@@ -23,11 +22,11 @@ class Projected(Targeted):
     dropout: float = 0.0
     projection_prng_key: int = 0
 
-    traced_options: ClassVar = Targeted.traced_options | {"projection_prng_key"}
-    hf_fields: ClassVar = {key: hf for key, hf in Targeted.hf_fields.items() if key != "exclude"} | {
+    traced_options: ClassVar = WithBiases.traced_options | {"projection_prng_key"}
+    hf_fields: ClassVar = {key: hf for key, hf in WithBiases.hf_fields.items() if key != "exclude"} | {
         "projection_prng_key": ("projection_prng_key", 0)
     }
-    hf_constants: ClassVar = {"save_projection": True, "bias": "none", "init_weights": True, "fan_in_fan_out": False}
+    hf_constants: ClassVar = {"save_projection": True, "init_weights": True, "fan_in_fan_out": False}
     hf_training: ClassVar = {"init_weights": True}
 
     def __post_init__(self) -> None:
@@ -37,9 +36,5 @@ class Projected(Targeted):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        if config.get("save_projection") is False:
-            raise UserError(
-                "adapter_config.json: save_projection=False: the file lacks its random projections, and only torch can "
-                "draw them again from projection_prng_key. Save it again from peft with save_projection=True"
-            )
-        return super().from_hf(config)
+        # Projections that the file lacks are drawn when its tensors are read (io/adapter_projections.py).
+        return super().from_hf(config | {"save_projection": True})

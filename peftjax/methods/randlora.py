@@ -11,7 +11,7 @@ columns in U and rows in V; column n * rank + k of U is that of B_n, but row k *
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import FactoredAdapter, HfLeaf, LayerMask
-from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
 from peftjax.adapters.selection import Chosen, chosen_names
@@ -30,7 +29,7 @@ from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandLora(Projected, WithBiases):
+class RandLora(Projected):
     """Options of RandLoRA.
 
     Attributes:
@@ -48,14 +47,12 @@ class RandLora(Projected, WithBiases):
     method: ClassVar[str] = "randlora"
     peft_type: ClassVar[str] = "RANDLORA"
     hf_fields: ClassVar = Projected.hf_fields | {
-        "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 32),
         "alpha": ("randlora_alpha", 640),
         "dropout": ("randlora_dropout", 0.0),
         "sparse": ("sparse", False),
         "very_sparse": ("very_sparse", False),
     }
-    hf_constants: ClassVar = {field: value for field, value in Projected.hf_constants.items() if field != "bias"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,11 +96,6 @@ class RandLora(Projected, WithBiases):
         a, b = (one / one.astype(np.float64).std(ddof=1).astype(one.dtype) for one in (a, b))
         whose = ("base_model", *(f"base_model.model.{name}" for name in chosen_names(chosen)))
         return {f"{prefix}.randlora_{key}": one for prefix in whose for key, one in (("A", a), ("B", b))}
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        # The reader of the file draws projections that it lacks.
-        return super().from_hf(config | {"save_projection": True})
 
 
 class RandLoraLinear(FactoredAdapter):

@@ -7,7 +7,7 @@ their first rows and columns, as in peft. Every layer of every expert has its ow
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import DeltaAdapter, HfLeaf, transposed
-from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.options import positive
 from peftjax.adapters.projected import Projected
@@ -32,7 +31,7 @@ from peftjax.quant.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vera(Projected, WithBiases):
+class Vera(Projected):
     """Options of VeRA. Targets can be Linear layers and layers of experts.
 
     Attributes:
@@ -49,12 +48,10 @@ class Vera(Projected, WithBiases):
     splits_experts: ClassVar = True
     traced_options: ClassVar = Projected.traced_options | {"rank", "d_initial"}
     hf_fields: ClassVar = Projected.hf_fields | {
-        "bias": WithBiases.hf_fields["bias"],
         "rank": ("r", 256),
         "d_initial": ("d_initial", 0.1),
         "dropout": ("vera_dropout", 0.0),
     }
-    hf_constants: ClassVar = {field: value for field, value in Projected.hf_constants.items() if field != "bias"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +77,6 @@ class Vera(Projected, WithBiases):
         shapes = (self.rank, inputs), (outputs, self.rank)
         a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(shapes, bounds, strict=True))
         return {"base_model.vera_A": a, "base_model.vera_B": b}
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        # The reader of the file draws projections that it lacks.
-        return super().from_hf(config | {"save_projection": True})
 
 
 def _outputs(site: Site) -> int:
