@@ -16,10 +16,10 @@ from peftjax.nn.experts import ExpertLinear
 
 
 def drawn_projections(method: Method, model: nnx.Module, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the projections that peft draws from the seed in the config, by key; none if the file has them.
+    """Return the projections that peft draws from the seed in the config, by key; empty if the file has them.
 
     Raises:
-        UserError: Their sizes also depend on modules that this model does not have.
+        UserError: Their sizes also depend on modules that this model lacks.
     """
     if config.get("save_projection") is not False or not isinstance(method, Vera | RandLora):
         return {}
