@@ -60,13 +60,18 @@ class RandLora(Projected):
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "RandLoraLinear"]]:
         del rngs
-        largest = [max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features")]
-        smaller, larger = sorted(largest)
-        terms, keys = -(-smaller // self.rank), jax.random.split(jax.random.key(self.projection_prng_key))
+        smaller, larger, terms = self._sizes(chosen)
+        keys = jax.random.split(jax.random.key(self.projection_prng_key))
         a = PeftConstant(self._base(keys[0], (self.rank, smaller), smaller), axes=("rank", None))
         b = PeftConstant(self._base(keys[1], (larger, terms, self.rank), smaller), axes=(None, None, "rank"))
         for site, mask in chosen:
             yield site, RandLoraLinear(site, mask, a, b, scale=self.alpha / self.rank, dropout=self.dropout)
+
+    def _sizes(self, chosen: Chosen) -> tuple[int, int, int]:
+        """The sides of the projections, the smaller one first, and the number of terms."""
+        sides = (max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features"))
+        smaller, larger = sorted(sides)
+        return smaller, larger, -(-smaller // self.rank)
 
     def _base(self, key: jax.Array, shape: tuple[int, ...], smaller: int) -> jax.Array:
         """Random numbers with standard deviation 1, float32."""
@@ -76,14 +81,9 @@ class RandLora(Projected):
             drawn = jnp.sign(drawn) * (jnp.abs(drawn) > 1 - share)
         return drawn / drawn.std(ddof=1)
 
-    def drawn(self, chosen: Chosen) -> dict[str, np.ndarray]:
-        """A and B as peft draws them from `projection_prng_key`, by the keys of its files.
-
-        Unless they are sparse, peft draws them in bfloat16, if the device supports it.
-        """
-        sides = [max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features")]
-        smaller, larger = sorted(sides)
-        terms, generator = -(-smaller // self.rank), TorchGenerator(self.projection_prng_key)
+    def peft_projections(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """A and B. Unless they are sparse, peft draws them in bfloat16 if the device supports it."""
+        (smaller, larger, terms), generator = self._sizes(chosen), TorchGenerator(self.projection_prng_key)
         if self.sparse or self.very_sparse:
             share = 1 / (2 * (smaller**0.5 if self.very_sparse else 3))  # of the entries of each sign
             shapes = (self.rank, 1, smaller), (larger, terms, self.rank)
