@@ -75,8 +75,8 @@ def generate(
         texts: One prompt, or several.
         chat: Whether each text is a user message, to be rendered with the chat template.
         max_new_tokens: Maximum number of new tokens per prompt.
-        stop: Token ids that end an answer. With a tokenizer, its `stop_ids` also end it: for a text the eos tokens at which
-            `generate` of transformers ends, for a chat prompt also the end-of-turn token of the chat template.
+        stop: Token ids that end an answer. With a tokenizer, its `stop_ids` are added: the eos tokens of
+            generation_config.json, and in a chat also the end-of-turn token of the chat template.
         sampling: How the next token is chosen; by default the most likely one.
         seed: Random seed for sampling.
 

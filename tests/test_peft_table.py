@@ -57,6 +57,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "HERE", tmp_path)
     monkeypatch.setattr(table, "COSTS", tmp_path / "costs.json")
+    monkeypatch.setattr(table, "PLANS", tmp_path / "plans.json")
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "trec", ["train", "validation", "test"], QUESTIONS * 6)
     write(tmp_path / "data" / "e2e_nlg", ["train", "validation", "test"], FACTS * 4)

@@ -174,7 +174,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "Hugging Face's num_train_epochs is called 'train.epochs' here" in refused(
         tmp_path, "embedded", LORA, RECORDS, config={"train.num_train_epochs": 3}
     )
-    assert 'Its fields: messages. They are those of config.data.format="chat"' in refused(
+    assert 'Its fields: messages. For language modeling, config.data.format="chat" reads such records' in refused(
         tmp_path, "embedded", LORA, [{"messages": []}]
     )
     with pytest.raises(UserError, match=r"a path must be a string or a pathlib.Path, not None"):

@@ -62,14 +62,14 @@ class MethodAdapter(Adapter):
     """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged.
 
     Attributes:
-        zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, among them the variable of its
-            `LayerMask`. Members of a population may then differ in the layers that have it.
+        zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, including that of its `LayerMask`.
+            The members of a population may then have it in different layers.
     """
 
     zero_is_identity: ClassVar[bool] = False
 
     def forget_layers(self) -> None:
-        """Forget which layers have the adapter, and its ranks. Only the adapter file and the initial values depend on them."""
+        """Forget which layers have the adapter, and its ranks, on which only the adapter file and the initial values depend."""
         for _, module in nnx.iter_modules(self):
             if isinstance(module, LayerMask):
                 module.forget()
@@ -124,7 +124,7 @@ class LayerMask(nnx.Module):
     def vary(self) -> None:
         """Hold the layers in a variable, so that one program can run adapters in different layers."""
         array, axes = self.array, self.axes
-        if len(array) == 1:  # stacked or not
+        if len(array) == 1:  # a stack of one layer or an unstacked module, which then have the same structure
             array, axes = array[0], axes[1:]
         self.mask = nnx.data(PeftConstant(jnp.array(array), axes=axes))
 

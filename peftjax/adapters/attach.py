@@ -96,7 +96,7 @@ def attach(
     if kernels is not None:
         try:
             method.begin(model, name, kernels, rngs)
-        except Exception:  # whatever it is: the model is as before, and the error goes on
+        except Exception:  # of any kind: the model is restored
             use(detach(model, name), before)
             raise
     return model
@@ -109,7 +109,7 @@ def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs
         method.attach(model, name, rngs)
         if method.trains is PeftParam:
             train_head(model, name)
-    except Exception:  # whatever it is: the model is as before, and the error goes on
+    except Exception:  # of any kind: the model is restored
         _remove(model, name)
         raise
     set_registry(model, registry_of(model).with_method(name, method))

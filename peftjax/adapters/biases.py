@@ -49,17 +49,17 @@ class WithBiases(Targeted):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         bias = config.get("bias")
-        of_targets = isinstance(bias, str) and bias.endswith("_only")  # peft accepts every such word
+        of_targets = isinstance(bias, str) and bias.endswith("_only")  # peft accepts any prefix
         return super().from_hf(config | {"bias": "targets"} if of_targets else config)
 
 
 def biases_of(model: nnx.Module, name: str, which: str, chosen: Chosen) -> list[tuple[Site, np.ndarray]]:
-    """Return the layers whose biases adapter `name` has to train, without those that it trains in full.
+    """Return the layers whose biases adapter `name` trains, without the layers that it trains in full.
 
     Args:
         model: The model.
-        name: The adapter, which is attached.
-        which: "none", "all", or another word for the layers in `chosen`.
+        name: The attached adapter.
+        which: "none", "all", or any other word for the biases of `chosen`.
         chosen: The targets.
 
     Raises:

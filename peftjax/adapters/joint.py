@@ -1,4 +1,4 @@
-"""Several adapters of one name in a slot: that of a method, and trained copies of parameters."""
+"""Several adapters with one name in a slot: that of a method, and trained copies of parameters."""
 
 from functools import partial
 from typing import Any
@@ -12,11 +12,11 @@ from peftjax.nn.slot import Base
 
 
 class Joint(MethodAdapter):
-    """The adapter of a method, beside trained copies of a layer's parameters: of other layers of the stack, or of biases.
+    """The adapter of a method, with trained copies of parameters: of other layers of the stack, or of biases.
 
     Attributes:
-        inner: The method's adapter, or a joint one.
-        outer: The trained copies, with which the inner adapter computes.
+        inner: The method's adapter, or another `Joint`.
+        outer: The trained copies. The inner adapter computes with them.
     """
 
     def __init__(self, inner: MethodAdapter, outer: Override) -> None:
@@ -31,7 +31,7 @@ class Joint(MethodAdapter):
 
 
 def join(site: Site, name: str, copies: Override) -> None:
-    """Put trained copies into a slot, which may have an adapter of that name that does not train the same parameters."""
+    """Put trained copies into a slot. If it has an adapter of that name, this one must not train the same parameters."""
     slot = site.module.adapters
     if name not in slot.names():
         insert(site, name, copies)
@@ -42,7 +42,7 @@ def join(site: Site, name: str, copies: Override) -> None:
 
 
 def parts(adapter: MethodAdapter) -> list[Any]:
-    """Return the adapters that one of a slot consists of, that of the method first."""
+    """Return the adapters that a `Joint` consists of, that of the method first; otherwise the adapter itself."""
     return [*parts(adapter.inner), adapter.outer] if isinstance(adapter, Joint) else [adapter]
 
 

@@ -78,7 +78,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
                     errors[path] = provenance.distance(kernel, value)
                     changes[path] = provenance.distance(value, old[leaf])
                 site.parameters[leaf].set_value(kernel)
-    except Exception:  # whatever it is: the model is as before, and the error goes on
+    except Exception:  # of any kind: the model is restored
         _restore(model, before, untied)
         raise
     if errors:

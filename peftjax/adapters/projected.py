@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from peftjax.adapters.biases import WithBiases
 from peftjax.adapters.options import positive_integer, seed
+from peftjax.adapters.selection import Chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,11 @@ class Projected(WithBiases):
         positive_integer(rank=self.rank)
         seed(32, projection_prng_key=self.projection_prng_key)
 
+    def peft_projections(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """Return the projections that peft draws from `projection_prng_key` for some targets, by the keys of its files."""
+        raise NotImplementedError
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        # The reader of the file draws projections that it lacks.
+        # If the file lacks the projections, they are drawn when its tensors are read (io/adapter_projections.py).
         return super().from_hf(config | {"save_projection": True})

@@ -23,6 +23,8 @@ from peftjax.nn.experts import ExpertLinear
 from peftjax.nn.linear import Conv1D, Linear
 from peftjax.nn.routing import Router
 
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targeted(Method):
@@ -64,7 +66,7 @@ class Targeted(Method):
             layers_to_transform=integers("layers_to_transform", self.layers_to_transform),
             modules_to_save=split_names("modules_to_save", self.modules_to_save),
         )
-        probability(**{name: value for name, value in vars(self).items() if name.endswith("dropout")})
+        probability(**{name: value for name, value in vars(self).items() if name in DROPOUTS})
         if self.layers_to_transform and isinstance(self.targets, str) and self.targets != self.every:
             raise UserError(
                 f"method.layers_to_transform={self.layers_to_transform} needs targets that are names; "

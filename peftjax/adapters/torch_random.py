@@ -1,4 +1,4 @@
-"""The numbers that torch draws on CPUs."""
+"""Random numbers, as torch draws them on CPUs."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class TorchGenerator:
-    """torch.Generator().manual_seed(seed): MT19937, one number of 32 bits for each number that is drawn."""
+    """torch.Generator().manual_seed(seed): MT19937, with one number of 32 bits for each number that is drawn."""
 
     def __init__(self, seed: int) -> None:
         self._state = np.random.RandomState(seed % 2**32)

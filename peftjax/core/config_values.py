@@ -185,10 +185,10 @@ def _unknown(name: str, known: Mapping[str, Field], source: str) -> UserError:
         inner = [key for key in known if key.startswith(name + ".")]
         return UserError(f"{source}: {name} is a section; set one of its fields: {', '.join(inner)}")
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    if not elsewhere and leaf in hf_names.OURS:
-        hint = f" Hugging Face's {leaf} is called {hf_names.OURS[leaf]!r} here."
-    elif elsewhere:
+    if elsewhere:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?"
+    elif leaf in hf_names.OURS:
+        hint = f" Hugging Face's {leaf} is called {hf_names.OURS[leaf]!r} here."
     elif section in sections or not section:
         hint = suggest(leaf, [key.rpartition(".")[2] for key in siblings] + ([] if section else sections))
         hint = hint or f" Known fields: {', '.join(siblings + ([] if section else sections))}"

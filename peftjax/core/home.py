@@ -10,8 +10,8 @@ def expand(path: str | Path) -> Path:
     """Replace a leading ~ or ~USER by that home directory. The path is unchanged if there is no such user.
 
     Raises:
-        UserError: It is not a path.
+        UserError: `path` is not a path.
     """
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | os.PathLike):
         raise UserError(f"a path must be a string or a pathlib.Path, not {path!r}")
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises a RuntimeError without such a user

@@ -12,6 +12,15 @@ from peftjax.data.config import DataConfig
 
 MAX_WIDTH = 10_000  # characters, in the format of a field
 
+# The fields of each config.data.format, as datasets usually name them.
+FIELDS = {
+    "chat": {"messages"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction", "output"},
+    "completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+
 
 def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) -> str:
     """The template with the fields of a record inserted; messages call the record `name`.
@@ -114,22 +123,6 @@ def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
     return value
 
 
-# The fields of each format, as datasets usually name them.
-FIELDS = {
-    "chat": {"messages"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "output"},
-    "completion": {"prompt", "completion"},
-    "text": {"text"},
-}
-
-
-def _format_of(record: Mapping[str, Any]) -> str:
-    """The end of a message: the format that a record without the expected field seems to have; empty if it has none."""
-    found = next((format_ for format_, fields in FIELDS.items() if fields <= record.keys()), None)
-    return f'. They are those of config.data.format="{found}"' if found else ""
-
-
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
     """The value of a field, which config.data.`setting` names.
 
@@ -139,6 +132,12 @@ def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> 
     if field not in record:
         raise UserError(
             f"{name}: the record has no field {field!r} (set by config.data.{setting}).{suggest(field, record)} "
-            f"Its fields: {', '.join(record) or 'none'}{_format_of(record)}"
+            f"Its fields: {', '.join(record) or 'none'}{_format_hint(record)}"
         )
     return record[field]
+
+
+def _format_hint(record: Mapping[str, Any]) -> str:
+    """The end of a message: the format that the fields of a record suggest; empty if there is none."""
+    found = next((name for name, fields in FIELDS.items() if fields <= record.keys()), None)
+    return f'. For language modeling, config.data.format="{found}" reads such records' if found else ""

@@ -262,8 +262,8 @@ class Tokenizer:
     def stop_ids(self, chat: bool) -> tuple[int, ...]:
         """Return the ids that end the continuation of a text, or the answer to a chat prompt.
 
-        A text ends where it does with `generate` of transformers: at the eos tokens that generation_config.json names, or without
-        that file config.json; `eos_id` if there are none. An answer in a chat ends at `eos_ids`.
+        As in `generate` of transformers, a text ends at the eos tokens of generation_config.json, or of config.json if there is no
+        such file; at `eos_id` if they name none. An answer in a chat ends at `eos_ids`.
         """
         return self.eos_ids if chat else self._text_eos_ids
 

@@ -88,40 +88,41 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
 
 
 def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) -> Method:
-    """Add tables of tokens to modules_to_save, of which the file in `path` has copies that differ from the model's in a few rows.
+    """Add the embedding or the head to modules_to_save if its copy in the file at `path` differs from the model's in some rows.
 
-    peft saves the embedding and the head after tokens were added, and loads both. The new rows are those of the adapter.
+    After tokens were added, peft saves the embedding and the head with the adapter, and loads both. Copies in which more than
+    half of the rows differ are left to `copies_in`, which rejects them.
     """
     if not isinstance(method, Targeted) or not isinstance(model, LanguageModel) or _ties_or_trains_tokens(method):
         return method
     if isinstance(model.embed.embedding.get_value(), jax.ShapeDtypeStruct):
         return method
     used = {site.path for site, _ in (*method.chosen(model), *method.saved(model))}
-    own = {bare_key(key): key for key in tensors}
-    found = {}
+    keys = {bare_key(key): key for key in tensors}
+    changed = {}
     for site in sites(model):
         if site.path in used or not (site.module is model.embed or site.module is model.head):
             continue
         for leaf, (suffix, order) in site.module.hf_leaves.items():
-            key = own.get(bare_key(f"{site.names[0]}.{suffix}"))
+            key = keys.get(bare_key(f"{site.names[0]}.{suffix}"))
             if key is None or (value := _base_value(model, site, leaf, None)) is None:
                 continue
             value = value if order is None else value.transpose(order)
             if tensors[key].shape == value.shape and not _same(tensors[key], value):
                 rows = _changed_rows(tensors[key], value)
                 if 2 * len(rows) <= len(value):
-                    found[site.names[0]] = rows
-    for name, rows in found.items():
+                    changed[site.names[0]] = rows
+    for name, rows in changed.items():
         warnings.warn(
-            f"{path}: the rows {enumerate_some([str(row) for row in rows], 3)} of {name} differ from this model's, as of tokens that "
-            "were added for the adapter. As in peft, the file's are used; the module counts as one of modules_to_save",
+            f"{path}: the rows {enumerate_some([str(row) for row in rows], 3)} of {name} differ from this model's, as "
+            "after tokens were added for the adapter. The file's are used, as in peft, and modules_to_save now lists the module",
             stacklevel=4,
         )
-    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *found)) if found else method
+    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *changed)) if changed else method
 
 
 def _ties_or_trains_tokens(method: Method) -> bool:
-    """Whether a LoRA relates the rows of the embedding to those of the head, or trains some of them."""
+    """Whether a LoRA ties the rows of the embedding to those of the head, or trains some of them."""
     return isinstance(method, Lora) and bool(method.ensure_weight_tying or method.token_indices)
 
 

@@ -185,9 +185,9 @@ def with_factors_of(method: Method, tensors: Mapping[str, np.ndarray]) -> tuple[
 def with_full_factors(
     method: Method, model: nnx.Module, tensors: dict[str, np.ndarray]
 ) -> tuple[Method, dict[str, np.ndarray]]:
-    """Multiply the factors of LoKr's matrices where those of other layers of the same stack are not factored.
+    """Multiply the factors of LoKr's matrices in layers of a stack whose other layers are not factored.
 
-    A stack has one form for all layers. The products have the rank of a full matrix, and an alpha with which the scale is the same.
+    All layers of a stack must have the same form. The products get the rank of a full matrix, and an alpha that keeps the scale.
     """
     if not isinstance(method, LoKr):
         return method, tensors

@@ -1,6 +1,6 @@
-"""Adapter files that hold a part of the task head, which is trained in full here: a LoRA of it, or only its biases.
+"""Adapter files with only a LoRA or the biases of the task head, which is trained in full here.
 
-The rest of the head is that of the base.
+The rest of the head comes from the base.
 """
 
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def with_whole_head(
 
 
 def _with_rest(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
-    """The tensors with the base's own ones of the layers of the head that the file leaves out."""
+    """The tensors, with those of the base for the layers of the head that the file leaves out."""
     bare: list[str] = [bare_key(key) for key in tensors]
     rest: dict[str, np.ndarray] = {}
     for site in head_sites(model):

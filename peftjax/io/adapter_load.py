@@ -109,7 +109,7 @@ def load_adapter(model: ModelT, path: str | Path, name: str = "default", *, any_
             check_base(model, name, path, metadata)
         remember_formats(model, name, path, metadata)
         remember_base(model, name, recorded_name(path))
-    except Exception:  # whatever it is: the model is as before, and the error goes on
+    except Exception:  # of any kind: the model is restored
         use(detach(model, name), before)
         raise
     return model

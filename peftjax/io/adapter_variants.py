@@ -1,9 +1,9 @@
 """The tensors of peft's variants of LoRA and VB-LoRA, as tensors of the plain methods with the same outputs.
 
 - VeLoRA and MonteCLoRA change only the training. Their additional tensors are its state.
-- In BD-LoRA, A or B of some modules is block diagonal, and the file holds its blocks, one below the other.
-- With save_only_topk_weights, a VB-LoRA holds the places and the weights of the k largest logits in place of all logits. The
-  last of the weights, which add up to 1, is left out.
+- In BD-LoRA, A or B of some modules is block diagonal. The file holds only the blocks, one below the other.
+- With save_only_topk_weights, the file of a VB-LoRA holds the indices and the weights of the k largest logits in place of all
+  logits. The weights add up to 1, and the last one is left out.
 """
 
 import re
@@ -17,8 +17,8 @@ from peftjax.core.errors import UserError
 from peftjax.io.adapter_tensors import CONFIG
 
 TRAINING_STATE = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
-PLACES, WEIGHTS = "_topk_indices", "_topk_weights"
-NEVER = -1e4  # the logit of a vector that is not chosen; the softmax of the others is the same with -inf
+TOPK_INDICES, TOPK_WEIGHTS = "_topk_indices", "_topk_weights"
+NOT_CHOSEN = -1e4  # the logit of a vector that is not chosen; its softmax is 0, as with -inf
 
 
 def as_plain(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def as_plain(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> di
 
 
 def _with_dense_factors(tensors: Mapping[str, np.ndarray], blocks: Any) -> dict[str, np.ndarray]:
-    """The tensors with whole matrices in place of diagonal blocks."""
+    """The tensors with whole matrices in place of their diagonal blocks."""
     if not isinstance(blocks, dict):
         raise UserError(f"{CONFIG}: use_bdlora={blocks!r} must be an object with nblocks and the names of modules")
     count = blocks.get("nblocks", 1)
@@ -64,15 +64,19 @@ def _with_dense_factors(tensors: Mapping[str, np.ndarray], blocks: Any) -> dict[
 
 
 def _with_logits(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors with all logits, from the places and the weights of the largest ones."""
+    """The tensors with all logits, from the indices and the weights of the largest ones."""
     vectors = next((len(tensor) for key, tensor in tensors.items() if key.endswith("vblora_vector_bank")), 0)
-    found = {key: tensor for key, tensor in tensors.items() if not key.endswith((PLACES, WEIGHTS))}
-    for key, places in tensors.items():
-        if vectors and key.endswith(PLACES) and (name := key.removesuffix(PLACES)) + WEIGHTS in tensors:
-            weights = tensors[name + WEIGHTS].astype(np.float32)
+    found = {key: tensor for key, tensor in tensors.items() if not key.endswith((TOPK_INDICES, TOPK_WEIGHTS))}
+    for key, indices in tensors.items():
+        if (
+            vectors
+            and key.endswith(TOPK_INDICES)
+            and (name := key.removesuffix(TOPK_INDICES)) + TOPK_WEIGHTS in tensors
+        ):
+            weights = tensors[name + TOPK_WEIGHTS].astype(np.float32)
             weights = np.concatenate([weights, 1 - weights.sum(axis=-1, keepdims=True)], axis=-1)
-            logits = np.full((*places.shape[:-1], vectors), NEVER, np.float32)
+            logits = np.full((*indices.shape[:-1], vectors), NOT_CHOSEN, np.float32)
             largest = np.log(np.maximum(weights, np.finfo(np.float32).tiny))
-            np.put_along_axis(logits, places.astype(np.int64), largest, axis=-1)
+            np.put_along_axis(logits, indices.astype(np.int64), largest, axis=-1)
             found[name] = logits
     return found

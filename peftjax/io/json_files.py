@@ -1,4 +1,4 @@
-"""JSON files that others have written."""
+"""JSON files of models and adapters, which other programs may have written."""
 
 import json
 from pathlib import Path

@@ -60,14 +60,15 @@ class RandLora(Projected):
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "RandLoraLinear"]]:
         del rngs
-        (smaller, larger, terms), keys = self._sizes(chosen), jax.random.split(jax.random.key(self.projection_prng_key))
+        smaller, larger, terms = self._sizes(chosen)
+        keys = jax.random.split(jax.random.key(self.projection_prng_key))
         a = PeftConstant(self._base(keys[0], (self.rank, smaller), smaller), axes=("rank", None))
         b = PeftConstant(self._base(keys[1], (larger, terms, self.rank), smaller), axes=(None, None, "rank"))
         for site, mask in chosen:
             yield site, RandLoraLinear(site, mask, a, b, scale=self.alpha / self.rank, dropout=self.dropout)
 
     def _sizes(self, chosen: Chosen) -> tuple[int, int, int]:
-        """The smaller and the larger side of the largest layer, and its number of terms."""
+        """The sides of the projections, the smaller one first, and the number of terms."""
         sides = (max(getattr(site.module, side) for site, _ in chosen) for side in ("in_features", "out_features"))
         smaller, larger = sorted(sides)
         return smaller, larger, -(-smaller // self.rank)
@@ -80,11 +81,8 @@ class RandLora(Projected):
             drawn = jnp.sign(drawn) * (jnp.abs(drawn) > 1 - share)
         return drawn / drawn.std(ddof=1)
 
-    def drawn(self, chosen: Chosen) -> dict[str, np.ndarray]:
-        """A and B as peft draws them from `projection_prng_key`, by the keys of its files.
-
-        Unless they are sparse, peft draws them in bfloat16, if the device supports it.
-        """
+    def peft_projections(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """A and B. Unless they are sparse, peft draws them in bfloat16 if the device supports it."""
         (smaller, larger, terms), generator = self._sizes(chosen), TorchGenerator(self.projection_prng_key)
         if self.sparse or self.very_sparse:
             share = 1 / (2 * (smaller**0.5 if self.very_sparse else 3))  # of the entries of each sign

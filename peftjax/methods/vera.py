@@ -60,8 +60,7 @@ class Vera(Projected):
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "VeraLinear"]]:
         del rngs
         chosen = joined(chosen)
-        largest_in = max(site.module.in_features for site, _ in chosen)
-        largest_out = max(_outputs(site) for site, _ in chosen)
+        largest_in, largest_out = _largest(chosen)
         keys = jax.random.split(jax.random.key(self.projection_prng_key))
         a = PeftConstant(_kaiming(keys[0], (largest_in, self.rank)), axes=(None, "rank"))
         b = PeftConstant(_kaiming(keys[1], (self.rank, largest_out)), axes=("rank", None))
@@ -69,14 +68,18 @@ class Vera(Projected):
             kind = VeraExperts if isinstance(site.module, ExpertLinear) else VeraLinear
             yield site, kind(site, mask, a, b, d_initial=self.d_initial, dropout=self.dropout)
 
-    def drawn(self, chosen: Chosen) -> dict[str, np.ndarray]:
-        """A and B as peft draws them from `projection_prng_key`, by the keys of its files."""
-        sides = "in_features", "out_features"
-        inputs, outputs = (max(getattr(site.module, side) for site, _ in chosen) for side in sides)
-        generator, bounds = TorchGenerator(self.projection_prng_key), ((6 / inputs) ** 0.5, (6 / self.rank) ** 0.5)
+    def peft_projections(self, chosen: Chosen) -> dict[str, np.ndarray]:
+        """A and B."""
+        generator, (inputs, outputs) = TorchGenerator(self.projection_prng_key), _largest(chosen)
         shapes = (self.rank, inputs), (outputs, self.rank)
+        bounds = ((6 / shape[1]) ** 0.5 for shape in shapes)
         a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(shapes, bounds, strict=True))
         return {"base_model.vera_A": a, "base_model.vera_B": b}
+
+
+def _largest(chosen: Chosen) -> tuple[int, int]:
+    """The largest widths of an input and of an output."""
+    return max(site.module.in_features for site, _ in chosen), max(_outputs(site) for site, _ in chosen)
 
 
 def _outputs(site: Site) -> int:

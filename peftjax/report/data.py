@@ -156,7 +156,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def read_recorded(path: Path) -> Any:
-    """Read a JSON file that a run has written. Unlike those of others, it may hold paths that are not valid Unicode.
+    """Read a JSON file that a run has written. Unlike in `io.json_files`, it may hold paths that are not valid Unicode.
 
     Raises:
         UserError: The file is not JSON.

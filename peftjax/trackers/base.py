@@ -1,4 +1,4 @@
-"""What a tracker is, and what it is told about a run."""
+"""The interface of trackers, and what they are told about a run."""
 
 import dataclasses
 from collections.abc import Mapping
