@@ -24,7 +24,12 @@ FAMILIES = {  # of methods, with a color
     "all parameters": ("#16181d", ("full",)),
 }  # fmt: skip
 # Where a name may be, relative to its point, in typographic points.
-SPOTS = [(across, up) for up in (0, 5, -5, 9, -9, 14, -14) for across in (7, -7, 0) if across or abs(up) > 8]
+SPOTS = [
+    (across, up)
+    for up in (0, 5, -5, 9, -9, 14, -14, 20, -20, 28, -28)
+    for across in (7, -7, 0)
+    if across or abs(up) > 8
+]
 
 
 def losses(result: dict[str, Any]) -> list[float]:
@@ -36,7 +41,7 @@ def draw(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8.4, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 5.6), layout="constrained")
     methods = results["methods"]
     for family, (color, names) in FAMILIES.items():
         trained, means, deviations = zip(*(point(methods[name]) for name in names), strict=True)
@@ -62,14 +67,23 @@ def point(result: dict[str, Any]) -> tuple[int, float, float]:
     return result["trained"], statistics.mean(losses(result)), statistics.stdev(losses(result))
 
 
+def bar(axes: Any, result: dict[str, Any]) -> Any:
+    """The box of an error bar, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    trained, mean, deviation = point(result)
+    low, high = axes.transData.transform([(trained, mean - deviation), (trained, mean + deviation)])
+    return Bbox([low, high]).padded(1)
+
+
 def add_names(axes: Any, methods: dict[str, Any]) -> None:
-    """Write each name at the first spot around its point where it hides no other name and no point."""
+    """Write each name at the first spot around its point where it hides no other name, point or bar."""
     figure = axes.get_figure()
     figure.canvas.draw()
     figure.set_layout_engine("none")
     points = {name: axes.transData.transform(point(one)[:2]) for name, one in methods.items()}
     colors = {name: color for color, names in FAMILIES.values() for name in names}
-    taken = [axes.get_legend().get_window_extent()]
+    taken = [axes.get_legend().get_window_extent(), *(bar(axes, one) for one in methods.values())]
     for name, one in methods.items():
         for across, up in SPOTS:
             label = axes.annotate(
@@ -84,6 +98,9 @@ def add_names(axes: Any, methods: dict[str, Any]) -> None:
         else:
             raise SystemExit(f"no free spot for the name {name}")
         taken.append(box)
+        if abs(up) > 9:  # a line to the point
+            line = {"arrowstyle": "-", "color": colors[name], "linewidth": 0.6}
+            axes.annotate("", point(one)[:2], (across, up), textcoords="offset points", arrowprops=line)
 
 
 if __name__ == "__main__":
