@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
 
 def get_sweep() -> list[dict[str, list[Any]]]:
-    higher, lower = [*RATES, 4e-3, 8e-3], [2.5e-4, *RATES]
+    higher, lower = [*RATES, 4e-3], [2.5e-4, *RATES]
     return [
         {"method.init": ["kaiming", "orthogonal"], "optim.learning_rate": higher, "seed": SEEDS},
         {"method.init": ["gaussian"], "optim.learning_rate": lower, "seed": SEEDS},
