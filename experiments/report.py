@@ -24,7 +24,7 @@ from scipy import stats
 RATE = "optim.learning_rate"
 PACKAGES = ("jax", "flax", "optax")
 Run = dict[str, Any]  # an entry of sweep.json
-COLORS = ("black", "#CC79A7", "#E69F00", "#009E73", "#0072B2", "#56B4E9", "#D55E00", "#999999")
+COLORS = ("black", "#CC79A7", "#E69F00", "#009E73", "#0072B2", "#56B4E9", "#D55E00", "#999999", "#8C564B")
 
 
 @dataclasses.dataclass
@@ -173,7 +173,7 @@ def picture(groups: list[Group], file: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     with plot(file) as axes:
-        for color, group in zip(COLORS, groups, strict=False):
+        for color, group in zip(COLORS[: len(groups)], groups, strict=True):
             axes.plot(group.rates, group.losses.T, ".", color=color, markersize=4)
             axes.plot(group.rates, group.losses.mean(0), color=color, label=group.name)
         top = min(axes.get_ylim()[1], 1.3 * max(group.best_losses.max() for group in groups))
