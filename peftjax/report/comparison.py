@@ -171,7 +171,7 @@ def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
         for run in group.runs:
             if (first := of_seed.setdefault(run.config.get(SEED), run)) is not run:
                 found.append(
-                    f"{first.workdir} and {run.workdir} have the same config and the same seed, but count as two"
+                    f"{first.workdir} and {run.workdir} have the same seed and equivalent configs, but count as two"
                 )
     if any(run.config.get("data.eval") != runs[0].config.get("data.eval") for run in runs):
         found.append("data.eval differs between the runs, so their held-out scores are not comparable")

@@ -88,7 +88,7 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "sweep.json").unlink()
     again = write_run(tmp_path / "again", rank=4, seed=0, loss=0.6)
     compare.main([str(run), str(again)])
-    warned = f"warning: {run} and {again} have the same config and the same seed, but count as two\n"
+    warned = f"warning: {run} and {again} have the same seed and equivalent configs, but count as two\n"
     assert capsys.readouterr().err == warned
     member = write_run(tmp_path / "e", rank=8, seed=1, loss=0.5)
     dataclasses.replace(DATA, sweep=True).save(member)
