@@ -13,6 +13,7 @@ import pytest
 import sacrebleu
 
 import peftjax
+from experiments import rates
 from experiments.peft_table import bootstrap, setting, study, table
 from peftjax.models import from_hf_config
 from tests import tiny
@@ -52,7 +53,7 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
         monkeypatch.setitem(setting.RATES, method, (1e-3, 1e-2))
     monkeypatch.setattr(setting, "MEANINGS", 2)
     monkeypatch.setattr(study, "NEW_TOKENS", 4)
-    monkeypatch.setattr(study, "MOST_RATES", 3)
+    monkeypatch.setattr(rates, "MOST_RATES", 3)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "HERE", tmp_path)
@@ -98,12 +99,12 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
 
 
 def test_rates_are_tried_until_the_best_lies_between_others() -> None:
-    assert study.more_rates({1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}, lower=False) == []
-    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=False) == [3e-2]
-    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=True) == [3e-4]
-    assert study.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: math.nan}, lower=False) == []
-    assert len(study.more_rates({10.0**power: power for power in range(7)}, lower=False)) == 1
-    assert study.more_rates({10.0**power: power for power in range(8)}, lower=False) == []
+    assert rates.more_rates({1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}, lower=False) == []
+    assert rates.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=False) == [3e-2]
+    assert rates.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: 0.7}, lower=True) == [3e-4]
+    assert rates.more_rates({1e-3: 0.5, 3e-3: 0.6, 1e-2: math.nan}, lower=False) == []
+    assert len(rates.more_rates({10.0**power: power for power in range(7)}, lower=False)) == 1
+    assert rates.more_rates({10.0**power: power for power in range(8)}, lower=False) == []
 
 
 def result(predictions: list[Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from flax import nnx
 
 from experiments.methods_on_dates.config import METHODS, SEEDS, get_config
 from experiments.methods_on_dates.picture import draw, losses
+from experiments.rates import best_rate, more_rates
+from experiments.report import versions
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.core.files import write_atomically
 from peftjax.io.hf_config import read_fields
@@ -37,9 +38,7 @@ from peftjax.training.jaxpr_cost import matmul_flops
 from peftjax.training.member import Member
 
 HERE = Path(__file__).parent
-MOST_RATES = 6
 SCORES = ("eval_loss", "token_accuracy")
-PACKAGES = ("jax", "flax", "optax")
 
 
 def config_of(name: str, rate: float, seed: int) -> Config:
@@ -67,21 +66,13 @@ def train(name: str, workdir: Path) -> dict[float, list[dict[str, float]]]:
         entries = sorted(sweep(runs, workdir, most=1), key=lambda entry: entry["values"]["seed"])
         for rate in rates:
             scores[rate] = [entry["scores"] for entry in entries if entry["values"]["optim.learning_rate"] == rate]
-        rates = next_rates({rate: mean(seeds, "eval_loss") for rate, seeds in scores.items()})
+        rates = more_rates(mean_losses(scores), lower=True)
     return scores
 
 
-def next_rates(losses: dict[float, float]) -> list[float]:
-    """The next higher or lower rate, by a factor of about three, if the best one is the highest or the lowest so far."""
-    best = min(losses, key=lambda rate: losses[rate])
-    if min(losses) < best < max(losses) or len(losses) >= MOST_RATES:
-        return []
-    return [float(f"{best * (10 / 3 if best == max(losses) else 3 / 10):.0g}")]
-
-
-def mean(scores: list[dict[str, float]], name: str) -> float:
-    """The mean over seeds; infinite if one of them failed."""
-    return statistics.mean(seed.get(name, math.inf) for seed in scores)
+def mean_losses(scores: dict[float, list[dict[str, float]]]) -> dict[float, float]:
+    """The held-out loss of each rate, the mean over seeds; infinite if one of them failed."""
+    return {rate: statistics.mean(seed.get("eval_loss", math.inf) for seed in seeds) for rate, seeds in scores.items()}
 
 
 def costs(name: str, base: Model) -> dict[str, Any]:
@@ -134,7 +125,7 @@ def main() -> None:
         if name in found["methods"]:
             continue
         scores = train(name, workdir / name)
-        best = min(scores, key=lambda rate: mean(scores[rate], "eval_loss"))
+        best = best_rate(mean_losses(scores), lower=True)
         by_rate = {
             f"{rate:g}": [{key: seed[key] for key in SCORES if key in seed} for seed in scores[rate]]
             for rate in sorted(scores)
@@ -144,7 +135,7 @@ def main() -> None:
             (folder, *_) = (workdir / name).glob("*/")
             before = next(line for line in read_metrics(folder / METRICS) if line["kind"] == "eval")
             found |= {"base_loss": before["eval_loss"], "base_accuracy": before["token_accuracy"]}
-        found["versions"] = {package: version(package) for package in PACKAGES}
+        found["versions"] = versions()
         write_atomically(file, json.dumps(found, indent=1) + "\n")
     (HERE / "table.md").write_text(table(found))
     draw(found)

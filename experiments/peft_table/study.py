@@ -37,6 +37,7 @@ from experiments.peft_table.setting import (
     prepare,
     references_of,
 )
+from experiments.rates import best_rate, more_rates
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.files import write_atomically
@@ -57,7 +58,6 @@ from peftjax.training.trained import open_task
 
 RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS = 96
-MOST_RATES = 8
 PACKAGES = ("jax", "flax", "optax", "sacrebleu", "rouge-score")
 
 Scorer = Callable[[Model], tuple[dict[str, float], Any]]  # the test scores, and what the bootstrap resamples
@@ -114,20 +114,6 @@ def search(
         validation |= {rate: found[rate].get(measure, math.nan) for rate in rates}
         rates = more_rates(validation, lower=lower)
     return validation
-
-
-def more_rates(validation: Mapping[float, float], *, lower: bool) -> list[float]:
-    """The next rate to try, about three times the best one or a third of it, if that is the highest or the lowest so far."""
-    best = best_rate(validation, lower=lower)
-    if min(validation) < best < max(validation) or len(validation) >= MOST_RATES:
-        return []
-    return [float(f"{best * (10 / 3 if best == max(validation) else 3 / 10):.0g}")]
-
-
-def best_rate(validation: Mapping[float, float], *, lower: bool) -> float:
-    """The rate with the best validation score. Runs that failed have NaN."""
-    finite = {rate: -score if lower else score for rate, score in validation.items() if math.isfinite(score)}
-    return max(finite, key=lambda rate: finite[rate])
 
 
 def run_seed(config: Config, workdir: Path, score: Scorer, measure: str) -> dict[str, Any]:

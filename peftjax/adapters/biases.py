@@ -78,7 +78,7 @@ def biases_of(model: nnx.Module, name: str, which: str, chosen: Chosen) -> list[
     for site in found:
         mask = np.ones(len(site.names), bool) if which == "all" else targeted[site.path]
         for part in parts(there[site.path]) if site.path in there else []:
-            mask = mask & ~np.array(part.layers.chosen) if isinstance(part, Override) else mask
+            mask = mask & ~part.layers.array if isinstance(part, Override) else mask
         masks.append((site, mask))
     return [(site, mask) for site, mask in masks if mask.any()]
 

@@ -13,12 +13,12 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, head_sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
+from peftjax.io.adapter_experts import A, B
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import PREFIX
 from peftjax.methods.lora.lora import Lora
 
 OF_WHOLE_MODULES = ("weight", "bias", "modules_to_save", "original_module")  # after the name of a module in a key
-A, B = "lora_A.weight", "lora_B.weight"
 
 
 def with_whole_head(

@@ -25,11 +25,11 @@ def checksums(config: Config, workdir: Path) -> dict[str, str]:
 
 
 def relocations(identity: Mapping[str, Any], workdir: Path) -> dict[str, str]:
-    """The present paths of the files of records, by the paths that a checkpoint recorded."""
+    """The present paths of the files of records that have moved, by the paths that a checkpoint recorded."""
     found = {}
     for source, checksum in identity.get("records", {}).items():
         now = workdir.absolute() / Path(source).name
-        if now.is_file() and _checksum(now) == checksum:
+        if str(now) != source and now.is_file() and _checksum(now) == checksum:
             found[source] = str(now)
     return found
 
