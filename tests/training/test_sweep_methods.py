@@ -174,6 +174,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
         {"reduction_factor": 8.0, "non_linearity": "sigmoid"},
         {"reduction_factor": 4.0, "non_linearity": "sigmoid", "leave_out": (1,)},
     ),
+    "parallel": (
+        {"reduction_factor": 8.0},
+        {"reduction_factor": 4.0, "leave_out": (1,), "dropout": 0.1},
+    ),
     "prompt": ({"tokens": 3}, {"tokens": 3, "init": "vocabulary"}),
 }
 METHOD = {
@@ -209,6 +213,29 @@ def test_members_with_adapters_in_different_layers_train_as_they_do_alone(
         train(one.config, tmp_path / "alone" / one.name)
         (file,) = (one.workdir / "adapter").glob("*.safetensors")
         assert_same_run(one.workdir, tmp_path / "alone" / one.name, f"adapter/{file.name}")
+
+
+@pytest.mark.slow
+def test_members_with_adapters_in_experts_of_different_layers_train_as_they_do_alone(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    fields = tiny.CONFIG | mixture | {"vocab_size": 257, "eos_token_id": 256}
+    write_model(tmp_path / "model", fields | {"architectures": ["MixtralForCausalLM"]})
+    options = (
+        {"rank": 2, "targets": ("q_proj", "experts.down_proj")},
+        {"rank": 3, "targets": ("experts.gate_up_proj",), "layers_to_transform": (1,)},
+    )
+    members = []
+    for index, each in enumerate(options):
+        made = small.copy_and_resolve_references()
+        made.model.path, made.method = str(tmp_path / "model"), methods.make_config("lora", **each)
+        members.append(member(made, tmp_path / "sweep", seed=index))
+    sweep.sweep(members, tmp_path / "sweep")
+    assert "separate programs" not in capsys.readouterr().out
+    for one in members:
+        train(one.config, tmp_path / "alone" / one.name)
+        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
 
 
 LABELS = ("without", "with")
