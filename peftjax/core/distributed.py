@@ -39,9 +39,6 @@ def start(options: argparse.Namespace) -> None:
 
     A single process returns immediately. Must be called before JAX initializes its devices.
 
-    Args:
-        options: Parsed command line with the options of `add_options`.
-
     Raises:
         UserError: Only some of the three options are given, or a value is invalid; or a launcher that JAX does not
             support started several processes, each of which would run on its own.
@@ -121,21 +118,13 @@ def many() -> bool:
 
 
 def meet(what: str) -> None:
-    """Wait until every process has reached this point; a single process returns immediately.
-
-    Args:
-        what: Name of the barrier.
-    """
+    """Wait until every process has reached the barrier `what`; a single process returns immediately."""
     if many():
         multihost_utils.sync_global_devices(what)
 
 
 def gather(value: Any) -> list[Any]:
-    """Gather a JSON value of every process.
-
-    Returns:
-        The values in process order.
-    """
+    """Gather a JSON value of every process, in process order."""
     text = json.dumps(value)
     if jax.process_count() == 1:
         return [json.loads(text)]
@@ -148,10 +137,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Run an action in process 0 while the other processes wait.
-
-    Returns:
-        The JSON value that the action returned, in every process.
+    """Run an action in process 0 while the other processes wait. In every process, return its result, a JSON value.
 
     Raises:
         UserError: The action raised one, or an OSError; it is raised in every process.

@@ -21,11 +21,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace the contents of a file atomically.
 
     The text is written to a temporary file beside it, synced to disk and renamed. An interrupted or failed write leaves
-    the previous file unchanged.
-
-    Args:
-        path: File to create or replace.
-        text: New contents, written as UTF-8. Characters that cannot be encoded are escaped.
+    the previous file unchanged. Characters that cannot be encoded as UTF-8 are escaped.
 
     Raises:
         OSError: The file cannot be written.

@@ -5,7 +5,7 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -52,9 +52,7 @@ class Preemption:
                 self._before = {number: signal.signal(number, _notice) for number in heeded}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         received.unsaved, received.forward, received.saved = False, None, None
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -38,12 +38,7 @@ class Progress:
     """
 
     def __init__(self, total: int = 0, done: int = 0, *, enabled: bool = True) -> None:
-        """
-        Args:
-            total: Number of steps of the whole run; 0 if the command does not train.
-            done: Number of completed steps.
-            enabled: Print anything.
-        """
+        """Start after `done` of `total` steps; 0 steps: the command does not train. If not `enabled`, print nothing."""
         self.total, self.left, self.began = total, TimeLeft(total), time.perf_counter()
         self._enabled, self._phase, self._done = enabled, COMPILING, done
         self._compiled: set[str] = set()  # the units whose first item is done

@@ -59,14 +59,11 @@ def check(workdir: Path, base: str = "") -> None:
         raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written to")
     if base and (model := expand(base)).is_dir():
         mine, theirs = workdir.resolve(), model.resolve()
-        if mine == theirs or theirs in mine.parents:
-            where = "is" if mine == theirs else "is inside"
+        around = mine in theirs.parents and not _is_ours(workdir)
+        where = "is" if mine == theirs else "is inside" if theirs in mine.parents else "contains" if around else ""
+        if where:
             raise UserError(
                 f"--workdir={workdir} {where} the directory of the base model, model.path={base}; choose another workdir"
-            )
-        if mine in theirs.parents and not _is_ours(workdir):
-            raise UserError(
-                f"--workdir={workdir} contains the directory of the base model, model.path={base}; choose another workdir"
             )
     if not _is_ours(workdir):
         raise UserError(
@@ -96,12 +93,11 @@ def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[No
     Raises:
         UserError: As `check`; or another process is using the directory, and one of both does not share it.
     """
-    held: list[_Lock] = []
 
     def take() -> None:
         try:
             check(workdir, base)
-            held.append(_Lock(workdir, shared=shared))
+            held.enter_context(_lock(workdir, shared=shared))
         except OSError as error:
             place = error.filename or workdir
             raise UserError(
@@ -109,13 +105,10 @@ def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[No
                 "choose another workdir"
             ) from None
 
-    distributed.on_first(take)
-    try:
+    with contextlib.ExitStack() as held:
+        distributed.on_first(take)
         debug_log.open_in(workdir, jax.process_index())
         yield
-    finally:
-        for lock in held:
-            lock.release()
 
 
 @contextlib.contextmanager
@@ -136,57 +129,50 @@ def turn(workdir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class _Lock:
-    """The lock on a directory, which is created and marked."""
+@contextlib.contextmanager
+def _lock(workdir: Path, *, shared: bool) -> Iterator[None]:
+    """Create, mark and lock a directory.
 
-    def __init__(self, workdir: Path, *, shared: bool) -> None:
-        self._shared = shared
-        here = workdir.absolute()
-        self._created = [path for path in (here, *here.parents) if not path.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._mark = workdir / MARK
-        deadline = 0.0
-        while (descriptor := _try_lock(self._mark, shared=shared)) is None:
-            holder, host = _holder(self._mark)
-            if not deadline:
-                deadline = time.monotonic() + (LEASE if host not in ("", socket.gethostname()) else 0.0)
-                if time.monotonic() < deadline:
-                    warnings.warn(
-                        f"--workdir={workdir} is in use by {holder}; waiting up to {LEASE:.0f} s, in case that host is gone",
-                        stacklevel=2,
-                    )
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"--workdir={workdir} is in use by {holder}; wait until it has ended, or choose another workdir"
+    At the end, unless it is shared: if it has no other files, remove its mark, and the directory if this function created it.
+    """
+    here = workdir.absolute()
+    created = [path for path in (here, *here.parents) if not path.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    mark = workdir / MARK
+    deadline = 0.0
+    while (descriptor := _try_lock(mark, shared=shared)) is None:
+        holder, host = _holder(mark)
+        if not deadline:
+            deadline = time.monotonic() + (LEASE if host not in ("", socket.gethostname()) else 0.0)
+            if time.monotonic() < deadline:
+                warnings.warn(
+                    f"--workdir={workdir} is in use by {holder}; waiting up to {LEASE:.0f} s, in case that host is gone",
+                    stacklevel=4,
                 )
-            time.sleep(min(1.0, LEASE))
-        self._descriptor = descriptor
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"--workdir={workdir} is in use by {holder}; wait until it has ended, or choose another workdir"
+            )
+        time.sleep(min(1.0, LEASE))
+    try:
+        _write(descriptor, f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
         try:
-            self._write(f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
-        except OSError:
-            os.close(descriptor)
-            raise
-
-    def release(self) -> None:
-        """Release the lock.
-
-        Unless the directory is shared: if it has no other files, remove its mark, and the directory if this lock created it.
-        """
-        try:
-            if not self._shared and [path.name for path in self._mark.parent.iterdir()] == [MARK]:
-                self._mark.unlink()
-                for path in self._created:
-                    path.rmdir()
-            else:
-                self._write(_NOTE)
-        except OSError:  # the disk is full, or the directory was removed; the lock is still released
-            pass
+            yield
         finally:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # the disk is full, or the directory was removed
+                if not shared and [path.name for path in workdir.iterdir()] == [MARK]:
+                    mark.unlink()
+                    for path in created:
+                        path.rmdir()
+                else:
+                    _write(descriptor, _NOTE)
+    finally:
+        os.close(descriptor)
 
-    def _write(self, text: str) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _try_lock(mark: Path, *, shared: bool) -> int | None:
