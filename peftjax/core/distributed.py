@@ -75,8 +75,9 @@ def _join_cluster() -> None:
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
     if in_pod and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():
         return  # a pod outside an indexed job, in which JAX would look for other pods
+    tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "1" or "1(x16)": one on each machine
     # A process that is alone on its machine uses all devices there; with None, JAX would assign it a single one.
-    own_machine = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _one_task_a_node()
+    own_machine = "1" in (os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"), tasks_per_node.partition("(")[0])
     try:
         _initialize(local_device_ids=[] if own_machine else None)
     except (ValueError, RuntimeError) as error:
@@ -94,11 +95,6 @@ def _join_cluster() -> None:
             f"{name}={counts[name]}, but JAX found {jax.process_count()} processes; pass --coordinator=HOST:PORT "
             "--num_processes=N --process_id=I to each process"
         )
-
-
-def _one_task_a_node() -> bool:
-    """Whether srun of SLURM started one process per machine ("1" or "1(x16)")."""
-    return os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
 
 
 def _initialize(**arguments: Any) -> None:

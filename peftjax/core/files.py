@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,18 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def scratch_beside(directory: Path) -> Iterator[Path]:
+    """Create a directory beside another, to be filled and moved there. What is left of it is removed at the end."""
+    scratch = directory.with_name(f".{directory.name}.peftjax-tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -44,17 +44,11 @@ def fingerprint(tree: Any) -> str:
 
 
 def marks(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
-    """Compute a digest of a sample of each array, rounded to bfloat16.
+    """Compute a digest, 16 hexadecimal digits, of a sample of each array of any float dtype, rounded to bfloat16.
 
     The sample covers at most 64 x 64 evenly spaced positions of the last two axes, at every index of the other axes. The
     same weights stored in float32 and in bfloat16 therefore have the same marks, and further training changes them. For
     the largest models the computation takes no longer than the forward pass of one token.
-
-    Args:
-        arrays: {path: array of any float dtype}.
-
-    Returns:
-        {path: 16 hexadecimal digits}.
     """
     sums = jax.device_get(_sampled_sums(dict(arrays)))
     return {path: "{:08x}{:08x}".format(*pair) for path, pair in sums.items()}

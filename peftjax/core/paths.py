@@ -73,6 +73,11 @@ def first_match(name: str, table: Iterable[tuple[str, Any]], default: Any = None
     return default
 
 
+def applies(entry: tuple[str, Any], names: Iterable[str]) -> bool:
+    """Whether a (pattern, value) pair of such a table matches any of the names."""
+    return any(first_match(name, (entry,)) is not None for name in names)
+
+
 def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]:
     """Return the entries of `pattern` that match none of `names`."""
     if isinstance(pattern, str):

@@ -61,7 +61,7 @@ class Preemption:
         """Declare that the next step is the first one of a run: until it is done, there is nothing to save.
 
         Raises:
-            Preempted, Interrupted: The signal came during the last step of the run before.
+            Preempted, Interrupted: The signal came during the last step of the previous run.
         """
         received.unsaved = False
         if self._agreed or (received.asked and not jax.distributed.is_initialized()):

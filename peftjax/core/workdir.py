@@ -38,11 +38,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check(workdir: Path, base: str = "") -> None:
-    """Check that a run may write into a directory. Nothing is created or changed.
-
-    Args:
-        workdir: The directory.
-        base: The base model of the run, a directory or a hub id.
+    """Check that a run of the base model `base`, a directory or a hub id, may write into `workdir`. Nothing is changed.
 
     Raises:
         UserError: The directory cannot be written; it is the directory of the base model, inside it, or around it; it holds
@@ -83,15 +79,10 @@ def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[No
     The kernel releases the lock when the process ends, however it ends. The lock also holds between hosts that share the
     directory over NFS. If the process that holds it is on another host, this function waits `LEASE` seconds, after which
     a file server has released the locks of a host that has disappeared. A directory that is still empty at the end is
-    removed, if this function created it.
-
-    Args:
-        workdir: The directory.
-        base: The base model of the run, a directory or a hub id.
-        shared: Share the directory with other processes that also ask for that.
+    removed, if this function created it. A `shared` directory can be used by several processes that all ask for that.
 
     Raises:
-        UserError: As `check`; or another process is using the directory, and one of both does not share it.
+        UserError: As `check`; or another process is using the directory, and at least one of the two does not share it.
     """
 
     def take() -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, last_parts, matches
+from peftjax.core.paths import applies, first_match, last_parts, matches
 from peftjax.io.adapter_experts import MAGNITUDE, A, B, Pattern, table_entries
 from peftjax.io.adapter_fit import older_names, stored_names
 from peftjax.io.adapter_keys import bare_key
@@ -159,12 +159,7 @@ def _with_targets(
         ("rank_pattern", method.rank_pattern, ranks, method.rank),
         ("alpha_pattern", method.alpha_pattern, alphas, method.alpha),
     ):
-        others: Pattern = tuple(
-            pair
-            for pair in table
-            if any(first_match(name, (pair,)) is not None for name in names)
-            or not any(first_match(name, (pair,)) is not None for name in singles)
-        )
+        others: Pattern = tuple(pair for pair in table if applies(pair, names) or not applies(pair, singles))
         changes[option] = (*table_entries(values, others, default), *others)
     return dataclasses.replace(method, **changes)
 

@@ -44,7 +44,7 @@ from peftjax.io.adapter_variants import as_plain
 from peftjax.io.finite import check_finite
 from peftjax.io.json_files import read_json
 from peftjax.io.parts import in_other_parts, warn_of_adapters
-from peftjax.io.safetensors_files import read_header, read_metadata
+from peftjax.io.safetensors_files import read_file, read_metadata
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel
@@ -129,8 +129,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     _check_files(path)
     config = read_json(path / CONFIG)
     method, has_head = _read_method(config, model, path)
-    stored = {key: np.array(tensor.open()[...]) for key, tensor in read_header(path / WEIGHTS).items()}
-    tensors = as_plain(stored, config)
+    tensors = as_plain(read_file(path / WEIGHTS), config)
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)

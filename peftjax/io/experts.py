@@ -70,12 +70,7 @@ def projections(model: Model, key: str) -> int:
 
 
 def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """Replace the tensors of single experts by one tensor for all of them.
-
-    Args:
-        model: The model.
-        table: Its `entries`.
-        stored: The tensors of its checkpoint, by their names there.
+    """Replace the tensors of single experts in a checkpoint by one tensor for all of them.
 
     Raises:
         UserError: Experts are missing, or differ in shape or format.

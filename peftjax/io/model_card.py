@@ -90,11 +90,9 @@ class TrainingSummary:
 
 
 def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
-    """The text of README.md for the adapter in a directory.
+    """The text of README.md for the adapter in a directory of PEFT or of AdapterHub.
 
-    Args:
-        directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
-        training: Information about the training that is not in the files.
+    `training` has what the files do not say about the training.
 
     Raises:
         UserError: The directory does not hold an adapter that can be read.
