@@ -78,13 +78,7 @@ class Preemption:
 
 
 def stopped(step: int, steps: int, saved: Path) -> Preempted | Interrupted:
-    """What to raise once the state is saved.
-
-    Args:
-        step: Number of completed steps.
-        steps: Number of steps of the whole run.
-        saved: The checkpoint, or the directory of several runs.
-    """
+    """What to raise once the state after `step` of `steps` is in `saved`, a checkpoint or the directory of several runs."""
     what = "the trainable parameters, the optimizer state and the position in the data"
     return _stopped(f"after step {step} of {steps}; saved {what}; run the same command to resume from {saved}")
 

@@ -62,9 +62,8 @@ def check(workdir: Path, base: str = "") -> None:
                 f"--workdir={workdir} {where} the directory of the base model, model.path={base}; choose another workdir"
             )
     if not _is_ours(workdir):
-        raise UserError(
-            f"--workdir={workdir} holds other files ({_some(workdir)}) and no run; choose a new or an empty directory"
-        )
+        others = enumerate_some(sorted(path.name for path in workdir.iterdir() if not _is_harmless(path.name)), 3)
+        raise UserError(f"--workdir={workdir} holds other files ({others}) and no run; choose a new or an empty directory")
     if foreign := _foreign_steps(workdir / "checkpoints"):
         raise UserError(
             f"{foreign[0]} is not a checkpoint of this run and would be deleted as a damaged one; move it out of "
@@ -237,7 +236,3 @@ def _foreign_steps(checkpoints: Path) -> list[Path]:
         return []
     steps = [path for path in checkpoints.iterdir() if path.name.isdecimal() and path.is_dir()]
     return sorted(path for path in steps if not {part.name for part in path.iterdir() if part.name[0] != "."} <= _STEP)
-
-
-def _some(directory: Path) -> str:
-    return enumerate_some(sorted(path.name for path in directory.iterdir() if not _is_harmless(path.name)), 3)

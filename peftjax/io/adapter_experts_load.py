@@ -38,7 +38,8 @@ def with_all_experts(
         The method with the targets, ranks and alphas of all experts, and the tensors.
 
     Raises:
-        UserError: A tensor is missing, or does not fit the model or its rank in the config, or a DoRA is one of all experts.
+        UserError: A tensor is missing, or does not fit the model or its rank in the config; or the file has a DoRA of all
+            experts of a layer.
     """
     dora = isinstance(method, Lora) and method.dora
     if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):

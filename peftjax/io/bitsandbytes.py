@@ -216,11 +216,7 @@ class Packed:
         raise NotImplementedError
 
     def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        """Read the arrays for `unpack`. Each process reads only what its devices hold.
-
-        Args:
-            placed: An `Nf4` with the parameter's shardings in place of arrays.
-        """
+        """Read the arrays for `unpack`, sharded as `placed`, an `Nf4` of shardings. Each process reads what its devices hold."""
         even, inputs, sharding = self.unpack.even, self.unpack.inputs, cast(NamedSharding, placed.absmax)
         of_absmax = sharding.spec[-len(inputs["absmax"].shape) :]  # without the layers
         *experts, blocks, outputs = of_absmax if even else (*of_absmax, None)
@@ -358,13 +354,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
 
 
 def quantization_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
-    """Return the quantization_config of config.json.
-
-    Args:
-        nested: Whether the absmax is quantized too.
-        dense: Names of the linear modules that are not quantized.
-        dtype: Compute dtype.
-    """
+    """Return the quantization_config of config.json; `dense` are the linear modules that are not quantized."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -109,7 +109,7 @@ def _joined(key: str, parts: Sequence[Sequence[Stored]]) -> StoredExperts | Pack
 
 
 def split_experts(model: Model, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors of single experts, from one of all experts; another tensor is returned as it is."""
+    """The tensors of single experts, from one of all experts; other tensors are returned as they are."""
     names = single_names(model, key)
     if not names:
         return {key: array}
