@@ -202,8 +202,6 @@ def with_full_factors(
                     product = tensors[a].astype(np.float32) @ tensors[b].astype(np.float32)
                     made[a.removesuffix("_a")] = product
                     del made[a], made[b]
-    if not ranks:
-        return method, tensors
     rank_pattern, alpha_pattern = (*ranks, *method.rank_pattern), (*alphas, *method.alpha_pattern)
     return dataclasses.replace(method, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern), made
 

@@ -276,16 +276,13 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             if names
         ]
         raise UserError(f"{path / keys.weights} does not match its config and this model: {'; '.join(parts)}")
-    filled: dict[int, tuple[nnx.Variable, np.ndarray]] = {}  # tensors may share a variable
+    variables = {id(tensor.variable): tensor.variable for tensor in expected}  # tensors may share one
+    buffers = {key: np.array(host_arrays.whole(variable.get_value())) for key, variable in variables.items()}
     for tensor in expected:
-        variable = tensor.variable
-        if id(variable) not in filled:
-            filled[id(variable)] = variable, np.array(host_arrays.whole(variable.get_value()))
-        _, buffer = filled[id(variable)]
         check_finite(tensors[tensor.key], f"{path / keys.weights}: {tensor.key}")
         try:
-            tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffer))
+            tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffers[id(tensor.variable)]))
         except UserError as error:
             raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
-    for variable, buffer in filled.values():
-        variable.set_value(host_arrays.placed(buffer, variable.get_value().sharding))
+    for key, variable in variables.items():
+        variable.set_value(host_arrays.placed(buffers[key], variable.get_value().sharding))

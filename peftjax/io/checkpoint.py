@@ -77,13 +77,9 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         self._directory = epath.Path(directory).resolve()
         self._damaged: set[int] = set()  # found by `restore`; deleted once a newer checkpoint is complete
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                preservation_policy=_PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged),
-            ),
-        )
+        policy = _PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged)
+        options = ocp.CheckpointManagerOptions(create=False, preservation_policy=policy)
+        self._manager = _Manager(self._directory, options=options)
         self._saving: int | None = None
 
     def save(
@@ -120,19 +116,15 @@ class Checkpoints:
             "fingerprint": fingerprint(dict(state)),
         }
         content = json.loads(json.dumps(content))  # a private copy, as it is written in the background
-        items = ocp.args.Composite(
-            **{
-                _STATE: ocp.args.StandardSave(dict(state)),
-                _ABOUT: ocp.args.JsonSave({"content": content, "checksum": _checksum(content)}),
-            }
-        )
+        about = {"content": content, "checksum": _checksum(content)}
+        parts = {_STATE: ocp.args.StandardSave(dict(state)), _ABOUT: ocp.args.JsonSave(about)}
         try:
             self._remove_leftovers()
             if step in self._steps():  # damaged
                 self._manager.delete(step)
             self._damaged.discard(step)
             # force: the caller has decided to save; without it orbax skips any step that is not its newest.
-            self._manager.save(step, args=items, metrics=content["score"], force=True)
+            self._manager.save(step, args=ocp.args.Composite(**parts), metrics=content["score"], force=True)
         except Exception as error:  # of any kind: orbax and tensorstore have types of their own
             raise self._failed(step, error) from error
         self._saving = step

@@ -81,9 +81,9 @@ def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stor
     result = dict(stored)
     for key in (key for entry in table for key in entry.keys):
         names = single_names(model, key)
-        if not names or not any(name in found for of_expert in names for name in of_expert):
-            continue
         every = [name for of_expert in names for name in of_expert]
+        if not any(name in found for name in every):
+            continue
         if missing := [name for name in every if name not in found]:
             raise UserError(f"experts are missing: {enumerate_some(missing)}; config.json says {len(names)} experts")
         parts = [[result.pop(found[name]) for name in of_expert] for of_expert in names]

@@ -41,16 +41,13 @@ def read_config(
     Raises:
         UserError: An option, the architecture or a field is not supported.
     """
-    for name, value, values in (
-        ("dtype", dtype, DTYPES),
-        ("param_dtype", param_dtype or dtype, DTYPES),
-        ("remat", remat, REMATS),
-    ):
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    for name, value in options.items():
+        values = REMATS if name == "remat" else tuple(DTYPES)
         if value not in values:
             raise UserError(f"{name}={value!r} is not one of {', '.join(values)}")
     # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
     fields, quantization = read_fields(directory)
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if models.family(fields).heads and head.get("head") in (None, "none"):
         options |= read_pooling(directory)
     options |= head
