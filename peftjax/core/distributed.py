@@ -153,10 +153,8 @@ def on_first(action: Callable[[], Any]) -> Any:
 def leave(code: int, *, wait: bool) -> NoReturn:
     """Exit this process of a distributed run with a nonzero code.
 
-    Args:
-        code: Exit code.
-        wait: Wait up to `HEARTBEAT` seconds for the other processes to exit too, as after an error that all of them
-            encounter. If process 0 exited first, the others would be aborted before they can print the error.
+    With `wait`, it waits up to `HEARTBEAT` seconds for the other processes to exit too, as after an error that all of them
+    encounter. If process 0 exited first, the others would be aborted before they can print the error.
     """
 
     def shut_down() -> None:

@@ -90,14 +90,7 @@ class Progress:
     def track(
         self, items: Iterable[Item], unit: str, total: int, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterator[Item]:
-        """Yield the items, with a bar that counts them.
-
-        Args:
-            items: What a phase works through.
-            unit: What is counted, such as "batches".
-            total: Number of units.
-            size: Number of units in an item.
-        """
+        """Yield the items, with a bar that counts their units, such as "batches", up to `total`; `size` counts those of one."""
         if not self._display:
             yield from items
             return

@@ -156,11 +156,9 @@ def _with_targets(
         changes["targets"] = (*kept, *targets)
     elif method.targets != method.every:
         changes["targets"] = rf"(?:{method.targets})|(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
-    for option, table, values, default in (
-        ("rank_pattern", method.rank_pattern, ranks, method.rank),
-        ("alpha_pattern", method.alpha_pattern, alphas, method.alpha),
-    ):
-        others: Pattern = tuple(pair for pair in table if applies(pair, names) or not applies(pair, singles))
+    for option, values, default in (("rank_pattern", ranks, method.rank), ("alpha_pattern", alphas, method.alpha)):
+        table: Pattern = getattr(method, option)
+        others = tuple(pair for pair in table if applies(pair, names) or not applies(pair, singles))
         changes[option] = (*table_entries(values, others, default), *others)
     return dataclasses.replace(method, **changes)
 

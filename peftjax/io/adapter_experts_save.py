@@ -95,12 +95,9 @@ def with_single_experts(
     modules = [older.get(module, module) for module in chosen_names(others)]
     fields = dict(config) | {"target_modules": [*modules, *_endings(ranks)], "lora_dropout": method.dropout}
     fields.pop("target_parameters", None)
-    for option, table, values, default in (
-        ("rank_pattern", method.rank_pattern, ranks, method.rank),
-        ("alpha_pattern", method.alpha_pattern, alphas, method.alpha),
-    ):
-        matched = [pair for pair in table if applies(pair, modules)]
-        fields[option] = dict((*table_entries(values, tuple(matched), default), *matched))
+    for option, values, default in (("rank_pattern", ranks, method.rank), ("alpha_pattern", alphas, method.alpha)):
+        matched = tuple(pair for pair in getattr(method, option) if applies(pair, modules))
+        fields[option] = dict((*table_entries(values, matched, default), *matched))
     return kept, fields
 
 

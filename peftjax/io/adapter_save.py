@@ -89,9 +89,9 @@ def write_adapter(
     *,
     single_experts: bool = False,
 ) -> Path:
-    """Write an adapter directory as `save_adapter` does, with this name of the base.
+    """Write an adapter directory as `save_adapter` does, and record `base` as the name of the base.
 
-    `training` is what the model card says about the training, which is needed in the first process only.
+    `training` is what the model card says about the training; only the first process needs it.
 
     Raises:
         UserError: As `save_adapter`.

@@ -334,13 +334,7 @@ def pack_kernel(kernel: Nf4) -> dict[str, jax.Array]:
 
 
 def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's kernel, by name.
-
-    Args:
-        weight: The name of its weight.
-        arrays: What `pack_kernel` made of the layer.
-        kernel: The kernel, of one layer or stacked.
-    """
+    """Return the tensors of one layer's kernel by name, from what `pack_kernel` made of it; `kernel` may be stacked."""
     inputs, outputs = kernel.features
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": np.dtype(kernel.dtype).name, "shape": [outputs, inputs]}
     stored = {_name(weight, part): array for part, array in arrays.items()}

@@ -63,12 +63,6 @@ def single_names(model: Model, key: str) -> list[list[str]]:
     return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(model.config.experts)]
 
 
-def projections(model: Model, key: str) -> int:
-    """The number of tensors of each expert for a tensor of all experts; 0 if the tensor does not belong to experts."""
-    names = single_names(model, key)
-    return len(names[0]) if names else 0
-
-
 def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """Replace the tensors of single experts in a checkpoint by one tensor for all of them.
 

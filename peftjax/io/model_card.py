@@ -90,7 +90,7 @@ class TrainingSummary:
 
 
 def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
-    """The text of README.md for the adapter in a directory of PEFT or of AdapterHub.
+    """The text of README.md for the adapter in a directory in the format of PEFT or AdapterHub.
 
     `training` has what the files do not say about the training.
 

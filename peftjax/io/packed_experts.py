@@ -114,7 +114,7 @@ def can_split(kernel: Nf4, projections: int) -> bool:
     """
     inputs, outputs = kernel.features
     unit = BLOCK if kernel.scales is None else BLOCK * GROUP
-    return projections == 1 or (projections > 1 and inputs * outputs // projections % unit == 0)
+    return projections == 1 or inputs * outputs // projections % unit == 0
 
 
 def split_kernels(

@@ -36,10 +36,11 @@ def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
 
 
 def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
-    """Return a model without adapters, with at least `rows` rows in its embedding table and its head, unless that is None.
+    """Return the model with at least `rows` rows in its embedding table and its head; it must not have adapters.
 
     Every new row is the mean of the old ones, as in transformers' `resize_token_embeddings`, which adds noise to it that is
     five orders of magnitude smaller than the rows (a multivariate normal with 1e-9 times their covariance).
+    If `rows` is None, the model stays as it is.
 
     Raises:
         UserError: The model has no vocabulary, or its head is quantized.

@@ -16,7 +16,7 @@ from peftjax.core.home import expand
 from peftjax.core.listing import enumerate_some
 from peftjax.io import bitsandbytes
 from peftjax.io.entries import entries, is_linear
-from peftjax.io.experts import projections
+from peftjax.io.experts import single_names
 from peftjax.io.hf_files import INDEX, PROMPT_FORMAT, SIDE_FILES, TEMPLATES, find_model
 from peftjax.io.json_files import read_json
 from peftjax.io.packed_experts import can_split
@@ -103,7 +103,8 @@ def _quantization_config(model: Model) -> dict[str, Any]:
         value = leaves[entry.path].get_value()
         if isinstance(value, Nf4):
             kernels.append(value)
-            if value.ndim - entry.stacked > 2 and not can_split(value, projections(model, entry.keys[0])):
+            names = single_names(model, entry.keys[0])  # of experts
+            if value.ndim - entry.stacked > 2 and not (names and can_split(value, len(names[0]))):
                 raise UserError(
                     f"{entry.path} is quantized in {value.format}, and cannot be divided into the kernels of single experts that "
                     f'bitsandbytes directories have; load the unquantized model with quantize="{value.format}" instead'
