@@ -63,7 +63,9 @@ def check(workdir: Path, base: str = "") -> None:
             )
     if not _is_ours(workdir):
         others = enumerate_some(sorted(path.name for path in workdir.iterdir() if not _is_harmless(path.name)), 3)
-        raise UserError(f"--workdir={workdir} holds other files ({others}) and no run; choose a new or an empty directory")
+        raise UserError(
+            f"--workdir={workdir} holds other files ({others}) and no run; choose a new or an empty directory"
+        )
     if foreign := _foreign_steps(workdir / "checkpoints"):
         raise UserError(
             f"{foreign[0]} is not a checkpoint of this run and would be deleted as a damaged one; move it out of "
