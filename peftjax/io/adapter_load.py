@@ -284,5 +284,5 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffers[id(tensor.variable)]))
         except UserError as error:
             raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
-    for key, variable in variables.items():
-        variable.set_value(host_arrays.placed(buffers[key], variable.get_value().sharding))
+    for variable, buffer in zip(variables.values(), buffers.values(), strict=True):
+        variable.set_value(host_arrays.placed(buffer, variable.get_value().sharding))
