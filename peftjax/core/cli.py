@@ -170,15 +170,8 @@ def parse_command(
 ) -> argparse.Namespace:
     """The arguments of a command with a config: `config` (path), `overrides` (strings "--config.a.b=c") and `workdir`.
 
-    A missing or unknown argument ends the process with code 2, as argparse does.
-
-    Args:
-      argv: The command line without the program.
-      command: The name of the command.
-      summary: What it does, for --help.
-      of_run: Whether the command reads a run, whose config is the default for --config.
-      workdir: Whether the command has --workdir.
-      options: Adds the command's own options to the parser.
+    A missing or unknown argument ends the process with code 2, as argparse does. A command `of_run` reads a run, whose config
+    is the default for --config. `options` adds the command's own options to the parser.
     """
     parser = argparse.ArgumentParser(
         prog=program(command),

@@ -45,10 +45,7 @@ def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
 
 
 def read_sweep(given: str | Path) -> list[tuple[Mapping[str, Any], ConfigSource]]:
-    """The search spaces that a config file defines.
-
-    Args:
-      given: As in `read`.
+    """The search spaces that a config file, given as in `read`, defines.
 
     Returns:
       {"section.field": values} of each space, and where its values come from. Nothing if the file defines no space.

@@ -59,7 +59,10 @@ def override(values: Values, overrides: Iterable[str], schema: Schema, origins: 
       schema: The known fields.
       origins: Where an override was given, for messages; one that is not in here is named itself.
     """
-    parsed = [(*_split(item), origins.get(item, item)) for item in overrides]
+    parsed: list[tuple[str, str, str]] = []
+    for item in overrides:
+        name, _, text = item.removeprefix("--config.").partition("=")
+        parsed.append((name, text, origins.get(item, item)))
     for name, text, source in sorted(parsed, key=lambda override: override[0] != "method.name"):
         if name == "method.name" and text != values[name]:
             rest = {key: value for key, value in values.items() if not key.startswith("method.")}
@@ -88,12 +91,6 @@ def _known(values: Mapping[str, Any], schema: Schema, source: str) -> dict[str, 
         raise UserError(f"{source}: {error}") from None
     own = {f"method.{name}": Field(default, "", of_method=True) for name, default in options.items()}
     return {**schema.fields, **{name: each for name, each in own.items() if name not in schema.fields}}
-
-
-def _split(item: str) -> tuple[str, str]:
-    """(field, text) of "--config.a.b=text"."""
-    name, _, text = item.removeprefix("--config.").partition("=")
-    return name, text
 
 
 def _parse(text: str, field: Field) -> Any:
@@ -180,18 +177,17 @@ def _bounds(field: Field) -> str:
 def _unknown(name: str, known: Mapping[str, Field], source: str) -> UserError:
     section, _, leaf = name.rpartition(".")
     sections = list(dict.fromkeys(key.rpartition(".")[0] for key in known if "." in key))
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
     if name in sections:
         inner = [key for key in known if key.startswith(name + ".")]
         return UserError(f"{source}: {name} is a section; set one of its fields: {', '.join(inner)}")
+    siblings = [key for key in known if key.rpartition(".")[0] == section] + ([] if section else sections)
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
     if elsewhere:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?"
     elif leaf in hf_names.OURS:
         hint = f" Hugging Face's {leaf} is called {hf_names.OURS[leaf]!r} here."
     elif section in sections or not section:
-        hint = suggest(leaf, [key.rpartition(".")[2] for key in siblings] + ([] if section else sections))
-        hint = hint or f" Known fields: {', '.join(siblings + ([] if section else sections))}"
+        hint = suggest(leaf, [key.rpartition(".")[2] for key in siblings]) or f" Known fields: {', '.join(siblings)}"
     else:
         hint = suggest(name, known) or f" Sections: {', '.join(sections)}"
     return UserError(f"{source}: unknown field {name}.{hint}")

@@ -32,7 +32,7 @@ class _Log:
         self.path = path
 
     def write(self, text: str) -> bool:
-        """Append text; returns False if there is no file. What cannot be written, to a full disk, is lost."""
+        """Append text; returns False if there is no file. Text that cannot be written, as on a full disk, is lost."""
         self.append(text)
         return self.path is not None
 

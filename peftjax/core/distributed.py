@@ -39,9 +39,6 @@ def start(options: argparse.Namespace) -> None:
 
     A single process returns immediately. Must be called before JAX initializes its devices.
 
-    Args:
-        options: Parsed command line with the options of `add_options`.
-
     Raises:
         UserError: Only some of the three options are given, or a value is invalid; or a launcher that JAX does not
             support started several processes, each of which would run on its own.
@@ -78,8 +75,9 @@ def _join_cluster() -> None:
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
     if in_pod and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():
         return  # a pod outside an indexed job, in which JAX would look for other pods
+    tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "1" or "1(x16)": one on each machine
     # A process that is alone on its machine uses all devices there; with None, JAX would assign it a single one.
-    own_machine = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _one_task_a_node()
+    own_machine = "1" in (os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"), tasks_per_node.partition("(")[0])
     try:
         _initialize(local_device_ids=[] if own_machine else None)
     except (ValueError, RuntimeError) as error:
@@ -99,11 +97,6 @@ def _join_cluster() -> None:
         )
 
 
-def _one_task_a_node() -> bool:
-    """Whether srun of SLURM started one process per machine ("1" or "1(x16)")."""
-    return os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
-
-
 def _initialize(**arguments: Any) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
     # On CPUs, collectives of concurrently dispatched programs can interleave and deadlock.
@@ -121,21 +114,13 @@ def many() -> bool:
 
 
 def meet(what: str) -> None:
-    """Wait until every process has reached this point; a single process returns immediately.
-
-    Args:
-        what: Name of the barrier.
-    """
+    """Wait until every process has reached the barrier `what`; a single process returns immediately."""
     if many():
         multihost_utils.sync_global_devices(what)
 
 
 def gather(value: Any) -> list[Any]:
-    """Gather a JSON value of every process.
-
-    Returns:
-        The values in process order.
-    """
+    """Gather a JSON value of every process, in process order."""
     text = json.dumps(value)
     if jax.process_count() == 1:
         return [json.loads(text)]
@@ -148,10 +133,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Run an action in process 0 while the other processes wait.
-
-    Returns:
-        The JSON value that the action returned, in every process.
+    """Run an action in process 0 while the other processes wait. In every process, return its result, a JSON value.
 
     Raises:
         UserError: The action raised one, or an OSError; it is raised in every process.
@@ -171,10 +153,8 @@ def on_first(action: Callable[[], Any]) -> Any:
 def leave(code: int, *, wait: bool) -> NoReturn:
     """Exit this process of a distributed run with a nonzero code.
 
-    Args:
-        code: Exit code.
-        wait: Wait up to `HEARTBEAT` seconds for the other processes to exit too, as after an error that all of them
-            encounter. If process 0 exited first, the others would be aborted before they can print the error.
+    With `wait`, it waits up to `HEARTBEAT` seconds for the other processes to exit too, as after an error that all of them
+    encounter. If process 0 exited first, the others would be aborted before they can print the error.
     """
 
     def shut_down() -> None:

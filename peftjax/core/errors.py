@@ -11,3 +11,10 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """The loss, the gradient norm or the logits of a model are NaN or infinite."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that an error was raised from, at the end of the chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +18,23 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def scratch_beside(directory: Path) -> Iterator[Path]:
+    """Create a directory beside another, to be filled and moved there. What is left of it is removed at the end."""
+    scratch = directory.with_name(f".{directory.name}.peftjax-tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace the contents of a file atomically.
 
     The text is written to a temporary file beside it, synced to disk and renamed. An interrupted or failed write leaves
-    the previous file unchanged.
-
-    Args:
-        path: File to create or replace.
-        text: New contents, written as UTF-8. Characters that cannot be encoded are escaped.
+    the previous file unchanged. Characters that cannot be encoded as UTF-8 are escaped.
 
     Raises:
         OSError: The file cannot be written.

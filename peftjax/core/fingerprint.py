@@ -18,7 +18,7 @@ from peftjax.core import host_arrays
 
 
 def fingerprint(tree: Any) -> str:
-    """Compute a 64-bit digest of the names, shapes, dtypes and contents of a tree of arrays.
+    """Compute a 64-bit digest, 16 hexadecimal digits, of the names, shapes, dtypes and contents of a tree of arrays.
 
     The digest does not depend on the sharding or the number of devices. Any flipped bit changes it, and so does any
     exchange of elements, except with a probability of about 2^-60. Only two integers per array are copied to the host,
@@ -27,9 +27,6 @@ def fingerprint(tree: Any) -> str:
     Args:
         tree: Pytree of `jax.Array` of any float, integer (including int4), bool or PRNG key dtype, usually a flat
             {path: array} dictionary. Nodes without leaves, such as `optax.MaskedNode` and None, are ignored.
-
-    Returns:
-        16 hexadecimal digits.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = []
@@ -44,17 +41,11 @@ def fingerprint(tree: Any) -> str:
 
 
 def marks(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
-    """Compute a digest of a sample of each array, rounded to bfloat16.
+    """Compute a digest, 16 hexadecimal digits, of a sample of each array of any float dtype, rounded to bfloat16.
 
     The sample covers at most 64 x 64 evenly spaced positions of the last two axes, at every index of the other axes. The
     same weights stored in float32 and in bfloat16 therefore have the same marks, and further training changes them. For
     the largest models the computation takes no longer than the forward pass of one token.
-
-    Args:
-        arrays: {path: array of any float dtype}.
-
-    Returns:
-        {path: 16 hexadecimal digits}.
     """
     sums = jax.device_get(_sampled_sums(dict(arrays)))
     return {path: "{:08x}{:08x}".format(*pair) for path, pair in sums.items()}

@@ -8,28 +8,19 @@ from jax.experimental import multihost_utils
 
 
 def wait_on_cpus(tree: Any) -> None:
-    """Wait for arrays if this process has several CPU devices; otherwise, return immediately.
+    """Wait for a pytree of arrays if this process has several CPU devices; otherwise, return immediately.
 
     XLA's CPU client admits at most 32 programs per device. A loop that dispatches more of them before it waits can
     deadlock: a program may be admitted on some devices only, where it waits for the others in a collective.
-
-    Args:
-        tree: Pytree of `jax.Array`.
     """
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         jax.block_until_ready(tree)
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """Gather an array into the memory of this process.
+    """Gather an array with any sharding into the memory of this process. Shape and dtype stay the same.
 
-    If the array is sharded across processes, every process must call this function.
-
-    Args:
-        array: Array with any sharding.
-
-    Returns:
-        The full array on the host, with the same shape and dtype.
+    If it is sharded across processes, every process must call this function.
     """
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -37,12 +28,7 @@ def whole(array: jax.Array) -> np.ndarray:
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Shard a host array across the devices of all processes.
-
-    Args:
-        array: Full array, identical in every process.
-        sharding: Sharding of the result.
-    """
+    """Shard a host array, the same full array in every process, across the devices of all processes."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -49,10 +49,9 @@ def free_memory(devices: Sequence[jax.Device]) -> int | None:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes.
+    """Return the peak memory of this process in bytes: on accelerators, the maximum over the local devices.
 
-    Returns:
-        Maximum over the local accelerators of their peak memory in use; on CPU, the peak resident set size.
+    On CPU, it is the peak resident set size.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(numbers.get("peak_bytes_in_use", 0) for numbers in stats)

@@ -16,10 +16,6 @@ REGEX = set("*+?()[]{}|^$\\")  # the characters that make a text a regular expre
 def suggest(word: str, known: Iterable[str]) -> str:
     """Suggest known names similar to `word`, whatever their case.
 
-    Args:
-        word: Unknown name.
-        known: Valid names.
-
     Returns:
         " Did you mean 'x' or 'y'?" with up to three suggestions, or "" if no name is similar. If a name differs in case alone,
         it is the only suggestion.
@@ -61,20 +57,19 @@ def _entries(pattern: tuple[str, ...]) -> frozenset[str]:
 
 
 def first_match(name: str, table: Iterable[tuple[str, Any]], default: Any = None) -> Any:
-    """Look up a module name in a table of patterns, by the rule of `rank_pattern` and `alpha_pattern` in Hugging Face PEFT.
+    """The value of the first pattern in a table that matches a module name, by the rule of `rank_pattern` in Hugging Face PEFT.
 
     Args:
         name: Dotted module name.
         table: (pattern, value) pairs. A pattern is the full name, its last components, or a regular expression for either.
         default: The result if no pattern matches.
-
-    Returns:
-        The value of the first matching pattern.
     """
-    for key, value in table:
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    return next((value for key, value in table if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def applies(entry: tuple[str, Any], names: Iterable[str]) -> bool:
+    """Whether a (pattern, value) pair of such a table matches any of the names."""
+    return any(first_match(name, (entry,)) is not None for name in names)
 
 
 def unmatched(names: Iterable[str], pattern: str | tuple[str, ...]) -> list[str]:

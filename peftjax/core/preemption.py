@@ -5,7 +5,7 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -52,9 +52,7 @@ class Preemption:
                 self._before = {number: signal.signal(number, _notice) for number in heeded}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         received.unsaved, received.forward, received.saved = False, None, None
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -63,7 +61,7 @@ class Preemption:
         """Declare that the next step is the first one of a run: until it is done, there is nothing to save.
 
         Raises:
-            Preempted, Interrupted: The signal came during the last step of the run before.
+            Preempted, Interrupted: The signal came during the last step of the previous run.
         """
         received.unsaved = False
         if self._agreed or (received.asked and not jax.distributed.is_initialized()):
@@ -80,13 +78,7 @@ class Preemption:
 
 
 def stopped(step: int, steps: int, saved: Path) -> Preempted | Interrupted:
-    """What to raise once the state is saved.
-
-    Args:
-        step: Number of completed steps.
-        steps: Number of steps of the whole run.
-        saved: The checkpoint, or the directory of several runs.
-    """
+    """What to raise once the state after `step` of `steps` is in `saved`, a checkpoint or the directory of several runs."""
     what = "the trainable parameters, the optimizer state and the position in the data"
     return _stopped(f"after step {step} of {steps}; saved {what}; run the same command to resume from {saved}")
 

@@ -38,12 +38,7 @@ class Progress:
     """
 
     def __init__(self, total: int = 0, done: int = 0, *, enabled: bool = True) -> None:
-        """
-        Args:
-            total: Number of steps of the whole run; 0 if the command does not train.
-            done: Number of completed steps.
-            enabled: Print anything.
-        """
+        """Start after `done` of `total` steps; 0 steps: the command does not train. If not `enabled`, print nothing."""
         self.total, self.left, self.began = total, TimeLeft(total), time.perf_counter()
         self._enabled, self._phase, self._done = enabled, COMPILING, done
         self._compiled: set[str] = set()  # the units whose first item is done
@@ -95,14 +90,7 @@ class Progress:
     def track(
         self, items: Iterable[Item], unit: str, total: int, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterator[Item]:
-        """Yield the items, with a bar that counts them.
-
-        Args:
-            items: What a phase works through.
-            unit: What is counted, such as "batches".
-            total: Number of units.
-            size: Number of units in an item.
-        """
+        """Yield the items, with a bar that counts their units, such as "batches", up to `total`; `size` counts those of one."""
         if not self._display:
             yield from items
             return

@@ -16,11 +16,7 @@ class _SourceLoader(SourceFileLoader):
 
 
 def run_python_file(path: Path, name: str) -> ModuleType:
-    """Run a file and return its module.
-
-    Args:
-        path: The file.
-        name: Name of the module, under which it is also in `sys.modules`, where dataclasses look for it.
+    """Run a file and return its module, which is in `sys.modules` under `name`: dataclasses look for it there.
 
     Raises:
         Exception: Whatever the file raises.

@@ -56,13 +56,12 @@ class Clipped:
         self._text, self._lines = Text(printable(text)), lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wrapped = self._text.wrap(console, options.max_width)
-        shown = Text("\n").join(wrapped[: self._lines])
-        if len(wrapped) > self._lines:
-            last = wrapped[self._lines - 1]
-            last.truncate(max(options.max_width - 2, 0))
-            shown = Text("\n").join([*wrapped[: self._lines - 1], Text.assemble(last, " …")])
-        yield shown
+        lines = list(self._text.wrap(console, options.max_width))
+        if len(lines) > self._lines:
+            del lines[self._lines :]
+            lines[-1].truncate(max(options.max_width - 2, 0))
+            lines[-1].append(" …")
+        yield Text("\n").join(lines)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self._text)

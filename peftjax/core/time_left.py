@@ -10,12 +10,10 @@ class TimeLeft:
 
     Steps are dispatched before they are computed, so that their time is known only where the run waits for the device.
     Evaluations are measured apart from the steps between them: those to come are expected to take as long as the last.
-
-    Args:
-        total: Number of steps of the run.
     """
 
     def __init__(self, total: int) -> None:
+        """Start the estimate of a run of `total` steps."""
         self._total = total
         self._evaluations: Sequence[int] = ()
         self._origin: tuple[int, float] | None = None  # a step, and the time at which the steps after it began

@@ -24,11 +24,8 @@ def time_limit(message: str) -> Iterator[None]:
     The limit needs a signal, which only the main thread can handle: in other threads there is none. Training therefore reads the
     first record of every source in the main thread. A timer that the program has set itself is restored.
 
-    Args:
-        message: What takes too long, and what to do about it.
-
     Raises:
-        UserError: The limit is reached.
+        UserError: The limit is reached. `message` says what takes too long, and what to do about it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

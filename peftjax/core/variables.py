@@ -106,12 +106,7 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
 
 
 def split_by_kind(model: nnx.Module, kind: type[nnx.Variable] = PeftParam) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
-    """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves.
-
-    Args:
-        model: The model.
-        kind: The type of the trainable variables.
-    """
+    """Split a model into (structure, trainable, frozen): flat trees with the same paths and complementary leaves."""
     graph, variables = flat(model)
     mask = trainable_mask(variables, kind)
     values = {path: variable.get_value() for path, variable in variables.items()}

@@ -38,11 +38,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check(workdir: Path, base: str = "") -> None:
-    """Check that a run may write into a directory. Nothing is created or changed.
-
-    Args:
-        workdir: The directory.
-        base: The base model of the run, a directory or a hub id.
+    """Check that a run of the base model `base`, a directory or a hub id, may write into `workdir`. Nothing is changed.
 
     Raises:
         UserError: The directory cannot be written; it is the directory of the base model, inside it, or around it; it holds
@@ -59,18 +55,16 @@ def check(workdir: Path, base: str = "") -> None:
         raise UserError(f"--workdir={workdir}: {place} {why}; choose a directory that can be created or written to")
     if base and (model := expand(base)).is_dir():
         mine, theirs = workdir.resolve(), model.resolve()
-        if mine == theirs or theirs in mine.parents:
-            where = "is" if mine == theirs else "is inside"
+        around = mine in theirs.parents and not _is_ours(workdir)
+        where = "is" if mine == theirs else "is inside" if theirs in mine.parents else "contains" if around else ""
+        if where:
             raise UserError(
                 f"--workdir={workdir} {where} the directory of the base model, model.path={base}; choose another workdir"
             )
-        if mine in theirs.parents and not _is_ours(workdir):
-            raise UserError(
-                f"--workdir={workdir} contains the directory of the base model, model.path={base}; choose another workdir"
-            )
     if not _is_ours(workdir):
+        others = enumerate_some(sorted(path.name for path in workdir.iterdir() if not _is_harmless(path.name)), 3)
         raise UserError(
-            f"--workdir={workdir} holds other files ({_some(workdir)}) and no run; choose a new or an empty directory"
+            f"--workdir={workdir} holds other files ({others}) and no run; choose a new or an empty directory"
         )
     if foreign := _foreign_steps(workdir / "checkpoints"):
         raise UserError(
@@ -86,22 +80,16 @@ def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[No
     The kernel releases the lock when the process ends, however it ends. The lock also holds between hosts that share the
     directory over NFS. If the process that holds it is on another host, this function waits `LEASE` seconds, after which
     a file server has released the locks of a host that has disappeared. A directory that is still empty at the end is
-    removed, if this function created it.
-
-    Args:
-        workdir: The directory.
-        base: The base model of the run, a directory or a hub id.
-        shared: Share the directory with other processes that also ask for that.
+    removed, if this function created it. A `shared` directory can be used by several processes that all ask for that.
 
     Raises:
-        UserError: As `check`; or another process is using the directory, and one of both does not share it.
+        UserError: As `check`; or another process is using the directory, and at least one of the two does not share it.
     """
-    held: list[_Lock] = []
 
     def take() -> None:
         try:
             check(workdir, base)
-            held.append(_Lock(workdir, shared=shared))
+            held.enter_context(_lock(workdir, shared=shared))
         except OSError as error:
             place = error.filename or workdir
             raise UserError(
@@ -109,13 +97,10 @@ def claim(workdir: Path, base: str = "", *, shared: bool = False) -> Iterator[No
                 "choose another workdir"
             ) from None
 
-    distributed.on_first(take)
-    try:
+    with contextlib.ExitStack() as held:
+        distributed.on_first(take)
         debug_log.open_in(workdir, jax.process_index())
         yield
-    finally:
-        for lock in held:
-            lock.release()
 
 
 @contextlib.contextmanager
@@ -136,57 +121,50 @@ def turn(workdir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class _Lock:
-    """The lock on a directory, which is created and marked."""
+@contextlib.contextmanager
+def _lock(workdir: Path, *, shared: bool) -> Iterator[None]:
+    """Create, mark and lock a directory.
 
-    def __init__(self, workdir: Path, *, shared: bool) -> None:
-        self._shared = shared
-        here = workdir.absolute()
-        self._created = [path for path in (here, *here.parents) if not path.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._mark = workdir / MARK
-        deadline = 0.0
-        while (descriptor := _try_lock(self._mark, shared=shared)) is None:
-            holder, host = _holder(self._mark)
-            if not deadline:
-                deadline = time.monotonic() + (LEASE if host not in ("", socket.gethostname()) else 0.0)
-                if time.monotonic() < deadline:
-                    warnings.warn(
-                        f"--workdir={workdir} is in use by {holder}; waiting up to {LEASE:.0f} s, in case that host is gone",
-                        stacklevel=2,
-                    )
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"--workdir={workdir} is in use by {holder}; wait until it has ended, or choose another workdir"
+    At the end, unless it is shared: if it has no other files, remove its mark, and the directory if this function created it.
+    """
+    here = workdir.absolute()
+    created = [path for path in (here, *here.parents) if not path.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    mark = workdir / MARK
+    deadline = 0.0
+    while (descriptor := _try_lock(mark, shared=shared)) is None:
+        holder, host = _holder(mark)
+        if not deadline:
+            deadline = time.monotonic() + (LEASE if host not in ("", socket.gethostname()) else 0.0)
+            if time.monotonic() < deadline:
+                warnings.warn(
+                    f"--workdir={workdir} is in use by {holder}; waiting up to {LEASE:.0f} s, in case that host is gone",
+                    stacklevel=4,
                 )
-            time.sleep(min(1.0, LEASE))
-        self._descriptor = descriptor
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"--workdir={workdir} is in use by {holder}; wait until it has ended, or choose another workdir"
+            )
+        time.sleep(min(1.0, LEASE))
+    try:
+        _write(descriptor, f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
         try:
-            self._write(f"{_NOTE}{os.getpid()} {socket.gethostname()}\n")
-        except OSError:
-            os.close(descriptor)
-            raise
-
-    def release(self) -> None:
-        """Release the lock.
-
-        Unless the directory is shared: if it has no other files, remove its mark, and the directory if this lock created it.
-        """
-        try:
-            if not self._shared and [path.name for path in self._mark.parent.iterdir()] == [MARK]:
-                self._mark.unlink()
-                for path in self._created:
-                    path.rmdir()
-            else:
-                self._write(_NOTE)
-        except OSError:  # the disk is full, or the directory was removed; the lock is still released
-            pass
+            yield
         finally:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # the disk is full, or the directory was removed
+                if not shared and [path.name for path in workdir.iterdir()] == [MARK]:
+                    mark.unlink()
+                    for path in created:
+                        path.rmdir()
+                else:
+                    _write(descriptor, _NOTE)
+    finally:
+        os.close(descriptor)
 
-    def _write(self, text: str) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _try_lock(mark: Path, *, shared: bool) -> int | None:
@@ -260,7 +238,3 @@ def _foreign_steps(checkpoints: Path) -> list[Path]:
         return []
     steps = [path for path in checkpoints.iterdir() if path.name.isdecimal() and path.is_dir()]
     return sorted(path for path in steps if not {part.name for part in path.iterdir() if part.name[0] != "."} <= _STEP)
-
-
-def _some(directory: Path) -> str:
-    return enumerate_some(sorted(path.name for path in directory.iterdir() if not _is_harmless(path.name)), 3)

@@ -68,14 +68,13 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
             copies.add(key)
     unused = {bare.replace(ORIGINAL, "."): key for bare, key in unexplained.items() if ORIGINAL in bare}
     for site in sites(model):
-        for leaf, (suffix, order) in site.module.hf_leaves.items():
+        for leaf, (suffix, _) in site.module.hf_leaves.items():
             for layer, hf in zip(site.layers, site.names, strict=True):
                 found = [unexplained.get(bare_key(f"{hf}.{before}{suffix}")) for before in COPIES]
                 found.append(unused.get(bare_key(f"{hf}.{suffix}")))
                 for key in (key for key in found if key is not None):
-                    if (own := _base_value(model, site, leaf, layer)) is None:
+                    if (own := base_value(model, site, leaf, layer)) is None:
                         continue
-                    own = own if order is None else own.transpose(order)
                     if tensors[key].shape != own.shape:
                         raise UserError(
                             f"{key} differs from this model's parameter in shape: {tensors[key].shape} instead of "
@@ -93,7 +92,9 @@ def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.nd
     After tokens were added, peft saves the embedding and the head with the adapter, and loads both. Copies in which more than
     half of the rows differ are left to `copies_in`, which rejects them.
     """
-    if not isinstance(method, Targeted) or not isinstance(model, LanguageModel) or _ties_or_trains_tokens(method):
+    if not isinstance(method, Targeted) or not isinstance(model, LanguageModel):
+        return method
+    if isinstance(method, Lora) and (method.ensure_weight_tying or method.token_indices):
         return method
     if isinstance(model.embed.embedding.get_value(), jax.ShapeDtypeStruct):
         return method
@@ -103,11 +104,10 @@ def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.nd
     for site in sites(model):
         if site.path in used or not (site.module is model.embed or site.module is model.head):
             continue
-        for leaf, (suffix, order) in site.module.hf_leaves.items():
+        for leaf, (suffix, _) in site.module.hf_leaves.items():
             key = keys.get(bare_key(f"{site.names[0]}.{suffix}"))
-            if key is None or (value := _base_value(model, site, leaf, None)) is None:
+            if key is None or (value := base_value(model, site, leaf, None)) is None:
                 continue
-            value = value if order is None else value.transpose(order)
             if tensors[key].shape == value.shape and not _same(tensors[key], value):
                 rows = _changed_rows(tensors[key], value)
                 if 2 * len(rows) <= len(value):
@@ -119,11 +119,6 @@ def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.nd
             stacklevel=4,
         )
     return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *changed)) if changed else method
-
-
-def _ties_or_trains_tokens(method: Method) -> bool:
-    """Whether a LoRA ties the rows of the embedding to those of the head, or trains some of them."""
-    return isinstance(method, Lora) and bool(method.ensure_weight_tying or method.token_indices)
 
 
 def _where(one: np.ndarray, other: np.ndarray) -> str:
@@ -141,13 +136,19 @@ def _changed_rows(one: np.ndarray, other: np.ndarray) -> list[int]:
     return [row for row in range(len(one)) if not _same(one[row : row + 1], other[row : row + 1])]
 
 
-def _base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
-    """One layer of a base parameter, gathered from all processes; None if the module does not have it."""
+def base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> np.ndarray | None:
+    """One layer of a base parameter as files store it, gathered from all processes; None if the module does not have it."""
     if leaf in site.parameters:
         value = site.parameters[leaf].get_value()
         one: Any = value if layer is None else jax.tree.map(lambda stack: stack[layer], value)
-        return host_arrays.whole(one.astype(one.dtype))  # decodes a quantized kernel
-    return host_arrays.whole(tied_kernel(model)) if leaf == "kernel" else None
+        one = one.astype(one.dtype)  # decodes a quantized kernel
+    elif leaf == "kernel":
+        one = tied_kernel(model)
+    else:
+        return None
+    order = site.module.hf_leaves[leaf][1]
+    whole = host_arrays.whole(one)
+    return whole if order is None else whole.transpose(order)
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

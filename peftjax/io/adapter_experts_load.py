@@ -12,7 +12,7 @@ from flax import nnx
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, last_parts, matches
+from peftjax.core.paths import applies, first_match, last_parts, matches
 from peftjax.io.adapter_experts import MAGNITUDE, A, B, Pattern, table_entries
 from peftjax.io.adapter_fit import older_names, stored_names
 from peftjax.io.adapter_keys import bare_key
@@ -38,7 +38,8 @@ def with_all_experts(
         The method with the targets, ranks and alphas of all experts, and the tensors.
 
     Raises:
-        UserError: A tensor is missing, or does not fit the model or its rank in the config, or a DoRA is one of all experts.
+        UserError: A tensor is missing, or does not fit the model or its rank in the config; or the file has a DoRA of all
+            experts of a layer.
     """
     dora = isinstance(method, Lora) and method.dora
     if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
@@ -155,16 +156,9 @@ def _with_targets(
         changes["targets"] = (*kept, *targets)
     elif method.targets != method.every:
         changes["targets"] = rf"(?:{method.targets})|(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
-    for option, table, values, default in (
-        ("rank_pattern", method.rank_pattern, ranks, method.rank),
-        ("alpha_pattern", method.alpha_pattern, alphas, method.alpha),
-    ):
-        others: Pattern = tuple(
-            pair
-            for pair in table
-            if any(first_match(name, (pair,)) is not None for name in names)
-            or not any(first_match(name, (pair,)) is not None for name in singles)
-        )
+    for option, values, default in (("rank_pattern", ranks, method.rank), ("alpha_pattern", alphas, method.alpha)):
+        table: Pattern = getattr(method, option)
+        others = tuple(pair for pair in table if applies(pair, names) or not applies(pair, singles))
         changes[option] = (*table_entries(values, others, default), *others)
     return dataclasses.replace(method, **changes)
 

@@ -17,7 +17,7 @@ from peftjax.adapters.single_experts import SingleExperts
 from peftjax.adapters.sites import Site
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, last_parts
+from peftjax.core.paths import applies, last_parts
 from peftjax.io.adapter_experts import MAGNITUDE, A, B, table_entries
 from peftjax.io.adapter_fit import new_to_older, stored_names
 from peftjax.io.adapter_keys import with_older_names
@@ -57,21 +57,11 @@ def _are_single(model: nnx.Module, name: str) -> bool:
 def with_single_experts(
     model: nnx.Module, name: str, method: Method, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Replace the tensors of all experts in an adapter file by those of single experts, and their fields in the config.
+    """Replace the tensors of all experts in an adapter file by those of single experts, and their fields in `config`.
 
     If single experts have adapters of their own, only names are replaced, by those of transformers 4. Of a LoRA, the parts of
     a fused layer get the ranks for which their part of B is not zero. If B is block diagonal, as it is in an adapter from
     such a file, these are their own; otherwise, each part gets all ranks.
-
-    Args:
-        model: The model.
-        name: The adapter.
-        method: Its method.
-        tensors: The tensors of the file.
-        config: The fields of adapter_config.json.
-
-    Returns:
-        The tensors, and the fields.
 
     Raises:
         UserError: The adapter has no experts, or the model's family has no modules of single experts.
@@ -105,12 +95,9 @@ def with_single_experts(
     modules = [older.get(module, module) for module in chosen_names(others)]
     fields = dict(config) | {"target_modules": [*modules, *_endings(ranks)], "lora_dropout": method.dropout}
     fields.pop("target_parameters", None)
-    for option, table, values, default in (
-        ("rank_pattern", method.rank_pattern, ranks, method.rank),
-        ("alpha_pattern", method.alpha_pattern, alphas, method.alpha),
-    ):
-        matched = [pair for pair in table if any(first_match(name, (pair,)) is not None for name in modules)]
-        fields[option] = dict((*table_entries(values, tuple(matched), default), *matched))
+    for option, values, default in (("rank_pattern", ranks, method.rank), ("alpha_pattern", alphas, method.alpha)):
+        matched = tuple(pair for pair in getattr(method, option) if applies(pair, modules))
+        fields[option] = dict((*table_entries(values, matched, default), *matched))
     return kept, fields
 
 
@@ -126,13 +113,9 @@ def _with_older_names(
 def shapes_of_single_experts(
     model: Model, name: str, method: Method, tensors: Mapping[str, T]
 ) -> dict[str, T | jax.ShapeDtypeStruct]:
-    """The tensors that `with_single_experts` writes after training, as shapes. The model may be abstract.
+    """The tensors that `with_single_experts` writes after training. Those of experts are shapes.
 
-    Args:
-        model: The model.
-        name: The adapter.
-        method: Its method.
-        tensors: The tensors of all experts in the file; the others are kept.
+    The model may be abstract.
     """
     kept: dict[str, T | jax.ShapeDtypeStruct] = dict(_of_others(model, name, tensors))
     if not isinstance(method, Lora):

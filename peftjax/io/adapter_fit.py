@@ -18,7 +18,7 @@ from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost
 from peftjax.adapters.selection import chosen_names, chosen_spellings, ending_of, is_selected, target_entries
 from peftjax.adapters.sites import SingleSite, Site, depth_of, single_sites, sites, spelled, tied_pair
 from peftjax.adapters.targeted import Targeted
-from peftjax.core.paths import first_match, last_parts, matches, unmatched
+from peftjax.core.paths import applies, first_match, last_parts, matches, unmatched
 from peftjax.io.adapter_keys import bare_key, has_single_experts
 from peftjax.io.parts import in_other_parts
 from peftjax.methods.adalora import AdaLora
@@ -123,22 +123,15 @@ def with_joined_experts(method: Method, model: nnx.Module) -> Method:
 
 
 def without_parameters(method: Method, model: nnx.Module, keys: Iterable[str], parameters: Iterable[str]) -> Method:
-    """Return the method without the experts that only target_modules matches. In peft, experts are parameters of a module.
+    """Return the method without the experts that target_modules matches, but not `parameters`, the target_parameters.
 
-    Unchanged if the experts are modules in peft: in a file with single experts, or if peft converts target_modules to
-    target_parameters, as it does for LoRA in families whose experts were modules in transformers 4.
-
-    Args:
-        method: The method of the file.
-        model: The model.
-        keys: The keys of the tensors.
-        parameters: The target_parameters of the file.
+    In peft, experts are parameters of a module. Unchanged if they are modules: in a file whose `keys` are those of single
+    experts, or if peft converts target_modules to target_parameters, as it does for LoRA in families whose experts were
+    modules in transformers 4.
     """
     if not isinstance(method, Targeted) or not isinstance(model, Model) or method.targets == method.every:
         return method
-    if isinstance(method, Lora) and any(model.hf_experts.values()):
-        return method
-    if has_single_experts(keys):
+    if (isinstance(method, Lora) and any(model.hf_experts.values())) or has_single_experts(keys):
         return method
     experts = [site for site in sites(model) if isinstance(site.module, ExpertLinear)]
     whole = [name for site in experts for name in site.names]
@@ -209,8 +202,6 @@ def with_full_factors(
                     product = tensors[a].astype(np.float32) @ tensors[b].astype(np.float32)
                     made[a.removesuffix("_a")] = product
                     del made[a], made[b]
-    if not ranks:
-        return method, tensors
     rank_pattern, alpha_pattern = (*ranks, *method.rank_pattern), (*alphas, *method.alpha_pattern)
     return dataclasses.replace(method, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern), made
 
@@ -229,12 +220,7 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     """Remove the options that match nothing in the model and that peft ignores.
 
     If no target matches, such as a regular expression for the names of a multimodal model, the modules that have tensors
-    are the targets.
-
-    Args:
-        method: The method of the file.
-        model: The model.
-        keys: The keys of the tensors.
+    in the file, which has these keys, are the targets.
 
     Returns:
         The method, and what was removed: "target_modules 'v_porj'".
@@ -257,22 +243,15 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     depth = depth_of(fitting)
 
     changes: dict[str, Any] = {}
-    given = (method.targets,) if isinstance(method.targets, str) else method.targets
-    if method.targets == method.every:
-        pass
-    elif len(unmatched(names, method.targets)) == len(given):
-        if with_tensors := _with_adapter(names, keys):
+    if method.targets != method.every:
+        given, missing = _entries(method.targets), unmatched(names, method.targets)
+        if 0 < len(missing) < len(given):
+            changes["targets"] = keep("targets", given, lambda entry: entry not in missing)
+        elif len(missing) == len(given) and (with_tensors := _with_adapter(names, keys)):
             removed.append(f"target_modules {', '.join(map(repr, given))}")
             changes["targets"] = with_tensors
-    elif not isinstance(method.targets, str):
-        missing = unmatched(names, method.targets)
-        changes["targets"] = keep("targets", method.targets, lambda entry: entry not in missing)
-    if isinstance(method.exclude, str):
-        kept = keep("exclude", (method.exclude,), lambda entry: not unmatched(names, entry))
-        changes["exclude"] = method.exclude if kept else ()
-    else:
-        missing = unmatched(names, method.exclude)
-        changes["exclude"] = keep("exclude", method.exclude, lambda entry: entry not in missing)
+    if unused := unmatched(names, method.exclude):
+        changes["exclude"] = keep("exclude", _entries(method.exclude), lambda entry: entry not in unused)
     if any(0 <= layer < depth for layer in method.layers_to_transform):
         changes["layers_to_transform"] = keep(
             "layers_to_transform", method.layers_to_transform, lambda layer: 0 <= layer < depth
@@ -286,19 +265,16 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     targeted, spellings = chosen_names(chosen), chosen_spellings(chosen)
     for option, table in tables.items():
         table = tuple(each for pair in table for each in _by_whole_name(pair, targeted))
-        tables[option] = keep(
-            option, table, lambda pair: any(first_match(name, (pair,)) is not None for name in targeted)
-        )
+        tables[option] = keep(option, table, lambda pair: applies(pair, targeted))
     later: dict[str, Any] = dict(tables)
     if isinstance(method, Ia3):
         rule = method.feedforward
-        if isinstance(rule, str):
-            fits = any(is_feedforward(name, rule) for name in spellings)
-            later["feedforward"] = rule if keep("feedforward", (rule,), lambda _: fits) else ()
-        else:
-            later["feedforward"] = keep(
-                "feedforward", rule, lambda entry: any(is_feedforward(name, (entry,)) for name in spellings)
-            )
+
+        def is_used(entry: str) -> bool:
+            return any(is_feedforward(name, entry if isinstance(rule, str) else (entry,)) for name in spellings)
+
+        kept = keep("feedforward", _entries(rule), is_used)
+        later["feedforward"] = rule if isinstance(rule, str) and kept else kept
     method = dataclasses.replace(method, **later)
     if isinstance(method, Lora | WithBiases) and method.bias != "none" and not _has_bias(method, model):
         removed.append(f"bias={method.bias!r}")
@@ -309,9 +285,14 @@ def without_unmatched(method: Method, model: nnx.Module, keys: Iterable[str]) ->
     return method, removed
 
 
+def _entries(rule: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The entries of an option; a regular expression is one."""
+    return (rule,) if isinstance(rule, str) else rule
+
+
 def _by_whole_name(pair: tuple[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
     """An entry of a table, or its value for each name that it matches without wrappers, as in a model without its head."""
-    if any(first_match(name, (pair,)) is not None for name in names):
+    if applies(pair, names):
         return [pair]
     return [(name, pair[1]) for name in names if first_match(bare_key(name), (pair,)) is not None] or [pair]
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, head_sites
-from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
+from peftjax.io.adapter_check import base_value
 from peftjax.io.adapter_experts import A, B
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import PREFIX
@@ -47,7 +47,7 @@ def with_whole_head(
             )
         if not partial and (set(keys) != {"bias"} or getattr(method, "bias", "none") != "all"):
             continue
-        whole = _parameters(site)
+        whole = _parameters(model, site)
         if partial:
             assert isinstance(method, Lora)
             whole["weight"] += _update(method, site, tensors[keys[A]], tensors[keys[B]])
@@ -62,21 +62,17 @@ def with_whole_head(
 def _with_rest(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
     """The tensors, with those of the base for the layers of the head that the file leaves out."""
     bare: list[str] = [bare_key(key) for key in tensors]
-    rest: dict[str, np.ndarray] = {}
+    found = dict(tensors)
     for site in head_sites(model):
         if not any(key.startswith(f"{bare_key(site.names[0])}.") for key in bare):
-            rest |= {f"{PREFIX}{site.names[0]}.{suffix}": value for suffix, value in _parameters(site).items()}
-    return {**tensors, **rest}
+            found |= {f"{PREFIX}{site.names[0]}.{suffix}": value for suffix, value in _parameters(model, site).items()}
+    return found
 
 
-def _parameters(site: Site) -> dict[str, np.ndarray]:
+def _parameters(model: nnx.Module, site: Site) -> dict[str, np.ndarray]:
     """The base's own parameters of a layer that is not stacked, float32, by their names in files."""
-    whole = {}
-    for leaf, (suffix, order) in site.module.hf_leaves.items():
-        if leaf in site.parameters:
-            value = np.array(host_arrays.whole(site.parameters[leaf].get_value()), np.float32)
-            whole[suffix] = value if order is None else value.transpose(order)
-    return whole
+    leaves = {suffix: leaf for leaf, (suffix, _) in site.module.hf_leaves.items() if leaf in site.parameters}
+    return {suffix: np.array(base_value(model, site, leaf, None), np.float32) for suffix, leaf in leaves.items()}
 
 
 def _update(method: Lora, site: Site, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from flax import nnx
 from peftjax.adapters.sites import sites
 from peftjax.core.errors import UserError
 from peftjax.io.json_files import read_json
-from peftjax.io.safetensors_files import read_header
+from peftjax.io.safetensors_files import read_file
 from peftjax.methods.bottleneck import Bottleneck, from_hub
 from peftjax.models.base import Model
 from peftjax.models.encoder import Encoder
@@ -89,15 +89,9 @@ def with_both_names(tensors: Mapping[str, T], method: Bottleneck) -> dict[str, T
 
 
 def read_adapter(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str, np.ndarray]]:
-    """Read the method and the tensors of a directory.
+    """Read the method and the tensors of directory `path`, for a model.
 
-    Args:
-        path: The directory.
-        model: The model that the adapter is for.
-        name: The adapter's name in the keys of the result.
-
-    Returns:
-        The method, and the tensors by the keys of our own files.
+    The keys are those of our own files, in which the adapter is called `name`.
 
     Raises:
         UserError: The model has no slots for bottleneck adapters, the config asks for something that is not supported,
@@ -117,7 +111,8 @@ def read_adapter(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, 
             f"{path / CONFIG}: original_ln_after=False is not supported for a post-norm model, which normalizes x + f(x): "
             "its own norm would precede the adapter"
         )
-    return method, _renamed(_read_tensors(path), model, config["name"], name)
+    tensors = read_file(path / WEIGHTS) | (read_file(path / HEAD) if (path / HEAD).is_file() else {})
+    return method, _renamed(tensors, model, config["name"], name)
 
 
 def _check_files(path: Path) -> None:
@@ -129,11 +124,6 @@ def _check_files(path: Path) -> None:
             f"{path} holds no {WEIGHTS}{pickle if (path / PICKLE).is_file() else ''}; load it with adapters and call "
             'model.save_adapter("DIR", NAME, use_safetensors=True)'
         )
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    stored = read_header(path / WEIGHTS) | (read_header(path / HEAD) if (path / HEAD).is_file() else {})
-    return {key: np.array(tensor.open()[...]) for key, tensor in stored.items()}
 
 
 def _renamed(tensors: dict[str, np.ndarray], model: Model, old: str, new: str) -> dict[str, np.ndarray]:

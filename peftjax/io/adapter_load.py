@@ -44,7 +44,7 @@ from peftjax.io.adapter_variants import as_plain
 from peftjax.io.finite import check_finite
 from peftjax.io.json_files import read_json
 from peftjax.io.parts import in_other_parts, warn_of_adapters
-from peftjax.io.safetensors_files import read_header, read_metadata
+from peftjax.io.safetensors_files import read_file, read_metadata
 from peftjax.methods.lora.init import RESIDUAL
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import LanguageModel
@@ -129,8 +129,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     _check_files(path)
     config = read_json(path / CONFIG)
     method, has_head = _read_method(config, model, path)
-    stored = {key: np.array(tensor.open()[...]) for key, tensor in read_header(path / WEIGHTS).items()}
-    tensors = as_plain(stored, config)
+    tensors = as_plain(read_file(path / WEIGHTS), config)
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
@@ -277,16 +276,13 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
             if names
         ]
         raise UserError(f"{path / keys.weights} does not match its config and this model: {'; '.join(parts)}")
-    filled: dict[int, tuple[nnx.Variable, np.ndarray]] = {}  # tensors may share a variable
+    variables = {id(tensor.variable): tensor.variable for tensor in expected}  # tensors may share one
+    buffers = {key: np.array(host_arrays.whole(variable.get_value())) for key, variable in variables.items()}
     for tensor in expected:
-        variable = tensor.variable
-        if id(variable) not in filled:
-            filled[id(variable)] = variable, np.array(host_arrays.whole(variable.get_value()))
-        _, buffer = filled[id(variable)]
         check_finite(tensors[tensor.key], f"{path / keys.weights}: {tensor.key}")
         try:
-            tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffer))
+            tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffers[id(tensor.variable)]))
         except UserError as error:
             raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
-    for variable, buffer in filled.values():
+    for variable, buffer in zip(variables.values(), buffers.values(), strict=True):
         variable.set_value(host_arrays.placed(buffer, variable.get_value().sharding))

@@ -1,7 +1,6 @@
 """Write adapter directories in the format of Hugging Face PEFT, or of AdapterHub for bottleneck adapters."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from peftjax.adapters.saved_modules import is_saved
 from peftjax.adapters.sites import head_sites
 from peftjax.core import distributed, host_arrays
 from peftjax.core.errors import UserError
-from peftjax.core.files import naming, sync_directory, sync_files
+from peftjax.core.files import naming, scratch_beside, sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record
@@ -90,15 +89,9 @@ def write_adapter(
     *,
     single_experts: bool = False,
 ) -> Path:
-    """Write an adapter directory as `save_adapter` does.
+    """Write an adapter directory as `save_adapter` does, and record `base` as the name of the base.
 
-    Args:
-        model: The model.
-        path: The directory.
-        name: Name of the adapter.
-        base: The name of the base to record; None: none.
-        training: What the model card says about the training; needed in the first process only.
-        single_experts: As in `save_adapter`.
+    `training` is what the model card says about the training; only the first process needs it.
 
     Raises:
         UserError: As `save_adapter`.
@@ -240,10 +233,7 @@ def _with_sorted_metadata(file: bytes) -> bytes:
 def _write(path: Path, files: Mapping[str, bytes], training: TrainingSummary | None, *, card: bool) -> None:
     """Write the files, with a model card if `card`, next to `path` first, then move them there."""
     path = path.resolve()  # "." has no name, and a link may lead to another file system
-    scratch = path.with_name(f".{path.name}.peftjax-tmp")
-    shutil.rmtree(scratch, ignore_errors=True)  # left behind by a process that was killed
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_beside(path) as scratch:
         for file, content in files.items():
             with naming(scratch / file):
                 (scratch / file).write_bytes(content)
@@ -257,5 +247,3 @@ def _write(path: Path, files: Mapping[str, bytes], training: TrainingSummary | N
         else:
             scratch.rename(path)
         sync_directory(path.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -61,10 +61,6 @@ def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[s
     end = 0
     for key, value in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         begin, end = end, end + value.size * value.dtype.itemsize
-        header[key] = {
-            "dtype": DTYPES[value.dtype.name],
-            "shape": list(value.shape),
-            "data_offsets": [begin, end],
-        }
+        header[key] = {"dtype": DTYPES[value.dtype.name], "shape": list(value.shape), "data_offsets": [begin, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + length + -length % 8 + end

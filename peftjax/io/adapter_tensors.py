@@ -83,10 +83,7 @@ class AdapterTensor:
 def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[AdapterTensor]:
     """Return the tensors that the files of adapter `name` hold.
 
-    Args:
-        model: The model.
-        name: The adapter.
-        exported: As `save_adapter` writes them; otherwise as peft does where it leaves the base changed.
+    They are those that `save_adapter` writes; if not `exported`, those of peft, which may leave the base changed.
     """
     found: dict[str, AdapterTensor] = {}
     keys = layout(model, name)
@@ -131,11 +128,8 @@ def adapter_tensors(
 ) -> dict[str, Any]:
     """Return the arrays that the files of adapter `name` hold, by key.
 
-    Args:
-        model: The model.
-        name: The adapter.
-        read: Applied once to the value of each variable, before it is cut into tensors. On the host, cutting needs no compiled
-            programs.
+    `read` is applied once to the value of each variable, before it is cut into tensors. On the host, cutting needs no compiled
+    programs.
     """
     tensors = tensors_of(model, name)
     values = {id(tensor.variable): tensor.variable for tensor in tensors}

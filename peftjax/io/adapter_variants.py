@@ -68,15 +68,13 @@ def _with_logits(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     vectors = next((len(tensor) for key, tensor in tensors.items() if key.endswith("vblora_vector_bank")), 0)
     found = {key: tensor for key, tensor in tensors.items() if not key.endswith((TOPK_INDICES, TOPK_WEIGHTS))}
     for key, indices in tensors.items():
-        if (
-            vectors
-            and key.endswith(TOPK_INDICES)
-            and (name := key.removesuffix(TOPK_INDICES)) + TOPK_WEIGHTS in tensors
-        ):
-            weights = tensors[name + TOPK_WEIGHTS].astype(np.float32)
-            weights = np.concatenate([weights, 1 - weights.sum(axis=-1, keepdims=True)], axis=-1)
-            logits = np.full((*indices.shape[:-1], vectors), NOT_CHOSEN, np.float32)
-            largest = np.log(np.maximum(weights, np.finfo(np.float32).tiny))
-            np.put_along_axis(logits, indices.astype(np.int64), largest, axis=-1)
-            found[name] = logits
+        name = key.removesuffix(TOPK_INDICES)
+        if not vectors or name == key or name + TOPK_WEIGHTS not in tensors:
+            continue
+        weights = tensors[name + TOPK_WEIGHTS].astype(np.float32)
+        weights = np.concatenate([weights, 1 - weights.sum(axis=-1, keepdims=True)], axis=-1)
+        logits = np.full((*indices.shape[:-1], vectors), NOT_CHOSEN, np.float32)
+        largest = np.log(np.maximum(weights, np.finfo(np.float32).tiny))
+        np.put_along_axis(logits, indices.astype(np.int64), largest, axis=-1)
+        found[name] = logits
     return found

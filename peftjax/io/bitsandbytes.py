@@ -49,11 +49,7 @@ Stored = Union[StoredTensor, "Packed"]
 
 
 def check_config(quantization: Mapping[str, Any], directory: Path | str) -> None:
-    """Check that a quantization_config of config.json describes NF4 of bitsandbytes.
-
-    Args:
-        quantization: The quantization_config.
-        directory: The model directory, for messages.
+    """Check that the quantization_config of a directory's config.json describes NF4 of bitsandbytes.
 
     Raises:
         UserError: It describes another format.
@@ -66,19 +62,17 @@ def check_config(quantization: Mapping[str, Any], directory: Path | str) -> None
 
 
 def is_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any], directory: Path) -> bool:
-    """Whether kernels are stored in NF4: the tensors decide, with a warning if config.json disagrees.
+    """Whether the kernels of a checkpoint are stored in NF4: the tensors decide, with a warning if config.json disagrees.
 
-    Args:
-        stored: The tensors of a checkpoint, by name.
-        quantization: The quantization_config of its config.json; empty if there is none.
-        directory: The model directory, for messages.
+    `quantization` is its quantization_config; empty if there is none.
 
     Raises:
         UserError: The tensors are quantized in another format.
     """
     packed = bool(packed_names(stored))
     claimed = _claimed(quantization) if quantization else ""
-    if not packed and claimed not in ("", _NF4) and any(_is_quantized(name, stored[name].dtype) for name in stored):
+    dense = all(tensor.dtype in _DENSE or re.fullmatch(_BUFFER, name) for name, tensor in stored.items())
+    if not (packed or dense) and claimed not in ("", _NF4):
         check_config(quantization, directory)
     if packed and claimed != _NF4:
         says = f"its quantization_config says {claimed}" if claimed else "it has no quantization_config"
@@ -98,11 +92,6 @@ def packed_names(stored: Iterable[str]) -> list[str]:
     return [name.partition(_STATE)[0] for name in stored if _STATE in name]
 
 
-def _is_quantized(name: str, dtype: str) -> bool:
-    """Whether a tensor belongs to a quantized kernel, judged by its dtype."""
-    return dtype not in _DENSE and re.fullmatch(_BUFFER, name) is None
-
-
 def _claimed(quantization: Mapping[str, Any]) -> str:
     """The format that a quantization_config describes."""
     method = str(quantization.get("quant_method"))
@@ -113,17 +102,11 @@ def _claimed(quantization: Mapping[str, Any]) -> str:
 
 
 def with_packed_kernels(stored: Mapping[str, StoredTensor], quantize: str | None) -> dict[str, Stored]:
-    """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight.
-
-    Args:
-        stored: The tensors of a checkpoint, by name.
-        quantize: The required format of the kernels; None or empty: any.
-
-    Returns:
-        The combined kernels and all other tensors, by name.
+    """Combine the stored tensors of each NF4 kernel into a `Packed` under the name of its weight; keep all other tensors.
 
     Raises:
-        UserError: A kernel is in another format than NF4 with bitsandbytes' default block sizes, or than `quantize`.
+        UserError: A kernel is in another format than NF4 with bitsandbytes' default block sizes, or than `quantize`, if that
+            is given.
     """
     result: dict[str, Stored] = dict(stored)
     states = {name: tensor for name, tensor in stored.items() if _STATE in name}
@@ -228,13 +211,21 @@ class Packed:
         """Return the names of missing parts, the names of unexpected parts, and messages about wrong ones."""
         raise NotImplementedError
 
-    def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        """Read the arrays for `unpack`. Each process reads only what its devices hold.
-
-        Args:
-            placed: An `Nf4` with the parameter's shardings in place of arrays.
-        """
+    def reader(self, part: str) -> Callable[[Any], np.ndarray]:
+        """Return a function that reads a slice of one of the arrays for `unpack`. Floats must be finite."""
         raise NotImplementedError
+
+    def read(self, placed: Nf4) -> dict[str, jax.Array]:
+        """Read the arrays for `unpack`, sharded as `placed`, an `Nf4` of shardings. Each process reads what its devices hold."""
+        even, inputs, sharding = self.unpack.even, self.unpack.inputs, cast(NamedSharding, placed.absmax)
+        of_absmax = sharding.spec[-len(inputs["absmax"].shape) :]  # without the layers
+        *experts, blocks, outputs = of_absmax if even else (*of_absmax, None)
+        arrays: dict[str, jax.Array] = {}
+        for part, array in inputs.items():
+            within = (outputs, blocks) if even and part in ("weight", "absmax") else ()
+            where = NamedSharding(sharding.mesh, PartitionSpec(*experts, *within))
+            arrays[part] = jax.make_array_from_callback(array.shape, where, self.reader(part))
+        return arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,20 +264,7 @@ class PackedKernel(Packed):
                 )
         return missing, unexpected, wrong
 
-    def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        unpack, sharding = self.unpack, cast(NamedSharding, placed.absmax)
-        specs: dict[str, tuple] = {}
-        if unpack.even:
-            blocks, outputs = sharding.spec[-2:]
-            specs = {"weight": (outputs, blocks), "absmax": (outputs, blocks)}
-        arrays: dict[str, jax.Array] = {}
-        for part, array in unpack.inputs.items():
-            where = NamedSharding(sharding.mesh, PartitionSpec(*specs.get(part, ())))
-            arrays[part] = jax.make_array_from_callback(array.shape, where, self.reader(part))
-        return arrays
-
     def reader(self, part: str) -> Callable[[Any], np.ndarray]:
-        """Return a function that reads a slice of one of the arrays for `unpack`. Floats must be finite."""
         array = self.unpack.inputs[part]
         if part == "offset":
             stored = np.asarray(self.offset, np.float32)
@@ -356,13 +334,7 @@ def pack_kernel(kernel: Nf4) -> dict[str, jax.Array]:
 
 
 def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's kernel, by name.
-
-    Args:
-        weight: The name of its weight.
-        arrays: What `pack_kernel` made of the layer.
-        kernel: The kernel, of one layer or stacked.
-    """
+    """Return the tensors of one layer's kernel by name, from what `pack_kernel` made of it; `kernel` may be stacked."""
     inputs, outputs = kernel.features
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": np.dtype(kernel.dtype).name, "shape": [outputs, inputs]}
     stored = {_name(weight, part): array for part, array in arrays.items()}
@@ -376,13 +348,7 @@ def tensors(weight: str, arrays: Mapping[str, np.ndarray], kernel: Nf4) -> dict[
 
 
 def quantization_config(nested: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
-    """Return the quantization_config of config.json.
-
-    Args:
-        nested: Whether the absmax is quantized too.
-        dense: Names of the linear modules that are not quantized.
-        dtype: Compute dtype.
-    """
+    """Return the quantization_config of config.json; `dense` are the linear modules that are not quantized."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

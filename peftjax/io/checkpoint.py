@@ -18,16 +18,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
-from orbax.checkpoint import checkpoint_managers as policies
 
 from peftjax.core import debug_log, distributed
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, root_cause
 from peftjax.core.files import sync_directory, sync_files
 from peftjax.core.fingerprint import fingerprint
 
@@ -79,13 +77,9 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         self._directory = epath.Path(directory).resolve()
         self._damaged: set[int] = set()  # found by `restore`; deleted once a newer checkpoint is complete
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                preservation_policy=_PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged),
-            ),
-        )
+        policy = _PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged)
+        options = ocp.CheckpointManagerOptions(create=False, preservation_policy=policy)
+        self._manager = _Manager(self._directory, options=options)
         self._saving: int | None = None
 
     def save(
@@ -122,19 +116,15 @@ class Checkpoints:
             "fingerprint": fingerprint(dict(state)),
         }
         content = json.loads(json.dumps(content))  # a private copy, as it is written in the background
-        items = ocp.args.Composite(
-            **{
-                _STATE: ocp.args.StandardSave(dict(state)),
-                _ABOUT: ocp.args.JsonSave({"content": content, "checksum": _checksum(content)}),
-            }
-        )
+        about = {"content": content, "checksum": _checksum(content)}
+        parts = {_STATE: ocp.args.StandardSave(dict(state)), _ABOUT: ocp.args.JsonSave(about)}
         try:
             self._remove_leftovers()
             if step in self._steps():  # damaged
                 self._manager.delete(step)
             self._damaged.discard(step)
             # force: the caller has decided to save; without it orbax skips any step that is not its newest.
-            self._manager.save(step, args=items, metrics=_metrics(step, content), force=True)
+            self._manager.save(step, args=ocp.args.Composite(**parts), metrics=content["score"], force=True)
         except Exception as error:  # of any kind: orbax and tensorstore have types of their own
             raise self._failed(step, error) from error
         self._saving = step
@@ -216,9 +206,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct], damaged: tuple[str, ...]) -> Restored:
@@ -271,9 +259,9 @@ class Checkpoints:
 class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # orbax ships no types
     """orbax's manager, with scores from our records and without its own checks for preemption."""
 
-    def metrics(self, step: int) -> Json | None:
+    def metrics(self, step: int) -> float | None:
         record = _readable_about(self.directory / str(step))
-        return None if record is None else _metrics(step, record)
+        return None if record is None else record["score"]
 
     def reached_preemption(self, step: int) -> bool:
         # orbax would ask jax from a background thread, with the step of the checkpoint. The training loop asks after
@@ -286,30 +274,20 @@ class _PreserveIntact:
     """A `PreservationPolicy`: the newest `keep` intact checkpoints, and the best one. Damaged ones count for neither."""
 
     def __init__(self, keep: int, *, keep_best: bool, damaged: set[int]) -> None:
-        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
-        latest = policies.LatestN(keep)
-        self._policy = policies.AnyPreservationPolicy([latest, best] if keep_best else [latest])
-        self._damaged = damaged
+        self._keep, self._keep_best, self._damaged = keep, keep_best, damaged
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: policies.PreservationContext) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
+        del context
         intact = sorted((one for one in checkpoints if one.step not in self._damaged), key=lambda one: one.step)
-        decisions = zip(intact, self._policy.should_preserve(intact, context=context), strict=True)
-        kept = {one.step for one, preserved in decisions if preserved}
+        kept = {one.step for one in intact[-self._keep :]}
+        scored = [one for one in intact if one.metrics is not None]
+        if self._keep_best and scored:
+            kept.add(max(scored, key=lambda one: one.metrics).step)  # the earliest of equals
         return [one.step in kept for one in checkpoints]
 
 
 class _DamagedError(Exception):
     """A checkpoint cannot be read, or differs from what was saved."""
-
-
-def _score(metrics: Json) -> tuple[float, int]:
-    """The sort key of a checkpoint: the higher score, and of equal scores the earlier step."""
-    return metrics["score"], -metrics["step"]
-
-
-def _metrics(step: int, content: Json) -> Json | None:
-    """What orbax's policies see of a record; None without a score."""
-    return None if content["score"] is None else {"score": content["score"], "step": step}
 
 
 def _readable_about(path: epath.Path) -> Json | None:
@@ -385,8 +363,7 @@ def _on_every_process(what: str, read: Callable[[], T]) -> T:
 
 def _reason(error: BaseException) -> str:
     """What the operating system says of an error's root cause, or its first line, short enough for a sentence."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = root_cause(error)
     if number := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore names it at the end of a long line
         return os.strerror(int(number[1]))
     line = next(iter(str(error).strip().splitlines()), "")

@@ -63,19 +63,8 @@ def single_names(model: Model, key: str) -> list[list[str]]:
     return [[f"{container}.{expert}.{name}.weight" for name in names] for expert in range(model.config.experts)]
 
 
-def projections(model: Model, key: str) -> int:
-    """The number of tensors of each expert for a tensor of all experts; 0 if the tensor does not belong to experts."""
-    names = single_names(model, key)
-    return len(names[0]) if names else 0
-
-
 def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """Replace the tensors of single experts by one tensor for all of them.
-
-    Args:
-        model: The model.
-        table: Its `entries`.
-        stored: The tensors of its checkpoint, by their names there.
+    """Replace the tensors of single experts in a checkpoint by one tensor for all of them.
 
     Raises:
         UserError: Experts are missing, or differ in shape or format.
@@ -86,9 +75,9 @@ def with_experts(model: Model, table: Iterable[Entry], stored: Mapping[str, Stor
     result = dict(stored)
     for key in (key for entry in table for key in entry.keys):
         names = single_names(model, key)
-        if not names or not any(name in found for of_expert in names for name in of_expert):
-            continue
         every = [name for of_expert in names for name in of_expert]
+        if not any(name in found for name in every):
+            continue
         if missing := [name for name in every if name not in found]:
             raise UserError(f"experts are missing: {enumerate_some(missing)}; config.json says {len(names)} experts")
         parts = [[result.pop(found[name]) for name in of_expert] for of_expert in names]
@@ -114,7 +103,7 @@ def _joined(key: str, parts: Sequence[Sequence[Stored]]) -> StoredExperts | Pack
 
 
 def split_experts(model: Model, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors of single experts, from one of all experts; another tensor is returned as it is."""
+    """The tensors of single experts, from one of all experts; other tensors are returned as they are."""
     names = single_names(model, key)
     if not names:
         return {key: array}

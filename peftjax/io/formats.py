@@ -6,7 +6,7 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, suggest, unmatched
-from peftjax.io.bitsandbytes import Packed, Stored, Unpack
+from peftjax.io.bitsandbytes import Packed, Stored
 from peftjax.io.entries import Entry, is_linear, is_router
 from peftjax.models.base import Model
 from peftjax.quant import FORMATS
@@ -17,13 +17,9 @@ Encode = Callable[[Any], Quantized]  # from a kernel [in, out]; an `Unpack`: fro
 
 
 def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: Sequence[str]) -> dict[str, Encode]:
-    """Return the function that quantizes each kernel, by path, for the kernels that are to be quantized.
+    """Return the functions that quantize kernels to the format `quantize`, by path; none if it is None or empty.
 
-    Args:
-        model: The model.
-        table: Its `entries`.
-        quantize: A key of `quant.FORMATS`; None or empty: no kernel is quantized.
-        skip: Modules to leave unquantized, whole names or name endings.
+    The modules in `skip`, whole names or name endings, are left unquantized.
 
     Raises:
         UserError: An unknown format, or names that match no kernel or some layers of a stack only.
@@ -63,19 +59,14 @@ def encoders(model: Model, table: Sequence[Entry], quantize: str | None, skip: S
 
 
 def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, Stored]) -> dict[str, Encode]:
-    """Return the function that unpacks each kernel stored in NF4, by path.
-
-    Args:
-        model: The model.
-        table: Its `entries`.
-        tensors: Its stored tensors, by key.
+    """Return the function that unpacks each kernel stored in NF4, by path; `tensors` has the keys of the table.
 
     Raises:
         UserError: The layers of a stack have different formats, or a parameter that is not a kernel is quantized.
     """
     chosen: dict[str, Encode] = {}
     for entry in table:
-        kinds = {key: _unpack(tensors[key]) for key in entry.keys}
+        kinds = {key: tensor.unpack if isinstance(tensor := tensors[key], Packed) else None for key in entry.keys}
         one, *others = kinds
         if differing := [key for key in others if kinds[key] != kinds[one]]:
             first, second = (
@@ -89,7 +80,3 @@ def unpackers(model: Model, table: Sequence[Entry], tensors: Mapping[str, Stored
             raise UserError(f"{one} is stored in {unpack.format}, which is supported for kernels of linear layers only")
         chosen[entry.path] = unpack
     return chosen
-
-
-def _unpack(tensor: Stored) -> Unpack | None:
-    return tensor.unpack if isinstance(tensor, Packed) else None

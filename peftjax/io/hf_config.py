@@ -36,26 +36,18 @@ def read_config(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the model's configuration, and the quantization_config of config.json, empty if there is none.
 
-    Args:
-        directory: The model directory.
-        dtype: As in `load_model`.
-        param_dtype: As in `load_model`.
-        remat: As in `load_model`.
-        head: The head options of `load_model`.
+    The options are those of `load_model`.
 
     Raises:
         UserError: An option, the architecture or a field is not supported.
     """
-    for name, value, values in (
-        ("dtype", dtype, DTYPES),
-        ("param_dtype", param_dtype or dtype, DTYPES),
-        ("remat", remat, REMATS),
-    ):
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    for name, value in options.items():
+        values = REMATS if name == "remat" else tuple(DTYPES)
         if value not in values:
             raise UserError(f"{name}={value!r} is not one of {', '.join(values)}")
     # Quantization is not a part of the configuration: kernels may be merged or quantized differently before it is written.
     fields, quantization = read_fields(directory)
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     if models.family(fields).heads and head.get("head") in (None, "none"):
         options |= read_pooling(directory)
     options |= head
@@ -66,10 +58,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     """Return the quantization_config that describes the weights of a directory; empty if they are dense.
 
     The tensors decide, as in `load_model`, with a warning if config.json disagrees, and `PACKED` lists those in NF4. If they
-    cannot be read, config.json decides.
-
-    Args:
-        directory: The model directory, with or without weights.
+    cannot be read, because the directory has no weights or not all of them, config.json decides.
 
     Raises:
         UserError: The weights are quantized in another format than NF4.
@@ -77,7 +66,7 @@ def stored_quantization(directory: Path) -> dict[str, Any]:
     fields, quantization = read_fields(directory)
     try:
         tensors = mxfp4.with_decoded_kernels(read_tensors(directory))
-    except UserError:  # the directory has no weights, or not all of them
+    except UserError:
         return quantization
     if fields.get("model_type") in WHOLES:
         tensors = text_tensors(tensors)

@@ -149,10 +149,7 @@ INNER = {"text_config": "config.json", "quantization_config": "quantization_conf
 def check_types(values: Mapping[str, Any], where: str, file: str) -> None:
     """Check the fields of a JSON file whose types are known; null stands for a field that is missing.
 
-    Args:
-        values: The fields.
-        where: The file, for messages.
-        file: A key of `TYPES`; other files are not checked.
+    `where` names the file in messages. `file` is a key of `TYPES`; other files are not checked.
 
     Raises:
         UserError: A value is of another type.

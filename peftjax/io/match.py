@@ -33,13 +33,7 @@ def tied_as_stored(config: ModelConfig, stored: Mapping[str, Stored]) -> ModelCo
 
 
 def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], directory: Path) -> dict[str, Stored]:
-    """Return the stored tensors by the keys of the table, without reading them.
-
-    Args:
-        model: The model.
-        table: Its `entries`.
-        stored: The tensors of its checkpoint, by their names there.
-        directory: The checkpoint, for messages.
+    """Return the tensors of a checkpoint by the keys of the table, without reading them.
 
     Raises:
         UserError: Tensors are missing, or of a wrong shape or dtype; one message names them all, and those that are unexpected.
@@ -49,7 +43,8 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
     found = {
         name: tensor for name, tensor in _renamed(model, stored, known, directory).items() if not _ignored(model, name)
     }
-    fresh = _absent_parts(model, table, found)
+    present = {_part(entry) for entry in table if any(key in found for key in entry.keys)}
+    fresh = set(model.hf_fresh) - present  # the modules that the checkpoint may lack, and does
     expected = {key: entry for entry in table if _part(entry) not in fresh for key in entry.keys}
     tied = {other: key for other, key in model.hf_tied.items() if other not in expected and other in found}
     twins: dict[str, Stored] = {}
@@ -105,12 +100,6 @@ def _renamed(model: Model, stored: Mapping[str, Stored], known: Container[str], 
         if (other := renamed.setdefault(key, tensor)) is not tensor:
             raise UserError(f"{directory}: {other.name} and {name} are the same tensor; remove one from the file")
     return renamed
-
-
-def _absent_parts(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored]) -> set[str]:
-    """The modules that the checkpoint may lack (`Model.hf_fresh`) and of which it has no tensor."""
-    there = {_part(entry) for entry in table if any(key in stored for key in entry.keys)}
-    return set(model.hf_fresh) - there
 
 
 def _part(entry: Entry) -> str:

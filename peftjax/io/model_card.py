@@ -90,11 +90,9 @@ class TrainingSummary:
 
 
 def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
-    """The text of README.md for the adapter in a directory.
+    """The text of README.md for the adapter in a directory in the format of PEFT or AdapterHub.
 
-    Args:
-        directory: The directory of the adapter, in the format of PEFT or of AdapterHub.
-        training: Information about the training that is not in the files.
+    `training` has what the files do not say about the training.
 
     Raises:
         UserError: The directory does not hold an adapter that can be read.
@@ -110,12 +108,8 @@ def make_card(directory: Path, training: TrainingSummary | None = None) -> str:
     hub_base = hub_id(base)
     if hub_base:
         tags.insert(0, f"base_model:adapter:{hub_base}")
-    data = ModelCardData(
-        base_model=hub_base,
-        library_name=library.hub_name if library else "peftjax",
-        pipeline_tag=tag,
-        tags=tags,
-    )
+    library_name = library.hub_name if library else "peftjax"
+    data = ModelCardData(base_model=hub_base, library_name=library_name, pipeline_tag=tag, tags=tags)
     rows = {
         "Base model": f"[{hub_base}](https://huggingface.co/{hub_base})" if hub_base else _shown_base(base),
         "Method": f"`{method.method}`",

@@ -27,7 +27,7 @@ _PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=1)  # of 
 
 @dataclasses.dataclass(frozen=True)
 class StoredMxfp4(StoredTensor):
-    """Kernels [E, in, out] that are decoded as they are read.
+    """Kernels [E, in, out] that are decoded as they are read, one expert at a time.
 
     Attributes:
         blocks: The stored values.
@@ -37,19 +37,12 @@ class StoredMxfp4(StoredTensor):
     blocks: StoredTensor
     scales: StoredTensor
 
-    def open(self) -> "_View":
-        return _View(self.shape, self.blocks.open(), self.scales.open())
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """Decodes the requested slices of `StoredMxfp4`, one expert at a time."""
-
-    shape: tuple[int, ...]
-    blocks: Any
-    scales: Any
+    def open(self) -> "StoredMxfp4":
+        return self
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        """Read and decode the requested slices, and nothing else."""
+        blocks, scales = self.blocks.open(), self.scales.open()
         full = (slice(None),) * 3
         experts, inputs, outputs = full if index is Ellipsis else (*index, *full)[:3]
         start, stop, _ = inputs.indices(self.shape[1])
@@ -60,7 +53,7 @@ class _View:
         result = np.empty((len(chosen), stop - start, width), ml_dtypes.bfloat16)
         for own, expert in zip(result, chosen, strict=True):
             where = (slice(expert, expert + 1), outputs, groups)
-            own[...] = decode(self.blocks[where][0], self.scales[where][0])[:, cut].T
+            own[...] = decode(blocks[where][0], scales[where][0])[:, cut].T
         return result
 
 

@@ -6,13 +6,12 @@ decoded, which is exact and takes 0.37 bits more per weight.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.errors import UserError
 from peftjax.io.bitsandbytes import Packed, PackedKernel, Unpack, tensors
@@ -65,21 +64,8 @@ class PackedExperts(Packed):
                 found += more
         return result
 
-    def read(self, placed: Nf4) -> dict[str, jax.Array]:
-        unpack, sharding = self.unpack, cast(NamedSharding, placed.absmax)
-        within: tuple = ()
-        if unpack.even:
-            experts, blocks, outputs = sharding.spec[-3:]
-            within = (outputs, blocks)
-        else:
-            experts = sharding.spec[-2]
-        arrays: dict[str, jax.Array] = {}
-        for part, array in unpack.inputs.items():
-            where = NamedSharding(
-                sharding.mesh, PartitionSpec(experts, *(within if part in ("weight", "absmax") else ()))
-            )
-            arrays[part] = jax.make_array_from_callback(array.shape, where, partial(self._read, part))
-        return arrays
+    def reader(self, part: str) -> Callable[[Any], np.ndarray]:
+        return partial(self._read, part)
 
     def _read(self, part: str, index: tuple[slice, ...]) -> np.ndarray:
         experts, *within = index
@@ -128,7 +114,7 @@ def can_split(kernel: Nf4, projections: int) -> bool:
     """
     inputs, outputs = kernel.features
     unit = BLOCK if kernel.scales is None else BLOCK * GROUP
-    return projections == 1 or (projections > 1 and inputs * outputs // projections % unit == 0)
+    return projections == 1 or inputs * outputs // projections % unit == 0
 
 
 def split_kernels(

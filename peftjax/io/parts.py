@@ -47,10 +47,6 @@ def _parts(names: Iterable[str]) -> str:
 class Surroundings:
     """The checkpoint that a text model was loaded from: what `save_model` copies, and the names it writes.
 
-    Args:
-        model: The text model.
-        source: The directory of the whole checkpoint; None: not given.
-
     Attributes:
         others: The tensors outside the text model, by name.
 

@@ -27,14 +27,9 @@ Order = tuple[int, ...] | None
 def read_parameter(
     entry: Entry, tensors: Sequence[Stored], dtype: np.dtype, mesh: Mesh, encode: Encode | None
 ) -> jax.Array | Quantized:
-    """Read a parameter onto its devices, one layer at a time.
+    """Read a parameter from its tensors onto its devices, one layer at a time.
 
-    Args:
-        entry: The parameter.
-        tensors: Its stored tensors, one per layer.
-        dtype: Dtype of the parameter.
-        mesh: Devices.
-        encode: Quantizes each layer as soon as it is read, or unpacks one that is stored quantized.
+    `encode` quantizes each layer as soon as it is read, or unpacks one that is stored quantized.
     """
     order = None if isinstance(encode, Unpack) else entry.order
     one = _shapes(entry.stored_shape, order, dtype, encode)
@@ -49,9 +44,7 @@ def read_parameter(
         part, first, order = NamedSharding(mesh, PartitionSpec(*spec.spec[entry.stacked :])), order, None
     else:
         part, first = entry.stored_sharding(spec), None
-
-    def checked(tensor: Stored) -> _Host | Packed:
-        return _checked(tensor, first, dtype, part)
+    checked = functools.partial(_checked, order=first, dtype=dtype, placed=part)
 
     def read(stored: _Host | Packed) -> Any:
         return stored.read(placed) if isinstance(stored, Packed) else _read(stored, part)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, root_cause
 from peftjax.core.home import expand
 from peftjax.io.adapter_method import read_method
 from peftjax.io.model_card import CARD, REPOSITORY, make_card, without_mark
@@ -102,8 +102,5 @@ def check_push(repo_id: str) -> None:
 
 def _reason(error: BaseException) -> str:
     """An error's message and that of its root cause, in one line."""
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    messages = dict.fromkeys(f"{type(each).__name__}: {' '.join(str(each).split())[:200]}" for each in (error, root))
-    return "; ".join(messages)
+    errors = (error, root_cause(error))
+    return "; ".join(dict.fromkeys(f"{type(each).__name__}: {' '.join(str(each).split())[:200]}" for each in errors))

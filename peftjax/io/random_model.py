@@ -91,13 +91,7 @@ def make_quantized(
 ) -> Model:
     """Make a model with random weights, its kernels quantized as by `load_model`. Meant to be traced.
 
-    Args:
-        config: The model's configuration.
-        quantize: As in `load_model`.
-        skip: As in `load_model`.
-        seed: Random seed.
-        stored: The `stored_quantization` of a bitsandbytes directory, whose kernels have formats already: those options do
-            not apply.
+    The kernels of a bitsandbytes directory have formats already: its `stored_quantization` replaces `quantize` and `skip`.
     """
     model = config.make(nnx.Rngs(seed))
     leaves, table = variables.flat(model)[1], entries(model)

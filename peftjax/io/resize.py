@@ -36,15 +36,11 @@ def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
 
 
 def with_rows(model: Model, rows: int | None, mesh: Mesh) -> Model:
-    """Return the model with at least `rows` rows in its embedding table and its head.
+    """Return the model with at least `rows` rows in its embedding table and its head; it must not have adapters.
 
     Every new row is the mean of the old ones, as in transformers' `resize_token_embeddings`, which adds noise to it that is
     five orders of magnitude smaller than the rows (a multivariate normal with 1e-9 times their covariance).
-
-    Args:
-        model: The model, without adapters.
-        rows: The number of tokens; None: the model as it is.
-        mesh: The devices of the model.
+    If `rows` is None, the model stays as it is.
 
     Raises:
         UserError: The model has no vocabulary, or its head is quantized.
@@ -73,8 +69,7 @@ def with_stored_rows(model: Model, fields: Mapping[str, Any]) -> Model:
     config, rows = model.config, fields.get("vocab_size")
     if rows is None or not isinstance(config, _WithVocabulary) or rows >= config.vocab:
         return model
-    smaller = dataclasses.replace(config, vocab=rows)
-    return smaller.abstract()
+    return dataclasses.replace(config, vocab=rows).abstract()
 
 
 def _grown(value: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> jax.Array:

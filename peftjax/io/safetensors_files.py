@@ -139,6 +139,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
 
 
+def read_file(file: Path) -> dict[str, np.ndarray]:
+    """Read all tensors of one safetensors file, by name. Raises as `read_header`."""
+    return {name: np.array(tensor.open()[...]) for name, tensor in read_header(file).items()}
+
+
 def read_arrays(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
     """Read small tensors, by name; each file is opened once."""
     by_file: dict[Path, list[str]] = {}

@@ -1,5 +1,6 @@
 """Save base models as Hugging Face directories."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,12 @@ from flax import nnx
 
 from peftjax.core import distributed, variables
 from peftjax.core.errors import UserError
-from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.files import scratch_beside, sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.core.listing import enumerate_some
 from peftjax.io import bitsandbytes
 from peftjax.io.entries import entries, is_linear
-from peftjax.io.experts import projections
+from peftjax.io.experts import single_names
 from peftjax.io.hf_files import INDEX, PROMPT_FORMAT, SIDE_FILES, TEMPLATES, find_model
 from peftjax.io.json_files import read_json
 from peftjax.io.packed_experts import can_split
@@ -76,11 +77,7 @@ def save_model(
             "load it without quantize"
         )
     writing = jax.process_index() == 0
-    temporary = target.with_name(f".{target.name}.peftjax-tmp")
-    if writing:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        temporary.mkdir(parents=True)
-    try:
+    with scratch_beside(target) if writing else contextlib.nullcontext(target) as temporary:
         write_weights(model, temporary, max_shard_bytes, writing, around)
         if writing:
             config = temporary / "config.json"
@@ -94,43 +91,37 @@ def save_model(
             sync_files(temporary)
             _replace(target, temporary)
             sync_directory(target.parent)
-    finally:
-        if writing:
-            shutil.rmtree(temporary, ignore_errors=True)
     distributed.meet("save_model")  # once it returns, every process may read the directory
 
 
 def _quantization_config(model: Model) -> dict[str, Any]:
     """The fields of config.json that describe quantized kernels; empty if there are none."""
     leaves = variables.flat(model)[1]
-    kernels = {}
+    kernels: list[Nf4] = []
     dense = [model.hf_modules[path] for path in model.output_layers if path in model.hf_modules]  # if it has them
     for entry in entries(model):
         value = leaves[entry.path].get_value()
-        if isinstance(value, Quantized):
-            kernels[entry.path] = value
+        if isinstance(value, Nf4):
+            kernels.append(value)
+            names = single_names(model, entry.keys[0])  # of experts
+            if value.ndim - entry.stacked > 2 and not (names and can_split(value, len(names[0]))):
+                raise UserError(
+                    f"{entry.path} is quantized in {value.format}, and cannot be divided into the kernels of single experts that "
+                    f'bitsandbytes directories have; load the unquantized model with quantize="{value.format}" instead'
+                )
             dense = [
                 name for name in dense if not any(f"{module}.".startswith(f"{name}.") for module in entry.hf_modules)
             ]
+        elif isinstance(value, Quantized):
+            raise UserError(
+                f"{entry.path} is in {type(value).__name__.lower()}, which Hugging Face directories cannot hold "
+                '(bitsandbytes\' int8 rounds the activations too); load the unquantized model with quantize="int8" instead'
+            )
         elif is_linear(model, entry):
             dense += [name for name in entry.hf_modules if name not in dense]
-    if other := [path for path, value in kernels.items() if not isinstance(value, Nf4)]:
-        raise UserError(
-            f"{other[0]} is in {type(kernels[other[0]]).__name__.lower()}, which Hugging Face directories cannot hold "
-            '(bitsandbytes\' int8 rounds the activations too); load the unquantized model with quantize="int8" instead'
-        )
-    for entry in entries(model):
-        value = kernels.get(entry.path)
-        if not isinstance(value, Nf4) or value.ndim - entry.stacked == 2:
-            continue
-        if not can_split(value, projections(model, entry.keys[0])):
-            raise UserError(
-                f"{entry.path} is quantized in {value.format}, and cannot be divided into the kernels of single experts that "
-                f'bitsandbytes directories have; load the unquantized model with quantize="{value.format}" instead'
-            )
     if not kernels:
         return {}
-    nested = any(isinstance(kernel, Nf4) and kernel.scales is not None for kernel in kernels.values())
+    nested = any(kernel.scales is not None for kernel in kernels)
     return {"quantization_config": bitsandbytes.quantization_config(nested, dense, model.config.dtype)}
 
 
@@ -146,9 +137,7 @@ def _check_target(target: Path) -> None:
         raise UserError(
             f"{target} exists and is not a model directory written by save_model; choose another, or delete it"
         )
-    folders = (POOLING, TEMPLATES)
-    files = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, MODULES, PROMPT_FORMAT)
-    known = (*files, *folders)
+    known = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, MODULES, PROMPT_FORMAT, POOLING, TEMPLATES)
     if foreign := sorted(
         entry.name for entry in target.iterdir() if not any(entry.match(pattern) for pattern in known)
     ):

@@ -47,11 +47,9 @@ def write_pooling(config: ModelConfig, directory: Path) -> None:
         for index, (kind, path) in enumerate(paths.items())
     ]
     flags = {flag: mode == config.pooling for flag, mode in FLAGS.items()}
+    pooling = {"word_embedding_dimension": config.embed} | flags
     (directory / POOLING).mkdir()
-    for file, content in (
-        (MODULES, modules),
-        (f"{POOLING}/config.json", {"word_embedding_dimension": config.embed} | flags),
-    ):
+    for file, content in ((MODULES, modules), (f"{POOLING}/config.json", pooling)):
         (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -30,14 +30,10 @@ _METADATA = {"format": "pt"}
 def write_weights(
     model: Model, directory: Path, max_shard_bytes: int, writing: bool, around: Surroundings | None = None
 ) -> None:
-    """Write a model's base parameters as model.safetensors, or as shards and their index.
+    """Write a model's base parameters into a directory as model.safetensors, or as shards and their index.
 
-    Args:
-        model: The model.
-        directory: An existing directory.
-        max_shard_bytes: Maximum size of a shard in bytes; a larger tensor is a shard of its own.
-        writing: Whether this process writes. All processes take part in gathering the parameters.
-        around: The multimodal checkpoint that the model is a part of, whose other tensors are copied.
+    A tensor of more than `max_shard_bytes` is a shard of its own. All processes take part in gathering the parameters, also
+    those that are not `writing`. The other tensors of `around`, the multimodal checkpoint of the model, are copied.
     """
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
@@ -48,7 +44,8 @@ def write_weights(
     sizes |= {key: tensor.nbytes for key, tensor in others.items()}
     keys += others
     shards = _split(keys, sizes, max_shard_bytes)
-    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [WEIGHTS]
     where: dict[str, str] = {}
     total = 0
     for name, shard in zip(names, shards, strict=True):
@@ -92,10 +89,6 @@ def _split(keys: Sequence[str], sizes: dict[str, int], max_bytes: int) -> list[l
         shards[-1].append(key)
         total += sizes[key]
     return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _stored_bytes(model: Model, key: str, value: jax.Array | Quantized, entry: Entry) -> int:
