@@ -27,7 +27,7 @@ from peftjax.data.mapping import Mapped
 from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
 from peftjax.data.source_strings import split_weight
-from peftjax.data.sources import Concatenated, Source, open_source, with_distinct_names
+from peftjax.data.sources import Concatenated, Sample, Source, open_source, with_distinct_names
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read_ahead
 
 # What is counted, in the order of the summary.
@@ -63,8 +63,7 @@ class Batching:
         if self.size % (self.accumulate * self.process_count):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
             raise UserError(
-                f"config.train.batch_size={self.size} must be a multiple of {times}the {self.process_count} processes "
-                "that share it"
+                f"config.train.batch_size={self.size} must be a multiple of {times}the {self.process_count} processes that share it"
             )
         rows = np.arange(self.size).reshape(self.accumulate, self.process_count, -1)
         return rows[:, self.process_index].ravel()
@@ -296,10 +295,8 @@ class HeldOut:
         Raises:
           UserError: A record cannot be read, or no prompt is short enough.
         """
-        records = self._records
-        count = min(count, len(records))
-        chosen = [i * len(records) // count for i in range(count)]
-        prompts = [self._encoder.prompt(records[i], records.name(i)) for i in chosen]
+        sample = Sample(self._records, count)
+        prompts = [self._encoder.prompt(sample[i], sample.name(i)) for i in range(len(sample))]
         if not any(prompts):
             raise nothing_left("config.data.eval", self._data)
         return [prompt for prompt in prompts if prompt is not None]

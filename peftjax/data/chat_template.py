@@ -4,7 +4,7 @@ import functools
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
@@ -96,9 +96,9 @@ class ChatTemplate:
         """The messages with content in a form that the template renders: text, or lists of parts."""
         contents = [message.get("content") for message in messages]
         if any(isinstance(content, list) for content in contents) and not self._reads_parts:
-            return [_with_text(message) for message in messages]
+            return _converted(messages, list, lambda parts: "".join(part["text"] for part in parts))
         if any(isinstance(content, str) for content in contents) and not self._reads_text and self._reads_parts:
-            return [_with_parts(message) for message in messages]
+            return _converted(messages, str, lambda text: [{"type": "text", "text": text}])
         return messages
 
     @functools.cached_property
@@ -119,13 +119,9 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
         from peftjax.data.template_size import LIMIT, largest_constant  # with jinja2, which not every command needs
 
-        template = self._text(tools)
+        template, what = self._text(tools), f"the chat template of {self._directory}"
         if tools and not re.search(r"\btools\b", template):
-            self.warn(
-                f"the chat template of {self._directory} does not use the tools of the records, so the model does not see "
-                "them"
-            )
-        what = f"the chat template of {self._directory}"
+            self.warn(f"{what} does not use the tools of the records, so the model does not see them")
         if self._endless:
             raise UserError(self._endless)
         try:
@@ -167,13 +163,9 @@ class ChatTemplate:
         return template
 
 
-def _with_text(message: Message) -> Message:
-    """The message with its text parts joined."""
-    content = message.get("content")
-    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
-
-
-def _with_parts(message: Message) -> Message:
-    """The message with its text as a list of one part."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+def _converted(messages: Sequence[Message], form: type, convert: Callable[[Any], Any]) -> list[Message]:
+    """The messages with content of one form converted to another."""
+    return [
+        {**message, "content": convert(message["content"])} if isinstance(message.get("content"), form) else message
+        for message in messages
+    ]

@@ -1,14 +1,12 @@
 """The number of rows in one pass over the training data."""
 
-from typing import Any
-
 import grain
 import numpy as np
 
 from peftjax.data import packing
 from peftjax.data.config import DataConfig
-from peftjax.data.documents import RecordEncoder, Row
-from peftjax.data.sources import Source
+from peftjax.data.documents import RecordEncoder
+from peftjax.data.sources import Sample, Source
 from peftjax.data.stream import Encoded, Kept, read_ahead
 
 PROBED = 16  # records whose size tells how many can be tokenized
@@ -33,39 +31,18 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     """
     if not data.pack and (data.too_long != "drop" or encoder.unit != "tokens"):
         return len(source), True
-    probe = _Sample(source, min(PROBED, len(source)))
+    probe = Sample(source, PROBED)
     size = sum(len(str(probe[index])) for index in range(len(probe))) / len(probe)
     most = max(1, int(most * min(1.0, TYPICAL / size)))
-    sample = _Sample(source, min(most, len(source)))
+    sample = Sample(source, most)
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
     kept: grain.IterDataset = Kept(read_ahead(order, data.workers), data, [("config.data.train", len(sample))], {})
-    fills = [_fill(row) for row in packing.pack(kept, encoder.empty_row())] if data.pack else [1.0 for _ in kept]
+    if data.pack:  # how much of a row is not padding
+        fills = [float(np.mean(row["segments"] > 0)) for row in packing.pack(kept, encoder.empty_row())]
+    else:
+        fills = [1.0 for _ in kept]
     if len(sample) == len(source):
         return len(fills), True
     # Up to OPEN_ROWS rows, none is complete: further records would fill them.
     found = len(fills) if len(fills) > packing.OPEN_ROWS else sum(fills)
     return round(found * len(source) / len(sample)), False
-
-
-def _fill(row: Row) -> float:
-    """The part of a packed row that is not padding."""
-    return float(np.count_nonzero(row["segments"])) / len(row["segments"])
-
-
-class _Sample:
-    """Some records of a source, evenly spread over it."""
-
-    def __init__(self, source: Source, count: int):
-        self._source, self._count = source, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[self._index(index)]
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._index(index))
-
-    def _index(self, index: int) -> int:
-        return index * len(self._source) // self._count

@@ -77,8 +77,7 @@ class _Filled(string.Formatter):
         """Format a value. Widths and precisions are limited: {prompt:>999999999} would exhaust the memory."""
         if wide := [number for number in re.findall(r"\d+", format_spec) if len(number) > 6 or int(number) > MAX_WIDTH]:
             raise UserError(
-                f"template {self._template!r}: the format {format_spec!r} asks for {wide[0]} characters; use at most "
-                f"{MAX_WIDTH:,}"
+                f"template {self._template!r}: the format {format_spec!r} asks for {wide[0]} characters; use at most {MAX_WIDTH:,}"
             )
         return super().format_field(value, format_spec)
 

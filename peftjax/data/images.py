@@ -212,8 +212,7 @@ def open_image(value: Any) -> "Image":
     else:
         what = f"the str {value[:80]!r}" if isinstance(value, str) else f"a {type(value).__name__}"
         raise UserError(
-            f"it is {what}, but must be the bytes of an image file or a uint8 array; use images:DIR to "
-            "read files in folders"
+            f"it is {what}, but must be the bytes of an image file or a uint8 array; use images:DIR to read files in folders"
         )
     if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
         raise UserError("it has more than 8 bits per channel, which Pillow would truncate; store it with 8 bits")

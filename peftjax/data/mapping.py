@@ -41,7 +41,7 @@ class Mapped:
             raise UserError(f"{self.name(index)}: data.map={self._spec} failed{_reason(error)}") from error
         if not isinstance(made, dict):
             raise UserError(
-                f"{self.name(index)}: data.map={self._spec} returned {_short(made)} ({type(made).__name__}); it must return a "
+                f"{self.name(index)}: data.map={self._spec} returned {_short(repr(made))} ({type(made).__name__}); it must return a "
                 'dict, such as {"prompt": ..., "completion": ...} or {"messages": [...]}'
             )
         return made
@@ -112,10 +112,9 @@ def _reason(error: BaseException) -> str:
         return f" at {pathlib.Path(error.filename or '').name}, line {error.lineno}: SyntaxError: {error.msg}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
-    return f" at {pathlib.Path(frame.filename).name}, line {frame.lineno}: {type(error).__name__}: {_short(text, str)}"
+    return f" at {pathlib.Path(frame.filename).name}, line {frame.lineno}: {type(error).__name__}: {_short(text)}"
 
 
-def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
-    """A value on at most 100 characters."""
-    text = show(value)
+def _short(text: str) -> str:
+    """At most 100 characters of a text."""
     return text if len(text) <= 100 else f"{text[:97]}..."

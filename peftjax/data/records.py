@@ -81,7 +81,9 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
         record `name`.
     """
     if data.format == "text":
-        return _encode_text(record, data, tokenizer, name)
+        ids = tokenizer.encode(text_field(record, data.text_field, "text_field", name), bos=False, eos=False)
+        tokens = tokenizer.end(tokenizer.begin(ids))
+        return example(tokens, [bool(ids)] * len(tokens))
     if _is_completion(data, tokenizer):
         prompt, completion = _prompt_and_completion(record, data, tokenizer, name)[1:]
         loss = [data.train_on == "all"] * len(prompt) + [True] * len(completion)
@@ -133,13 +135,6 @@ def _question_and_answer(
         raise UserError(f"{name}: the conversation begins with its only assistant turn, so there is no prompt")
     text = render(tokenizer, conversation, last, name, add_generation_prompt=True)
     return tokenizer.encode(text, bos=False, eos=False), expected
-
-
-def _encode_text(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokenizer, name: str) -> Example:
-    text = text_field(record, data.text_field, "text_field", name)
-    ids = tokenizer.encode(text, bos=False, eos=False)
-    tokens = tokenizer.end(tokenizer.begin(ids))
-    return example(tokens, np.full(len(tokens), bool(ids)))
 
 
 def _prompt_and_completion(

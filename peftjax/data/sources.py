@@ -123,6 +123,25 @@ class Concatenated:
         return self._sources[which], index - (self._ends[which - 1] if which else 0)
 
 
+class Sample:
+    """At most `most` records of a source, evenly spread over it."""
+
+    def __init__(self, source: Source, most: int):
+        self._source, self._count = source, min(most, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[self._index(index)]
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._index(index))
+
+    def _index(self, index: int) -> int:
+        return index * len(self._source) // self._count
+
+
 def _files(spec: str) -> list[pathlib.Path]:
     """The files that a path or glob pattern names, sorted. An existing file is never taken for a pattern."""
     path = expand(spec)

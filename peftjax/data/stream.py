@@ -81,8 +81,8 @@ def read_ahead(order: grain.MapDataset, threads: int) -> grain.IterDataset:
 class Kept(grain.IterDataset):  # type: ignore[misc]
     """The documents that are not left out; each carries the counts of those left out before it.
 
-    `parts` has the name and the number of records of each part of the mixture: once a part has gone by twice without a
-    document kept, none will ever come. `rest` receives the counts of those left out after the last document.
+    `parts` has the name and the number of records of each part of the mixture. If two passes over a part keep no document, no
+    later pass will keep one either. `rest` receives the counts of those left out after the last document.
     """
 
     def __init__(self, parent: grain.IterDataset, data: DataConfig, parts: list[tuple[str, int]], rest: dict[str, int]):

@@ -72,8 +72,7 @@ def open_tfds(spec: str, data_dir: str) -> Tfds:
     except (ValueError, KeyError) as error:
         near = suggest(re.split(r"[\[+]", split)[0], known)
         raise UserError(
-            f"source {spec!r}: {name} has no split {split!r}.{near} It has {', '.join(known)}, and slices of them such as "
-            "train[:90%]"
+            f"source {spec!r}: {name} has no split {split!r}.{near} It has {', '.join(known)}, and slices of them such as train[:90%]"
         ) from error
     if not len(data):
         raise UserError(f"source {spec!r} is empty: the split {split!r} of {name} has no records")

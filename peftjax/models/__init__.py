@@ -48,7 +48,7 @@ class Family:
 
     Attributes:
         from_hf: Reads a config.json. Called with its `Fields`, the `ComputeOptions` as keyword arguments and, for a family
-            with `heads`, the options of `models.heads.read_head`. Raises a `UserError` if a field is missing or its
+            with `heads`, the `HeadOptions`. Raises a `UserError` if a field is missing or its
             value is not supported.
         heads: The task heads to choose from, "none" among them; empty for language models.
     """

@@ -14,7 +14,9 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.nn.attention import Attention
 from peftjax.nn.embedding import Embedding
+from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Linear
 from peftjax.quant.matmul import matmul
 
@@ -32,6 +34,7 @@ class ModelConfig:
     """Sizes and options shared by all families.
 
     Attributes:
+        model: Class of the model.
         embed: Width of the residual stream, D.
         mlp: Hidden width of the feed-forward layers, F.
         layers: Number of blocks, L; of the encoder for an encoder-decoder.
@@ -41,6 +44,7 @@ class ModelConfig:
         max_positions: Longest sequence, virtual tokens included.
         norm_eps: Epsilon of the normalization layers.
         activation: Activation of the feed-forward layers, a key of `nn.feedforward.ACTIVATIONS`.
+        init_stddev: Standard deviation of random weights.
         hf: The config.json this was read from, as JSON.
         whole: The config.json of the multimodal model to which this text model belongs, as JSON; empty if there is none.
         dtype: Compute dtype.
@@ -48,6 +52,7 @@ class ModelConfig:
         remat: Rematerialization in the backward pass, as in `nn.stack.scan_stack`.
     """
 
+    model: Callable[[Any, nnx.Rngs], "Model"]
     embed: int
     mlp: int
     layers: int
@@ -57,6 +62,7 @@ class ModelConfig:
     max_positions: int
     norm_eps: float
     activation: str
+    init_stddev: float
     hf: str
     whole: str = ""
     dtype: str = "float32"
@@ -68,7 +74,7 @@ class ModelConfig:
 
     def make(self, rngs: nnx.Rngs) -> "Model":
         """Build the model with random weights."""
-        raise NotImplementedError
+        return self.model(self, rngs)
 
     def abstract(self) -> "Model":
         """Build the model with `jax.ShapeDtypeStruct` in place of arrays."""
@@ -79,6 +85,23 @@ class ModelConfig:
         fields = json.loads(self.hf)
         fields.pop("torch_dtype", None)
         return fields | {"dtype": self.param_dtype}
+
+    def weights(self, rngs: nnx.Rngs, factor: float = 1.0) -> dict[str, Any]:
+        """Return the arguments that layers with random weights share; `factor` multiplies their standard deviation."""
+        return {"stddev": factor * self.init_stddev, "dtype": jnp.dtype(self.param_dtype), "rngs": rngs}
+
+    def make_table(self, rows: int, rngs: nnx.Rngs) -> Embedding:
+        """Build an embedding table [rows, D]."""
+        dtypes = {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+        return Embedding(rows, self.embed, stddev=self.init_stddev, rngs=rngs, **dtypes)
+
+    def make_attention(self, rngs: nnx.Rngs, kind: type[Attention] = Attention, **options: Any) -> Attention:
+        """Build an attention layer, with further options of `Attention`."""
+        return kind(self.embed, self.heads, self.kv_heads, self.head_dim, **self.weights(rngs), **options)
+
+    def make_feedforward(self, rngs: nnx.Rngs, kind: type[FeedForward] = FeedForward, **options: Any) -> FeedForward:
+        """Build a feed-forward layer, with further options of `FeedForward`."""
+        return kind(self.embed, self.mlp, activation=ACTIVATIONS[self.activation], **self.weights(rngs), **options)
 
 
 def as_shapes(make: Callable[[], "Model"]) -> "Model":
@@ -106,6 +129,10 @@ class LanguageModelConfig(ModelConfig):
     vocab: int
     tied: bool
     tied_if_equal: ClassVar[tuple[str, str] | None] = None
+
+    def make_head(self, rngs: nnx.Rngs) -> Linear:
+        """Build the vocabulary head [D, V]."""
+        return Linear(self.embed, self.vocab, axes=("embed", "vocab"), tied=self.tied, **self.weights(rngs))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,6 +174,7 @@ class Model(nnx.Module):
         task_head: Paths of the task head's layers, which every method trains in full.
         chooses_attention: Whether model.attention chooses the implementation of its attention.
         mixes_adapters: Whether the rows of a batch may use different adapters; see `peftjax.rows`.
+        hf_tied: {tensor: the tensor it shares}. A checkpoint may hold either of the two, or both if they are equal.
         hf_dense: Name endings of other modules that transformers does not quantize.
         hf_experts: The names of a single expert's layers in checkpoints, by the last part of the name of the parameter that
             holds all experts. An empty tuple if checkpoints contain that parameter itself.
@@ -159,6 +187,7 @@ class Model(nnx.Module):
     task_head: ClassVar[tuple[str, ...]] = ()
     chooses_attention: ClassVar[bool] = False
     mixes_adapters: ClassVar[bool] = True
+    hf_tied: ClassVar[Mapping[str, str]] = MappingProxyType({})
     hf_dense: ClassVar[tuple[str, ...]] = ()
     hf_experts: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
@@ -207,11 +236,6 @@ class Model(nnx.Module):
     def hf_part(self) -> bool:
         """Whether this model is only a part of the transformers class; the other parts are not loaded."""
         return bool(self.config.whole)
-
-    @property
-    def hf_tied(self) -> Mapping[str, str]:
-        """{tensor: the tensor it shares}. A checkpoint may hold either of the two, or both if they are equal."""
-        return MappingProxyType({})
 
     @property
     def hf_ignored(self) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """BERT: a post-norm encoder with learned positions (Devlin et al. 2018, arXiv:1810.04805, section 3)."""
 
-import dataclasses
 from typing import Any, ClassVar, Unpack
 
 import jax
@@ -12,19 +11,6 @@ from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import TextEncoder, TextEncoderConfig, TextOptions, read_text_head
 from peftjax.nn.residual import NormedResidual
 from peftjax.nn.stack import scan_stack
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BertConfig(TextEncoderConfig):
-    """Sizes and options of a BERT."""
-
-    @property
-    def pooler(self) -> bool:
-        """Whether the model has a pooler, as the transformers class for this head does."""
-        return self.head in ("none", "sequence_classification")
-
-    def make(self, rngs: nnx.Rngs) -> "Bert":
-        return Bert(self, rngs)
 
 
 class Block(EncoderBlock):
@@ -42,16 +28,23 @@ class Block(EncoderBlock):
 
 
 class Bert(TextEncoder):
-    """BERT's blocks; the head for sequences has a pooler."""
+    """BERT's blocks; the head for sequences has a pooler.
 
-    config: BertConfig
+    Attributes:
+        pooled_heads: The heads with a pooler, as in the transformers classes.
+    """
+
     blocks: Block
+    block_type: ClassVar = Block
+    pooled_heads: ClassVar[tuple[str, ...]] = ("none", "sequence_classification")
 
-    def make_block(self, rngs: nnx.Rngs) -> Block:
-        return Block(self.config, rngs)
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the model has a pooler."""
+        return self.config.head in self.pooled_heads
 
     def make_head(self, rngs: nnx.Rngs) -> None:
-        if self.config.pooler:
+        if self.has_pooler:
             self.pooler = linear(self.config, self.config.embed, rngs)
         super().make_head(rngs)
 
@@ -62,7 +55,7 @@ class Bert(TextEncoder):
 
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         first = super().pool(states, valid)
-        return self.pooled(first) if self.config.pooler else first
+        return self.pooled(first) if self.has_pooler else first
 
     # --- Hugging Face: names of our modules, and config.json ---
 
@@ -70,7 +63,7 @@ class Bert(TextEncoder):
 
     @property
     def hf_ignored(self) -> tuple[str, ...]:
-        return super().hf_ignored if self.config.pooler else (*super().hf_ignored, rf"{self.hf_root}\.pooler\..*")
+        return super().hf_ignored if self.has_pooler else (*super().hf_ignored, rf"{self.hf_root}\.pooler\..*")
 
     @property
     def hf_fresh(self) -> tuple[str, ...]:
@@ -106,13 +99,13 @@ _POOLER = (
 _FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
 
 
-def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> BertConfig:
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> TextEncoderConfig:
     """Read a config.json of model_type bert, in the format of transformers 4 or 5."""
-    return BertConfig(**read_bert(fields, options, "Bert", "BertForPreTraining"))
+    return TextEncoderConfig(model=Bert, **read_bert(fields, options, "Bert", "BertForPreTraining"))
 
 
 def read_bert(fields: Fields, options: TextOptions, name: str, *others: str) -> dict[str, Any]:
-    """Read the options of `BertConfig`.
+    """Read the options of `TextEncoderConfig`.
 
     The arguments are those of `read_text_head`.
 
@@ -122,8 +115,8 @@ def read_bert(fields: Fields, options: TextOptions, name: str, *others: str) -> 
     fields.skip(*_POOLER)
     for field, value in _FIXED.items():
         fields.only(field, value)
-    head, rest = read_text_head(fields, options, name, *others)
-    shared = read_shared(fields, head, dropout=0.1)
+    chosen = read_text_head(fields, options, name, *others)
+    shared = read_shared(fields, dropout=0.1)
     positions = fields.take("max_position_embeddings", 512)
     return {
         "vocab": fields.take("vocab_size"),
@@ -132,5 +125,5 @@ def read_bert(fields: Fields, options: TextOptions, name: str, *others: str) -> 
         "token_types": fields.take("type_vocab_size", 2),
         "head_dropout": fields.take("classifier_dropout", shared["dropout"]),
         **shared,
-        **rest,
+        **chosen,
     }

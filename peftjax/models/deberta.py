@@ -12,7 +12,8 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
-from peftjax.models.encoder import feedforward, linear, read_shared
+from peftjax.models.bert import Bert
+from peftjax.models.encoder import linear, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.text_encoder import TextEncoder, TextEncoderConfig, TextOptions, read_text_head
 from peftjax.nn.convolution import Convolution
@@ -58,9 +59,6 @@ class DebertaConfig(TextEncoderConfig):
         """Half of the number of embeddings of relative positions."""
         return self.buckets or self.max_distance
 
-    def make(self, rngs: nnx.Rngs) -> "Deberta":
-        return Deberta(self, rngs)
-
 
 class Block(nnx.Module):
     """x <- norm(x + attention(x)), then x <- norm(x + feedforward(x)): [B, T, D] -> [B, T, D]."""
@@ -74,12 +72,10 @@ class Block(nnx.Module):
             relative=config.relative,
             dropout=config.attention_dropout,
             position_dropout=config.dropout,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
+            **config.weights(rngs),
         )
         self.attention_dropout, self.attention_residual = Dropout(config.dropout), NormedResidual(config.norm())
-        self.feedforward = feedforward(config, rngs)
+        self.feedforward = config.make_feedforward(rngs, use_bias=True)
         self.feedforward_dropout, self.feedforward_residual = Dropout(config.dropout), NormedResidual(config.norm())
 
     def __call__(self, x: jax.Array, positions: jax.Array | None, index: jax.Array, mask: jax.Array) -> jax.Array:
@@ -92,10 +88,7 @@ class ConvolutionLayer(nnx.Module):
     """norm(y + act(convolution(x))), zero at padding: x and y [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: DebertaConfig, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.param_dtype)
-        self.convolution = Convolution(
-            config.embed, config.convolution, config.groups, stddev=config.init_stddev, dtype=dtype, rngs=rngs
-        )
+        self.convolution = Convolution(config.embed, config.convolution, config.groups, **config.weights(rngs))
         self.activation, self.norm = ACTIVATIONS[config.convolution_activation], config.norm()
         self.dropout = Dropout(config.dropout)
 
@@ -113,18 +106,16 @@ class Deberta(TextEncoder):
 
     config: DebertaConfig
     blocks: Block
+    block_type: ClassVar = Block
 
     def __init__(self, config: DebertaConfig, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
         if config.relative:
-            self.relative = self._table(2 * config.span, rngs)
+            self.relative = config.make_table(2 * config.span, rngs)
         if config.norm_positions:
             self.relative_norm = config.norm()
         if config.convolution:
             self.convolution = ConvolutionLayer(config, rngs)
-
-    def make_block(self, rngs: nnx.Rngs) -> Block:
-        return Block(self.config, rngs)
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         config = self.config
@@ -182,36 +173,24 @@ class Deberta(TextEncoder):
         return ("pooler", *super().hf_fresh) if super().hf_fresh else ()
 
 
-Deberta.hf_base = {
-    "embed": "embeddings.word_embeddings",
-    "positions": "embeddings.position_embeddings",
-    "token_types": "embeddings.token_type_embeddings",
-    "embed_norm": "embeddings.LayerNorm",
+Deberta.hf_base = {path: name for path, name in Bert.hf_base.items() if path != "pooler"} | {
     "relative": "encoder.rel_embeddings",
     "relative_norm": "encoder.LayerNorm",
     "convolution.convolution": "encoder.conv.conv",
     "convolution.norm": "encoder.conv.LayerNorm",
-    "blocks.attention": "encoder.layer.{}.attention.self",
     "blocks.attention.query": "encoder.layer.{}.attention.self.query_proj",
     "blocks.attention.key": "encoder.layer.{}.attention.self.key_proj",
     "blocks.attention.value": "encoder.layer.{}.attention.self.value_proj",
     "blocks.attention.position_key": "encoder.layer.{}.attention.self.pos_key_proj",
     "blocks.attention.position_query": "encoder.layer.{}.attention.self.pos_query_proj",
-    "blocks.attention.out": "encoder.layer.{}.attention.output.dense",
-    "blocks.attention_residual": "encoder.layer.{}.attention.output",  # where AdapterHub puts its adapters
-    "blocks.attention_residual.norm": "encoder.layer.{}.attention.output.LayerNorm",
-    "blocks.feedforward.up": "encoder.layer.{}.intermediate.dense",
-    "blocks.feedforward.down": "encoder.layer.{}.output.dense",
-    "blocks.feedforward_residual": "encoder.layer.{}.output",
-    "blocks.feedforward_residual.norm": "encoder.layer.{}.output.LayerNorm",
 }
 
 
 def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DebertaConfig:
     """Read a config.json of model_type deberta-v2, which DeBERTa v3 also has."""
-    head, rest = read_text_head(fields, options, "DebertaV2")
+    chosen = read_text_head(fields, options, "DebertaV2")
     fields.skip("legacy")  # of the pretraining head
-    shared = read_shared(fields, head, dropout=0.1, norm_eps=1e-7)
+    shared = read_shared(fields, dropout=0.1, norm_eps=1e-7)
     rows = fields.take("max_position_embeddings", 512)
     for name, value in {
         "embedding_size": shared["embed"],
@@ -222,6 +201,7 @@ def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DebertaConfig:
     buckets, furthest = fields.take("position_buckets", -1), fields.take("max_relative_positions", -1)
     dropout = fields.take("cls_dropout", shared["dropout"])
     result = DebertaConfig(
+        model=Deberta,
         vocab=fields.take("vocab_size"),
         positions=rows if fields.take("position_biased_input", True) else 0,
         max_positions=rows,
@@ -235,11 +215,11 @@ def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DebertaConfig:
         convolution=max(fields.take("conv_kernel_size", 0), 0),
         groups=fields.take("conv_groups", 1),
         convolution_activation=fields.activation("conv_act", "tanh"),
-        head_dropout=dropout if head.name == "sequence_classification" else shared["dropout"],
+        head_dropout=dropout if chosen["head"] == "sequence_classification" else shared["dropout"],
         pooler_dropout=fields.take("pooler_dropout", 0.0),
         pooler_activation=fields.activation("pooler_hidden_act", "gelu"),
         **shared,
-        **rest,
+        **chosen,
     )
     if result.convolution and not result.convolution % 2:
         raise UserError(f"config.json: conv_kernel_size={result.convolution} is even; only odd sizes keep the length")

@@ -19,9 +19,7 @@ from peftjax.models.eager import compiled
 from peftjax.nn.attention import Attention
 from peftjax.nn.attention_mask import AttentionMask
 from peftjax.nn.cache import Cache, LayerCache, extend_valid
-from peftjax.nn.embedding import Embedding
-from peftjax.nn.feedforward import FeedForward, FusedGatedFeedForward, GatedFeedForward
-from peftjax.nn.linear import Linear
+from peftjax.nn.feedforward import FeedForward
 from peftjax.nn.moe import MixtureOfExperts
 from peftjax.nn.norm import LayerNorm, RMSNorm
 from peftjax.nn.residual import Residual
@@ -40,18 +38,13 @@ class DecoderConfig(LanguageModelConfig):
         rotated: For each layer, whether queries and keys are rotated; empty: in all layers.
         windows: For each layer, how many positions back a query sees; 0: all.
         chunked: Whether `windows` are sizes of chunks. A query sees only the keys of its own chunk.
-        init_stddev: Standard deviation of random weights.
     """
 
-    rope: Rope | None
+    rope: Rope | None = None
     local_rope: Rope | None = None
     rotated: tuple[bool, ...] = ()
     windows: tuple[int, ...]
     chunked: bool = False
-    init_stddev: float
-
-    def make(self, rngs: nnx.Rngs) -> "Decoder":
-        raise NotImplementedError
 
     def to_hf(self) -> dict[str, Any]:
         changed = {"dtype": self.param_dtype, "tie_word_embeddings": self.tied}
@@ -88,7 +81,7 @@ class Block(nnx.Module):
         self,
         make_norm: Callable[[], RMSNorm | LayerNorm],
         attention: Attention,
-        feedforward: FeedForward | GatedFeedForward | FusedGatedFeedForward | MixtureOfExperts | None,
+        feedforward: FeedForward | MixtureOfExperts | None,
         *,
         norm_in: bool = True,
         norm_out: bool = False,
@@ -165,21 +158,10 @@ class Decoder(LanguageModel):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        self.embed = Embedding(
-            config.vocab, config.embed, stddev=config.init_stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.embed = config.make_table(config.vocab, rngs)
         self.blocks = make_stack(self.make_block, config.layers, rngs)
         self.norm = self.make_norm()
-        self.head = Linear(
-            config.embed,
-            config.vocab,
-            axes=("embed", "vocab"),
-            tied=config.tied,
-            stddev=config.init_stddev,
-            dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.head = config.make_head(rngs)
 
     # --- What a family provides or overrides ---
 

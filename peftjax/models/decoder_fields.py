@@ -26,7 +26,10 @@ def read_shared(
         UserError: A field is missing, or its value is not supported.
     """
     fields.no_dropout("attention_dropout")
-    embed, (heads, kv_heads) = fields.take("hidden_size"), read_heads(fields)
+    embed, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+    kv_heads = fields.nullable("num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     return {
         "vocab": fields.take("vocab_size"),
         "embed": embed,
@@ -42,6 +45,12 @@ def read_shared(
         "init_stddev": fields.take("initializer_range", 0.02),
         "hf": json.dumps(fields.config),
     }
+
+
+def read_attention_bias(fields: Fields, default: bool = False) -> dict[str, Any]:
+    """Read attention_bias, which is for all four layers of the attention."""
+    bias = fields.take("attention_bias", default)
+    return {"qkv_bias": bias, "out_bias": bias}
 
 
 def rope_fields(fields: Fields) -> dict[str, Any]:
@@ -89,15 +98,6 @@ def read_ropes(
         rope_from_hf({"rope_theta": theta} | whole, **sizes),
         rope_from_hf({"rope_theta": local_theta} | local, **sizes),
     )
-
-
-def read_heads(fields: Fields) -> tuple[int, int]:
-    """Read the numbers of query heads and of key/value heads."""
-    heads = fields.take("num_attention_heads")
-    kv_heads = fields.nullable("num_key_value_heads", None) or heads
-    if heads % kv_heads:
-        raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-    return heads, kv_heads
 
 
 def read_windows(fields: Fields, default: Sequence[str], window: int) -> tuple[int, ...]:

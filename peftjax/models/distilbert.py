@@ -1,36 +1,23 @@
 """DistilBERT: BERT with half of the layers and without token types (Sanh et al. 2019, arXiv:1910.01108, section 3)."""
 
-import dataclasses
 from typing import ClassVar, Unpack
 
 import jax
 from flax import nnx
 
-from peftjax.models.bert import Bert, BertConfig
+from peftjax.models.bert import Bert
 from peftjax.models.encoder import linear, read_sizes
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import TextOptions, read_text_head
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistilBertConfig(BertConfig):
-    """Sizes and options of a DistilBERT."""
-
-    @property
-    def pooler(self) -> bool:
-        return False
-
-    def make(self, rngs: nnx.Rngs) -> "DistilBert":
-        return DistilBert(self, rngs)
+from peftjax.models.text_encoder import TextEncoderConfig, TextOptions, read_text_head
 
 
 class DistilBert(Bert):
     """BERT's blocks without a pooler; the head for sequences is relu(x W + b) W_out + b_out."""
 
-    config: DistilBertConfig
     output_layers: ClassVar = ("pre_classifier", "classifier")
     task_head: ClassVar = output_layers
     head_modules: ClassVar = output_layers
+    pooled_heads: ClassVar = ()
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         if self.config.head == "sequence_classification":
@@ -72,16 +59,17 @@ _NAMES = {
 }
 
 
-def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DistilBertConfig:
+def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> TextEncoderConfig:
     """Read a config.json of model_type distilbert, with DistilBERT's names of the fields or BERT's."""
-    head, rest = read_text_head(fields, options, "DistilBert")
+    chosen = read_text_head(fields, options, "DistilBert")
     fields.rename(_NAMES | {"intermediate_size": "intermediate_size"})  # which transformers does not read
     # Dropout of question answering, initialization of the position table, and two fields of the first checkpoints.
     fields.skip("qa_dropout", "sinusoidal_pos_embds", "tie_weights_", "output_past")
     positions, dropout = fields.take("max_position_embeddings", 512), fields.take("dropout", 0.1)
     sequences = fields.take("seq_classif_dropout", 0.2)
-    return DistilBertConfig(
-        **read_sizes(fields, head, _NAMES),
+    return TextEncoderConfig(
+        model=DistilBert,
+        **read_sizes(fields, _NAMES),
         vocab=fields.take("vocab_size"),
         positions=positions,
         max_positions=positions,
@@ -90,6 +78,6 @@ def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> DistilBertConfig:
         activation=fields.activation("activation", "gelu"),
         dropout=dropout,
         attention_dropout=fields.take("attention_dropout", 0.1),
-        head_dropout=sequences if head.name == "sequence_classification" else dropout,
-        **rest,
+        head_dropout=sequences if chosen["head"] == "sequence_classification" else dropout,
+        **chosen,
     )

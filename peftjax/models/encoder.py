@@ -1,7 +1,6 @@
 """What the encoder families share: the sublayers of a block, the layers of heads, and common config.json fields."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -11,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core.errors import UserError
-from peftjax.models.base import Model, ModelConfig
+from peftjax.models.base import ComputeOptions, Model, ModelConfig
 from peftjax.models.fields import Fields
-from peftjax.models.heads import Head
-from peftjax.nn.attention import Attention
+from peftjax.models.heads import HeadOptions
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Linear
 from peftjax.nn.norm import LayerNorm
+
+
+class EncoderOptions(ComputeOptions, HeadOptions, total=False):
+    """The options of a configuration that config.json does not decide; see `ModelConfig` and `HeadOptions`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,6 @@ class EncoderConfig(ModelConfig):
         problem_type: As in transformers, one of `heads.PROBLEMS`; None: not specified.
         dropout: Dropout rate of the embeddings and of each sublayer's output.
         attention_dropout: Dropout rate of the attention probabilities.
-        init_stddev: Standard deviation of random weights.
     """
 
     kind: str
@@ -45,7 +45,6 @@ class EncoderConfig(ModelConfig):
     problem_type: str | None
     dropout: float
     attention_dropout: float
-    init_stddev: float
 
     def norm(self) -> LayerNorm:
         """Build a norm of the hidden states."""
@@ -59,21 +58,9 @@ class EncoderBlock(nnx.Module):
     """The sublayers of a block. A family adds its norms and residual connections."""
 
     def __init__(self, config: EncoderConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(
-            config.embed,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            qkv_bias=qkv_bias,
-            out_bias=True,
-            qk_norm_eps=None,
-            dropout=config.attention_dropout,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        self.attention = config.make_attention(rngs, qkv_bias=qkv_bias, out_bias=True, dropout=config.attention_dropout)
         self.attention_dropout = Dropout(config.dropout)
-        self.feedforward = feedforward(config, rngs)
+        self.feedforward = config.make_feedforward(rngs, use_bias=True)
         self.feedforward_dropout = Dropout(config.dropout)
 
     def attend(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -109,45 +96,23 @@ class Encoder(Model):
         return {path: self.hf_prefix + name for path, name in names.items()}
 
 
-def feedforward(config: EncoderConfig, rngs: nnx.Rngs) -> FeedForward:
-    """Build a feed-forward layer with biases."""
-    return FeedForward(
-        config.embed,
-        config.mlp,
-        activation=ACTIVATIONS[config.activation],
-        use_bias=True,
-        stddev=config.init_stddev,
-        dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
-
-
 def linear(config: EncoderConfig, features: int, rngs: nnx.Rngs, *, use_bias: bool = True) -> Linear:
     """Build a linear layer [D, features] for a pooler or a task head."""
-    return Linear(
-        config.embed,
-        features,
-        axes=("embed", "label"),
-        use_bias=use_bias,
-        stddev=config.init_stddev,
-        dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    return Linear(config.embed, features, axes=("embed", "label"), use_bias=use_bias, **config.weights(rngs))
 
 
-def read_shared(fields: Fields, head: Head, *, dropout: float, norm_eps: float = 1e-12) -> dict[str, Any]:
+def read_shared(fields: Fields, *, dropout: float, norm_eps: float = 1e-12) -> dict[str, Any]:
     """Read the options of `EncoderConfig`, for families that use BERT's field names.
 
     Args:
         fields: The fields of config.json.
-        head: The task head, from `read_head`.
         dropout: Default of the two dropout rates.
         norm_eps: Default of the norms' epsilon.
 
     Raises:
         UserError: A field is missing, or its value is not supported.
     """
-    return read_sizes(fields, head) | {
+    return read_sizes(fields) | {
         "norm_eps": fields.take("layer_norm_eps", norm_eps),
         "activation": fields.activation("hidden_act", "gelu"),
         "dropout": fields.take("hidden_dropout_prob", dropout),
@@ -155,12 +120,11 @@ def read_shared(fields: Fields, head: Head, *, dropout: float, norm_eps: float =
     }
 
 
-def read_sizes(fields: Fields, head: Head, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """Read the options of `EncoderConfig` that all families have.
+def read_sizes(fields: Fields, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Read the options of `EncoderConfig` that all families have and `read_head` does not read.
 
     Args:
         fields: The fields of config.json.
-        head: The task head, from `read_head`.
         names: {BERT's name of a field: the family's name}.
 
     Raises:
@@ -181,11 +145,5 @@ def read_sizes(fields: Fields, head: Head, names: Mapping[str, str] = MappingPro
         "heads": heads,
         "kv_heads": heads,
         "head_dim": embed // heads,
-        "architecture": head.architecture,
-        "head": head.name,
-        "stored_head": head.stored,
-        "labels": head.labels,
-        "problem_type": head.problem_type,
         "init_stddev": fields.take("initializer_range", 0.02),
-        "hf": json.dumps(head.config),
     }

@@ -1,7 +1,6 @@
-"""What generation and the methods need of an encoder-decoder."""
+"""What encoder-decoders share: the configuration, the cache, and the interface that generation and the methods use."""
 
 import dataclasses
-from functools import partial
 from typing import ClassVar
 
 import jax
@@ -24,11 +23,7 @@ class EncoderDecoderConfig(LanguageModelConfig):
     start: int
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "length", "memory_key", "memory_value", "memory_mask"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
     """Keys and values of the target tokens so far, and those of the encoder's hidden states for cross-attention.

@@ -13,7 +13,7 @@ from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
-from peftjax.models.decoder_fields import read_rope, read_ropes, read_shared, read_windows
+from peftjax.models.decoder_fields import read_attention_bias, read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import ZeroCenteredRMSNorm
@@ -33,9 +33,6 @@ class GemmaConfig(LlamaConfig):
     query_scale: float
     attention_cap: float | None
     logits_cap: float | None
-
-    def make(self, rngs: nnx.Rngs) -> "Gemma":
-        return Gemma(self, rngs)
 
 
 class Gemma(Llama):
@@ -83,7 +80,6 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GemmaConfig:
     head_dim, max_positions = shared["head_dim"], shared["max_positions"]
     fields.only("use_bidirectional_attention", False)
     fields.implied("hidden_act", shared["activation"])  # an old name
-    attention_bias = fields.take("attention_bias", False)
     local_rope: Rope | None = None
     if kind == "gemma2":
         rope = read_rope(fields, head_dim, max_positions)
@@ -95,10 +91,10 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GemmaConfig:
         fields.only("attn_logit_softcapping", None)  # a field of Gemma 3 that transformers does not use
         attention_cap, logits_cap = None, fields.maybe("final_logit_softcapping")
     return GemmaConfig(
+        model=Gemma,
         rope=rope,
         local_rope=local_rope,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields),
         qk_norm=kind == "gemma3_text",
         query_scale=fields.take("query_pre_attn_scalar", 256),
         attention_cap=attention_cap,

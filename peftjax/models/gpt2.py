@@ -5,7 +5,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", sect
 
 import dataclasses
 import json
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ from peftjax.models.decoder import Block, Decoder, DecoderConfig
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import FusedAttention
 from peftjax.nn.cache import Cache
-from peftjax.nn.embedding import Embedding
-from peftjax.nn.feedforward import ACTIVATIONS, FeedForward
 from peftjax.nn.linear import Conv1D
 from peftjax.nn.norm import LayerNorm
 
@@ -28,9 +26,6 @@ class Gpt2Config(DecoderConfig):
     """Adds `scaled`: whether scores are divided by sqrt(H)."""
 
     scaled: bool
-
-    def make(self, rngs: nnx.Rngs) -> "Gpt2":
-        return Gpt2(self, rngs)
 
 
 class Gpt2(Decoder):
@@ -43,55 +38,19 @@ class Gpt2(Decoder):
 
     def __init__(self, config: Gpt2Config, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
-        self.positions = Embedding(
-            config.max_positions,
-            config.embed,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        self.positions = config.make_table(config.max_positions, rngs)
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
-        config, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        return Block(
-            self.make_norm,
-            attention=FusedAttention(
-                config.embed,
-                config.heads,
-                config.kv_heads,
-                config.head_dim,
-                use_bias=True,
-                scale=None if config.scaled else 1.0,
-                linear=Conv1D,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            feedforward=FeedForward(
-                config.embed,
-                config.mlp,
-                activation=ACTIVATIONS[config.activation],
-                use_bias=True,
-                linear=Conv1D,
-                stddev=config.init_stddev,
-                dtype=dtype,
-                rngs=rngs,
-            ),
+        config = self.config
+        attention = config.make_attention(
+            rngs, FusedAttention, qkv_bias=True, out_bias=True, scale=None if config.scaled else 1.0, linear=Conv1D
         )
+        return Block(self.make_norm, attention, config.make_feedforward(rngs, use_bias=True, linear=Conv1D))
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        if positions is None:
+    def hidden(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
+        if options.get("positions") is None:
             self.check_length(tokens.shape[1])
-        return super().hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
+        return super().hidden(tokens, **options)
 
     def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x + jnp.broadcast_to(self.positions(positions), x.shape)
@@ -135,6 +94,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Gpt2Config:
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
     return Gpt2Config(
+        model=Gpt2,
         vocab=fields.take("vocab_size"),
         embed=embed,
         mlp=fields.take("n_inner", 4 * embed),
@@ -146,7 +106,6 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Gpt2Config:
         norm_eps=fields.take("layer_norm_epsilon", 1e-5),
         activation=fields.activation("activation_function", "gelu_new"),
         tied=fields.take("tie_word_embeddings", True),
-        rope=None,
         windows=(0,) * layers,
         scaled=fields.take("scale_attn_weights", True),
         init_stddev=fields.take("initializer_range", 0.02),

@@ -11,9 +11,9 @@ from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
-from peftjax.models.decoder_fields import read_shared, read_windows, rope_fields
+from peftjax.models.decoder_fields import read_attention_bias, read_shared, read_windows, rope_fields
 from peftjax.models.fields import Fields
-from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts
+from peftjax.models.moe import MoeConfig, MoeLlama, read_experts
 from peftjax.nn.moe import ClampedExperts
 from peftjax.nn.norm import Float32RMSNorm
 from peftjax.nn.rope import from_hf as rope_from_hf
@@ -25,9 +25,6 @@ class GptOssConfig(MoeConfig):
 
     swiglu_alpha: float
     swiglu_limit: float
-
-    def make(self, rngs: nnx.Rngs) -> "GptOss":
-        return GptOss(self, rngs)
 
 
 class GptOss(MoeLlama):
@@ -45,7 +42,7 @@ class GptOss(MoeLlama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-GptOss.hf_names = MOE_NAMES | {"blocks.feedforward.router": "model.layers.{}.mlp.router"}
+GptOss.hf_names = {**MoeLlama.hf_names, "blocks.feedforward.router": "model.layers.{}.mlp.router"}
 GptOss.hf_experts = {"gate_up_proj": (), "down_proj": ()}
 # Defaults of transformers for a config.json that does not scale the rotary embedding.
 _ROPE: dict[str, Any] = {
@@ -60,14 +57,13 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GptOssConfig:
     fields.skip("experts_per_token", "initial_context_length")  # duplicates of fields that transformers reads
     fields.only("hidden_act", "silu")
     shared = read_shared(fields, norm_eps=1e-5)
-    layers, attention_bias = shared["layers"], fields.take("attention_bias", True)
-    types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    types = ["full_attention" if i % 2 else "sliding_attention" for i in range(shared["layers"])]
     scaled = fields.config.get("rope_parameters") or fields.config.get("rope_scaling")
     rope = ({} if scaled else _ROPE) | rope_fields(fields)
     return GptOssConfig(
+        model=GptOss,
         rope=rope_from_hf(rope, head_dim=shared["head_dim"], max_positions=shared["max_positions"]),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields, default=True),
         normalized=True,
         expert_mlp=shared["mlp"],
         swiglu_alpha=fields.take("swiglu_alpha", 1.702),

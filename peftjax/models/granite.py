@@ -13,7 +13,7 @@ from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
-from peftjax.models.decoder_fields import read_rope, read_shared
+from peftjax.models.decoder_fields import read_attention_bias, read_rope, read_shared
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.residual import ScaledResidual, scaled
@@ -34,9 +34,6 @@ class GraniteConfig(LlamaConfig):
     score_factor: float
     residual_factor: float
     logits_divisor: float
-
-    def make(self, rngs: nnx.Rngs) -> "Granite":
-        return Granite(self, rngs)
 
 
 class Granite(Llama):
@@ -61,9 +58,7 @@ class Granite(Llama):
         return scaled(super().logits(hidden), 1 / self.config.logits_divisor)
 
 
-# --- Hugging Face: names of our modules, and config.json ---
-
-Granite.hf_names = Llama.hf_names
+# --- Hugging Face: config.json ---
 
 
 def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GraniteConfig:
@@ -74,11 +69,10 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> GraniteConfig:
     fields.assume(max_position_embeddings=2048)
     shared = read_shared(fields, norm_eps=1e-6)
     fields.implied("layer_types", ["full_attention"] * shared["layers"])
-    attention_bias = fields.take("attention_bias", False)
     return GraniteConfig(
+        model=Granite,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields),
         mlp_bias=fields.take("mlp_bias", False),
         embed_factor=fields.take("embedding_multiplier", 1.0),
         score_factor=fields.take("attention_multiplier", 1.0),

@@ -1,11 +1,12 @@
 """The task head of an encoder: the checkpoint's own or a new one, and its labels."""
 
-import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
+from peftjax.models.fields import Fields
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 OTHER = "other"  # the checkpoint's head where a new one replaces it
@@ -15,7 +16,14 @@ LABELS = frozenset({"id2label", "label2id", "num_labels", "_num_labels", "proble
 
 
 class HeadOptions(TypedDict, total=False):
-    """The options of `read_head` that a user chooses."""
+    """The options of a task head that a user chooses.
+
+    Attributes:
+        head: Kind of head; default: the checkpoint's.
+        labels: Number of outputs, or their names; default: those in config.json.
+        problem_type: One of `PROBLEMS`, if config.json does not specify it.
+        new_head: Replace the checkpoint's own head with a new one.
+    """
 
     head: str | None
     labels: int | Sequence[str] | None
@@ -23,52 +31,29 @@ class HeadOptions(TypedDict, total=False):
     new_head: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """The task head of a model.
-
-    Attributes:
-        architecture: The transformers class with this head.
-        name: Kind of head, or "none".
-        stored: Kind of head in the checkpoint, "none" or `OTHER`.
-        labels: Names of its outputs.
-        problem_type: One of `PROBLEMS`, or None if not specified.
-        config: The config.json with these labels.
-    """
-
-    architecture: str
-    name: str
-    stored: str
-    labels: tuple[str, ...]
-    problem_type: str | None
-    config: dict[str, Any]
-
-
 def read_head(
-    config: dict[str, Any],
-    architectures: Mapping[str, str],
-    heads: Sequence[str],
-    head: str | None = None,
-    labels: int | Sequence[str] | None = None,
-    problem_type: str | None = None,
-    new_head: bool = False,
-) -> Head:
+    fields: Fields, options: Mapping[str, Any], architectures: Mapping[str, str], heads: Sequence[str]
+) -> dict[str, Any]:
     """Decide on a model's task head.
 
     Args:
-        config: The fields of config.json.
+        fields: The fields of config.json. Those that only a head reads are skipped.
+        options: `HeadOptions`, and other options, which are returned.
         architectures: {transformers class: its head}. The first one is the default, and the first one with a head is written.
         heads: The kinds of head the family has.
-        head: Kind of head; default: the checkpoint's.
-        labels: Number of outputs, or their names; default: those in config.json.
-        problem_type: One of `PROBLEMS`, if config.json does not specify it.
-        new_head: Replace the checkpoint's own head with a new one.
+
+    Returns:
+        The options of `EncoderConfig` that describe the head, among them `hf`, the config.json with its labels; and the other
+        options.
 
     Raises:
         UserError: An unknown class or kind of head, an impossible number of labels, or labels or a problem type that
             contradict the checkpoint's own head.
     """
-    stored = _stored(config, architectures)
+    fields.skip(*LABELS, "tie_word_embeddings", "finetuning_task")
+    rest = dict(options)
+    head, labels, problem_type, new_head = (rest.pop(name, None) for name in HeadOptions.__annotations__)
+    config, stored = fields.config, _stored(fields.config, architectures)
     head = stored if head is None else head
     stored = OTHER if new_head and stored != "none" else stored
     if head not in heads:
@@ -92,12 +77,18 @@ def read_head(
     if problem_type is not None:
         if config.get("problem_type") not in (None, problem_type):
             raise UserError(
-                f"the checkpoint's head is for {config['problem_type']}, not for {problem_type}; use another checkpoint, "
-                f"{REPLACE}"
+                f"the checkpoint's head is for {config['problem_type']}, not for {problem_type}; use another checkpoint, {REPLACE}"
             )
         config = config | {"problem_type": problem_type}
     architecture = next(name for name, kind in architectures.items() if kind == head)
-    return Head(architecture, head, stored, names, config.get("problem_type"), config)
+    return rest | {
+        "architecture": architecture,
+        "head": head,
+        "stored_head": stored,
+        "labels": names,
+        "problem_type": config.get("problem_type"),
+        "hf": json.dumps(config),
+    }
 
 
 def stored_labels(config: dict[str, Any]) -> tuple[str, ...]:

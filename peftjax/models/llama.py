@@ -7,7 +7,6 @@ Qwen3 (arXiv:2505.09388).
 import dataclasses
 from typing import Any, ClassVar, Unpack
 
-import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core.errors import UserError
@@ -16,7 +15,7 @@ from peftjax.models.decoder import Block, Decoder, DecoderConfig
 from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.nn.attention import Attention
-from peftjax.nn.feedforward import ACTIVATIONS, GatedFeedForward
+from peftjax.nn.feedforward import FeedForward, GatedFeedForward
 from peftjax.nn.moe import MixtureOfExperts
 from peftjax.nn.norm import RMSNorm
 
@@ -30,15 +29,18 @@ class LlamaConfig(DecoderConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
 
-    def make(self, rngs: nnx.Rngs) -> "Llama":
-        return Llama(self, rngs)
-
 
 class Llama(Decoder):
-    """RMSNorm, rotary grouped-query attention, SwiGLU."""
+    """RMSNorm, rotary grouped-query attention, SwiGLU.
+
+    Attributes:
+        norm_type, attention_type, feedforward_type: Classes of the layers.
+    """
 
     config: LlamaConfig
     norm_type: ClassVar[type[RMSNorm]] = RMSNorm
+    attention_type: ClassVar[type[Attention]] = Attention
+    feedforward_type: ClassVar[type[FeedForward]] = GatedFeedForward
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
         return Block(self.make_norm, self.make_attention(rngs), self.make_feedforward(rngs))
@@ -46,33 +48,19 @@ class Llama(Decoder):
     def make_attention(self, rngs: nnx.Rngs, **options: Any) -> Attention:
         """Build the attention layer of one block, with further options of `Attention`."""
         config = self.config
-        return Attention(
-            config.embed,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
+        return config.make_attention(
+            rngs,
+            self.attention_type,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
             norm=self.norm_type,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
             **options,
         )
 
-    def make_feedforward(self, rngs: nnx.Rngs) -> GatedFeedForward | MixtureOfExperts:
+    def make_feedforward(self, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
         """Build the feed-forward layer of one block."""
-        config = self.config
-        return GatedFeedForward(
-            config.embed,
-            config.mlp,
-            activation=ACTIVATIONS[config.activation],
-            use_bias=config.mlp_bias,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        return self.config.make_feedforward(rngs, self.feedforward_type, use_bias=self.config.mlp_bias)
 
 
 # --- Hugging Face: names of our modules, and config.json ---
@@ -114,6 +102,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> LlamaConfig:
     shared = read_shared(fields, norm_eps=1e-6)
     attention_bias = fields.take("attention_bias", False) if kind in ("llama", "qwen3") else False
     return LlamaConfig(
+        model=Llama,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         qkv_bias=attention_bias or kind == "qwen2",
         out_bias=attention_bias,

@@ -14,9 +14,9 @@ from flax import nnx
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import LayerOptions
-from peftjax.models.decoder_fields import read_rope, read_shared
+from peftjax.models.decoder_fields import read_attention_bias, read_rope, read_shared
 from peftjax.models.fields import Fields
-from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
+from peftjax.models.moe import MoeConfig, MoeLlama, read_experts
 from peftjax.models.smollm3 import read_rotated
 from peftjax.nn.attention import Attention
 from peftjax.nn.moe import InputWeightedExperts, MixtureOfExperts
@@ -36,9 +36,6 @@ class Llama4Config(MoeConfig):
     l2_norm: bool
     growth: float
     interval: int
-
-    def make(self, rngs: nnx.Rngs) -> "Llama4":
-        return Llama4(self, rngs)
 
 
 class Llama4(MoeLlama):
@@ -70,37 +67,30 @@ class Llama4(MoeLlama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-_NAMES = MOE_NAMES | {
-    "blocks.feedforward.router": "model.layers.{}.mlp.router",
-    "blocks.feedforward.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
-    "blocks.feedforward.shared.up": "model.layers.{}.mlp.shared_expert.up_proj",
-    "blocks.feedforward.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
+Llama4.hf_names = {
+    **{path: name.replace(".mlp.", ".feed_forward.") for path, name in MoeLlama.hf_names.items()},
+    "blocks.feedforward.router": "model.layers.{}.feed_forward.router",
+    "sparse.router": "model.layers.{}.feed_forward.router",
 }
-Llama4.hf_names = {path: name.replace(".mlp.", ".feed_forward.") for path, name in with_dense(_NAMES).items()}
 Llama4.hf_experts = {"gate_up_proj": (), "down_proj": ()}
 
 
 def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> Llama4Config:
     """Read a config.json of model_type llama4_text."""
-    fields.assume(
-        max_position_embeddings=131072,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-        rope_theta=500_000.0,
-    )
+    fields.assume(max_position_embeddings=131072, num_key_value_heads=8, head_dim=128)
+    fields.assume(intermediate_size=8192, rope_theta=500_000.0)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("router_jitter_noise")
     expert_mlp, layers = shared.pop("mlp"), shared.pop("layers")
-    attention_bias, tuned = fields.take("attention_bias", False), fields.take("attn_temperature_tuning", True)
-    growth, rotated = fields.take("attn_scale", 0.1), read_rotated(fields, layers)
+    growth, tuned = fields.take("attn_scale", 0.1), fields.take("attn_temperature_tuning", True)
+    rotated = read_rotated(fields, layers)
     windows = _chunks(fields, rotated)
     return Llama4Config(
+        model=Llama4,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         rotated=rotated,
         layers=layers,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields),
         l2_norm=fields.take("use_qk_norm", True),
         growth=growth if tuned else 0.0,
         interval=fields.take("floor_scale", 8192),
@@ -134,8 +124,7 @@ def _chunks(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
         types = ["chunked_attention" if rotates and chunk else "full_attention" for rotates in rotated]
     if len(types) != len(rotated) or not set(types) <= {"chunked_attention", "full_attention"}:
         raise UserError(
-            "config.json: layer_types must name chunked_attention or full_attention for each of the "
-            f"{len(rotated)} layers, not {types}"
+            f"config.json: layer_types must name chunked_attention or full_attention for each of the {len(rotated)} layers, not {types}"
         )
     if "chunked_attention" in types and not chunk:
         raise UserError("config.json: layer_types contains chunked_attention, which requires attention_chunk_size")

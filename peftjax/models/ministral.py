@@ -6,7 +6,6 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
@@ -29,9 +28,6 @@ class MinistralConfig(LlamaConfig):
     growth: float
     interval: int
 
-    def make(self, rngs: nnx.Rngs) -> "Ministral":
-        return Ministral(self, rngs)
-
 
 class Ministral(Llama):
     """RMSNorm, rotary grouped-query attention with scaled queries, SwiGLU."""
@@ -44,9 +40,8 @@ class Ministral(Llama):
         return lambda layer: factors
 
 
-# --- Hugging Face: names of our modules, and config.json ---
+# --- Hugging Face: config.json ---
 
-Ministral.hf_names = Llama.hf_names
 # Defaults of transformers for a config.json that does not scale the rotary embedding.
 _ROPE: dict[str, Any] = {
     "type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
@@ -69,6 +64,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MinistralConfi
             f"rope_parameters; it has {sorted(rope)}"
         )
     return MinistralConfig(
+        model=Ministral,
         rope=rope_from_hf(rope, head_dim=shared["head_dim"], max_positions=shared["max_positions"]),
         growth=growth,
         interval=interval,

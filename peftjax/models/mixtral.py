@@ -1,23 +1,12 @@
 """Mixtral: a Mistral with a mixture of experts in every layer. Jiang et al. 2024 (arXiv:2401.04088), section 2.1."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Unpack
-
-from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder_fields import read_rope, read_shared
 from peftjax.models.fields import Fields
-from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtralConfig(MoeConfig):
-    """Sizes and options of a Mixtral."""
-
-    def make(self, rngs: nnx.Rngs) -> "Mixtral":
-        return Mixtral(self, rngs)
+from peftjax.models.moe import MoeConfig, MoeLlama, read_experts
 
 
 class Mixtral(MoeLlama):
@@ -33,16 +22,16 @@ class Mixtral(MoeLlama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-Mixtral.hf_names = MOE_NAMES
 Mixtral.hf_experts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
-def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MixtralConfig:
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MoeConfig:
     """Read a config.json of model_type mixtral, in the format of transformers 4 or 5."""
     fields.assume(max_position_embeddings=131072, num_key_value_heads=8, rope_theta=1_000_000.0)
     shared = read_shared(fields, norm_eps=1e-5)
     fields.no_dropout("router_jitter_noise")
-    return MixtralConfig(
+    return MoeConfig(
+        model=Mixtral,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         normalized=True,
         expert_mlp=shared["mlp"],

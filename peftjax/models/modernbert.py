@@ -60,32 +60,18 @@ class ModernBertConfig(TextEncoderConfig):
     def norm(self) -> LayerNorm:
         return LayerNorm(self.embed, eps=self.norm_eps, use_bias=self.norm_bias, dtype=jnp.dtype(self.param_dtype))
 
-    def make(self, rngs: nnx.Rngs) -> "ModernBert":
-        return ModernBert(self, rngs)
-
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x)), without the first norm in the first layer: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
-        common: dict[str, Any] = {"stddev": config.init_stddev, "dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
-        self.attention = FusedAttention(
-            config.embed,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            use_bias=config.attention_bias,
-            dropout=config.attention_dropout,
-            **common,
+        bias = config.attention_bias
+        self.attention = config.make_attention(
+            rngs, FusedAttention, qkv_bias=bias, out_bias=bias, dropout=config.attention_dropout
         )
         self.attention_dropout, self.attention_residual = Dropout(config.attention_dropout), Residual()
-        self.feedforward = FusedGatedFeedForward(
-            config.embed,
-            config.mlp,
-            activation=ACTIVATIONS[config.activation],
-            use_bias=config.mlp_bias,
-            dropout=config.mlp_dropout,
-            **common,
+        self.feedforward = config.make_feedforward(
+            rngs, FusedGatedFeedForward, use_bias=config.mlp_bias, dropout=config.mlp_dropout
         )
         self.feedforward_norm, self.feedforward_residual = config.norm(), Residual()
 
@@ -119,14 +105,12 @@ class ModernBert(TextEncoder):
 
     config: ModernBertConfig
     blocks: Block
+    block_type: ClassVar = Block
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
         self.attention_norms = make_stack(lambda rngs: config.norm(), config.layers - 1, rngs)
         self.norm = config.norm()
-
-    def make_block(self, rngs: nnx.Rngs) -> Block:
-        return Block(self.config, rngs)
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         if self.config.head != "none":
@@ -207,26 +191,28 @@ _HARMLESS = (
 
 def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> ModernBertConfig:
     """Read a config.json of model_type modernbert, in the format of transformers 4 or 5."""
-    head, rest = read_text_head(fields, options, "ModernBert")
+    chosen = read_text_head(fields, options, "ModernBert")
     fields.skip(*_HARMLESS)
-    sizes, max_positions = read_sizes(fields, head), fields.take("max_position_embeddings", 8192)
+    sizes, max_positions = read_sizes(fields), fields.take("max_position_embeddings", 8192)
     theta, local_theta = fields.take("global_rope_theta", 160000.0), fields.take("local_rope_theta", 10000.0)
     rope, local_rope = read_ropes(
         fields, sizes["head_dim"], max_positions, theta=theta, local_theta=local_theta, scale_local=True
     )
-    reach = fields.take("local_attention", 128) // 2
+    reach, every = fields.take("local_attention", 128) // 2, fields.take("global_attn_every_n_layers", 3)
+    types = ["sliding_attention" if layer % every else "full_attention" for layer in range(sizes["layers"])]
     fields.implied("sliding_window", reach)
     fields.implied("head_dim", sizes["head_dim"])
     pooling = fields.take("classifier_pooling", "cls")
     if pooling not in ("cls", "mean"):
         raise UserError(f"config.json: classifier_pooling={pooling!r} is neither 'cls' nor 'mean'")
     return ModernBertConfig(
+        model=ModernBert,
         **sizes,
         vocab=fields.take("vocab_size"),
         positions=0,
         max_positions=max_positions,
         token_types=0,
-        local=_local(fields, sizes["layers"]),
+        local=tuple(window > 0 for window in read_windows(fields, types, window=1)),
         reach=reach,
         rope=rope,
         local_rope=local_rope,
@@ -242,12 +228,5 @@ def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> ModernBertConfig:
         head_bias=fields.take("classifier_bias", False),
         head_activation=fields.activation("classifier_activation", "gelu"),
         head_pooling=pooling,
-        **rest,
+        **chosen,
     )
-
-
-def _local(fields: Fields, layers: int) -> tuple[bool, ...]:
-    """Read layer_types; by default every third layer, from the first one, is global."""
-    every = fields.take("global_attn_every_n_layers", 3)
-    default = ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)]
-    return tuple(window > 0 for window in read_windows(fields, default, window=1))

@@ -38,9 +38,6 @@ class MoeConfig(LlamaConfig):
     shared_mlp: int = 0
     dense_layers: tuple[int, ...] = ()
 
-    def make(self, rngs: nnx.Rngs) -> "MoeLlama":
-        raise NotImplementedError
-
 
 class MoeLlama(Llama):
     """A Llama with a mixture of experts in every layer, or in all layers but those of `dense_layers`.
@@ -115,28 +112,30 @@ class MoeLlama(Llama):
             config.expert_mlp,
             shared=config.shared_mlp,
             activation=ACTIVATIONS[config.activation],
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
+            **config.weights(rngs),
             **options,
         )
 
 
-MOE_NAMES = {path: name for path, name in Llama.hf_names.items() if not path.startswith("blocks.feedforward.")} | {
-    "blocks.feedforward.router": "model.layers.{}.mlp.gate",
-    "blocks.feedforward.experts.gate_up": "model.layers.{}.mlp.experts.gate_up_proj",
-    "blocks.feedforward.experts.down": "model.layers.{}.mlp.experts.down_proj",
+# The names in most families. With dense layers, the experts are in `sparse` instead of `blocks.feedforward`.
+_EXPERTS = {
+    "router": "gate",
+    "experts.gate_up": "experts.gate_up_proj",
+    "experts.down": "experts.down_proj",
+    "shared.gate": "shared_expert.gate_proj",
+    "shared.up": "shared_expert.up_proj",
+    "shared.down": "shared_expert.down_proj",
+    "shared_gate": "shared_expert_gate",
 }
-
-
-def with_dense(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of a family's modules and those of its models with dense layers."""
-
-    def moved(names: Mapping[str, str], stack: str) -> dict[str, str]:
-        start = "blocks.feedforward."
-        return {stack + path.removeprefix(start): name for path, name in names.items() if path.startswith(start)}
-
-    return {**names, **moved(names, "sparse."), **moved(Llama.hf_names, "dense.")}
+_DENSE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+MoeLlama.hf_names = {
+    **Llama.hf_names,
+    **{
+        f"{module}.{path}": f"model.layers.{{}}.mlp.{name}"
+        for module, names in (("blocks.feedforward", _EXPERTS), ("sparse", _EXPERTS), ("dense", _DENSE))
+        for path, name in names.items()
+    },
+}
 
 
 def read_experts(fields: Fields, experts: int, choices: int) -> dict[str, Any]:

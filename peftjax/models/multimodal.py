@@ -56,29 +56,18 @@ WHOLES = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
 }
+_SIZE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Sizes that a text_config may omit, because transformers' defaults are those of a model in common use.
-_SIZES: dict[str, dict[str, int]] = {
-    "gemma3_text": {
-        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-    },
-    "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llama4_text": {
-        "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192, "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-    },
-    "mistral": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "qwen2": {
-        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-}  # fmt: skip
+_SIZES = {
+    kind: dict(zip(_SIZE_FIELDS, sizes, strict=True))
+    for kind, sizes in {
+        "gemma3_text": (262208, 2304, 9216, 26, 8),
+        "llama": (32000, 4096, 11008, 32, 32),
+        "llama4_text": (202048, 5120, 8192, 48, 40),
+        "mistral": (32000, 4096, 14336, 32, 32),
+        "qwen2": (151936, 4096, 22016, 32, 32),
+    }.items()
+}
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,9 +80,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     whole = WHOLES[kind]
     text = config.get("text_config")
     if text is None and whole.flat & config.keys():
-        text = {
-            name: value for name, value in config.items() if name not in whole.flat | {"architectures", "model_type"}
-        }
+        others = whole.flat | {"architectures", "model_type"}
+        text = {name: value for name, value in config.items() if name not in others}
     if not isinstance(text, dict):
         raise UserError(f"config.json: model_type {kind!r} needs text_config, the fields of its text model")
     model_type = str(text.get("model_type", whole.text))
@@ -104,14 +92,10 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["tie_word_embeddings"] = config["tie_word_embeddings"] or bool(text.get("tie_word_embeddings"))
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(rope := fields.get(name), dict) and "mrope_section" in rope:
-            fields[name] = _one_dimensional(rope)
+            # For text, the three coordinates of a position, which differ for images only, are equal.
+            kept = {key: value for key, value in rope.items() if key != "mrope_section"}
+            fields[name] = {key: "default" if value == "mrope" else value for key, value in kept.items()}
     return fields
-
-
-def _one_dimensional(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of text: the three coordinates of a position, which differ for images only, are equal."""
-    kept = {name: value for name, value in rope.items() if name != "mrope_section"}
-    return {name: "default" if value == "mrope" else value for name, value in kept.items()}
 
 
 def with_text(whole: str, changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +122,7 @@ def class_name(whole: str, name: str) -> str:
 
 
 def text_name(name: str) -> str | None:
-    """Return the name of a tensor of a multimodal checkpoint in a checkpoint of its text model alone; None: in neither."""
+    """Return the name that a tensor of a multimodal checkpoint has in one of its text model alone; None if it has no such name."""
     if head := _HEAD.fullmatch(name):
         return head[1]
     text = _TEXT.fullmatch(name)

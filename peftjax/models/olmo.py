@@ -3,32 +3,22 @@
 OLMo 2 (arXiv:2501.00656). OLMo 3 adds sliding windows to three of four layers; their rotary embedding is not scaled.
 """
 
-import dataclasses
 from typing import ClassVar, Unpack
 
 from flax import nnx
 
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder import Block
-from peftjax.models.decoder_fields import read_rope, read_ropes, read_shared, read_windows
+from peftjax.models.decoder_fields import read_attention_bias, read_rope, read_ropes, read_shared, read_windows
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.norm import Float32RMSNorm
 from peftjax.nn.rope import Rope
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OlmoConfig(LlamaConfig):
-    """Sizes and options of an OLMo 2 or 3."""
-
-    def make(self, rngs: nnx.Rngs) -> "Olmo":
-        return Olmo(self, rngs)
-
-
 class Olmo(Llama):
     """Rotary grouped-query attention and SwiGLU, each followed by RMSNorm."""
 
-    config: OlmoConfig
     norm_type: ClassVar = Float32RMSNorm
 
     def make_block(self, rngs: nnx.Rngs) -> Block:
@@ -38,15 +28,15 @@ class Olmo(Llama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-_WITHOUT = ("blocks.attention_norm", "blocks.feedforward_norm")
-Olmo.hf_names = {path: name for path, name in Llama.hf_names.items() if path not in _WITHOUT} | {
+Olmo.hf_names = {
+    **Llama.hf_names,
     "blocks.attention_out_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.feedforward_out_norm": "model.layers.{}.post_feedforward_layernorm",
 }
 _THETA = 500_000.0  # default of OLMo 3
 
 
-def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> OlmoConfig:
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> LlamaConfig:
     """Read a config.json of model_type olmo2 or olmo3, in the format of transformers 4 or 5."""
     fields.assume(max_position_embeddings=2048)
     shared = read_shared(fields, norm_eps=1e-5)
@@ -59,21 +49,16 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> OlmoConfig:
     else:
         theta = fields.take("rope_theta", _THETA)  # transformers applies it only to layers without a window
         rope, local_rope = read_ropes(fields, *sizes, theta=theta, local_theta=_THETA)
-        windows = _windows(fields, layers)
-    attention_bias = fields.take("attention_bias", False)
-    return OlmoConfig(
+        # By default every fourth layer has no window.
+        types = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
+        windows = read_windows(fields, types, fields.nullable("sliding_window", 4096) or 0)
+    return LlamaConfig(
+        model=Olmo,
         rope=rope,
         local_rope=local_rope,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields),
         qk_norm=True,
         windows=windows,
         **shared,
         **options,
     )
-
-
-def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """Read layer_types; by default every fourth layer has no window."""
-    default = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
-    return read_windows(fields, default, fields.nullable("sliding_window", 4096) or 0)

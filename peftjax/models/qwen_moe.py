@@ -3,24 +3,13 @@
 Qwen2 (arXiv:2407.10671), section 2.2.2; Qwen3 (arXiv:2505.09388), section 2.
 """
 
-import dataclasses
 from typing import Any, Unpack
-
-from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
 from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
-from peftjax.models.moe import MOE_NAMES, MoeConfig, MoeLlama, read_experts, with_dense
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QwenMoeConfig(MoeConfig):
-    """Sizes and options of a Qwen2-MoE or Qwen3-MoE."""
-
-    def make(self, rngs: nnx.Rngs) -> "QwenMoe":
-        return QwenMoe(self, rngs)
+from peftjax.models.moe import MoeConfig, MoeLlama, read_experts
 
 
 class QwenMoe(MoeLlama):
@@ -29,13 +18,6 @@ class QwenMoe(MoeLlama):
 
 # --- Hugging Face: names of our modules, and config.json ---
 
-_NAMES = MOE_NAMES | {
-    "blocks.feedforward.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
-    "blocks.feedforward.shared.up": "model.layers.{}.mlp.shared_expert.up_proj",
-    "blocks.feedforward.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
-    "blocks.feedforward.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
-}
-QwenMoe.hf_names = with_dense(_NAMES)
 QwenMoe.hf_experts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 # Defaults of transformers for fields that config.json omits, by model_type.
@@ -51,14 +33,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _EXPERTS = {"qwen2_moe": (60, 4), "qwen3_moe": (128, 8)}
 
 
-def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> QwenMoeConfig:
+def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> MoeConfig:
     """Read a config.json of model_type qwen2_moe or qwen3_moe, in the format of transformers 4 or 5."""
     kind = fields.kind
     fields.assume(max_position_embeddings=32768, **_DEFAULTS[kind])
     shared = read_shared(fields, norm_eps=1e-6)
     attention_bias = fields.take("attention_bias", False) if kind == "qwen3_moe" else False
     experts, choices = _EXPERTS[kind]
-    return QwenMoeConfig(
+    return MoeConfig(
+        model=QwenMoe,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         qkv_bias=attention_bias if kind == "qwen3_moe" else fields.take("qkv_bias"),
         out_bias=attention_bias,

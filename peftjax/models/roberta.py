@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peftjax.models.bert import Bert, BertConfig, read_bert
+from peftjax.models.bert import Bert, read_bert
 from peftjax.models.encoder import linear
 from peftjax.models.fields import Fields
-from peftjax.models.text_encoder import TextOptions
+from peftjax.models.text_encoder import TextEncoderConfig, TextOptions
 from peftjax.nn.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RobertaConfig(BertConfig):
+class RobertaConfig(TextEncoderConfig):
     """Adds what distinguishes RoBERTa.
 
     Attributes:
@@ -26,13 +26,6 @@ class RobertaConfig(BertConfig):
     """
 
     pad_id: int
-
-    @property
-    def pooler(self) -> bool:
-        return self.head == "none"
-
-    def make(self, rngs: nnx.Rngs) -> "Roberta":
-        return Roberta(self, rngs)
 
 
 class ClassificationHead(nnx.Module):
@@ -54,6 +47,7 @@ class Roberta(Bert):
     config: RobertaConfig
     output_layers: ClassVar = ("classifier", "classifier.dense", "classifier.out")
     task_head: ClassVar = output_layers
+    pooled_heads: ClassVar = ("none",)
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         if self.config.head != "sequence_classification":
@@ -86,14 +80,12 @@ class Roberta(Bert):
     hf_pretraining: ClassVar = (r"lm_head\..*",)
 
 
-_CLASSES = {
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-}  # the names in the classes of transformers, by model_type
+# The names in the classes of transformers, by model_type.
+_CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 
 def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> RobertaConfig:
     """Read a config.json of model_type roberta or xlm-roberta, in the format of transformers 4 or 5."""
     read, pad_id = read_bert(fields, options, _CLASSES[fields.kind]), fields.take("pad_token_id", 1)
     positions = {"max_positions": read["positions"] - pad_id - 1}  # the first is at pad_id + 1
-    return RobertaConfig(pad_id=pad_id, **read | positions)
+    return RobertaConfig(model=Roberta, pad_id=pad_id, **read | positions)

@@ -4,24 +4,26 @@ from typing import Unpack
 
 from peftjax.core.errors import UserError
 from peftjax.models.base import ComputeOptions
-from peftjax.models.decoder_fields import read_rope, read_shared, read_windows
+from peftjax.models.decoder_fields import read_attention_bias, read_rope, read_shared, read_windows
 from peftjax.models.fields import Fields
-from peftjax.models.llama import LlamaConfig
+from peftjax.models.llama import Llama, LlamaConfig
 
 
 def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> LlamaConfig:
     """Read a config.json of model_type smollm3."""
     fields.assume(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2_000_000.0)
     shared = read_shared(fields, norm_eps=1e-6, tied=True)
-    attention_bias = fields.take("attention_bias", False)
     rotated = read_rotated(fields, shared["layers"])
+    window, used = fields.maybe("sliding_window") or 0, fields.take("use_sliding_window", False)
+    # By default the layers without rotary embedding have a window.
+    types = ["sliding_attention" if used and window and not rotates else "full_attention" for rotates in rotated]
     return LlamaConfig(
+        model=Llama,
         rope=read_rope(fields, shared["head_dim"], shared["max_positions"]),
         rotated=rotated,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        **read_attention_bias(fields),
         mlp_bias=fields.take("mlp_bias", False),
-        windows=_windows(fields, rotated),
+        windows=read_windows(fields, types, window),
         **shared,
         **options,
     )
@@ -35,10 +37,3 @@ def read_rotated(fields: Fields, layers: int) -> tuple[bool, ...]:
     if len(rotated) < layers:
         raise UserError(f"config.json: no_rope_layers has {len(rotated)} entries for {layers} layers: {rotated}")
     return tuple(map(bool, rotated[:layers]))
-
-
-def _windows(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int, ...]:
-    """Read layer_types; by default the layers without rotary embedding have a window if use_sliding_window."""
-    window, used = fields.maybe("sliding_window") or 0, fields.take("use_sliding_window", False)
-    default = ["sliding_attention" if used and window and not rotates else "full_attention" for rotates in rotated]
-    return read_windows(fields, default, window)

@@ -21,7 +21,6 @@ from peftjax.models.encoder_decoder import DecoderCache, EncoderDecoder, Encoder
 from peftjax.models.fields import Fields
 from peftjax.nn.cache import Carry, KeysValues, LayerCache
 from peftjax.nn.dropout import Dropout
-from peftjax.nn.embedding import Embedding
 from peftjax.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from peftjax.nn.layer import SlottedLayer
 from peftjax.nn.linear import Linear
@@ -37,7 +36,7 @@ UNLIMITED = 2**31 - 1  # relative positions have no maximum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(EncoderDecoderConfig):
-    """Adds what distinguishes the T5s.
+    """Adds what distinguishes the T5s. `init_stddev` is that of the embedding, of which the others are multiples.
 
     Attributes:
         buckets: Number of relative position buckets.
@@ -46,7 +45,6 @@ class T5Config(EncoderDecoderConfig):
         scaled: Whether the head's input is scaled by 1/sqrt(D).
         dropout: Dropout rate of the embedded tokens, the attention probabilities, each sublayer's output, the hidden
             feed-forward activations and the last hidden states.
-        init_factor: Factor on the standard deviations of random weights.
     """
 
     buckets: int
@@ -54,13 +52,13 @@ class T5Config(EncoderDecoderConfig):
     gated: bool
     scaled: bool
     dropout: float
-    init_factor: float
 
     # As in transformers, whatever config.json says.
     tied_if_equal: ClassVar = ("lm_head.weight", "shared.weight")
 
-    def make(self, rngs: nnx.Rngs) -> "T5":
-        return (GatedT5 if self.gated else T5)(self, rngs)
+    def norm(self) -> RMSNorm:
+        """Build a norm of the hidden states."""
+        return RMSNorm(self.embed, eps=self.norm_eps, dtype=jnp.dtype(self.param_dtype))
 
     def to_hf(self) -> dict[str, Any]:
         fields = super().to_hf()
@@ -83,8 +81,7 @@ class T5Attention(SlottedLayer):
         features, inner = config.embed, config.heads * config.head_dim
 
         def linear(inputs: int, outputs: int, axes: tuple[str, str], variance: float) -> Linear:
-            stddev = config.init_factor * variance**0.5
-            return Linear(inputs, outputs, axes=axes, stddev=stddev, dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+            return Linear(inputs, outputs, axes=axes, **config.weights(rngs, variance**0.5))
 
         self.query = linear(features, inner, ("embed", "heads"), 1 / (features * config.head_dim))
         self.key = linear(features, inner, ("embed", "kv_heads"), 1 / features)
@@ -129,21 +126,16 @@ class Block(nnx.Module):
     """What the blocks of both stacks share: norms, self-attention and a feed-forward layer."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.param_dtype)
-        norm = partial(RMSNorm, config.embed, eps=config.norm_eps, dtype=dtype)
-        self.attention_norm = norm()
+        self.attention_norm = config.norm()
         self.attention = T5Attention(config, rngs)
         self.attention_residual, self.attention_dropout = Residual(), Dropout(config.dropout)
-        self.feedforward_norm = norm()
+        self.feedforward_norm = config.norm()
         self.feedforward = (GatedFeedForward if config.gated else FeedForward)(
             config.embed,
             config.mlp,
             activation=ACTIVATIONS[config.activation],
-            use_bias=False,
-            stddev=config.init_factor * config.embed**-0.5,
             dropout=config.dropout,
-            dtype=dtype,
-            rngs=rngs,
+            **config.weights(rngs, config.embed**-0.5),
         )
         self.feedforward_residual, self.feedforward_dropout = Residual(), Dropout(config.dropout)
 
@@ -169,7 +161,7 @@ class DecoderBlock(Block):
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
-        self.cross_norm = RMSNorm(config.embed, eps=config.norm_eps, dtype=jnp.dtype(config.param_dtype))
+        self.cross_norm = config.norm()
         self.cross, self.cross_dropout = T5Attention(config, rngs), Dropout(config.dropout)
 
     def __call__(
@@ -222,37 +214,18 @@ class T5(EncoderDecoder):
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
         self.config = config
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        norm = partial(RMSNorm, config.embed, eps=config.norm_eps, dtype=param_dtype)
-        bias = partial(
-            RelativeBias,
-            config.buckets,
-            config.max_distance,
-            config.heads,
-            stddev=config.init_factor * config.embed**-0.5,
-            dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.embed = Embedding(
-            config.vocab, config.embed, stddev=config.init_factor, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        weights = config.weights(rngs, config.embed**-0.5)
+        bias = partial(RelativeBias, config.buckets, config.max_distance, config.heads, **weights)
+        self.embed = config.make_table(config.vocab, rngs)
         self.encoder_bias = bias(both_sides=True)
         self.encoder = make_stack(lambda rngs: EncoderBlock(config, rngs), config.layers, rngs)
-        self.encoder_norm = norm()
+        self.encoder_norm = config.norm()
         self.encoder_dropouts = nnx.data([Dropout(config.dropout) for _ in ("embedded", "last")])
         self.decoder_bias = bias(both_sides=False)
         self.decoder = make_stack(lambda rngs: DecoderBlock(config, rngs), config.decoder_layers, rngs)
-        self.decoder_norm = norm()
+        self.decoder_norm = config.norm()
         self.decoder_dropouts = nnx.data([Dropout(config.dropout) for _ in ("embedded", "last")])
-        self.head = Linear(
-            config.embed,
-            config.vocab,
-            axes=("embed", "vocab"),
-            tied=config.tied,
-            stddev=config.init_factor,
-            dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.head = config.make_head(rngs)
 
     def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
         states, mask = self.encode(tokens, mask=mask)
@@ -421,6 +394,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> T5Config:
     pad = take("pad_token_id", 0)
     heads = take("num_heads")
     result = T5Config(
+        model=GatedT5 if gated else T5,
         vocab=take("vocab_size"),
         embed=take("d_model", 512),
         mlp=take("d_ff"),
@@ -438,7 +412,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> T5Config:
         tied=tied and scaled,
         scaled=scaled and fields.kind == "t5",
         dropout=take("dropout_rate", 0.1),
-        init_factor=take("initializer_factor", 1.0),
+        init_stddev=take("initializer_factor", 1.0),
         start=take("decoder_start_token_id", pad),
         hf=json.dumps(fields.config),
         **options,

@@ -13,11 +13,10 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
-from peftjax.models.base import ComputeOptions
 from peftjax.models.eager import compiled
-from peftjax.models.encoder import Encoder, EncoderConfig, linear
+from peftjax.models.encoder import Encoder, EncoderConfig, EncoderOptions, linear
 from peftjax.models.fields import Fields
-from peftjax.models.heads import LABELS, Head, HeadOptions, read_head
+from peftjax.models.heads import read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.stack import make_stack
@@ -33,8 +32,8 @@ CLASSES = {
 }
 
 
-class TextOptions(ComputeOptions, HeadOptions, total=False):
-    """The options of a configuration that config.json does not decide; see `read_head` and `TextEncoderConfig`."""
+class TextOptions(EncoderOptions, total=False):
+    """The options of a configuration that config.json does not decide; see `EncoderOptions` and `TextEncoderConfig`."""
 
     pooling: str | None
     normalize: bool
@@ -77,6 +76,7 @@ class TextEncoder(Encoder):
         hf_heads: The names of the task heads' modules.
         hf_pretraining: Regular expressions for the tensors of the pretraining heads.
         head_modules: The modules that belong only to the task head.
+        block_type: Class of the layers, called with the configuration and the source of random weights.
     """
 
     config: TextEncoderConfig
@@ -89,17 +89,18 @@ class TextEncoder(Encoder):
     hf_heads: ClassVar[Mapping[str, str]] = {"classifier": "classifier"}
     hf_pretraining: ClassVar[tuple[str, ...]] = ()
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    block_type: ClassVar[type[Any]]
 
     def __init__(self, config: TextEncoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = self._table(config.vocab, rngs)
+        self.embed = config.make_table(config.vocab, rngs)
         if config.positions:
-            self.positions = self._table(config.positions, rngs)
+            self.positions = config.make_table(config.positions, rngs)
         if config.token_types:
-            self.token_types = self._table(config.token_types, rngs)
+            self.token_types = config.make_table(config.token_types, rngs)
         self.embed_norm = config.norm()
         self.embed_dropout = Dropout(config.dropout)
-        self.blocks = make_stack(self.make_block, config.layers, rngs)
+        self.blocks = make_stack(lambda rngs: self.block_type(config, rngs), config.layers, rngs)
         self.make_head(rngs)
 
     @property
@@ -107,10 +108,6 @@ class TextEncoder(Encoder):
         return self.embed.in_features
 
     # --- What a family provides or overrides ---
-
-    def make_block(self, rngs: nnx.Rngs) -> Any:
-        """Build one layer."""
-        raise NotImplementedError
 
     def make_head(self, rngs: nnx.Rngs) -> None:
         """Build the task head. A family adds further layers, and the pooler that transformers has without a task head."""
@@ -208,11 +205,6 @@ class TextEncoder(Encoder):
         valid = jnp.pad(valid, ((0, 0), (self.embed.adapters.virtual, 0)), constant_values=True)
         return self.states(x, valid), valid
 
-    def _table(self, rows: int, rngs: nnx.Rngs) -> Embedding:
-        config = self.config
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        return Embedding(rows, config.embed, stddev=config.init_stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
     @property
     def virtual(self) -> int:
         return self.embed.adapters.virtual + self.blocks.attention.adapters.virtual
@@ -256,17 +248,14 @@ def masked_mean(states: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.sum(states * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
 
 
-def read_text_head(fields: Fields, options: TextOptions, name: str, *others: str) -> tuple[Head, dict[str, Any]]:
-    """Decide on the task head, with `read_head`; returns it and the remaining options.
+def read_text_head(fields: Fields, options: TextOptions, name: str, *others: str) -> dict[str, Any]:
+    """Decide on the task head, with `read_head`, which returns the options of the configuration.
 
     Args:
-        fields: The fields of config.json. Those that only a head reads are skipped.
+        fields: The fields of config.json.
         options: What config.json does not decide.
         name: What the names of the family's transformers classes begin with.
         *others: Further transformers classes, without a supported head.
     """
-    fields.skip(*LABELS, "tie_word_embeddings", "finetuning_task")
     architectures = {name + ending: head for ending, head in CLASSES.items()} | dict.fromkeys(others, "none")
-    rest: dict[str, Any] = dict(options)
-    given = {option: rest.pop(option) for option in HeadOptions.__annotations__ if option in rest}
-    return read_head(fields.config, architectures, HEADS, **given), rest
+    return read_head(fields, options, architectures, HEADS)

@@ -4,7 +4,6 @@ Dosovitskiy et al. 2020 (arXiv:2010.11929), section 3.1.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 import jax
@@ -13,11 +12,10 @@ from flax import nnx
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
-from peftjax.models.base import ComputeOptions
 from peftjax.models.eager import compiled
-from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, linear, read_shared
+from peftjax.models.encoder import Encoder, EncoderBlock, EncoderConfig, EncoderOptions, linear, read_shared
 from peftjax.models.fields import Fields
-from peftjax.models.heads import LABELS, read_head
+from peftjax.models.heads import read_head
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.layer import HfLeaves, Layer
 from peftjax.nn.patches import PatchEmbedding
@@ -50,9 +48,6 @@ class VitConfig(EncoderConfig):
         """Number of patches in an image."""
         return self.max_positions - 1
 
-    def make(self, rngs: nnx.Rngs) -> "Vit":
-        return Vit(self, rngs)
-
 
 class Embeddings(Layer):
     """dropout([class token; patches] + positions): [B, H, W, C] -> [B, 1 + N, D] (equation 1).
@@ -69,14 +64,7 @@ class Embeddings(Layer):
             value = config.init_stddev * jax.random.normal(rngs.params(), (1, rows, config.embed), jnp.float32)
             return nnx.Param(value.astype(config.param_dtype), axes=(None, None, "embed"))
 
-        self.patches = PatchEmbedding(
-            config.patch,
-            config.channels,
-            config.embed,
-            stddev=config.init_stddev,
-            dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        self.patches = PatchEmbedding(config.patch, config.channels, config.embed, **config.weights(rngs))
         self.class_token = parameter(1)
         self.positions = parameter(config.max_positions)
         self.dropout = Dropout(config.dropout)
@@ -218,25 +206,17 @@ _ARCHITECTURES = {
 }
 
 
-def from_hf(
-    fields: Fields,
-    *,
-    head: str | None = None,
-    labels: int | Sequence[str] | None = None,
-    problem_type: str | None = None,
-    new_head: bool = False,
-    **options: Unpack[ComputeOptions],
-) -> VitConfig:
-    """Read a config.json of model_type vit. The head options are those of `read_head`, with the head one of `HEADS`."""
-    # encoder_stride belongs to the decoder of masked image modeling, which is not read.
-    fields.skip(*LABELS, "encoder_stride", "tie_word_embeddings", "finetuning_task")
-    chosen = read_head(fields.config, _ARCHITECTURES, HEADS, head, labels, problem_type, new_head)
+def from_hf(fields: Fields, **options: Unpack[EncoderOptions]) -> VitConfig:
+    """Read a config.json of model_type vit. The head is one of `HEADS`."""
+    fields.skip("encoder_stride")  # of the decoder of masked image modeling, which is not read
+    chosen = read_head(fields, options, _ARCHITECTURES, HEADS)
     fields.only("pooler_act", "tanh")
     image, patch = (_both(fields, name, default) for name, default in (("image_size", 224), ("patch_size", 16)))
     if any(side % part for side, part in zip(image, patch, strict=True)):
         raise UserError(f"config.json: image_size={list(image)} is not a multiple of patch_size={list(patch)}")
-    shared = read_shared(fields, chosen, dropout=0.0)
+    shared = read_shared(fields, dropout=0.0)
     return VitConfig(
+        model=Vit,
         image=image,
         patch=patch,
         max_positions=1 + (image[0] // patch[0]) * (image[1] // patch[1]),  # the class token and the patches
@@ -244,7 +224,7 @@ def from_hf(
         pooled=fields.maybe("pooler_output_size") or shared["embed"],
         qkv_bias=fields.take("qkv_bias", True),
         **shared,
-        **options,
+        **chosen,
     )
 
 

@@ -61,7 +61,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         >>> network(jnp.ones((3, 4))).shape
         (3, 2)
     """
-    if type(model) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed):
+    if type(model) in (*_ADOPTED, nnx.Embed):
         raise UserError(f"adopt: the model is itself a {type(model).__name__}; wrap it in an nnx.Module")
     modules: dict[str, Any] = {dotted(path): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
@@ -73,7 +73,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
             kind = type(module)
             module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
             module.adapters, module.width = Slot(), sublayers[path]
-        elif type(module) in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum):
+        elif type(module) in _ADOPTED:
             if (shapes := _matrix(module)) is not None:
                 _adopt_linear(path, module, *shapes)
         elif type(module) is nnx.Embed:
@@ -127,7 +127,7 @@ class AdoptedEmbed(Embedding, nnx.Embed):
         y = self.adapters(self, partial(self.lookup, out_sharding=out_sharding), inputs)
         if not self.adapters.virtual:
             return y
-        prompt = jnp.concatenate([adapter.prompt() for adapter in self._prompts()]).astype(y.dtype)
+        prompt = self.soft_prompt().astype(y.dtype)
         return jnp.concatenate([jnp.broadcast_to(prompt, (*y.shape[:-2], *prompt.shape)), y], axis=-2)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -142,9 +142,6 @@ class AdoptedEmbed(Embedding, nnx.Embed):
         """The base computation, by Flax; `embedding` replaces the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
         return _twin(self, embedding=table)(tokens, out_sharding=out_sharding)
-
-    def _prompts(self) -> list[Any]:
-        return [adapter for adapter in self.adapters.active_adapters() if adapter.virtual]
 
 
 class AdoptedSublayer(Residual):

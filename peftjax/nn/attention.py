@@ -1,8 +1,9 @@
 """Multi-head attention with grouped queries."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class Attention(SlottedLayer):
         softcap: Scores s become c tanh(s / c) for a soft cap c.
         sinks: Whether the layer has attention sinks.
         interleaved: Whether the rotary embedding rotates pairs of neighboring elements, as in `nn.rope.rotate`.
+        linear: Class of the linear layers.
         stddev: Standard deviation of random kernels.
         dtype: Dtype of the parameters.
         rngs: Source of random weights.
@@ -59,7 +61,6 @@ class Attention(SlottedLayer):
     sinks: nnx.Param | None = None
     implementation: str = "xla"
     platform: str = "cpu"
-    l2_norm_eps: float | None = None
 
     def __init__(
         self,
@@ -68,9 +69,9 @@ class Attention(SlottedLayer):
         kv_heads: int,
         head_dim: int,
         *,
-        qkv_bias: bool,
-        out_bias: bool,
-        qk_norm_eps: float | None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
         qk_norm_whole: bool = False,
         l2_norm_eps: float | None = None,
         dropout: float = 0.0,
@@ -79,16 +80,15 @@ class Attention(SlottedLayer):
         softcap: float | None = None,
         sinks: bool = False,
         interleaved: bool = False,
+        linear: type[Linear] = Linear,
         stddev: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        common: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.query = Linear(features, heads * head_dim, axes=("embed", "heads"), use_bias=qkv_bias, **common)
-        self.key = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
-        self.value = Linear(features, kv_heads * head_dim, axes=("embed", "kv_heads"), use_bias=qkv_bias, **common)
-        self.out = Linear(heads * head_dim, features, axes=("heads", "embed"), use_bias=out_bias, **common)
+        make = partial(linear, stddev=stddev, dtype=dtype, rngs=rngs)
+        self.make_inputs(features, partial(make, use_bias=qkv_bias))
+        self.out = make(heads * head_dim, features, axes=("heads", "embed"), use_bias=out_bias)
         self.qk_norm, self.qk_norm_whole = qk_norm_eps is not None, qk_norm_whole
         if qk_norm_eps is not None:
             make_norm = partial(norm, eps=qk_norm_eps, dtype=dtype)
@@ -102,6 +102,13 @@ class Attention(SlottedLayer):
         if sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,), dtype), axes=("heads",))
         self.adapters = Slot()
+
+    def make_inputs(self, features: int, make: Callable[..., Linear]) -> None:
+        """Build the layers that read the input."""
+        self.query = make(features, self.heads * self.head_dim, axes=("embed", "heads"))
+        self.key, self.value = (
+            make(features, self.kv_heads * self.head_dim, axes=("embed", "kv_heads")) for _ in range(2)
+        )
 
     def __call__(
         self,
@@ -186,32 +193,11 @@ class Attention(SlottedLayer):
 
 
 class FusedAttention(Attention):
-    """Attention whose queries, keys and values come from one layer, [D, (N + 2 K) * H], in this order.
+    """Attention whose queries, keys and values come from one layer, [D, (N + 2 K) * H], in this order, and have no norms."""
 
-    The arguments are those of `Attention`; `use_bias` is for both layers, and `linear` is their class.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        use_bias: bool,
-        scale: float | None = None,
-        dropout: float = 0.0,
-        linear: type[Linear] = Linear,
-        stddev: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.scale, self.softcap, self.dropout, self.interleaved = scale, None, Dropout(dropout), False
-        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.qkv = linear(features, (heads + 2 * kv_heads) * head_dim, axes=("embed", "heads"), **common)
-        self.out = linear(heads * head_dim, features, axes=("heads", "embed"), **common)
-        self.adapters = Slot()
+    def make_inputs(self, features: int, make: Callable[..., Linear]) -> None:
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = make(features, width, axes=("embed", "heads"))
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         ends = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)

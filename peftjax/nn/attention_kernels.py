@@ -68,6 +68,8 @@ def splash(
     Raises:
         UserError: T is not a multiple of 128 on each device.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
     if length % (SPLASH_BLOCK * parts) or k.shape[1] != mask.prefix + length:
         each = f" on each of {parts} devices" if parts > 1 else ""
@@ -78,9 +80,45 @@ def splash(
     segments = _splash_segments(q, mask)
     after = -mask.prefix % SPLASH_BLOCK  # padding after the last query, to which causal attention does not reach
     k, v = (jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0))) for array in (k, v))
+    shape, own = (length, k.shape[1]), length // parts
+    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
+    rows, columns = (next(size for size in _SPLASH_BLOCKS if n % size == 0) for n in (own, shape[1]))
+    sizes = splash_attention.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
+
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+        ids = None if segments is None else splash_attention.SegmentIds(*segments)
+        return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v)), ids).swapaxes(1, 2)
 
     def compute(window: int) -> jax.Array:
-        return _splash(q, k, v, segments, prefix=mask.prefix, window=window, cap=cap, parts=parts, interpret=interpret)
+        one = (
+            splash_attention.LocalMask(shape, (window - 1, 0), mask.prefix, shard_count=parts)
+            if window
+            else splash_attention.CausalMask(shape, mask.prefix, shard_count=parts)
+        )
+        kernel = splash_attention.make_splash_mha(
+            mask=splash_attention.MultiHeadMask([one] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=parts,
+            attn_logits_soft_cap=cap,
+            interpret=interpret,
+        )
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return local(kernel, q, k, v, segments)
+        queries, keys = sharding.attention_partitions(q, k)
+        masked = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
+        ids = None if segments is None else (PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2]))
+        specs = (masked, queries, keys, keys, ids)
+        split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+        return split(kernel, q, k, v, segments)
 
     return _by_window(mask, compute)
 
@@ -92,60 +130,6 @@ def _splash_segments(q: jax.Array, mask: AttentionMask) -> tuple[jax.Array, jax.
     queries = jnp.zeros(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments.astype(jnp.int32)
     keys = queries if mask.valid is None else jnp.where(mask.valid, queries, _PADDING)
     return queries, jnp.pad(keys, ((0, 0), (mask.prefix, -mask.prefix % SPLASH_BLOCK)))
-
-
-def _splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    *,
-    prefix: int,
-    window: int,
-    cap: float | None,
-    parts: int,
-    interpret: bool,
-) -> jax.Array:
-    """`splash` with one window and keys whose number is a multiple of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention
-
-    shape, own = (q.shape[1], k.shape[1]), q.shape[1] // parts
-    one = (
-        splash_attention.LocalMask(shape, (window - 1, 0), prefix, shard_count=parts)
-        if window
-        else splash_attention.CausalMask(shape, prefix, shard_count=parts)
-    )
-    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
-    rows, columns = (next(size for size in _SPLASH_BLOCKS if n % size == 0) for n in (own, shape[1]))
-    kernel = splash_attention.make_splash_mha(
-        mask=splash_attention.MultiHeadMask([one] * heads),
-        block_sizes=splash_attention.BlockSizes(
-            block_q=rows,
-            block_kv=columns,
-            block_q_dkv=rows,
-            block_kv_dkv=columns,
-            block_q_dq=rows,
-            block_kv_dq=columns,
-        ),
-        head_shards=1,
-        q_seq_shards=parts,
-        attn_logits_soft_cap=cap,
-        interpret=interpret,
-    )
-
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
-        ids = None if segments is None else splash_attention.SegmentIds(*segments)
-        return jax.vmap(kernel)(*(array.swapaxes(1, 2) for array in (q, k, v)), ids).swapaxes(1, 2)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(kernel, q, k, v, segments)
-    queries, keys = sharding.attention_partitions(q, k)
-    masked = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
-    ids = None if segments is None else (PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2]))
-    specs = (masked, queries, keys, keys, ids)
-    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    return split(kernel, q, k, v, segments)
 
 
 def triton(

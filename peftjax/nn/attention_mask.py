@@ -56,7 +56,10 @@ class AttentionMask:
         distances = key_distances(self.positions, allowed.shape[3], self.offset, self.shared)
         if self.prefix:  # its keys are at the positions 0, 1, ... of every document, before those counted here
             back = self.positions[:, None, :, None] + self.prefix - jnp.arange(self.prefix)[None, None, None]
-            allowed, distances = with_first_keys(allowed, distances, back)  # [B or 1, 1, T, P + S]
+            rows = max(len(back), len(distances))
+            both = [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (back, distances)]
+            distances = jnp.concatenate(both, axis=3)  # [B or 1, 1, T, P + S]
+            allowed = jnp.pad(allowed, ((0, 0),) * 3 + ((self.prefix, 0),), constant_values=True)
         places = self.positions[:, None, :, None] + self.prefix if self.chunked else None
         return DenseMask(allowed, distances, places)
 
@@ -132,18 +135,6 @@ def key_distances(positions: jax.Array, keys: int, offset: jax.Array | int, shar
     if not shared:
         return within
     return jnp.where((slots < shared)[None, None, None], (positions[:, :, None] - slots[None, None])[:, None], within)
-
-
-def with_first_keys(mask: jax.Array, distances: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Put keys that every query may attend to, at distances `first` [B or 1, 1, T, P], before those of a mask.
-
-    Returns:
-        The mask and the distances of all P + S keys.
-    """
-    padded = jnp.pad(mask, ((0, 0),) * 3 + ((first.shape[3], 0),), constant_values=True)
-    rows = max(len(distances), len(first))
-    both = [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (first, distances)]
-    return padded, jnp.concatenate(both, axis=3)
 
 
 def within_window(mask: jax.Array, window: jax.Array, distances: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """The key/value cache of causal attention."""
 
 import dataclasses
-from functools import partial
 
 import jax
 
@@ -9,7 +8,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # of one layer, [B, S, K, H] each, or 
 Carry = tuple[jax.Array, KeysValues | None]  # through the layers: hidden states [B, T, D], and the arrays of a cache
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["key", "value", "valid", "length"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens so far.

@@ -86,8 +86,7 @@ def _kept(key: jax.Array, keep: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def remove_dropout(model: nnx.Module) -> None:
-    """Switch to evaluation mode and set all rates to 0, so that models that differ only in their rates have the same
-    structure."""
+    """Switch to evaluation mode and set all rates to 0; models that differ only in their rates then have the same structure."""
     model.eval()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Dropout):

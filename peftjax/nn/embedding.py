@@ -46,10 +46,13 @@ class Embedding(SlottedLayer):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.adapters(self, self.lookup, tokens)
 
+    def soft_prompt(self) -> jax.Array:
+        """Return the active soft prompts, [P, D]."""
+        return jnp.concatenate([adapter.prompt() for adapter in self.adapters.active_adapters() if adapter.virtual])
+
     def prompt(self, batch: int) -> jax.Array:
         """Return the active soft prompts for `batch` rows, [B, P, D] in `dtype`."""
-        active = self.adapters.active_adapters()
-        prompt = jnp.concatenate([adapter.prompt() for adapter in active if adapter.virtual]).astype(self.dtype)
+        prompt = self.soft_prompt().astype(self.dtype)
         return jnp.broadcast_to(prompt[None], (batch, *prompt.shape))
 
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None) -> jax.Array:

@@ -1,7 +1,6 @@
 """Linear layers of experts, and the order of their rows: sorted by expert, in blocks of one expert each."""
 
 import dataclasses
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +16,7 @@ from peftjax.quant.grouped import grouped_matmul
 SMALLEST, LARGEST = 8, 512  # rows of a block
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["owner", "used", "source", "position"], meta_fields=["rows"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """N tokens with K experts each, in n blocks of rows that belong to one expert each. No token is dropped.
@@ -36,7 +35,7 @@ class Groups:
     used: jax.Array
     source: jax.Array
     position: jax.Array
-    rows: int
+    rows: int = dataclasses.field(metadata={"static": True})
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Copy tokens [N, D] to their rows: [n, rows, D]."""

@@ -1,7 +1,7 @@
 """Feed-forward layers, plain and gated, and their activations."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class FeedForward(nnx.Module):
         hidden: int,
         *,
         activation: Callable[[jax.Array], jax.Array],
-        use_bias: bool,
+        use_bias: bool = False,
         linear: type[Linear] = Linear,
         stddev: float,
         dropout: float = 0.0,
@@ -90,62 +90,37 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.activation, self.dropout = activation, Dropout(dropout)
-        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.up = linear(features, hidden, axes=("embed", "mlp"), **common)
-        self.down = linear(hidden, features, axes=("mlp", "embed"), **common)
+        make = partial(linear, use_bias=use_bias, stddev=stddev, dtype=dtype, rngs=rngs)
+        self.make_inputs(features, hidden, partial(make, axes=("embed", "mlp")))
+        self.down = make(hidden, features, axes=("mlp", "embed"))
+
+    def make_inputs(self, features: int, hidden: int, make: Callable[[int, int], Linear]) -> None:
+        """Build the layers that read the input, with a function of their input and output widths."""
+        self.up = make(features, hidden)
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """Return the hidden activations: [B, T, D] -> [B, T, F]."""
+        return recomputed(self.activation)(self.up(x))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.dropout(recomputed(self.activation)(self.up(x))))
+        return self.down(self.dropout(self.hidden(x)))
 
 
-class GatedFeedForward(nnx.Module):
-    """(act(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]. With SiLU it is SwiGLU (Shazeer 2020, eq. 6).
+class GatedFeedForward(FeedForward):
+    """(act(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]. With SiLU it is SwiGLU (Shazeer 2020, eq. 6)."""
 
-    The arguments are those of `FeedForward`.
-    """
+    def make_inputs(self, features: int, hidden: int, make: Callable[[int, int], Linear]) -> None:
+        self.gate, self.up = make(features, hidden), make(features, hidden)
 
-    def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        activation: Callable[[jax.Array], jax.Array],
-        use_bias: bool,
-        stddev: float,
-        dropout: float = 0.0,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.activation, self.dropout = activation, Dropout(dropout)
-        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.gate = Linear(features, hidden, axes=("embed", "mlp"), **common)
-        self.up = Linear(features, hidden, axes=("embed", "mlp"), **common)
-        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.dropout(gated(self.activation, self.gate(x), self.up(x))))
+    def hidden(self, x: jax.Array) -> jax.Array:
+        return gated(self.activation, self.gate(x), self.up(x))
 
 
-class FusedGatedFeedForward(nnx.Module):
+class FusedGatedFeedForward(FeedForward):
     """A gated layer with one kernel for gate and up, [g; u] = x W_gate_up: (act(g) * u) W_down. [B, T, D] -> [B, T, D]."""
 
-    def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        activation: Callable[[jax.Array], jax.Array],
-        use_bias: bool = False,
-        stddev: float,
-        dropout: float = 0.0,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.activation, self.dropout = activation, Dropout(dropout)
-        common: dict[str, Any] = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "rngs": rngs}
-        self.gate_up = Linear(features, 2 * hidden, axes=("embed", "mlp"), **common)
-        self.down = Linear(hidden, features, axes=("mlp", "embed"), **common)
+    def make_inputs(self, features: int, hidden: int, make: Callable[[int, int], Linear]) -> None:
+        self.gate_up = make(features, 2 * hidden)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(self.dropout(gated(self.activation, gate, up)))
+    def hidden(self, x: jax.Array) -> jax.Array:
+        return gated(self.activation, *jnp.split(self.gate_up(x), 2, axis=-1))

@@ -102,7 +102,7 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
             found |= {
                 "packed sequences": mask.segments is not None,
                 "sliding windows with virtual tokens": virtual and mask.windows,
-                "a machine without cuDNN": not _has_cudnn(),
+                "a machine without cuDNN": jax.default_backend() != "gpu",  # jax on NVIDIA GPUs requires cuDNN
             }
         else:
             found |= {
@@ -114,8 +114,3 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
     found["chunked attention"] = mask.chunked
     found["attention sinks"] = sinks
     return [reason for reason, holds in found.items() if holds]
-
-
-def _has_cudnn() -> bool:
-    """Whether jax runs on a GPU. On NVIDIA GPUs, this requires cuDNN."""
-    return jax.default_backend() == "gpu"

@@ -200,7 +200,7 @@ class MixtureOfExperts(nnx.Module):
         self.shared: Any = nnx.data(None)
         self.shared_gate: Any = nnx.data(None)
         if shared:
-            self.shared = nnx.data(GatedFeedForward(features, shared, activation=activation, use_bias=False, **common))
+            self.shared = nnx.data(GatedFeedForward(features, shared, activation=activation, **common))
             if shared_gated:
                 self.shared_gate = nnx.data(Router(features, 1, axes=("embed", "expert"), **common))
 

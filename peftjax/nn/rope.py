@@ -13,7 +13,15 @@ import numpy as np
 from peftjax.core.errors import UserError
 
 RopeTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B or 1, T, H/2] each
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+# The parameters that each kind needs.
+NEEDED: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": set(),
+    "longrope": {"short_factor", "long_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,33 +138,23 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
             f"config.json: a rotary embedding needs an even width, but it rotates {head_dim} elements of a head"
         )
     given = {key: value for key, value in parameters.items() if value is not None}
-    old = given.pop("type", "default")
-    kind = given.pop("rope_type", old)
+    kind = given.pop("rope_type", given.pop("type", "default"))
     kind = "longrope" if kind == "su" else kind  # an old name
-    if kind not in KINDS:
-        raise UserError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(KINDS)}")
+    if kind not in list(NEEDED):  # of any type
+        raise UserError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(NEEDED)}")
     theta = float(given.pop("rope_theta", 10000.0))
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor must be 1.0; this family rotates whole heads")
-    needed: set[str] = {
-        "default": set(),
-        "linear": {"factor"},
-        "dynamic": {"factor"},
-        "yarn": set(),
-        "longrope": {"short_factor", "long_factor"},
-        "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    }[kind]
-    if missing := sorted(needed - set(given)):
+    if missing := sorted(NEEDED[kind] - set(given)):
         raise UserError(
             f"config.json: rope_type {kind!r} needs {', '.join(missing)} in rope_scaling; it has {sorted(given)}"
         )
     original = given.pop("original_max_position_embeddings", None) or max_positions
-    rope: dict[str, Any] = {"head_dim": head_dim, "theta": theta, "kind": kind, "max_positions": max_positions}
-    rope["original_positions"] = original
+    rope: dict[str, Any] = {"max_positions": max_positions, "original_positions": original}
     if kind in ("yarn", "longrope"):
         rope |= _scaled_attention(kind, given, max_positions, original)
-    optional: set[str] = {"yarn": {"beta_fast", "beta_slow", "truncate"}}.get(kind, set())
-    for name in sorted((needed | optional) & set(given)):
+    optional = {"beta_fast", "beta_slow", "truncate"} if kind == "yarn" else set()
+    for name in (NEEDED[kind] | optional) & given.keys():
         value = given.pop(name)
         rope[name] = tuple(map(float, value)) if isinstance(value, list | tuple) else value
     if given:
@@ -169,7 +167,7 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
             raise UserError(
                 f"config.json: {name} has {len(rope[name])} numbers, but a head of width {head_dim} needs {head_dim // 2}"
             )
-    return Rope(**rope)
+    return Rope(head_dim, theta, kind, **rope)
 
 
 def _scaled_attention(kind: str, given: dict[str, Any], max_positions: int, original: int) -> dict[str, float]:

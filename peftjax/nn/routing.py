@@ -20,12 +20,7 @@ class Router(Linear):
 
 
 def route(
-    logits: jax.Array,
-    choices: int,
-    *,
-    sigmoid: bool = False,
-    normalized: bool = True,
-    correction: jax.Array | None = None,
+    logits: jax.Array, choices: int, *, sigmoid: bool = False, normalized: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Choose the experts with the largest scores, softmax(logits) or sigmoid(logits), computed in float32.
 
@@ -34,7 +29,6 @@ def route(
         choices: Number of experts per token, K.
         sigmoid: Whether the scores are sigmoids.
         normalized: Whether to divide the chosen scores by their sum.
-        correction: [E], added to the scores for the choice only (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
 
     Returns:
         Their scores, float32 [..., K], and their indices, int [..., K].
@@ -42,8 +36,6 @@ def route(
     logits = logits.astype(jnp.float32)
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
     preferred = logits if sigmoid else scores  # large logits have equal sigmoids
-    if correction is not None:
-        preferred = scores + jnp.broadcast_to(correction, scores.shape)
     chosen = jax.lax.top_k(preferred, choices)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalized:

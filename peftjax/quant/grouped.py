@@ -133,11 +133,6 @@ def _of_kernel(gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.
 # --- jax.lax.ragged_dot, which supports vmap over some axes only ---
 
 
-@sequential_vmap  # type: ignore[untyped-decorator]
-def _ragged(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
-    return _ragged_dot(x, kernel, owner, used)
-
-
 def _ragged_dot(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array) -> jax.Array:
     del used  # unused blocks are zero
     rows = x.shape[1]
@@ -147,6 +142,9 @@ def _ragged_dot(x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Arr
         x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), sizes, preferred_element_type=accumulator
     )
     return y.astype(x.dtype).reshape(*x.shape[:2], -1)
+
+
+_ragged = sequential_vmap(_ragged_dot)
 
 
 @sequential_vmap  # type: ignore[untyped-decorator]

@@ -4,7 +4,6 @@ The vector-wise quantization of Dettmers et al. 2022 (arXiv:2208.07339), section
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from peftjax.quant.base import Quantized
 from peftjax.quant.products import dot, dot_transposed
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
     """A kernel [*stack, in, out] in int8.
@@ -28,7 +27,7 @@ class Int8(Quantized):
 
     codes: jax.Array
     scale: jax.Array
-    dtype: np.dtype
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
     def format(self) -> str:

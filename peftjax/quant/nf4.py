@@ -63,11 +63,7 @@ def _nearest() -> np.ndarray:
     return np.searchsorted(middle, grid).astype(np.uint8)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "absmax", "scales", "offset"],
-    meta_fields=["features", "dtype"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Nf4(Quantized):
     """A kernel [*stack, in, out] in NF4.
@@ -92,8 +88,8 @@ class Nf4(Quantized):
     absmax: jax.Array
     scales: jax.Array | None
     offset: jax.Array | None
-    features: tuple[int, int]
-    dtype: np.dtype
+    features: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
     def format(self) -> str:

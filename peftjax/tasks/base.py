@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
@@ -111,8 +112,7 @@ class Task:
             raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
         if router_aux_loss_coef and not self.balances:
             raise UserError(
-                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it "
-                "to 0"
+                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it to 0"
             )
         self.router_aux_loss_coef = router_aux_loss_coef
         self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
@@ -146,8 +146,10 @@ class Task:
 
     def empty_row(self) -> Row:
         """The longest row of padding: the tokenizer's padding token in the token arrays, zeros elsewhere."""
-        fill: dict[str, int] = dict.fromkeys(("tokens", "decoder_tokens"), self.tokenizer.pad_id)
-        return {name: np.full(each.shape, fill.get(name, 0), each.dtype) for name, each in self.row_shapes().items()}
+        return {
+            name: np.full(each.shape, self.tokenizer.pad_id if name in ("tokens", "decoder_tokens") else 0, each.dtype)
+            for name, each in self.row_shapes().items()
+        }
 
     def prompt(self, record: Mapping[str, Any], name: str) -> Prompt | None:
         """The prompt of a record and the expected answer; None if there is no room for an answer in data.max_length."""
@@ -252,3 +254,8 @@ class Task:
           labels: Their labels, or None.
         """
         raise NotImplementedError
+
+
+def shapes(shape: tuple[int, ...], **dtypes: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return arrays of one shape, by name."""
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}

@@ -13,7 +13,7 @@ from peftjax.data.records import Example, Prompt, encode_prompt, encode_record
 from peftjax.models.base import Model
 from peftjax.models.decoder import Decoder
 from peftjax.models.moe import MoeLlama
-from peftjax.tasks.base import Outputs
+from peftjax.tasks.base import Outputs, shapes
 from peftjax.tasks.generation import GenerationTask
 from peftjax.totals import Batch, Totals, balanced_next_token_loss, next_token_loss
 
@@ -45,10 +45,10 @@ class CausalLM(GenerationTask):
         return Document(arrays, len(arrays["tokens"]), over(len(example.tokens), limit))
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        names: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
-        names |= {"positions": jnp.int32, "segments": jnp.int32} if self.data.pack else {}
-        names |= {"mask": jnp.bool_} if self.masked else {}
-        return {name: jax.ShapeDtypeStruct((self.data.max_length,), dtype) for name, dtype in names.items()}
+        length = (self.data.max_length,)
+        packed = shapes(length, positions=jnp.int32, segments=jnp.int32) if self.data.pack else {}
+        masked = shapes(length, mask=jnp.bool_) if self.masked else {}
+        return shapes(length, tokens=jnp.int32, targets=jnp.int32, loss_weights=jnp.float32) | packed | masked
 
     def prompt(self, record: Mapping[str, Any], name: str) -> Prompt | None:
         prompt = encode_prompt(record, self.data, self.tokenizer, name=name)

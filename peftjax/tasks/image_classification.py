@@ -10,11 +10,12 @@ import numpy as np
 
 from peftjax.core.errors import UserError
 from peftjax.data import images
-from peftjax.data.documents import Document, Row
+from peftjax.data.documents import Document
 from peftjax.data.fields import field_of
 from peftjax.data.image_folder import class_folders
 from peftjax.models.base import Model
 from peftjax.models.vit import Vit
+from peftjax.tasks.base import shapes
 from peftjax.tasks.labelled import LabelledTask
 from peftjax.tasks.labels import Labels
 from peftjax.totals import Batch
@@ -72,14 +73,8 @@ class ImageClassification(LabelledTask):
         return images.thumbnail(field_of(record, self.data.image_field, "image_field", name))
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            "pixels": jax.ShapeDtypeStruct((*self._sides, images.CHANNELS), jnp.float32),
-            "labels": jax.ShapeDtypeStruct((), jnp.int32),
-            "loss_weights": jax.ShapeDtypeStruct((), jnp.float32),
-        }
-
-    def empty_row(self) -> Row:
-        return {name: np.zeros(each.shape, each.dtype) for name, each in self.row_shapes().items()}
+        scalars = shapes((), labels=jnp.int32, loss_weights=jnp.float32)
+        return shapes((*self._sides, images.CHANNELS), pixels=jnp.float32) | scalars
 
     def positions(self, model: Model) -> int:
         """The patches and the class token."""

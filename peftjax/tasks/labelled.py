@@ -13,7 +13,7 @@ from peftjax.data.fields import field_of, fill
 from peftjax.models.base import Model
 from peftjax.models.text_encoder import TextEncoder
 from peftjax.tasks import metrics
-from peftjax.tasks.base import Outputs, Task
+from peftjax.tasks.base import Outputs, Task, shapes
 from peftjax.totals import Batch, Totals, classification_loss
 
 
@@ -47,19 +47,35 @@ class LabelledTask(Task):
         return {"eval_loss": float(totals.loss) / count} | self.score(logits, labels) | {"eval_labels": count}
 
 
-class TextLabelTask(LabelledTask):
+class TextTask(LabelledTask):
+    """A task on texts that an encoder reads. Rows hold tokens, token_types and mask [T].
+
+    Attributes:
+      words: Whether a text is a list of words.
+    """
+
+    model_class: ClassVar[type[Model]] = TextEncoder
+    words: ClassVar[bool] = False
+
+    @functools.cached_property
+    def _cut(self) -> Callable[..., Any]:
+        return self.tokenizer.cut(self.data.max_length, self.words)
+
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return shapes((self.data.max_length,), tokens=jnp.int32, token_types=jnp.int32, mask=jnp.bool_)
+
+    def logits(self, model: Model, batch: Batch) -> jax.Array:
+        return model(batch["tokens"], mask=batch["mask"], token_types=batch["token_types"])
+
+
+class TextLabelTask(TextTask):
     """A text or a pair of texts with a label.
 
     Rows hold tokens, token_types and mask [T]; labels and loss_weights [].
     """
 
-    model_class: ClassVar[type[Model]] = TextEncoder
     head: ClassVar[str | None] = "sequence_classification"
     texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask")),)
-
-    @functools.cached_property
-    def _cut(self) -> Callable[..., Any]:
-        return self.tokenizer.cut(self.data.max_length)
 
     def label(self, value: Any, name: str) -> np.ndarray:
         """The label that a record holds, as an array."""
@@ -85,11 +101,7 @@ class TextLabelTask(LabelledTask):
         return Document(arrays, len(encoding.ids), over(length, self.data.max_length))
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        weights = jax.ShapeDtypeStruct((), jnp.float32)
-        return text_shapes(self.data.max_length) | {"labels": self.label_shape(), "loss_weights": weights}
-
-    def logits(self, model: Model, batch: Batch) -> jax.Array:
-        return text_logits(model, batch)
+        return super().row_shapes() | {"labels": self.label_shape()} | shapes((), loss_weights=jnp.float32)
 
 
 def text_inputs(encoding: Any) -> Arrays:
@@ -99,14 +111,3 @@ def text_inputs(encoding: Any) -> Arrays:
         "token_types": np.asarray(encoding.type_ids, np.int32),
         "mask": np.ones(len(encoding.ids), bool),
     }
-
-
-def text_shapes(length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `text_inputs` in a row."""
-    dtypes = {"tokens": jnp.int32, "token_types": jnp.int32, "mask": jnp.bool_}
-    return {name: jax.ShapeDtypeStruct((length,), dtype) for name, dtype in dtypes.items()}
-
-
-def text_logits(model: Model, batch: Batch) -> jax.Array:
-    """The logits of an encoder's head on a batch of texts."""
-    return model(batch["tokens"], mask=batch["mask"], token_types=batch["token_types"])

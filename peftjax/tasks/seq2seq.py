@@ -13,6 +13,7 @@ from peftjax.data.fields import fill
 from peftjax.data.records import Prompt
 from peftjax.models.base import Model
 from peftjax.models.encoder_decoder import EncoderDecoder
+from peftjax.tasks.base import shapes
 from peftjax.tasks.generation import GenerationTask
 from peftjax.totals import Batch, Totals, seq2seq_loss
 
@@ -58,14 +59,9 @@ class Seq2Seq(GenerationTask):
         return Document(arrays, len(source.ids), too_long)
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        source, target = (self.data.max_length,), (self.data.max_target_length,)
-        return {
-            "tokens": jax.ShapeDtypeStruct(source, jnp.int32),
-            "mask": jax.ShapeDtypeStruct(source, jnp.bool_),
-            "decoder_tokens": jax.ShapeDtypeStruct(target, jnp.int32),
-            "targets": jax.ShapeDtypeStruct(target, jnp.int32),
-            "loss_weights": jax.ShapeDtypeStruct(target, jnp.float32),
-        }
+        source = shapes((self.data.max_length,), tokens=jnp.int32, mask=jnp.bool_)
+        target = {"decoder_tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
+        return source | shapes((self.data.max_target_length,), **target)
 
     def prompt(self, record: Mapping[str, Any], name: str) -> Prompt:
         text = fill(self.data.prompt_template, record, self.data, name)

@@ -3,8 +3,7 @@
 Devlin et al. 2018 (arXiv:1810.04805), section 5.3.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,14 +13,12 @@ import numpy as np
 from peftjax.core.errors import UserError
 from peftjax.data.documents import Document, Text, over
 from peftjax.data.fields import field_of
-from peftjax.models.base import Model
-from peftjax.models.text_encoder import TextEncoder
-from peftjax.tasks.labelled import LabelledTask, text_inputs, text_logits, text_shapes
+from peftjax.tasks.base import shapes
+from peftjax.tasks.labelled import TextTask, text_inputs
 from peftjax.tasks.labels import Labels
-from peftjax.totals import Batch
 
 
-class TokenClassification(LabelledTask):
+class TokenClassification(TextTask):
     """An encoder predicts the class of each word of a text.
 
     Rows hold tokens, token_types, mask, labels and loss_weights [T]; the weights are 1 at the first token of a word.
@@ -29,18 +26,14 @@ class TokenClassification(LabelledTask):
 
     kind: ClassVar[str] = "token_classification"
     card_task: ClassVar[str] = "TOKEN_CLS"
-    model_class: ClassVar[type[Model]] = TextEncoder
     head: ClassVar[str | None] = "token_classification"
+    words: ClassVar[bool] = True
     texts: tuple[Text, ...] = (Text(("tokens", "token_types", "mask", "labels", "loss_weights")),)
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._classes = Labels(self, "ForTokenClassification")
         self.labels = self._classes.names
-
-    @functools.cached_property
-    def _cut(self) -> Callable[..., Any]:
-        return self.tokenizer.cut(self.data.max_length, words=True)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         words = field_of(record, self.data.words_field, "words_field", name)
@@ -67,11 +60,4 @@ class TokenClassification(LabelledTask):
             raise UserError(f"{name}: {len(words)} words ({self.data.words_field!r}) with {len(classes)} classes")
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        length = (self.data.max_length,)
-        return text_shapes(self.data.max_length) | {
-            "labels": jax.ShapeDtypeStruct(length, jnp.int32),
-            "loss_weights": jax.ShapeDtypeStruct(length, jnp.float32),
-        }
-
-    def logits(self, model: Model, batch: Batch) -> jax.Array:
-        return text_logits(model, batch)
+        return super().row_shapes() | shapes((self.data.max_length,), labels=jnp.int32, loss_weights=jnp.float32)
