@@ -30,7 +30,7 @@ class HfLeaf:
     def part(self, shape: tuple[int, ...]) -> tuple[range, ...]:
         """The indices of the window along each axis; `shape`: that of one layer's array of the leaf."""
         windows = itertools.chain(self.window, itertools.repeat(slice(None)))
-        return tuple(range(*window.indices(size)) for window, size in zip(windows, shape, strict=False))
+        return tuple(range(size)[window] for window, size in zip(windows, shape, strict=False))
 
     def write(self, array: Any) -> Any:
         """The file's tensor, from one layer's array of the leaf."""
@@ -83,6 +83,11 @@ class MethodAdapter(Adapter):
     def hf_shared(self) -> dict[str, HfLeaf]:
         """The tensors that an adapter file holds once for all layers, by full key; each is a whole leaf."""
         return {}
+
+    def hold_bias(self, bias: PeftParam, layers: "LayerMask") -> bool:
+        """Use a trained bias [*stack, out] in place of the layer's own, if the adapter can; returns whether it does."""
+        del bias, layers
+        return False
 
     def exported(self) -> "MethodAdapter":
         """The adapter that the file describes: this one, or a simpler one that computes the same."""
@@ -161,17 +166,14 @@ class Override(MethodAdapter):
     zero_is_identity: ClassVar = True
 
     def __init__(
-        self,
-        values: Mapping[str, jax.Array],
-        axes: Mapping[str, tuple],
-        hf: Mapping[str, HfLeaf],
-        chosen: Iterable[bool],
+        self, parameters: Mapping[str, nnx.Variable], hf: Mapping[str, HfLeaf], chosen: Iterable[bool]
     ) -> None:
-        self.leaves = tuple(values)
+        self.leaves = tuple(parameters)
         self.hf = tuple(hf.items())
         self.layers = LayerMask(chosen)
-        for leaf, value in values.items():
-            setattr(self, leaf, PeftParam(value, axes=axes[leaf]))
+        for leaf, own in parameters.items():
+            copy = jnp.array(own.get_value().astype(jnp.float32))
+            setattr(self, leaf, PeftParam(copy, axes=own.axes))
 
     def apply(self, base: Base, *inputs: Any) -> jax.Array:
         return base(*inputs, **self._replaced({leaf: base.parameter(leaf) for leaf in self.leaves}))

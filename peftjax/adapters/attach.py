@@ -107,8 +107,9 @@ def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs
     _require_new(model, name)
     try:
         method.attach(model, name, rngs)
-        if method.trains is PeftParam:
-            train_head(model, name)
+        if method.trains is PeftParam:  # the task head is trained in full too, unless the method does so already
+            heads = [site for site in head_sites(model) if name not in site.module.adapters.names()]
+            train_whole([(site, np.ones(1, bool)) for site in heads], name)
     except Exception:  # of any kind: the model is restored
         _remove(model, name)
         raise
@@ -125,12 +126,6 @@ def _require_new(model: nnx.Module, name: str) -> None:
         raise UserError(f"adapter name {name!r} is reserved; choose another name")
     if name in attached(model):
         raise UserError(f"adapter {name!r} is already attached; detach it first or choose another name")
-
-
-def train_head(model: nnx.Module, name: str) -> None:
-    """Train the task head in full as part of adapter `name`, unless the method does so already."""
-    rest = [site for site in head_sites(model) if name not in site.module.adapters.names()]
-    train_whole(model, [(site, np.ones(1, bool)) for site in rest], name)
 
 
 def release_head(model: nnx.Module, name: str) -> None:
@@ -179,24 +174,20 @@ def count_trainable(model: nnx.Module, name: str = "default") -> int:
         UserError: The adapter is not attached.
     """
     require(model, name)
-    counted: set[int] = set()  # variables that a method shares among layers, counted once
-    counted_parts: set[tuple[int, int | None, tuple[range, ...]]] = set()
-    total = 0
+    sizes: dict[tuple[Any, ...], int] = {}  # by variable, layer and part, so that what layers share is counted once
     for site, adapter in adapter_parts(model, name):
-        of_layers = [(layer, adapter.hf_leaves(layer)) for layer in site.layers]
-        in_file = {leaf.leaf for _, leaves in of_layers for leaf in leaves.values()}
-        for layer, leaves in of_layers:
-            for leaf in leaves.values():
+        in_file = set()
+        for layer in site.layers:
+            for leaf in adapter.hf_leaves(layer).values():
+                in_file.add(leaf.leaf)
                 variable = vars(adapter)[leaf.leaf]
                 part = leaf.part(variable.shape[0 if layer is None else 1 :])
-                if isinstance(variable, PeftParam) and (id(variable), layer, part) not in counted_parts:
-                    counted_parts.add((id(variable), layer, part))
-                    total += math.prod(map(len, part))
+                if isinstance(variable, PeftParam):
+                    sizes[id(variable), layer, part] = math.prod(map(len, part))
         for path, variable in variables.flat(adapter)[1].items():
-            if isinstance(variable, PeftParam) and path not in in_file and id(variable) not in counted:
-                counted.add(id(variable))
-                total += variable.size
-    return total
+            if isinstance(variable, PeftParam) and path not in in_file:
+                sizes[id(variable), None, ()] = variable.size
+    return sum(sizes.values())
 
 
 def _remove(model: nnx.Module, name: str) -> None:

@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, Override
+from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
 from peftjax.adapters.joint import join, parts
 from peftjax.adapters.options import one_of
 from peftjax.adapters.selection import Chosen
-from peftjax.adapters.sites import Site, adapters_named, sites
+from peftjax.adapters.sites import Site, sites
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.nn.experts import ExpertLinear
@@ -37,10 +36,7 @@ class WithBiases(Targeted):
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)
-        for site, mask in biases_of(model, name, self.bias, self.chosen(model)):
-            slot = site.module.adapters
-            others = parts(slot.adapter(name)) if name in slot.names() else []
-            join(site, name, TrainedBias(site, mask, others))
+        train_biases(model, name, self.bias, self.chosen(model))
 
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         config = super().to_hf(model, name)
@@ -53,8 +49,8 @@ class WithBiases(Targeted):
         return super().from_hf(config | {"bias": "targets"} if of_targets else config)
 
 
-def biases_of(model: nnx.Module, name: str, which: str, chosen: Chosen) -> list[tuple[Site, np.ndarray]]:
-    """Return the layers whose biases adapter `name` trains, without the layers that it trains in full.
+def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> None:
+    """Train biases as part of adapter `name`, without those of the layers that it trains in full.
 
     Args:
         model: The model.
@@ -66,21 +62,23 @@ def biases_of(model: nnx.Module, name: str, which: str, chosen: Chosen) -> list[
         UserError: There is no such bias, or it is one of experts.
     """
     if which == "none":
-        return []
+        return
     targeted = {site.path: mask for site, mask in chosen}
-    there = {site.path: adapter for site, adapter in adapters_named(model, name)}
     found = [site for site in sites(model) if "bias" in site.parameters and (which == "all" or site.path in targeted)]
     if not found:
         raise UserError(f"method.bias={which!r}: no layer that it applies to has a bias; set it to 'none'")
     if experts := [site.names[0] for site in found if isinstance(site.module, ExpertLinear)]:
         raise UserError(f"method.bias={which!r} is not supported for experts, such as {experts[0]}; set it to 'none'")
-    masks = []
     for site in found:
+        slot = site.module.adapters
+        others = parts(slot.adapter(name)) if name in slot.names() else []
         mask = np.ones(len(site.names), bool) if which == "all" else targeted[site.path]
-        for part in parts(there[site.path]) if site.path in there else []:
+        for part in others:
             mask = mask & ~part.layers.array if isinstance(part, Override) else mask
-        masks.append((site, mask))
-    return [(site, mask) for site, mask in masks if mask.any()]
+        if mask.any():
+            bias = TrainedBias(site, mask, others)
+            if not (others and others[0].hold_bias(vars(bias)["bias"], bias.layers)):
+                join(site, name, bias)
 
 
 class TrainedBias(Override):
@@ -90,14 +88,11 @@ class TrainedBias(Override):
         wrapped: The layers that also have an adapter of the method: peft calls their bias `base_layer.bias`.
     """
 
-    def __init__(self, site: Site, mask: np.ndarray, others: Iterable[Any] = ()) -> None:
-        bias = site.parameters["bias"]
-        copy = jnp.array(bias.get_value(), jnp.float32)
-        super().__init__({"bias": copy}, {"bias": bias.axes}, {"bias": HfLeaf("bias")}, mask)
+    def __init__(self, site: Site, mask: np.ndarray, others: Iterable[MethodAdapter]) -> None:
+        super().__init__({"bias": site.parameters["bias"]}, {"bias": HfLeaf("bias")}, mask)
         adapters = [adapter for adapter in others if not isinstance(adapter, Override)]
         self.wrapped = tuple(layer for layer in site.layers if any(adapter.hf_leaves(layer) for adapter in adapters))
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        if layer not in self.layers:
-            return {}
-        return {"base_layer.bias" if layer in self.wrapped else "bias": HfLeaf("bias")}
+        leaves = super().hf_leaves(layer)
+        return {f"base_layer.{key}": leaf for key, leaf in leaves.items()} if layer in self.wrapped else leaves

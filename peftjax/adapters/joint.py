@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from peftjax.adapters.adapter import MethodAdapter, Override
-from peftjax.adapters.sites import Site, adapters_named, insert
+from peftjax.adapters.sites import Site, adapters_named
 from peftjax.nn.slot import Base
 
 
@@ -27,18 +27,17 @@ class Joint(MethodAdapter):
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
         saved = self.outer.merged(**parameters)
-        return saved | self.inner.merged(**{**parameters, **saved})
+        return saved | self.inner.merged(**(parameters | saved))
 
 
 def join(site: Site, name: str, copies: Override) -> None:
     """Put trained copies into a slot. If it has an adapter of that name, this one must not train the same parameters."""
     slot = site.module.adapters
-    if name not in slot.names():
-        insert(site, name, copies)
-        return
-    inner = slot.adapter(name)
-    slot.remove(name)
-    slot.add(name, Joint(inner, copies))
+    adapter: MethodAdapter = copies
+    if name in slot.names():
+        adapter = Joint(slot.adapter(name), copies)
+        slot.remove(name)
+    slot.add(name, adapter)
 
 
 def parts(adapter: MethodAdapter) -> list[Any]:

@@ -10,7 +10,6 @@ from flax import nnx
 
 from peftjax.adapters.ranks import Ranked
 from peftjax.adapters.sites import Site
-from peftjax.adapters.targeted import Targeted
 from peftjax.nn.dropout import Dropout
 
 
@@ -27,16 +26,13 @@ class Lycoris(Ranked):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
 
-    hf_fields: ClassVar = Targeted.hf_fields | {
-        "rank": ("r", 8),
+    hf_fields: ClassVar = Ranked.hf_fields | {
         "alpha": ("alpha", 8),
-        "rank_pattern": ("rank_pattern", None),
-        "alpha_pattern": ("alpha_pattern", None),
         "rank_dropout": ("rank_dropout", 0.0),
         "module_dropout": ("module_dropout", 0.0),
     }
     hf_constants: ClassVar = {"init_weights": True, "use_effective_conv2d": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {"use_effective_conv2d"}  # for convolutions
+    hf_ignored: ClassVar = Ranked.hf_ignored | {"use_effective_conv2d"}  # for convolutions
     hf_training: ClassVar = {"init_weights": True}
 
     def scales(self, site: Site, ranks: np.ndarray) -> jax.Array:

@@ -31,7 +31,8 @@ class Method:
         method: The method's name in configs.
         peft_type: The method's name in Hugging Face's adapter_config.json.
         trains: The type of the trainable variables.
-        hf_fields: {option: (field of adapter_config.json, the value that peft assumes where the field is missing)}.
+        hf_fields: {option: (field of adapter_config.json, the value that peft assumes where the field is missing)}. An empty
+            tuple is written as this value.
         hf_constants: Fields that are written with this value. When reading, only this value, None and False are
             accepted.
         hf_ignored: Fields that are not read: they describe peft's own model or repeat other fields.
@@ -146,7 +147,8 @@ class Method:
     def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
         """The method's own fields of adapter_config.json."""
         del model, name
-        return {hf: _to_json(getattr(self, option)) for option, (hf, _) in self.hf_fields.items()} | self.hf_constants
+        own = {hf: _to_json(getattr(self, option), missing) for option, (hf, missing) in self.hf_fields.items()}
+        return own | self.hf_constants
 
     @classmethod
     def hf_known(cls) -> frozenset[str]:
@@ -189,12 +191,12 @@ def no_such_option(cls: type[Method], option: str) -> str:
     return f"method.{option}: {cls.method} has no such field.{meant} It has: {', '.join(known)}"
 
 
-def _to_json(value: Any) -> Any:
-    """Tuples of pairs as objects, other tuples as lists, an empty tuple as null."""
+def _to_json(value: Any, empty: Any) -> Any:
+    """Tuples of pairs as objects, other tuples as lists, an empty tuple as `empty`."""
     if not isinstance(value, tuple):
         return value
-    pairs = value and all(isinstance(item, tuple) and len(item) == 2 for item in value)
-    return dict(value) if pairs else list(value) or None
+    pairs = all(isinstance(item, tuple) and len(item) == 2 for item in value)
+    return (dict(value) if pairs else list(value)) or empty
 
 
 def _from_json(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Ranks that differ by layer: the options, and adapters whose leaves are padded to the largest rank of a stack."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +30,11 @@ class Ranked(Targeted):
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     traced_options: ClassVar[frozenset[str]] = Targeted.traced_options | {"rank", "rank_pattern", "alpha_pattern"}
+    hf_fields: ClassVar[dict[str, tuple[str, Any]]] = Targeted.hf_fields | {
+        "rank": ("r", 8),
+        "rank_pattern": ("rank_pattern", {}),
+        "alpha_pattern": ("alpha_pattern", {}),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,10 +70,6 @@ class Ranked(Targeted):
         """The alpha of each layer of a site, [layers]."""
         return by_name(site, self.alpha_pattern, self.alpha)
 
-    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
-        return super().to_hf(model, name) | patterns
-
 
 class RankedAdapter(DeltaAdapter):
     """A delta adapter whose leaves have an axis "rank", padded to the largest rank of the stack.
@@ -79,7 +79,6 @@ class RankedAdapter(DeltaAdapter):
     """
 
     zero_is_identity: ClassVar = True
-    names: ClassVar[Mapping[str, HfLeaf]]
     ranks: tuple[int | None, ...]
 
     def set_ranks(self, ranks: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from peftjax.core.paths import suggest
 ATTRIBUTE = "peft_registry"  # where a model keeps it
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
+T = TypeVar("T")
 
 Before = dict[str, dict[str, Any]]  # {path: {leaf: a parameter, as a pytree of `OnHost`}}
 
@@ -72,24 +73,27 @@ class Registry:
 
     def with_formats(self, name: str, formats: Mapping[str, str]) -> "Registry":
         """Record the formats, by path, of the kernels that an adapter was trained on."""
-        others = tuple(item for item in self.trained_on if item[0] != name)
-        return dataclasses.replace(self, trained_on=(*others, (name, tuple(sorted(formats.items())))))
+        recorded = (name, tuple(sorted(formats.items())))
+        return dataclasses.replace(self, trained_on=(*_without(self.trained_on, name), recorded))
 
     def with_base(self, name: str, base: BaseName) -> "Registry":
         """Record what the file of an adapter calls its base."""
-        others = tuple(item for item in self.bases if item[0] != name)
-        return dataclasses.replace(self, bases=(*others, (name, base)))
+        return dataclasses.replace(self, bases=(*_without(self.bases, name), (name, base)))
 
     def without(self, name: str) -> "Registry":
         """Remove an adapter that is not merged."""
         assert name not in [merge.name for merge in self.merges]
         return dataclasses.replace(
             self,
-            methods=tuple(item for item in self.methods if item[0] != name),
+            methods=_without(self.methods, name),
             active=tuple(other for other in self.active if other != name),
-            trained_on=tuple(item for item in self.trained_on if item[0] != name),
-            bases=tuple(item for item in self.bases if item[0] != name),
+            trained_on=_without(self.trained_on, name),
+            bases=_without(self.bases, name),
         )
+
+
+def _without(pairs: tuple[tuple[str, T], ...], name: str) -> tuple[tuple[str, T], ...]:
+    return tuple(pair for pair in pairs if pair[0] != name)
 
 
 def registry_of(model: nnx.Module) -> Registry:
@@ -134,11 +138,7 @@ def parameters_before(model: nnx.Module, name: str) -> dict[str, Any]:
 
 
 def require(model: nnx.Module, name: str) -> None:
-    """Check that an adapter is attached.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Require that an adapter is attached; a `UserError` otherwise."""
     if name not in attached(model):
         raise UserError(
             f"no adapter {name!r} is attached.{suggest(str(name), attached(model))} Attached: {list(attached(model))}"

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, Override
 from peftjax.adapters.joint import join
 from peftjax.adapters.selection import Chosen
-from peftjax.adapters.sites import Site, sites, tied_kernel
+from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
 from peftjax.nn.layer import Layer
 
@@ -20,19 +19,14 @@ def nested_entries(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, 
         For each of them, the full names of its modules that are not inside another one, and the entry that matches an outer
         module.
     """
-    matched: dict[str, dict[str, None]] = {}  # entry: the full names of its modules, in order
-    for site in layers:
-        for name in site.names:
-            for module in _and_containers(name):
-                for entry in entries:
-                    if module.endswith(entry):
-                        matched.setdefault(entry, {})[module] = None
-    by_module = {module: entry for entry, modules in matched.items() for module in modules}
+    modules = dict.fromkeys(module for site in layers for name in site.names for module in _and_containers(name))
+    matched = {entry: [module for module in modules if module.endswith(entry)] for entry in entries}
+    by_module = {module: entry for entry, own in matched.items() for module in own}
     found = {}
-    for entry, modules in matched.items():
-        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in modules}
-        if inner := [module for module in modules if outer[module] != module]:
-            found[entry] = tuple(module for module in modules if outer[module] == module), by_module[outer[inner[0]]]
+    for entry, own in matched.items():
+        outer = {module: next(filter(by_module.__contains__, _and_containers(module))) for module in own}
+        if inner := [module for module in own if outer[module] != module]:
+            found[entry] = tuple(module for module in own if outer[module] == module), by_module[outer[inner[0]]]
     return found
 
 
@@ -53,16 +47,14 @@ def is_saved(name: str, entry: str) -> bool:
     return any(module.endswith(entry) for module in _and_containers(name))
 
 
-def train_whole(model: nnx.Module, chosen: Chosen, name: str) -> None:
+def train_whole(chosen: Chosen, name: str) -> None:
     """Put trained copies of all parameters of each site into its slot (modules_to_save)."""
     for site, mask in chosen:
         stored = site.module.hf_leaves if isinstance(site.module, Layer) else {}
-        values = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}
-        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
-        if "kernel" not in values and "kernel" in stored:  # a head tied to the embedding
-            values["kernel"], axes["kernel"] = tied_kernel(model), site.module.axes
-        if not values:
+        own = site.parameters
+        if "kernel" not in own and "kernel" in stored:  # a head tied to the embedding
+            own["kernel"] = nnx.Param(site.kernel, axes=site.module.axes)
+        if not own:
             raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
-        hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in values}
-        widened = {leaf: jnp.array(value.astype(jnp.float32)) for leaf, value in values.items()}
-        join(site, name, Override(widened, axes, hf, mask))
+        hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in own}
+        join(site, name, Override(own, hf, mask))

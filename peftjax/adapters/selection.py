@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def choose(
 
     Args:
         candidates: The sites to select from.
-        targets: Names, name endings, or a regular expression for whole names, as in `core.paths.matches`.
+        targets: Names, name endings or a regular expression, as in `core.paths.matches`.
         every: Select all candidates. `targets` is then the word for them, for messages.
         exclude: Names to leave out, in the same format.
         layers: Only these layers, and those that `targets` gives by their whole name; empty: all.
@@ -48,7 +48,7 @@ def choose(
         with matching(f"method.{option}", pattern):
             missing = [entry for entry in unmatched(names, pattern) if entry]
         if missing:
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
+            last = last_names(names)
             raise UserError(
                 f"method.{option}: {', '.join(map(repr, missing))} matches no layer of this model."
                 f"{suggest(missing[0], last)} Its layers: {', '.join(last)}"
@@ -143,38 +143,36 @@ def _may_name_experts(key: str) -> bool:
 
 
 def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen) -> None:
-    """Check that every entry of an option such as rank_pattern matches a selected layer.
-
-    Raises:
-        UserError: An entry matches none.
-    """
-    names = [name for site, mask in chosen for name, used in zip(site.names, mask, strict=True) if used]
+    """Require that every entry of an option such as rank_pattern matches a selected layer; a `UserError` otherwise."""
+    names = chosen_names(chosen)
     singles = _single_names(chosen) if any(_may_name_experts(key) for key, _ in table) else []
     for key, value in table:
         candidates = itertools.chain(names, singles if _may_name_experts(key) else ())
         with matching(f"method.{option}", key):
             matched = any(first_match(name, ((key, value),)) is not None for name in candidates)
         if not matched:
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise UserError(
-                f"method.{option}: {key!r} matches no target.{suggest(key, last)} Targets: {', '.join(last)}"
-            )
+            raise no_such_target(option, key, names)
+
+
+def no_such_target(option: str, entry: str, names: Iterable[str]) -> UserError:
+    """The error for an entry of an option that matches none of the targets, which have these names."""
+    last = last_names(names)
+    return UserError(f"method.{option}: {entry!r} matches no target.{suggest(entry, last)} Targets: {', '.join(last)}")
 
 
 def _single_names(chosen: Chosen) -> list[str]:
     """The names of the layers of all single experts."""
-    by_layer = (
-        (experts, used) for site, mask in chosen for experts, used in zip(site.single_experts, mask, strict=False)
-    )
-    return [name for experts, used in by_layer if used for parts in experts for name in parts]
+    return [
+        name
+        for site, mask in chosen
+        for experts in itertools.compress(site.single_experts, mask)
+        for parts in experts
+        for name in parts
+    ]
 
 
 def check_rank(rank: int, site: Site, option: str = "rank") -> None:
-    """Check that a rank does not exceed the smaller dimension of a layer's kernel.
-
-    Raises:
-        UserError: It does.
-    """
+    """Require a rank of at most the smaller dimension of a layer's kernel; a `UserError` otherwise."""
     limit = min(site.module.in_features, site.module.out_features)
     if rank > limit:
         raise UserError(
@@ -184,26 +182,24 @@ def check_rank(rank: int, site: Site, option: str = "rank") -> None:
 
 def chosen_names(chosen: Chosen) -> list[str]:
     """The full Hugging Face names of all chosen layers."""
-    return [hf for site, mask in chosen for hf, used in zip(site.names, mask, strict=True) if used]
+    return [name for site, mask in chosen for name in itertools.compress(site.names, mask)]
 
 
 def chosen_spellings(chosen: Chosen) -> list[str]:
     """All names by which options select the chosen layers."""
-    return [
-        name
-        for site, mask in chosen
-        for names, used in zip(site.spellings, mask, strict=True)
-        if used
-        for name in names
-    ]
+    return [name for site, mask in chosen for names in itertools.compress(site.spellings, mask) for name in names]
+
+
+def last_names(names: Iterable[str]) -> list[str]:
+    """The last parts of dotted names, sorted, each once."""
+    return sorted({last_parts(name, 1) for name in names})
 
 
 def target_entries(chosen: Chosen) -> list[str]:
     """Entries for target_modules: full names, and "experts.7.gate_proj" for a layer of an expert that is chosen everywhere."""
     found = []
     for site, mask in chosen:
-        shortens = isinstance(site, SingleSite) and mask.all()
-        found += [ending_of(site)] if shortens else chosen_names([(site, mask)])
+        found += [ending_of(site)] if isinstance(site, SingleSite) and mask.all() else chosen_names([(site, mask)])
     return found
 
 

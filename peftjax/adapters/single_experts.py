@@ -34,11 +34,6 @@ class ExpertMask(LayerMask):
         super().forget()
         self.singles = b""
 
-    def of_layer(self, layer: int | None) -> np.ndarray:
-        """The layers of single experts in one layer of the stack, bool [E, parts]."""
-        one: np.ndarray = self.array[layer or 0]
-        return one
-
 
 def layer_mask(site: Site, chosen: np.ndarray) -> LayerMask:
     """Make the mask of a site's layers, bool [layers], or of its layers of single experts, bool [layers, E, parts]."""
@@ -48,9 +43,8 @@ def layer_mask(site: Site, chosen: np.ndarray) -> LayerMask:
 def vectors(site: Site, size: int, axis: str, value: float) -> PeftParam:
     """Make one trained vector for each layer, [*stack, size], or each layer of single experts, [*stack, E, parts, size]."""
     own = {"expert": site.module.experts, "part": len(site.parts)} if isinstance(site.module, ExpertLinear) else {}
-    return PeftParam(
-        jnp.full((*site.stack, *own.values(), size), value, jnp.float32), axes=site.lead(*own.keys(), axis)
-    )
+    values = jnp.full((*site.stack, *own.values(), size), value, jnp.float32)
+    return PeftParam(values, axes=site.lead(*own, axis))
 
 
 class SingleExperts(MethodAdapter):
@@ -68,6 +62,6 @@ class SingleExperts(MethodAdapter):
             f"{expert}.{self.parts[part]}.{suffix}": dataclasses.replace(
                 leaf, window=(slice(expert, expert + 1), slice(part, part + 1))
             )
-            for expert, part in np.argwhere(mask.of_layer(layer)).tolist()
+            for expert, part in np.argwhere(mask.array[layer or 0]).tolist()
             for suffix, leaf in leaves.items()
         }

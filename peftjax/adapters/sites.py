@@ -175,11 +175,7 @@ def head_sites(model: nnx.Module) -> list[Site]:
 
 
 def insert(site: Site, name: str, adapter: Adapter) -> None:
-    """Add an adapter to a site's slot.
-
-    Raises:
-        UserError: The slot already has one of that name.
-    """
+    """Add an adapter to a site's slot; a `UserError` if it already has one of that name."""
     if name in site.module.adapters.names():
         raise UserError(f"method: {site.names[0]} is selected twice (as a target and in modules_to_save?)")
     site.module.adapters.add(name, adapter)

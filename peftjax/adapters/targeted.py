@@ -14,7 +14,7 @@ from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern, probability, split_names
 from peftjax.adapters.saved_modules import is_saved, nested_entries, outermost, train_whole
-from peftjax.adapters.selection import Chosen, choose, chosen_names, ending_of, target_entries
+from peftjax.adapters.selection import Chosen, choose, chosen_names, ending_of, last_names, target_entries
 from peftjax.adapters.sites import SingleSite, Site, head_sites, insert, single_sites, sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import matches, matching
@@ -85,7 +85,7 @@ class Targeted(Method):
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         for site, adapter in self.adapters(self.chosen(model), rngs):
             insert(site, name, adapter)
-        train_whole(model, self.saved(model), name)
+        train_whole(self.saved(model), name)
 
     def chosen(self, model: nnx.Module) -> Chosen:
         """The sites that get an adapter."""
@@ -171,7 +171,7 @@ class Targeted(Method):
         elif part or any(option not in self.hf_fields for option in left_out):
             config["target_modules"] = chosen_names(chosen)  # peft has no field that leaves a layer out
         elif self.targets == self.every:
-            config["target_modules"] = sorted({hf.rsplit(".", 1)[-1] for site, _ in chosen for hf in site.names})
+            config["target_modules"] = last_names(name for site, _ in chosen for name in site.names)
         elif isinstance(self.targets, str) and self._matches_others(model, self.targets):
             config["target_modules"] = chosen_names(chosen)  # peft would fail at the other modules
         if (saved := outermost(model, self.modules_to_save)) != self.modules_to_save:  # peft could not load nested ones

@@ -8,7 +8,7 @@ torch draws from `random_loc_seed`, which peftjax reproduces.
 
 import dataclasses
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class FourierFT(WithBiases):
         "n_frequency": ("n_frequency", 1000),
         "scaling": ("scaling", 150.0),
         "random_loc_seed": ("random_loc_seed", 777),
-        "n_frequency_pattern": ("n_frequency_pattern", None),
+        "n_frequency_pattern": ("n_frequency_pattern", {}),
         "init_weights": ("init_weights", False),
     }
     hf_constants: ClassVar = {"fan_in_fan_out": False}
@@ -92,9 +92,6 @@ class FourierFT(WithBiases):
                 "adapter. Leave it out"
             )
         return FourierLinear(site, counts, self, rngs)
-
-    def to_hf(self, model: nnx.Module, name: str) -> dict[str, Any]:
-        return super().to_hf(model, name) | {"n_frequency_pattern": dict(self.n_frequency_pattern)}
 
     def _frequencies(self, name: str) -> int:
         """By peft's rule, which differs from that of rank_pattern: an ending takes precedence over the exact name."""

@@ -58,7 +58,7 @@ class Hra(WithBiases):
                 f"method.rank={self.rank}: {site.names[0]} has {inputs} inputs, so at most {inputs} reflections can be orthogonal; "
                 "use a lower rank"
             )
-        return HraLinear(site, mask, self.rank, self.gram_schmidt, rngs)
+        return HraLinear(site, mask, self, rngs)
 
 
 class HraLinear(WeightAdapter):
@@ -71,13 +71,13 @@ class HraLinear(WeightAdapter):
     zero_is_identity: ClassVar = True
     names: ClassVar = {"hra_u": HfLeaf("u")}
 
-    def __init__(self, site: Site, mask: np.ndarray, rank: int, gram_schmidt: bool, rngs: nnx.Rngs) -> None:
-        pairs = rank % 2 == 0 and not gram_schmidt
-        shape = (*site.stack, site.module.in_features, rank // 2 if pairs else rank)
+    def __init__(self, site: Site, mask: np.ndarray, method: Hra, rngs: nnx.Rngs) -> None:
+        equal = 2 if method.neutral else 1  # successive columns that start equal
+        shape = (*site.stack, site.module.in_features, method.rank // equal)
         bound = shape[-1] ** -0.5  # peft's Kaiming uniform with a = sqrt(5), which takes the columns for inputs
         u = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        self.u = PeftParam(jnp.repeat(u, 2, axis=-1) if pairs else u, axes=site.lead(site.module.axes[0], "rank"))
-        self.gram_schmidt, self.layers = gram_schmidt, LayerMask(mask)
+        self.u = PeftParam(jnp.repeat(u, equal, axis=-1), axes=site.lead(site.module.axes[0], "rank"))
+        self.gram_schmidt, self.layers = method.gram_schmidt, LayerMask(mask)
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
         u, t = self.reflections()

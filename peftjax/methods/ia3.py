@@ -16,17 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.adapter import HfLeaf, MethodAdapter, over_layers
+from peftjax.adapters.adapter import HfLeaf, LayerMask, MethodAdapter, over_layers
 from peftjax.adapters.options import names_or_pattern
-from peftjax.adapters.selection import Chosen, chosen_spellings, joined, target_entries
+from peftjax.adapters.selection import Chosen, chosen_spellings, joined, no_such_target, target_entries
 from peftjax.adapters.single_experts import SingleExperts, layer_mask, vectors
 from peftjax.adapters.sites import SingleSite, Site
 from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
-from peftjax.core.paths import matching, suggest
+from peftjax.core.paths import matching
+from peftjax.core.variables import PeftParam
 from peftjax.nn.experts import ExpertLinear, Groups
 from peftjax.nn.linear import Linear
 from peftjax.nn.slot import Base
+from peftjax.quant.matmul import Kernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,7 @@ class Ia3(Targeted):
         with matching("method.feedforward", given):
             missing = [entry for entry, rule in rules.items() if not any(is_feedforward(name, rule) for name in names)]
         if missing:
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise UserError(
-                f"method.feedforward: {missing[0]!r} matches no target.{suggest(missing[0], last)} "
-                f"Targets: {', '.join(last)}"
-            )
+            raise no_such_target("feedforward", missing[0], names)
         return chosen
 
     def adapters(self, chosen: Chosen, rngs: nnx.Rngs) -> Iterator[tuple[Site, "Ia3Linear | Ia3Experts"]]:
@@ -134,30 +132,34 @@ class Ia3Linear(MethodAdapter):
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
         return self.scale_output(base(self.scale_input(x)))
 
-    def scale_input(self, x: jax.Array) -> jax.Array:
-        return x if self.into is None else _scaled(x, self.into_layers.or_one(self.into.get_value()))
+    def scale_input(self, x: jax.Array, owner: jax.Array | None = None) -> jax.Array:
+        """Scale the input x [..., in]; of experts [n, rows, in], where block i belongs to expert owner[i]."""
+        return _scaled(x, self.into, self.into_layers, owner)
 
-    def scale_output(self, y: jax.Array) -> jax.Array:
-        return y if self.out_of is None else _scaled(y, self.out_of_layers.or_one(self.out_of.get_value()))
+    def scale_output(self, y: jax.Array, owner: jax.Array | None = None) -> jax.Array:
+        """Scale the output y [..., out]; of experts [n, rows, out], where block i belongs to expert owner[i]."""
+        return _scaled(y, self.out_of, self.out_of_layers, owner)
+
+    def scale_kernel(self, kernel: Kernel, owner: jax.Array | None = None) -> jax.Array:
+        """The kernel [in, out], or those of experts [E, in, out], that includes the scales."""
+        turned = kernel.astype(kernel.dtype).swapaxes(-1, -2)
+        return self.scale_output(self.scale_input(turned, owner).swapaxes(-1, -2), owner)
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        def kernel(one: "Ia3Linear", kernel: jax.Array) -> jax.Array:
-            return one.scale_output(one.scale_input(kernel.astype(kernel.dtype).T).T)
-
-        merged = {"kernel": over_layers(self, kernel, parameters["kernel"])}
+        merged = {"kernel": over_layers(self, lambda one, kernel: one.scale_kernel(kernel), parameters["kernel"])}
         if "bias" in parameters:
             merged["bias"] = over_layers(self, lambda one, bias: one.scale_output(bias), parameters["bias"])
         return merged
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         if self.into is not None and layer in self.into_layers:
-            return {"ia3_l": HfLeaf("into", shape=(1, self.into.shape[-1]))}
+            return {"ia3_l": HfLeaf("into", shape=(1, -1))}
         if self.out_of is not None and layer in self.out_of_layers:
-            return {"ia3_l": HfLeaf("out_of", shape=(self.out_of.shape[-1], 1))}
+            return {"ia3_l": HfLeaf("out_of", shape=(-1, 1))}
         return {}
 
 
-class Ia3Experts(SingleExperts):
+class Ia3Experts(Ia3Linear, SingleExperts):
     """((x * into_e) W_e) * out_of_e in the rows x of each expert e.
 
     Attributes:
@@ -165,8 +167,6 @@ class Ia3Experts(SingleExperts):
         out_of: [*stack, E, parts, out / parts], or None if no layer scales its output.
         into_layers, out_of_layers: The layers of experts that they apply to; in the others they count as 1.
     """
-
-    zero_is_identity: ClassVar = True
 
     def __init__(self, site: Site, into: np.ndarray, out_of: np.ndarray) -> None:
         owner, self.parts = site.module, site.parts
@@ -179,30 +179,11 @@ class Ia3Experts(SingleExperts):
         self.into, self.into_layers = _ones(site, into, owner.in_features, owner.axes[0])
         self.out_of, self.out_of_layers = _ones(site, out_of, owner.out_features // len(self.parts), owner.axes[1])
 
-    def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:
+    def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:  # type: ignore[override]
         return self.scale_output(base(self.scale_input(x, groups.owner), groups), groups.owner)
 
-    def scale_input(self, x: jax.Array, owner: jax.Array) -> jax.Array:
-        """Scale rows [n, rows, in], where block i belongs to expert owner[i]."""
-        if self.into is None:
-            return x
-        scale = self.into_layers.or_one(self.into.get_value())[:, 0]  # [E, in]
-        return _scaled(x, scale[owner, None])
-
-    def scale_output(self, y: jax.Array, owner: jax.Array) -> jax.Array:
-        """Scale rows [n, rows, out], where block i belongs to expert owner[i]."""
-        if self.out_of is None:
-            return y
-        scale = self.out_of_layers.or_one(self.out_of.get_value())  # [E, parts, out / parts]
-        return _scaled(y, scale.reshape(len(scale), -1)[owner, None])
-
-    def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        def kernel(one: "Ia3Experts", kernel: jax.Array) -> jax.Array:
-            every = jnp.arange(kernel.shape[0])
-            scaled = one.scale_input(kernel.astype(kernel.dtype).swapaxes(1, 2), every)
-            return one.scale_output(scaled.swapaxes(1, 2), every)
-
-        return {"kernel": over_layers(self, kernel, parameters["kernel"])}
+    def scale_kernel(self, kernel: Kernel, owner: jax.Array | None = None) -> jax.Array:
+        return super().scale_kernel(kernel, jnp.arange(kernel.shape[0]) if owner is None else owner)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
         leaves: dict[str, HfLeaf] = {}
@@ -220,6 +201,11 @@ def _ones(site: Site, layers: np.ndarray, size: int, axis: str) -> tuple[Any, An
     return nnx.data(vectors(site, size, axis, 1.0)), nnx.data(layer_mask(site, layers))
 
 
-def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+def _scaled(x: jax.Array, scale: PeftParam | None, layers: LayerMask, owner: jax.Array | None) -> jax.Array:
     """x * scale over the last axis, computed in float32 since near 1 bfloat16 has steps of 0.8 %; in the dtype of x."""
-    return (x * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+    if scale is None:
+        return x
+    factor = layers.or_one(scale.get_value())
+    if owner is not None:  # [E, parts, size / parts] -> [n, 1, size]
+        factor = factor.reshape(len(factor), -1)[owner, None]
+    return (x * jnp.broadcast_to(factor, x.shape)).astype(x.dtype)

@@ -6,7 +6,6 @@ Zhao et al. 2023 (arXiv:2312.11420), section 3. s starts at the base's scale.
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,7 +38,5 @@ class LnTuning(Targeted):
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> Override:
         del rngs
-        values = {leaf: jnp.array(variable.get_value(), jnp.float32) for leaf, variable in site.parameters.items()}
-        axes = {leaf: variable.axes for leaf, variable in site.parameters.items()}
-        names = type(site.module).hf_leaves
-        return Override(values, axes, {f"ln_tuning_layers.{names[leaf][0]}": HfLeaf(leaf) for leaf in values}, mask)
+        own, names = site.parameters, site.module.hf_leaves
+        return Override(own, {f"ln_tuning_layers.{names[leaf][0]}": HfLeaf(leaf) for leaf in own}, mask)

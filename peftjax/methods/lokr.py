@@ -60,16 +60,15 @@ class LoKr(Lycoris):
         """Accept every rank: a large one makes C and D full."""
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> "LoKrLinear":
-        ranks = self.ranks(site, mask)
-        (m, n), (p, q) = self.sizes(site)
-        full = self.forms(site, mask)
+        ranks, full = self.ranks(site, mask), self.forms(site, mask)
         if len(full) > 1:
+            (m, n), (p, q) = self.sizes(site)
             raise UserError(
                 f"method.rank_pattern: ranks {sorted({int(rank) for rank in ranks[mask]})} for the layers of "
                 f"{site.names[0].rsplit('.', 1)[-1]} make some of its factors full and others not; choose ranks on one "
                 f"side of {max(n, q) / 2:g}" + (f" and of {max(m, p) / 2:g}" if self.decompose_both else "")
             )
-        return LoKrLinear(self, site, ranks, (m, p), (n, q), *full.pop(), rngs)
+        return LoKrLinear(self, site, ranks, *full.pop(), rngs)
 
     def sizes(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]]:
         """The numbers (m, n) of rows of C and D, and (p, q) of columns."""
@@ -109,33 +108,28 @@ class LoKrLinear(RankedAdapter):
         active: 1 within the rank of each layer and 0 beyond, [*stack, R]; None if C and D are full.
     """
 
-    def __init__(
-        self, method: LoKr, site: Site, ranks: np.ndarray, c: tuple[int, int], d: tuple[int, int], full_c: bool,
-        full_d: bool, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+    def __init__(self, method: LoKr, site: Site, ranks: np.ndarray, full_c: bool, full_d: bool, rngs: nnx.Rngs) -> None:
         self.set_ranks(ranks)
         self.full_c, self.full_d = full_c, full_d
         self.update_dropout = method.update_dropout(site, rescale=method.rank_dropout_scale)
+        (m, n), (p, q) = method.sizes(site)
         active, rank = within(ranks, site.stack), int(ranks.max())
         self.scale = PeftConstant(method.scales(site, ranks), axes=site.lead())
         self.active: Any = nnx.data(
             None if full_c and full_d else PeftConstant(jnp.asarray(active), axes=site.lead("rank"))
         )
-
-        def matrix(value: jax.Array, *axes: str | None) -> PeftParam:
-            return PeftParam(value, axes=site.lead(*axes))
-
-        a, b = active[..., None, :], active[..., :, None]
+        a, b, bound = active[..., None, :], active[..., :, None], inverse_root(ranks, site.stack)
+        whole, first, second = site.lead(None, None), site.lead(None, "rank"), site.lead("rank", None)
         if full_c:
-            self.c = matrix(jnp.zeros((*site.stack, *c), jnp.float32), None, None)
+            self.c = PeftParam(jnp.zeros((*site.stack, m, p), jnp.float32), axes=whole)
         else:
-            self.c_a = matrix(kaiming(site, c[0], rank, c[0] ** -0.5, rngs) * a, None, "rank")
-            self.c_b = matrix(jnp.zeros((*site.stack, rank, c[1]), jnp.float32), "rank", None)
+            self.c_a = PeftParam(kaiming(site, m, rank, m**-0.5, rngs) * a, axes=first)
+            self.c_b = PeftParam(jnp.zeros((*site.stack, rank, p), jnp.float32), axes=second)
         if full_d:
-            self.d = matrix(kaiming(site, *d, d[0] ** -0.5, rngs), None, None)
+            self.d = PeftParam(kaiming(site, n, q, n**-0.5, rngs), axes=whole)
         else:
-            self.d_a = matrix(kaiming(site, d[0], rank, d[0] ** -0.5, rngs) * a, None, "rank")
-            self.d_b = matrix(kaiming(site, rank, d[1], inverse_root(ranks, site.stack), rngs) * b, "rank", None)
+            self.d_a = PeftParam(kaiming(site, n, rank, n**-0.5, rngs) * a, axes=first)
+            self.d_b = PeftParam(kaiming(site, rank, q, bound, rngs) * b, axes=second)
 
     def delta(self) -> jax.Array:
         """s (C kron D)."""

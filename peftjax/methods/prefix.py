@@ -119,12 +119,8 @@ class Prefix(MethodAdapter):
     """
 
     def __init__(self, states: jax.Array, axes: tuple, order: np.ndarray | None = None) -> None:
-        self.states = PeftParam(states, axes=axes)
+        self.states, self.virtual = PeftParam(states, axes=axes), states.shape[-3]
         self.order = _constant(order)
-
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        return self.states.shape[-3]
 
     def apply(
         self,
@@ -155,8 +151,7 @@ class Prefix(MethodAdapter):
         return value if self.order is None else value[self.order.get_value()]
 
     def hf_shared(self) -> dict[str, HfLeaf]:
-        _, _, tokens, _, _ = self.states.shape
-        return {"prompt_embeddings": HfLeaf("states", axes=(2, 0, 1, 3, 4), shape=(tokens, -1))}
+        return {"prompt_embeddings": HfLeaf("states", axes=(2, 0, 1, 3, 4), shape=(self.virtual, -1))}
 
 
 def _constant(order: np.ndarray | None) -> Any:
@@ -176,21 +171,17 @@ class ProjectedPrefix(Prefix):
     def __init__(
         self, shape: tuple[int, ...], axes: tuple, order: np.ndarray | None, hidden: int, init: str, rngs: nnx.Rngs
     ) -> None:
-        *stack, _, tokens, heads, head_dim = shape
-        width = heads * head_dim
+        *stack, _, self.virtual, self.heads, head_dim = shape
+        width = self.heads * head_dim
         hidden = hidden or width
-        self.heads, self.axes = heads, axes
-        self.order = _constant(order)
-        self.pieces = PeftParam(jax.random.normal(rngs.params(), (tokens, width), jnp.float32), axes=(None, None))
+        self.axes, self.order = axes, _constant(order)
+        pieces = jax.random.normal(rngs.params(), (self.virtual, width), jnp.float32)
+        self.pieces = PeftParam(pieces, axes=(None, None))
         self.dense = Dense(width, hidden, rngs)
         zero = 0.0 if init == "zero" else 1.0
         lead = axes[:1] if stack else ()
         self.kernel = PeftParam(zero * uniform((*stack, hidden, 2 * width), hidden, rngs), axes=(*lead, None, None))
         self.bias = PeftParam(zero * uniform((*stack, 2 * width), hidden, rngs), axes=(*lead, None))
-
-    @property
-    def virtual(self) -> int:  # type: ignore[override]
-        return self.pieces.shape[0]
 
     def layer_states(self) -> jax.Array:
         return self._project(self._own(self.kernel), self._own(self.bias))

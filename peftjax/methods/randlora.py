@@ -130,10 +130,9 @@ class RandLoraLinear(FactoredAdapter):
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """U [in, N R] and s V [N R, out] of one layer, or s V^T and U^T if in <= out."""
-        lambdas, gammas = self.lambdas.get_value() * self.scale.get_value(), self.gammas.get_value()
-        lambdas = self.layers.or_zero(lambdas)
+        lambdas = self.layers.or_zero(self.lambdas.get_value() * self.scale.get_value())
+        gammas, a = self.gammas.get_value(), self.a.get_value()[:, : self.smaller]
         rank, bases = lambdas.shape
-        a = self.a.get_value()[:, : self.smaller]
         v = (lambdas[:, :, None] * a[:, None, :] * gammas[None, :, :]).reshape(rank * bases, self.smaller)
         u = self.b.get_value()[: self.larger, :bases].reshape(self.larger, bases * rank)
         return (v.T, u.T) if self.wide else (u, v)

@@ -15,7 +15,7 @@ from peftjax.adapters.adapter import HfLeaf, WeightAdapter
 from peftjax.adapters.method import Method
 from peftjax.adapters.options import integers, names_or_pattern
 from peftjax.adapters.selection import choose
-from peftjax.adapters.sites import Site, insert, sites, tied_kernel, tied_pair, token_tables
+from peftjax.adapters.sites import Site, insert, sites, tied_pair, token_tables
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -48,9 +48,12 @@ class TrainableTokens(Method):
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         del rngs
-        layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
-        chosen = [site for site, _ in choose(layers, self.targets)] if self.targets else [token_embedding(model)]
-        train_tokens(model, self.token_indices, chosen, name)
+        named = choose(_tables_and_heads(model), self.targets) if self.targets else []
+        train_tokens(model, self.token_indices, [site for site, _ in named] or [token_embedding(model)], name)
+
+
+def _tables_and_heads(model: nnx.Module) -> list[Site]:
+    return [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ def tokens_by_site(
     table = [item for item in indices if isinstance(item, tuple)]
     if not table:
         return [(token_embedding(model), tuple(item for item in indices if not isinstance(item, tuple)), True)]
-    layers = [site for site in sites(model) if isinstance(site.module, Embedding | Linear) and not site.stack]
+    layers = _tables_and_heads(model)
     found: dict[str, tuple[Site, tuple[int, ...]]] = {}
     for name, tokens in table:
         matching = [site for site in layers if site.names[0].endswith(name)]
@@ -109,8 +112,7 @@ def train_tokens(
     chosen: list[Site],
     name: str,
     *,
-    key: str = "",
-    both: bool = True,
+    of_lora: bool = False,
     tie: bool = True,
 ) -> None:
     """Put trained copies of rows into embeddings and heads, and into the head tied to a chosen embedding.
@@ -120,8 +122,7 @@ def train_tokens(
         indices: The tokens.
         chosen: The sites of the embeddings and heads.
         name: The adapter's name.
-        key: What the file puts before the tensor's own name.
-        both: Whether the file also stores the copies under the name of the tied head.
+        of_lora: Whether a LoRA trains them; its file does not store the copies again under the name of the tied head.
         tie: Whether the head tied to a chosen embedding uses the same copies.
     """
     pair = tied_pair(model) if tie else None
@@ -129,33 +130,29 @@ def train_tokens(
         pair = None
     for site in chosen:
         if pair is None or site.path != pair[1].path:
-            insert(site, name, _adapter(site, model, indices, key))
+            insert(site, name, _adapter(site, indices, of_lora))
     if pair is not None:
         embed, head = pair
         rows = embed.module.adapters.adapter(name)
-        insert(head, name, TokenColumns(_key(head, key) if both else "", rows.indices, rows.delta))
+        insert(head, name, TokenColumns("" if of_lora else _key(head, of_lora=False), rows.indices, rows.delta))
 
 
-def _adapter(site: Site, model: nnx.Module, indices: tuple[int, ...], key: str) -> "TokenRows":
-    layer = site.module
-    embeds = isinstance(layer, Embedding)
-    vocab = layer.in_features if embeds else layer.out_features
+def _adapter(site: Site, indices: tuple[int, ...], of_lora: bool) -> "TokenRows":
+    embeds = isinstance(site.module, Embedding)
+    vocab = site.module.in_features if embeds else site.module.out_features
     if beyond := [token for token in indices if not 0 <= token < vocab]:
         raise UserError(
             f"method.token_indices: {beyond[0]} is not a token of {site.names[0]}; its ids are 0 to {vocab - 1}"
         )
     places = jnp.array(indices, jnp.int32)
-    if embeds:
-        rows = layer.embedding.get_value()[places]
-    else:
-        rows = (tied_kernel(model) if layer.kernel is None else layer.kernel.get_value())[:, places].T
+    rows = site.kernel[places] if embeds else site.kernel[:, places].T
     delta = PeftParam(rows.astype(jnp.float32), axes=(None, "embed"))
     kind = TokenRows if embeds else TokenColumns
-    return kind(_key(site, key), PeftConstant(places, axes=(None,)), delta)
+    return kind(_key(site, of_lora), PeftConstant(places, axes=(None,)), delta)
 
 
-def _key(site: Site, key: str) -> str:
-    return f"base_model.model.{site.names[0]}.{key}trainable_tokens_delta"
+def _key(site: Site, of_lora: bool) -> str:
+    return f"base_model.model.{site.names[0]}.{'token_adapter.' if of_lora else ''}trainable_tokens_delta"
 
 
 class TokenRows(WeightAdapter):

@@ -10,7 +10,7 @@ from peftjax.adapters.adapter import HfLeaf, LayerMask, transposed
 from peftjax.adapters.diagonal import times
 from peftjax.adapters.ranks import RankedAdapter
 from peftjax.core.errors import UserError
-from peftjax.core.variables import PeftConstant
+from peftjax.core.variables import PeftConstant, PeftParam
 from peftjax.nn.dropout import Dropout
 from peftjax.nn.slot import Base
 from peftjax.quant.matmul import matmul
@@ -45,9 +45,9 @@ class LoraLinear(RankedAdapter):
         self.shift: Any = nnx.data(None)
         self.dropout = Dropout(dropout, scale.shape[: scale.axes.count("layers")])
 
-    def train_bias(self, bias: nnx.Variable, layers: LayerMask) -> None:
-        """Use a trained bias in place of the layer's own."""
+    def hold_bias(self, bias: PeftParam, layers: LayerMask) -> bool:
         self.bias, self.bias_layers = nnx.data(bias), nnx.data(layers)
+        return True
 
     def apply(self, base: Base, x: jax.Array) -> jax.Array:
         y = base(x, **self.biases(base))

@@ -169,15 +169,8 @@ def _loras(model: nnx.Module, names: Sequence[str]) -> list[Lora]:
             raise UserError(
                 f"combine: adapter {name!r} has the method {method.method!r}; only lora adapters can be combined"
             )
-        for option, plain in (
-            ("dora", False),
-            ("lora_bias", False),
-            ("bias", "none"),
-            ("token_indices", ()),
-            ("ensure_weight_tying", False),
-            ("modules_to_save", ()),
-        ):
-            if (value := getattr(method, option)) != plain:
+        for option in ("dora", "lora_bias", "bias", "token_indices", "ensure_weight_tying", "modules_to_save"):
+            if (value := getattr(method, option)) != getattr(Lora, option):  # the default
                 raise UserError(
                     f"combine: adapter {name!r} has {option}={value!r}; only LoRAs that train nothing but A and B can be combined"
                 )

@@ -8,6 +8,7 @@ and V come from an incremental SVD over batches (Ross et al. 2008, section 2.1),
 until the directions converge; here it uses exactly the batches given.
 """
 
+import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.adapters.sites import Site, sites
+from peftjax.adapters.registry import active, use
+from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftConstant
@@ -59,10 +61,8 @@ def redistribute(explained: Mapping[str, np.ndarray], ranks: Mapping[str, int]) 
     """New ranks with the same sum: how many of the overall best explained directions belong to each layer."""
     names = [name for name, shares in explained.items() for _ in shares]
     best = np.argsort(-np.concatenate(list(explained.values())), kind="stable")[: sum(ranks.values())]
-    counts = dict.fromkeys(ranks, 0)
-    for index in best:
-        counts[names[index]] += 1
-    return counts
+    counts = collections.Counter(names[index] for index in best)
+    return {name: counts[name] for name in ranks}
 
 
 def initialize(
@@ -108,22 +108,17 @@ def find_directions(
         batches: Dicts with "tokens" [B, T] and other inputs of the model by name. Positions that "mask" [B, T] excludes
             and those of weight 0 in "loss_weights" [B, T] are not counted.
     """
-    every = sites(model)
-    watched = [site for site in every if site.path in sizes]
-    active = {site.path: site.module.adapters.active for site in every}
+    before, watched = active(model), [site for site in sites(model) if site.path in sizes]
+    use(model, None)
     try:
-        for site in every:
-            site.module.adapters.active = ()
         for site in watched:
             site.module.adapters.add(NAME, Watch(site, sizes[site.path]))
             site.module.adapters.active = (NAME,)
         memories = _watch(model, batches)
     finally:
-        for site in watched:
-            if NAME in site.module.adapters.names():
-                site.module.adapters.remove(NAME)
-        for site in every:
-            site.module.adapters.active = active[site.path]
+        for site, _ in adapters_named(model, NAME):
+            site.module.adapters.remove(NAME)
+        use(model, before)
     return {site.path: _directions(site, memories[site.path]) for site in watched}
 
 
@@ -163,11 +158,8 @@ def _watch(model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str,
                 f"method.init='eva' needs batches {{\"tokens\": [B, T], ...}}, got {got}: choose another init"
             )
         memory = look(memory, base, dict(batch))
-    found: dict[str, dict[str, jax.Array]] = {}
-    for path, value in memory.items():
-        site, leaf = path.split(ending)
-        found.setdefault(site, {})[leaf] = value
-    return {site: Memory(**fields) for site, fields in found.items()}
+    paths = {path.split(ending)[0] for path in memory}
+    return {path: Memory(*(memory[f"{path}{ending}{leaf}"] for leaf in Memory._fields)) for path in paths}
 
 
 class Watch(Adapter):
@@ -178,13 +170,8 @@ class Watch(Adapter):
     """
 
     def __init__(self, site: Site, size: int) -> None:
-        shapes = {
-            "basis": (size, site.module.in_features),
-            "mean": (site.module.in_features,),
-            "spread": (),
-            "seen": (),
-        }
-        for leaf, shape in shapes.items():
+        features = site.module.in_features
+        for leaf, shape in {"basis": (size, features), "mean": (features,), "spread": (), "seen": ()}.items():
             value = jnp.zeros((*site.stack, *shape), jnp.float32)
             setattr(self, leaf, PeftConstant(value, axes=site.lead(*[None] * len(shape))))
         self.weights = PeftConstant(jnp.ones((1, 1)), axes=(None, None))

@@ -20,15 +20,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.biases import TrainedBias, biases_of
-from peftjax.adapters.joint import adapter_parts, join, parts
+from peftjax.adapters.biases import train_biases
+from peftjax.adapters.joint import adapter_parts
 from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
 from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
-from peftjax.adapters.selection import Chosen, by_expert, chosen_names
-from peftjax.adapters.sites import Site, adapters_named, tied_pair
-from peftjax.adapters.targeted import Targeted
+from peftjax.adapters.selection import Chosen, by_expert, chosen_names, last_names
+from peftjax.adapters.sites import Site, tied_pair
 from peftjax.core.errors import UserError
 from peftjax.core.paths import last_parts, matches
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -95,13 +94,10 @@ class Lora(Ranked):
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     fits: ClassVar = (Linear, Embedding, PatchEmbedding, ExpertLinear)
-    hf_fields: ClassVar = Targeted.hf_fields | {
-        "rank": ("r", 8),
+    hf_fields: ClassVar = Ranked.hf_fields | {
         "alpha": ("lora_alpha", 8),
         "dropout": ("lora_dropout", 0.0),
         "rslora": ("use_rslora", False),
-        "rank_pattern": ("rank_pattern", None),
-        "alpha_pattern": ("alpha_pattern", None),
         "bias": ("bias", "none"),
         "lora_bias": ("lora_bias", False),
         "token_indices": ("trainable_token_indices", None),
@@ -109,7 +105,7 @@ class Lora(Ranked):
         "dora": ("use_dora", False),
     }
     hf_constants: ClassVar = {"init_lora_weights": True, "fan_in_fan_out": False}
-    hf_ignored: ClassVar = Targeted.hf_ignored | {
+    hf_ignored: ClassVar = Ranked.hf_ignored | {
         "runtime_config", "megatron_core", "qalora_group_size", "target_parameters", "use_bdlora",
     }  # fmt: skip
     hf_unsupported: ClassVar = frozenset({
@@ -185,14 +181,8 @@ class Lora(Ranked):
         if pair := self._pair(model):
             tie(pair, name, self.dropout)
         for site, tokens, tied in tokens_by_site(model, self.token_indices) if self.token_indices else ():
-            train_tokens(model, tokens, [site], name, key="token_adapter.", both=False, tie=tied)
-        there = {site.path: parts(adapter)[0] for site, adapter in adapters_named(model, name)}
-        for site, mask in biases_of(model, name, self.bias, self.chosen(model)):
-            own, bias = there.get(site.path), TrainedBias(site, mask)
-            if isinstance(own, LoraLinear):
-                own.train_bias(vars(bias)["bias"], bias.layers)
-            else:
-                join(site, name, bias)
+            train_tokens(model, tokens, [site], name, of_lora=True, tie=tied)
+        train_biases(model, name, self.bias, self.chosen(model))
 
     def adapter(self, site: Site, mask: np.ndarray, rngs: nnx.Rngs) -> LoraLinear:
         if not isinstance(site.module, Linear):
@@ -355,7 +345,7 @@ class Lora(Ranked):
         if not parameters:
             return {}
         if self.targets == self.every and not (self.exclude or self.layers_to_transform):
-            modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
+            modules = last_names(modules)
         return {"target_modules": modules, "target_parameters": sorted(parameters), "lora_dropout": 0.0}
 
     @classmethod

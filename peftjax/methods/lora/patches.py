@@ -33,16 +33,16 @@ class LoraPatches(LoraLinear):
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """s A [P * P * C, R] and B [R, D] in float32."""
-        return self.scaled(_flat(self.a.get_value().astype(jnp.float32))), self.b.get_value().astype(jnp.float32)
+        a, b = super().factors()
+        return _flat(a), b
 
     def changed(self, kernel: jax.Array) -> jax.Array:
         return super().changed(_flat(kernel)).reshape(kernel.shape)
 
     def hf_leaves(self, layer: int | None) -> dict[str, HfLeaf]:
-        convolution = {"lora_B.weight": (*self.b.shape[::-1], 1, 1), "lora_magnitude_vector": (1, -1, 1, 1)}
-        return {
-            key: dataclasses.replace(leaf, shape=convolution.get(key)) for key, leaf in super().hf_leaves(layer).items()
-        }
+        shapes = {"lora_B.weight": (*self.b.shape[::-1], 1, 1), "lora_magnitude_vector": (1, -1, 1, 1)}
+        leaves = super().hf_leaves(layer).items()
+        return {key: dataclasses.replace(leaf, shape=shapes.get(key)) for key, leaf in leaves}
 
 
 class DoraPatches(LoraPatches, DoraLinear):

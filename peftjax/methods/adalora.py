@@ -8,7 +8,7 @@ in peft, s = alpha / init_rank, the penalty is the mean of the norms and not the
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,11 @@ from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftConstant, PeftParam
-from peftjax.methods.adalora.budget import LEAVES, Budget, allocate
 from peftjax.methods.lora.lora import Lora
 from peftjax.nn.dropout import Dropout
 from peftjax.quant.matmul import matmul
+
+LEAVES = ("p", "singular_values", "q")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class AdaLora(WithBiases):
 
     def check(self, model: nnx.Module) -> None:
         if not self.total_steps:
-            raise UserError("method.total_steps=0: set it to the number of steps, as train.steps")
+            raise UserError("method.total_steps=0: set it to the number of steps of the training (train.steps)")
         for site, _ in self.chosen(model):
             check_rank(self.init_rank, site, "init_rank")
 
@@ -178,8 +179,7 @@ class AdaLora(WithBiases):
         suffix = ".singular_values"
         adapters = [path.removesuffix(suffix) for path in leaves if path.endswith(suffix)]
         active = {path: _existing(leaves[f"{path}.scale"].get_value()) for path in adapters}
-        start, end = self.warmup_steps, self.total_steps - self.final_steps
-        return allocate(inner, Budget(start, end, self.interval, self.target_rank, self.beta1, self.beta2), active)
+        return allocate(inner, self, active)
 
     def penalty(self, model: nnx.Module) -> jax.Array | None:
         """orthogonality * the mean of ||P^T P - I|| and ||Q Q^T - I|| over all targets."""
@@ -267,16 +267,13 @@ class AdaLoraLinear(RankedAdapter):
         ranks = tuple(None if rank is None else int(n) for rank, n in zip(self.ranks, kept.sum(axis=1), strict=True))
         if ranks == self.ranks:
             return self
-        order = np.argsort(~kept, axis=1, kind="stable").reshape(self.singular_values.shape)
-        places = {"p": order[..., None, :], "singular_values": order, "q": order[..., None]}
-        axes = {"p": -1, "singular_values": -1, "q": -2}
-        p, values, q = (
-            PeftParam(
-                jnp.take_along_axis(getattr(self, leaf).get_value(), jnp.asarray(places[leaf]), axis=axes[leaf]),
-                axes=getattr(self, leaf).axes,
-            )
-            for leaf in LEAVES
-        )
+        order = jnp.asarray(np.argsort(~kept, axis=1, kind="stable").reshape(self.singular_values.shape))
+
+        def kept_first(leaf: nnx.Variable, order: jax.Array, axis: int) -> PeftParam:
+            return PeftParam(jnp.take_along_axis(leaf.get_value(), order, axis), axes=leaf.axes)
+
+        p, q = kept_first(self.p, order[..., None, :], -1), kept_first(self.q, order[..., None], -2)
+        values = kept_first(self.singular_values, order, -1)
         return AdaLoraLinear(p, values, q, self.scale, ranks, self.dropout)
 
     def skewness(self) -> jax.Array:
@@ -289,3 +286,71 @@ class AdaLoraLinear(RankedAdapter):
             squares = jnp.square(off).sum(axis=(-2, -1))
             total += jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0).sum()
         return total
+
+
+class Allocation(NamedTuple):
+    """State of the optimizer.
+
+    Attributes:
+        updates: Number of updates so far, int32 [].
+        sensitivity: Moving averages of importance, in the shapes of the parameters.
+        uncertainty: Moving averages of their deviation, likewise.
+        inner: State of the inner optimizer.
+    """
+
+    updates: jax.Array
+    sensitivity: dict[str, jax.Array]
+    uncertainty: dict[str, jax.Array]
+    inner: Any
+
+
+def allocate(
+    inner: optax.GradientTransformation, method: AdaLora, active: dict[str, np.ndarray]
+) -> optax.GradientTransformation:
+    """`inner`, followed by setting the least important entries of E to zero.
+
+    Args:
+        inner: The optimizer.
+        method: The options.
+        active: The entries of E that exist, bool [*stack, R], by path of the adapter.
+    """
+    paths = [f"{path}.{leaf}" for path in active for leaf in LEAVES]
+    start, end = (
+        method.warmup_steps,
+        method.total_steps - method.final_steps,
+    )  # the steps before pruning, and of the last
+    initial = sum(int(there.sum()) for there in active.values())
+    targets = sum(int(there.any(axis=-1).sum()) for there in active.values())
+    target = min(initial, method.target_rank * targets)
+
+    def init(params: Any) -> Allocation:
+        zeros = {path: jnp.zeros(params[path].shape, jnp.float32) for path in paths}
+        return Allocation(jnp.zeros((), jnp.int32), zeros, dict(zeros), inner.init(params))
+
+    def update(gradients: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
+        updates, inner_state = inner.update(gradients, state.inner, params)
+        step = state.updates + 1
+        sensitivity, uncertainty = {}, {}
+        for path in paths:
+            importance = jnp.abs((params[path] + updates[path]) * gradients[path])
+            smooth = method.beta1 * state.sensitivity[path] + (1 - method.beta1) * importance
+            spread = method.beta2 * state.uncertainty[path] + (1 - method.beta2) * jnp.abs(importance - smooth)
+            sensitivity[path] = jnp.where(step < end, smooth, state.sensitivity[path])
+            uncertainty[path] = jnp.where(step < end, spread, state.uncertainty[path])
+        scores = {}  # the importance of every triplet, [*stack, R], infinite where it does not exist
+        for path, there in active.items():
+            p, values, q = (sensitivity[f"{path}.{leaf}"] * uncertainty[f"{path}.{leaf}"] for leaf in LEAVES)
+            scores[path] = jnp.where(there, values + p.mean(axis=-2) + q.mean(axis=-1), jnp.inf)
+
+        left = 1 - (step - start) / (end - start)
+        removed = initial - jnp.floor((initial - target) * left**3 + target).astype(jnp.int32)
+        due = ((step > start) & (step < end) & (step % method.interval == 0)) | (step == end)
+        ordered = jnp.sort(jnp.concatenate([score.ravel() for score in scores.values()]))
+        threshold = jnp.where(due & (removed > 0), ordered[jnp.maximum(removed - 1, 0)], -jnp.inf)
+        for path, score in scores.items():
+            entries = f"{path}.singular_values"
+            drop = jnp.where(step > end, params[entries] == 0, score <= threshold)
+            updates = updates | {entries: jnp.where(drop, -params[entries], updates[entries])}
+        return updates, Allocation(step, sensitivity, uncertainty, inner_state)
+
+    return optax.GradientTransformation(init, update)
