@@ -4,7 +4,7 @@ Only the module of the chosen command is imported.
 """
 
 import importlib
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import peftjax
 from peftjax.core import cli
@@ -12,46 +12,25 @@ from peftjax.core.errors import UserError
 from peftjax.core.output import say
 from peftjax.core.paths import suggest
 
-
-class Command(NamedTuple):
-    """A command.
-
-    Attributes:
-        module: The module with its `main`.
-        summary: What it does, in one line.
-    """
-
-    module: str
-    summary: str
-
-
+# Each command: the module with its `main`, and what it does, in one line.
 COMMANDS = {
-    "train": Command("peftjax.train", "Train a model with the method of a config; run it again to resume"),
-    "evaluate": Command("peftjax.evaluate", "Evaluate the trained model in a workdir"),
-    "generate": Command("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
-    "sweep": Command("peftjax.sweep", "Train one run for each combination of field values, or for each random draw"),
-    "compare": Command("peftjax.compare", "Compare the scores and costs of runs and sweeps"),
-    "plan": Command(
-        "peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"
-    ),
-    "list-methods": Command("peftjax.list_methods", "List all methods with the parameters they would train in a model"),
-    "report": Command("peftjax.report.__main__", "Rewrite the report.html of a run, or the sweep.html of a sweep"),
+    "train": ("peftjax.train", "Train a model with the method of a config; run it again to resume"),
+    "evaluate": ("peftjax.evaluate", "Evaluate the trained model in a workdir"),
+    "generate": ("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
+    "sweep": ("peftjax.sweep", "Train one run for each combination of field values, or for each random draw"),
+    "compare": ("peftjax.compare", "Compare the scores and costs of runs and sweeps"),
+    "plan": ("peftjax.plan.__main__", "Plan a run: whether its train step fits a device, and how fast it can be"),
+    "list-methods": ("peftjax.list_methods", "List all methods with the parameters they would train in a model"),
+    "report": ("peftjax.report.__main__", "Rewrite the report.html of a run, or the sweep.html of a sweep"),
 }
 
 
 def usage() -> str:
     """The text of `peftjax --help`."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: peftjax COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "`peftjax COMMAND --help` lists the options of a command, `peftjax --version` prints the version.",
-        ]
-    )
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    last = "`peftjax COMMAND --help` lists the options of a command, `peftjax --version` prints the version."
+    return "\n".join(["usage: peftjax COMMAND [options]", "", *lines, "", last])
 
 
 def dispatch(argv: list[str]) -> int | None:
@@ -71,7 +50,8 @@ def dispatch(argv: list[str]) -> int | None:
     if name not in COMMANDS:
         hint = suggest(name, COMMANDS) or f" The commands are {', '.join(COMMANDS)}"
         raise UserError(f"peftjax {first}: no such command.{hint}")
-    code: int | None = importlib.import_module(COMMANDS[name].module).main(argv[1:])
+    module, _ = COMMANDS[name]
+    code: int | None = importlib.import_module(module).main(argv[1:])
     return code
 
 

@@ -50,7 +50,7 @@ def generate_ids(
     to a multiple of 32 tokens, or beyond 512 tokens to a coarser multiple that adds at most an eighth.
 
     Args:
-        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
+        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` returns for a decoder.
         prompts: Token ids, at least one per prompt.
         max_new_tokens: Maximum number of new tokens per prompt.
         stop: Token ids that end a text, such as `tokenizer.eos_ids`. Ids without a row in the embedding, such as -1, are never
@@ -88,15 +88,13 @@ def generate_each(
 ) -> list[list[list[int]] | NotFiniteError]:
     """Generate greedily with several models that differ in some leaves, in one program.
 
-    The answers of each model are those of `generate_ids`.
+    The answers of each model are those of `generate_ids`. Every model gets all prompts.
 
     Args:
         model: One of the models, in evaluation mode.
         own: For each model, the leaves that are not in `shared`, of the same shapes in all models; see `variables.filled`.
         shared: The leaves that all models share, such as the base, which is read and dequantized once.
-        prompts: Token ids, at least one per prompt. Every model gets all of them.
-        max_new_tokens: Maximum number of new tokens per prompt.
-        stop: Token ids that end a text.
+        prompts, max_new_tokens, stop: As in `generate_ids`.
 
     Returns:
         For each model, the new token ids of each prompt, or the error if its logits are NaN or infinite.

@@ -70,7 +70,7 @@ def generate(
     that prompts of similar length share one compiled function.
 
     Args:
-        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` makes of a decoder.
+        model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` returns for a decoder.
         prompts: Token ids, at least one per prompt; or the tokenizer of the texts.
         texts: One prompt, or several.
         chat: Whether each text is a user message, to be rendered with the chat template.

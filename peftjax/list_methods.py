@@ -58,12 +58,7 @@ class Row(NamedTuple):
 
 
 def row(config: ModelConfig, name: str) -> Row:
-    """Count the parameters that a method would train in a model, from shapes alone.
-
-    Args:
-        config: The model's config, from `models.from_hf_config`.
-        name: Name of the method.
-    """
+    """Count the parameters that a method would train in a model with this config, from shapes alone."""
     counted = {"base": 0, "trained": 0}
     merges: bool | None = None
 
@@ -75,7 +70,8 @@ def row(config: ModelConfig, name: str) -> Row:
         if method.trains_base:
             return {}
         adapters.attach(model, method, rngs=nnx.Rngs(0))
-        counted["trained"], merges = adapters.count_trainable(model), _merges(model)
+        counted["trained"] = adapters.count_trainable(model)
+        merges = all(type(one).merged is not MethodAdapter.merged for _, one in adapters_named(model, "default"))
         return adapter_tensors(model, "default")
 
     try:
@@ -84,11 +80,6 @@ def row(config: ModelConfig, name: str) -> Row:
         return Row(name, 0, 0.0, 0, None, str(error))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tensors.values())
     return Row(name, counted["trained"], counted["trained"] / counted["base"], size, merges, "")
-
-
-def _merges(model: nnx.Module) -> bool:
-    """Whether the attached adapters can be merged into the weights."""
-    return all(type(adapter).merged is not MethodAdapter.merged for _, adapter in adapters_named(model, "default"))
 
 
 def methods_table(rows: Sequence[Row]) -> Table:

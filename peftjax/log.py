@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -118,9 +117,7 @@ class Log:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Preempted and KeyboardInterrupt are not subclasses of Exception.
         self.close("finished" if error is None else "failed" if isinstance(error, Exception) else "stopped")
 
@@ -140,12 +137,7 @@ class Log:
             self.progress.advance(step)
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the training metrics of a step.
-
-        Args:
-            step: Number of completed steps.
-            numbers: {name: value}: loss, learning_rate, one of `SPEEDS`, grad_norm and any others.
-        """
+        """Log the training metrics after a step: loss, learning_rate, one of `SPEEDS`, grad_norm and any others."""
         if not self._enabled:
             return
         now, memory = time.perf_counter(), peak_memory()
@@ -159,12 +151,7 @@ class Log:
         self.progress.report("  ".join(shown), "  ".join([self._place(step), *shown, clock]))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the scores of an evaluation.
-
-        Args:
-            step: Number of completed steps.
-            numbers: {name: score}.
-        """
+        """Log the scores of an evaluation after a step."""
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
@@ -216,15 +203,9 @@ def is_amount(name: str) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl file.
+    """Read a metrics.jsonl file: one dictionary per line, with non-finite numbers as floats.
 
     A truncated last line, left by a process that was killed while writing it, is skipped.
-
-    Args:
-        path: File to read.
-
-    Returns:
-        One dictionary per line, with non-finite numbers as floats.
 
     Raises:
         UserError: Any other line is invalid.

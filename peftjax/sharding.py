@@ -80,7 +80,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
-        known, axis = -int(np.prod(shape)), shape.index(-1)
+        known, axis = -math.prod(shape), shape.index(-1)
         if len(devices) > known and len(devices) % known:
             raise UserError(
                 f"mesh.{MESH_AXES[axis]}=-1 cannot use all {len(devices)} devices: the other axes take {known}, which does not "
@@ -88,7 +88,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             )
         shape[axis] = max(len(devices) // known, 1)
     wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-    if (needed := int(np.prod(shape))) > len(devices):
+    if (needed := math.prod(shape)) > len(devices):
         owner = f"these {jax.process_count()} processes have" if jax.process_count() > 1 else "this machine has"
         raise UserError(f"mesh {wanted} needs {needed} devices, but {owner} {len(devices)}; one axis may be -1")
     if use_all and needed < len(devices) and jax.process_count() > 1:
@@ -130,7 +130,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | Abs
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         names = tuple(name for name in TABLE.get(axis or "", ()) if name in free)
-        if names and size % int(np.prod([free[name] for name in names])) == 0:
+        if names and size % math.prod(free[name] for name in names) == 0:
             for name in names:
                 del free[name]
             entries.append(names)
@@ -169,10 +169,6 @@ def as_jit_returns(shardings: Any) -> Any:
 
 def undivided(variables: Mapping[str, nnx.Variable], mesh: Mesh) -> dict[str, float]:
     """Return the parameters that are sharded less than the table says, because the mesh does not divide a dimension.
-
-    Args:
-        variables: The parameters, by path.
-        mesh: The mesh.
 
     Returns:
         By path, the additional fraction of the parameter that each device holds. For a quantized kernel, of its codes.

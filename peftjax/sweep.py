@@ -29,21 +29,13 @@ from peftjax.core.terminal import make_console
 from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json_if_any
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
-from peftjax.training import alike, duration, space, start_from
+from peftjax.training import alike, duration, setup, space, start_from
 from peftjax.training.alike import separating_fields
 from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
 from peftjax.training.member import Member, say
 from peftjax.training.population import train_population
-from peftjax.training.setup import (
-    check_fit,
-    check_workdir,
-    complete_config,
-    open_checkpoints,
-    open_data,
-    resolve_config,
-)
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results
@@ -125,7 +117,7 @@ def resolve_configs(runs: Iterable[Member]) -> None:
     def rows(config: Config) -> int:
         key = (config.model.path, config.model.revision, config.task, config.data)
         if key not in counted:
-            task, data = open_data(config, sharding.make_mesh(config.mesh.sizes))
+            task, data = setup.open_data(config, sharding.make_mesh(config.mesh.sizes))
             with contextlib.closing(data):
                 counted[key] = duration.rows_of_epoch(config, task, data)
         return counted[key]
@@ -133,9 +125,9 @@ def resolve_configs(runs: Iterable[Member]) -> None:
     for member in runs:
         config, model = member.config, member.config.model
         try:
-            with open_checkpoints(config, member.workdir) as checkpoints:
+            with setup.open_checkpoints(config, member.workdir) as checkpoints:
                 fields = partial(base_fields, model.path, model.revision)
-                config = complete_config(config, checkpoints, partial(rows, config), fields)
+                config = setup.complete_config(config, checkpoints, partial(rows, config), fields)
                 member.config, _ = start_from.resolve_options(config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
@@ -145,18 +137,18 @@ def check_member(member: Member) -> None:
     """Check a run before any weights are read, as `check_fit` does; a message names the run."""
     mesh = sharding.make_mesh(member.config.mesh.sizes)
     try:
-        task, data = open_data(member.config, mesh)
-        with contextlib.closing(data), open_checkpoints(member.config, member.workdir) as checkpoints:
-            config, _ = resolve_config(member.config, task, data, member.workdir, checkpoints)
-            check_fit(config, task, data, mesh)
+        task, data = setup.open_data(member.config, mesh)
+        with contextlib.closing(data), setup.open_checkpoints(member.config, member.workdir) as checkpoints:
+            config, _ = setup.resolve_config(member.config, task, data, member.workdir, checkpoints)
+            setup.check_fit(config, task, data, mesh)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from None
 
 
 def finished(member: Member) -> bool:
     """Whether the run is finished. Raises a UserError if its directory holds a run with another configuration."""
-    with open_checkpoints(member.config, member.workdir) as checkpoints:
-        check_workdir(member.config, member.workdir, checkpoints)
+    with setup.open_checkpoints(member.config, member.workdir) as checkpoints:
+        setup.check_workdir(member.config, member.workdir, checkpoints)
         done = checkpoints.latest_step() == member.config.train.steps
     return done and (member.workdir / "report.html").exists()
 

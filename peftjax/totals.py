@@ -70,11 +70,7 @@ class Totals(NamedTuple):
 
 
 def chunked_cross_entropy(
-    logits_fn: Callable[[jax.Array], jax.Array],
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    chunk: int,
+    logits_fn: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> Totals:
     """sum_bt weights[b, t] * (logsumexp_v logits[b, t, v] - logits[b, t, targets[b, t]]), without storing all logits.
 

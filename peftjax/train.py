@@ -21,18 +21,11 @@ from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
 from peftjax.totals import Batch
 from peftjax.training import config as configs
+from peftjax.training import setup
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks, Trained
 from peftjax.training.profiling import Profiling, parse_steps
 from peftjax.training.run import Run
-from peftjax.training.setup import (
-    attach_method,
-    base_fingerprint,
-    check_fit,
-    open_checkpoints,
-    open_data,
-    resolve_config,
-)
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, accumulate, apply, jit_options, summary
 
@@ -59,14 +52,14 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
-        open_checkpoints(config, workdir) as checkpoints,
+        setup.open_checkpoints(config, workdir) as checkpoints,
     ):
-        task, data = open_data(config, mesh)
-        config, source = resolve_config(config, task, data, workdir, checkpoints)
-        check_fit(config, task, data, mesh, hooks)  # from shapes alone, before any weights are read
+        task, data = setup.open_data(config, mesh)
+        config, source = setup.resolve_config(config, task, data, workdir, checkpoints)
+        setup.check_fit(config, task, data, mesh, hooks)  # from shapes alone, before any weights are read
         model = hooks.model or task.load_model(config.model, task.directory, mesh, config.seed)
-        base = base_fingerprint(model)
-        method = attach_method(config, task, model, mesh, source)
+        base = setup.base_fingerprint(model)
+        method = setup.attach_method(config, task, model, mesh, source)
         objective, tx, trainable, frozen = parts = split(config, task, model, method, hooks.optimizer)
         run = Run(config, workdir, mesh, task, data, method, model, parts, base, hooks)
         state = run.resume(trainable, tx, checkpoints)

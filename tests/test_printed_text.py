@@ -15,8 +15,9 @@ from peftjax.log import Log
 from peftjax.models import from_hf_config
 from peftjax.plan import devices, tables
 from peftjax.plan.plan import Plan
+from peftjax.report.data import Sample
 from peftjax.training import config as configs
-from peftjax.training.answers import Answer, answers_table
+from peftjax.training.answers import answers_table
 from peftjax.training.sweep_table import make_table
 from tests import tiny
 
@@ -89,6 +90,8 @@ def test_training_and_evaluation(out: io.StringIO, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "stdout", out)
     with Log(tmp_path, total_steps=1, resume_step=0, tensorboard=False) as log:
         log.message(TEXT)
-        log.panel(TEXT, answers_table([Answer("", TEXT, TEXT, TEXT), Answer("", TEXT, "", TEXT)], scored=True))
+        log.panel(
+            TEXT, answers_table([Sample("", TEXT, TEXT, TEXT, True), Sample("", TEXT, TEXT, "", False)], scored=True)
+        )
         log.step(1, {"loss": 1.0})
     assert out.getvalue().count(TEXT) == 2 + 2 + 2

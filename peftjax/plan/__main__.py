@@ -29,7 +29,6 @@ from peftjax.io.hf_files import find_model
 from peftjax.plan import devices
 from peftjax.plan.devices import Device
 from peftjax.plan.plan import Plan
-from peftjax.plan.populations import swept_configs
 from peftjax.plan.search import search
 from peftjax.plan.tables import compare_table, search_table, show
 from peftjax.plan.variants import comparison
@@ -118,8 +117,7 @@ def main(argv: list[str]) -> int:
         probes = list(search(given.search, config, parts, probe, given.members, most))
         fits, result = _search(console, given.search, probes)
     elif swept:
-        chosen = swept_configs(given.config, given.overrides, fields, given.trials, given.search_seed)
-        runs = map(start_from.with_options, chosen)
+        runs = _swept_configs(given, fields)
         fits, result = _plan_sweep(console, populations(runs, lambda config: config), device, probe)
     elif given.compare:
         fits, result = _compare(console, config, partial(probe, members=given.members))
@@ -147,6 +145,15 @@ def _search(
     name = "number of members" if kind == "members" else kind
     console.print(f"largest {name} that fits: {best or 'none'}")
     return best is not None, [{kind: value} | _record(plan) for value, plan in probes]
+
+
+def _swept_configs(given: argparse.Namespace, fields: Sequence[str]) -> list[Config]:
+    """The config of each run that `peftjax sweep` would train with the same arguments in a new workdir."""
+    spaces = space.read_spaces(given.config, fields)
+    chosen = space.chosen_values(given.config, given.overrides, spaces, given.trials, given.search_seed)
+    different = dict.fromkeys(tuple(texts.items()) for texts in chosen)  # as in a sweep, repeated draws count once
+    found = [space.load(given.config, given.overrides, spaces, dict(texts)) for texts in different]
+    return [start_from.with_options(config) for config in found]
 
 
 def _plan_sweep(

@@ -17,14 +17,7 @@ def advice(
 ) -> list[tuple[str, int]]:
     """Return changes to the config and the bytes per device that each of them alone saves, the largest first.
 
-    The savings are differences of two estimates (`TracedStep.needed`).
-
-    Args:
-        config: The training config.
-        hf_config: The fields of the model's config.json.
-        mesh: The devices.
-        needed: The estimate of the unchanged config.
-        members: Number of runs that the step trains together.
+    The savings are differences of two estimates (`TracedStep.needed`), of which `needed` is that of the unchanged config.
     """
     savings = []
     for fields in _candidates(config, mesh):

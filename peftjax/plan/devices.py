@@ -91,11 +91,9 @@ class Device:
         return {axis: rest if size == -1 else size for axis, size in shape.items()}
 
     def mesh(self, sizes: Mapping[str, int], *, simulated: bool = False) -> Mesh:
-        """Return a mesh of all these devices.
+        """Return a mesh of all these devices, with sizes as for `mesh_shape`.
 
-        Args:
-            sizes: The sizes of the mesh axes, as for `mesh_shape`.
-            simulated: Use as many CPU devices instead, to trace without the devices' compiler.
+        `simulated` takes as many CPU devices instead, to trace without the devices' compiler.
         """
         found = jax.devices("cpu")[: self.count] if simulated or self.chip is None else _topology(self, self.chip)
         return sharding.make_mesh(self.mesh_shape(sizes), devices=found)

@@ -127,10 +127,8 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 def type_bytes(kind: str, *, anywhere: bool = False) -> int:
     """Return the bytes of the arrays of a type.
 
-    Args:
-        kind: The type.
-        anywhere: Whether to include arrays that the TPU compiler keeps outside of the device's main memory, which are
-            marked S(1) and so on in their layouts.
+    `anywhere` includes arrays that the TPU compiler keeps outside of the device's main memory, which are marked S(1) and so on
+    in their layouts.
     """
     total = 0
     for name, dimensions, layout in _ARRAY.findall(kind):

@@ -7,17 +7,8 @@ a GPU. Layers and microbatches are loops in this code base, so here a body count
 import dataclasses
 import re
 
-from peftjax.plan.hlo import (
-    Computation,
-    Instruction,
-    Program,
-    executions,
-    fused_computation,
-    group_size,
-    parse_program,
-    trip_count,
-    type_bytes,
-)
+from peftjax.plan import hlo
+from peftjax.plan.hlo import Computation, Instruction, Program
 from peftjax.quant.grouped import IN_USE
 
 
@@ -60,19 +51,19 @@ def traffic(text: str, *, trips: bool = True, blocks_in_use: float = 1.0) -> Tra
         trips: Whether the body of a loop counts as often as it runs; False counts it once, as `cost_analysis()` does.
         blocks_in_use: The share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
     """
-    program = parse_program(text)
+    program = hlo.parse_program(text)
     memory, unknown = 0.0, 0
-    for computation, times in executions(program, trips=trips, conditions={IN_USE: blocks_in_use}):
+    for computation, times in hlo.executions(program, trips=trips, conditions={IN_USE: blocks_in_use}):
         for instruction in computation.values():
             memory += times * _moved(instruction, computation, program)
-            if instruction.code == "while" and trips and trip_count(instruction, program) is None:
+            if instruction.code == "while" and trips and hlo.trip_count(instruction, program) is None:
                 unknown += 1
     return Traffic(round(memory), _collectives(program, trips), unknown)
 
 
 def _collectives(program: Program, trips: bool) -> dict[str, tuple[int, int]]:
     runs: dict[tuple[str, str], tuple[float, int]] = {}  # by kind and channel: how often, and the bytes of each run
-    for computation, times in executions(program, trips=trips, fusions=True):
+    for computation, times in hlo.executions(program, trips=trips, fusions=True):
         for instruction in computation.values():
             kind = instruction.code.removesuffix("-done")
             if kind in _COLLECTIVES:
@@ -95,27 +86,27 @@ def _moved(instruction: Instruction, computation: Computation, program: Program)
         return 0
     if code == "custom-call" and any(f'custom_call_target="{marker}' in instruction.attributes for marker in _MARKERS):
         return 0
-    result = type_bytes(instruction.type)
+    result = hlo.type_bytes(instruction.type)
     if code in _SLICES or code == "slice-done":
         return 2 * result
     if code.endswith("-start"):  # the result repeats the operands
         return result
     if code == "dynamic-update-slice":
-        return 2 * type_bytes(computation[instruction.operands[1]].type)
+        return 2 * hlo.type_bytes(computation[instruction.operands[1]].type)
     operands = [computation[name].type if name in computation else "" for name in instruction.operands]
-    if (fused := fused_computation(instruction, program)) is not None:
+    if (fused := hlo.fused_computation(instruction, program)) is not None:
         return _written(fused, result) + sum(
-            type_bytes(kind) and min(type_bytes(kind), _read(fused, index, program))
+            hlo.type_bytes(kind) and min(hlo.type_bytes(kind), _read(fused, index, program))
             for index, kind in enumerate(operands)
         )
-    return result + sum(map(type_bytes, operands))
+    return result + sum(map(hlo.type_bytes, operands))
 
 
 def _read(fused: Computation, index: int, program: Program) -> int:
     """Bytes that a fusion reads of its operand number `index`: only the slices if it takes slices."""
     parameters = [o for o in fused.values() if o.code == "parameter" and o.operands == [str(index)]]
     names = {o.name for o in parameters}
-    whole = sum(type_bytes(o.type, anywhere=True) for o in parameters)
+    whole = sum(hlo.type_bytes(o.type, anywhere=True) for o in parameters)
     read = 0
     for instruction in fused.values():
         if not names & set(instruction.operands):
@@ -124,10 +115,10 @@ def _read(fused: Computation, index: int, program: Program) -> int:
         if instruction.code == "bitcast" or _IN_PLACE in instruction.attributes:
             names.add(instruction.name)
         elif instruction.code in _SLICES and first:
-            read += type_bytes(instruction.type, anywhere=True)
+            read += hlo.type_bytes(instruction.type, anywhere=True)
         elif instruction.code == "dynamic-update-slice" and first:
             pass  # in place
-        elif (inner := fused_computation(instruction, program)) is not None:
+        elif (inner := hlo.fused_computation(instruction, program)) is not None:
             read += sum(_read(inner, at, program) for at, name in enumerate(instruction.operands) if name in names)
         else:
             return whole
@@ -140,17 +131,17 @@ def _written(fused: Computation, result: int) -> int:
     while instruction is not None and instruction.code == "bitcast":
         instruction = fused.get(instruction.operands[0])
     if instruction is not None and instruction.code == "dynamic-update-slice":
-        return min(result, type_bytes(fused[instruction.operands[1]].type, anywhere=True))
+        return min(result, hlo.type_bytes(fused[instruction.operands[1]].type, anywhere=True))
     return result
 
 
 def _sent(kind: str, instruction: Instruction, start: Instruction) -> int:
     """Bytes that each of n devices sends for a collective over S bytes, in a ring (Patarasu and Yuan 2009): (n - 1) / n S
     for all-gather, reduce-scatter and all-to-all, twice that for all-reduce."""
-    size = type_bytes(instruction.type, anywhere=True)
+    size = hlo.type_bytes(instruction.type, anywhere=True)
     if kind == "collective-permute":
         return size
-    devices = group_size(start)
+    devices = hlo.group_size(start)
     if kind == "reduce-scatter":
         size *= devices
     return (2 if kind == "all-reduce" else 1) * size * (devices - 1) // devices

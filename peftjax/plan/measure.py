@@ -36,15 +36,10 @@ def measure(
     population: Sequence[Config] = (),
     advise: bool = True,
 ) -> Plan:
-    """Return the plan of `config` on a device.
+    """Return the plan of `config` on a device. This process must have been started with `device.environment()`.
 
-    Args:
-        config: The training config.
-        hf_config: The fields of the model's config.json.
-        device: The device. This process must have been started with `device.environment()`.
-        members: Number of runs that the step trains together; see `traced`.
-        population: Configs of runs that may be trained together; see `trace_step`.
-        advise: If the step does not fit, find changes that save memory.
+    `hf_config` has the fields of the model's config.json. About `members` and `population`, see `trace_step`. With `advise`, a
+    plan that does not fit has changes that save memory.
 
     Raises:
         UserError: The model, the method and the config do not go together.
@@ -79,11 +74,8 @@ def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mes
         devices=device.count,
         memory=device.memory,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
-        compiler="",
         arguments=step.argument_bytes,
-        padding=0,
         temporaries=step.temporary_bytes,
-        others=0,
         gradients=step.gradient_bytes,
         members=step.members,
         positions=positions,
@@ -95,7 +87,6 @@ def _estimated(config: Config, hf_config: Mapping[str, Any], device: Device, mes
         flops=jaxpr_cost.matmul_flops(step.traced.jaxpr.jaxpr, step.use.blocks),
         closed_flops=(6 if full else 4) * _active_kernels(step, base) * positions,
         moved=_estimated_traffic(config, step),
-        collectives={},
         attention=_attention(config, step, mesh),
     )
 

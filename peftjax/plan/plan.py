@@ -5,7 +5,7 @@ import dataclasses
 from peftjax.plan import devices
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a train step needs. Bytes are per device; FLOP are those of all devices together.
 
@@ -42,11 +42,11 @@ class Plan:
     devices: int
     memory: int
     mesh: dict[str, int]
-    compiler: str
+    compiler: str = ""
     arguments: dict[str, int]
-    padding: int
+    padding: int = 0
     temporaries: int
-    others: int
+    others: int = 0
     gradients: int
     members: int
     positions: int
@@ -58,7 +58,7 @@ class Plan:
     flops: int
     closed_flops: int
     moved: int
-    collectives: dict[str, tuple[int, int]]
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     attention: str = ""
     refused: str = ""
     advice: tuple[tuple[str, int], ...] = ()

@@ -38,10 +38,13 @@ def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> 
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     share = f"{plan.trained_parameters / plan.base_parameters:.2%} of the base"
     active = f", {_count(plan.active_parameters)} active" if _has_experts(plan) else ""
-    base = f"{_count(plan.base_parameters)} parameters{active}, {_format(config)}"
+    quantized = config.model.quantize and f"{config.model.quantize} kernels"
+    weights = quantized or config.model.param_dtype or config.model.dtype
+    base = f"{_count(plan.base_parameters)} parameters{active}, {weights}"
     console.print(Text.assemble((config.model.path, "bold"), f": {base}"))
     trained = f"{_count(plan.trained_parameters)} trainable parameters, {share}"
-    console.print(f"{config.method.method}: {_together(plan)}{trained}")
+    together = f"{plan.members} members trained together, each with " if plan.members > 1 else ""
+    console.print(f"{config.method.method}: {together}{trained}")
     console.print(f"attention: {plan.attention} (model.attention={config.model.attention!r})")
     console.print(f"{plan.device}: {plan.devices} device{'s' * (plan.devices > 1)}{mesh and f', mesh {mesh}'}")
     if plan.compiler:
@@ -53,14 +56,12 @@ def _print_setup(console: Console, config: Config, plan: Plan, missing: str) -> 
 
 
 def _verdict(plan: Plan) -> Text:
-    """Return the line that says whether the step fits."""
-    certainty = "" if plan.compiler else "estimate: "
-    sizes = f"{format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device"
-    if plan.fits:
-        free = f": {sizes}, {format_bytes(plan.memory - plan.needed)} free"
-        return Text.assemble(certainty, ("fits", "bold green"), free)
-    excess = f": {sizes}, {format_bytes(plan.needed - plan.memory)} over"
-    return Text.assemble(certainty, ("does not fit", "bold red"), excess)
+    """Whether the step fits, and by how much."""
+    certainty, free = "" if plan.compiler else "estimate: ", plan.memory - plan.needed
+    verdict = ("fits", "bold green") if plan.fits else ("does not fit", "bold red")
+    rest = f"{format_bytes(free)} free" if plan.fits else f"{format_bytes(-free)} over"
+    sizes = f": {format_bytes(plan.needed)} of {format_bytes(plan.memory)} per device, {rest}"
+    return Text.assemble(certainty, verdict, sizes)
 
 
 def _notes(config: Config, plan: Plan) -> list[Text]:
@@ -99,9 +100,8 @@ def _step_table(plan: Plan, config: Config) -> Table:
     compiled = plan.compiler and not plan.refused
     source = plan.compiler if compiled else "estimate"
     factor = 6 if config.method.trains_base else 4
-    table.add_row(
-        "positions in all batches" if plan.members > 1 else "positions in a batch", f"{plan.positions:,}", "shapes"
-    )
+    batches = "all batches" if plan.members > 1 else "a batch"
+    table.add_row(f"positions in {batches}", f"{plan.positions:,}", "shapes")
     table.add_row("matrix products", f"{_count(plan.flops)}FLOP", "traced program")
     kernels = "active" if _has_experts(plan) else "kernels"
     table.add_row(f"  {factor} x {kernels} x positions", f"{_count(plan.closed_flops)}FLOP", "shapes")
@@ -123,11 +123,8 @@ def _step_table(plan: Plan, config: Config) -> Table:
             table.add_row("  of each member", f"{speed / plan.members:,.0f} tokens/s", origin)
     table.add_section()
     if plan.adapter_bytes:
-        table.add_row(
-            "adapter file of each member" if plan.members > 1 else "adapter file",
-            f"{plan.adapter_bytes:,} bytes",
-            "shapes",
-        )
+        each = " of each member" * (plan.members > 1)
+        table.add_row(f"adapter file{each}", f"{plan.adapter_bytes:,} bytes", "shapes")
     table.add_row("full fine-tuning, per device", format_bytes(plan.full_bytes), "estimate, no activations")
     return table
 
@@ -188,18 +185,8 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _together(plan: Plan) -> str:
-    return f"{plan.members} members trained together, each with " if plan.members > 1 else ""
-
-
 def _has_experts(plan: Plan) -> bool:
     return plan.active_parameters < plan.base_parameters
-
-
-def _format(config: Config) -> str:
-    if config.model.quantize:
-        return f"{config.model.quantize} kernels"
-    return str(config.model.param_dtype or config.model.dtype)
 
 
 def _count(value: float) -> str:

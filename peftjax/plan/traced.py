@@ -59,17 +59,11 @@ class TracedStep:
 def trace_step(
     config: Config, hf_config: Mapping[str, Any], mesh: Mesh, members: int = 1, population: Sequence[Config] = ()
 ) -> TracedStep:
-    """Trace the train step of `config` on a mesh.
+    """Trace the train step of `config` on a mesh, simulated or not, that trains `members` runs together.
 
-    If the models of a population differ in structure, the step is that of the structure with the most runs.
-
-    Args:
-        config: The training config.
-        hf_config: The fields of the model's config.json.
-        mesh: The devices, simulated or not.
-        members: Number of runs that the step trains together.
-        population: Configs of runs that may be trained together. Each member then has the adapters of all of them, their
-            largest ranks, and their largest optimizer state. Default: all members have `config`.
+    `population` are the configs of runs that may be trained together; by default, all members have `config`. Each member then
+    has the adapters of all of them, their largest ranks, and their largest optimizer state. If their models differ in
+    structure, the step is that of the structure with the most runs. `hf_config` has the fields of the model's config.json.
 
     Raises:
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.

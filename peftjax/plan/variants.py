@@ -5,9 +5,8 @@ from peftjax.training.config import Config, changed
 
 def full_fine_tuning(config: Config) -> Config:
     """Return the config of the same training without a method: all parameters are trained."""
-    return changed(
-        config, {"method.name": "full", "method.start_from": "", "model.quantize": "", "model.skip_quantize": ()}
-    )
+    full = {"method.name": "full", "method.start_from": "", "model.quantize": "", "model.skip_quantize": ()}
+    return changed(config, full)
 
 
 def comparison(config: Config) -> dict[str, Config]:
@@ -15,12 +14,8 @@ def comparison(config: Config) -> dict[str, Config]:
     none of these."""
     method = {} if config.method.method == "lora" else {"method.name": "lora", "method.start_from": ""}
     lora = changed(config, {**method, "model.quantize": "", "model.skip_quantize": ()})
-    found = {
-        "full": full_fine_tuning(config),
-        "lora": lora,
-        "lora, nf4": changed(lora, {"model.quantize": "nf4"}),
-    }
-    if not any(config == other for other in found.values()):
+    found = {"full": full_fine_tuning(config), "lora": lora, "lora, nf4": changed(lora, {"model.quantize": "nf4"})}
+    if config not in found.values():
         name = ", ".join(filter(None, (config.method.method, config.model.quantize)))
         found[f"{name} (the config)"] = config
     return found

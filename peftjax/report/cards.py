@@ -28,13 +28,7 @@ class Card(NamedTuple):
 
 
 def make_cards(train: Lines, evaluations: Lines, data: ReportData) -> list[Card]:
-    """Return the headline numbers for which there is data.
-
-    Args:
-        train: The training lines of metrics.jsonl.
-        evaluations: Its evaluation lines.
-        data: The run's report.json.
-    """
+    """Return the headline numbers for which there is data, from the training and the evaluation lines of metrics.jsonl."""
     return [*_evaluation_cards(evaluations), *_size_cards(data), *_speed_cards(train, evaluations)]
 
 

@@ -72,7 +72,7 @@
 
   /* Redraws the running means of a chart. */
   const redraw = (chart, percent) => {
-    const noisy = chart.curves.find((curve) => curve.noisy);
+    const noisy = chart.noisy;
     if (!noisy) return;
     noisy.smoothed = smooth(noisy.means || noisy.values, percent);
     for (const plot of chart.plots) {
@@ -95,11 +95,11 @@
       svg.addEventListener("pointerleave", () => hide(plot));
       return plot;
     });
-    const noisy = chart.curves.find((curve) => curve.noisy);
-    if (noisy) noisy.smoothed = smooth(noisy.means || noisy.values, Number(slider.value));
+    chart.noisy = chart.curves.find((curve) => curve.noisy);
+    if (chart.noisy) chart.noisy.smoothed = smooth(chart.noisy.means || chart.noisy.values, Number(slider.value));
     return chart;
   });
-  if (charts.some((chart) => chart.curves.some((curve) => curve.noisy))) {
+  if (charts.some((chart) => chart.noisy)) {
     slider.closest("label").hidden = false;
     slider.addEventListener("input", () => {
       slider.nextElementSibling.textContent = Number(slider.value) ? `${slider.value}% of the run` : "off";

@@ -52,14 +52,13 @@ def main_scores(evaluations: Lines) -> list[str]:
     return [name for name in _SCORES if any(name in line for line in evaluations[-1:])][:2]
 
 
-def make_charts(train: Lines, evaluations: Lines, loss_unit: str) -> list[Chart]:
-    """Return the charts for which there is data, the loss first.
+def finite_points(lines: Lines, field: str) -> list[tuple[float, float]]:
+    """The steps and values of a field, without values that are not finite."""
+    return [(line["step"], line[field]) for line in lines if math.isfinite(line.get(field, math.nan))]
 
-    Args:
-        train: The training lines of metrics.jsonl.
-        evaluations: Its evaluation lines.
-        loss_unit: The unit of the loss.
-    """
+
+def make_charts(train: Lines, evaluations: Lines, loss_unit: str) -> list[Chart]:
+    """Return the charts for which there is data, the loss first, from the train and eval lines of metrics.jsonl."""
     last_step = max((line["step"] for line in [*train, *evaluations]), default=0)
     loss = _curves("training", train, "loss", smooth=True) + _curves("held out", evaluations, "eval_loss", "second")
     scores = [
@@ -89,7 +88,7 @@ def _curves(name: str, lines: Lines, field: str, color: str = "first", smooth: b
 
     smooth: draw a long curve faintly under its running mean.
     """
-    points = [(line["step"], line[field]) for line in lines if field in line and math.isfinite(line[field])]
+    points = finite_points(lines, field)
     if not points:
         return []
     steps, values = zip(*points, strict=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from peftjax.core.files import write_atomically
 from peftjax.core.terminal import printable
 from peftjax.report import run_plots
+from peftjax.report.charts import finite_points
 from peftjax.report.compared_tables import ComparedTable, final_scores, group_name, make_tables, scores_of
 from peftjax.report.comparison import Group, RecordedRun, group_seeds, warnings_of
 from peftjax.report.data import Sample
@@ -45,10 +46,6 @@ def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]
     """Write compare.html, each table as .csv, and the figures curves and scores as .png and .pdf; return their paths.
 
     The figures are made for a column of a two-column paper, see `save_figure`. Without a finite loss there are none.
-
-    Args:
-        runs: The runs.
-        directory: Where to write; created if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     groups, tables = group_seeds(runs), make_tables(runs)
@@ -78,22 +75,18 @@ def _shown(groups: Sequence[Group], loss: str) -> list[_Shown]:
     for group in groups:
         scores = [score for score in final_scores(group, loss) if math.isfinite(score)]
         if scores and (curve := _mean_curve(group, loss)).steps:
-            found.append(_Shown(_row(group), "soft", curve, scores))
+            found.append(_Shown(_row(group), "", curve, scores))
     found.sort(key=lambda one: statistics.fmean(one.scores))
-    for number, color in enumerate(GROUP_COLORS[: len(found)]):
-        found[number] = found[number]._replace(color=color)
+    colors = [*GROUP_COLORS, *["soft"] * len(found)]
     return [
-        one._replace(curve=one.curve._replace(color=COLORS[one.color], width=0.6 if one.color == "soft" else 1.0))
-        for one in found
+        one._replace(color=color, curve=one.curve._replace(color=COLORS[color], width=0.6 if color == "soft" else 1.0))
+        for one, color in zip(found, colors, strict=False)
     ]
 
 
 def _mean_curve(group: Group, loss: str) -> RunCurve:
     """The mean loss over the steps at which all runs of the group have logged it."""
-    logged = [
-        {line["step"]: line[loss] for line in run.lines if math.isfinite(line.get(loss, math.nan))}
-        for run in group.runs
-    ]
+    logged = [dict(finite_points(run.lines, loss)) for run in group.runs]
     steps = sorted(set.intersection(*map(set, logged)))
     values = [[losses[step] for losses in logged] for step in steps]
     spread = [statistics.stdev(some) for some in values] if len(logged) > 1 else []

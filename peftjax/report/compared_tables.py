@@ -83,13 +83,11 @@ def difference_intervals(losses: Sequence[Sequence[float]]) -> list[str]:
     """
     from scipy import stats
 
-    usable = [len(set(values)) > 1 and all(map(math.isfinite, values)) for values in losses]
-    if sum(usable) < 2:
-        return [""] * len(losses)
-    best = min((values for values, use in zip(losses, usable, strict=True) if use), key=statistics.fmean)
+    usable = [values for values in losses if len(set(values)) > 1 and all(map(math.isfinite, values))]
+    best = min(usable, key=statistics.fmean) if len(usable) > 1 else None
     texts = []
-    for values, use in zip(losses, usable, strict=True):
-        if use and values is not best:
+    for values in losses:
+        if best is not None and values is not best and values in usable:
             interval = stats.ttest_ind(values, best, equal_var=False).confidence_interval(0.95)
             digits = decimals(interval.high - interval.low)
             texts.append(f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}")

@@ -12,7 +12,7 @@ from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
-from peftjax.report.sweep_figures import SEED
+from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.sweep_page import RESULTS
 from peftjax.tasks.metrics import OF_ANSWERS
 
@@ -101,9 +101,8 @@ def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
 
     The groups are in the order of their first runs.
     """
-    names = dict.fromkeys(name for run in runs for name in run.config)
-    fields = [name for name in names if name != SEED and not name.startswith(FREE)]
-    varied = [name for name in fields if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
+    fields = varied_fields([run.config for run in runs])
+    varied = [name for name in fields if name != SEED and not name.startswith(FREE)]
     groups: dict[str, Group] = {}
     for run in runs:
         values = {name: run.config.get(name) for name in varied}

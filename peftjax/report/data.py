@@ -45,14 +45,14 @@ class Sample:
         record: Name of the record.
         prompt: The prompt.
         answer: The model's answer.
-        expected: The expected answer; None if there is no single correct one.
-        correct: Whether the answer is the expected one; None if there is no single correct one.
+        expected: The expected answer.
+        correct: Whether the answer equals the expected one, up to surrounding spaces; None if answers are not scored.
     """
 
     record: str
     prompt: str
     answer: str
-    expected: str | None = None
+    expected: str
     correct: bool | None = None
 
 
@@ -124,11 +124,7 @@ class ReportData:
 def count_parts(leaves: Mapping[str, nnx.Variable], trains: type[nnx.Variable]) -> tuple[Part, ...]:
     """Count a model's parameters by part: the first two names of the path for the base, the module for an adapter.
 
-    Constants and random keys are not counted.
-
-    Args:
-        leaves: The model's variables by path, from `variables.flat`.
-        trains: The variable type that the method trains.
+    Constants and random keys are not counted. `trains` is the variable type that the method trains.
     """
     sums: dict[tuple[str, bool, bool], list[int]] = {}
     for path, leaf in leaves.items():

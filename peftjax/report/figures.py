@@ -35,13 +35,7 @@ class Figure(NamedTuple):
 
 
 def make_figure(
-    title: str,
-    note: str,
-    legend: list[tuple[str, str]],
-    draw: Drawer,
-    *,
-    wide: bool = False,
-    height: int = 250,
+    title: str, note: str, legend: list[tuple[str, str]], draw: Drawer, *, wide: bool = False, height: int = 250
 ) -> Figure:
     """The drawing as a figure of a page. height: in pixels. wide: whether it has the page's whole width."""
     label = printable(f"{title}, {note}" if note else title)

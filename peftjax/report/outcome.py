@@ -12,11 +12,7 @@ def concerns(lines: Sequence[Mapping[str, Any]], classes: Classes | None) -> lis
 
 
 def concern(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Why a run seems to have learned nothing; empty if there is no sign of that.
-
-    Args:
-        lines: The lines of metrics.jsonl.
-    """
+    """Why a run with these lines of metrics.jsonl seems to have learned nothing; empty if there is no sign of that."""
     trained = [line for line in lines if line["kind"] == "train"]
     scored = [line["eval_loss"] for line in lines if line["kind"] == "eval" and "eval_loss" in line]
     if trained and trained[-1].get("grad_norm") == 0:

@@ -24,10 +24,7 @@ _CONFIG = "config.json"
 
 
 def write_report(workdir: Path) -> Path:
-    """Write report.html into a run's directory and return its path.
-
-    Args:
-        workdir: The directory of the run. Files that are missing are left out of the report.
+    """Write report.html into a run's directory and return its path. Files that are missing are left out of the report.
 
     Raises:
         UserError: The directory holds none of the files, or only the config.json of something else, such as a model; or one

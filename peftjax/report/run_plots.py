@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 
 _MARKERS = "os^Dvp"  # of each group of runs, over a field
 _FAILED: dict[str, Any] = {
-    "color": COLORS["wrong"],
-    "marker": "x",
-    "linestyle": "none",
-    "markeredgewidth": 1.75,
-    "clip_on": False,
-}
+    "color": COLORS["wrong"], "marker": "x", "linestyle": "none", "markeredgewidth": 1.75, "clip_on": False,
+}  # fmt: skip
 _DOTTED: dict[str, Any] = {"color": COLORS["wrong"], "linestyle": ":"}
 
 
@@ -111,12 +107,8 @@ def draw_field(
 ) -> None:
     """Draw the score of each run over the place of its value, and the mean and standard deviation of equal values.
 
-    Args:
-        axes: Where to draw.
-        scale: The horizontal axis.
-        lines: The runs with a score.
-        failed: The places of failed runs, marked at the top.
-        highest: The end of the vertical axis; triangles there mark runs with higher scores, which have no mean.
+    Crosses at the top mark the places of failed runs. The vertical axis ends at `highest`; triangles there mark runs with higher
+    scores, which have no mean.
     """
     scores = [score for line in lines for _, score in line.points if score <= highest]
     set_values(axes, scores, is_log(scores), format_number)
@@ -157,11 +149,7 @@ def draw_field(
 def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], colors: Sequence[str | None]) -> None:
     """Draw parallel coordinates: each run is a line across the axes of the fields to that of its score.
 
-    Args:
-        axes: Where to draw.
-        names: The names of the axes.
-        scales: The axes. The last one lacks the failed runs, which are the last runs and have no score.
-        colors: The color of each run, the best first; None for a failed run.
+    The runs are sorted, the best first. Failed runs come last: they have no color, and no place on the last scale.
     """
     for run in reversed(range(len(colors))):
         heights = [scale.height(scale.places[run]) for scale in scales if run < len(scale.places)]

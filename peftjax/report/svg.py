@@ -89,16 +89,10 @@ def draw_chart(
     text: Callable[[float], str],
     log: bool,
 ) -> Drawing:
-    """Draw a chart; equal curves give equal text.
+    """Draw a chart of at least one curve; equal curves give equal text.
 
-    Args:
-        title: The title, for screen readers.
-        curves: At least one curve.
-        last_step: The end of the horizontal axis.
-        size: Width and height in pixels.
-        bounds: Limits of a linear vertical axis; None for an automatic one.
-        text: Formats the labels of the vertical axis.
-        log: Whether the vertical axis is logarithmic.
+    `title` is for screen readers, `size` is in pixels. `last_step` is the end of the horizontal axis. `bounds` are the limits of
+    a linear vertical axis, with None for an automatic one, and `text` formats its labels.
     """
     with page_figure(title, size) as figure:
         axes = plain_axes(figure)
@@ -117,12 +111,7 @@ def draw_chart(
 
 @contextlib.contextmanager
 def page_figure(title: str, size: tuple[int, int]) -> Iterator["Figure"]:
-    """An empty figure in the style of the page; a figure of the same title and size gets the same ids.
-
-    Args:
-        title: Its title.
-        size: Width and height in pixels.
-    """
+    """An empty figure of some width and height in pixels, in the style of the page. Equal titles and sizes give equal ids."""
     from matplotlib import style
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from peftjax.log import is_amount
 from peftjax.report import run_plots
 from peftjax.report.cards import Card
+from peftjax.report.charts import finite_points
 from peftjax.report.figures import Figure, make_figure
 from peftjax.report.run_plots import Line, RunCurve
 from peftjax.report.scales import make_scale
@@ -42,6 +43,12 @@ class SweptRun(NamedTuple):
     stopped: int = 0
 
 
+def varied_fields(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields in which runs with these values differ."""
+    fields = dict.fromkeys(field for own in values for field in own)
+    return [field for field in fields if any(own.get(field) != values[0].get(field) for own in values)]
+
+
 def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
     """The tokens or images that the finished runs were trained on, and the time of the longest run."""
     cards = []
@@ -73,10 +80,7 @@ def best_rows(runs: Sequence[SweptRun], ranked_by: str, workdir: Path) -> list[t
 
 def make_figures(runs: Sequence[SweptRun], ranked_by: str) -> list[Figure]:
     """The learning curves, the score over each swept field, and with two or more such fields parallel coordinates."""
-    if not runs:
-        return []
-    swept = dict.fromkeys(field for run in runs for field in run.values)
-    varied = [field for field in swept if any(run.values.get(field) != runs[0].values.get(field) for run in runs)]
+    varied = varied_fields([run.values for run in runs])
     fields = [field for field in varied if field != SEED] or varied
     figures = list(_curves(runs, ranked_by))
     if _ranked(runs, ranked_by):
@@ -116,8 +120,7 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
     best = next(iter(colors), None)
     curves = []
     for number, run in enumerate(runs):
-        points = [(line["step"], line[score]) for line in run.lines if score in line and math.isfinite(line[score])]
-        if points:
+        if points := finite_points(run.lines, score):
             color = COLORS["wrong"] if run.failed else colors.get(number, COLORS["soft"])
             steps, values = zip(*points, strict=True)
             width = 1.6 if number == best else 1 if len(runs) <= 8 else 0.7

@@ -36,9 +36,7 @@ def write_sweep_page(workdir: Path) -> Path:
         runs=runs,
         ranked_by=ranked_by,
         fields=list(dict.fromkeys(field for run in runs for field in run.values)),
-        scores=[
-            score for score in dict.fromkeys(score for run in runs for score in run.scores) if not is_amount(score)
-        ],
+        scores=list(dict.fromkeys(score for run in runs for score in run.scores if not is_amount(score))),
         cards=cost_cards(runs),
         best=best_rows(runs, ranked_by, workdir),
         figures=make_figures(runs, ranked_by),
@@ -55,9 +53,8 @@ def _run(
     scores: dict[str, float],
     failed: str = "",
     stopped: int = 0,
-    **more: Any,
+    **_: Any,
 ) -> SweptRun:
-    del more
     directory = workdir / run
     link = f"{quote(run)}/{PAGE}" if (directory / PAGE).exists() else ""
     lines = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []

@@ -12,12 +12,7 @@ MOST_CONFUSED = 12
 
 
 def data_rows(data: ReportData, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the counts of the training data with their names.
-
-    Args:
-        data: The run's report.json.
-        config: Its config, {"section.field": value}.
-    """
+    """Return the counts of the training data with their names. `config` is flat: {"section.field": value}."""
     limit = f"{config['data.max_length']:,} tokens" if "data.max_length" in config else "the limit"
     fate = {"truncate": "truncated", "drop": "dropped", "error": "refused"}.get(config.get("data.too_long", ""), "")
     names = {
@@ -43,25 +38,19 @@ def confusion_matrix(classes: Classes | None) -> list[tuple[str, list[tuple[int,
     if classes is None or not classes.confusions or len(classes.scores) > MOST_CLASSES:
         return []
     counts = {(true, predicted): count for true, predicted, count in classes.confusions}
-    numbers = range(len(classes.scores))
-    return [
-        (
-            score.name,
-            [
-                (count, round(100 * count / (score.examples or 1), 1), true == predicted)
-                for predicted in numbers
-                for count in [counts.get((true, predicted), 0)]
-            ],
-        )
-        for true, score in enumerate(classes.scores)
-    ]
+    rows = []
+    for true, score in enumerate(classes.scores):
+        row = [counts.get((true, predicted), 0) for predicted in range(len(classes.scores))]
+        examples = score.examples or 1
+        cells = [(count, round(100 * count / examples, 1), true == predicted) for predicted, count in enumerate(row)]
+        rows.append((score.name, cells))
+    return rows
 
 
 def most_confused(classes: Classes | None) -> list[tuple[str, str, int]]:
     """Return the most frequent confusions as (class, prediction, number of examples)."""
     if classes is None:
         return []
-    wrong = [(true, predicted, count) for true, predicted, count in classes.confusions if true != predicted]
-    wrong.sort(key=lambda entry: -entry[2])
+    wrong = sorted((one for one in classes.confusions if one[0] != one[1]), key=lambda one: -one[2])
     names = [score.name for score in classes.scores]
     return [(names[true], names[predicted], count) for true, predicted, count in wrong[:MOST_CONFUSED]]

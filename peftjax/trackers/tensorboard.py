@@ -16,11 +16,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, purge: int | None) -> None:
-        """
-        Args:
-            directory: Directory of the event file, which is created.
-            purge: Step from which TensorBoard hides the events of earlier files; None for the first file.
-        """
+        """purge: the step from which TensorBoard hides the events of earlier files; None for the first file."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 

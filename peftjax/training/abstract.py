@@ -39,10 +39,7 @@ class StepArguments(NamedTuple):
 def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> Model:
     """Return the model that `config` trains, quantized and with its adapters, as shapes.
 
-    Args:
-        config: The training config.
-        task: Its task.
-        hf_config: The fields of the model's config.json, with the quantization_config that describes its weights.
+    `hf_config` has the fields of the model's config.json, with the quantization_config that describes its weights.
 
     Raises:
         UserError: The architecture is not supported, or the method does not fit the model.

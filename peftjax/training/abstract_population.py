@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -10,20 +10,11 @@ from jax.sharding import Mesh
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.tasks import Task
-from peftjax.training.abstract import Batch, StepArguments, abstract_step, bytes_per_device
+from peftjax.training.abstract import StepArguments, abstract_step, bytes_per_device
 from peftjax.training.config import Config
 from peftjax.training.population_step import make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.split import split
 from peftjax.training.step import Metrics, TrainState, jit_options
-
-
-class PopulationArguments(NamedTuple):
-    """The arguments of a population's train step, as `jax.ShapeDtypeStruct`s with shardings."""
-
-    states: list[TrainState]
-    shared: variables.FlatTree
-    own: list[variables.FlatTree]
-    batches: list[Batch]
 
 
 def largest_step(
@@ -38,20 +29,12 @@ def largest_step(
 
 def abstract_population(
     config: Config, task: Task, model: Model, arguments: StepArguments, members: int
-) -> tuple[jax.stages.Wrapped, PopulationArguments]:
-    """The jitted step of a population of equal members, and its arguments as shapes with shardings.
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """The jitted step (states, shared, own, batches) of `members` members with this config, and its arguments as shapes.
 
-    Call it inside `jax.set_mesh(mesh)`.
-
-    Args:
-      config: The config of each member.
-      task: Its task.
-      model: The model as shapes with shardings.
-      arguments: The arguments of the step of one member, from `abstract_step`.
-      members: Number of members.
+    Call it inside `jax.set_mesh(mesh)`. `arguments` are those of the step of one member, from `abstract_step`.
     """
     state, frozen, batch = arguments
-    states = [state] * members
     parts = split(config, task, model, config.method)
     population_gradients, update = make_gradients(parts.objective), make_update(parts.tx, {})
     options = jit_options(state)
@@ -64,5 +47,4 @@ def abstract_population(
         return [update(each, gradients, index) for index, each in enumerate(states)]
 
     own, shared = own_leaves(model, frozen), shared_leaves(model, frozen)
-    given = PopulationArguments(states, shared, [own] * members, [batch] * members)
-    return cast(jax.stages.Wrapped, population_step), given
+    return population_step, ([state] * members, shared, [own] * members, [batch] * members)

@@ -43,19 +43,15 @@ def separating_fields(one: Config, other: Config) -> list[str]:
 
 
 def populations(runs: Iterable[RunT], config_of: Callable[[RunT], Config]) -> list[list[RunT]]:
-    """The runs in groups that one program can train.
-
-    Args:
-      runs: The runs.
-      config_of: Returns the config of a run.
-    """
+    """The runs in groups that one program can train. `config_of` returns the config of a run."""
     groups: list[list[RunT]] = []
     for run in runs:
-        group = next((group for group in groups if not separating_fields(config_of(group[0]), config_of(run))), None)
-        if group is None:
-            groups.append([run])
+        for group in groups:
+            if not separating_fields(config_of(group[0]), config_of(run)):
+                group.append(run)
+                break
         else:
-            group.append(run)
+            groups.append([run])
     return groups
 
 

@@ -1,6 +1,5 @@
 """Generated answers to held-out prompts, and their scores."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -14,37 +13,16 @@ from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_each, generate_ids
 from peftjax.models.base import Model
+from peftjax.report.data import Sample
 from peftjax.tasks import metrics
 
 BATCH = 64  # prompts answered at a time
 LINES = 3  # printed of each text
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A generated answer.
-
-    Attributes:
-      record: The name of the record.
-      prompt: The text that was continued.
-      expected: The expected answer.
-      answer: The generated answer.
-    """
-
-    record: str
-    prompt: str
-    expected: str
-    answer: str
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer equals the expected one, up to surrounding spaces."""
-        return metrics.same(self.answer, self.expected)
-
-
 def answer(
     model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int, progress: Progress
-) -> list[Answer]:
+) -> list[Sample]:
     """The model's greedy answers to held-out prompts."""
     answers = []
     with progress.phase(GENERATING):
@@ -62,13 +40,13 @@ def answer_each(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     progress: Progress,
-) -> list[list[Answer] | NotFiniteError]:
+) -> list[list[Sample] | NotFiniteError]:
     """The greedy answers of several models from one program, or the error of a model whose logits are not finite.
 
     All models together answer about as many prompts at a time as a single model. `own` and `shared` are those of
     `generate_each`.
     """
-    found: list[list[Answer] | NotFiniteError] = [[] for _ in own]
+    found: list[list[Sample] | NotFiniteError] = [[] for _ in own]
     with progress.phase(GENERATING):
         for part, tokens in _batches(model, prompts, tokenizer, max(1, BATCH // len(own)), progress):
             outputs = generate_each(model, own, shared, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
@@ -93,29 +71,27 @@ def _batches(
         yield part, [prompt.tokens for prompt in part + [part[-1]] * (size - len(part))]
 
 
-def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer: Tokenizer) -> list[Answer]:
+def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer: Tokenizer) -> list[Sample]:
     return [
-        Answer(prompt.record, prompt.prompt, prompt.expected, tokenizer.decode(output))
-        for prompt, output in zip(prompts, outputs, strict=False)
+        Sample(prompt.record, prompt.prompt, text, prompt.expected, metrics.same(text, prompt.expected))
+        for prompt, text in zip(prompts, map(tokenizer.decode, outputs), strict=False)
     ]
 
 
-def answers_table(answers: Sequence[Answer], scored: bool) -> Table:
+def answers_table(answers: Sequence[Sample], scored: bool) -> Table:
     """Answers to print, each text clipped to a few lines; with a verdict if they are scored."""
     made = Table.grid(padding=(0, 2, 0, 0))
     for index, item in enumerate(answers):
         verdict = ("right" if item.correct else "wrong") if scored else "answer"
-        texts = {"prompt": item.prompt, verdict: item.answer} | (
-            {} if verdict == "right" else {"expected": item.expected}
-        )
-        for name, text in texts.items():
+        expected = [] if verdict == "right" else [("expected", item.expected)]
+        for name, text in [("prompt", item.prompt), (verdict, item.answer), *expected]:
             made.add_row(name, Clipped(text.strip(), LINES))
         if index < len(answers) - 1:
             made.add_row()
     return made
 
 
-def score(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:
+def score(answers: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
     """The metrics `names` of generated answers, and the number of answers."""
     found = metrics.score_answers([item.answer for item in answers], [item.expected for item in answers], names)
     return found | {"prompts": len(answers)}

@@ -14,15 +14,7 @@ from peftjax.training.optim import CUSTOM
 
 
 def training_summary(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> TrainingSummary:
-    """What the card says about the training of a run.
-
-    Args:
-      config: The config of the run.
-      task: Its task.
-      workdir: Its workdir, with metrics.jsonl.
-      step: The number of completed steps.
-      parts: The parameters of its model.
-    """
+    """What the card says about the training of a run, whose workdir has metrics.jsonl, after `step` steps."""
     lines = read_metrics(workdir / METRICS)
     trained, base = count_trained(parts)
     return TrainingSummary(

@@ -1,5 +1,6 @@
 """The number of runs of a sweep that are trained side by side: as many as fit the memory of the devices."""
 
+import functools
 import socket
 from collections.abc import Callable, Sequence
 
@@ -88,12 +89,7 @@ def common_memory(mesh: Mesh) -> int | None:
 def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, memory: int) -> int:
     """The number of members, from 1 to all, whose train step takes at most `memory` bytes per device.
 
-    Args:
-      configs: The configs of the members.
-      task: Their task.
-      model: Their model, from `group_runs`.
-      mesh: The devices.
-      memory: The memory to use.
+    `model` is the model of all members, from `group_runs`.
     """
     most = len(configs)
     with jax.set_mesh(mesh):
@@ -103,14 +99,13 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     if (needed := base + most * each) <= memory // 2:
         say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
         return most
-    tried: dict[int, int] = {}
 
+    @functools.cache
     def needed_by(members: int) -> int:
-        tried[members] = compiled_bytes(config, task, model, sharding.split_members(mesh, members), members)
-        return tried[members]
+        return compiled_bytes(config, task, model, sharding.split_members(mesh, members), members)
 
     found = largest(needed_by, base, each, most, memory)
-    say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(tried[found])} {room}")
+    say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(needed_by(found))} {room}")
     return found
 
 
@@ -141,15 +136,9 @@ def compiled_bytes(config: Config, task: Task, model: Model, mesh: Mesh, members
 def largest(needed: Callable[[int], int], base: int, each: int, most: int, memory: int) -> int:
     """The largest number of members, from 1 to `most`, that needs at most `memory` bytes, up to an eighth.
 
-    The first number is the one that the estimate allows. Each number that is tried predicts the next one, as if everything but
-    the base were proportional to it. The result has been tried, unless it is 1.
-
-    Args:
-      needed: The bytes that a number of members needs.
-      base: The bytes that they share.
-      each: An estimate of the bytes that each member needs in addition.
-      most: The largest number.
-      memory: The bytes to use.
+    `needed` returns the bytes that a number of members needs: about `base`, which they share, and `each` for every member. The
+    first number is the one that this estimate allows. Each number that is tried predicts the next one, as if everything but the
+    base were proportional to it. The result has been tried, unless it is 1.
     """
     fits, over = 0, most + 1  # the largest number that is known to fit, and the smallest that is known not to
     count = min(max((memory - base) // each, 1), most)

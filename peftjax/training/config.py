@@ -142,11 +142,9 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts, which `validate` turns back into an equal one."""
-    sections = {
-        each.name: getattr(config, each.name) for each in dataclasses.fields(config) if "section" in each.metadata
-    }
-    plain = {name: dataclasses.asdict(value) for name, value in sections.items()}
-    return {"seed": config.seed, "method": _method_values(config.method, config.start_from)} | plain
+    sections = [each.name for each in dataclasses.fields(config) if "section" in each.metadata]
+    values = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
+    return {"seed": config.seed, "method": _method_values(config.method, config.start_from)} | values
 
 
 def to_json(config: Config) -> str:

@@ -15,9 +15,7 @@ from peftjax.training.config import Config
 def default_values(config: Config, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The default config of a run's method, as nested dicts, resolved as the config of the run.
 
-    Args:
-      config: The config of the run.
-      hf_config: The fields of its model's config.json.
+    `hf_config` has the fields of the model's config.json.
     """
     options = json.loads(json.dumps(make_config(config.method.method).to_dict()))
     try:

@@ -21,12 +21,8 @@ def in_steps(config: Config, rows: Callable[[], int]) -> Config:
 
     Options of the method that depend on the number of steps are set too.
 
-    A length of E epochs has E * rows / train.batch_size steps. Lengths are rounded up, as in transformers. A config whose
-    lengths are in steps is returned as it is.
-
-    Args:
-      config: The config.
-      rows: A function that counts the rows of an epoch, called if a length is in epochs.
+    A length of E epochs has E * rows / train.batch_size steps; `rows` counts the rows of an epoch, and is called only then.
+    Lengths are rounded up, as in transformers. A config whose lengths are in steps is returned as it is.
 
     Raises:
       UserError: `rows` raises it, or the warmup is longer than the run.

@@ -37,10 +37,6 @@ class Halving:
                     found[workdir.name] = line["eval_loss"]
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def count(self, runs: int) -> int:
-        """The number of runs that continue, out of `runs`."""
-        return math.ceil(runs / self.reduction)
-
 
 def find_rungs(configs: Sequence[Config], reduction: int) -> list[int]:
     """The steps at which runs are compared: the first evaluation after each of 1/R, 1/R^2, ... of the steps.

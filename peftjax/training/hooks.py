@@ -43,12 +43,7 @@ class Hooks:
     on_evaluate: Callable[[Model, int], Mapping[str, float]] | None = None
 
     def scores(self, model: Model, step: int, others: Mapping[str, float]) -> dict[str, float]:
-        """The scores that `on_evaluate` returns.
-
-        Args:
-          model: The model as of the step.
-          step: The number of completed steps.
-          others: The scores already known.
+        """The scores that `on_evaluate` returns for the model after `step` steps; `others` are the scores already known.
 
         Raises:
           UserError: It does not return a mapping from strings to numbers, or one of the names is taken.

@@ -7,7 +7,7 @@ float32 and back, which takes time proportional to the square of the number of l
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,10 @@ def with_integer_stacks(function: Callable[P, R]) -> Callable[P, R]:
     return rewritten
 
 
-class _Bits:
+class _Bits(NamedTuple):
     """A stack of bfloat16 that is stored as uint16."""
 
-    def __init__(self, stored: jax.Array) -> None:
-        self.stored = stored
+    stored: jax.Array
 
 
 def _evaluate(program: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:

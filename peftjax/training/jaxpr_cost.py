@@ -4,7 +4,7 @@ Layers and microbatches are loops in this code base. The body of a loop counts a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,9 +25,7 @@ def bits(dtype: jnp.dtype) -> int:
 def matmul_flops(jaxpr: core.Jaxpr, blocks_in_use: float = 1.0) -> int:
     """Return the sum of 2 M N K over all matrix products that the program runs, on all devices together.
 
-    Args:
-        jaxpr: The program.
-        blocks_in_use: The share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
+    `blocks_in_use` is the share of the blocks of a mixture of experts that are in use; see `quant.grouped`.
     """
     return round(_matmul_flops(jaxpr, blocks_in_use))
 
@@ -55,10 +53,8 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
     to memory only where `_materialized` says so; elsewhere a compiler fuses it into its consumer. A loop holds its
     results, such as the values of every layer that the backward pass reads, and the peak of one pass through its body.
     """
-    last = {
-        var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.invars if isinstance(var, core.Var)
-    }
-    last |= dict.fromkeys((var for var in jaxpr.outvars if isinstance(var, core.Var)), len(jaxpr.eqns))
+    last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in _variables(equation.invars)}
+    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
     materialized = _materialized(jaxpr)
     held: dict[core.Var, int] = {}
     peak = 0
@@ -69,8 +65,8 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
         own = sum(made.values())
         peak = max(peak, sum(held.values()) + (own + inside if _is_loop(equation) else max(own, inside)))
         held |= {var: size for var, size in made.items() if last.get(var, -1) > index}
-        for var in equation.invars:
-            if isinstance(var, core.Var) and last[var] == index:
+        for var in _variables(equation.invars):
+            if last[var] == index:
                 held.pop(var, None)
     return peak
 
@@ -82,8 +78,8 @@ def stored_bytes(jaxpr: core.Jaxpr) -> int:
     Arrays of one size count once, because a compiler may find two of them to be equal. Loops of one trip, arrays that
     nothing reads, and those that are sent to another memory do not count.
     """
-    most, read = 0, {var for equation in jaxpr.eqns for var in equation.invars if isinstance(var, core.Var)}
-    read |= {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    read = {*_variables(var for equation in jaxpr.eqns for var in equation.invars), *_variables(jaxpr.outvars)}
+    most = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] > 1:
             ((body, _),) = _inner(equation)
@@ -109,9 +105,8 @@ def _materialized(jaxpr: core.Jaxpr) -> set[core.Var]:
     """The variables that a product reads, or both a reduction and another operation, such as a softmax's numerators."""
     readers: dict[core.Var, list[str]] = {}
     for equation in jaxpr.eqns:
-        for var in equation.invars:
-            if isinstance(var, core.Var):
-                readers.setdefault(var, []).append(equation.primitive.name)
+        for var in _variables(equation.invars):
+            readers.setdefault(var, []).append(equation.primitive.name)
     return {
         var
         for var, names in readers.items()
@@ -127,6 +122,11 @@ def _is_written(equation: core.JaxprEqn) -> bool:
     return equation.primitive.name.startswith(_WRITTEN) or any(
         _is_written(own) for body, _ in _inner(equation) for own in body.eqns
     )
+
+
+def _variables(operands: Iterable[Atom]) -> list[core.Var]:
+    """The operands that are not literals."""
+    return [operand for operand in operands if isinstance(operand, core.Var)]
 
 
 def _shape(var: Atom) -> tuple[int, ...]:

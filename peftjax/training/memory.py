@@ -48,15 +48,8 @@ def check_step(
     """Raises a UserError if a train step needs more memory than a device has, whatever the compiler does.
 
     The arguments of the step, none of which is freed before its end, and the arrays that its loops store for the backward pass
-    are counted. The step is traced only if they might not fit, because tracing takes about half a second.
-
-    Args:
-      config: The config.
-      task: Its task.
-      model: The model as shapes.
-      mesh: The devices, of which all processes know their own.
-      step: The step, from `abstract_step`.
-      arguments: Its arguments as shapes.
+    are counted. The step is traced only if they might not fit, because tracing takes about half a second. `step` and `arguments`
+    are those of `abstract_step`.
     """
     memory = most_memory(mesh.local_devices)
     if memory is None:

@@ -112,14 +112,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def describe_extension(config: OptimConfig, before: int, after: int, done: int) -> str:
-    """Describe how the learning rate of a run changes with its number of steps.
-
-    Args:
-      config: The section `optim`.
-      before: The planned number of updates until now.
-      after: The new number of updates.
-      done: The number of completed updates, at least 1.
-    """
+    """Describe how the learning rate changes if a run of `before` updates, of which `done` are completed, gets `after` updates."""
     changed = f"train.steps was raised from {before:,} to {after:,}"
     last, coming = float(make_schedule(config, before)(done - 1)), float(make_schedule(config, after)(done))
     if config.schedule == "constant":

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import heapq
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,8 +20,9 @@ from peftjax.core.units import format_clocks
 from peftjax.data.batches import Batches
 from peftjax.data.padding import pad_alike
 from peftjax.log import Log
+from peftjax.report.data import Sample
 from peftjax.training.abstract import abstract_batch
-from peftjax.training.answers import Answer, answer_each
+from peftjax.training.answers import answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.halving import Halving
 from peftjax.training.member import Member, Training, say, without_failed
@@ -31,20 +33,12 @@ from peftjax.training.united import United, unite_runs
 
 
 def train_population(
-    members: Sequence[Member],
-    preemption: Preemption,
-    width: int,
-    halving: Halving | None,
-    record: Callable[[], object],
+    members: Sequence[Member], preemption: Preemption, width: int, halving: Halving | None, record: Callable[[], object]
 ) -> None:
     """Train runs to their end or until `halving` stops them, each from its newest checkpoint if it has one.
 
-    Args:
-      members: The runs.
-      preemption: Tells when to save and stop.
-      width: Maximum number of concurrent runs. The others wait, and take the places of those that end.
-      halving: Which runs to stop; None: none.
-      record: Called after runs have ended.
+    `width` is the maximum number of concurrent runs; the others wait, and take the places of those that end. `record` is called
+    after runs have ended.
     """
     preemption.begin()
     mesh = sharding.split_members(sharding.make_mesh(members[0].config.mesh.sizes), width)
@@ -196,8 +190,7 @@ class Population:
     def _renew(self, reached: Sequence[Training]) -> None:
         """End the runs that have finished, failed or been stopped, and let others take their places.
 
-        Args:
-          reached: The runs whose step has changed.
+        `reached` are the runs whose step has changed.
         """
         while reached:
             before = len(self.live)
@@ -258,7 +251,7 @@ class Population:
         with self._progress.phase(EVALUATING):
             batches, accumulate = run.held_out_batches(members[0].log), run.config.train.accumulate
             found = evaluate_population(united.eval_step, run.task, own, united.shared, batches, run.mesh, accumulate)
-            answered: list[list[Answer] | NotFiniteError] = [[] for _ in own]
+            answered: list[list[Sample] | NotFiniteError] = [[] for _ in own]
             if prompts := run.prompts():
                 limit = run.config.eval.max_new_tokens
                 answered = answer_each(
@@ -301,7 +294,7 @@ def stop_worst(members: Sequence[Training], step: int, halving: Halving) -> None
     """End the members that are not among the best at a step."""
     # The first process has written the metrics. On other hosts, a network file system may not show the last lines yet.
     losses: list[str] = distributed.on_first(lambda: list(halving.losses(step)))
-    best = losses[: halving.count(len(losses))]
+    best = losses[: math.ceil(len(losses) / halving.reduction)]
     for one in members:
         if one.member.name not in best:
             one.stop(f"not among the best {len(best)} of {len(losses)} runs")

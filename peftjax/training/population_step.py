@@ -48,9 +48,7 @@ def make_gradients(objective: Objective) -> PopulationGradients:
 def make_update(tx: optax.GradientTransformation, names: Mapping[str, str]) -> Update:
     """The function (state, gradients, index) -> (state, metrics) of the member with an index in the population.
 
-    Args:
-      tx: The optimizer of the member.
-      names: The paths in the population of leaves that have other paths in the member.
+    `tx` is the member's optimizer. `names` has the paths in the population of leaves that have other paths in the member.
     """
 
     def update(state: TrainState, gradients: Gradients, index: int) -> tuple[TrainState, Metrics]:

@@ -9,15 +9,10 @@ from peftjax.training.config import Config
 
 
 def resolve_dtype(config: Config, hf_config: Mapping[str, Any], platform: str | None = None) -> Config:
-    """The config with a dtype in place of model.dtype="auto", as `compute_dtype` determines it.
+    """The config with a dtype in place of model.dtype="auto", as `compute_dtype` determines it for a platform (default: JAX's).
 
     Full fine-tuning in bfloat16 keeps its parameters in float32, unless model.param_dtype is given: an update that is
     smaller than the rounding of a parameter would be lost.
-
-    Args:
-      config: The config.
-      hf_config: The fields of the model's config.json.
-      platform: "cpu", or another one for an accelerator; default: that of JAX.
     """
     if config.model.dtype != "auto":
         return config

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 from peftjax.data.batches import HeldOut
 from peftjax.report.classes import Classes, Prediction, score_classes
@@ -14,14 +15,7 @@ WRONG, RIGHT = 6, 3  # numbers of examples
 
 
 def summarize(held_out: HeldOut, task: Task, found: Evaluation, step: int) -> Classes | None:
-    """The scores by class of an evaluation with some of its predictions; None if the task has no classes.
-
-    Args:
-      held_out: The held-out records.
-      task: The task.
-      found: The evaluation.
-      step: The number of completed steps.
-    """
+    """The scores by class of an evaluation after `step` steps, with some of its predictions; None if the task has no classes."""
     if not task.labels or found.logits is None or found.labels is None:
         return None
     examples = _examples(held_out, task, found.logits, found.labels, found.records)
@@ -35,7 +29,7 @@ def _examples(
     if len(records) != len(logits):  # one prediction for each word, or rows of several processes
         return []
     if labels.ndim == 1:
-        predicted, certain = logits.argmax(-1), _softmax(logits).max(-1)
+        predicted, certain = logits.argmax(-1), special.softmax(logits, axis=-1).max(-1)
         right = predicted == labels
     else:
         predicted, certain = logits > 0, np.abs(logits).min(-1)
@@ -63,8 +57,3 @@ def _named(task: Task, label: np.ndarray) -> str:
     if label.ndim == 0:
         return task.labels[int(label)]
     return ", ".join(task.labels[index] for index in np.flatnonzero(label)) or "none"
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.asarray(powers / powers.sum(-1, keepdims=True))

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -43,7 +42,7 @@ class Profiling:
       log: Where the table is printed.
 
     Raises:
-      UserError: Some of the steps never come.
+      UserError: The run does not take all of the steps.
     """
 
     def __init__(self, steps: range | None, start: int, end: int, workdir: Path, log: Log) -> None:
@@ -61,9 +60,7 @@ class Profiling:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._step is not None:  # the run ends in a traced step
             jax.profiler.stop_trace()
 
@@ -82,13 +79,8 @@ class Profiling:
     def end(self, step: int, train_step: Any, state: TrainState, *arguments: Any) -> None:
         """Stop the trace if a step was the last one to trace, and print the table.
 
-        If the trace cannot be written or read, a warning is printed.
-
-        Args:
-          step: The number of the step.
-          train_step: The jitted step.
-          state: The state after the step.
-          arguments: The other arguments of the step.
+        If the trace cannot be written or read, a warning is printed. `state` is the state after the step, and `arguments` are the
+        other arguments of the jitted step.
         """
         if self._step is None:
             return
@@ -116,11 +108,7 @@ def operations_table(
 ) -> Table:
     """The most expensive operations, with their share of the time of all operations.
 
-    Args:
-      operations: The operations of the program by name.
-      times: How often each of them ran, and its seconds.
-      steps: The number of steps, over all devices.
-      rows: The number of operations to show.
+    `times` has how often each operation ran, and its seconds. `steps` is the number of steps, over all devices.
     """
     total = sum(seconds for _, seconds in times.values())
     ranked = sorted(times, key=lambda name: -times[name][1])

@@ -64,7 +64,7 @@ class Measured(NamedTuple):
     """
 
     evaluation: Evaluation
-    answers: list[answers.Answer] | NotFiniteError
+    answers: list[Sample] | NotFiniteError
 
 
 class Run:
@@ -121,9 +121,8 @@ class Run:
     def tracking(self, *, sweep: bool = False, required: bool = True) -> Tracking:
         """What trackers show of the run. The runs of a sweep form a group, each under the name of its directory."""
         log, workdir = self.config.log, self.workdir.absolute()
-        name, group = (
-            (workdir.name, log.run_name or workdir.parent.name) if sweep else (log.run_name or workdir.name, "")
-        )
+        own, given = workdir.name, log.run_name
+        name, group = (own, given or workdir.parent.name) if sweep else (given or own, "")
         return Tracking(log.trackers, log.project, name, group, flat(configs.to_dict(self.config)), required)
 
     @functools.cached_property
@@ -189,10 +188,10 @@ class Run:
             versions=versions(),
             default_config=default_values(config, self.task.hf_config),
         )
-        for text in (*self._describe_model(leaves), *self._describe_data(log), *self._describe_start(step)):
+        for text in self._describe(leaves, step, log):
             log.message(text)
 
-    def _describe_model(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
+    def _describe(self, leaves: Mapping[str, nnx.Variable], step: int, log: Log) -> Iterator[str]:
         config, (trained, base) = self.config, count_trained(self.report.parts)
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
@@ -206,34 +205,26 @@ class Run:
                 kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
             yield f"attention: {kernel} for {length:,} positions (model.attention='auto')"
         yield from self._describe_mesh(leaves)
-
-    def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
-        """What the mesh does not divide, so that it is replicated."""
-        if uneven := sharding.undivided(leaves, self.mesh):
-            more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
-            names = enumerate_some(list(uneven), 4)
-            yield (
-                "parameters that cannot be split evenly over the mesh need another "
-                f"{format_bytes(more)} per device: {names}"
-            )
-        rows = self.config.train.batch_size // self.config.train.accumulate
-        if warning := sharding.uneven_rows(rows, self.mesh.shape):
-            yield warning
-
-    def _describe_data(self, log: Log) -> Iterator[str]:
         if log.prints:  # with packing, this tokenizes records
-            yield duration.describe_length(self.config, self.task, self.batches)
+            yield duration.describe_length(config, self.task, self.batches)
         if padding := self.batches.padding_text():
             yield padding
-
-    def _describe_start(self, step: int) -> Iterator[str]:
-        config = self.config
         if config.start_from and step == 0:
             yield start_from.describe_start(config)
         if step > 0:
             yield f"resuming after step {step} of {config.train.steps}"
         if self.planned < config.train.steps and not self.hooks.optimizer:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
+
+    def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
+        """What the mesh does not divide, so that it is replicated."""
+        if uneven := sharding.undivided(leaves, self.mesh):
+            more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
+            names = enumerate_some(list(uneven), 4)
+            yield f"parameters that cannot be split evenly over the mesh need another {format_bytes(more)} per device: {names}"
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        if warning := sharding.uneven_rows(rows, self.mesh.shape):
+            yield warning
 
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
@@ -268,10 +259,7 @@ class Run:
     def evaluate(self, state: TrainState, log: Log, measured: Measured | None = None) -> dict[str, float]:
         """The logged metrics on held-out records, with sample answers for the report; empty without held-out data.
 
-        Args:
-          state: The state to evaluate.
-          log: The log.
-          measured: The evaluation of this state if it was made already.
+        `measured` is the evaluation of this state if it was made already.
 
         Raises:
           NotFiniteError: The loss is not finite before any training, or the logits after a prompt are not.
@@ -285,7 +273,7 @@ class Run:
             self.timings["evaluation"] += time.perf_counter() - started
             if not scores:
                 return {}
-            self.save_report()  # a resumed run cannot answer as the untrained model any more
+            self.save_report()  # a resumed run no longer has the untrained model
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
                 log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.exact_match > 0))
@@ -298,7 +286,7 @@ class Run:
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
-    ) -> tuple[dict[str, float], list[answers.Answer]]:
+    ) -> tuple[dict[str, float], list[Sample]]:
         """The metrics on held-out records, and the sample answers."""
         config, step = self.config, int(state.step)
         if measured is None:
@@ -312,22 +300,14 @@ class Run:
                 f"step 0: eval_loss is {scores['eval_loss']} before any training, so the cause is the base model, not the "
                 f"learning rate; set model.dtype='float32', or use another checkpoint than {config.model.path}"
             )
-        self.report = dataclasses.replace(
-            self.report, classes=predictions.summarize(self.held_out, self.task, evaluation, step)
-        )
+        classes = predictions.summarize(self.held_out, self.task, evaluation, step)
         found = self._answers(state, log, measured)
-        scored = config.eval.exact_match > 0
-        if scored:
+        if scored := config.eval.exact_match > 0:
             scores |= answers.score(found, config.eval.metrics)
         shown = found[: config.eval.samples]
-        samples = tuple(
-            Sample(item.record, item.prompt, item.answer, item.expected, item.correct if scored else None)
-            for item in shown
-        )
-        if step:
-            self.report = dataclasses.replace(self.report, after=samples)
-        else:
-            self.report = dataclasses.replace(self.report, before=samples)
+        samples = shown if scored else [dataclasses.replace(item, correct=None) for item in shown]
+        answered: dict[str, Any] = {"after" if step else "before": tuple(samples)}
+        self.report = dataclasses.replace(self.report, classes=classes, **answered)
         return scores, shown
 
     def prompts(self) -> list[Prompt]:
@@ -335,7 +315,7 @@ class Run:
         count = self.config.eval.exact_match or self.config.eval.samples
         return self.held_out.prompts(count) if count else []
 
-    def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[answers.Answer]:
+    def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[Sample]:
         if measured is None:
             if not (prompts := self.prompts()):
                 return []

@@ -195,14 +195,9 @@ def batching(config: Config, mesh: Mesh) -> Batching:
 
 
 def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: Path | None = None) -> Method:
-    """Attach the method of a config to a model on a mesh; returns it with its texts tokenized.
+    """Attach the method of a config, from `resolve_config`, to a base model on a mesh; returns it with its texts tokenized.
 
-    Args:
-      config: The config, from `resolve_config`.
-      task: Its task.
-      model: The base model; it is changed in place.
-      mesh: The devices.
-      source: The directory of an adapter that gives the initial values; None: new ones.
+    `source` is the directory of an adapter that gives the initial values; None: new ones.
 
     Raises:
       UserError: The options do not fit the model, a token of method.text has no row in its embedding, examples with virtual

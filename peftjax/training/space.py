@@ -70,11 +70,6 @@ class Range:
 Space = Mapping[str, Choice | Range]  # the values of each field, by its dotted name
 
 
-def accepts(space: Space, texts: Mapping[str, str]) -> bool:
-    """Whether a combination of values is in the space."""
-    return texts.keys() == space.keys() and all(text in space[name] for name, text in texts.items())
-
-
 def parse(item: str) -> tuple[str, Choice | Range]:
     """Return the field and the values of an argument "--sweep.optim.learning_rate=1e-3,3e-3".
 
@@ -155,17 +150,10 @@ def _split_at_or(words: Iterable[str]) -> list[list[str]]:
 
 
 def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
-    """The search spaces of a sweep.
+    """The search spaces of a sweep, at least one, which may be empty.
 
-    They are those of the config file, to each of which `fields` are added, or whose values they replace. If `fields` contain
-    "--or", they are the search spaces themselves.
-
-    Args:
-      path: The config file.
-      fields: Strings "--sweep.optim.learning_rate=1e-3,3e-3", see `parse`, possibly with "--or" between them.
-
-    Returns:
-      At least one space, which may be empty.
+    They are those of the config file, to each of which `fields` are added, or whose values they replace. `fields` are strings
+    "--sweep.optim.learning_rate=1e-3,3e-3"; see `parse`. If they contain "--or", they are the search spaces themselves.
 
     Raises:
       UserError: A field is given twice in a space, or has no valid values; or there is "--or" although a space is empty or the
@@ -206,7 +194,10 @@ def load(path: str, overrides: Iterable[str], spaces: Iterable[Space], texts: Ma
 
 def space_of(spaces: Iterable[Space], texts: Mapping[str, str]) -> Space | None:
     """The first space that has a combination of values; None if there is none."""
-    return next((space for space in spaces if accepts(space, texts)), None)
+    for space in spaces:
+        if texts.keys() == space.keys() and all(text in space[name] for name, text in texts.items()):
+            return space
+    return None
 
 
 def grid(space: Space) -> list[dict[str, str]]:
@@ -226,27 +217,17 @@ def grid(space: Space) -> list[dict[str, str]]:
 
 
 def draw(spaces: Sequence[Space], trials: int, seed: int, integers: Collection[str]) -> list[dict[str, str]]:
-    """Return independent draws, for random search (Bergstra & Bengio 2012): of a space, then of all its fields.
+    """Independent draws, for random search (Bergstra & Bengio 2012): of a space, then of the values of all its fields.
 
-    Draw i depends only on the seed and on i, so a larger number of draws starts with the same ones.
-
-    Args:
-      spaces: The values of each field; every space is as likely.
-      trials: The number of draws.
-      seed: The random seed.
-      integers: The fields whose values are integers.
+    Draw i depends only on the seed and on i, so a larger number of draws starts with the same ones. `integers` are the fields
+    whose values are integers.
     """
     drawn = []
     for index in range(trials):
         rng = np.random.default_rng([seed, index])
         space = spaces[int(rng.integers(len(spaces)))] if len(spaces) > 1 else spaces[0]
-        quantiles = rng.random(len(space))
-        drawn.append(
-            {
-                name: space[name].draw(float(quantile), integer=name in integers)
-                for name, quantile in zip(space, quantiles, strict=True)
-            }
-        )
+        quantiles = zip(space, rng.random(len(space)).tolist(), strict=True)
+        drawn.append({name: space[name].draw(quantile, integer=name in integers) for name, quantile in quantiles})
     return drawn
 
 
@@ -282,8 +263,14 @@ def chosen_values(
     """The values of each run of a sweep: all combinations, or `trials` random draws, which may repeat.
 
     Raises:
-      UserError: A field has a range, and there are no trials; or the range of an integer field has no integer.
+      UserError: There is nothing to sweep; a field has a range, and there are no trials; or the range of an integer field has no
+        integer.
     """
+    if not any(spaces):
+        raise UserError(
+            "nothing to sweep: the config file defines no search space (get_sweep() in Python, the entry `sweep` in YAML or "
+            "JSON); name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4"
+        )
     if not trials:
         return [texts for space in spaces for texts in grid(space)]
     integers = {name for space in spaces for name in _integers(path, overrides, space)}

@@ -36,14 +36,9 @@ class Parts(NamedTuple):
 def split(
     config: Config, task: Task, model: Model, method: Method, optimizer: optax.GradientTransformation | None = None
 ) -> Parts:
-    """Split a model, whose leaves may be arrays or shapes. The model is then in evaluation mode.
+    """Split a model, whose leaves may be arrays or shapes, and its attached method. The model is then in evaluation mode.
 
-    Args:
-      config: The config.
-      task: Its task.
-      model: The model.
-      method: The attached method.
-      optimizer: An optimizer to use instead of the one of `config.optim`.
+    `optimizer` replaces the one of `config.optim`.
     """
     _, leaves = variables.flat(model)
     use_kernel(model, config.model.attention, _platform(leaves))

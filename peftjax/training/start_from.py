@@ -48,12 +48,7 @@ _SOURCE = "start_from"  # the name of the loaded adapter while its values are co
 
 
 def resolve_options(config: Config, workdir: Path, checkpoints: Checkpoints) -> tuple[Config, Path | None]:
-    """The config with the method's options resolved, and the directory of the adapter to start from.
-
-    Args:
-      config: A config, with or without method.start_from.
-      workdir: The workdir of the run.
-      checkpoints: Its checkpoints.
+    """The config with the method's options resolved, and the directory of the adapter to start from (method.start_from).
 
     Returns:
       The config, in which an option that was left at its default has the adapter's value, and the directory: the copy in

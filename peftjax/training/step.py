@@ -46,8 +46,8 @@ def init_state(trainable: variables.FlatTree, tx: optax.GradientTransformation, 
 
     The trainable leaves are copied, because a train step donates its state and the model keeps its own.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, tx))
-    return jax.jit(partial(_make_state, tx, seed), out_shardings=shardings)(trainable)
+    out_shardings = shardings(abstract_state(trainable, tx))
+    return jax.jit(partial(_make_state, tx, seed), out_shardings=out_shardings)(trainable)
 
 
 def abstract_state(trainable: variables.FlatTree, tx: optax.GradientTransformation) -> TrainState:

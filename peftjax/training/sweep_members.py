@@ -22,9 +22,6 @@ def members(
 ) -> list[Member]:
     """The runs of a sweep over `fields`, strings "--sweep.optim.learning_rate=1e-3,3e-3"; see `space.read_spaces`.
 
-    They are added to the search space of the config file, or replace its values. If the file has several search spaces, this is
-    done in each of them. If `fields` contain "--or", they are the search spaces themselves.
-
     Without `trials`, there is one run for each combination of the values. Otherwise there are `trials` random draws. Draws
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
 
@@ -33,12 +30,7 @@ def members(
         same, a config is invalid, or sweep.json records draws from other fields or values.
     """
     spaces = space.read_spaces(path, fields)
-    swept = list(dict.fromkeys(name for each in spaces for name in each))
-    if not swept:
-        raise UserError(
-            "nothing to sweep; name a field and its values, for example --sweep.optim.learning_rate=1e-4,3e-4, or define a "
-            "search space in the config file: get_sweep() in Python, the entry `sweep` in YAML or JSON"
-        )
+    swept = dict.fromkeys(name for each in spaces for name in each)
     chosen = space.chosen_values(path, overrides, spaces, trials, seed)
     if trials:
         chosen = _recorded(spaces, seed, workdir, chosen)

@@ -20,10 +20,7 @@ from peftjax.training.member import Member
 def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
     """Write sweep.json and sweep.html, from one process; returns the entries of sweep.json.
 
-    Args:
-      runs: All runs.
-      workdir: The directory of the sweep.
-      mine: The runs that this job trains (default: all). The failures of other runs are read from sweep.json.
+    `mine` are the runs that this job trains (default: all). The failures of the other runs are read from sweep.json.
     """
     own = {member.name for member in (runs if mine is None else mine)}
     others = [member for member in runs if member.name not in own]

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from peftjax.report.comparison import compared_scores
-from peftjax.report.sweep_figures import SEED
+from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.text import format_spread, short_name, value_text
 
 Outcome = Mapping[str, Any]  # an entry of sweep.json
@@ -21,8 +21,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     Runs that differ only in their seeds share a row, with the mean of their scores and its standard deviation.
     """
     fields = dict.fromkeys(name for one in found for name in one["values"])
-    values = {name: [one["values"].get(name, "") for one in found] for name in fields}
-    varied = [name for name, given in values.items() if name != SEED and any(value != given[0] for value in given)]
+    varied = [name for name in varied_fields([one["values"] for one in found]) if name != SEED]
     groups: dict[str, list[Outcome]] = {}
     for one in found:
         groups.setdefault(repr([one["values"].get(name) for name in varied]), []).append(one)
@@ -31,7 +30,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     halved = any("stopped" in one for one in found)
     caption = "mean ± standard deviation over the seeds" if several else None
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for name in [*(short_name(field, values) for field in varied), *["seeds"] * several]:
+    for name in [*(short_name(field, fields) for field in varied), *["seeds"] * several]:
         table.add_column(name, justify="right", overflow="fold")
     for name in scores:
         table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right", no_wrap=True)

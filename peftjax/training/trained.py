@@ -32,13 +32,9 @@ CONFIG = "config.json"  # the resolved config, in the workdir
 
 
 def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] = ()) -> Config:
-    """The config of the run in a workdir, with overrides.
+    """The config of the run in a workdir, with overrides, strings "--config.optim.learning_rate=1e-3".
 
-    Args:
-      workdir: The workdir.
-      file: A config file to use instead of the run's config.json. There, model.dtype="auto" means the dtype of the
-        run.
-      overrides: Strings "--config.optim.learning_rate=1e-3".
+    `file` is a config file to use instead of the run's config.json. There, model.dtype="auto" means the dtype of the run.
 
     Raises:
       UserError: The directory does not hold a run, or the config is invalid.
@@ -104,14 +100,7 @@ def open_task(config: Config) -> Task:
 
 
 def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
-    """The trained model on the mesh, in evaluation mode.
-
-    Args:
-      config: The config of the run.
-      task: Its task, from `open_task`.
-      result: The directory of its adapter or model, from `result_of`.
-      mesh: The devices.
-    """
+    """The trained model on the mesh, in evaluation mode; `result` is the directory of its adapter or model, from `result_of`."""
     full = config.method.trains_base
     options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
     model = task.load_model(options, result if full else task.directory, mesh, config.seed)

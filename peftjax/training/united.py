@@ -24,13 +24,7 @@ from peftjax.training.member import Member, Training
 from peftjax.training.population_evaluation import make_population_eval_step
 from peftjax.training.population_step import Update, make_gradients, make_update, own_leaves, shared_leaves
 from peftjax.training.run import Run
-from peftjax.training.setup import (
-    attach_method,
-    base_fingerprint,
-    open_checkpoints,
-    open_data,
-    resolve_config,
-)
+from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
 from peftjax.training.split import split
 from peftjax.training.step import TrainState, jit_options
 from peftjax.training.varied import Varied

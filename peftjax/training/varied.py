@@ -44,11 +44,9 @@ class Varied:
 
 
 def find_varied(models: Sequence[nnx.Module], *, ranks_from_data: bool) -> Varied:
-    """The differences between models.
+    """The differences between the models of runs.
 
-    Args:
-      models: The models of runs.
-      ranks_from_data: Whether runs choose ranks from their data later. Any layer may then lose its adapter.
+    `ranks_from_data`: whether runs choose ranks from their data later. Any layer may then lose its adapter.
     """
     dropouts, masks = [_modules(model, Dropout) for model in models], [_modules(model, LayerMask) for model in models]
     rates = {path: {own[path].rate for own in dropouts if path in own} for each in dropouts for path in each}

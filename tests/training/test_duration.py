@@ -166,7 +166,7 @@ def test_the_runs_of_a_sweep_over_epochs_are_put_in_steps_and_their_data_is_open
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(sweep, "open_data", lambda *given: opened.append(given) or open_data(*given))
+    monkeypatch.setattr(sweep.setup, "open_data", lambda *given: opened.append(given) or open_data(*given))
     base = config(tmp_path, train__epochs=1.0)
     base.train.steps = 1000
     runs = [
