@@ -78,8 +78,8 @@ def allocate(
             by_path[path] = jnp.where(there, values + p.mean(axis=-2) + q.mean(axis=-1), jnp.inf)
         return by_path
 
-    def update(gradients: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
-        updates, inner_state = inner.update(gradients, state.inner, params)
+    def update(gradients: Any, state: Allocation, params: Any = None, **extra: Any) -> tuple[Any, Allocation]:
+        updates, inner_state = optax.with_extra_args_support(inner).update(gradients, state.inner, params, **extra)
         step = state.updates + 1
         sensitivity, uncertainty = {}, {}
         for path in paths:
@@ -104,4 +104,4 @@ def allocate(
             }
         return updates, state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
