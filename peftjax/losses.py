@@ -310,6 +310,9 @@ def _require(loss: str, batch: Batch, *names: str) -> None:
         raise UserError(
             f"losses.{loss}: the batch has no {missing[0]!r}; it needs {', '.join(names)} and has {', '.join(batch)}"
         )
+    for name in names:
+        if not hasattr(batch[name], "shape"):
+            raise UserError(f"losses.{loss}: {name} is a {type(batch[name]).__name__}; make it an array")
 
 
 def _require_shape(loss: str, batch: Batch, shape: tuple[int, ...], *names: str) -> None:

@@ -97,8 +97,9 @@ def remove_dropout(model: nnx.Module) -> None:
 def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:
     """The model with dropout active and fresh keys, one for each dropout module of each layer.
 
-    The view shares every other variable with `model`, so gradients with respect to the model pass through it. `model`
-    itself keeps its mode and its keys. Call this inside the function that is differentiated:
+    The random streams of Flax's layers, such as nnx.Dropout, get fresh keys, too. The view shares every other variable with
+    `model`, so gradients with respect to the model pass through it. `model` itself keeps its mode and its keys. Call this
+    inside the function that is differentiated:
 
         def loss(model, batch):
             logits = peftjax.losses.training_view(model, batch)(batch["tokens"])
@@ -127,12 +128,34 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
         (True, False)
     """
     assert isinstance(model, nnx.Module)
-    graph, leaves = variables.flat(model)
-    keys = {path: leaf.get_value() for path, leaf in leaves.items() if isinstance(leaf, DropoutKey)}
-    if keys:
-        fresh = variables.with_dropout_keys(keys, tuple(keys), _key_of(leaves, batch) if key is None else key)
-        leaves = leaves | {path: leaves[path].replace(value) for path, value in fresh.items()}
-    return _with_mode(variables.join(graph, leaves), deterministic=False)
+    graph, state = nnx.split(model)
+    leaves = nnx.to_flat_state(state)
+    named = {variables.dotted(path): leaf for path, leaf in leaves if isinstance(leaf, nnx.Variable)}
+    named = dict(sorted(named.items()))
+    keys = {path: leaf.get_value() for path, leaf in named.items() if isinstance(leaf, DropoutKey)}
+    streams = {path: leaf.get_value() for path, leaf in named.items() if isinstance(leaf, nnx.RngKey)}
+    if keys or streams:
+        key = _key_of(named, batch) if key is None else key
+        fresh = variables.with_dropout_keys(keys, tuple(keys), key)
+        fresh |= {path: _refreshed(stream, key) for path, stream in streams.items()}
+        for (
+            path,
+            leaf,
+        ) in named.items():  # a draw increments its counter, which Flax refuses for one made outside of jit
+            if isinstance(leaf, nnx.RngCount) and not leaf._can_update:
+                fresh[path] = leaf.get_value()
+        names = [variables.dotted(path) for path, _ in leaves]
+        leaves = [
+            (path, leaf.replace(fresh[name]) if name in fresh else leaf)
+            for name, (path, leaf) in zip(names, leaves, strict=True)
+        ]
+    return _with_mode(nnx.merge(graph, nnx.from_flat_state(leaves)), deterministic=False)
+
+
+def _refreshed(stream: jax.Array, key: jax.Array) -> jax.Array:
+    """The keys of a random stream of Flax, of any shape, changed by another key."""
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    return fold(stream.reshape(-1), jax.random.bits(key)).reshape(stream.shape)
 
 
 def evaluation_view(model: Model) -> Model:
