@@ -17,7 +17,7 @@ from peftjax.adapters.merge import unmerge
 from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
 from peftjax.adapters.saved_modules import train_whole
-from peftjax.adapters.sites import adapters_named, head_sites, sites
+from peftjax.adapters.sites import adapters_named, head_sites, inner_model, sites
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import PeftParam
@@ -67,8 +67,10 @@ def attach(
         raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
     if not sites(model):
         raise UserError(
-            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to your own network"
+            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to the nnx.Linear, "
+            "nnx.LinearGeneral, nnx.Einsum and nnx.Embed layers of your own network, but not to subclasses of these"
         )
+    _require_outermost(model)
     method.check(model)
     if bool(method.data) != (batches is not None):
         raise UserError(
@@ -105,6 +107,7 @@ def attach(
 def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs) -> ModelT:
     """Attach without `method.check`, for a method from an adapter file: `check` rejects some that only files may have."""
     _require_new(model, name)
+    _require_outermost(model)
     try:
         method.attach(model, name, rngs)
         if method.trains is PeftParam:
@@ -117,7 +120,7 @@ def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs
 
 
 def _require_new(model: nnx.Module, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
         raise UserError(
             f"adapter name {name!r}: use letters, digits, underscores, dashes and dots, starting with a letter or an underscore"
         )
@@ -125,6 +128,15 @@ def _require_new(model: nnx.Module, name: str) -> None:
         raise UserError(f"adapter name {name!r} is reserved; choose another name")
     if name in attached(model):
         raise UserError(f"adapter {name!r} is already attached; detach it first or choose another name")
+
+
+def _require_outermost(model: nnx.Module) -> None:
+    """Refuse a module around a model of peftjax, whose names, stacks and tied layers only the model itself knows."""
+    if path := inner_model(model):
+        raise UserError(
+            f"{path} is a model of peftjax inside a {type(model).__name__}; adapters attach to it, not to the module around it: "
+            f"pass model.{path}"
+        )
 
 
 def train_head(model: nnx.Module, name: str) -> None:

@@ -1,7 +1,7 @@
 """The record that a model keeps of its adapters: which are attached, active and merged, and what they were trained on."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -139,7 +139,7 @@ def require(model: nnx.Module, name: str) -> None:
     Raises:
         UserError: It is not.
     """
-    if name not in attached(model):
+    if not isinstance(name, str) or name not in attached(model):  # a list has no hash
         raise UserError(
             f"no adapter {name!r} is attached.{suggest(str(name), attached(model))} Attached: {list(attached(model))}"
         )
@@ -170,6 +170,8 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
         >>> model = peftjax.use(model, None)  # the base model alone
         >>> model = peftjax.use(model, "default")
     """
+    if not isinstance(names, str | Iterable | None):
+        raise UserError(f"use: names must be the name of an adapter, a list of names or None, not {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:
         require(model, name)
