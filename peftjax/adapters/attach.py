@@ -19,7 +19,7 @@ from peftjax.adapters.registry import ModelT, active, attached, merged, registry
 from peftjax.adapters.saved_modules import train_whole
 from peftjax.adapters.sites import adapters_named, head_sites, inner_model, sites
 from peftjax.core import variables
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Slot
 
@@ -62,9 +62,11 @@ def attach(
         0.0
     """
     if not isinstance(method, Method):
-        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {method!r}")
+        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {shown(method)}")
     if not isinstance(rngs, nnx.Rngs):
-        raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
+        raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {shown(rngs)}")
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"attach: the model must be an nnx.Module, not {shown(model)}")
     if not sites(model):
         raise UserError(
             "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to the nnx.Linear, "

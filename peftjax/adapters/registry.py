@@ -8,7 +8,7 @@ from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.paths import suggest
 
 ATTRIBUTE = "peft_registry"  # where a model keeps it
@@ -93,7 +93,13 @@ class Registry:
 
 
 def registry_of(model: nnx.Module) -> Registry:
-    """Return the registry of a model; empty if no adapter was ever attached."""
+    """Return the registry of a model; empty if no adapter was ever attached.
+
+    Raises:
+        UserError: `model` is no model.
+    """
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"the model must be an nnx.Module, not {shown(model)}")
     registry: Registry = vars(model).get(ATTRIBUTE, Registry())
     return registry
 
@@ -171,7 +177,7 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
         >>> model = peftjax.use(model, "default")
     """
     if not isinstance(names, str | Iterable | None):
-        raise UserError(f"use: names must be the name of an adapter, a list of names or None, not {names!r}")
+        raise UserError(f"use: names must be the name of an adapter, a list of names or None, not {shown(names)}")
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:
         require(model, name)

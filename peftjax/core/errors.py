@@ -11,3 +11,8 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """The loss, the gradient norm or the logits of a model are NaN or infinite."""
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, or the first line of it, which for a model has many."""
+    return repr(value).partition("\n")[0][:200]

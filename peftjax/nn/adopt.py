@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.variables import dotted
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
@@ -63,7 +63,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         (3, 2)
     """
     if not isinstance(model, nnx.Module):
-        raise UserError(f"adopt: the model must be an nnx.Module, not {model!r:.80}")
+        raise UserError(f"adopt: the model must be an nnx.Module, not {shown(model)}")
     if not isinstance(sublayers, Mapping) or not all(isinstance(width, int) for width in sublayers.values()):
         raise UserError(
             f'adopt: sublayers must give the width of each sublayer, such as {{"attention": 64}}, not {sublayers!r}'

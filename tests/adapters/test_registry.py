@@ -51,5 +51,11 @@ def test_a_name_of_another_type_is_not_attached() -> None:
                 change(tiny.model(), name)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=rf"adapter name {re.escape(repr(name))}: use letters"):
             adapters.attach(tiny.model(), LORA, name, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^the model must be an nnx.Module, not 'one'$"):
+        adapters.detach("one")  # type: ignore[type-var]
+    with pytest.raises(
+        UserError, match=r"^attach: the method must be an instance such as Lora\(rank=8\), not \S+\(.*$"
+    ):
+        adapters.attach(LORA, tiny.model(), rngs=nnx.Rngs(0))  # type: ignore[type-var, arg-type]
     with pytest.raises(UserError, match="use: names must be the name of an adapter, a list of names or None, not 5"):
         adapters.use(tiny.model(), 5)  # type: ignore[arg-type]
