@@ -112,10 +112,10 @@ def generate(
                 "generate: texts need a tokenizer: generate(model, tokenizer, texts), where tokenizer comes from "
                 "peftjax.load_tokenizer"
             )
-        ids = [each for each in map(_ids, given) if each is not None]
-        if len(ids) < len(given):
+        found = [ids for ids in map(_ids, given) if ids is not None]
+        if len(found) < len(given):
             raise UserError("generate: prompts must be a list of token ids for each prompt, such as [[1, 2, 3]]")
-        return generate_ids(model, ids, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
+        return generate_ids(model, found, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer = prompts

@@ -294,6 +294,15 @@ def test_losses_of_labelled_examples_are_weighted_means() -> None:
     )
 
 
+def test_a_loss_takes_a_loaded_model_and_arrays_of_numpy() -> None:
+    """mypy checks the types."""
+    tokens = np.arange(18).reshape(2, 9)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones((2, 8), np.float32)}
+    model = peftjax.load_model("embedded")
+    loss = losses.next_token(model, batch, train=False)
+    assert loss == losses.next_token(model, {name: jnp.array(array) for name, array in batch.items()}, train=False)
+
+
 def test_a_batch_that_lacks_an_array_is_an_error_that_names_it() -> None:
     batch = tiny.batch()
     del batch["targets"]

@@ -6,7 +6,6 @@ layer's own computation is still Flax's.
 
 # mypy: disable-error-code="misc, override"
 # an adopted layer has two base classes, whose attributes have different declared types
-import functools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -193,11 +192,14 @@ _ADOPTED: dict[type, type[AdoptedLinear]] = {
 }
 
 
-@functools.cache
+_ADOPTED_SUBLAYERS: dict[type[nnx.Module], type[AdoptedSublayer]] = {}
+
+
 def _sublayer_class(kind: type[nnx.Module]) -> type[AdoptedSublayer]:
     """The class of an adopted module of class `kind`; one for all of them, so that their models share compiled programs."""
-    made: type[AdoptedSublayer] = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
-    return made
+    if kind not in _ADOPTED_SUBLAYERS:
+        _ADOPTED_SUBLAYERS[kind] = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
+    return _ADOPTED_SUBLAYERS[kind]
 
 
 def _require_shape(name: str, parameter: nnx.Param, shape: tuple[int, ...]) -> None:

@@ -94,7 +94,7 @@ def remove_dropout(model: nnx.Module) -> None:
             module.rate, module.key, module.number = 0.0, nnx.data(None), nnx.data(None)
 
 
-def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:
+def training_view(model: Model, batch: Mapping[str, Any], key: jax.Array | None = None) -> Model:
     """The model with dropout active and fresh keys, one for each dropout module of each layer.
 
     The random streams of Flax's layers, such as nnx.Dropout, get fresh keys, too. The view shares every other variable with
@@ -138,18 +138,12 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
         key = _key_of(named, batch) if key is None else key
         fresh = variables.with_dropout_keys(keys, tuple(keys), key)
         fresh |= {path: _refreshed(stream, key) for path, stream in streams.items()}
-        for (
-            path,
-            leaf,
-        ) in named.items():  # a draw increments its counter, which Flax refuses for one made outside of jit
-            if isinstance(leaf, nnx.RngCount) and not leaf._can_update:
-                fresh[path] = leaf.get_value()
-        names = [variables.dotted(path) for path, _ in leaves]
-        leaves = [
-            (path, leaf.replace(fresh[name]) if name in fresh else leaf)
-            for name, (path, leaf) in zip(names, leaves, strict=True)
-        ]
-    return _with_mode(nnx.merge(graph, nnx.from_flat_state(leaves)), deterministic=False)
+        counts = {path: leaf for path, leaf in named.items() if isinstance(leaf, nnx.RngCount)}
+        # A draw increments its counter, which Flax refuses inside of jit for one made outside.
+        fresh |= {path: leaf.get_value() for path, leaf in counts.items() if not leaf._can_update}
+        named |= {path: named[path].replace(value) for path, value in fresh.items()}
+    view = nnx.from_flat_state([(path, named.get(variables.dotted(path), leaf)) for path, leaf in leaves])
+    return _with_mode(nnx.merge(graph, view), deterministic=False)
 
 
 def _refreshed(stream: jax.Array, key: jax.Array) -> jax.Array:
@@ -169,7 +163,7 @@ def _with_mode(view: Model, deterministic: bool) -> Model:
     return view
 
 
-def _key_of(leaves: Mapping[str, nnx.Variable], batch: Mapping[str, jax.Array]) -> jax.Array:
+def _key_of(leaves: Mapping[str, nnx.Variable], batch: Mapping[str, Any]) -> jax.Array:
     """A random key that depends on the stored keys, the trainable parameters and the batch."""
     trainable = {type(leaf) for leaf in leaves.values()} & {PeftParam} or {nnx.Param}
     hashed = [leaf.get_value() for leaf in leaves.values() if isinstance(leaf, DropoutKey) or type(leaf) in trainable]
