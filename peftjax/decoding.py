@@ -1,6 +1,7 @@
 """Batched generation of tokens in one compiled function, with a key/value cache."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,10 +64,14 @@ def generate_ids(
 
     Raises:
         UserError: max_new_tokens is less than 1, a prompt is empty or holds a token without a row in the embedding, the model
-            does not generate text, a prompt and the new tokens exceed its positions, or the seed has more than 64 bits.
+            does not generate text, a prompt and the new tokens exceed its positions, or the seed is not an integer of 64 bits.
         NotFiniteError: The logits are NaN or infinite.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise UserError(f"generate: seed={seed!r} must be an integer") from None
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"generate: seed={seed} has more than 64 bits; use a smaller number")
     view = active_view(model)

@@ -1,6 +1,6 @@
 """`peftjax.generate`: texts from texts, or token ids from token ids."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import overload
 
 import numpy as np
@@ -67,7 +67,8 @@ def generate(
 
     `generate(model, tokenizer, "text")` returns a text, and a list of texts for a list of texts.
     `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left, so
-    that prompts of similar length share one compiled function.
+    that prompts of similar length share one compiled function. It is compiled again for another number of prompts, another
+    `max_new_tokens` and another `sampling`.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` returns for a decoder.
@@ -96,21 +97,25 @@ def generate(
         >>> [len(answer) for answer in answers]
         [4, 4]
     """
-    if not isinstance(stop, Iterable):
-        raise UserError(f"generate: stop must be a list of token ids, not {stop!r}")
-    if any(isinstance(token, str) for token in stop):
+    if isinstance(stop, Sequence) and any(isinstance(token, str) for token in stop):
         raise UserError("generate: stop takes token ids, not texts; tokenizer.token_id(text) is the id of a token")
+    if (ends := _ids(stop)) is None:
+        raise UserError(f"generate: stop must be a list of token ids, not {stop!r}")
     if not isinstance(sampling, Sampling):
         raise UserError(
             f"generate: sampling must be a peftjax.Sampling, such as Sampling(temperature=0.7), not {sampling!r}"
         )
     if not isinstance(prompts, Tokenizer):
-        if texts is not None or chat or any(isinstance(prompt, str) for prompt in prompts):
-            raise UserError("generate: texts need a tokenizer: generate(model, tokenizer, texts)")
-        if any(np.ndim(prompt) != 1 for prompt in prompts):
+        given = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+        if texts is not None or chat or any(isinstance(prompt, str) for prompt in given):
+            raise UserError(
+                "generate: texts need a tokenizer: generate(model, tokenizer, texts), where tokenizer comes from "
+                "peftjax.load_tokenizer"
+            )
+        found = [ids for ids in map(_ids, given) if ids is not None]
+        if len(found) < len(given):
             raise UserError("generate: prompts must be a list of token ids for each prompt, such as [[1, 2, 3]]")
-        ids = [np.asarray(prompt).tolist() for prompt in prompts]
-        return generate_ids(model, ids, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+        return generate_ids(model, found, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer = prompts
@@ -121,7 +126,17 @@ def generate(
     rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
         check_token_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
-    stop = [*tokenizer.stop_ids(chat), *stop]
-    out = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+    ends = [*tokenizer.stop_ids(chat), *ends]
+    out = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
     answers = [tokenizer.decode(ids) for ids in out]
     return answers[0] if isinstance(texts, str) else answers
+
+
+def _ids(values: object) -> list[int] | None:
+    """Token ids as a list; None if the values are something else."""
+    try:
+        array = np.asarray(list(values) if isinstance(values, Set | Iterator) else values)
+    except ValueError:  # lists of several lengths
+        return None
+    ids: list[int] | None = array.tolist() if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) else None
+    return ids

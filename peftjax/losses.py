@@ -13,14 +13,15 @@ other methods and is not included here. It also prunes ranks during training, an
 `peftjax.wrap_optimizer` adds this to an optimizer.
 """
 
-from typing import Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
+from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.nn.dropout import evaluation_view, training_view
 from peftjax.totals import (
-    Batch,
     DecoderLike,
     EncoderDecoderLike,
     Totals,
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 
-AnyModel = TypeVar("AnyModel")
+Arrays = Mapping[str, Any]  # arrays of JAX or NumPy
 
 
 class TextClassifier(Protocol):
@@ -63,7 +64,12 @@ class ImageClassifier(Protocol):
 
 
 def next_token(
-    model: DecoderLike, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
+    model: DecoderLike | nnx.Module,
+    batch: Arrays,
+    *,
+    key: jax.Array | None = None,
+    train: bool = True,
+    chunk: int = 128,
 ) -> jax.Array:
     """Mean cross entropy of a decoder's next-token predictions, float32 [].
 
@@ -97,7 +103,12 @@ def next_token(
 
 
 def seq2seq(
-    model: EncoderDecoderLike, batch: Batch, *, key: jax.Array | None = None, train: bool = True, chunk: int = 128
+    model: EncoderDecoderLike | nnx.Module,
+    batch: Arrays,
+    *,
+    key: jax.Array | None = None,
+    train: bool = True,
+    chunk: int = 128,
 ) -> jax.Array:
     """Mean cross entropy of an encoder-decoder's target tokens, float32 [].
 
@@ -129,7 +140,7 @@ def seq2seq(
 
 
 def classification(
-    model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True
+    model: TextClassifier, batch: Arrays, *, key: jax.Array | None = None, train: bool = True
 ) -> jax.Array:
     """Mean cross entropy of a sequence classifier, float32 [].
 
@@ -162,7 +173,7 @@ def classification(
 
 
 def token_classification(
-    model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True
+    model: TextClassifier, batch: Arrays, *, key: jax.Array | None = None, train: bool = True
 ) -> jax.Array:
     """Mean cross entropy of a token classifier, float32 [].
 
@@ -194,7 +205,7 @@ def token_classification(
     return _mean(classification_loss(logits, batch))
 
 
-def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
+def multi_label(model: TextClassifier, batch: Arrays, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
     """Mean binary cross entropy of a sequence classifier with independent classes, float32 [].
 
     Args:
@@ -225,7 +236,7 @@ def multi_label(model: TextClassifier, batch: Batch, *, key: jax.Array | None = 
     return _mean(multi_label_loss(logits, batch))
 
 
-def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
+def regression(model: TextClassifier, batch: Arrays, *, key: jax.Array | None = None, train: bool = True) -> jax.Array:
     """Mean squared error of an encoder with one output, float32 [].
 
     Args:
@@ -258,7 +269,7 @@ def regression(model: TextClassifier, batch: Batch, *, key: jax.Array | None = N
 
 
 def image_classification(
-    model: ImageClassifier, batch: Batch, *, key: jax.Array | None = None, train: bool = True
+    model: ImageClassifier, batch: Arrays, *, key: jax.Array | None = None, train: bool = True
 ) -> jax.Array:
     """Mean cross entropy of an image classifier, float32 [].
 
@@ -290,14 +301,15 @@ def image_classification(
     return _mean(classification_loss(logits, batch))
 
 
-def _text_logits(loss: str, model: TextClassifier, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+def _text_logits(loss: str, model: TextClassifier, batch: Arrays, key: jax.Array | None, train: bool) -> jax.Array:
     """The logits of an encoder's head."""
     _require(loss, batch, "tokens", "mask", "labels", "loss_weights")
     view = _view(model, batch, key, train)
-    return view(batch["tokens"], mask=batch["mask"], token_types=batch.get("token_types"))
+    logits: jax.Array = view(batch["tokens"], mask=batch["mask"], token_types=batch.get("token_types"))
+    return logits
 
 
-def _view(model: AnyModel, batch: Batch, key: jax.Array | None, train: bool) -> AnyModel:
+def _view(model: Any, batch: Arrays, key: jax.Array | None, train: bool) -> Any:
     return training_view(model, batch, key) if train else evaluation_view(model)
 
 
@@ -305,14 +317,17 @@ def _mean(totals: Totals) -> jax.Array:
     return totals.loss / totals.tokens
 
 
-def _require(loss: str, batch: Batch, *names: str) -> None:
+def _require(loss: str, batch: Arrays, *names: str) -> None:
     if missing := [name for name in names if name not in batch]:
         raise UserError(
             f"losses.{loss}: the batch has no {missing[0]!r}; it needs {', '.join(names)} and has {', '.join(batch)}"
         )
+    for name in names:
+        if not hasattr(batch[name], "shape"):
+            raise UserError(f"losses.{loss}: {name} is a {type(batch[name]).__name__}; make it an array")
 
 
-def _require_shape(loss: str, batch: Batch, shape: tuple[int, ...], *names: str) -> None:
+def _require_shape(loss: str, batch: Arrays, shape: tuple[int, ...], *names: str) -> None:
     """Check the shape of arrays of the batch. Broadcast against the model's output, they would give another loss."""
     for name in names:
         if (given := batch[name].shape) != shape:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class Sampling:
             sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1); 1 means all tokens.
 
     Raises:
-        UserError: A value is out of range.
+        UserError: A value is not a number or is out of range.
     """
 
     temperature: float = 0.0
@@ -28,6 +29,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for option, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
+            if not isinstance(value := getattr(self, option), kind):
+                raise UserError(f"{option}={value!r} must be {'an integer' if kind is Integral else 'a number'}")
         if not 0 <= self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature} is out of range; use 0 (greedy) or a finite number above 0"

@@ -175,7 +175,9 @@ def _totals(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Totals
     """Totals of logits [B, c, V] for targets and weights [B, c]."""
     logits = logits.astype(jnp.float32)
     vocab = logits.shape[-1]
-    targets = jnp.where(weights == 0, 0, targets)
+    targets = jnp.where(weights == 0, 0, targets).astype(
+        jnp.int32
+    )  # uint8 does not hold all ids of a larger vocabulary
     # Compare with every id rather than gather: the gradient is then a select instead of a scatter, and both stay local
     # to each device's shard of the vocabulary.
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)

@@ -206,3 +206,9 @@ def test_a_model_without_a_cache_generates_no_text() -> None:
 def test_sampling_options_out_of_range_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": "0.7"}, {"temperature": None}, {"top_k": 2.5}, {"top_p": None}])
+def test_sampling_options_that_are_no_numbers_are_refused(bad: dict) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(bad))}=.* must be a"):
+        Sampling(**bad)

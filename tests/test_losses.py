@@ -53,6 +53,16 @@ def test_every_chunking_equals_the_plain_sums_and_their_gradients(chunk: int) ->
         np.testing.assert_allclose(ours, reference, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16])
+def test_targets_of_a_type_that_holds_fewer_numbers_than_the_vocabulary_give_the_same(dtype: Any) -> None:
+    head, hidden, targets, weights = make_inputs(vocab=300)
+    targets = targets % 100
+    for chunk in (5, T):
+        expected = chunked_cross_entropy(lambda h: h @ head, hidden, targets, weights, chunk)
+        totals = chunked_cross_entropy(lambda h: h @ head, hidden, targets.astype(dtype), weights, chunk)
+        assert totals[:3] == expected[:3]
+
+
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("chunk", [3, 5, T])
 def test_a_sharded_batch_under_a_sharded_vocabulary_gives_the_same_and_stays_sharded(chunk: int) -> None:

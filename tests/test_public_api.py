@@ -225,6 +225,24 @@ def test_a_view_for_training_shares_its_variables_and_keeps_the_state_of_layers_
     assert model.dropout.rngs.count[...] == 1
 
 
+def test_the_masks_of_flaxs_dropout_change_with_the_batch_and_the_key_and_repeat_with_them() -> None:
+    model = peftjax.adopt(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))))
+    peftjax.attach(model, peftjax.Lora(rank=2), rngs=nnx.Rngs(2))
+    graph, adapter, base = nnx.split(model, peftjax.PeftParam, ...)
+
+    @jax.jit
+    def dropped(adapter: nnx.State, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return losses.training_view(nnx.merge(graph, adapter, base), {"x": x}, key)(x) == 0
+
+    x, later = jnp.ones((2, 64)), jax.tree.map(lambda leaf: leaf + 1e-3, adapter)
+    keys = jax.random.split(jax.random.key(0))
+    masks = [dropped(adapter, x), dropped(later, x), dropped(adapter, 2 * x), *(dropped(adapter, x, k) for k in keys)]
+    assert all(0.3 < float(mask.mean()) < 0.7 for mask in masks)
+    assert len({np.asarray(mask).tobytes() for mask in masks}) == len(masks)
+    np.testing.assert_array_equal(masks[0], dropped(adapter, x))
+    np.testing.assert_array_equal(masks[3], dropped(later, 2 * x, keys[0]))
+
+
 # --- The other losses ---
 
 
@@ -276,6 +294,15 @@ def test_losses_of_labelled_examples_are_weighted_means() -> None:
     )
 
 
+def test_a_loss_takes_a_loaded_model_and_arrays_of_numpy() -> None:
+    """mypy checks the types."""
+    tokens = np.arange(18).reshape(2, 9)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones((2, 8), np.float32)}
+    model = peftjax.load_model("embedded")
+    loss = losses.next_token(model, batch, train=False)
+    assert loss == losses.next_token(model, {name: jnp.array(array) for name, array in batch.items()}, train=False)
+
+
 def test_a_batch_that_lacks_an_array_is_an_error_that_names_it() -> None:
     batch = tiny.batch()
     del batch["targets"]
@@ -283,6 +310,8 @@ def test_a_batch_that_lacks_an_array_is_an_error_that_names_it() -> None:
         losses.next_token(tiny.model(), batch)
     with pytest.raises(UserError, match=r"losses\.image_classification: the batch has no 'pixels'"):
         losses.image_classification(tiny.model(), batch)
+    with pytest.raises(UserError, match=r"losses\.next_token: tokens is a list; make it an array"):
+        losses.next_token(tiny.model(), tiny.batch() | {"tokens": [[1, 2]]})  # type: ignore[dict-item]
 
 
 def test_arrays_that_would_broadcast_to_another_loss_are_refused() -> None:

@@ -243,8 +243,16 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
             UserError, match=r"a prompt must be a string, not (3|{'role': 'user', .*); give one, or a list of them"
         ):
             peftjax.generate(model, tokenizer, wrong, chat=True)  # type: ignore[call-overload]
-    with pytest.raises(UserError, match="a list of token ids for each prompt"):
-        peftjax.generate(model, prompts[0])  # type: ignore[arg-type]
+    for wrong in (prompts[0], 3, None, [[5.5]], [[True]], [[[5]]], np.ones((1, 2))):
+        with pytest.raises(UserError, match="a list of token ids for each prompt"):
+            peftjax.generate(model, wrong)  # type: ignore[call-overload]
+    for wrong in ([5.5], [[5]], None):
+        with pytest.raises(UserError, match="stop must be a list of token ids"):
+            peftjax.generate(model, prompts, stop=wrong)  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=r"seed=1\.5 must be an integer"):
+        peftjax.generate(model, prompts, seed=1.5)  # type: ignore[call-overload]
+    again = peftjax.generate(model, iter(prompts), max_new_tokens=4, stop=set(tokenizer.eos_ids))  # type: ignore[call-overload]
+    assert again == ids
     with pytest.raises(UserError, match="stop takes token ids"):
         peftjax.generate(model, prompts, stop=["\n"])  # type: ignore[list-item]
     with pytest.raises(UserError, match="stop must be a list of token ids, not 1"):

@@ -17,9 +17,9 @@ from peftjax.adapters.merge import unmerge
 from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
 from peftjax.adapters.saved_modules import train_whole
-from peftjax.adapters.sites import adapters_named, head_sites, sites
+from peftjax.adapters.sites import adapters_named, head_sites, inner_model, sites
 from peftjax.core import variables
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.variables import PeftParam
 from peftjax.nn.slot import Slot
 
@@ -62,13 +62,17 @@ def attach(
         0.0
     """
     if not isinstance(method, Method):
-        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {method!r}")
+        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {shown(method)}")
     if not isinstance(rngs, nnx.Rngs):
-        raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
+        raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {shown(rngs)}")
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"attach: the model must be an nnx.Module, not {shown(model)}")
     if not sites(model):
         raise UserError(
-            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to your own network"
+            "attach: no layer of this model has a slot for adapters; peftjax.adopt(model) adds them to the nnx.Linear, "
+            "nnx.LinearGeneral, nnx.Einsum and nnx.Embed layers of your own network, but not to subclasses of these"
         )
+    _require_outermost(model)
     method.check(model)
     if bool(method.data) != (batches is not None):
         raise UserError(
@@ -105,6 +109,7 @@ def attach(
 def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs) -> ModelT:
     """Attach without `method.check`, for a method from an adapter file: `check` rejects some that only files may have."""
     _require_new(model, name)
+    _require_outermost(model)
     try:
         method.attach(model, name, rngs)
         if method.trains is PeftParam:  # the task head is trained in full too, unless the method does so already
@@ -118,7 +123,7 @@ def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs
 
 
 def _require_new(model: nnx.Module, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
         raise UserError(
             f"adapter name {name!r}: use letters, digits, underscores, dashes and dots, starting with a letter or an underscore"
         )
@@ -126,6 +131,15 @@ def _require_new(model: nnx.Module, name: str) -> None:
         raise UserError(f"adapter name {name!r} is reserved; choose another name")
     if name in attached(model):
         raise UserError(f"adapter {name!r} is already attached; detach it first or choose another name")
+
+
+def _require_outermost(model: nnx.Module) -> None:
+    """Refuse a module around a model of peftjax, whose names, stacks and tied layers only the model itself knows."""
+    if path := inner_model(model):
+        raise UserError(
+            f"{path} is a model of peftjax inside a {type(model).__name__}; adapters attach to it, not to the module around it: "
+            f"pass model.{path}"
+        )
 
 
 def release_head(model: nnx.Module, name: str) -> None:

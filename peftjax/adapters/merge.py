@@ -53,6 +53,10 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
     if name in merged(model):
         raise UserError(f"adapter {name!r} is already merged")
     changed = [site for site, _ in adapters_named(model, name)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves([site.parameters for site in changed])):
+        raise UserError(
+            "merge: a model cannot be merged inside a transformed function such as jax.jit; merge it before"
+        )
     if others := provenance.moved(model, name):
         print(
             f"{name!r} was trained on quantized kernels, but this model's are not quantized. Relative difference from the "

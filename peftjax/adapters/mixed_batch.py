@@ -4,7 +4,7 @@ All rows share the base. Each row gathers its adapter from a stack, so which ada
 compiles nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -138,12 +138,15 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         raise UserError(
             "rows: a batch of several adapters is not supported for an encoder-decoder; use() one at a time"
         )
-    if isinstance(names, str):
+    if isinstance(names, str) or not isinstance(names, Iterable):
         raise UserError(f"rows: names must be a list with one adapter for each row, got {names!r}")
+    names = list(names)
+    if wrong := [name for name in names if not isinstance(name, str | None)]:
+        raise UserError(f"rows: the adapter of a row must be a name or None, got {wrong[0]!r}")
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:
-        raise UserError(f"rows: {list(names)} names no adapter; to run the base alone, call use(model, None)")
+        raise UserError(f"rows: {names} names no adapter; to run the base alone, call use(model, None)")
     before, idle = active(model), "rows_without"
     if None in named:
         require(model, some)

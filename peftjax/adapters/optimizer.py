@@ -40,16 +40,17 @@ def wrap_optimizer(tx: optax.GradientTransformation, model: nnx.Module) -> optax
     if wrapped is tx:
         return tx
     paths = tuple(leaves)  # the optimizer must not keep the arrays of the base alive
+    flat_tx = optax.with_extra_args_support(wrapped)
 
     def init(params: nnx.State) -> Any:
-        return wrapped.init(_flat(params, paths))
+        return flat_tx.init(_flat(params, paths))
 
-    def update(updates: nnx.State, state: Any, params: nnx.State | None = None) -> tuple[nnx.State, Any]:
+    def update(updates: nnx.State, state: Any, params: nnx.State | None = None, **extra: Any) -> tuple[nnx.State, Any]:
         known = None if params is None else _flat(params, paths)
-        new, state = wrapped.update(_flat(updates, paths), state, known)
+        new, state = flat_tx.update(_flat(updates, paths), state, known, **extra)
         return _like(updates, new), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _flat(state: nnx.State, paths: Iterable[str]) -> variables.FlatTree:

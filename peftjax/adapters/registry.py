@@ -1,14 +1,14 @@
 """The record that a model keeps of its adapters: which are attached, active and merged, and what they were trained on."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flax import nnx
 
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.paths import suggest
 
 ATTRIBUTE = "peft_registry"  # where a model keeps it
@@ -97,7 +97,13 @@ def _without(pairs: tuple[tuple[str, T], ...], name: str) -> tuple[tuple[str, T]
 
 
 def registry_of(model: nnx.Module) -> Registry:
-    """Return the registry of a model; empty if no adapter was ever attached."""
+    """Return the registry of a model; empty if no adapter was ever attached.
+
+    Raises:
+        UserError: `model` is no model.
+    """
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"the model must be an nnx.Module, not {shown(model)}")
     registry: Registry = vars(model).get(ATTRIBUTE, Registry())
     return registry
 
@@ -139,7 +145,7 @@ def parameters_before(model: nnx.Module, name: str) -> dict[str, Any]:
 
 def require(model: nnx.Module, name: str) -> None:
     """Require that an adapter is attached; a `UserError` otherwise."""
-    if name not in attached(model):
+    if not isinstance(name, str) or name not in attached(model):  # a list has no hash
         raise UserError(
             f"no adapter {name!r} is attached.{suggest(str(name), attached(model))} Attached: {list(attached(model))}"
         )
@@ -170,6 +176,8 @@ def use(model: ModelT, names: str | Sequence[str] | None) -> ModelT:
         >>> model = peftjax.use(model, None)  # the base model alone
         >>> model = peftjax.use(model, "default")
     """
+    if not isinstance(names, str | Iterable | None):
+        raise UserError(f"use: names must be the name of an adapter, a list of names or None, not {shown(names)}")
     names = (names,) if isinstance(names, str) else tuple(names or ())
     for name in names:
         require(model, name)

@@ -126,6 +126,13 @@ def sites(model: nnx.Module) -> list[Site]:
     return sorted(found, key=lambda site: site.path)
 
 
+def inner_model(model: nnx.Module) -> str | None:
+    """Return the path of a model of peftjax inside a user's module; None if there is none."""
+    if isinstance(model, Model):
+        return None
+    return next((dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Model)), None)
+
+
 def single_sites(site: Site) -> list[SingleSite]:
     """Return the layers of the single experts of a site; none if it has no experts that adapter files split."""
     by_layer = site.single_experts

@@ -18,3 +18,8 @@ def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, or the first line of it, which for a model has many."""
+    return repr(value).partition("\n")[0][:200]

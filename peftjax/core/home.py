@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 
 
 def expand(path: str | Path) -> Path:
@@ -13,5 +13,5 @@ def expand(path: str | Path) -> Path:
         UserError: `path` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"a path must be a string or a pathlib.Path, not {path!r}")
+        raise UserError(f"a path must be a string or a pathlib.Path, not {shown(path)}")
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises a RuntimeError without such a user

@@ -39,10 +39,15 @@ class DropoutKey(PeftConstant):
     """The key data of a dropout module, uint32 [*stack, 2]. `with_dropout_keys` replaces it before every step."""
 
 
+class PlainArray(nnx.Variable):
+    """An array that is an attribute of a module, without a variable of its own, in a flat tree of variables."""
+
+
 def flat(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     """Split a model into its structure and its variables by dotted path, sorted by path."""
     graph, state = nnx.split(model)
-    variables = {dotted(path): variable for path, variable in nnx.to_flat_state(state)}
+    leaves = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    variables = {path: leaf if isinstance(leaf, nnx.Variable) else PlainArray(leaf) for path, leaf in leaves.items()}
     return graph, dict(sorted(variables.items()))
 
 
@@ -78,7 +83,7 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
         A tree of the same structure with a boolean for every variable.
 
     Raises:
-        UserError: A leaf is not an `nnx.Variable`, so it has no type to decide by.
+        UserError: No leaf is an `nnx.Variable`, so there are no types to decide by.
 
     Examples:
         >>> import peftjax
@@ -94,15 +99,16 @@ def trainable_mask(tree: Any, kind: type[nnx.Variable] = PeftParam) -> Any:
     if isinstance(tree, nnx.Module):
         tree = nnx.state(tree)
 
-    def decide(leaf: Any) -> bool:
-        if not isinstance(leaf, nnx.Variable):
-            raise UserError(
-                f"trainable_mask: a leaf is a {type(leaf).__name__}, not an nnx.Variable; pass the model or the state "
-                "that nnx.split or nnx.state returns"
-            )
-        return type(leaf) is kind
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
 
-    return jax.tree.map(decide, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    leaves = jax.tree.leaves(tree, is_leaf=is_variable)  # arrays among them are attributes of modules
+    if leaves and not any(map(is_variable, leaves)):
+        raise UserError(
+            f"trainable_mask: a leaf is a {type(leaves[0]).__name__}, not an nnx.Variable; pass the model or the state "
+            "that nnx.split or nnx.state returns"
+        )
+    return jax.tree.map(lambda leaf: type(leaf) is kind, tree, is_leaf=is_variable)
 
 
 def split_by_kind(model: nnx.Module, kind: type[nnx.Variable] = PeftParam) -> tuple[nnx.GraphDef, FlatTree, FlatTree]:
@@ -120,7 +126,7 @@ def join(graph: nnx.GraphDef, *trees: FlatTree) -> Any:
 
     A leaf is an array, or an `nnx.Variable`, which the model then shares.
     """
-    return nnx.merge(graph, nnx.from_flat_state([(_key(path), value) for path, value in present(*trees).items()]))
+    return nnx.merge(graph, _state(present(*trees)))
 
 
 def update(model: nnx.Module, *trees: FlatTree) -> None:
@@ -128,7 +134,7 @@ def update(model: nnx.Module, *trees: FlatTree) -> None:
     _, variables = flat(model)
     for path, value in present(*trees).items():
         variables[path].set_value(value)
-    nnx.update(model, nnx.from_flat_state([(_key(path), variable) for path, variable in variables.items()]))
+    nnx.update(model, _state(variables))
 
 
 def stack(trees: Sequence[Any]) -> Any:
@@ -184,6 +190,12 @@ def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) ->
 def present(*trees: FlatTree) -> FlatTree:
     """The leaves of all trees that are not `optax.MaskedNode`."""
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
+
+
+def _state(tree: FlatTree) -> nnx.State:
+    """The state with the leaves of a flat tree."""
+    plain = {path: leaf.get_value() for path, leaf in tree.items() if isinstance(leaf, PlainArray)}
+    return nnx.from_flat_state([(_key(path), leaf) for path, leaf in {**tree, **plain}.items()])
 
 
 def _key(path: str) -> tuple[str | int, ...]:

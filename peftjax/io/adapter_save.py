@@ -144,6 +144,11 @@ def saved_method(model: nnx.Module, name: str) -> Method:
     """The method of adapter `name`, which must have a file format."""
     require(model, name)
     method = attached(model)[name]
+    if isinstance(method, Bottleneck) and not isinstance(model, Model):
+        raise UserError(
+            f"save_adapter: the file format of {method.method}, AdapterHub's, is for models from load_model, and "
+            f"{type(model).__name__} is an adopted network; save nnx.state(model, peftjax.PeftParam), for example with orbax"
+        )
     if method.peft_type is None and not isinstance(method, Bottleneck):
         raise UserError(f"{method.method} has no adapter file; save the whole model with save_model")
     if method.peft_type not in (cls.peft_type for cls in METHODS.values()):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
@@ -31,10 +32,10 @@ from peftjax.models.multimodal import text_config
 
 def load_model(
     path: str | Path,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     quantize: str | None = None,
     *,
-    param_dtype: str | None = None,
+    param_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
     remat: str = "none",
@@ -55,7 +56,7 @@ def load_model(
     Args:
         path: A directory, a hub id, or "embedded", the bundled model. A directory with kernels in bitsandbytes' NF4 is
             loaded as it is.
-        dtype: Compute dtype: "float32", "bfloat16" or "float16".
+        dtype: Compute dtype: "float32", "bfloat16" or "float16", or a dtype such as `jnp.bfloat16`.
         quantize: Format of the kernels: "nf4", "nf4_single" (without double quantization) or "int8"; each is quantized
             as it is read. Norms, biases, embeddings and output layers stay in `param_dtype`, and so do the modules `wo` of
             a T5, as in transformers.
@@ -89,6 +90,8 @@ def load_model(
         >>> model(jnp.array([[5, 6, 7]])).shape  # logits
         (1, 3, 1024)
     """
+    dtype = _dtype_name(dtype)
+    param_dtype = _dtype_name(param_dtype) if param_dtype is not None else None
     directory = find_model(path, revision)
     started = time.perf_counter()
     options: HeadOptions = {"head": head, "labels": labels, "problem_type": problem_type, "new_head": new_head}
@@ -137,6 +140,14 @@ def load_model(
         tuple(path for path in rest if type(leaves[path]) is nnx.Param),
     )
     return model
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype, or the string that was given, which `read_config` checks."""
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        raise UserError(f"dtype={dtype!r} is not a dtype") from None
 
 
 def load_kernels(

@@ -49,8 +49,9 @@ def save_model(
         max_shard_bytes: Maximum size of a shard in bytes.
 
     Raises:
-        UserError: Adapters are active, kernels are int8 or, in the text model of a multimodal model, quantized in any
-            format, quantized experts cannot be divided, `source` is missing or another model, or `path` holds something else.
+        UserError: The model is not one from `load_model`, adapters are active, kernels are int8 or, in the text model of a
+            multimodal model, quantized in any format, quantized experts cannot be divided, `source` is missing or another
+            model, or `path` holds something else.
 
     Examples:
         >>> import peftjax
@@ -58,6 +59,11 @@ def save_model(
         >>> peftjax.save_model(model, "my-model")
         >>> model = peftjax.load_model("my-model")
     """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"save_model: a {type(model).__name__} is not a model from load_model, and has no Hugging Face format; save "
+            "nnx.state(model), for example with orbax"
+        )
     target = expand(path).resolve()  # a link to a directory cannot be replaced
     if active := sorted(
         {name for _, slot in nnx.iter_modules(model) if isinstance(slot, Slot) for name in slot.active}

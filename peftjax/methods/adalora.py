@@ -327,8 +327,8 @@ def allocate(
         zeros = {path: jnp.zeros(params[path].shape, jnp.float32) for path in paths}
         return Allocation(jnp.zeros((), jnp.int32), zeros, dict(zeros), inner.init(params))
 
-    def update(gradients: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
-        updates, inner_state = inner.update(gradients, state.inner, params)
+    def update(gradients: Any, state: Allocation, params: Any = None, **extra: Any) -> tuple[Any, Allocation]:
+        updates, inner_state = optax.with_extra_args_support(inner).update(gradients, state.inner, params, **extra)
         step = state.updates + 1
         sensitivity, uncertainty = {}, {}
         for path in paths:
@@ -353,4 +353,4 @@ def allocate(
             updates = updates | {entries: jnp.where(drop, -params[entries], updates[entries])}
         return updates, Allocation(step, sensitivity, uncertainty, inner_state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -104,13 +104,13 @@ class Oft(WithBiases):
             return inner
         packed = [path for path in leaves if path.endswith(f".{OftLinear.leaf}")]
 
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            updates, state = inner.update(updates, state, params)
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+            updates, state = optax.with_extra_args_support(inner).update(updates, state, params, **extra)
             return updates | {
                 path: projected(params[path] + updates[path], self.eps) - params[path] for path in packed
             }, state
 
-        return optax.GradientTransformation(inner.init, update)
+        return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class OftLinear(WeightAdapter):

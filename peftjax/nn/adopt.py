@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.core.variables import dotted
 from peftjax.nn.embedding import Embedding
 from peftjax.nn.linear import Linear
@@ -49,7 +49,7 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
 
     Raises:
         UserError: The model is a single layer, a path of `sublayers` does not exist, or a layer holds a stack of kernels
-            (made by vmap).
+            (made by vmap). The model is unchanged.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -61,24 +61,39 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
         >>> network(jnp.ones((3, 4))).shape
         (3, 2)
     """
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"adopt: the model must be an nnx.Module, not {shown(model)}")
+    if not isinstance(sublayers, Mapping) or not all(isinstance(width, int) for width in sublayers.values()):
+        raise UserError(
+            f'adopt: sublayers must give the width of each sublayer, such as {{"attention": 64}}, not {sublayers!r}'
+        )
     if type(model) in (*_ADOPTED, nnx.Embed):
         raise UserError(f"adopt: the model is itself a {type(model).__name__}; wrap it in an nnx.Module")
     modules: dict[str, Any] = {dotted(path): module for path, module in nnx.iter_modules(model)}
     if missing := [path for path in sublayers if path not in modules or not path]:
         raise UserError(f"adopt: the model has no module {missing[0]!r}; it has {', '.join(filter(None, modules))}")
+    matrices = {path: _matrix(module) for path, module in modules.items() if type(module) in _ADOPTED}
+    for path, shapes in matrices.items():
+        if shapes is not None:
+            _require_shape(f"{path}.kernel", modules[path].kernel, (*shapes[0], *shapes[1]))
+    tables = [path for path, module in modules.items() if type(module) is nnx.Embed]
+    for path in tables:
+        _require_shape(
+            f"{path}.embedding", modules[path].embedding, (modules[path].num_embeddings, modules[path].features)
+        )
     for path, module in modules.items():
         if isinstance(module, AdoptedSublayer):
             continue  # from an earlier call; it may have adapters
         if path in sublayers:
-            kind = type(module)
-            module.__class__ = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
+            module.__class__ = _sublayer_class(type(module))
             module.adapters, module.width = Slot(), sublayers[path]
-        elif type(module) in _ADOPTED:
-            if (shapes := _matrix(module)) is not None:
-                _adopt_linear(path, module, *shapes)
-        elif type(module) is nnx.Embed:
+        elif (shapes := matrices.get(path)) is not None:
+            _adopt_linear(module, *shapes)
+        elif path in tables:
             _adopt_embed(module)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
+        if not isinstance(variable, nnx.Variable):
+            continue  # an array that is an attribute of a module
         value = variable.get_value()
         if variable.get_metadata().get("axes") is None and isinstance(value, ARRAYS):
             variable.set_metadata(axes=(None,) * value.ndim)
@@ -174,21 +189,48 @@ _ADOPTED: dict[type, type[AdoptedLinear]] = {
 }
 
 
-def _adopt_linear(path: str, module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
-    if module.kernel.shape != (*in_shape, *out_shape):
+_ADOPTED_SUBLAYERS: dict[type[nnx.Module], type[AdoptedSublayer]] = {}
+
+
+def _sublayer_class(kind: type[nnx.Module]) -> type[AdoptedSublayer]:
+    """The class of an adopted module of class `kind`; one for all of them, so that their models share compiled programs."""
+    if kind not in _ADOPTED_SUBLAYERS:
+        _ADOPTED_SUBLAYERS[kind] = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
+    return _ADOPTED_SUBLAYERS[kind]
+
+
+def _require_shape(name: str, parameter: nnx.Param, shape: tuple[int, ...]) -> None:
+    if parameter.shape != shape:
         raise UserError(
-            f"adopt: {path}.kernel has shape {module.kernel.shape}, its layer {in_shape} -> {out_shape}: stacks of layers "
-            "made by vmap cannot be adopted; make the layers one by one"
+            f"adopt: {name} has shape {parameter.shape}, but its layer one of {shape}: stacks of layers made by vmap cannot be "
+            "adopted; make the layers one by one"
         )
+
+
+def _reshape(parameter: nnx.Param, *groups: tuple[int, ...]) -> None:
+    """Join each group of axes of a parameter, given by their sizes, to one axis."""
+    value, shape = parameter.get_value(), tuple(map(math.prod, groups))
+    abstract = isinstance(value, jax.ShapeDtypeStruct)
+    parameter.set_value(jax.ShapeDtypeStruct(shape, value.dtype) if abstract else value.reshape(shape))
+    parameter.set_metadata(axes=(None,) * len(shape))
+    if (names := parameter.get_metadata().get("out_sharding")) is not None:  # Flax's names of mesh axes, one per axis
+        each = iter(tuple(names) + (None,) * (sum(map(len, groups)) - len(tuple(names))))
+        parameter.set_metadata(out_sharding=tuple(_joined([next(each) for _ in group]) for group in groups))
+
+
+def _joined(names: list[Any]) -> Any:
+    """The mesh axis of joined axes: that of the first one; None if another one is sharded, too."""
+    return names[0] if not any(names[1:]) else None
+
+
+def _adopt_linear(module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
     module.__class__ = _ADOPTED[type(module)]
     module.features = (vars(module).get("in_features"), vars(module).get("out_features"))  # as Flax has them
     module.in_shape, module.out_shape = in_shape, out_shape
     module.in_features, module.out_features, module.axes = math.prod(in_shape), math.prod(out_shape), (None, None)
-    module.kernel.set_value(module.kernel.get_value().reshape(module.in_features, module.out_features))
-    module.kernel.set_metadata(axes=(None, None))
+    _reshape(module.kernel, in_shape, out_shape)
     if module.bias is not None:
-        module.bias.set_value(module.bias.get_value().reshape(module.out_features))
-        module.bias.set_metadata(axes=(None,))
+        _reshape(module.bias, out_shape)
     module.adapters = Slot()
 
 
@@ -222,6 +264,6 @@ def _matrix(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     count = len([letter for letter in kernel if letter not in made])
     contracted, free = kernel[:count], kernel[count:]
     fits = inputs.endswith(contracted) and made == inputs[: len(inputs) - count] + free and not set(free) & set(inputs)
-    shape = module.kernel.shape
-    biased = module.bias is None or module.bias.shape == shape[count:]
+    shape = tuple(module.kernel_shape)
+    biased = module.bias is None or tuple(module.bias_shape) == shape[count:]
     return (tuple(shape[:count]), tuple(shape[count:])) if count and free and fits and biased else None

@@ -93,11 +93,12 @@ def remove_dropout(model: nnx.Module) -> None:
             module.rate, module.key, module.number = 0.0, nnx.data(None), nnx.data(None)
 
 
-def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Model:
+def training_view(model: Model, batch: Mapping[str, Any], key: jax.Array | None = None) -> Model:
     """The model with dropout active and fresh keys, one for each dropout module of each layer.
 
-    The view shares every other variable with `model`, so gradients with respect to the model pass through it. `model`
-    itself keeps its mode and its keys. Call this inside the function that is differentiated:
+    The random streams of Flax's layers, such as nnx.Dropout, get fresh keys, too. The view shares every other variable with
+    `model`, so gradients with respect to the model pass through it. `model` itself keeps its mode and its keys. Call this
+    inside the function that is differentiated:
 
         def loss(model, batch):
             logits = peftjax.losses.training_view(model, batch)(batch["tokens"])
@@ -126,12 +127,28 @@ def training_view(model: Model, batch: Mapping[str, jax.Array], key: jax.Array |
         (True, False)
     """
     assert isinstance(model, nnx.Module)
-    graph, leaves = variables.flat(model)
-    keys = {path: leaf.get_value() for path, leaf in leaves.items() if isinstance(leaf, DropoutKey)}
-    if keys:
-        fresh = variables.with_dropout_keys(keys, tuple(keys), _key_of(leaves, batch) if key is None else key)
-        leaves = leaves | {path: leaves[path].replace(value) for path, value in fresh.items()}
-    return _with_mode(variables.join(graph, leaves), deterministic=False)
+    graph, state = nnx.split(model)
+    leaves = nnx.to_flat_state(state)
+    named = {variables.dotted(path): leaf for path, leaf in leaves if isinstance(leaf, nnx.Variable)}
+    named = dict(sorted(named.items()))
+    keys = {path: leaf.get_value() for path, leaf in named.items() if isinstance(leaf, DropoutKey)}
+    streams = {path: leaf.get_value() for path, leaf in named.items() if isinstance(leaf, nnx.RngKey)}
+    if keys or streams:
+        key = _key_of(named, batch) if key is None else key
+        fresh = variables.with_dropout_keys(keys, tuple(keys), key)
+        fresh |= {path: _refreshed(stream, key) for path, stream in streams.items()}
+        counts = {path: leaf for path, leaf in named.items() if isinstance(leaf, nnx.RngCount)}
+        # A draw increments its counter, which Flax refuses inside of jit for one made outside.
+        fresh |= {path: leaf.get_value() for path, leaf in counts.items() if not leaf._can_update}
+        named |= {path: named[path].replace(value) for path, value in fresh.items()}
+    view = nnx.from_flat_state([(path, named.get(variables.dotted(path), leaf)) for path, leaf in leaves])
+    return _with_mode(nnx.merge(graph, view), deterministic=False)
+
+
+def _refreshed(stream: jax.Array, key: jax.Array) -> jax.Array:
+    """The keys of a random stream of Flax, of any shape, changed by another key."""
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    return fold(stream.reshape(-1), jax.random.bits(key)).reshape(stream.shape)
 
 
 def evaluation_view(model: Model) -> Model:
@@ -145,7 +162,7 @@ def _with_mode(view: Model, deterministic: bool) -> Model:
     return view
 
 
-def _key_of(leaves: Mapping[str, nnx.Variable], batch: Mapping[str, jax.Array]) -> jax.Array:
+def _key_of(leaves: Mapping[str, nnx.Variable], batch: Mapping[str, Any]) -> jax.Array:
     """A random key that depends on the stored keys, the trainable parameters and the batch."""
     trainable = {type(leaf) for leaf in leaves.values()} & {PeftParam} or {nnx.Param}
     hashed = [leaf.get_value() for leaf in leaves.values() if isinstance(leaf, DropoutKey) or type(leaf) in trainable]

@@ -89,6 +89,12 @@ def test_a_merged_adapter_cannot_be_activated_as_well() -> None:
     adapters.use(adapters.unmerge(merged, "default"), ("other", "default"))
 
 
+def test_a_merge_inside_jit_is_refused() -> None:
+    model = adapters.attach(tiny.model(), methods.Lora(rank=2), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="merge: a model cannot be merged inside a transformed function"):
+        nnx.jit(lambda model: adapters.merge(model)(tiny.tokens()))(model)
+
+
 def test_a_model_is_copied_and_pickled_with_its_adapters() -> None:
     model = with_lora("nf4")
     expected = model(tiny.tokens())

@@ -78,6 +78,22 @@ def test_each_of_several_methods_changes_the_updates_of_its_own_adapter() -> Non
     }
 
 
+@pytest.mark.parametrize("method", [LORA_PLUS, ADALORA, OFT], ids=["lora+", "adalora", "oft"])
+def test_further_arguments_of_an_update_reach_the_optimizer(method: peftjax.Method) -> None:
+    model, given = attached(method), []
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: float) -> tuple[Any, Any]:
+        given.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    params = nnx.state(model, peftjax.PeftParam)
+    for tx in (inner, optax.sgd(1.0)):  # the second one ignores them
+        tx = peftjax.wrap_optimizer(tx, model)
+        tx.update(random_like(params), tx.init(params), params, value=3.0)
+    assert given == [3.0]
+
+
 def test_with_other_methods_the_optimizer_stays_as_it_is() -> None:
     tx = optax.adam(1e-2)
     assert peftjax.wrap_optimizer(tx, attached(peftjax.Lora(rank=2))) is tx

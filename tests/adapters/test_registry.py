@@ -1,5 +1,7 @@
 """The record of a model's adapters is part of its structure, and leaves no trace once they are detached."""
 
+import re
+
 import pytest
 from flax import nnx
 
@@ -42,5 +44,18 @@ def test_a_model_whose_adapters_are_detached_has_the_structure_it_had() -> None:
 
 
 def test_a_name_of_another_type_is_not_attached() -> None:
-    with pytest.raises(UserError, match=r"no adapter None is attached\. Attached: \[\]"):
-        adapters.merge(tiny.model(), None)  # type: ignore[arg-type]
+    for name in (None, ["one", "two"], 5):
+        message = re.escape(f"no adapter {name!r} is attached. Attached: []")
+        for change in (adapters.merge, adapters.unmerge, adapters.detach):
+            with pytest.raises(UserError, match=message):
+                change(tiny.model(), name)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=rf"adapter name {re.escape(repr(name))}: use letters"):
+            adapters.attach(tiny.model(), LORA, name, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^the model must be an nnx.Module, not 'one'$"):
+        adapters.detach("one")  # type: ignore[type-var]
+    with pytest.raises(
+        UserError, match=r"^attach: the method must be an instance such as Lora\(rank=8\), not \S+\(.*$"
+    ):
+        adapters.attach(LORA, tiny.model(), rngs=nnx.Rngs(0))  # type: ignore[type-var, arg-type]
+    with pytest.raises(UserError, match="use: names must be the name of an adapter, a list of names or None, not 5"):
+        adapters.use(tiny.model(), 5)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -139,6 +140,21 @@ def test_any_stored_float_is_converted(tmp_path: Path, stored_dtype: Any, dtype:
     assert {array.dtype for array in loaded.values()} == {np.dtype(dtype)}
     expected = stored[GATE].T.astype(dtype)
     assert loaded["blocks.feedforward.gate.kernel"][1].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16")])
+def test_a_dtype_may_be_one_of_jax(dtype: Any) -> None:
+    model = load_model("embedded", dtype=dtype, param_dtype=np.float32)
+    assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
+    assert model.origin is not None
+    assert (model.origin.options["dtype"], model.origin.options["param_dtype"]) == ("bfloat16", "float32")
+    with pytest.raises(UserError, match="dtype=5 is not a dtype"):
+        load_model("embedded", dtype=5)  # type: ignore[arg-type]
+
+
+def test_a_network_of_a_user_has_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="save_model: a Linear is not a model from load_model"):
+        save_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "model")  # type: ignore[arg-type]
 
 
 def test_param_dtype_is_that_of_the_parameters_and_dtype_that_of_the_computation(tmp_path: Path) -> None:

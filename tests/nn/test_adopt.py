@@ -1,6 +1,7 @@
 """Foreign NNX models with slots: they compute what they did, and methods sit in them as in ours."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +12,18 @@ import pytest
 from flax import nnx
 
 from peftjax import adapters, sharding
+from peftjax.adapters import wrap_optimizer
 from peftjax.core import variables
+from peftjax.core.errors import UserError
+from peftjax.core.variables import trainable_mask
+from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_save import save_adapter
+from peftjax.losses import training_view
 from peftjax.methods import Houlsby, Hra, Ia3, LoHa, Lora, PrefixTuning, PromptTuning, TrainableTokens, Vera
 from peftjax.nn.adopt import adopt
 from peftjax.totals import Totals
 from peftjax.training.step import Objective, init_state, make_train_step
+from tests import tiny
 
 
 class Classifier(nnx.Module):
@@ -170,18 +178,128 @@ def test_bottleneck_adapters_sit_in_the_sublayers_that_are_named() -> None:
 
 
 class Stacked(nnx.Module):
-    def __init__(self) -> None:
-        self.layers = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+    def __init__(self, make: Callable[..., Any] = lambda rngs: nnx.Linear(4, 4, rngs=rngs)) -> None:
+        self.first = nnx.LinearGeneral((2, 2), (4,), axis=(-2, -1), rngs=nnx.Rngs(0))
+        self.layers = nnx.vmap(lambda key: make(rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+
+
+def einsum(rngs: nnx.Rngs) -> nnx.Einsum:
+    return nnx.Einsum("bd,df->bf", (4, 4), (4,), rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(einsum, "kernel"), (lambda rngs: nnx.Embed(3, 4, rngs=rngs), "embedding")],
+    ids=["einsum", "embed"],
+)
+def test_a_model_with_a_stack_of_layers_is_refused_and_unchanged(make: Callable[..., Any], name: str) -> None:
+    model = Stacked(make)
+    before = nnx.split(model)[0]
+    with pytest.raises(UserError, match=rf"layers\.{name} has shape \(2, ., 4\).*stacks of layers made by vmap"):
+        adopt(model)
+    assert nnx.split(model)[0] == before
+    assert model.first.kernel.shape == (2, 2, 4)
+
+
+def test_a_model_of_shapes_can_be_adopted_and_has_the_structure_of_one_of_arrays() -> None:
+    sublayers = {"attention": 12}
+    model = adopt(nnx.eval_shape(lambda: Classifier(nnx.Rngs(0))), sublayers=sublayers)
+    graph, state = nnx.split(adopt(Classifier(nnx.Rngs(0)), sublayers=sublayers))
+    assert nnx.split(model)[0] == graph
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda leaf: leaf.shape, nnx.state(model))
+
+
+def test_flaxs_names_of_mesh_axes_fit_the_matrix() -> None:
+    names = {
+        ("x", None, None, "y"): ("x", None),
+        (None, None, "y", None): (None, "y"),
+        ("x", "y", None, None): (None, None),
+    }
+    for given, expected in names.items():
+        model = nnx.Dict(layer=nnx.LinearGeneral((2, 2), (2, 2), axis=(-2, -1), rngs=nnx.Rngs(0)))
+        model.layer.kernel.set_metadata(out_sharding=given)
+        adopt(model)
+        assert model.layer.kernel.get_metadata()["out_sharding"] == expected
+
+
+class Scaled(nnx.Module):
+    """A network with arrays that are attributes."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer, self.scale, self.shift = (
+            nnx.Linear(4, 4, rngs=rngs),
+            jnp.full((1, 4), 2.0),
+            np.ones((1, 4), np.float32),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.add(jnp.multiply(self.layer(x), self.scale), self.shift)
+
+
+def test_arrays_that_are_attributes_of_a_module_stay_what_they_are(tmp_path: Path) -> None:
+    x = jnp.ones((2, 4))
+    model = adapters.attach(adopt(Scaled(nnx.Rngs(0))), Lora(rank=2, dropout=0.5, lr_ratio=4.0), rngs=nnx.Rngs(1))
+    expected = randomized(model)(x)
+    mask = trainable_mask(model)
+    assert mask["layer"]["adapters"]["default"]["a"] is True
+    assert mask["scale"] is mask["shift"] is False
+    view = training_view(model, {"x": x})
+    assert isinstance(view.scale, jax.Array)
+    assert view(x).shape == expected.shape
+    wrap_optimizer(optax.adam(1e-2), model).init(nnx.state(model, variables.PeftParam))
+    again = load_adapter(adopt(Scaled(nnx.Rngs(0))), save_adapter(model, tmp_path / "adapter"))
+    np.testing.assert_array_equal(again(x), expected)
+    np.testing.assert_allclose(adapters.merge(model)(x), expected, rtol=1e-5)
+
+
+class Reward(nnx.Module):
+    """A number for each sequence, from a model of ours."""
+
+    def __init__(self, backbone: Any, rngs: nnx.Rngs) -> None:
+        self.backbone, self.score = backbone, nnx.Linear(backbone.config.embed, 1, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.score(self.backbone.hidden(tokens)[0][:, -1])
+
+
+def test_adapters_attach_to_a_model_inside_a_users_module_and_not_to_the_module(tmp_path: Path) -> None:
+    model = adopt(Reward(tiny.model(), nnx.Rngs(0)))
+    with pytest.raises(UserError, match=r"backbone is a model of peftjax inside a Reward; .*: pass model\.backbone"):
+        adapters.attach(model, Lora(rank=2), rngs=nnx.Rngs(1))
+    before = model(TOKENS)
+    adapters.attach(model.backbone, Lora(rank=2), rngs=nnx.Rngs(1))
+    attached = tiny.randomize(model, scale=0.3)(TOKENS)
+    assert np.abs(attached - before).max() > 1e-3
+    again = Reward(tiny.model(), nnx.Rngs(0))
+    load_adapter(again.backbone, save_adapter(model.backbone, tmp_path / "adapter"))
+    np.testing.assert_array_equal(again(TOKENS), attached)
+
+
+class OwnLinear(nnx.Linear):
+    """A subclass, which may compute anything."""
+
+
+def test_bottleneck_adapters_of_an_adopted_network_have_no_file(tmp_path: Path) -> None:
+    model = adopt(Classifier(nnx.Rngs(0)), sublayers={"attention": 12})
+    adapters.attach(model, Houlsby(reduction_factor=4), rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match=r"the file format of houlsby, AdapterHub's, is for models from load_model"):
+        save_adapter(model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: adopt(Classifier(nnx.Rngs(0)), sublayers={"atention": 12}), "the model has no module 'atention'"),
+        (lambda: adopt(Classifier), "the model must be an nnx.Module, not <class .*Classifier'>"),  # type: ignore[type-var]
+        (lambda: adopt(adopted(), sublayers=["attention"]), "sublayers must give the width"),  # type: ignore[arg-type]
         (lambda: adopt(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "the model is itself a Linear; wrap it in an nnx.Module"),
         (
             lambda: adapters.attach(Stacked(), Lora(), rngs=nnx.Rngs(0)),
             r"attach: no layer .* peftjax.adopt\(model\) adds",
+        ),
+        (
+            lambda: adapters.attach(adopt(nnx.Dict(layer=OwnLinear(4, 4, rngs=nnx.Rngs(0)))), Lora(), rngs=nnx.Rngs(0)),
+            "attach: no layer .* but not to subclasses of these",
         ),
         (
             lambda: adapters.attach(adopted(), Lora, rngs=nnx.Rngs(0)),
