@@ -67,6 +67,8 @@ def generate_ids(
         NotFiniteError: The logits are NaN or infinite.
     """
     arguments = _arguments(model, prompts, max_new_tokens, stop)
+    if not isinstance(seed, int | np.integer):
+        raise UserError(f"generate: seed={seed!r} must be an integer")
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"generate: seed={seed} has more than 64 bits; use a smaller number")
     view = active_view(model)

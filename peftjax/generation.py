@@ -105,6 +105,10 @@ def generate(
             f"generate: sampling must be a peftjax.Sampling, such as Sampling(temperature=0.7), not {sampling!r}"
         )
     if not isinstance(prompts, Tokenizer):
+        if callable(prompts):  # a tokenizer of transformers
+            raise UserError(
+                f"generate: {type(prompts).__name__} is not a tokenizer of peftjax; use peftjax.load_tokenizer(DIR)"
+            )
         if texts is not None or chat or any(isinstance(prompt, str) for prompt in prompts):
             raise UserError("generate: texts need a tokenizer: generate(model, tokenizer, texts)")
         if any(np.ndim(prompt) != 1 for prompt in prompts):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class Sampling:
             sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1); 1 means all tokens.
 
     Raises:
-        UserError: A value is out of range.
+        UserError: A value is out of range or not a number.
     """
 
     temperature: float = 0.0
@@ -28,6 +29,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if not isinstance(value, Real):
+                raise UserError(f"{name}={value!r} is not a number")
+        if not isinstance(self.top_k, Integral):
+            raise UserError(f"top_k={self.top_k!r} is not an integer")
         if not 0 <= self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature} is out of range; use 0 (greedy) or a finite number above 0"

@@ -62,7 +62,7 @@ def attach(
         0.0
     """
     if not isinstance(method, Method):
-        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {method!r}")
+        raise UserError(f"attach: the method must be an instance such as Lora(rank=8), not {method!r:.80}")
     if not isinstance(rngs, nnx.Rngs):
         raise UserError(f"attach: rngs must be nnx.Rngs(seed), not {rngs!r}")
     if not sites(model):

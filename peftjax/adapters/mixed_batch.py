@@ -140,6 +140,8 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
         )
     if isinstance(names, str):
         raise UserError(f"rows: names must be a list with one adapter for each row, got {names!r}")
+    if unnamed := [name for name in names if not isinstance(name, str | None)]:
+        raise UserError(f"rows: {unnamed[0]!r} is not the name of an adapter; use a string, or None for the base alone")
     named = list(dict.fromkeys(names))
     some = next((name for name in named if name is not None), None)
     if some is None:
@@ -152,7 +154,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
             raise UserError(f"rows: {method.method} always has an effect, so every row needs an adapter")
         attach_unchecked(model, method, idle, rngs=nnx.Rngs(0))
     try:
-        views = [active_view(use(model, name or idle)) for name in named]
+        views = [active_view(use(model, idle if name is None else name)) for name in named]
     finally:
         if None in named:
             detach(model, idle)

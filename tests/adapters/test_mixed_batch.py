@@ -101,13 +101,15 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         ("lora", ["one", "tow"], "no adapter 'tow' is attached. Did you mean 'two'"),
         ("lora", [None], "names no adapter"),
+        ("lora", ["one", 1], "1 is not the name of an adapter; use a string, or None"),
+        ("lora", ["one", ""], "no adapter '' is attached"),
         ("lora", "one", "names must be a list with one adapter for each row, got 'one'"),
         ("prompt", ["one", None], "prompt always has an effect"),
         ("hra", ["one", None], "hra always has an effect"),
         ("lora", ["one", "other"], "the adapters 'one' and 'other' differ"),
     ],
 )
-def test_what_cannot_be_in_one_batch_is_refused(method: str, names: list[str | None], message: str) -> None:
+def test_what_cannot_be_in_one_batch_is_refused(method: str, names: Any, message: str) -> None:
     model = attached(METHODS[method])
     adapters.attach(model, Lora(rank=3), "other", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
