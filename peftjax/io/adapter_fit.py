@@ -107,6 +107,30 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
     return dataclasses.replace(method, **changes)
 
 
+def with_named_layers(method: Method, model: nnx.Module, layers_pattern: Any) -> Method:
+    """Return the method with whole names as targets where layers_pattern numbers other modules than the model's layers.
+
+    In a T5 these are the sublayers: `layer` in `encoder.block.0.layer.1`.
+    """
+    if not isinstance(method, Targeted) or not method.layers_to_transform or isinstance(method.targets, str):
+        return method
+    targets = method.targets
+    containers = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
+
+    def number(name: str) -> int | None:
+        found = (re.match(rf"(?:^|.*?\.){container}\.(\d+)\.", name) for container in containers)
+        return next((int(match[1]) for match in found if match), None)
+
+    layers = [
+        (own, name) for site in method.candidates(model) for own, name in zip(site.numbers, site.names, strict=True)
+    ]
+    if all(number(name) in (None, own) for own, name in layers):
+        return method
+    named = (name for _, name in layers if matches(name, targets))
+    kept = tuple(name for name in named if name in targets or number(name) in method.layers_to_transform)
+    return dataclasses.replace(method, targets=kept, layers_to_transform=()) if kept else method
+
+
 def with_joined_experts(method: Method, model: nnx.Module) -> Method:
     """Return the method with all experts selected by one name, where its options name every one of them."""
     if not isinstance(method, Targeted) or not method.splits_experts:

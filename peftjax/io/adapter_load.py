@@ -29,6 +29,7 @@ from peftjax.io.adapter_fit import (
     with_factors_of,
     with_full_factors,
     with_joined_experts,
+    with_named_layers,
     with_names,
     without_nested,
     without_parameters,
@@ -134,7 +135,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
-    method, tensors = _fitted(method, tensors, model, path, config.get("target_parameters") or ())
+    method, tensors = _fitted(method, tensors, model, path, config)
     method = with_new_rows(method, model, tensors, path / WEIGHTS)
     return method, tensors | drawn_projections(method, model, config), has_head
 
@@ -186,7 +187,7 @@ def _without_unknown(fields: dict[str, Any], method: type[Method], version: str 
 
 
 def _fitted(
-    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, parameters: Iterable[str]
+    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, config: Mapping[str, Any]
 ) -> tuple[Method, dict[str, np.ndarray]]:
     """The method and the tensors in this model's names, without what peft ignores; one warning names it.
 
@@ -196,7 +197,8 @@ def _fitted(
     older = older_names(model, tensors)
     with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
         method = with_joined_experts(with_names(method, model, older), model)
-        method = without_parameters(method, model, tensors, parameters)
+        method = with_named_layers(method, model, config.get("layers_pattern"))
+        method = without_parameters(method, model, tensors, config.get("target_parameters") or ())
         method, inner = without_nested(method, model)
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))
     if inner:
