@@ -25,7 +25,7 @@ from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.ia3 import Ia3, is_feedforward
 from peftjax.methods.lokr import LoKr
-from peftjax.methods.lora.lora import Lora
+from peftjax.methods.lora.lora import Lora, parameter_modules
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
@@ -129,6 +129,26 @@ def with_named_layers(method: Method, model: nnx.Module, layers_pattern: Any) ->
     named = (name for _, name in layers if matches(name, targets))
     kept = tuple(name for name in named if name in targets or number(name) in method.layers_to_transform)
     return dataclasses.replace(method, targets=kept, layers_to_transform=()) if kept else method
+
+
+def with_all_parameters(method: Method, model: nnx.Module, parameters: Iterable[str]) -> Method:
+    """Return the method with whole names as targets if its options leave out some of target_parameters.
+
+    peft applies exclude_modules and layers_to_transform to target_modules only.
+    """
+    if not isinstance(method, Targeted) or method.targets == method.every:
+        return method
+    names = parameter_modules(parameters)
+    options = {"every": False, "exclude": method.exclude, "layers": method.layers_to_transform}
+    kept: list[str] = []
+    left_out = False
+    for site in method.candidates(model):
+        for number, name in zip(site.numbers, site.names, strict=True):
+            selected = is_selected((name,), number, method.targets, **options)
+            if selected or matches(name, names):
+                kept.append(name)
+                left_out |= not selected
+    return dataclasses.replace(method, targets=tuple(kept), exclude=(), layers_to_transform=()) if left_out else method
 
 
 def with_joined_experts(method: Method, model: nnx.Module) -> Method:

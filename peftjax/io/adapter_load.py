@@ -26,6 +26,7 @@ from peftjax.io.adapter_check import copies_in, reason, with_new_rows
 from peftjax.io.adapter_experts_load import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
+    with_all_parameters,
     with_factors_of,
     with_full_factors,
     with_joined_experts,
@@ -194,11 +195,12 @@ def _fitted(
     Raises:
         UserError: The adapter needs a changed base that cannot be computed.
     """
-    older = older_names(model, tensors)
+    older, parameters = older_names(model, tensors), config.get("target_parameters") or ()
     with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
         method = with_joined_experts(with_names(method, model, older), model)
         method = with_named_layers(method, model, config.get("layers_pattern"))
-        method = without_parameters(method, model, tensors, config.get("target_parameters") or ())
+        method = with_all_parameters(method, model, parameters)
+        method = without_parameters(method, model, tensors, parameters)
         method, inner = without_nested(method, model)
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))
     if inner:
