@@ -139,12 +139,12 @@ def with_all_parameters(method: Method, model: nnx.Module, parameters: Iterable[
     if not isinstance(method, Targeted) or method.targets == method.every:
         return method
     names = parameter_modules(parameters)
-    options = {"every": False, "exclude": method.exclude, "layers": method.layers_to_transform}
+    exclude, layers = method.exclude, method.layers_to_transform
     kept: list[str] = []
     left_out = False
     for site in method.candidates(model):
         for number, name in zip(site.numbers, site.names, strict=True):
-            selected = is_selected((name,), number, method.targets, **options)
+            selected = is_selected((name,), number, method.targets, every=False, exclude=exclude, layers=layers)
             if selected or matches(name, names):
                 kept.append(name)
                 left_out |= not selected
