@@ -106,6 +106,10 @@ def generate(
             f"generate: sampling must be a peftjax.Sampling, such as Sampling(temperature=0.7), not {sampling!r}"
         )
     if not isinstance(prompts, Tokenizer):
+        if callable(prompts):  # a tokenizer of transformers
+            raise UserError(
+                f"generate: {type(prompts).__name__} is not a tokenizer of peftjax; use peftjax.load_tokenizer(DIR)"
+            )
         given = list(prompts) if isinstance(prompts, Iterable) else [prompts]
         if texts is not None or chat or any(isinstance(prompt, str) for prompt in given):
             raise UserError(

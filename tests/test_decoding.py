@@ -189,6 +189,7 @@ def test_sampling_draws_only_what_its_limits_allow_and_all_of_it(sampling: Sampl
         ({"prompts": [[1] * 60], "max_new_tokens": 9}, "60 tokens and 9 new tokens exceed the model's 64 positions"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0 generates nothing; use 1 or more"),
         ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer"),
+        ({"prompts": [[1]], "max_new_tokens": 2, "seed": None}, "seed=None must be an integer"),
         ({"prompts": [[1]], "max_new_tokens": 2, "seed": 2**64}, f"seed={2**64} has more than 64 bits"),
     ],
 )
@@ -202,8 +203,19 @@ def test_a_model_without_a_cache_generates_no_text() -> None:
         generate_ids(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_sampling_options_out_of_range_are_refused(bad: dict) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": "0.7"},
+        {"top_k": -1},
+        {"top_k": 5.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": None},
+    ],
+)
+def test_sampling_options_out_of_range_or_of_another_type_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
 

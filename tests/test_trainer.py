@@ -237,6 +237,10 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
     for mistaken in ((prompts, texts), (texts,), (texts[0],)):
         with pytest.raises(UserError, match="texts need a tokenizer"):
             peftjax.generate(model, *mistaken)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"PreTrainedTokenizer is not a tokenizer of peftjax; use peftjax.load_tokenizer"
+    ):
+        peftjax.generate(model, type("PreTrainedTokenizer", (), {"__call__": print})(), texts)  # type: ignore[call-overload]
     message = {"role": "user", "content": "March 7th, 2024"}
     for wrong in (3, [texts[0], 3], [message]):
         with pytest.raises(

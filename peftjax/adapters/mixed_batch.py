@@ -155,7 +155,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
             raise UserError(f"rows: {method.method} always has an effect, so every row needs an adapter")
         attach_unchecked(model, method, idle, rngs=nnx.Rngs(0))
     try:
-        views = [active_view(use(model, name or idle)) for name in named]
+        views = [active_view(use(model, idle if name is None else name)) for name in named]
     finally:
         if None in named:
             detach(model, idle)

@@ -25,7 +25,7 @@ from peftjax.methods.adalora import AdaLora
 from peftjax.methods.boft import Boft
 from peftjax.methods.ia3 import Ia3, is_feedforward
 from peftjax.methods.lokr import LoKr
-from peftjax.methods.lora.lora import Lora
+from peftjax.methods.lora.lora import Lora, parameter_modules
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
 
@@ -105,6 +105,50 @@ def with_names(method: Method, model: nnx.Module, older: Mapping[str, str]) -> M
             lambda layer, name: selected(layer, name) and is_feedforward(back.get(name, name), inputs)
         )
     return dataclasses.replace(method, **changes)
+
+
+def with_named_layers(method: Method, model: nnx.Module, layers_pattern: Any) -> Method:
+    """Return the method with whole names as targets where layers_pattern numbers other modules than the model's layers.
+
+    In a T5 these are the sublayers: `layer` in `encoder.block.0.layer.1`.
+    """
+    if not isinstance(method, Targeted) or not method.layers_to_transform or isinstance(method.targets, str):
+        return method
+    targets = method.targets
+    containers = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
+
+    def number(name: str) -> int | None:
+        found = (re.match(rf"(?:^|.*?\.){container}\.(\d+)\.", name) for container in containers)
+        return next((int(match[1]) for match in found if match), None)
+
+    layers = [
+        (own, name) for site in method.candidates(model) for own, name in zip(site.numbers, site.names, strict=True)
+    ]
+    if all(number(name) in (None, own) for own, name in layers):
+        return method
+    named = (name for _, name in layers if matches(name, targets))
+    kept = tuple(name for name in named if name in targets or number(name) in method.layers_to_transform)
+    return dataclasses.replace(method, targets=kept, layers_to_transform=()) if kept else method
+
+
+def with_all_parameters(method: Method, model: nnx.Module, parameters: Iterable[str]) -> Method:
+    """Return the method with whole names as targets if its options leave out some of target_parameters.
+
+    peft applies exclude_modules and layers_to_transform to target_modules only.
+    """
+    if not isinstance(method, Targeted) or method.targets == method.every:
+        return method
+    names = parameter_modules(parameters)
+    exclude, layers = method.exclude, method.layers_to_transform
+    kept: list[str] = []
+    left_out = False
+    for site in method.candidates(model):
+        for number, name in zip(site.numbers, site.names, strict=True):
+            selected = is_selected((name,), number, method.targets, every=False, exclude=exclude, layers=layers)
+            if selected or matches(name, names):
+                kept.append(name)
+                left_out |= not selected
+    return dataclasses.replace(method, targets=tuple(kept), exclude=(), layers_to_transform=()) if left_out else method
 
 
 def with_joined_experts(method: Method, model: nnx.Module) -> Method:

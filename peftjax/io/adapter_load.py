@@ -26,9 +26,11 @@ from peftjax.io.adapter_check import copies_in, reason, with_new_rows
 from peftjax.io.adapter_experts_load import with_all_experts
 from peftjax.io.adapter_fit import (
     older_names,
+    with_all_parameters,
     with_factors_of,
     with_full_factors,
     with_joined_experts,
+    with_named_layers,
     with_names,
     without_nested,
     without_parameters,
@@ -133,7 +135,7 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
-    method, tensors = _fitted(method, tensors, model, path, config.get("target_parameters") or ())
+    method, tensors = _fitted(method, tensors, model, path, config)
     method = with_new_rows(method, model, tensors, path / WEIGHTS)
     return method, tensors | drawn_projections(method, model, config), has_head
 
@@ -185,16 +187,18 @@ def _without_unknown(fields: dict[str, Any], method: type[Method], version: str 
 
 
 def _fitted(
-    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, parameters: Iterable[str]
+    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, config: Mapping[str, Any]
 ) -> tuple[Method, dict[str, np.ndarray]]:
     """The method and the tensors in this model's names, without what peft ignores; one warning names it.
 
     Raises:
         UserError: The adapter needs a changed base that cannot be computed.
     """
-    older = older_names(model, tensors)
+    older, parameters = older_names(model, tensors), config.get("target_parameters") or ()
     with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
         method = with_joined_experts(with_names(method, model, older), model)
+        method = with_named_layers(method, model, config.get("layers_pattern"))
+        method = with_all_parameters(method, model, parameters)
         method = without_parameters(method, model, tensors, parameters)
         method, inner = without_nested(method, model)
         method, removed = without_unmatched(method, model, with_older_names(tensors, older))

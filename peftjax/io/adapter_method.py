@@ -41,6 +41,8 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
     Raises:
         UserError: There is no such directory, or a file is missing or not a regular file.
     """
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the directory that holds {' and '.join(files)}")
     if not path.is_dir():
         message = f"{path}: no such directory; give the one that holds {' and '.join(files)}"
         if "/" in str(path) and is_hub_id(str(path)):
@@ -49,8 +51,10 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
     check_files(path, files)
     for file in files:
         if not (path / file).is_file():
-            inside = all((path / "adapter" / other).is_file() for other in files)  # the workdir of a run
-            hint = f"give {path / 'adapter'}" if inside else f"it holds {listing(path)}"
+            inside = [folder for folder in sorted(path.iterdir()) if all((folder / name).is_file() for name in files)]
+            # The workdir of a run, or the directory to which peft saved several adapters.
+            inside = [folder for folder in inside if folder.name == "adapter"] or inside[:5]
+            hint = f"give {' or '.join(map(str, inside))}" if inside else f"it holds {listing(path)}"
             raise UserError(f"{path} is not an adapter directory: {file} is missing; {hint}")
 
 

@@ -135,7 +135,7 @@ TYPES: dict[str, dict[str, Kind]] = {
     | _fields(FLAG, "fan_in_fan_out inference_mode use_dora use_rslora")
     | _fields(TEXT, "base_model_name_or_path bias peft_type peft_version revision task_type")
     | _fields(OBJECT, "alpha_pattern rank_pattern")
-    | _fields(NAMES, "exclude_modules feedforward_modules target_modules")
+    | _fields(NAMES, "exclude_modules feedforward_modules layers_pattern target_modules")
     | _fields(TEXTS, "modules_to_save target_parameters")
     | _fields(LAYERS, "layers_to_transform")
     | _fields(CHOICE, "init_lora_weights"),

@@ -24,10 +24,12 @@ def resized(config: ModelConfig, rows: int | None) -> ModelConfig:
     """Return the configuration with a vocabulary of at least `rows` tokens; None: as it is.
 
     Raises:
-        UserError: The model has no vocabulary.
+        UserError: The model has no vocabulary, or `rows` is not a number.
     """
     if rows is None:
         return config
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise UserError(f"resize_embeddings must be a number of tokens, such as tokenizer.vocab_size, not {rows!r:.80}")
     if not isinstance(config, _WithVocabulary):
         raise UserError(f"resize_embeddings={rows} (model.resize_embeddings): the model reads no tokens; leave it out")
     if rows <= config.vocab:

@@ -111,7 +111,8 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     fields.implied("sliding_window_size", window)  # an old name
     every = 2
     if fields.kind == "gemma3_text":
-        written = (fields.maybe("sliding_window_pattern"), fields.maybe("_sliding_window_pattern"))
-        every = written[0] or written[1] or 6
+        every = fields.maybe("sliding_window_pattern") or 6
+        if fields.config.get("layer_types"):
+            fields.skip("_sliding_window_pattern")  # transformers writes it and never reads it
     default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     return read_windows(fields, default, window)

@@ -1,6 +1,7 @@
 """The task head of an encoder: the checkpoint's own or a new one, and its labels."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -53,7 +54,7 @@ def read_head(
     fields.skip(*LABELS, "tie_word_embeddings", "finetuning_task")
     rest = dict(options)
     head, labels, problem_type, new_head = (rest.pop(name, None) for name in HeadOptions.__annotations__)
-    config, stored = fields.config, _stored(fields.config, architectures)
+    config, stored = fields.config, _stored(fields.config, architectures, head)
     head = stored if head is None else head
     stored = OTHER if new_head and stored != "none" else stored
     if head not in heads:
@@ -97,14 +98,18 @@ def stored_labels(config: dict[str, Any]) -> tuple[str, ...]:
     return _named(config) or _numbered(count)
 
 
-def _stored(config: dict[str, Any], architectures: Mapping[str, str]) -> str:
+def _stored(config: dict[str, Any], architectures: Mapping[str, str], head: str | None) -> str:
+    """The kind of head in the checkpoint; `OTHER` if it is of an unsupported kind, and `head` is used in its place."""
     name = (config.get("architectures") or [next(iter(architectures))])[0]
-    if name not in architectures:
+    if name in architectures:
+        return architectures[name]
+    if head is None:
         raise UserError(
             f"config.json: architectures: {name!r} is not supported.{suggest(name, architectures)} "
-            f"Supported: {', '.join(architectures)}"
+            f"Supported: {', '.join(architectures)}; to load it without its own head, pass head= to load_model"
         )
-    return architectures[name]
+    warnings.warn(f"config.json: architectures: the head of {name} is not supported and is left out", stacklevel=2)
+    return OTHER
 
 
 def _named(config: dict[str, Any]) -> tuple[str, ...]:

@@ -101,6 +101,8 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         ("lora", ["one", "tow"], "no adapter 'tow' is attached. Did you mean 'two'"),
         ("lora", [None], "names no adapter"),
+        ("lora", ["one", 1], "the adapter of a row must be a name or None, got 1"),
+        ("lora", ["one", ""], "no adapter '' is attached"),
         ("lora", "one", "names must be a list with one adapter for each row, got 'one'"),
         ("lora", None, "names must be a list with one adapter for each row, got None"),
         ("lora", ["one", 0], "the adapter of a row must be a name or None, got 0"),

@@ -254,6 +254,14 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt-oss",
         {"target_modules": ["q_proj", "o_proj"], "target_parameters": [*EXPERTS, "router.weight"]},
     ),
+    "layers-of-modules": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "layers_to_transform": [1]},
+    ),
+    "excluded-modules": (
+        "qwen3-moe",
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "exclude_modules": r".*layers\.0.*"},
+    ),
     "dense-layers": ("qwen3-moe-some", {"target_modules": ["o_proj", "mlp.down_proj"], "target_parameters": EXPERTS}),
     "names-of-transformers-4-dense": (
         "qwen3-moe-some",

@@ -222,6 +222,20 @@ def test_the_trained_tokens_of_all_tied_embeddings_are_read(t5s: Callable, tmp_p
     assert_far(logits(model), before)
 
 
+@pytest.mark.parametrize(("container", "layer"), [("layer", 0), ("layer", 2), ("block", 1)])
+def test_layers_pattern_numbers_the_sublayers_or_the_blocks(
+    container: str, layer: int, t5s: Callable, tmp_path: Path
+) -> None:
+    """The feed-forward sublayer is 1 in the encoder and 2 in the decoder, the cross-attention 1."""
+    config = peft.LoraConfig(r=4, target_modules=["q", "wo"], layers_to_transform=layer, layers_pattern=container)
+    theirs = adapted(t5s("v1.0"), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(t5s("v1.0")), tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
+    peftjax.save_adapter(model, tmp_path / "ours")
+    assert_close(logits(load_into_theirs(t5s("v1.0"), tmp_path / "ours")), logits(theirs))
+
+
 def adapted(base: Path, config: Any) -> Any:
     """Their model with their adapter, of which whatever would be trained has moved."""
     config.task_type = "SEQ_2_SEQ_LM"

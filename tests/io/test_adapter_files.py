@@ -613,6 +613,15 @@ def test_a_directory_without_its_files_says_what_is_missing_and_what_is_there(tm
         ValueError, match=f"not an adapter directory: {CONFIG} is missing; give {tmp_path / 'adapter'}$"
     ):
         load_adapter(tiny.model(), write(tmp_path / "adapter", random_tensors()).parent)
+    (tmp_path / "two").mkdir()
+    write(tmp_path / "two" / "b", random_tensors())
+    write(tmp_path / "two" / "a", random_tensors())
+    with pytest.raises(
+        ValueError, match=f"{CONFIG} is missing; give {tmp_path / 'two' / 'a'} or {tmp_path / 'two' / 'b'}$"
+    ):
+        load_adapter(tiny.model(), tmp_path / "two")
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is a file; give the directory that holds {CONFIG} and {WEIGHTS}"):
+        load_adapter(tiny.model(), tmp_path / "adapter" / WEIGHTS)
     (path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"not an adapter directory: {WEIGHTS} is missing; it holds {CONFIG}"):
         load_adapter(tiny.model(), path)

@@ -302,6 +302,15 @@ def test_a_tied_pair_of_which_none_is_stored_is_a_missing_embedding(tmp_path: Pa
         load_model(write(tmp_path / "m", stored, tie_word_embeddings=True))
 
 
+def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
+    stored = random_tensors()
+    stored["score.weight"] = stored.pop("lm_head.weight")[:3]
+    with pytest.raises(
+        ValueError, match=r"1 missing: lm_head\.weight\n.*\nA classifier, .* cannot be loaded; use the model"
+    ):
+        load_model(write(tmp_path / "m", stored))
+
+
 def test_other_quantized_formats_and_options_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", random_tensors())
     with pytest.raises(ValueError, match=r"quantize='nf' is not a format\. Did you mean 'nf4'"):

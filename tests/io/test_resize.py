@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,6 +58,12 @@ def test_new_rows_have_the_same_bits_on_every_mesh_so_that_a_run_can_resume_on_a
     np.testing.assert_allclose(one[1024:], np.tile(np.asarray(table, np.float64).mean(0), (8, 1)), atol=1e-7)
     for other in others:
         np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("rows", [True, "300", 300.0])
+def test_the_number_of_tokens_is_an_integer(rows: Any) -> None:
+    with pytest.raises(UserError, match="resize_embeddings must be a number of tokens, such as"):
+        peftjax.load_model("embedded", resize_embeddings=rows)
 
 
 def test_an_image_model_has_no_rows(tmp_path: Path) -> None:

@@ -150,6 +150,23 @@ def test_a_checkpoint_may_have_the_prefix_old_names_and_heads_of_pretraining(fol
         peftjax.load_model(twice)
 
 
+def test_a_checkpoint_with_a_head_of_another_kind_is_a_base(folder: Path, tmp_path: Path) -> None:
+    def chooser(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        prefixed = {f"bert.{key}": value for key, value in tensors.items()}
+        return prefixed | {"classifier.weight": np.ones((1, 16), np.float32), "classifier.bias": np.ones(1, np.float32)}
+
+    base = peftjax.load_model(folder / "base")
+    path = rewritten(folder / "base", tmp_path / "choice", chooser, architectures=["BertForMultipleChoice"])
+    for head, labels in (("none", None), ("token_classification", 3)):
+        with pytest.warns(UserWarning, match="the head of BertForMultipleChoice is not supported and is left out"):
+            model = peftjax.load_model(path, head=head, labels=labels)
+        np.testing.assert_array_equal(model.hidden(tokens()), base.hidden(tokens()))
+        assert model.origin.drawn == (() if labels is None else ("classifier.bias", "classifier.kernel"))
+        assert model.config.to_hf()["architectures"] == [
+            "BertModel" if labels is None else "BertForTokenClassification"
+        ]
+
+
 def test_a_head_is_new_only_where_the_checkpoint_has_none(folder: Path, tmp_path: Path) -> None:
     made = [
         peftjax.load_model(folder / "base", head="sequence_classification", labels=3, seed=seed) for seed in (1, 1, 2)

@@ -17,6 +17,7 @@ SIZES = {key: value for key, value in tiny.CONFIG.items() if key != "tie_word_em
 PHI3 = SIZES | {"model_type": "phi3"}
 GEMMA2 = SIZES | {"model_type": "gemma2", "num_hidden_layers": 7}
 GEMMA3 = GEMMA2 | {"model_type": "gemma3_text"}
+TYPES = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]  # the default of Gemma 3
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -75,6 +76,7 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_name(
         (GPT2, {"rope_theta": 1e4}, {}),
         (PHI3, {"full_attn_mod": 2}, {"full_attn_mod": 1, "mlp_bias": False, "auto_map": {}}),
         (GEMMA2, {"hidden_act": "gelu", "sliding_window_size": 5}, {"hidden_act": "gelu_pytorch_tanh"}),
+        (GEMMA3, {"_sliding_window_pattern": 2}, {"_sliding_window_pattern": 2, "layer_types": TYPES}),
         (GEMMA2, {"rope_local_base_freq": 1e4}, {"sliding_window_size": 4096}),
         (tiny.CONFIG, {"attn_logit_softcapping": 50.0, "is_llama_config": True, "rope_interleaved": False}, {}),
         (tiny.CONFIG | {"model_type": "qwen2"}, {"use_mrope": False, "auto_map": {}, "_model_name_or_path": "a"}, {}),

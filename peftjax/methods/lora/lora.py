@@ -384,9 +384,14 @@ def _with_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """The fields with target_parameters among target_modules: experts, and the weights of routers."""
     if not (parameters := config.get("target_parameters")):
         return config
-    names = [entry.removesuffix(".weight") if "." in entry else f"experts.{entry}" for entry in parameters]
+    names = parameter_modules(parameters)
     modules = config.get("target_modules") or []
     if not isinstance(modules, str):
         return config | {"target_modules": [*modules, *names]}
     ends = "|".join(re.escape(name) for name in names)
     return config | {"target_modules": rf"(?:{modules})|(?:.*\.)?(?:{ends})"}
+
+
+def parameter_modules(parameters: Iterable[str]) -> tuple[str, ...]:
+    """The names by which targets select the layers of target_parameters: experts, and routers by the names of their weights."""
+    return tuple(entry.removesuffix(".weight") if "." in entry else f"experts.{entry}" for entry in parameters)
