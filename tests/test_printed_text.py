@@ -89,6 +89,6 @@ def test_training_and_evaluation(out: io.StringIO, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "stdout", out)
     with Log(tmp_path, total_steps=1, resume_step=0, tensorboard=False) as log:
         log.message(TEXT)
-        log.panel(TEXT, answers_table([Answer("", TEXT, TEXT, TEXT), Answer("", TEXT, "", TEXT)], scored=True))
+        log.panel(TEXT, answers_table([Answer("", TEXT, TEXT, TEXT), Answer("", TEXT, "", TEXT)], judged=True))
         log.step(1, {"loss": 1.0})
     assert out.getvalue().count(TEXT) == 2 + 2 + 2

@@ -105,6 +105,7 @@ class Batches(Iterator[HostBatch]):
         lengths: list[tuple[str, int]],
     ):
         self._title, self._data, self._unit = title, data, encoder.unit
+        self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names  # the input's tokens
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
@@ -203,7 +204,10 @@ class Batches(Iterator[HostBatch]):
         if c["empty"]:
             why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
-        parts += [f"{self.padding() or 0.0:.0%} padding", f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"]
+        counted = f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"
+        if not self._own_targets:  # those of an input are labels, or the tokens of another text
+            counted = f"{c['tokens']:,} input tokens, loss on {c['loss_tokens']:,} targets"
+        parts += [f"{self.padding() or 0.0:.0%} padding", counted]
         return ", ".join(parts)
 
     def record_count(self) -> int:

@@ -33,6 +33,7 @@ from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
+from peftjax.quant.base import Quantized
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concerns
@@ -197,7 +198,9 @@ class Run:
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
         loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
-        yield f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}"
+        formats = {type(value).__name__ for leaf in leaves.values() if isinstance(value := leaf.get_value(), Quantized)}
+        kernels = "".join(f", kernels in {name.lower()}" for name in sorted(formats))
+        yield f"{config.model.path}: {base:,} parameters in {dtype}{kernels}, on {shape}{loaded}"
         yield f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base"
         if config.model.attention == "auto" and self.model.chooses_attention:
             length = self.task.positions(self.model) + self.model.virtual
@@ -288,7 +291,7 @@ class Run:
             self.save_report()  # a resumed run cannot answer as the untrained model any more
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
-                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.exact_match > 0))
+                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.judges))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
@@ -316,12 +319,11 @@ class Run:
             self.report, classes=predictions.summarize(self.held_out, self.task, evaluation, step)
         )
         found = self._answers(state, log, measured)
-        scored = config.eval.exact_match > 0
-        if scored:
+        if config.eval.exact_match:
             scores |= answers.score(found, config.eval.metrics)
         shown = found[: config.eval.samples]
         samples = tuple(
-            Sample(item.record, item.prompt, item.answer, item.expected, item.correct if scored else None)
+            Sample(item.record, item.prompt, item.answer, item.expected, item.correct if config.eval.judges else None)
             for item in shown
         )
         if step:
