@@ -188,12 +188,18 @@ class Batches(Iterator[HostBatch]):
         positions = self._counts["positions"]
         return 1 - self._counts["tokens"] / positions if positions and self._unit == "tokens" else None
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a record was cut or left out."""
+        return self._counts["too_long"] + self._counts["empty"] > 0
+
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
         c, data = self._counts, self._data
         if self._unit != "tokens":
             return f"{self._title}: {c['records']:,} {self._unit} read"
-        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows"]
+        records, rows = (f"{c[name]:,} {name[:-1] if c[name] == 1 else name}" for name in ("records", "rows"))
+        parts = [f"{self._title}: {records} in {rows}"]
         why: list[str] = []
         dropped = c["empty"]
         if c["too_long"] and data.too_long == "drop":

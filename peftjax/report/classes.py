@@ -118,7 +118,4 @@ def collapse(classes: Classes | None) -> str:
     found = f"{what} {total:,} held-out labels"
     if predicted and not classes.confusions:  # a multi-label task: some examples may have no predicted class
         found = f"no class but {predicted[0].name!r} on the held-out data"
-    return (
-        f"the model predicts {found}; check optim.learning_rate and the balance of the classes, or "
-        "train longer"
-    )
+    return f"the model predicts {found}; check optim.learning_rate and the balance of the classes, or train longer"

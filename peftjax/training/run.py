@@ -109,6 +109,7 @@ class Run:
         self.planned = config.train.steps
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
+        self._told = False  # how many held-out records were cut or left out
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -297,7 +298,8 @@ class Run:
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
         """The batches of an evaluation, with a bar that counts them."""
         batches = self.held_out.batches(batching(self.config, self.mesh))
-        return counted(batches, self.config.train.eval_batches, log.progress)
+        told, self._told = self._told, True
+        return counted(batches, self.config.train.eval_batches, log.progress, told=told)
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
