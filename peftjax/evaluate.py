@@ -33,10 +33,11 @@ def main(argv: list[str]) -> None:
         if count := config.eval.exact_match or config.eval.samples:
             prompts = HeldOut(config.data, task).prompts(count)
             found = answers.answer(model, prompts, task.tokenizer, config.eval.max_new_tokens, progress)
-            if scored := config.eval.exact_match > 0:
+            if config.eval.exact_match:
                 measured |= answers.score(found, config.eval.metrics)
             if config.eval.samples:
-                progress.print_panel("samples", answers.answers_table(found[: config.eval.samples], scored))
+                shown = answers.answers_table(found[: config.eval.samples], config.eval.judges)
+                progress.print_panel("samples", shown)
     if jax.process_index() != 0:
         return
     for name, value in measured.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_full_fine_tuning_leaves_a_model_directory_and_has_no_second_copy_of_the
     assert np.abs(tuned(tiny.tokens()) - base(tiny.tokens())).max() > 1e-3
 
 
+def test_answers_scored_by_bleu_alone_are_neither_right_nor_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(tmp_path, train__steps=1, eval__metrics=("bleu",))
+    assert "bleu" in train(configs.validate(made), tmp_path / "run").scores
+    printed = capsys.readouterr().out
+    assert [len(re.findall(rf"(?m)^{verdict}\b", printed)) for verdict in ("answer", "wrong", "right")] == [4, 0, 0]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [sample["correct"] for sample in report["before"] + report["after"]] == [None] * 4
+
+
 @pytest.mark.slow
 def test_evaluate_and_generate_read_what_train_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, workdir = config(tmp_path, train__steps=2, data__prompt_template="Q {prompt}"), tmp_path / "run"
@@ -331,10 +343,13 @@ def test_a_target_that_matches_nothing_stops_before_anything_is_written(tmp_path
 
 
 @pytest.mark.slow
-def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path) -> None:
+def test_training_in_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = config(tmp_path, model__dtype="bfloat16", train__steps=2, eval__exact_match=0, eval__samples=0)
+    made.model.quantize = "nf4"
     train(configs.validate(made), tmp_path / "run")
-    model = peftjax.load_adapter(load_model(made.model.path, dtype="bfloat16"), tmp_path / "run" / "adapter")
+    assert "parameters in bfloat16, kernels in nf4, on 1 device" in capsys.readouterr().out
+    model = load_model(made.model.path, dtype="bfloat16", quantize="nf4")
+    model = peftjax.load_adapter(model, tmp_path / "run" / "adapter")
     assert model.blocks.attention.query.adapters.default.a.dtype == jnp.float32
     assert model.blocks.attention.query.kernel.dtype == jnp.bfloat16
 

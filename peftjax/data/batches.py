@@ -104,6 +104,7 @@ class Batches(Iterator[HostBatch]):
         lengths: list[tuple[str, int]],
     ):
         self._title, self._data, self._unit = title, data, encoder.unit
+        self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names  # the input's tokens
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
@@ -186,12 +187,18 @@ class Batches(Iterator[HostBatch]):
         positions = self._counts["positions"]
         return 1 - self._counts["tokens"] / positions if positions and self._unit == "tokens" else None
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a record was cut or left out."""
+        return self._counts["too_long"] + self._counts["empty"] > 0
+
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
         c, data = self._counts, self._data
         if self._unit != "tokens":
             return f"{self._title}: {c['records']:,} {self._unit} read"
-        parts = [f"{self._title}: {c['records']:,} records in {c['rows']:,} rows"]
+        records, rows = (f"{c[name]:,} {name[:-1] if c[name] == 1 else name}" for name in ("records", "rows"))
+        parts = [f"{self._title}: {records} in {rows}"]
         why: list[str] = []
         dropped = c["empty"]
         if c["too_long"] and data.too_long == "drop":
@@ -202,7 +209,10 @@ class Batches(Iterator[HostBatch]):
         if c["empty"]:
             why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
-        parts += [f"{self.padding() or 0.0:.0%} padding", f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"]
+        counted = f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"
+        if not self._own_targets:  # those of an input are labels, or the tokens of another text
+            counted = f"{c['tokens']:,} input tokens, loss on {c['loss_tokens']:,} targets"
+        parts += [f"{self.padding() or 0.0:.0%} padding", counted]
         return ", ".join(parts)
 
     def record_count(self) -> int:

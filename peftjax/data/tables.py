@@ -35,7 +35,9 @@ class Csv:
             line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(self._header):
-                    raise UserError(f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}")
+                    raise UserError(
+                        f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}{_advice(self._header)}"
+                    )
                 if row:
                     rows.append(row)
                     self._lines.append(line)
@@ -52,6 +54,15 @@ class Csv:
 
     def name(self, index: int) -> str:
         return f"{self._label}:{self._lines[index]}"
+
+
+def _advice(header: Sequence[str]) -> str:
+    """How to repair a file with rows of another length than the header, as the end of a message."""
+    separators = {"\t": "tabs", ";": "semicolons"}
+    found = next((name for mark, name in separators.items() if len(header) == 1 and mark in header[0]), "")
+    if found:
+        return f"; its columns seem to be separated by {found}: separate them by commas"
+    return "; put a value that contains commas or quotes in double quotes"
 
 
 def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:

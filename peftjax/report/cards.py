@@ -9,6 +9,7 @@ from peftjax.log import SPEEDS
 from peftjax.report.charts import Lines, main_scores
 from peftjax.report.data import ReportData, count_trained
 from peftjax.report.text import field_title, format_duration, format_number, format_percent
+from peftjax.tasks.metrics import OF_ANSWERS
 
 
 class Card(NamedTuple):
@@ -35,13 +36,15 @@ def make_cards(train: Lines, evaluations: Lines, data: ReportData) -> list[Card]
 def _evaluation_cards(evaluations: Lines) -> Iterator[Card]:
     last: Mapping[str, Any] = evaluations[-1] if evaluations else {}
     first: Mapping[str, Any] = evaluations[0] if len(evaluations) > 1 and evaluations[0]["step"] == 0 else {}
+    prompts = [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
     for score in main_scores(evaluations)[:1]:
         notes = [f"{100 * (last[score] - first[score]):+.1f} points"] if score in first else []
-        notes += [f"{last['prompts']:,} held-out prompts"] if "prompts" in last else []
+        notes += prompts if score in OF_ANSWERS else []
         before = format_percent(first[score]) if score in first else ""
         yield Card(field_title(score), format_percent(last[score]), " · ".join(notes), before)
     if "bleu" in last:  # from 0 to 100, not a fraction
-        yield Card("BLEU", format_number(last["bleu"]), "", format_number(first["bleu"]) if "bleu" in first else "")
+        note = "".join(prompts)
+        yield Card("BLEU", format_number(last["bleu"]), note, format_number(first["bleu"]) if "bleu" in first else "")
     if "eval_loss" in last:
         both = " → ".join(format_number(line["perplexity"]) for line in (first, last) if "perplexity" in line)
         before = format_number(first["eval_loss"]) if "eval_loss" in first else ""

@@ -115,7 +115,7 @@ def collapse(classes: Classes | None) -> str:
         return ""
     total = sum(score.examples for score in classes.scores)
     what = f"{predicted[0].name!r} for all" if predicted else "no class for any of the"
-    return (
-        f"the model predicts {what} {total:,} held-out labels; check optim.learning_rate and the balance of the classes, or "
-        "train longer"
-    )
+    found = f"{what} {total:,} held-out labels"
+    if predicted and not classes.confusions:  # a multi-label task: some examples may have no predicted class
+        found = f"no class but {predicted[0].name!r} on the held-out data"
+    return f"the model predicts {found}; check optim.learning_rate and the balance of the classes, or train longer"

@@ -226,7 +226,8 @@ class Task:
         if virtual:
             what, verb = f"{what} and {virtual} virtual tokens", "exceed"
         if length + virtual > most:
-            raise UserError(f"{what} {verb} the model's {most} positions; lower data.max_length or method.tokens")
+            fields = "data.max_length or method.tokens" if virtual else "data.max_length"
+            raise UserError(f"{what} {verb} the model's {most} positions; lower {fields}")
         return {what: length + virtual}
 
     def check_lengths(self, model: Model, mesh: Mesh) -> None:

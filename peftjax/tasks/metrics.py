@@ -27,10 +27,13 @@ def score_classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
     predicted, classes = logits.argmax(-1), logits.shape[-1]
     f1 = metrics.f1_score(labels, predicted, average="binary" if classes == 2 else "macro", zero_division=0)
+    several = (
+        len(np.union1d(labels, predicted)) > 1
+    )  # scikit-learn warns about a single class, where the correlation is 0
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "f1" if classes == 2 else "macro_f1": float(f1),
-        "matthews": float(metrics.matthews_corrcoef(labels, predicted)),
+        "matthews": float(metrics.matthews_corrcoef(labels, predicted)) if several else 0.0,
     }
 
 

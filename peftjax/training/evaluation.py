@@ -54,11 +54,17 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     return eval_step
 
 
-def counted(batches: Batches, limit: int, progress: Progress) -> Iterator[HostBatch]:
-    """At most `limit` batches (0: all), with a progress bar of batches or, without a limit, of records."""
+def counted(batches: Batches, limit: int, progress: Progress, *, told: bool = False) -> Iterator[HostBatch]:
+    """At most `limit` batches (0: all), with a progress bar of batches or, without a limit, of records.
+
+    At the end, it prints how many records were cut or left out, if any were: the scores do not cover them. `told`: do not.
+    """
     if limit:
-        return progress.track(itertools.islice(batches, limit), "batches", limit)
-    return progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
+        yield from progress.track(itertools.islice(batches, limit), "batches", limit)
+    else:
+        yield from progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
+    if batches.incomplete and not told:
+        progress.print(batches.summary_text())
 
 
 class Collected:

@@ -33,6 +33,7 @@ from peftjax.io.save import save_model
 from peftjax.log import METRICS, Log, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
+from peftjax.quant.base import Quantized
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concerns
@@ -108,6 +109,7 @@ class Run:
         self.planned = config.train.steps
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
+        self._told = False  # how many held-out records were cut or left out
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -196,7 +198,9 @@ class Run:
         shape = " x ".join(f"{size} {axis}" for axis, size in self.mesh.shape.items() if size > 1) or "1 device"
         dtype = config.model.param_dtype or config.model.dtype
         loaded = f", loaded in {format_duration(self.model.origin.seconds)}" if self.model.origin else ""
-        yield f"{config.model.path}: {base:,} parameters in {dtype}, on {shape}{loaded}"
+        formats = {type(value).__name__ for leaf in leaves.values() if isinstance(value := leaf.get_value(), Quantized)}
+        kernels = "".join(f", kernels in {name.lower()}" for name in sorted(formats))
+        yield f"{config.model.path}: {base:,} parameters in {dtype}{kernels}, on {shape}{loaded}"
         yield f"{config.method.method}: {trained:,} trainable parameters, {trained / base:.2%} of the base"
         if config.model.attention == "auto" and self.model.chooses_attention:
             length = self.task.positions(self.model) + self.model.virtual
@@ -276,13 +280,14 @@ class Run:
             self.save_report()  # a resumed run no longer has the untrained model
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
-                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.exact_match > 0))
+                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.judges))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
         """The batches of an evaluation, with a bar that counts them."""
         batches = self.held_out.batches(batching(self.config, self.mesh))
-        return counted(batches, self.config.train.eval_batches, log.progress)
+        told, self._told = self._told, True
+        return counted(batches, self.config.train.eval_batches, log.progress, told=told)
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
@@ -302,10 +307,10 @@ class Run:
             )
         classes = predictions.summarize(self.held_out, self.task, evaluation, step)
         found = self._answers(state, log, measured)
-        if scored := config.eval.exact_match > 0:
+        if config.eval.exact_match:
             scores |= answers.score(found, config.eval.metrics)
         shown = found[: config.eval.samples]
-        samples = shown if scored else [dataclasses.replace(item, correct=None) for item in shown]
+        samples = shown if config.eval.judges else [dataclasses.replace(item, correct=None) for item in shown]
         answered: dict[str, Any] = {"after" if step else "before": tuple(samples)}
         self.report = dataclasses.replace(self.report, classes=classes, **answered)
         return scores, shown

@@ -56,6 +56,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_answer_metrics(self.metrics)
 
+    @property
+    def judges(self) -> bool:
+        """Whether each answer is right or wrong. With BLEU or ROUGE-L alone, it is neither."""
+        return self.exact_match > 0 and "exact_match" in self.metrics
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from peftjax.core.errors import UserError
+from peftjax.core.progress import Progress
 from peftjax.data import batches as module
 from peftjax.data.batches import Batches, Batching, EvalBatches, HostBatch
 from peftjax.data.records import Prompt
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.tasks import Task, make_task
 from peftjax.training.config import Config
+from peftjax.training.evaluation import counted
 
 Make = Callable[..., Any]
 
@@ -263,7 +265,7 @@ def test_an_evaluation_has_every_record_once_in_batches_of_one_shape(
 
 
 def test_records_left_out_at_the_end_of_an_evaluation_are_counted(
-    write_jsonl: Callable[..., str], tokenizer: Tokenizer, make_config: Make
+    write_jsonl: Callable[..., str], tokenizer: Tokenizer, make_config: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [{"text": ""}, {"text": "yes"}, {"text": ""}, {"text": "no" * 30}, {"text": ""}]
     for pack in (False, True):
@@ -272,6 +274,14 @@ def test_records_left_out_at_the_end_of_an_evaluation_are_counted(
         assert [batch.records for batch in evaluation] == [["a.jsonl:2"]]
         counts = evaluation.summary()
         assert (counts["records"], counts["empty"], counts["too_long"], counts["rows"]) == (5, 3, 1, 1)
+        for told in (False, True):
+            assert len(list(counted(eval_batches(config, tokenizer), 0, Progress(), told=told))) == 1
+        start = "eval: 5 records in 1 row, 4 dropped (1 longer than 16 tokens, 3 without a loss), "
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(start)
+    config = make_config(eval=(write_jsonl("a.jsonl", records[1:2]),))
+    assert len(list(counted(eval_batches(config, tokenizer), 0, Progress()))) == 1
+    assert not capsys.readouterr().out
 
 
 def test_prompts_are_spread_over_the_held_out_records(

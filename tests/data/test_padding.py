@@ -92,6 +92,9 @@ def test_packed_rows_keep_their_length_and_targets_have_lengths_of_their_own(
     names = ("decoder_tokens", "targets", "loss_weights")
     assert shapes == [{"tokens": 64, "mask": 64} | dict.fromkeys(names, length) for length in (32, 128)]
     assert batches.padding_text() == "batches are padded to 32, 64 or 100 tokens (targets to 32, 128 or 130)"
+    counts = batches.summary()
+    targets = f", {counts['tokens']} input tokens, loss on {counts['loss_tokens']} targets"
+    assert batches.summary_text().endswith(targets)  # not "loss on ... of ... tokens", which are those of another text
 
 
 def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: str, tokenizer: Tokenizer) -> None:

@@ -224,7 +224,17 @@ def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) 
     ("name", "content", "message"),
     [
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the header has 'a' twice; rename one of these columns"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, but the header has 2; put a value that contains commas"),
+        (
+            "a.csv",
+            "a;b\n1;2\n1,2;3\n",
+            "a.csv:3: 2 columns, but the header has 1; its columns seem to be separated by semi",
+        ),
+        (
+            "a.csv",
+            "a\tb\n1,2\t3\n",
+            "a.csv:2: 2 columns, but the header has 1; its columns seem to be separated by tabs",
+        ),
         ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
         ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),
         ("a.json", "[" * 100_000, "source '*a.json' cannot be read: the values are nested too deeply"),

@@ -44,6 +44,8 @@ def test_a_multi_label_task_has_scores_and_no_confusions() -> None:
     assert collapse(classes) == ""
     silent = score_classes(("a", "b"), np.full((3, 2), -1.0), labels, step=1)
     assert collapse(silent).startswith("the model predicts no class for any of the 3 held-out labels; check")
+    some = score_classes(("a", "b"), np.array([[1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]]), labels, step=1)
+    assert collapse(some).startswith("the model predicts no class but 'a' on the held-out data; check")
 
 
 def test_a_model_that_predicts_one_class_of_several_has_collapsed() -> None:

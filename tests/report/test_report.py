@@ -166,7 +166,10 @@ def test_headline_numbers_go_from_before_to_after(full: str) -> None:
 def test_bleu_is_no_fraction(tmp_path: Path) -> None:
     lines = [eval_line(step, 1.0, 0.5) | {"bleu": bleu} for step, bleu in ((0, 3.25), (10, 56.2))]
     page = words(write_report(write_workdir(tmp_path, lines=lines)).read_text(encoding="utf-8"))
-    assert "BLEU 3.25 → 56.2" in page
+    assert "BLEU 3.25 → 56.2 256 held-out prompts" in page
+    alone = [{name: value for name, value in line.items() if name != "exact_match"} for line in lines]
+    page = words(write_report(write_workdir(tmp_path / "bleu", lines=alone)).read_text(encoding="utf-8"))
+    assert "Token accuracy 50% → 50% +0.0 points BLEU 3.25 → 56.2 256 held-out prompts" in page
     assert compared_scores(lines[0].keys() - {"exact_match"}) == ["eval_loss", "bleu"]
 
 

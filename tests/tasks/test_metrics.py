@@ -25,6 +25,8 @@ def test_more_classes_are_scored_by_the_mean_f1() -> None:
 def test_a_model_that_always_says_the_same_has_no_correlation() -> None:
     found = scores.score_classification(np.eye(2)[[0, 0, 0, 0]], np.array([0, 1, 0, 1]))
     assert found == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
+    found = scores.score_classification(np.eye(2)[[1, 1]], np.array([1, 1]))
+    assert found == {"accuracy": 1.0, "f1": 1.0, "matthews": 0.0}
     assert all(math.isnan(value) for value in scores.score_regression(np.zeros((3, 1)), np.arange(3.0)).values())
 
 
