@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
+from orbax.checkpoint import checkpoint_managers as policies
 
 from peftjax.core import debug_log, distributed
 from peftjax.core.errors import UserError, root_cause
@@ -77,9 +78,13 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         self._directory = epath.Path(directory).resolve()
         self._damaged: set[int] = set()  # found by `restore`; deleted once a newer checkpoint is complete
-        policy = _PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged)
-        options = ocp.CheckpointManagerOptions(create=False, preservation_policy=policy)
-        self._manager = _Manager(self._directory, options=options)
+        self._manager = _Manager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                preservation_policy=_PreserveIntact(keep, keep_best=keep_best, damaged=self._damaged),
+            ),
+        )
         self._saving: int | None = None
 
     def save(
@@ -124,7 +129,7 @@ class Checkpoints:
                 self._manager.delete(step)
             self._damaged.discard(step)
             # force: the caller has decided to save; without it orbax skips any step that is not its newest.
-            self._manager.save(step, args=ocp.args.Composite(**parts), metrics=content["score"], force=True)
+            self._manager.save(step, args=ocp.args.Composite(**parts), metrics=_metrics(step, content), force=True)
         except Exception as error:  # of any kind: orbax and tensorstore have types of their own
             raise self._failed(step, error) from error
         self._saving = step
@@ -259,9 +264,9 @@ class Checkpoints:
 class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # orbax ships no types
     """orbax's manager, with scores from our records and without its own checks for preemption."""
 
-    def metrics(self, step: int) -> float | None:
+    def metrics(self, step: int) -> Json | None:
         record = _readable_about(self.directory / str(step))
-        return None if record is None else record["score"]
+        return None if record is None else _metrics(step, record)
 
     def reached_preemption(self, step: int) -> bool:
         # orbax would ask jax from a background thread, with the step of the checkpoint. The training loop asks after
@@ -274,20 +279,30 @@ class _PreserveIntact:
     """A `PreservationPolicy`: the newest `keep` intact checkpoints, and the best one. Damaged ones count for neither."""
 
     def __init__(self, keep: int, *, keep_best: bool, damaged: set[int]) -> None:
-        self._keep, self._keep_best, self._damaged = keep, keep_best, damaged
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        latest = policies.LatestN(keep)
+        self._policy = policies.AnyPreservationPolicy([latest, best] if keep_best else [latest])
+        self._damaged = damaged
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
-        del context
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: policies.PreservationContext) -> Sequence[bool]:
         intact = sorted((one for one in checkpoints if one.step not in self._damaged), key=lambda one: one.step)
-        kept = {one.step for one in intact[-self._keep :]}
-        scored = [one for one in intact if one.metrics is not None]
-        if self._keep_best and scored:
-            kept.add(max(scored, key=lambda one: one.metrics).step)  # the earliest of equals
+        decisions = zip(intact, self._policy.should_preserve(intact, context=context), strict=True)
+        kept = {one.step for one, preserved in decisions if preserved}
         return [one.step in kept for one in checkpoints]
 
 
 class _DamagedError(Exception):
     """A checkpoint cannot be read, or differs from what was saved."""
+
+
+def _score(metrics: Json) -> tuple[float, int]:
+    """The sort key of a checkpoint: the higher score, and of equal scores the earlier step."""
+    return metrics["score"], -metrics["step"]
+
+
+def _metrics(step: int, content: Json) -> Json | None:
+    """What orbax's policies see of a record; None without a score."""
+    return None if content["score"] is None else {"score": content["score"], "step": step}
 
 
 def _readable_about(path: epath.Path) -> Json | None:
