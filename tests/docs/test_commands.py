@@ -50,7 +50,7 @@ def test_commands_have_these_options_and_fields(page: Path, capsys: pytest.Captu
             arguments = [word for word in following if word.startswith("--")]
             options = {word.partition("=")[0] for word in arguments if not re.match(r"--(config|sweep)\.", word)}
             with pytest.raises(SystemExit):
-                importlib.import_module(COMMANDS[command].module).main(["--help"])
+                importlib.import_module(COMMANDS[command][0]).main(["--help"])
             told = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert options <= told | {"--help"}, line
             check_fields(arguments)
