@@ -32,14 +32,14 @@ from peftjax.training.step import Objective, TrainState, flatten, init_state, ma
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method, how many parameters it trains on the tiny model by its formula, and what it promises."""
+    """A method, the number of parameters that it trains on the tiny model by its formula, and what it promises."""
 
     method: adapters.Method
     trained: int
-    noop: bool = True  # attached, it changes no bit of the logits
+    noop: bool = True  # a new adapter changes no bit of the logits
     merges: bool = True
-    encoded: bool = False  # what is trained makes what the file holds
-    moments: int = 2  # numbers that the optimizer keeps for each trained one
+    encoded: bool = False  # the file holds arrays that are computed from the trained ones
+    moments: int = 2  # of the optimizer, for each trained parameter
 
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
