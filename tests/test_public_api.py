@@ -241,6 +241,8 @@ def test_the_masks_of_flaxs_dropout_change_with_the_batch_and_the_key_and_repeat
     assert len({np.asarray(mask).tobytes() for mask in masks}) == len(masks)
     np.testing.assert_array_equal(masks[0], dropped(adapter, x))
     np.testing.assert_array_equal(masks[3], dropped(later, 2 * x, keys[0]))
+    views = [losses.training_view(model, {"x": x, "noise": key}) for key in keys]  # a key is an array of a batch, too
+    assert np.any((views[0](x) == 0) != (views[1](x) == 0))
 
 
 # --- The other losses ---

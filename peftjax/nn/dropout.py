@@ -183,6 +183,8 @@ def _hash(arrays: Iterable[jax.Array]) -> jax.Array:
 
 def _bits(array: jax.Array) -> jax.Array:
     """The bits of each element as uint32 (of 64, the lower ones)."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     return array.astype(jnp.uint32)
