@@ -15,11 +15,14 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import base_name
 from peftjax.adapters.registry import BaseName, attached, require
 from peftjax.adapters.saved_modules import is_saved
+from peftjax.adapters.selection import chosen_spellings
 from peftjax.adapters.sites import head_sites
+from peftjax.adapters.targeted import Targeted
 from peftjax.core import distributed, host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.files import naming, scratch_beside, sync_directory, sync_files
 from peftjax.core.home import expand
+from peftjax.core.paths import unmatched
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record
 from peftjax.io.adapter_check import TOKENS
@@ -176,6 +179,11 @@ def _peft_config(model: nnx.Module, method: Method, name: str, base: BaseName | 
         "inference_mode": True,
         "auto_mapping": None,
     } | method.to_hf(model, name)
+    if trained and isinstance(method, Targeted) and isinstance(targets := config.get("target_modules"), list | tuple):
+        # Entries that select only the task head. PEFT may adapt it first, and then fail to train it in full.
+        adapted = chosen_spellings(method.chosen(model))
+        only_head = {entry for entry in unmatched(adapted, tuple(targets)) if entry not in unmatched(trained, (entry,))}
+        config["target_modules"] = [entry for entry in targets if entry not in only_head]
     # PEFT saves a layer of the task head if the task_type has a head and the layer one of PEFT's names for it. Otherwise
     # modules_to_save must name the layer.
     saved_by_task = HEAD_NAMES if task in CLASSIFICATIONS else ()

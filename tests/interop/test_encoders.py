@@ -360,6 +360,18 @@ def test_a_head_that_is_trained_in_part_is_read_as_a_whole(
     assert_close(theirs(back), theirs(peer))
 
 
+def test_a_lora_of_the_head_for_tokens_is_written_as_a_whole_head(encoder: Callable, tmp_path: Path) -> None:
+    base = encoder("BertForTokenClassification")
+    config = peft.LoraConfig(r=4, target_modules=["query", "classifier"])
+    peer = peft.get_peft_model(load_theirs(base), config).eval()
+    shake({name: p for name, p in peer.named_parameters() if p.requires_grad}, 0.1)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = peftjax.load_adapter(peftjax.load_model(base), tmp_path / "theirs")
+    assert_close(ours(model), theirs(peer))
+    peftjax.save_adapter(model, tmp_path / "ours")
+    assert_close(theirs(load_into_theirs(base, tmp_path / "ours").eval()), theirs(peer))
+
+
 def test_another_adapter_of_the_head_is_refused(encoder: Callable, tmp_path: Path) -> None:
     base = encoder(CLASSIFIERS[0])
     config = peft.IA3Config(target_modules=["query", "classifier"], feedforward_modules=[])
