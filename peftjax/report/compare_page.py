@@ -51,7 +51,8 @@ def write_comparison(runs: Sequence[RecordedRun], directory: Path) -> list[Path]
     groups, tables = group_seeds(runs), make_tables(runs)
     loss = scores_of(runs)[0]
     title = "Held-out loss" if loss == "eval_loss" else "Training loss"
-    shown, fields = _shown(groups, loss), ", ".join(short_name(field, groups[0].values) for field in groups[0].values)
+    names = dict.fromkeys(name for group in groups for name in group.values)
+    shown, fields = _shown(groups, loss), ", ".join(short_name(name, names) for name in names)
     page = render_page(
         "compare.html.j2",
         title="Comparison",

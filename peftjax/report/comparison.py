@@ -39,7 +39,8 @@ class Group(NamedTuple):
     """Runs whose configs differ at most in the seed and in fields that do not affect the results.
 
     Attributes:
-        values: The fields in which the groups differ, with their values; None for a field that a config lacks.
+        values: The fields in which the groups differ, with their values, without those that the config lacks. An option that
+            only some methods have is one of them if it differs between runs of the same method.
         runs: The runs, at least one.
     """
 
@@ -103,11 +104,23 @@ def group_seeds(runs: Sequence[RecordedRun]) -> list[Group]:
     """
     fields = varied_fields([run.config for run in runs])
     varied = [name for name in fields if name != SEED and not name.startswith(FREE)]
+    shown = [name for name in varied if not _follows_from_method(name, runs)]
     groups: dict[str, Group] = {}
     for run in runs:
-        values = {name: run.config.get(name) for name in varied}
-        groups.setdefault(repr(values), Group(values, [])).runs.append(run)
+        key = repr([run.config.get(name) for name in varied])
+        values = {name: run.config[name] for name in shown if name in run.config}
+        groups.setdefault(key, Group(values, [])).runs.append(run)
     return list(groups.values())
+
+
+def _follows_from_method(name: str, runs: Sequence[RecordedRun]) -> bool:
+    """Whether a field is an option that only some methods have, with one value for each method."""
+    if not name.startswith("method.") or name == "method.name" or all(name in run.config for run in runs):
+        return False
+    values: dict[Any, list[Any]] = {}
+    for run in runs:
+        values.setdefault(run.config.get("method.name"), []).append(run.config.get(name))
+    return all(value == same[0] for same in values.values() for value in same)
 
 
 def compared_scores(names: Collection[str]) -> list[str]:

@@ -28,6 +28,7 @@ from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json
 from peftjax.io.load import load_kernels
 from peftjax.io.save import MARK
+from peftjax.models import family
 from peftjax.models.base import Model
 from peftjax.nn.attention_kernels import SPLASH_BLOCK
 from peftjax.tasks import Task, make_task
@@ -173,6 +174,11 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
 def abstract_run(config: Config, task: Task) -> Model:
     """The model that a run trains, as shapes; see `abstract_model`."""
     fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
+    if task.head is not None and not family(fields).heads:
+        raise UserError(
+            f"model.path={config.model.path!r} does not support task.kind={config.task.kind!r}: a model of type "
+            f"{fields['model_type']!r} has no task head to choose; only encoders do"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
         return abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})

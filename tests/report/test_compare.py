@@ -15,6 +15,7 @@ from scipy import stats
 from peftjax import compare
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.report.compare_page import write_comparison
 from peftjax.report.compared_tables import difference_intervals
 from peftjax.report.comparison import group_seeds, read_runs
 from tests.report.test_report import DATA, check_tags, eval_line, train_line, words, write_workdir
@@ -64,6 +65,24 @@ def test_fields_that_do_not_affect_the_results_do_not_separate_a_run_from_other_
         write_workdir(tmp_path / str(seed), config, [train_line(1)], DATA)
     runs = read_runs([tmp_path / "0", tmp_path / "1"])
     assert [(group.values, group.runs) for group in group_seeds(runs)] == [({}, runs)]
+
+
+def test_an_option_that_only_some_methods_have_names_the_rows_of_one_method_only(tmp_path: Path) -> None:
+    lora, prompt = (
+        {"name": name} | options for name, options in (("lora", {"dora": False}), ("prompt", {"tokens": 4}))
+    )
+    methods = [lora | {"rank": 2}, lora | {"rank": 4}, prompt, prompt]
+    for index, method in enumerate(methods):
+        write_workdir(tmp_path / str(index), {"seed": index, "method": method}, [train_line(1)], DATA)
+    runs = read_runs([tmp_path / str(index) for index in range(4)])
+    groups = group_seeds(runs)
+    assert [group.values for group in groups] == [
+        {"method.name": "lora", "method.rank": 2},
+        {"method.name": "lora", "method.rank": 4},
+        {"method.name": "prompt"},
+    ]
+    assert groups[2].runs == runs[2:]
+    write_comparison(runs, tmp_path / "out")
 
 
 def test_an_empty_value_is_shown_in_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,7 +224,11 @@ def test_an_encoder_decoder_learns_to_write_and_its_answers_are_scored(models: C
             {"eval__metrics": ("rouge",)},
             r"eval.metrics has 'rouge'\. Did you mean 'rouge_l'\? Metrics of generated answers: exact_match, bleu",
         ),
-        ({"model__path": "embedded"}, "a model of type 'llama' has no task head to choose; only encoders do"),
+        (
+            {"model__path": "embedded"},
+            "^model.path='embedded' does not support task.kind='classification': a model of type 'llama' has no task head to "
+            "choose; only encoders do",
+        ),
     ],
 )
 def test_what_does_not_go_with_the_task_is_an_error(
