@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             if config.eval.exact_match:
                 measured |= answers.score(found, config.eval.metrics)
             if config.eval.samples:
-                shown = answers.answers_table(found[: config.eval.samples], config.eval.judges)
+                shown = answers.answers_table(found[: config.eval.samples], config.eval.marks_answers)
                 progress.print_panel("samples", shown)
     if jax.process_index() != 0:
         return

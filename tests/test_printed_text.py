@@ -91,7 +91,7 @@ def test_training_and_evaluation(out: io.StringIO, tmp_path: Path, monkeypatch: 
     with Log(tmp_path, total_steps=1, resume_step=0, tensorboard=False) as log:
         log.message(TEXT)
         log.panel(
-            TEXT, answers_table([Sample("", TEXT, TEXT, TEXT, True), Sample("", TEXT, TEXT, "", False)], judged=True)
+            TEXT, answers_table([Sample("", TEXT, TEXT, TEXT, True), Sample("", TEXT, TEXT, "", False)], marked=True)
         )
         log.step(1, {"loss": 1.0})
     assert out.getvalue().count(TEXT) == 2 + 2 + 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from peftjax.adapters.sites import SingleSite, Site, depth_of, spelled
 from peftjax.core.errors import UserError
-from peftjax.core.paths import first_match, last_parts, matches, matching, suggest, unmatched
+from peftjax.core.paths import applies, first_match, last_parts, matches, matching, suggest, unmatched
 
 Chosen = list[tuple[Site, np.ndarray]]  # sites, each with a bool per layer
 
@@ -149,7 +149,7 @@ def check_table(option: str, table: tuple[tuple[str, Any], ...], chosen: Chosen)
     for key, value in table:
         candidates = itertools.chain(names, singles if _may_name_experts(key) else ())
         with matching(f"method.{option}", key):
-            matched = any(first_match(name, ((key, value),)) is not None for name in candidates)
+            matched = applies((key, value), candidates)
         if not matched:
             raise no_such_target(option, key, names)
 

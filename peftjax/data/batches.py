@@ -189,7 +189,7 @@ class Batches(Iterator[HostBatch]):
 
     @property
     def incomplete(self) -> bool:
-        """Whether a record was cut or left out."""
+        """Whether a record was truncated or dropped."""
         return self._counts["too_long"] + self._counts["empty"] > 0
 
     def summary_text(self) -> str:

@@ -78,11 +78,11 @@ def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer:
     ]
 
 
-def answers_table(answers: Sequence[Sample], judged: bool) -> Table:
-    """Answers to print, each text clipped to a few lines; with a verdict if they are judged."""
+def answers_table(answers: Sequence[Sample], marked: bool) -> Table:
+    """Answers to print, each text clipped to a few lines; marked as right or wrong if `marked`."""
     made = Table.grid(padding=(0, 2, 0, 0))
     for index, item in enumerate(answers):
-        verdict = ("right" if item.correct else "wrong") if judged else "answer"
+        verdict = ("right" if item.correct else "wrong") if marked else "answer"
         expected = [] if verdict == "right" else [("expected", item.expected)]
         for name, text in [("prompt", item.prompt), (verdict, item.answer), *expected]:
             made.add_row(name, Clipped(text.strip(), LINES))

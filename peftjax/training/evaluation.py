@@ -54,16 +54,17 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     return eval_step
 
 
-def counted(batches: Batches, limit: int, progress: Progress, *, told: bool = False) -> Iterator[HostBatch]:
+def counted(batches: Batches, limit: int, progress: Progress, *, reported: bool = False) -> Iterator[HostBatch]:
     """At most `limit` batches (0: all), with a progress bar of batches or, without a limit, of records.
 
-    At the end, it prints how many records were cut or left out, if any were: the scores do not cover them. `told`: do not.
+    Records that were truncated or dropped are not fully scored. At the end, their number is printed, unless it was `reported`
+    before.
     """
     if limit:
         yield from progress.track(itertools.islice(batches, limit), "batches", limit)
     else:
         yield from progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
-    if batches.incomplete and not told:
+    if batches.incomplete and not reported:
         progress.print(batches.summary_text())
 
 

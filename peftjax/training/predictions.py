@@ -4,7 +4,6 @@ import base64
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from peftjax.data.batches import HeldOut
 from peftjax.report.classes import Classes, Prediction, score_classes
@@ -29,6 +28,8 @@ def _examples(
     if len(records) != len(logits):  # one prediction for each word, or rows of several processes
         return []
     if labels.ndim == 1:
+        from scipy import special  # imported late: only tasks with classes need it
+
         predicted, certain = logits.argmax(-1), special.softmax(logits, axis=-1).max(-1)
         right = predicted == labels
     else:

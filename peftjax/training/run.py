@@ -109,7 +109,7 @@ class Run:
         self.planned = config.train.steps
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
-        self._told = False  # how many held-out records were cut or left out
+        self._reported = False  # whether the number of truncated and dropped held-out records was printed
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -280,14 +280,14 @@ class Run:
             self.save_report()  # a resumed run no longer has the untrained model
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
-                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.judges))
+                log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.marks_answers))
         return scores
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
         """The batches of an evaluation, with a bar that counts them."""
         batches = self.held_out.batches(batching(self.config, self.mesh))
-        told, self._told = self._told, True
-        return counted(batches, self.config.train.eval_batches, log.progress, told=told)
+        reported, self._reported = self._reported, True
+        return counted(batches, self.config.train.eval_batches, log.progress, reported=reported)
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
@@ -310,7 +310,7 @@ class Run:
         if config.eval.exact_match:
             scores |= answers.score(found, config.eval.metrics)
         shown = found[: config.eval.samples]
-        samples = shown if config.eval.judges else [dataclasses.replace(item, correct=None) for item in shown]
+        samples = shown if config.eval.marks_answers else [dataclasses.replace(item, correct=None) for item in shown]
         answered: dict[str, Any] = {"after" if step else "before": tuple(samples)}
         self.report = dataclasses.replace(self.report, classes=classes, **answered)
         return scores, shown

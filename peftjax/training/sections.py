@@ -57,8 +57,8 @@ class EvalConfig:
         check_answer_metrics(self.metrics)
 
     @property
-    def judges(self) -> bool:
-        """Whether each answer is right or wrong. With BLEU or ROUGE-L alone, it is neither."""
+    def marks_answers(self) -> bool:
+        """Whether each answer is marked as right or wrong. BLEU and ROUGE-L alone do not tell which it is."""
         return self.exact_match > 0 and "exact_match" in self.metrics
 
 

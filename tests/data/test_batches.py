@@ -274,8 +274,8 @@ def test_records_left_out_at_the_end_of_an_evaluation_are_counted(
         assert [batch.records for batch in evaluation] == [["a.jsonl:2"]]
         counts = evaluation.summary()
         assert (counts["records"], counts["empty"], counts["too_long"], counts["rows"]) == (5, 3, 1, 1)
-        for told in (False, True):
-            assert len(list(counted(eval_batches(config, tokenizer), 0, Progress(), told=told))) == 1
+        for reported in (False, True):
+            assert len(list(counted(eval_batches(config, tokenizer), 0, Progress(), reported=reported))) == 1
         start = "eval: 5 records in 1 row, 4 dropped (1 longer than 16 tokens, 3 without a loss), "
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(start)

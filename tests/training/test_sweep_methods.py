@@ -200,6 +200,16 @@ def different(name: str, made: Any, workdir: Path) -> list[Member]:
     return members
 
 
+def assert_trained_as_alone(members: list[Member], root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train the members of a sweep in one program, and compare each with its own separate run."""
+    sweep.sweep(members, root / "sweep")
+    assert "separate programs" not in capsys.readouterr().out
+    for one in members:
+        train(one.config, root / "alone" / one.name)
+        (file,) = (one.workdir / "adapter").glob("*.safetensors")
+        assert_same_run(one.workdir, root / "alone" / one.name, f"adapter/{file.name}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_members_with_adapters_in_different_layers_train_as_they_do_alone(
@@ -207,12 +217,7 @@ def test_members_with_adapters_in_different_layers_train_as_they_do_alone(
 ) -> None:
     members = different(name, small, tmp_path / "sweep")
     assert sweep.populations(members) == [members]
-    sweep.sweep(members, tmp_path / "sweep")
-    assert "separate programs" not in capsys.readouterr().out
-    for one in members:
-        train(one.config, tmp_path / "alone" / one.name)
-        (file,) = (one.workdir / "adapter").glob("*.safetensors")
-        assert_same_run(one.workdir, tmp_path / "alone" / one.name, f"adapter/{file.name}")
+    assert_trained_as_alone(members, tmp_path, capsys)
 
 
 @pytest.mark.slow
@@ -231,11 +236,7 @@ def test_members_with_adapters_in_experts_of_different_layers_train_as_they_do_a
         made = small.copy_and_resolve_references()
         made.model.path, made.method = str(tmp_path / "model"), methods.make_config("lora", **each)
         members.append(member(made, tmp_path / "sweep", seed=index))
-    sweep.sweep(members, tmp_path / "sweep")
-    assert "separate programs" not in capsys.readouterr().out
-    for one in members:
-        train(one.config, tmp_path / "alone" / one.name)
-        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
+    assert_trained_as_alone(members, tmp_path, capsys)
 
 
 LABELS = ("without", "with")
@@ -298,11 +299,7 @@ def test_members_with_and_without_dropout_over_a_base_with_dropout_train_as_they
     for index, each in enumerate(options):
         classifier.method = methods.make_config("lora", **each)
         members.append(member(classifier, tmp_path / "sweep", seed=index))
-    sweep.sweep(members, tmp_path / "sweep")
-    assert "separate programs" not in capsys.readouterr().out
-    for one in members:
-        train(one.config, tmp_path / "alone" / one.name)
-        assert_same_run(one.workdir, tmp_path / "alone" / one.name)
+    assert_trained_as_alone(members, tmp_path, capsys)
 
 
 def test_a_member_has_the_base_of_a_separate_run_bit_by_bit(classifier: Any, tmp_path: Path) -> None:
