@@ -104,7 +104,8 @@ class Batches(Iterator[HostBatch]):
         lengths: list[tuple[str, int]],
     ):
         self._title, self._data, self._unit = title, data, encoder.unit
-        self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names  # the input's tokens
+        # whether each target is a token of the input
+        self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
@@ -210,7 +211,7 @@ class Batches(Iterator[HostBatch]):
             why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
         counted = f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"
-        if not self._own_targets:  # those of an input are labels, or the tokens of another text
+        if not self._own_targets:  # the targets are labels, or the tokens of another text
             counted = f"{c['tokens']:,} input tokens, loss on {c['loss_tokens']:,} targets"
         parts += [f"{self.padding() or 0.0:.0%} padding", counted]
         return ", ".join(parts)

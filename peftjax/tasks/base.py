@@ -258,5 +258,5 @@ class Task:
 
 
 def shapes(shape: tuple[int, ...], **dtypes: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return arrays of one shape, by name."""
+    """The arrays of a row that have one shape, from their dtypes by name."""
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
