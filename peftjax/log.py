@@ -104,7 +104,7 @@ class Log:
         workdir.mkdir(parents=True, exist_ok=True)
         path = self._path = workdir / METRICS
         logged = path.exists()
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if logged and resume_step else []
+        kept = read_metrics(path, last=resume_step) if logged and resume_step else []
         write_atomically(path, "".join(map(_line, kept)))
         self._began = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         trackers = start_trackers(tracking, workdir, resume=resume_step > 0) if tracking else []
@@ -202,8 +202,8 @@ def is_amount(name: str) -> bool:
     return name.removeprefix("eval_") in AMOUNTS
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl file: one dictionary per line, with non-finite numbers as floats.
+def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl file: one dictionary per line up to the step `last`, with non-finite numbers as floats.
 
     A truncated last line, left by a process that was killed while writing it, is skipped.
 
@@ -229,7 +229,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         found.append(
             {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in entry.items()}
         )
-    return found
+    return found if last is None else [line for line in found if line["step"] <= last]
 
 
 def _line(entry: Mapping[str, Any]) -> str:

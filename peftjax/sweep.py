@@ -28,6 +28,7 @@ from peftjax.core.preemption import Preemption
 from peftjax.core.terminal import make_console
 from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json_if_any
+from peftjax.report.data import PAGE
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.training import alike, duration, setup, space, start_from
 from peftjax.training.alike import separating_fields
@@ -40,6 +41,7 @@ from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part
 from peftjax.training.sweep_results import best_result, read_entries, write_results
 from peftjax.training.sweep_table import make_table
+from peftjax.training.trained import stopped_early
 
 
 def sweep(
@@ -149,8 +151,10 @@ def finished(member: Member) -> bool:
     """Whether the run is finished. Raises a UserError if its directory holds a run with another configuration."""
     with setup.open_checkpoints(member.config, member.workdir) as checkpoints:
         setup.check_workdir(member.config, member.workdir, checkpoints)
-        done = checkpoints.latest_step() == member.config.train.steps
-    return done and (member.workdir / "report.html").exists()
+        latest = checkpoints.latest_step()
+    if not latest or not (member.workdir / PAGE).exists():
+        return False
+    return latest == member.config.train.steps or stopped_early(member.config, member.workdir, latest)
 
 
 def populations(runs: Iterable[Member]) -> list[list[Member]]:

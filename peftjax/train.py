@@ -70,7 +70,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
             gradients, totals = accumulate(objective, state, frozen, batch)  # value_and_grad, scanned over microbatches
             return apply(tx, state, gradients), summary(gradients, totals)
 
-        start, steps, scores = int(state.step), config.train.steps, dict[str, float]()
+        start, steps = int(state.step), config.train.steps
         with (
             Log(
                 workdir,
@@ -85,9 +85,9 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
         ):
             run.introduce(state, log)
             if start == 0:
-                scores = run.evaluate(state, log)
+                run.evaluate(state, log)
             run.window.reopen()
-            for step in range(start + 1, steps + 1):
+            for step in run.steps_after(start):
                 profiling.begin(step, state)
                 batch = next(data)
                 arrays = run.shard(batch)
@@ -99,13 +99,12 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
                 fresh = run.evaluate(state, log) if run.due.eval(step) else {}
                 if run.save_is_due(step) or stop:
                     run.save(state, step, fresh, log, checkpoints)
-                scores = fresh or scores
                 if stop and step < steps:
                     checkpoints.wait()
                     raise stopped(step, steps, workdir / "checkpoints" / str(step))
             checkpoints.wait()
-            result = run.finish(state, log)
-    return Trained(model, scores, result)
+            result = run.finish(state, log, checkpoints)
+    return Trained(model, run.scores, result)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

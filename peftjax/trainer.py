@@ -17,7 +17,6 @@ from peftjax.core.files import write_atomically
 from peftjax.core.home import expand
 from peftjax.data.source_strings import absolute
 from peftjax.data.tokenizer import load_tokenizer
-from peftjax.log import METRICS, PLACE, read_metrics
 from peftjax.models.base import Model, Origin
 from peftjax.training import config as configs
 from peftjax.training import optim
@@ -63,7 +62,7 @@ def train(
             The scores that it returns are logged and reported with the others.
 
     Returns:
-        The trained model with its adapter, the scores of the last evaluation, and the directory of the adapter.
+        The trained model with its adapter, its scores, and the directory of the adapter.
 
     Raises:
         UserError: The arguments, the model and the data do not fit together, or `workdir` holds another run.
@@ -107,8 +106,7 @@ def train(
     if optimizer is not None:
         fields["optim.name"] = optim.CUSTOM
     loaded = model if isinstance(model, Model) else None
-    trained = run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
-    return trained if trained.scores else trained._replace(scores=_last_scores(directory))
+    return run(_config(method, fields), directory, Hooks(loaded, optimizer, on_metrics, on_evaluate))
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -125,12 +123,6 @@ def _take_optimizer(
         raise UserError("train: two optimizers are given; remove optimizer=, or the optimizer in config.optim")
     taken: optax.GradientTransformation = fields.pop("optim")
     return taken
-
-
-def _last_scores(directory: Path) -> dict[str, float]:
-    """The scores of the last evaluation in the log of a run that had finished before."""
-    lines = [line for line in read_metrics(directory / METRICS) if line["kind"] == "eval"]
-    return {name: value for name, value in lines[-1].items() if name not in PLACE} if lines else {}
 
 
 def _config(method: Method | Config | ConfigDict | Mapping[str, Any], fields: Mapping[str, Any]) -> Config:

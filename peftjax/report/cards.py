@@ -28,9 +28,12 @@ class Card(NamedTuple):
     before: str = ""
 
 
-def make_cards(train: Lines, evaluations: Lines, data: ReportData) -> list[Card]:
-    """Return the headline numbers for which there is data, from the training and the evaluation lines of metrics.jsonl."""
-    return [*_evaluation_cards(evaluations), *_size_cards(data), *_speed_cards(train, evaluations)]
+def make_cards(train: Lines, evaluations: Lines, of_result: Lines, data: ReportData) -> list[Card]:
+    """Return the headline numbers for which there is data, from the training and the evaluation lines of metrics.jsonl.
+
+    `of_result` are the evaluations up to that of the weights that are the result of the run.
+    """
+    return [*_evaluation_cards(of_result), *_size_cards(data), *_speed_cards(train, evaluations)]
 
 
 def _evaluation_cards(evaluations: Lines) -> Iterator[Card]:

@@ -13,6 +13,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
+from peftjax.report.best import of_result, out_of_patience
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_recorded_object
@@ -45,6 +46,8 @@ def _render(workdir: Path) -> str:
     config = flat(read_recorded_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
     lines = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     data = ReportData.load(workdir)
+    score = config.get("checkpoint.best_score", "eval_loss")
+    result = of_result(lines, score, config.get("checkpoint.export", "last"))
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     return render_page(
@@ -54,8 +57,10 @@ def _render(workdir: Path) -> str:
         config=config,
         changed=_changed(config, flat(data.default_config)),
         step=train[-1]["step"] if train else 0,
-        concerns=concerns(lines, data.classes),
-        cards=make_cards(train, evaluations, data),
+        stopped=lines[-1]["step"] if out_of_patience(lines, score, config.get("train.patience", 0)) else 0,
+        result_step=result[-1]["step"] if result is not lines else None,
+        concerns=concerns(result, data.classes),
+        cards=make_cards(train, evaluations, [line for line in result if line["kind"] == "eval"], data),
         charts=make_charts(train, evaluations, data.loss_unit),
         peak_bytes=max((line.get("peak_memory_bytes", 0) for line in train), default=0),
         matrix=confusion_matrix(data.classes),

@@ -27,7 +27,7 @@ RunT = TypeVar("RunT")
 
 # Fields that only affect the update, or when a member is evaluated, saved and finished, or where it is logged.
 # `Method.traced_options` adds others.
-PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "checkpoint.every:", "log.")
+PER_MEMBER = ("optim.", "train.steps:", "train.eval_every:", "train.patience:", "checkpoint.", "log.")
 
 
 def separating_fields(one: Config, other: Config) -> list[str]:

@@ -15,7 +15,7 @@ from peftjax.training.optim import CUSTOM
 
 def training_summary(config: Config, task: Task, workdir: Path, step: int, parts: Sequence[Part]) -> TrainingSummary:
     """What the card says about the training of a run, whose workdir has metrics.jsonl, after `step` steps."""
-    lines = read_metrics(workdir / METRICS)
+    lines = read_metrics(workdir / METRICS, last=step)
     trained, base = count_trained(parts)
     return TrainingSummary(
         task=task.card_task,

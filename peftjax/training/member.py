@@ -78,6 +78,11 @@ class Training:
         """The last step of the run."""
         return self.run.config.train.steps
 
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended, at its last step or when out of patience."""
+        return self.step == self.last or self.run.out_of_patience
+
     def log_step(self, *, stopping: bool) -> None:
         """`Run.log_step`; a loss that is not finite ends this member alone."""
         try:
@@ -88,7 +93,9 @@ class Training:
     def finish(self) -> None:
         """Write the result of the finished run."""
         self.checkpoints.wait()
-        self.run.finish(self.state, self.log)
+        if self.step < self.last:
+            say(f"{self.member.name} {self.run.describe_stop(self.step)}")
+        self.run.finish(self.state, self.log, self.checkpoints)
         self.opened.close()  # now, so that this run counts as finished even if an error ends the others
 
     def stop(self, why: str) -> None:

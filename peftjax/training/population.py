@@ -165,7 +165,7 @@ class Population:
         if going := without_failed(logged):
             self._report(going)
         going = without_failed(self.live)
-        if stop and (self.waiting or any(one.step < one.last for one in going)):
+        if stop and (self.waiting or not all(one.done for one in going)):
             for one in going:
                 one.checkpoints.wait()
             raise stopped(self._done, self._expected()[0], self.live[0].run.workdir.parent)
@@ -212,13 +212,13 @@ class Population:
     def _end(self, reached: Sequence[Training]) -> None:
         """End those of some runs that have finished or that halving stops, and forget those that have failed."""
         for one in reached:
-            if one.step == one.last:
+            if one.done:
                 one.finish()
         if self._halving:
             for step in sorted({one.step for one in reached} & set(self._halving.rungs)):
-                stop_worst([one for one in reached if one.step == step], step, self._halving)
+                stop_worst([one for one in reached if one.step == step and not one.done], step, self._halving)
         streams = self._streams()
-        self.live = [one for one in self.live if not (one.member.failed or one.member.stopped or one.step == one.last)]
+        self.live = [one for one in self.live if not (one.member.failed or one.member.stopped or one.done)]
         for stream in set(streams) - set(self._streams()):
             stream.close()
 

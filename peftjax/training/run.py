@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.adapters.method import Method
-from peftjax.core import variables
+from peftjax.core import distributed, variables
 from peftjax.core.config import flat
-from peftjax.core.errors import NotFiniteError
+from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.listing import enumerate_some
+from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
@@ -30,10 +31,11 @@ from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.io.save import save_model
-from peftjax.log import METRICS, Log, read_metrics
+from peftjax.log import METRICS, PLACE, Log, is_amount, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
 from peftjax.quant.base import Quantized
+from peftjax.report.best import best_evaluation, out_of_patience
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concerns
@@ -50,9 +52,10 @@ from peftjax.training.defaults import default_values
 from peftjax.training.due import Due
 from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
+from peftjax.training.sections import CheckpointConfig
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
-from peftjax.training.step import TrainState, abstract_state, flatten, init_state
+from peftjax.training.step import TrainState, abstract_state, flatten, init_state, shapes, unflatten
 from peftjax.training.window import Window
 
 
@@ -82,6 +85,7 @@ class Run:
       eval_step: The jitted evaluation step.
       window: The steps since the last line of the log.
       planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
+      evaluations: The evaluations so far, as lines of metrics.jsonl.
       report: The data of the report beside the config and the metrics.
       timings: Seconds by activity.
     """
@@ -107,6 +111,7 @@ class Run:
         self.eval_step = make_eval_step(variables.flat(model)[0], task, mesh)
         self.window = Window(task.unit)
         self.planned = config.train.steps
+        self.evaluations: list[dict[str, Any]] = []
         self.report = ReportData()
         self.timings: dict[str, float] = collections.defaultdict(float)
         self._reported = False  # whether the number of truncated and dropped held-out records was printed
@@ -119,6 +124,24 @@ class Run:
     @functools.cached_property
     def _records(self) -> dict[str, str]:
         return moved.checksums(self.config, self.workdir)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether train.patience evaluations in a row were no better than an earlier one."""
+        config = self.config
+        return out_of_patience(self.evaluations, config.checkpoint.best_score, config.train.patience)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the evaluation of the result, or else of the last one; empty without one."""
+        line = self._best if self.config.checkpoint.export == "best" else None
+        line = line or (self.evaluations[-1] if self.evaluations else {})
+        return {name: value for name, value in line.items() if name not in PLACE}
+
+    @property
+    def _best(self) -> Mapping[str, Any] | None:
+        """The best evaluation so far."""
+        return best_evaluation(self.evaluations, self.config.checkpoint.best_score)
 
     def tracking(self, *, sweep: bool = False, required: bool = True) -> Tracking:
         """What trackers show of the run. The runs of a sweep form a group, each under the name of its directory."""
@@ -153,10 +176,16 @@ class Run:
             if left := self.config.train.steps - restored.step:
                 self.batches.preview(left)
             self.planned = restored.identity["config"]["train"]["steps"]
-            leaves = [restored.state[name] for name in flatten(abstract)]
-            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+            self.evaluations = distributed.on_first(lambda: self._logged_evaluations(restored.step))
+            state = unflatten(abstract, restored.state)
         self.sync(state)
         return state
+
+    def _logged_evaluations(self, step: int) -> list[dict[str, Any]]:
+        """The evaluations up to a step in the log of the run; none if the log is gone."""
+        log = self.workdir / METRICS
+        lines = read_metrics(log, last=step) if log.exists() else []
+        return [line for line in lines if line["kind"] == "eval"]
 
     def sync(self, state: TrainState) -> None:
         """Write the trainable leaves of a state into the model."""
@@ -230,6 +259,13 @@ class Run:
         if warning := sharding.uneven_rows(rows, self.mesh.shape):
             yield warning
 
+    def steps_after(self, done: int) -> Iterator[int]:
+        """The steps to train after the first `done` ones, until the last one or until the run is out of patience."""
+        for step in range(done + 1, self.config.train.steps + 1):
+            if self.out_of_patience:
+                return
+            yield step
+
     def log_step(self, step: int, log: Log, *, stopping: bool) -> None:
         """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
 
@@ -251,12 +287,13 @@ class Run:
         self, state: TrainState, step: int, scores: Mapping[str, float], log: Log, checkpoints: Checkpoints
     ) -> None:
         """Save a checkpoint, and with checkpoint.adapter the adapter."""
-        score = -scores["eval_loss"] if "eval_loss" in scores else None
+        config = self.config.checkpoint
+        score = config.score(scores)
         log.sync()  # a run that resumes from this checkpoint keeps the lines up to it
         with log.progress.phase(SAVING):
             checkpoints.save(step, flatten(state), self.batches.get_state(), score=score, identity=self.identity)
             self.due.saved()
-            if self.config.checkpoint.adapter and step < self.config.train.steps:
+            if config.adapter and step < self.config.train.steps and self._may_be_result(step):
                 self.write_result(state)
         self.window.reopen()
 
@@ -270,18 +307,40 @@ class Run:
         """
         step, started = int(state.step), time.perf_counter()
         with log.progress.phase(EVALUATING):
-            scores, shown = self._held_out(state, log, measured) if self.config.data.eval else ({}, [])
+            scores, shown, reported = self._held_out(state, log, measured) if self.config.data.eval else ({}, [], {})
             if self.hooks.on_evaluate:
                 self.sync(state)
                 scores |= self.hooks.scores(self.model, step, scores)
             self.timings["evaluation"] += time.perf_counter() - started
+            self._check_best_score(scores)
             if not scores:
                 return {}
+            self.evaluations.append({"step": step, "kind": "eval", **scores})
+            if step == 0 or self._may_be_result(step):
+                self.report = dataclasses.replace(self.report, **reported)
             self.save_report()  # a resumed run no longer has the untrained model
             log.evaluation(step, scores)
             if shown and step in (0, self.config.train.steps):
                 log.panel(f"samples at step {step}", answers.answers_table(shown, self.config.eval.marks_answers))
         return scores
+
+    def _check_best_score(self, scores: Mapping[str, float]) -> None:
+        """Raises a UserError if the score that decides about the result or the end of the run is not among these."""
+        checkpoint, patience = self.config.checkpoint, self.config.train.patience
+        name, default = checkpoint.best_score, CheckpointConfig().best_score
+        if name in scores or (name == default and checkpoint.export == "last" and not patience):
+            return
+        if not scores:
+            field = f"train.patience={patience}" if patience else f"checkpoint.export={checkpoint.export!r}"
+            raise UserError(f"{field} requires evaluations; set data.eval")
+        raise UserError(
+            f"checkpoint.best_score={name!r} is not a score of this run.{suggest(name, scores)} Its scores: "
+            f"{', '.join(each for each in scores if not is_amount(each))}"
+        )
+
+    def _may_be_result(self, step: int) -> bool:
+        """Whether the weights after this step, which is the latest, are the result if the run ends here."""
+        return self.config.checkpoint.export == "last" or (self._best is not None and self._best["step"] == step)
 
     def held_out_batches(self, log: Log) -> Iterator[HostBatch]:
         """The batches of an evaluation, with a bar that counts them."""
@@ -291,8 +350,8 @@ class Run:
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
-    ) -> tuple[dict[str, float], list[Sample]]:
-        """The metrics on held-out records, and the sample answers."""
+    ) -> tuple[dict[str, float], list[Sample], dict[str, Any]]:
+        """The metrics on held-out records, the sample answers, and what the report shows of this evaluation."""
         config, step = self.config, int(state.step)
         if measured is None:
             batches = self.held_out_batches(log)
@@ -311,9 +370,7 @@ class Run:
             scores |= answers.score(found, config.eval.metrics)
         shown = found[: config.eval.samples]
         samples = shown if config.eval.marks_answers else [dataclasses.replace(item, correct=None) for item in shown]
-        answered: dict[str, Any] = {"after" if step else "before": tuple(samples)}
-        self.report = dataclasses.replace(self.report, classes=classes, **answered)
-        return scores, shown
+        return scores, shown, {"classes": classes, "after" if step else "before": tuple(samples)}
 
     def prompts(self) -> list[Prompt]:
         """The held-out prompts that an evaluation answers."""
@@ -355,9 +412,17 @@ class Run:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)
         return directory
 
-    def finish(self, state: TrainState, log: Log) -> Path:
+    def finish(self, state: TrainState, log: Log, checkpoints: Checkpoints) -> Path:
         """Write the result and the report, and print where they are; returns the directory of the result."""
+        config, step = self.config, int(state.step)
+        if step < config.train.steps:
+            log.message(self.describe_stop(step))
         with log.progress.phase(SAVING):
+            if config.checkpoint.export == "best" and (best := self._best):
+                if best["step"] < step:
+                    state = self._restore_best(state, checkpoints)
+                name = config.checkpoint.best_score
+                log.message(f"best {name}: {best[name]:.4g}, after step {best['step']}, whose weights are the result")
             result = self.write_result(state)
             log.sync()
             size = sum(file.stat().st_size for file in result.glob("*.safetensors"))
@@ -369,6 +434,19 @@ class Run:
             log.message(f"{result}: {format_bytes(size)}")
             if jax.process_index() == 0:
                 log.message(str(write_report(self.workdir)))
-                for why in concerns(read_metrics(self.workdir / METRICS), self.report.classes):
+                for why in concerns(read_metrics(self.workdir / METRICS, last=int(state.step)), self.report.classes):
                     log.message(f"warning: {why}")
         return result
+
+    def describe_stop(self, step: int) -> str:
+        """Why the run has ended before its last step."""
+        patience, score = self.config.train.patience, self.config.checkpoint.best_score
+        count = f"{patience} evaluations in a row" if patience > 1 else "an evaluation"
+        return f"stopped after step {step} of {self.config.train.steps}: no better {score} in {count} (train.patience)"
+
+    def _restore_best(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+        """The state of the best checkpoint. The memory of the given state, which was saved, is freed for it."""
+        abstract = shapes(state)
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+        return unflatten(abstract, checkpoints.restore_best(flatten(abstract)).state)

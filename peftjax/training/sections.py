@@ -1,9 +1,11 @@
 """The sections `train`, `eval` and `checkpoint` of the configuration."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from peftjax.core.config import field
 from peftjax.core.errors import UserError
+from peftjax.report.best import lower_is_better
 from peftjax.tasks.metrics import check_answer_metrics
 
 DEFAULT_STEPS = 1000
@@ -29,6 +31,11 @@ class TrainConfig:
         interval=True,
     )
     eval_batches: int = field(0, "Batches per evaluation; 0: all held-out records", low=0)
+    patience: int = field(
+        0,
+        "Stop after this number of evaluations in a row without a better score (checkpoint.best_score); 0: never",
+        low=0,
+    )
 
     def __post_init__(self) -> None:
         if self.epochs and self.steps != DEFAULT_STEPS:
@@ -39,6 +46,11 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}"
+            )
+        if self.patience and not self.eval_every:
+            raise UserError(
+                f"train.patience={self.patience} requires evaluations during the training; set train.eval_every, or "
+                "train.patience=0"
             )
 
 
@@ -78,5 +90,23 @@ class CheckpointConfig:
         low=0,
     )
     keep: int = field(2, "Number of most recent checkpoints to keep", low=1)
-    keep_best: bool = field(True, "Also keep the checkpoint with the lowest evaluation loss")
+    keep_best: bool = field(True, "Also keep the checkpoint with the best score")
+    best_score: str = field(
+        "eval_loss",
+        "Score that decides which checkpoint is the best: the lowest loss or perplexity, or the highest value of another "
+        "score of the evaluations, such as accuracy or exact_match",
+    )
+    export: str = field("last", "Checkpoint whose weights are the result of the run", choices=("last", "best"))
     adapter: bool = field(False, "Also write adapter/ with every checkpoint, not only at the end")
+
+    def __post_init__(self) -> None:
+        if self.export == "best" and not self.keep_best:
+            raise UserError(
+                "checkpoint.export='best' needs the best checkpoint; set checkpoint.keep_best=True, or checkpoint.export='last'"
+            )
+
+    def score(self, scores: Mapping[str, float]) -> float | None:
+        """What ranks a checkpoint with these scores, higher for a better one; None without an evaluation."""
+        if self.best_score not in scores:
+            return None
+        return -scores[self.best_score] if lower_is_better(self.best_score) else scores[self.best_score]

@@ -40,8 +40,9 @@ from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks
 from peftjax.training.memory import check_batch, check_step
 
-# Fields that may change when a run resumes: those without an effect on its results, and mesh., which affects only their rounding.
-FREE = (*free_fields.FREE, "mesh.")
+# Fields that may change when a run resumes: those without an effect on its results, mesh., which affects only their rounding,
+# and when to stop and what to export.
+FREE = (*free_fields.FREE, "mesh.", "train.patience:", "checkpoint.export:")
 # Those that may change when train.steps is raised: the schedules then span the new number of steps.
 FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
 

@@ -5,7 +5,7 @@ Only trainable leaves have a gradient, a moment or an update. Inside a step ther
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,7 +182,17 @@ def shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
+def shapes(state: TrainState) -> TrainState:
+    """The shape, dtype and sharding of every leaf."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
 def flatten(state: TrainState) -> dict[str, Any]:
     """The arrays of a state, or their shapes, by name, in the order of its leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(abstract: TrainState, arrays: Mapping[str, Any]) -> TrainState:
+    """The state with the structure of `abstract` and arrays by the names of `flatten`."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in flatten(abstract)])

@@ -12,6 +12,7 @@ import jax
 from peftjax.core import workdir as workdirs
 from peftjax.core.files import write_atomically
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
+from peftjax.report.best import of_result
 from peftjax.report.data import read_recorded
 from peftjax.report.sweep_page import RESULTS, write_sweep_page
 from peftjax.training.member import Member
@@ -48,7 +49,9 @@ def outcome(member: Member) -> dict[str, Any]:
     """
     found: dict[str, float] = {}
     if not member.failed and (member.workdir / METRICS).exists():
-        for line in read_metrics(member.workdir / METRICS):
+        checkpoint = member.config.checkpoint
+        lines = read_metrics(member.workdir / METRICS)
+        for line in of_result(lines, checkpoint.best_score, checkpoint.export):
             names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
             found |= {name: line[name] for name in names}
     scores, amounts = (

@@ -19,8 +19,10 @@ from peftjax.data.batches import HeldOut
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json_if_any
+from peftjax.log import METRICS, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
+from peftjax.report.best import out_of_patience
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training import moved, precision
@@ -84,12 +86,20 @@ def result_of(config: Config, workdir: Path) -> Path:
             f"{result} not found: training has not finished{so_far}. Run peftjax train again to finish it; with "
             "checkpoint.adapter=True it also writes the adapter with every checkpoint"
         )
-    if 0 < newest < steps:
+    if 0 < newest < steps and not stopped_early(config, workdir, newest):
         warnings.warn(
             f"--workdir={workdir}: training has not finished; this is the result of step {newest} of {steps}",
             stacklevel=2,
         )
     return result
+
+
+def stopped_early(config: Config, workdir: Path, step: int) -> bool:
+    """Whether the run in a workdir had run out of patience (train.patience) after a step."""
+    if not config.train.patience or not (workdir / METRICS).exists():
+        return False
+    lines = read_metrics(workdir / METRICS, last=step)
+    return out_of_patience(lines, config.checkpoint.best_score, config.train.patience)
 
 
 def open_task(config: Config) -> Task:

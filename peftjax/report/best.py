@@ -1,0 +1,41 @@
+"""The best evaluation of a run, and whether later ones have stopped to improve on it, from the lines of metrics.jsonl."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+
+def lower_is_better(score: str) -> bool:
+    """Whether a lower value of a score is better: of losses and of the perplexity. Of all others, a higher one is."""
+    return score.endswith("loss") or score == "perplexity"
+
+
+def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:
+    """The evaluation with the best finite value of a score, the earliest of equals; None without one.
+
+    The evaluation before the first step does not count.
+    """
+    sign = 1 if lower_is_better(score) else -1
+    found = [line for line in _trained(lines) if math.isfinite(line.get(score, math.nan))]
+    return min(found, key=lambda line: sign * line[score], default=None)
+
+
+def of_result(lines: Sequence[Line], score: str, export: str) -> Sequence[Line]:
+    """The lines up to the evaluation of the checkpoint that was exported, the "last" or the "best" one."""
+    best = best_evaluation(lines, score) if export == "best" else None
+    return lines if best is None else [line for line in lines if line["step"] <= best["step"]]
+
+
+def out_of_patience(lines: Iterable[Line], score: str, patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than an earlier one. Never if `patience` is 0."""
+    found = _trained(lines)
+    best = best_evaluation(found, score)
+    since = [line for line in found if best is None or line["step"] > best["step"]]
+    return 0 < patience <= len(since)
+
+
+def _trained(lines: Iterable[Line]) -> Sequence[Line]:
+    """The evaluations after the first step."""
+    return [line for line in lines if line["kind"] == "eval" and line["step"] > 0]
