@@ -168,21 +168,19 @@ class Checkpoints:
             "Restore one from a backup, or remove the directory to start from step 0."
         )
 
-    def restore_best(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored:
-        """Restore the checkpoint with the highest score, verified as by `restore`.
+    def restore_step(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored:
+        """Restore the checkpoint of a step, verified as by `restore`.
 
         Raises:
-            UserError: No checkpoint has a score, or the best one is damaged.
+            UserError: It is missing or damaged.
         """
         self.wait()
-        scored = [metrics for step in self._intact() if (metrics := self._manager.metrics(step))]
-        best: int = distributed.gather(max(scored, key=_score)["step"] if scored else 0)[0]
-        if not best:
-            raise UserError(f"no checkpoint in {self._directory} has a score; was the run evaluated?")
+        if step not in self._steps():
+            raise UserError(f"checkpoint {self._directory / str(step)} is missing")
         try:
-            return self._read(best, abstract, ())
+            return self._read(step, abstract, ())
         except _DamagedError as damage:
-            raise UserError(f"the best checkpoint, {self._directory / str(best)}, is damaged: {damage}") from None
+            raise UserError(f"checkpoint {self._directory / str(step)} is damaged: {damage}") from None
 
     def identity(self) -> Json | None:
         """The identity of the newest checkpoint whose record is readable, or None if there is none.

@@ -420,7 +420,7 @@ class Run:
         with log.progress.phase(SAVING):
             if config.checkpoint.export == "best" and (best := self._best):
                 if best["step"] < step:
-                    state = self._restore_best(state, checkpoints)
+                    state = self._restore(best["step"], state, checkpoints)
                 name = config.checkpoint.best_score
                 log.message(f"best {name}: {best[name]:.4g}, after step {best['step']}, whose weights are the result")
             result = self.write_result(state)
@@ -444,9 +444,9 @@ class Run:
         count = f"{patience} evaluations in a row" if patience > 1 else "an evaluation"
         return f"stopped after step {step} of {self.config.train.steps}: no better {score} in {count} (train.patience)"
 
-    def _restore_best(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
-        """The state of the best checkpoint. The memory of the given state, which was saved, is freed for it."""
+    def _restore(self, step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+        """The state of the checkpoint of a step. The memory of the given state, which was saved, is freed for it."""
         abstract = shapes(state)
         for leaf in jax.tree.leaves(state):
             leaf.delete()
-        return unflatten(abstract, checkpoints.restore_best(flatten(abstract)).state)
+        return unflatten(abstract, checkpoints.restore_step(step, flatten(abstract)).state)

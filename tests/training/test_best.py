@@ -18,6 +18,7 @@ from peftjax.report.best import best_evaluation, of_result, out_of_patience
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training.trained import result_of
+from tests.io.test_checkpoint import damage
 from tests.runs import metrics
 from tests.test_train import config
 from tests.training.test_sweep import member
@@ -128,12 +129,18 @@ def test_a_run_that_fails_on_the_way_remembers_the_best_evaluation(stopped: Path
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (stopped / WEIGHTS).read_bytes()
 
 
-def test_a_damaged_best_checkpoint_is_reported_and_not_replaced_by_another(stopped: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "damaged")
-    for file in (tmp_path / "damaged/checkpoints/2/state").rglob("d/*"):
-        file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(UserError, match=r"the best checkpoint, .*/checkpoints/2, is damaged: "):
-        run(tmp_path / "damaged", BEST)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("a byte flipped in a data file", "is damaged: "), ("the record lost", "is damaged: "), ("", "is missing")],
+)
+def test_a_best_checkpoint_that_is_lost_is_reported_and_not_replaced_by_another(
+    kind: str, message: str, stopped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "2"
+    damage(best, kind) if kind else shutil.rmtree(best)
+    with pytest.raises(UserError, match=f"checkpoint {best} {message}"):
+        run(tmp_path / "run", BEST)
 
 
 @pytest.mark.parametrize(
