@@ -43,7 +43,7 @@ class Sampling:
 
     @property
     def active(self) -> dict[str, float]:
-        """The options of `draw` that have an effect: which ones determines the program, their values do not."""
+        """The options that have an effect, as arguments of `sampling.draw`. A program depends on their names, not on their values."""
         if self.temperature == 0:
             return {}
         options = {"temperature": float(self.temperature)}
