@@ -23,6 +23,7 @@ from peftjax import sharding
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.output import say
+from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import printable
 from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.data.token_rows import check_token_rows
@@ -200,10 +201,12 @@ def main(argv: list[str]) -> None:
         answer = partial(
             generate_ids, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
         )
-        answer(stop=range(model.config.vocab))  # compiles, and stops at the first token
-        started = time.perf_counter()
-        answers = answer(stop=stop)
-        taken = time.perf_counter() - started
+        with Progress() as progress, progress.phase(GENERATING):
+            # The first pass compiles, and stops at the first token.
+            for ends in progress.track((range(model.config.vocab), stop), "passes", 2):
+                started = time.perf_counter()
+                answers = answer(stop=ends)
+                taken = time.perf_counter() - started
     shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
     for prompt, tokens in zip(options.prompt, answers, strict=True):
         say(shown(f"\n> {prompt}\n{tokenizer.decode(tokens)}"))

@@ -81,7 +81,7 @@ def test_every_token_is_written_into_the_cache_in_place(members: int) -> None:
         own, shared = own_and_shared(model)
         leaves, shape = ([own] * members, shared), f"f32[{members},{shape[4:]}"
         decode = _compiled(_decode_each, frozenset(jax.devices()[:1]))
-    lowered = decode.lower(nnx.split(model)[0], *leaves, *arguments, sampling=Sampling(), max_new=5)
+    lowered = decode.lower(nnx.split(model)[0], *leaves, *arguments, sampling={}, max_new=5)
     loops, _ = lowered.compile().as_text().split("\nENTRY ")
     made = re.findall(rf" = {re.escape(shape)}\S* ([\w-]+)\(", loops)
     assert "dynamic-update-slice" in made
@@ -137,6 +137,20 @@ def test_prompts_of_similar_length_share_a_compiled_function() -> None:
 
 
 @pytest.mark.slow_cases
+@pytest.mark.parametrize("filtered", [True, False])
+def test_other_values_of_sampling_compile_nothing(filtered: bool) -> None:
+    model = tiny.model()
+    decode = compiled_decode(model)
+    before, answers = decode._cache_size(), []
+    values: list[tuple] = [(0.7, 5, 0.9), (3, 20, np.float32(0.99)), (np.float64(1.4), 10**12, 0.5)]
+    for seed, (temperature, *filters) in enumerate(values):
+        sampling = Sampling(temperature, *filters) if filtered else Sampling(temperature)
+        answers += generate_ids(model, [[5] * (3 + 9 * seed)], max_new_tokens=4, sampling=sampling, seed=seed)
+    assert decode._cache_size() == before + 1
+    assert len(set(map(tuple, answers))) == len(values)
+
+
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
 def test_logits_that_are_not_finite_are_an_error_and_never_a_token(sampling: Sampling) -> None:
     model = tiny.model()
@@ -168,6 +182,8 @@ def test_sampling_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
     [
         (Sampling(temperature=1.0), {0, 1, 2, 3}),
         (Sampling(temperature=1.0, top_k=2), {0, 1}),
+        (Sampling(temperature=1.0, top_k=9), {0, 1, 2, 3}),
+        (Sampling(temperature=1.0, top_k=2, top_p=0.55), {0}),  # 0.625 of what top_k leaves
         (Sampling(temperature=1.0, top_p=0.55), {0, 1}),  # 0.5 alone is less than 0.55
         (Sampling(temperature=1.0, top_p=0.4), {0}),
         (Sampling(temperature=0.05), {0}),

@@ -252,7 +252,9 @@ def test_escape_sequences_are_shown_on_a_terminal_and_kept_elsewhere(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert not in_process("generate", "--model=embedded", "--prompt=a\x1b[2J\tb", "--max-new-tokens=1")
-    assert (r"> a\x1b[2J" + "\tb\n" if terminal else "> a\x1b[2J\tb\n") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (r"> a\x1b[2J" + "\tb\n" if terminal else "> a\x1b[2J\tb\n") in said
+    assert ("0/2" in said) == terminal  # the bar, which names what runs: it compiles, then generates
 
 
 def test_generate_refuses_what_does_not_say_what_to_generate_with(

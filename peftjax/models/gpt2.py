@@ -5,7 +5,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", sect
 
 import dataclasses
 import json
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,18 @@ class Gpt2(Decoder):
         )
         return Block(self.make_norm, attention, config.make_feedforward(rngs, use_bias=True, linear=Conv1D))
 
-    def hidden(self, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Cache | None]:
-        if options.get("positions") is None:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        if positions is None:
             self.check_length(tokens.shape[1])
-        return super().hidden(tokens, **options)
+        return super().hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
 
     def with_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x + jnp.broadcast_to(self.positions(positions), x.shape)
