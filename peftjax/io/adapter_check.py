@@ -84,10 +84,10 @@ def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], k
                             f"{key} differs from this model's parameter in shape: {tensors[key].shape} instead of "
                             f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
                         )
-                    subtracted = isinstance(adapter, ResidualLora) and leaf == "kernel" and layer is None
-                    if subtracted:
-                        own = own - host_arrays.whole(adapter.initial_update()).T
-                    if not (_close if subtracted else _same)(tensors[key], own):
+                    same = _same
+                    if isinstance(adapter, ResidualLora) and leaf == "kernel" and layer is None:
+                        own, same = own - host_arrays.whole(adapter.initial_update()).T, _close
+                    if not same(tensors[key], own):
                         raise UserError(f"{key} differs from this model's parameter{_where(tensors[key], own)}")
                     copies.add(key)
     return copies
