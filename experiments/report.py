@@ -21,6 +21,8 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+from peftjax.core.json_numbers import with_numbers
+
 RATE = "optim.learning_rate"
 PACKAGES = ("jax", "flax", "optax")
 Run = dict[str, Any]  # an entry of sweep.json
@@ -109,7 +111,8 @@ def groups_of(runs: list[Run]) -> Iterator[Group]:
         members.setdefault(name_of(run["values"]), []).append(run)
     for group in members.values():
         found = {
-            (run["values"][RATE], run["values"]["seed"]): run["scores"].get("eval_loss", math.inf) for run in group
+            (run["values"][RATE], run["values"]["seed"]): with_numbers(run["scores"]).get("eval_loss", math.inf)
+            for run in group
         }
         rates, seeds = (sorted(set(each)) for each in zip(*found, strict=True))
         losses = np.array([[found[rate, seed] for rate in rates] for seed in seeds])

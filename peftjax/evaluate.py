@@ -3,7 +3,6 @@
 peftjax evaluate --workdir=runs/quickstart
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import jax
 from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core.files import write_atomically
+from peftjax.core.json_numbers import to_json
 from peftjax.core.progress import Progress
 from peftjax.data.batches import HeldOut
 from peftjax.log import is_amount
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     for name, value in measured.items():
         text = f"{value:.0f}" if is_amount(name) else f"{value:.6g}"
         print(f"{name:15} {text}")
-    write_atomically(workdir / "evaluation.json", json.dumps(measured, indent=2) + "\n")
+    write_atomically(workdir / "evaluation.json", to_json(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ JSON has no non-finite numbers, so these are written as the strings "NaN", "Infi
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.console import RenderableType
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import naming, write_atomically
+from peftjax.core.json_numbers import to_json, with_numbers
 from peftjax.core.memory import peak_memory
 from peftjax.core.progress import Progress
 from peftjax.core.units import format_bytes, format_clocks
@@ -38,8 +38,6 @@ MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 # The fields of a line that are not metrics: when it was written, and on how much data the metrics were measured.
 PLACE = ("step", "kind", "seconds")
 AMOUNTS = ("tokens", "labels", "examples", "prompts")
-
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _SHORT = {
     "tokens_per_second": "tok/s",
@@ -226,15 +224,12 @@ def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: {error}: {line[:80]!r}; remove the line or the file") from None
-        found.append(
-            {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in entry.items()}
-        )
+        found.append(with_numbers(entry))
     return found if last is None else [line for line in found if line["step"] <= last]
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    names = {repr(value): name for name, value in _NOT_FINITE.items()}  # compare by repr, since nan != nan
-    return json.dumps({key: names.get(repr(value), value) for key, value in entry.items()}, allow_nan=False) + "\n"
+    return to_json(entry) + "\n"
 
 
 def _refuse(constant: str) -> float:

@@ -56,8 +56,10 @@ class Method:
     traced_options: ClassVar[frozenset[str]] = frozenset({"alpha", "dropout"})
     training_options: ClassVar[frozenset[str]] = frozenset({"dropout", "rank_dropout", "module_dropout"})
 
-    def __new__(cls, **options: Any) -> Self:
+    def __new__(cls, *values: Any, **options: Any) -> Self:
         annotations = {field.name: field.type for field in dataclasses.fields(cls)}
+        if values:
+            raise UserError(f"{cls.__name__}: give options by name: {', '.join(annotations)}")
         for option, value in options.items():
             if option not in annotations:
                 raise UserError(no_such_option(cls, option))

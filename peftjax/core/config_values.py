@@ -186,6 +186,8 @@ def _unknown(name: str, known: Mapping[str, Field], source: str) -> UserError:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?"
     elif leaf in hf_names.OURS:
         hint = f" Hugging Face's {leaf} is called {hf_names.OURS[leaf]!r} here."
+    elif leaf in hf_names.COMMON:
+        hint = f" Did you mean {hf_names.COMMON[leaf]!r}?"
     elif section in sections or not section:
         hint = suggest(leaf, [key.rpartition(".")[2] for key in siblings]) or f" Known fields: {', '.join(siblings)}"
     else:

@@ -44,6 +44,9 @@ class OnHost:
         """Return the array to the devices with its original sharding."""
         return jax.make_array_from_callback(self.shape, self._sharding, lambda index: self._parts[_where(index)])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnHost, (self.back(),)  # devices cannot be pickled, and the pickle of an array has none
+
 
 def _where(index: tuple[slice, ...] | None) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((part.start, part.stop) for part in index or ())

@@ -11,7 +11,7 @@ class DataConfig:
 
     train: tuple[str, ...] = field(
         (),
-        "Training sources: tfds:NAME/SPLIT, hf:NAME/SPLIT, FILE.jsonl (also .jsonl.gz, .jsonl.zst, .json, .csv, .parquet), a "
+        "Training sources: tfds:NAME/SPLIT, hf:NAME/SPLIT, FILE.jsonl (also .jsonl.gz, .jsonl.zst, .json, .csv, .tsv, .parquet), a "
         "directory of such files or images:DIR, each optionally followed by @WEIGHT",
     )
     eval: tuple[str, ...] = field((), "Held-out sources, in the same notation")

@@ -150,7 +150,7 @@ def canonical(split: str) -> str:
 def _place(file: str) -> tuple[str, str, str]:
     """The configuration of a file, its split and its name without endings; the split is empty if no name has one."""
     *folders, name = file.split("/")
-    stem = re.sub(r"\.(jsonl?|csv|parquet)(\.gz|\.zst)?$", "", name)
+    stem = re.sub(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$", "", name)
     if folders and re.fullmatch(r"\d{4,}", stem):
         split = folders.pop().removeprefix("partial-")
     elif sharded := re.fullmatch(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?", stem):

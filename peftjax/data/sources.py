@@ -7,7 +7,7 @@ A string names a source:
     PATH.jsonl                  one JSON object per line, read from disk on access by its byte offset
     PATH.jsonl.gz, .jsonl.zst   the same, compressed; kept decompressed in memory, because there is no random access
     PATH.json                   a list of JSON objects, or JSON Lines; kept in memory, as is a list in PATH.jsonl
-    PATH.csv                    rows below a header; kept in memory
+    PATH.csv, PATH.tsv          rows below a header, separated by commas or tabs; kept in memory
     PATH.parquet                kept in memory as Arrow columns
     images:DIR                  the images below DIR/CLASS, read from disk on access
 
@@ -34,7 +34,7 @@ from peftjax.data.source_strings import not_found
 from peftjax.data.tables import Csv, Listed, Parquet, json_problem, json_records
 from peftjax.data.tfds_source import open_tfds
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".tsv", ".parquet")
 SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -210,8 +210,8 @@ def _read_file(path: pathlib.Path, label: str) -> Source:
 
         with pyarrow.input_stream(pyarrow.BufferReader(data), compression="zstd") as stream:
             return JsonLines(stream.read(), label)
-    if name.endswith(".csv"):
-        return Csv(data, label)
+    if name.endswith((".csv", ".tsv")):
+        return Csv(data, label, "\t" if name.endswith(".tsv") else ",")
     records = json_records(data, label) if data.strip() else []
     return JsonLines(data, label) if records is None else Listed(without_lone_surrogates(records), label)
 

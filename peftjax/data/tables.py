@@ -1,4 +1,4 @@
-"""Records from files that are read whole: CSV, Parquet and JSON."""
+"""Records from files that are read whole: CSV, also with tabs, Parquet and JSON."""
 
 import csv
 import io
@@ -21,11 +21,13 @@ class Csv:
     Args:
         data: The file's content, UTF-8.
         label: The file's name in the names of records.
+        separator: What separates columns, a comma or a tab.
     """
 
-    def __init__(self, data: bytes, label: str):
+    def __init__(self, data: bytes, label: str, separator: str = ","):
         csv.field_size_limit(sys.maxsize)  # a text may be longer than the default of 128 KiB
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        reader = csv.reader(text, delimiter=separator, strict=True)
         self._label, self._lines = label, list[int]()
         rows, line = list[list[str]](), 1
         try:
@@ -36,7 +38,8 @@ class Csv:
             for row in reader:
                 if row and len(row) != len(self._header):
                     raise UserError(
-                        f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}{_advice(self._header)}"
+                        f"{label}:{line}: {len(row)} columns, but the header has {len(self._header)}"
+                        f"{_advice(self._header, separator)}"
                     )
                 if row:
                     rows.append(row)
@@ -56,13 +59,14 @@ class Csv:
         return f"{self._label}:{self._lines[index]}"
 
 
-def _advice(header: Sequence[str]) -> str:
+def _advice(header: Sequence[str], separator: str) -> str:
     """How to repair a file with rows of another length than the header, as the end of a message."""
-    separators = {"\t": "tabs", ";": "semicolons"}
-    found = next((name for mark, name in separators.items() if len(header) == 1 and mark in header[0]), "")
-    if found:
-        return f"; its columns seem to be separated by {found}: separate them by commas"
-    return "; put a value that contains commas or quotes in double quotes"
+    names = {"\t": "tabs", ";": "semicolons", ",": "commas"}
+    found = next((mark for mark in names if len(header) == 1 and mark in header[0]), "")
+    if not found:
+        return f"; put a value that contains {names[separator]} or quotes in double quotes"
+    fix = {"\t": "give it a name that ends in .tsv", ",": "give it a name that ends in .csv"}
+    return f"; its columns seem to be separated by {names[found]}: {fix.get(found, f'separate them by {names[separator]}')}"
 
 
 def _numbers(column: Sequence[str]) -> Sequence[str | int | float]:

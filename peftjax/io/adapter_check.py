@@ -19,6 +19,7 @@ from peftjax.core.listing import enumerate_some
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
 from peftjax.methods.lora.lora import Lora
+from peftjax.methods.lora.residual import ResidualLora
 from peftjax.models.base import LanguageModel
 
 TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
@@ -48,8 +49,10 @@ def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
     return "; the adapter was made for another base" if differ and differ <= of_base else ""
 
 
-def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
+def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
     """The `keys` that duplicate a parameter of the base or another tensor of the file, regardless of wrappers.
+
+    A copy of a head from whose kernel adapter `name` subtracts its initial update, as PiSSA does, is the difference.
 
     If the base is sharded across processes, every process must call this function: they gather its parameters together.
 
@@ -68,6 +71,7 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
             copies.add(key)
     unused = {bare.replace(ORIGINAL, "."): key for bare, key in unexplained.items() if ORIGINAL in bare}
     for site in sites(model):
+        adapter = site.module.adapters.adapter(name) if name in site.module.adapters.names() else None
         for leaf, (suffix, _) in site.module.hf_leaves.items():
             for layer, hf in zip(site.layers, site.names, strict=True):
                 found = [unexplained.get(bare_key(f"{hf}.{before}{suffix}")) for before in COPIES]
@@ -80,7 +84,10 @@ def copies_in(model: nnx.Module, tensors: Mapping[str, np.ndarray], keys: Iterab
                             f"{key} differs from this model's parameter in shape: {tensors[key].shape} instead of "
                             f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
                         )
-                    if not _same(tensors[key], own):
+                    same = _same
+                    if isinstance(adapter, ResidualLora) and leaf == "kernel" and layer is None:
+                        own, same = own - host_arrays.whole(adapter.initial_update()).T, _close
+                    if not same(tensors[key], own):
                         raise UserError(f"{key} differs from this model's parameter{_where(tensors[key], own)}")
                     copies.add(key)
     return copies
@@ -149,6 +156,12 @@ def base_value(model: nnx.Module, site: Site, leaf: str, layer: int | None) -> n
     order = site.module.hf_leaves[leaf][1]
     whole = host_arrays.whole(one)
     return whole if order is None else whole.transpose(order)
+
+
+def _close(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are equal up to the rounding of 16 bits."""
+    one, other = one.astype(np.float32), other.astype(np.float32)
+    return bool(np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other))
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
 from peftjax.adapters.provenance import formats, remember_base
 from peftjax.adapters.registry import ModelT, active
-from peftjax.adapters.sites import head_sites
+from peftjax.adapters.sites import head_sites, tied_pair
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
@@ -225,7 +225,7 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
     """Check that the initial update that is to be subtracted from the base can be computed.
 
     Raises:
-        UserError: The base is quantized, or the rank exceeds a dimension of a layer.
+        UserError: The base is quantized, the rank exceeds a dimension of a layer, or a target is tied to the embedding.
     """
     if not isinstance(method, Lora) or not RESIDUAL.fullmatch(method.init):
         return
@@ -233,6 +233,13 @@ def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
         method.check(model)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: init_lora_weights={method.init!r}: {error}") from error
+    head = pair[1] if (pair := tied_pair(model)) else None
+    if head and any(site.path == head.path for site, _ in method.chosen(model)):
+        raise UserError(
+            f"{path / CONFIG}: init_lora_weights={method.init!r} has {head.names[0]} as a target, which is tied to the embedding: peft "
+            "subtracts the initial update from both, which is not supported; train the adapter without this target, or with "
+            "another initialization"
+        )
     if kinds := set(formats(model).values()):
         raise UserError(
             f"{path / CONFIG}: init_lora_weights={method.init!r} subtracts the initial update from the base, and the update cannot be "
@@ -271,7 +278,7 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
     if others := in_other_parts(unexpected):
         warn_of_adapters(others, path / keys.weights)
         unexpected -= set(others)
-    unexpected -= copies_in(model, tensors, unexpected)
+    unexpected -= copies_in(model, name, tensors, unexpected)
     missing = [tensor.key for tensor in expected if tensor.key not in tensors]
     if missing or unexpected:
         parts = [

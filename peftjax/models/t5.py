@@ -273,12 +273,12 @@ class T5(EncoderDecoder):
         cache: DecoderCache | None,
     ) -> tuple[jax.Array, DecoderCache | None]:
         """Decode with the encoder's hidden states, or with a cache that has their keys and values."""
+        x = self.embed(tokens)
         length = tokens.shape[1]
         offset, slots = (0, length) if cache is None else (cache.length, cache.key.shape[2])
         prefix = self.decoder.attention.adapters.virtual  # its keys come before slot 0
         queries = offset + jnp.arange(length)
         mask = (jnp.arange(slots)[None] <= queries[:, None])[None, None]  # [1, 1, T, S]
-        x = self.embed(tokens)
         bias = self.decoder_bias(prefix + queries, jnp.arange(prefix + slots), x.dtype)
 
         def layer(block: DecoderBlock, carry: Carry, cached: tuple[jax.Array, KeysValues] | None) -> tuple[Carry, None]:

@@ -169,6 +169,9 @@ class AdoptedSublayer(Residual):
         own = super(Residual, self).__call__
         return self.adapters(self, lambda x: own(x, *inputs, **options), x)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_sublayer, (self.original,), vars(self).copy()  # pickle finds a class by its name in a file
+
 
 class _AdoptedDense(AdoptedLinear, nnx.Linear):
     original = nnx.Linear
@@ -197,6 +200,11 @@ def _sublayer_class(kind: type[nnx.Module]) -> type[AdoptedSublayer]:
     if kind not in _ADOPTED_SUBLAYERS:
         _ADOPTED_SUBLAYERS[kind] = type(f"Adopted{kind.__name__}", (AdoptedSublayer, kind), {"original": kind})
     return _ADOPTED_SUBLAYERS[kind]
+
+
+def _empty_sublayer(kind: type[nnx.Module]) -> Any:
+    """An adopted module of class `kind` without its attributes."""
+    return object.__new__(_sublayer_class(kind))
 
 
 def _require_shape(name: str, parameter: nnx.Param, shape: tuple[int, ...]) -> None:

@@ -4,8 +4,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from peftjax.core.errors import UserError
 from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.slot import Slot
 
@@ -44,6 +46,12 @@ class Embedding(SlottedLayer):
         self.adapters = Slot()
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        array = isinstance(tokens, jax.Array | np.ndarray)
+        if not (array and tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)):
+            found = (
+                f"of shape {list(tokens.shape)} and dtype {tokens.dtype}" if array else f"in a {type(tokens).__name__}"
+            )
+            raise UserError(f"tokens {found}: a model needs an integer array [B, T], such as jnp.asarray([[1, 2, 3]])")
         return self.adapters(self, self.lookup, tokens)
 
     def soft_prompt(self) -> jax.Array:

@@ -10,7 +10,6 @@ every line that depends on them says so. docs/plan.md explains the output.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,6 +22,7 @@ from rich.text import Text
 from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.json_numbers import to_json
 from peftjax.core.terminal import make_console
 from peftjax.io.hf_config import read_fields, stored_quantization
 from peftjax.io.hf_files import find_model
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
         show(console, config, plan, missing)
         fits, result = plan.fits, _record(plan)
     if output:
-        write_atomically(output, json.dumps(result, indent=1) + "\n")
+        write_atomically(output, to_json(result, indent=1) + "\n")
     return 0 if fits else 1
 
 

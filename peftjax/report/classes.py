@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peftjax.core.json_numbers import with_numbers
 from peftjax.tasks import metrics
 
 
@@ -79,7 +80,9 @@ class Classes:
         for name, kind in (("scores", ClassScore), ("examples", Prediction), ("confusions", None)):
             items = values.get(name)
             if isinstance(items, list):
-                values[name] = tuple(kind(**item) if kind else tuple(item) for item in items)
+                values[name] = tuple(
+                    kind(**with_numbers({**item}, {"probability"})) if kind else tuple(item) for item in items
+                )
             elif name in values:
                 raise TypeError(f"classes.{name} is not a list")
         return cls(**values)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.json_numbers import to_json
 from peftjax.core.variables import PeftParam
 from peftjax.report.classes import Classes
 
@@ -100,7 +101,7 @@ class ReportData:
     def save(self, workdir: Path) -> None:
         """Write report.json into the workdir."""
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / DATA, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_atomically(workdir / DATA, to_json(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, workdir: Path) -> "ReportData":

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.core.json_numbers import with_numbers
 from peftjax.log import METRICS, is_amount, read_metrics
 from peftjax.report.data import PAGE, ReportData, read_recorded
 from peftjax.report.html import render_page
@@ -59,4 +60,4 @@ def _run(
     link = f"{quote(run)}/{PAGE}" if (directory / PAGE).exists() else ""
     lines = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []
     counts = ReportData.load(directory).counts if link else {}  # before the end, those of the last evaluation
-    return SweptRun(run, values, scores, failed, link, lines, counts, stopped)
+    return SweptRun(run, values, with_numbers(scores), failed, link, lines, counts, stopped)

@@ -62,7 +62,7 @@ def concurrent_groups(population: Sequence[Member], most: int | None = None) -> 
         return [(list(population), 1)]
     memory = common_memory(mesh)
     if memory is None:
-        say(f"the memory of the devices is not known: all {everyone} runs are trained side by side")
+        say(f"the memory of the devices is not known: {_all(everyone)} runs are trained side by side")
         return [(list(population), everyone)]
     task = open_task(first)
     configs = {one.name: precision.resolve_dtype(one.config, task.hf_config) for one in population}
@@ -92,12 +92,14 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     `model` is the model of all members, from `group_runs`.
     """
     most = len(configs)
+    if most == 1:
+        return 1
     with jax.set_mesh(mesh):
         config, _, arguments = largest_step(configs, task, model, mesh)
         base, each = _bytes(config, task, model, arguments, mesh)
     room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
-        say(f"all {most} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
+        say(f"{_all(most)} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
         return most
 
     @functools.cache
@@ -107,6 +109,11 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
     found = largest(needed_by, base, each, most, memory)
     say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(needed_by(found))} {room}")
     return found
+
+
+def _all(runs: int) -> str:
+    """All of at least two runs, in a message."""
+    return "both" if runs == 2 else f"all {runs}"
 
 
 def _bytes(config: Config, task: Task, model: Model, arguments: StepArguments, mesh: Mesh) -> tuple[int, int]:

@@ -7,8 +7,10 @@ returns a `Config`, whose fields are checked and typed.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -100,8 +102,17 @@ def load(path: str | Path, overrides: Iterable[str] = (), origins: Mapping[str, 
       UserError: The file fails, or a field is unknown, of the wrong type or out of range.
     """
     given, source = config_file.read(path)
-    values = config_values.complete(given, SCHEMA, source)
-    return _make(config_values.override(values, overrides, SCHEMA, origins or {}), str(path))
+    overrides, origins = list(overrides), origins or {}
+    of_file = config_values.complete(given, SCHEMA, source)
+    values = config_values.override({**of_file}, overrides, SCHEMA, origins)
+    where = {name: source.of(name) for name in given if _was_set(name, of_file) and values.get(name) == of_file[name]}
+    where |= {item.removeprefix("--config.").partition("=")[0]: origins.get(item, item) for item in overrides}
+    return _make(values, str(path), where)
+
+
+def _was_set(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a file set a field; one at its default counts as not set, since `defaults()` has all fields."""
+    return name not in SCHEMA.fields or values[name] != SCHEMA.fields[name].default
 
 
 def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> Config:
@@ -183,8 +194,11 @@ def _method_values(method: Method, start_from: str) -> dict[str, Any]:
     return {"name": method.method, "start_from": start_from} | own
 
 
-def _make(values: Mapping[str, Any], source: str) -> Config:
-    """The Config with complete values."""
+def _make(values: Mapping[str, Any], source: str, where: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """The Config with complete values.
+
+    A message names the places `where` its fields were set, or `source` if that is not known.
+    """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         head, _, leaf = name.rpartition(".")
@@ -198,4 +212,5 @@ def _make(values: Mapping[str, Any], source: str) -> Config:
         method, start_from = methods.from_config(sections["method"]), sections["method"]["start_from"]
         return Config(**sections[""], method=method, start_from=start_from, **made)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        named = [where[name] for name in re.findall(r"\w+\.\w+", str(error)) if name in where]
+        raise UserError(f"{' and '.join(dict.fromkeys(named)) or source}: {error}") from None

@@ -1,7 +1,6 @@
 """sweep.json and sweep.html: the outcomes of a sweep's runs."""
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 
 from peftjax.core import workdir as workdirs
 from peftjax.core.files import write_atomically
+from peftjax.core.json_numbers import to_json
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.best import of_result
 from peftjax.report.data import read_recorded
@@ -31,7 +31,7 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
             member.failed = failed.get(member.name, "")
         found = sorted(map(outcome, runs), key=_rank)
         if jax.process_index() == 0:
-            write_atomically(workdir / RESULTS, json.dumps(found, indent=2) + "\n")
+            write_atomically(workdir / RESULTS, to_json(found, indent=2) + "\n")
             write_sweep_page(workdir)
     return found
 

@@ -103,6 +103,10 @@ def test_a_model_is_copied_and_pickled_with_its_adapters() -> None:
         assert adapters.attached(other) == adapters.attached(model)
         adapters.use(other, None)
         np.testing.assert_array_equal(model(tiny.tokens()), expected)
+    merged = adapters.merge(model)
+    for other in (copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
+        np.testing.assert_array_equal(other(tiny.tokens()), merged(tiny.tokens()))
+        np.testing.assert_array_equal(adapters.unmerge(other)(tiny.tokens()), expected)
 
 
 def test_threads_answer_with_different_adapters_of_one_model() -> None:

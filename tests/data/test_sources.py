@@ -168,7 +168,7 @@ def test_a_missing_file_is_an_error_that_names_what_is_near(tmp_path: Path) -> N
 
 def test_an_unknown_ending_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"the name must end in \.jsonl, .*\.csv or \.parquet"):
+    with pytest.raises(ValueError, match=r"the name must end in \.jsonl, .*\.csv, \.tsv or \.parquet"):
         open_source(str(tmp_path / "a.txt"))
 
 
@@ -198,6 +198,11 @@ def test_the_lines_of_a_csv_file_are_counted_through_line_breaks_in_values(tmp_p
     rows = [["1\n2", "x", 1, "2.50", "007"], ["3", 'y, "z"', -1, "3", "8"]]  # a column of numbers holds numbers
     assert read(source) == [dict(zip("abcde", row, strict=True)) for row in rows]
     assert names(source) == ["a.csv:2", "a.csv:5"]
+
+
+def test_a_tsv_file_is_a_csv_file_with_tabs(tmp_path: Path) -> None:
+    (tmp_path / "a.TSV").write_text('a\tb, c\n"1\t2"\t0.5\n"3"\t4\n')
+    assert read(open_source(str(tmp_path / "a.TSV"))) == [{"a": "1\t2", "b, c": 0.5}, {"a": "3", "b, c": 4}]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +239,21 @@ def test_a_csv_value_prints_as_it_is_written(column: list[str], tmp_path: Path) 
             "a.csv",
             "a\tb\n1,2\t3\n",
             "a.csv:2: 2 columns, but the header has 1; its columns seem to be separated by tabs",
+        ),
+        (
+            "a.csv",
+            "a\tb\n1,2\t3\n",
+            "a.csv:2: 2 columns, but the header has 1; * tabs: give it a name that ends in .tsv",
+        ),
+        (
+            "a.tsv",
+            "a,b\n1\t2,3\n",
+            "a.tsv:2: 2 columns, but the header has 1; * commas: give it a name that ends in .csv",
+        ),
+        (
+            "a.tsv",
+            "a\tb\n1\t2\t3\n",
+            "a.tsv:2: 3 columns, but the header has 2; put a value that contains tabs or quotes",
         ),
         ("a.csv", 'a\n"1" 2\n', "a.csv:2: not valid CSV: "),
         ("a.json", '[{"a": 1},\n {"a": ]', "a.json:2: not valid JSON: "),

@@ -339,6 +339,33 @@ def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases
         peftjax.load_adapter(peftjax.load_model(bases("wide"), quantize="nf4"), tmp_path / "a")
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_copy_of_a_head_may_lack_its_initial_update(init: str, bases: Callable, tmp_path: Path) -> None:
+    config = lora(init_lora_weights=init, target_modules=[*QV, "lm_head"])
+    theirs = adapted(bases("untied"), config)
+    theirs.save_pretrained(tmp_path)
+    assert_close(logits(load(bases("untied"), tmp_path, "subtracts the initial update")), logits(theirs))
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = "base_model.model.lm_head.base_layer.weight"
+    save_file(tensors | {key: 1.1 * tensors[key]}, tmp_path / WEIGHTS)
+    with (
+        pytest.warns(UserWarning, match="subtracts the initial update"),
+        pytest.raises(
+            ValueError, match=r"lm_head\.base_layer\.weight differs .*: the adapter was trained on another base"
+        ),
+    ):
+        peftjax.load_adapter(peftjax.load_model(bases("untied")), tmp_path)
+    theirs = adapted(bases("tied"), config)
+    base, changed = load_theirs(bases("tied")), theirs.get_input_embeddings().weight
+    assert (base.get_input_embeddings().weight - changed).abs().max() > 0.1
+    theirs.save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="subtracts the initial update"),
+        pytest.raises(ValueError, match="lm_head as a target, which is tied to the embedding: peft subtracts"),
+    ):
+        peftjax.load_adapter(peftjax.load_model(bases("tied")), tmp_path)
+
+
 def test_an_initial_update_of_more_ranks_than_a_layer_has_is_refused(bases: Callable, tmp_path: Path) -> None:
     adapted(bases("untied"), lora(r=20, init_lora_weights="olora")).save_pretrained(tmp_path)
     with (

@@ -421,8 +421,8 @@ def test_parameters_of_the_base_are_gathered_in_the_same_order_by_all_processes(
     query = np.asarray(model.blocks.attention.query.kernel.get_value().astype(jnp.float32)[1]).T
     copies = {"model.embed_tokens.weight": table, "lm_head.weight": table}
     copies["model.layers.1.self_attn.q_proj.base_layer.weight"] = query
-    assert copies_in(model, copies, list(copies)) == set(copies)
-    assert copies_in(model, copies, list(copies)[::-1]) == set(copies)
+    assert copies_in(model, "default", copies, list(copies)) == set(copies)
+    assert copies_in(model, "default", copies, list(copies)[::-1]) == set(copies)
     assert len(gathered) == 6
     assert gathered[:3] == gathered[3:]
 

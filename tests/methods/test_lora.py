@@ -485,6 +485,11 @@ def test_options_that_mean_nothing_are_refused_at_once(options: dict[str, Any], 
         Lora(**options)
 
 
+def test_options_without_names_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^Lora: give options by name: targets, exclude, .*, rank, "):
+        Lora(8)  # type: ignore[misc]
+
+
 def test_an_adapter_file_may_drop_out_everything_and_its_gradient_stays_finite() -> None:
     method = Lora.from_hf({"r": 2, "lora_alpha": 0, "lora_dropout": 1.0, "target_modules": ["q_proj"]})
     assert (method.alpha, method.dropout) == (0.0, 1.0)

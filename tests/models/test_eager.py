@@ -1,5 +1,8 @@
 """Calls of a model outside of JAX transformations."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,10 @@ import pytest
 from flax import nnx
 
 import peftjax
+from peftjax.core.errors import UserError
+from peftjax.models import from_hf_config
 from tests import tiny
+from tests.models import test_bert, test_t5
 
 
 def test_a_call_is_compiled_once_for_all_values_and_equals_one_inside_a_transformation(
@@ -23,3 +29,27 @@ def test_a_call_is_compiled_once_for_all_values_and_equals_one_inside_a_transfor
     assert not np.allclose(second, first)
     inside = jax.jit(lambda tokens: model(tokens))(tokens)
     np.testing.assert_allclose(second, inside, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2]], "tokens in a list: a model needs an integer array"),
+        (jnp.array([1, 2]), r"tokens of shape \[2\] and dtype int32: a model needs an integer array \[B, T\], such as"),
+        (np.ones((1, 2, 1), int), r"tokens of shape \[1, 2, 1\]"),
+        (jnp.ones((1, 2)), r"tokens of shape \[1, 2\] and dtype float32"),
+    ],
+)
+def test_tokens_that_are_no_rows_of_integers_are_refused_by_every_family(tokens: Any, message: str) -> None:
+    decoder, encoder, both = tiny.model(), tiny.make(from_hf_config(test_bert.CONFIG)), test_t5.model()
+    right = jnp.ones((1, 2), int)
+    for call in (
+        decoder,
+        encoder,
+        partial(both, decoder_tokens=right),
+        lambda wrong: both(right, decoder_tokens=wrong),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(tokens)
+    with pytest.raises(UserError, match="a model needs"):
+        jax.jit(decoder.hidden)(tokens)

@@ -1,5 +1,7 @@
 """Foreign NNX models with slots: they compute what they did, and methods sit in them as in ours."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,8 @@ def test_bottleneck_adapters_sit_in_the_sublayers_that_are_named() -> None:
     assert adapters.count_trainable(model) == 2 * (2 * 12 * 3 + 3 + 12)
     attached = randomized(model)(TOKENS)
     assert np.abs(attached - adopted()(TOKENS)).max() > 1e-3
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        np.testing.assert_array_equal(other(TOKENS), attached)
     np.testing.assert_array_equal(adapters.detach(model)(TOKENS), adopted()(TOKENS))
 
 

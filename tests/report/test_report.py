@@ -438,6 +438,16 @@ def test_report_data_comes_back_equal(tmp_path: Path) -> None:
     assert ReportData.load(tmp_path / "elsewhere") == ReportData()
 
 
+def test_a_probability_that_is_not_finite_stays_json_and_comes_back(tmp_path: Path) -> None:
+    example = Prediction("a:1", "NaN", "yes", "no", False, math.nan)
+    ReportData(classes=Classes(1, (), (), (example,))).save(tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    classes = ReportData.load(tmp_path).classes
+    assert classes
+    assert repr(classes.examples) == repr((example,))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftjax import methods
+from peftjax.core import hf_names
 from peftjax.core.config import defaults, help_text
 from peftjax.core.errors import UserError
 from peftjax.training import config
@@ -124,7 +125,11 @@ def test_the_last_of_two_overrides_wins(load):
         ("train.learning_rate=1", "'optim.learning_rate'"),
         ("learning_rate=1", "'optim.learning_rate'"),
         ("sed=1", "'seed'"),
-        ("optim.lr=1", "optim.learning_rate, optim.schedule"),
+        ("optim.lr=1", "Did you mean 'optim.learning_rate'?"),
+        ("lr=1", "Did you mean 'optim.learning_rate'?"),
+        ("train.max_seq_length=1", "Hugging Face's max_seq_length is called 'data.max_length' here."),
+        ("method.lora_r=1", "Did you mean 'method.rank'?"),
+        ("optim.xyz=1", "optim.learning_rate, optim.schedule"),
         ("method.rnk=4", "'rank'"),
         ("optim=1", "is a section"),
         ("optim.name.x=1", "'optim.name'"),
@@ -135,6 +140,12 @@ def test_an_unknown_override_is_refused_with_what_is_near(load, override, near):
     assert message.startswith(f"--config.{override}: ")
     assert override.split("=")[0] in message
     assert near in message
+
+
+def test_names_of_other_libraries_are_those_of_fields_that_exist():
+    options = {f"method.{field.name}" for kind in methods.METHODS.values() for field in dataclasses.fields(kind)}
+    assert {*hf_names.OURS.values(), *hf_names.COMMON.values()} <= {*SCHEMA.fields, *options, "workdir"}
+    assert not {name.rpartition(".")[2] for name in SCHEMA.fields} & {*hf_names.OURS, *hf_names.COMMON}
 
 
 def test_an_unknown_field_of_a_file_is_refused_with_the_file_and_what_is_near(load):
@@ -210,6 +221,25 @@ def test_a_near_miss_in_a_closed_set_is_suggested(load):
 )
 def test_a_number_out_of_range_is_refused(load, override, expected):
     assert expected in error_of(load, "pass", f"--config.{override}")
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "sources"),
+    [
+        ("config.optim.warmup_steps = 2000", (), ["FILE"]),
+        ("pass", ("optim.warmup_steps=2000",), ["--config.optim.warmup_steps=2000"]),
+        ("config.optim.warmup_steps = 20", ("train.steps=10",), ["FILE", "--config.train.steps=10"]),
+        ("config.train.steps = 99", ("optim.warmup_steps=20", "train.steps=10", "seed=1"),
+         ["--config.optim.warmup_steps=20", "--config.train.steps=10"]),
+        ("config.data.pack = True", ("model.attention=cudnn",), ["--config.model.attention=cudnn", "FILE"]),
+        ("pass", ("method.rank=0",), ["--config.method.rank=0"]),
+        ("config.method.rank = 0", ("seed=1",), ["FILE"]),
+    ],
+)  # fmt: skip
+def test_a_contradiction_names_where_each_value_was_given(load, tmp_path, line, overrides, sources):
+    message = error_of(load, line, *(f"--config.{override}" for override in overrides))
+    expected = " and ".join(sources).replace("FILE", str(tmp_path / "some_config.py"))
+    assert message.startswith((f"{expected}: optim.warmup_steps=", f"{expected}: model.", f"{expected}: method.rank"))
 
 
 def test_one_axis_at_most_takes_the_devices_that_are_left(load):

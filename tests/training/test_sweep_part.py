@@ -1,6 +1,7 @@
 """The parts of a sweep that several jobs train in one workdir."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from peftjax import sweep
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
+from peftjax.log import Log
+from peftjax.report import sweep_page
 from peftjax.training import sweep_results
 from peftjax.training.sweep_part import SweepPart, parse_part
 from tests.training.test_sweep import member
@@ -55,3 +58,19 @@ def test_a_part_keeps_what_the_others_have_recorded(tmp_path: Path) -> None:
     assert not any(
         "failed" in entry for entry in sweep_results.write_results(whole, tmp_path)
     )  # it trains all of them again
+
+
+def test_scores_that_are_not_finite_stay_json_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[sweep_page.SweptRun] = []
+    monkeypatch.setattr(sweep_page, "cost_cards", lambda runs: shown.extend(runs) or ())
+    run = member(defaults(), tmp_path, seed=0)
+    with Log(run.workdir, total_steps=1, resume_step=0, tensorboard=False, quiet=True) as log:
+        log.evaluation(1, {"eval_loss": math.inf, "matthews": math.nan})
+    sweep_results.write_results([run], tmp_path)
+    (entry,) = json.loads(
+        (tmp_path / "sweep.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
+    assert entry["scores"] == {"eval_loss": "Infinity", "matthews": "NaN"}
+    (found,) = shown
+    assert found.scores["eval_loss"] == math.inf
+    assert math.isnan(found.scores["matthews"])

@@ -31,6 +31,10 @@ class ResidualLora(LoraLinear):
     def update(self, x: jax.Array) -> jax.Array:
         return super().update(x) - self.product(x, self.a0, self.b0)
 
+    def initial_update(self) -> jax.Array:
+        """s A0 B0 of one layer in float32, [in, out]."""
+        return jnp.matmul(self.scaled(self.a0.get_value().astype(jnp.float32)), self.b0.get_value().astype(jnp.float32))
+
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """s [A, A0] [in, 2R] and [B; -B0] [2R, out]. The columns of A and A0 alternate, as do the rows of B and -B0, so
         that those within the rank of a layer come first."""
