@@ -78,7 +78,8 @@ def generate_ids(
     remove_dropout(view)
     graph, state = nnx.split(view)
     decode = _compiled(_decode, frozenset(jax.tree.leaves(state)[0].sharding.device_set))
-    answers = decode(graph, state, *arguments, jax.random.key(seed), sampling=sampling.active, max_new=max_new_tokens)
+    chosen = {"sampling": sampling.traced, "top_k": sampling.kept}
+    answers = decode(graph, state, *arguments, jax.random.key(seed), **chosen, max_new=max_new_tokens)
     return _token_ids(jax.tree.map(host_arrays.whole, answers))
 
 
@@ -110,7 +111,7 @@ def generate_each(
     arguments = _arguments(model, prompts, max_new_tokens, stop)
     decode = _compiled(_decode_each, frozenset(jax.tree.leaves(own)[0].sharding.device_set))
     graph, key = variables.flat(model)[0], jax.random.key(0)
-    answers = decode(graph, own, shared, *arguments, key, sampling=GREEDY.active, max_new=max_new_tokens)
+    answers = decode(graph, own, shared, *arguments, key, sampling={}, top_k=0, max_new=max_new_tokens)
     answers = jax.tree.map(host_arrays.whole, answers)
     found: list[list[list[int]] | NotFiniteError] = []
     for index in range(len(own)):
@@ -183,7 +184,7 @@ def _padded(length: int) -> int:
 def _compiled(decode: Callable[..., Answers], devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
     """The jitted `_decode` or `_decode_each` for models on these devices."""
     options = sharding.compiler_options(devices)
-    return jax.jit(decode, static_argnames=("graph", "max_new"), compiler_options=options)
+    return jax.jit(decode, static_argnames=("graph", "top_k", "max_new"), compiler_options=options)
 
 
 def _decode_each(
@@ -192,13 +193,14 @@ def _decode_each(
     shared: variables.FlatTree,
     *arguments: jax.Array,
     sampling: Mapping[str, jax.Array | float],
+    top_k: int,
     max_new: int,
 ) -> Answers:
     """`_decode` of each model; the leaves of the result have a leading axis of models."""
 
     def decode(own: variables.FlatTree) -> Answers:
         state = nnx.state(variables.join(graph, own, shared))
-        return _decode(graph, state, *arguments, sampling=sampling, max_new=max_new, axis="models")
+        return _decode(graph, state, *arguments, sampling=sampling, top_k=top_k, max_new=max_new, axis="models")
 
     over_models = jax.vmap(decode, axis_name="models", spmd_axis_name=sharding.members_axis(len(own)))
     return over_models(variables.stack(own))
@@ -213,6 +215,7 @@ def _decode(
     key: jax.Array,
     *,
     sampling: Mapping[str, jax.Array | float],
+    top_k: int,
     max_new: int,
     axis: str | None = None,
 ) -> Answers:
@@ -220,7 +223,8 @@ def _decode(
 
     Args:
         ends: bool [V], true for stop tokens.
-        sampling: `Sampling.active`.
+        sampling: `Sampling.traced`.
+        top_k: `Sampling.kept`.
         axis: The axis of `jax.vmap` that all models of a population are on. The loop ends for all at once: if each ended
             alone, every step would select between the old and the new cache, which copies it.
     """
@@ -231,7 +235,7 @@ def _decode(
     def choose(index: jax.Array | int, hidden: jax.Array, answers: Answers) -> Answers:
         """Choose new token number `index` from the hidden states [B, T, D] of the tokens before it."""
         logits = model.logits(hidden[:, -1:])[:, 0]  # [B, V]
-        token = draw(logits, jax.random.fold_in(key, index), **sampling).astype(jnp.int32)
+        token = draw(logits, jax.random.fold_in(key, index), top_k, **sampling).astype(jnp.int32)
         failed = answers.failed | ~(answers.done | jnp.isfinite(jnp.max(logits, axis=-1)))
         done = answers.done | failed | ends[token]
         lengths = jnp.where(done, answers.lengths, index + 1)

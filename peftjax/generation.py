@@ -68,7 +68,7 @@ def generate(
     `generate(model, tokenizer, "text")` returns a text, and a list of texts for a list of texts.
     `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left, so
     that prompts of similar length share one compiled function. It is compiled again for another number of prompts, another
-    `max_new_tokens` and other options of `sampling`, but not for other values of these options.
+    `max_new_tokens` or another `top_k`, but not for another temperature or `top_p`.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` returns for a decoder.

@@ -42,41 +42,40 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} is out of range; use more than 0 and at most 1")
 
     @property
-    def active(self) -> dict[str, float]:
-        """The options that have an effect, as arguments of `sampling.draw`. A program depends on their names, not on their values."""
+    def kept(self) -> int:
+        """How many of the most likely tokens are kept, a static argument of `draw`; 0: all."""
+        return 0 if self.temperature == 0 else int(self.top_k)
+
+    @property
+    def traced(self) -> dict[str, float]:
+        """The other options that have an effect, for `draw`. A program depends on their names, not on their values."""
         if self.temperature == 0:
             return {}
         options = {"temperature": float(self.temperature)}
-        if self.top_k > 0:
-            options["top_k"] = min(int(self.top_k), 2**31 - 1)
-        if self.top_p < 1:
-            options["top_p"] = float(self.top_p)
-        return options
+        return options | ({"top_p": float(self.top_p)} if self.top_p < 1 else {})
 
     def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
         """Sample token ids [B] from logits [B, V]."""
-        return draw(logits, key, **self.active)
+        return draw(logits, key, self.kept, **self.traced)
 
 
 def draw(
     logits: jax.Array,
     key: jax.Array,
+    top_k: int,
     *,
     temperature: jax.Array | float | None = None,
-    top_k: jax.Array | float | None = None,
     top_p: jax.Array | float | None = None,
 ) -> jax.Array:
-    """Sample token ids [B] from logits [B, V], with the options of `Sampling.active`, which may be traced."""
+    """Sample token ids [B] from logits [B, V], with `Sampling.kept` and the options of `Sampling.traced`."""
     if temperature is None:
         return jnp.argmax(logits, axis=-1)
     logits = logits.astype(jnp.float32) / temperature
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits, axis=-1)
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    if top_k is not None:
-        least = jnp.take(ordered, top_k - 1, axis=-1, mode="clip")[:, None]
-        logits, ordered = (jnp.where(each < least, -jnp.inf, each) for each in (logits, ordered))
+    if 0 < top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the total probability of more likely tokens
         least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
