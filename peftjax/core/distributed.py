@@ -150,6 +150,28 @@ def on_first(action: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def check_same(what: str, value: Any, differences: Callable[[Any], str]) -> None:
+    """Check that a value is the same in every process; a single process returns immediately.
+
+    Args:
+        what: The name of these values in the plural.
+        value: The JSON value of this process.
+        differences: Describes how this process's value ("here") differs from that of process 0, which it is given ("there").
+            Returns an empty string if they are equal.
+
+    Raises:
+        UserError: A process has another value than process 0; it is raised in every process.
+    """
+    if not many():
+        return
+    for index, text in enumerate(gather(differences(gather(value)[0]))):
+        if text:
+            raise UserError(
+                f"{what} of process {index} (here) and of process 0 (there) differ: {text}; start all processes with the "
+                "same config and data"
+            )
+
+
 def leave(code: int, *, wait: bool) -> NoReturn:
     """Exit this process of a distributed run with a nonzero code.
 
