@@ -57,7 +57,7 @@ def start(options: argparse.Namespace) -> None:
             f"{options.num_processes - 1}"
         )
     host, _, port = options.coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={options.coordinator} must be HOST:PORT, for example 10.0.0.1:1234")
     _initialize(
         coordinator_address=options.coordinator,

@@ -53,6 +53,7 @@ def test_the_options_name_the_processes(asked: list[dict[str, Any]]) -> None:
         ),
         (("--coordinator=a:1", "--num_processes=0", "--process_id=0"), "--num_processes=0 must be at least 1"),
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator=a must be HOST:PORT"),
+        (("--coordinator=a:99999", "--num_processes=2", "--process_id=0"), "--coordinator=a:99999 must be HOST:PORT"),
     ],
 )
 def test_options_that_cannot_be_are_refused(asked: list[dict[str, Any]], argv: tuple[str, ...], message: str) -> None:
