@@ -15,7 +15,7 @@ from peftjax.core.progress import Progress
 from peftjax.data.batches import HeldOut
 from peftjax.log import is_amount
 from peftjax.training import answers
-from peftjax.training.setup import check_held_out
+from peftjax.training.setup import check_held_out, check_same_configs
 from peftjax.training.trained import held_out_scores, load_trained, open_task, result_of, run_config
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(options.workdir)
     config = run_config(workdir, options.config, options.overrides)
     distributed.start(options)
+    check_same_configs({"": config})
     mesh, result, task = sharding.make_mesh(config.mesh.sizes), result_of(config, workdir), open_task(config)
     check_held_out(config, task, mesh)  # before any weights are read
     model = load_trained(config, task, result, mesh)

@@ -220,6 +220,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
 
 
+def constrain_looked_up(x: jax.Array, features: str | None) -> jax.Array:
+    """Shard rows of a table, [B, T, D], that were looked up on the current mesh: by features, as the table, and by "data".
+
+    The compiler can go from there to rows sharded by batch and length. By itself it does not shard looked-up rows by "data",
+    and then has to replicate them: each device would hold the rows of the whole batch.
+
+    Args:
+        x: The rows.
+        features: The logical axis of their features.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.ndim != 3 or min(mesh.shape.get("data", 1), parts(features or "", x.shape[-1])) == 1:
+        return x
+    batch = "data" if x.shape[0] % mesh.shape["data"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, None, *partition((features,), x.shape[-1:], mesh)))
+
+
 def on_current_mesh(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Return how the current mesh shards an array with these logical axes."""
     return partition(axes, shape, jax.sharding.get_abstract_mesh())

@@ -68,6 +68,7 @@ def sweep(
     Raises:
       UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
     """
+    setup.check_same_configs({member.name: member.config for member in runs})
     mine = part.of(populations(runs))
     with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
         for member in mine:

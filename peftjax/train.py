@@ -46,6 +46,7 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
         no longer finite.
     """
+    setup.check_same_configs({"": config})
     mesh = sharding.make_mesh(config.mesh.sizes)
     sharding.check_even_rows(config.train.batch_size // config.train.accumulate, mesh)
     with (

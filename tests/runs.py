@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,21 @@ def fork(
 
 
 def start_together(
-    world: Path, workdir: Path, count: int, *overrides: str, command: str = "train", flags: str = QUICK
+    world: Path,
+    workdir: Path,
+    count: int,
+    *overrides: str,
+    command: str = "train",
+    flags: str = QUICK,
+    of_last: Sequence[str] = (),
 ) -> list[Fork]:
-    """The command as so many forked processes, each with one device."""
+    """The command as so many forked processes, each with one device; the last one has the overrides `of_last` as well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}"
     return [
-        fork(world, workdir, *overrides, *place, f"--process_id={index}", command=command, flags=flags)
-        for index in range(count)
+        fork(world, workdir, *overrides, *place, f"--process_id={index}", *own, command=command, flags=flags)
+        for index, own in enumerate([()] * (count - 1) + [tuple(of_last)])
     ]
 
 

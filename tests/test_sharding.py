@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.nn.embedding import Embedding
 from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
 from peftjax.train import train
@@ -79,6 +80,25 @@ def test_a_quantized_kernel_is_gathered_as_codes_where_the_batch_is_split_and_st
     sent = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", program)
     assert {shape for _, shape in sent} == {"4,64,4", "4,4"}  # [in/64, 64, out / 2] codes and [in/64, out / 2] absmax
     assert {dtype for dtype, _ in sent} <= {"s8", "u8"}  # a CPU's program has int4 as int8
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}])
+def test_no_device_gets_the_embedded_rows_of_the_whole_batch(sizes: dict[str, int]) -> None:
+    mesh = sharding.make_mesh(sizes)
+    embedding = Embedding(512, 64, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    table = embedding.embedding.get_value()
+    tokens = np.random.default_rng(0).integers(0, 512, (8, 32))  # fewer than rows of the table, which would be gathered
+
+    @jax.jit
+    def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return sharding.constrain(embedding.lookup(tokens, table), "batch", "length", None)
+
+    placed = jax.device_put(table, sharding.spec(("vocab", "embed"), table.shape, mesh))
+    split = jax.device_put(tokens, sharding.spec(("batch", "length"), tokens.shape, mesh))
+    with jax.set_mesh(mesh):
+        program = look_up.lower(placed, split).compile().as_text()
+        np.testing.assert_array_equal(look_up(placed, split), table[tokens])
+    assert not re.findall(r"= f32\[[\d,]+\]\S* all-gather", program)
 
 
 def test_codes_and_absmax_of_a_kernel_are_split_alike_on_any_mesh() -> None:

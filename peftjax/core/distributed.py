@@ -57,7 +57,7 @@ def start(options: argparse.Namespace) -> None:
             f"{options.num_processes - 1}"
         )
     host, _, port = options.coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={options.coordinator} must be HOST:PORT, for example 10.0.0.1:1234")
     _initialize(
         coordinator_address=options.coordinator,
@@ -148,6 +148,28 @@ def on_first(action: Callable[[], Any]) -> Any:
     if outcome["problem"]:
         raise UserError(outcome["problem"])
     return outcome["value"]
+
+
+def check_same(what: str, value: Any, differences: Callable[[Any], str]) -> None:
+    """Check that a value is the same in every process; a single process returns immediately.
+
+    Args:
+        what: The name of these values in the plural.
+        value: The JSON value of this process.
+        differences: Describes how this process's value ("here") differs from that of process 0, which it is given ("there").
+            Returns an empty string if they are equal.
+
+    Raises:
+        UserError: A process has another value than process 0; it is raised in every process.
+    """
+    if not many():
+        return
+    for index, text in enumerate(gather(differences(gather(value)[0]))):
+        if text:
+            raise UserError(
+                f"{what} of process {index} (here) and of process 0 (there) differ: {text}; start all processes with the "
+                "same config and data"
+            )
 
 
 def leave(code: int, *, wait: bool) -> NoReturn:

@@ -91,7 +91,9 @@ class Batches(Iterator[HostBatch]):
 
     Attributes:
       source: All training records, of which an epoch has each once; None for a mixture with weights.
+      sources: The name and the number of records of each source.
       ahead: One row of each batch that `preview` has read.
+      previewed: What was counted in these batches, over all processes.
     """
 
     def __init__(
@@ -109,7 +111,8 @@ class Batches(Iterator[HostBatch]):
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
-        self._lengths: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
+        self.previewed: dict[str, int] = {}
+        self.sources: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
         self._iterator = iter(_batched(documents, data, self._padding, batching))
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -125,7 +128,7 @@ class Batches(Iterator[HostBatch]):
 
     def get_state(self) -> dict[str, Any]:
         """The position in the stream, as values that JSON can hold."""
-        return {"position": self._iterator.get_state(), "counts": dict(self._counts), "sources": self._lengths}
+        return {"position": self._iterator.get_state(), "counts": dict(self._counts), "sources": self.sources}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go back to where `get_state` was called: the same batches follow.
@@ -133,10 +136,10 @@ class Batches(Iterator[HostBatch]):
         Raises:
           UserError: The sources or their numbers of records have changed since.
         """
-        if state["sources"] != self._lengths:
+        if state["sources"] != self.sources:
             there, here = (
                 ", ".join(f"{spec} ({length:,} records)" for spec, length in lengths)
-                for lengths in (state["sources"], self._lengths)
+                for lengths in (state["sources"], self.sources)
             )
             raise UserError(f"the data has changed since the checkpoint was saved: it was {there}, now it is {here}")
         self._iterator.set_state(state["position"])
@@ -164,7 +167,8 @@ class Batches(Iterator[HostBatch]):
             self.ahead.append({name: array[0].copy() for name, array in next(self).arrays.items()})
             positions = self._counts["positions"] - before["positions"]
         lengths = [self._padding.positions(row) for row in self.ahead]
-        fill = (self._counts["tokens"] - before["tokens"]) / positions
+        self.previewed = {name: count - before[name] for name, count in self._counts.items()}
+        fill = self.previewed["tokens"] / positions
         self._preview = Preview(lengths, fill, first=not before["rows"])
         self.set_state(start)
 
@@ -218,7 +222,7 @@ class Batches(Iterator[HostBatch]):
 
     def record_count(self) -> int:
         """Number of records in the sources."""
-        return sum(length for _, length in self._lengths)
+        return sum(length for _, length in self.sources)
 
     def close(self) -> None:
         """End the threads that read ahead."""
@@ -243,7 +247,7 @@ class EvalBatches(Batches):
             self._add(self._rest)
             self._rest = {}
             if not self._counts["rows"]:
-                raise nothing_left(", ".join(spec for spec, _ in self._lengths), self._data) from None
+                raise nothing_left(", ".join(spec for spec, _ in self.sources), self._data) from None
             raise
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peftjax import sharding
 from peftjax.core.errors import UserError
 from peftjax.nn.layer import HfLeaves, SlottedLayer
 from peftjax.nn.slot import Slot
@@ -66,4 +67,4 @@ class Embedding(SlottedLayer):
     def lookup(self, tokens: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
         """The base computation; `embedding` replaces the layer's own table."""
         table = self.embedding.get_value() if embedding is None else embedding
-        return jnp.take(table, tokens, axis=0).astype(self.dtype)
+        return sharding.constrain_looked_up(jnp.take(table, tokens, axis=0).astype(self.dtype), self.axes[1])

@@ -5,8 +5,9 @@ Mistakes in the workdir, the config and the data are reported before a model is 
 
 import contextlib
 import itertools
+import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from peftjax.training.memory import check_batch, check_step
 FREE = (*free_fields.FREE, "mesh.", "train.patience:", "checkpoint.export:")
 # Those that may change when train.steps is raised: the schedules then span the new number of steps.
 FREE_LONGER = (*FREE, "train.steps:", "optim.warmup_steps:", "method.total_steps:")
+PER_PROCESS = ("data.workers:", "data.tfds_data_dir:")  # fields that may differ between the processes of a run
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
@@ -128,6 +130,50 @@ def raise_if_different(workdir: Path, differ: list[str]) -> None:
         )
 
 
+def check_same_configs(given: Mapping[str, Config]) -> None:
+    """Check that every process has the same configs, by the names of their runs.
+
+    Otherwise each process would go through the steps of another run, without an error.
+
+    Raises:
+      UserError: They differ; it is raised in every process.
+    """
+
+    def differences(there: Mapping[str, Any]) -> str:
+        if list(there) != list(given):
+            return f"{', '.join(given)} here, {', '.join(there)} there"
+        lines = [line for name, config in given.items() for line in configs.differences(config, there[name])]
+        return "; ".join(line for line in dict.fromkeys(lines) if not line.startswith(PER_PROCESS))
+
+    values = {name: json.loads(configs.to_json(config)) for name, config in given.items()}
+    distributed.check_same("the configs", values, differences)
+
+
+def check_same_data(name: str, sources: Sequence[Sequence[Any]], counts: Mapping[str, int]) -> None:
+    """Check that every process reads the same records.
+
+    Args:
+      name: The field of the config, such as "data.train".
+      sources: The name and the number of records of each source.
+      counts: What was counted in the first batches.
+
+    Raises:
+      UserError: The sources or the counts differ; it is raised in every process.
+    """
+
+    def differences(there: Mapping[str, Any]) -> str:
+        pairs = zip(sources, there["sources"], strict=True)  # as many, since the configs are the same
+        found = [
+            f"{source}: {count:,} records here, {other:,} there"
+            for (source, count), (_, other) in pairs
+            if count != other
+        ]
+        return "; ".join(found) or ("the first batches have other records" if counts != there["counts"] else "")
+
+    value = {"sources": [list(source) for source in sources], "counts": dict(counts)}
+    distributed.check_same(f"the records in {name}", value, differences)
+
+
 def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     """The task and its training batches. `check_fit` opens the held-out data.
 
@@ -167,6 +213,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
 
     check(trace=config.model.attention not in ("xla", "auto"))  # a kernel that supports one length supports all of them
     data.preview(config.train.steps)
+    check_same_data("data.train", data.sources, data.previewed)
     check(trace=False)  # again, as the first batches are longer than the shortest possible ones
     if config.data.eval:
         check_held_out(config, task, mesh)
@@ -190,6 +237,7 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
     held_out = HeldOut(config.data, task)
     with contextlib.closing(held_out.batches(batching(config, mesh))) as batches:
         next(batches)
+        check_same_data("data.eval", batches.sources, batches.summary())
     if count := config.eval.exact_match or config.eval.samples:
         for prompt in held_out.prompts(count):
             check_token_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)

@@ -53,6 +53,7 @@ def test_the_options_name_the_processes(asked: list[dict[str, Any]]) -> None:
         ),
         (("--coordinator=a:1", "--num_processes=0", "--process_id=0"), "--num_processes=0 must be at least 1"),
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator=a must be HOST:PORT"),
+        (("--coordinator=a:99999", "--num_processes=2", "--process_id=0"), "--coordinator=a:99999 must be HOST:PORT"),
     ],
 )
 def test_options_that_cannot_be_are_refused(asked: list[dict[str, Any]], argv: tuple[str, ...], message: str) -> None:
@@ -110,6 +111,25 @@ def test_one_process_a_machine_takes_all_of_its_devices(
     monkeypatch.setattr("jax.local_device_count", lambda: 1)
     distributed.start(options())
     assert asked[0]["local_device_ids"] == devices
+
+
+def test_a_value_of_another_process_is_named_and_refused_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differences(there: int) -> str:
+        return f"1 here, {there} there" if there != 1 else ""
+
+    distributed.check_same("the numbers", 1, differences)  # one process
+    monkeypatch.setattr(distributed, "many", lambda: True)
+    for rows in ([[1, 1], ["", ""]], [[1, 2], ["", "2 here, 1 there"]]):
+        answers = iter(rows)
+        monkeypatch.setattr(distributed, "gather", lambda value, answers=answers: next(answers))
+        if not any(rows[1]):
+            distributed.check_same("the numbers", 1, differences)
+            continue
+        with pytest.raises(
+            UserError,
+            match=r"the numbers of process 1 \(here\) and of process 0 \(there\) differ: 2 here, 1 there; start",
+        ):
+            distributed.check_same("the numbers", 1, differences)
 
 
 def test_what_the_first_process_does_has_a_value_or_an_error_for_all() -> None:

@@ -181,3 +181,19 @@ def test_a_mistake_ends_every_process_with_2(world: Path, tmp_path: Path) -> Non
     assert [code for code, _ in results] == [2, 2]
     assert "uses 1 of the 2 devices of 2 processes, but all must take part" in results[0][1]
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_with_other_configs_or_other_records_are_refused(world: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "0.jsonl", tmp_path / "1.jsonl"  # stand for one path, whose files differ between hosts
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    here.write_text("".join(lines))
+    there.write_text("".join(lines[:150]))
+    for own, message in (
+        ("--config.optim.learning_rate=0.002", "process 0 (there) differ: optim.learning_rate: 0.002 here, 0.01 there"),
+        (f"--config.data.train={there}", f"data.train: ('{there}',) here, ('{here}',) there"),
+    ):
+        options = (*SHORT, *MESHES[2], f"--config.data.train={here}")
+        results = ended(*start_together(world, tmp_path / "run", 2, *options, of_last=(own,)))
+        assert [code for code, _ in results] == [2, 2], results
+        assert all(message in output for _, output in results), results
+    assert not (tmp_path / "run").exists()
