@@ -176,7 +176,7 @@ def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
         return [encode_chat_prompt(prompt, tokenizer, "--prompt") for prompt in options.prompt]
     if options.raw or prompts is None:
         return [tokenizer.encode_prompt(prompt) for prompt in options.prompt]
-    if applied := prompts.describe(tokenizer):
+    if applied := prompts.describe(tokenizer, options.prompt):
         say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
     return [prompts.encode(prompt, tokenizer, "--prompt") for prompt in options.prompt]
 

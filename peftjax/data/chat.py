@@ -1,5 +1,6 @@
 """Conversations as tokens: rendered with the model's chat template, with a mask for the answers to train on."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,11 @@ class _Rendered:
                     raise UserError(
                         f"{name}: the chat template of {tokenizer.directory} does not render tool calls; use a model whose "
                         "template does"
+                    )
+                if any(json.dumps(text, ensure_ascii=False) in self.text for text in _json_arguments(message)):
+                    tokenizer.template.warn(
+                        "tool calls have their arguments as JSON text, as in OpenAI's format, which the chat template of "
+                        f"{tokenizer.directory} quotes once more; convert them to objects, for example with config.data.map"
                     )
 
     def spans(self, answers: list[int]) -> list[Span]:
@@ -192,6 +198,13 @@ class _Rendered:
             f"the chat template of {self._tokenizer.directory} ends an answer without an end-of-turn token, so the model "
             "does not learn where to stop; add eos_token to the template"
         )
+
+
+def _json_arguments(message: Message) -> list[str]:
+    """The arguments of tool calls that are objects in JSON, not objects."""
+    calls = [call.get("function", call) for call in message["tool_calls"] if isinstance(call, Mapping)]
+    found = [call.get("arguments") for call in calls if isinstance(call, Mapping)]
+    return [text for text in found if isinstance(text, str) and text.lstrip().startswith("{") and '"' in text]
 
 
 def _replaced(message: Message, mark: str, of_calls: tuple[str, ...] = ("name", "arguments")) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Hugging Face PEFT, AdapterHub and transformers ignore this file.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,12 @@ class PromptFormat:
         """Whether data.prompt_template makes the prompt."""
         return self.task == "seq2seq" or self.format == "completion"
 
-    def describe(self, tokenizer: Tokenizer) -> str:
-        """Say what `encode` does to a prompt; "" if it is continued as it is."""
+    def describe(self, tokenizer: Tokenizer, prompts: Sequence[str] = ()) -> str:
+        """Say what `encode` does to a prompt, or to these prompts; "" if it is continued as it is."""
         if self.has_template:
             return "" if self.template == "{prompt}" else f"the prompt template {self.template!r}"
+        if self.format in _CHATS and prompts and all(map(_conversation_in, prompts)):
+            return "the chat template"
         if self.format in _CHATS or (self.format == "alpaca" and tokenizer.template):
             return "the chat template, with the prompt as a user message"
         return "Alpaca's prompt, with the prompt as the instruction" if self.format == "alpaca" else ""
@@ -133,12 +135,17 @@ def encode_chat_prompt(prompt: str, tokenizer: Tokenizer, name: str) -> list[int
         tokenizer: The tokenizer.
         name: What messages call the prompt.
     """
-    record = _json(prompt)
-    if isinstance(record, list) and record and all(isinstance(entry, dict) and "role" in entry for entry in record):
-        record = {"messages": record}
-    if isinstance(record, dict) and "messages" in record:
+    if record := _conversation_in(prompt):
         return encode_conversation(record, tokenizer, name)
     return tokenizer.encode_prompt(prompt, chat=True)
+
+
+def _conversation_in(prompt: str) -> dict[str, Any]:
+    """The record of a conversation in JSON; empty if the prompt is another text."""
+    value = _json(prompt)
+    if isinstance(value, list) and value and all(isinstance(entry, dict) and "role" in entry for entry in value):
+        return {"messages": value}
+    return value if isinstance(value, dict) and "messages" in value else {}
 
 
 def read_prompt_format(directory: Path) -> PromptFormat | None:

@@ -166,6 +166,14 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
     for bad in ("[", '{"a": 1}', 3):
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
+    text = {"type": "function", "function": {"name": "date", "arguments": '{"of": "é"}'}}
+    with pytest.warns(UserWarning, match=r"arguments as JSON text, .* quotes once more; convert them to objects"):
+        learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, TOOLS)
+    as_it_is = TOOLS.replace("call.function | tojson", "call.function.arguments")  # no warning, which would be an error
+    assert (
+        learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, as_it_is)
+        == '<call>{"of": "é"}</call><|end|>'
+    )
     with pytest.raises(UserError, match=r"^a:1: the chat template of .* does not render tool calls"):
         learned(record, TOOLS.replace("tool_calls", "calls"))
     with pytest.raises(UserError, match="a:1: a message with the role 'assistant' has neither content nor tool_calls"):

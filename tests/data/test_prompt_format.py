@@ -115,6 +115,9 @@ def test_tools_and_mistakes_in_a_conversation_as_a_prompt(tokenizer: Tokenizer) 
     )
     ids = encode_chat_prompt(json.dumps(record), tokenizer, "--prompt")
     assert tokenizer.decode(ids) == '[{"name": "date"}]hello'
+    chat = PromptFormat("causal_lm", "chat", "{prompt}", "prompt")
+    assert chat.describe(tokenizer, [json.dumps(record)]) == "the chat template"
+    assert chat.describe(tokenizer, [json.dumps(record), "hello"]).endswith("with the prompt as a user message")
     for wrong in ('[{"role": "user"}]', '{"messages": 3}'):
         with pytest.raises(UserError, match=r"^--prompt: "):
             encode_chat_prompt(wrong, tokenizer, "--prompt")
