@@ -9,6 +9,8 @@ OURS = {
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
     "save_steps": "checkpoint.every",
+    "eval_strategy": "train.eval_every",
+    "save_strategy": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "output_dir": "workdir",
     "lr_scheduler_type": "optim.schedule",
