@@ -33,7 +33,7 @@ def generate(
     batch_size: int | None = ...,
 ) -> list[list[int]]: ...
 @overload
-def generate(
+def generate(  # type: ignore[overload-overlap]  # a list of records is not a conversation
     model: nnx.Module,
     tokenizer: Tokenizer,
     text: str | Conversation,
@@ -143,7 +143,7 @@ def generate(
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer = prompts
     one = isinstance(texts, str | Mapping) or _is_conversation(texts) or not isinstance(texts, Iterable)
-    several = [texts] if one else list(texts)
+    several: list[Any] = [texts] if one else list(texts)
     if unsuitable := [text for text in several if not (isinstance(text, str) or _is_conversation(text))]:
         raise UserError(
             f"generate: a prompt must be a string, or with chat=True a list of messages, not {unsuitable[0]!r:.80}; give one, or "
