@@ -25,7 +25,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.output import say
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import printable
-from peftjax.data.prompt_format import PromptFormat, read_prompt_format
+from peftjax.data.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import generate_ids
@@ -80,7 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="Prompt; repeatable, all are answered in one batch")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
-        "--chat", action="store_true", help="Render each prompt as a user message with the chat template"
+        "--chat",
+        action="store_true",
+        help="Render each prompt with the chat template, as a user message or, if it is a JSON list of messages, as a conversation",
     )
     formats.add_argument(
         "--raw", action="store_true", help="Continue each prompt as it is, without the format of the training"
@@ -171,9 +173,11 @@ def _base_of(adapter: Path | None) -> Path:
 def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
     """The tokens of the prompts; prints which format is applied."""
     tokenizer, prompts = source.tokenizer, source.prompts
-    if options.raw or options.chat or prompts is None:
-        return [tokenizer.encode_prompt(prompt, chat=options.chat) for prompt in options.prompt]
-    if applied := prompts.describe(tokenizer):
+    if options.chat:
+        return [encode_chat_prompt(prompt, tokenizer, "--prompt") for prompt in options.prompt]
+    if options.raw or prompts is None:
+        return [tokenizer.encode_prompt(prompt) for prompt in options.prompt]
+    if applied := prompts.describe(tokenizer, options.prompt):
         say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
     return [prompts.encode(prompt, tokenizer, "--prompt") for prompt in options.prompt]
 

@@ -1,17 +1,23 @@
 """`peftjax.generate`: texts from texts, or token ids from token ids."""
 
-from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import overload
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 from flax import nnx
 
 from peftjax.core.errors import UserError
+from peftjax.data.chat_template import Message
+from peftjax.data.prompt_format import encode_conversation
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_ids
 from peftjax.models.base import Model
 from peftjax.sampling import GREEDY, Sampling
+
+# A list of messages, or a record with "messages" and optionally "tools".
+Conversation = Sequence[Message] | Mapping[str, Any]
 
 
 @overload
@@ -24,12 +30,13 @@ def generate(
     stop: Sequence[int] = ...,
     sampling: Sampling = ...,
     seed: int = ...,
+    batch_size: int | None = ...,
 ) -> list[list[int]]: ...
 @overload
-def generate(
+def generate(  # type: ignore[overload-overlap]  # a list of records is not a conversation
     model: nnx.Module,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Conversation,
     /,
     *,
     chat: bool = ...,
@@ -37,12 +44,13 @@ def generate(
     stop: Sequence[int] = ...,
     sampling: Sampling = ...,
     seed: int = ...,
+    batch_size: int | None = ...,
 ) -> str: ...
 @overload
 def generate(
     model: nnx.Module,
     tokenizer: Tokenizer,
-    texts: list[str] | tuple[str, ...],
+    texts: Sequence[str | Conversation],
     /,
     *,
     chat: bool = ...,
@@ -50,11 +58,12 @@ def generate(
     stop: Sequence[int] = ...,
     sampling: Sampling = ...,
     seed: int = ...,
+    batch_size: int | None = ...,
 ) -> list[str]: ...
 def generate(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]] | Tokenizer,
-    texts: str | list[str] | tuple[str, ...] | None = None,
+    texts: str | Conversation | Sequence[str | Conversation] | None = None,
     /,
     *,
     chat: bool = False,
@@ -62,24 +71,29 @@ def generate(
     stop: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    batch_size: int | None = None,
 ) -> list[list[int]] | str | list[str]:
     """Generate a continuation of each prompt, or an answer to it, with the active adapters.
 
     `generate(model, tokenizer, "text")` returns a text, and a list of texts for a list of texts.
-    `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch. They are padded on the left, so
-    that prompts of similar length share one compiled function. It is compiled again for another number of prompts, another
-    `max_new_tokens` or another `top_k`, but not for another temperature or `top_p`.
+    `generate(model, [[1, 2, 3]])` returns token ids. All prompts run in one batch, unless `batch_size` is given. They are
+    padded on the left, so that prompts of similar length share one compiled function. It is compiled again for another
+    number of prompts in a batch, another `max_new_tokens` or another `top_k`, but not for another temperature or
+    `top_p`.
 
     Args:
         model: A decoder or an encoder-decoder, as `peftjax.load_model` returns, or what `peftjax.rows` returns for a decoder.
         prompts: Token ids, at least one per prompt; or the tokenizer of the texts.
-        texts: One prompt, or several.
-        chat: Whether each text is a user message, to be rendered with the chat template.
+        texts: One prompt, or several. With `chat`, a prompt may also be a conversation: a list of messages
+            {"role": ..., "content": ...}, for example with a system message or earlier turns, or a record
+            {"messages": [...], "tools": [...]}.
+        chat: Whether each prompt is rendered with the chat template; a text is then a user message.
         max_new_tokens: Maximum number of new tokens per prompt.
         stop: Token ids that end an answer. With a tokenizer, its `stop_ids` are added: the eos tokens of
             generation_config.json, and in a chat also the end-of-turn token of the chat template.
         sampling: How the next token is chosen; by default the most likely one.
-        seed: Random seed for sampling.
+        seed: Random seed for sampling; each further batch takes the next seed.
+        batch_size: Maximum number of prompts that run at the same time, for many prompts. None: all of them.
 
     Returns:
         The answers, without the stop token.
@@ -105,6 +119,12 @@ def generate(
         raise UserError(
             f"generate: sampling must be a peftjax.Sampling, such as Sampling(temperature=0.7), not {sampling!r}"
         )
+    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
+        raise UserError(f"generate: batch_size={batch_size!r} must be an integer of at least 1, or None")
+
+    answer = partial(
+        _generate, model, batch_size, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+    )  # of token ids
     if not isinstance(prompts, Tokenizer):
         if callable(prompts):  # a tokenizer of transformers
             raise UserError(
@@ -119,21 +139,55 @@ def generate(
         found = [ids for ids in map(_ids, given) if ids is not None]
         if len(found) < len(given):
             raise UserError("generate: prompts must be a list of token ids for each prompt, such as [[1, 2, 3]]")
-        return generate_ids(model, found, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
+        return answer(found, stop=ends)
     if texts is None:
         raise UserError("generate: no prompt is given; use generate(model, tokenizer, text)")
     tokenizer = prompts
-    several = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-    if unsuitable := [text for text in several if not isinstance(text, str)]:
-        raise UserError(f"generate: a prompt must be a string, not {unsuitable[0]!r:.80}; give one, or a list of them")
-    tokens = [tokenizer.encode_prompt(text, chat) for text in several]
+    one = isinstance(texts, str | Mapping) or _is_conversation(texts) or not isinstance(texts, Iterable)
+    several: list[Any] = [texts] if one else list(texts)
+    if unsuitable := [text for text in several if not (isinstance(text, str) or _is_conversation(text))]:
+        raise UserError(
+            f"generate: a prompt must be a string, or with chat=True a list of messages, not {unsuitable[0]!r:.80}; give one, or "
+            "a list of them"
+        )
+    if not chat and not all(isinstance(text, str) for text in several):
+        raise UserError("generate: messages are rendered with the chat template; set chat=True")
+    tokens = [_encode(text, tokenizer, chat) for text in several]
     rows = model.embedding_rows if isinstance(model, Model) else None
     for text, ids in zip(several, tokens, strict=True):
-        check_token_rows(ids, rows, tokenizer, f"prompt {text[:60]!r}")
-    ends = [*tokenizer.stop_ids(chat), *ends]
-    out = generate_ids(model, tokens, max_new_tokens=max_new_tokens, stop=ends, sampling=sampling, seed=seed)
-    answers = [tokenizer.decode(ids) for ids in out]
-    return answers[0] if isinstance(texts, str) else answers
+        check_token_rows(ids, rows, tokenizer, f"prompt {str(text)[:60]!r}")
+    answers = [tokenizer.decode(ids) for ids in answer(tokens, stop=[*tokenizer.stop_ids(chat), *ends])]
+    return answers[0] if one else answers
+
+
+def _generate(
+    model: nnx.Module, batch_size: int | None, prompts: list[list[int]], *, seed: int, **options: Any
+) -> list[list[int]]:
+    """`generate_ids` in batches. The last prompt is repeated, so that all batches have one shape."""
+    size = min(batch_size or len(prompts), len(prompts))
+    answers = list[list[int]]()
+    for number, start in enumerate(range(0, len(prompts), size) if prompts else [0]):
+        part = prompts[start : start + size]
+        filled = part + part[-1:] * (size - len(part))
+        answers += generate_ids(model, filled, seed=seed + number if number else seed, **options)[: len(part)]
+    return answers
+
+
+def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
+    messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
+    return (
+        isinstance(messages, list | tuple)
+        and bool(messages)
+        and all(isinstance(message, Mapping) and "role" in message for message in messages)
+    )
+
+
+def _encode(prompt: str | Conversation, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    """The tokens of a prompt that generation continues."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt, chat)
+    record = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+    return encode_conversation(record, tokenizer, f"generate: the prompt {prompt!r:.60}")
 
 
 def _ids(values: object) -> list[int] | None:

@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate
+from peftjax import evaluate, generation
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data import batches
 from peftjax.data.source_strings import absolute
 from peftjax.data.sources import open_source
+from peftjax.decoding import generate_ids
 from peftjax.log import read_metrics
 from peftjax.train import train as train_by_config
 from peftjax.trainer import _model_fields
@@ -242,10 +243,9 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
     ):
         peftjax.generate(model, type("PreTrainedTokenizer", (), {"__call__": print})(), texts)  # type: ignore[call-overload]
     message = {"role": "user", "content": "March 7th, 2024"}
-    for wrong in (3, [texts[0], 3], [message]):
-        with pytest.raises(
-            UserError, match=r"a prompt must be a string, not (3|{'role': 'user', .*); give one, or a list of them"
-        ):
+    for wrong in (3, [texts[0], 3], [message, 3], [[{"content": "March"}]], {"messages": 3}):
+        expected = r"a prompt must be a string, or with chat=True a list of messages, not (3|\[?{'.*); give one, or a list of them"
+        with pytest.raises(UserError, match=expected):
             peftjax.generate(model, tokenizer, wrong, chat=True)  # type: ignore[call-overload]
     for wrong in (prompts[0], 3, None, [[5.5]], [[True]], [[[5]]], np.ones((1, 2))):
         with pytest.raises(UserError, match="a list of token ids for each prompt"):
@@ -263,3 +263,55 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
         peftjax.generate(model, prompts, stop=tokenizer.eos_id)  # type: ignore[call-overload]
     with pytest.raises(UserError, match=r"sampling must be a peftjax.Sampling, .* not 0.7"):
         peftjax.generate(model, prompts, sampling=0.7)  # type: ignore[call-overload]
+
+
+def test_generate_answers_conversations(tmp_path: Path) -> None:
+    shutil.copytree(peftjax.load_tokenizer("embedded").directory, tmp_path / "chat")
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = "{{ tools or '' }}" + turn + "{% if add_generation_prompt %}>{% endif %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    model, tokenizer = peftjax.load_model("embedded"), peftjax.load_tokenizer(tmp_path / "chat")
+    turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "7 March"}]
+    tools = [{"type": "function", "function": {"name": "date"}}]
+    rendered = [
+        (turns, tokenizer.chat(turns, True)),
+        ({"messages": turns, "tools": tools}, tokenizer.chat(turns, True, tools)),
+        ("7 March", tokenizer.chat(turns[1:], True)),
+    ]
+    assert rendered[0][1] == "system: Brief.\nuser: 7 March\n>"
+    ids = [tokenizer.encode(text, bos=False, eos=False) for _, text in rendered]
+    expected = [
+        tokenizer.decode(answer)
+        for answer in peftjax.generate(model, ids, max_new_tokens=4, stop=tokenizer.stop_ids(chat=True))
+    ]
+    prompts: list[Any] = [prompt for prompt, _ in rendered]
+    assert peftjax.generate(model, tokenizer, prompts, chat=True, max_new_tokens=4) == expected
+    assert peftjax.generate(model, tokenizer, turns, chat=True, max_new_tokens=4) == expected[0]
+    assert peftjax.generate(model, tokenizer, prompts[:2], chat=True, max_new_tokens=4) == expected[:2]
+    with pytest.raises(UserError, match="messages are rendered with the chat template; set chat=True"):
+        peftjax.generate(model, tokenizer, turns)
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(UserError, match=r"^generate: the prompt .*has a part of type 'image'; only text is supported"):
+        peftjax.generate(model, tokenizer, image, chat=True)
+
+
+def test_many_prompts_are_answered_in_batches_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, calls = peftjax.load_model("embedded"), [[5, 6], [7], [8, 9], [10], [11]], []
+
+    def counted(*arguments: Any, **options: Any) -> list[list[int]]:
+        calls.append((len(arguments[1]), options["seed"]))
+        return generate_ids(*arguments, **options)
+
+    monkeypatch.setattr(generation, "generate_ids", counted)
+    expected = peftjax.generate(model, prompts, max_new_tokens=3)
+    assert peftjax.generate(model, prompts, max_new_tokens=3, batch_size=2, seed=7) == expected
+    assert peftjax.generate(model, prompts[:1], max_new_tokens=3, batch_size=2) == expected[:1]
+    assert calls == [(5, 0), (2, 7), (2, 8), (2, 9), (1, 0)]
+    sampling = peftjax.Sampling(temperature=2.0)
+    drawn = peftjax.generate(model, [[5, 6]] * 4, max_new_tokens=8, batch_size=2, sampling=sampling)
+    assert drawn[:2] != drawn[2:]  # each batch draws anew
+    for wrong in (0, 1.5):
+        with pytest.raises(UserError, match=rf"batch_size={wrong} must be an integer of at least 1, or None"):
+            peftjax.generate(model, prompts, batch_size=wrong)  # type: ignore[call-overload]
+    with pytest.raises(UserError, match="every prompt needs at least one token"):
+        peftjax.generate(model, [], batch_size=2)

@@ -168,8 +168,8 @@ class Batches(Iterator[HostBatch]):
             positions = self._counts["positions"] - before["positions"]
         lengths = [self._padding.positions(row) for row in self.ahead]
         self.previewed = {name: count - before[name] for name, count in self._counts.items()}
-        fill = self.previewed["tokens"] / positions
-        self._preview = Preview(lengths, fill, first=not before["rows"])
+        records, too_long = (self.previewed[name] for name in ("records", "too_long"))
+        self._preview = Preview(lengths, self.previewed["tokens"] / positions, not before["rows"], records, too_long)
         self.set_state(start)
 
     def padding_text(self) -> str:
@@ -178,6 +178,14 @@ class Batches(Iterator[HostBatch]):
         Empty if all batches have one length.
         """
         return self._padding.describe(self._preview)
+
+    def too_long_text(self) -> str:
+        """How many records of the batches of `preview` are too long, as a sentence; empty if none is."""
+        if self._preview is None or not self._preview.too_long:
+            return ""
+        what = "dropped" if self._data.too_long == "drop" else f"cut to {self._data.max_length:,} tokens"
+        found = self._preview
+        return f"{found.too_long:,} of {found.records:,} records in {found.name} are too long and are {what} (data.max_length)"
 
     def summary(self) -> dict[str, int]:
         """Counts over all processes.

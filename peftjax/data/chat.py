@@ -1,5 +1,6 @@
 """Conversations as tokens: rendered with the model's chat template, with a mask for the answers to train on."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def encode_chat(
         return tokens, ~_covered(rendered.spans(silent), offsets)
     if not tokenizer.template.marks(conversation.tools):
         return tokens, _covered(rendered.spans(learned), offsets)
-    marked = np.array(tokenizer.template.marked(conversation.messages, conversation.tools), bool)
+    marked = np.array(tokenizer.template.marked(conversation.messages, *conversation.extras), bool)
     return tokens, marked if learned == answers else marked & _covered(rendered.spans(learned), offsets)
 
 
@@ -60,7 +61,7 @@ def render(tokenizer: Tokenizer, conversation: Conversation, count: int, name: s
         UserError: There is no chat template, or it rejects the conversation.
     """
     try:
-        return tokenizer.chat(conversation.messages[:count], add_generation_prompt, conversation.tools)
+        return tokenizer.chat(conversation.messages[:count], add_generation_prompt, *conversation.extras)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -79,6 +80,11 @@ class _Rendered:
                     raise UserError(
                         f"{name}: the chat template of {tokenizer.directory} does not render tool calls; use a model whose "
                         "template does"
+                    )
+                if any(json.dumps(text, ensure_ascii=False) in self.text for text in _json_arguments(message)):
+                    tokenizer.template.warn(
+                        "tool calls have their arguments as JSON text, as in OpenAI's format, which the chat template of "
+                        f"{tokenizer.directory} quotes once more; convert them to objects, for example with config.data.map"
                     )
 
     def spans(self, answers: list[int]) -> list[Span]:
@@ -149,7 +155,18 @@ class _Rendered:
 
     def _region(self, i: int) -> Span | None:
         """The characters that change with the content of message i; None if there are none."""
-        other = self._text_with(i, _replaced(self._messages[i], self._mark()))
+        message, mark = self._messages[i], self._mark()
+        region = self._changed(i, _replaced(message, mark))
+        if region and message.get("tool_calls"):
+            # The name of a function may also be in the header of the tool's answer, as with the template of gpt-oss.
+            shorter = self._changed(i, _replaced(message, mark, ("arguments",)))
+            if shorter and any(text in self.text[shorter[1] : region[1]] for text in self._tokenizer.eos_texts):
+                return region[0], shorter[1]
+        return region
+
+    def _changed(self, i: int, message: Message) -> Span | None:
+        """The characters that change if message i is replaced; None if there are none."""
+        other = self._text_with(i, message)
         if other == self.text:
             return None
         start = _common(self.text, other)
@@ -159,7 +176,7 @@ class _Rendered:
         """The text of the conversation with message i replaced."""
         messages = [*self._messages[:i], message, *self._messages[i + 1 :]]
         try:
-            return self._tokenizer.chat(messages, False, self._conversation.tools)
+            return self._tokenizer.chat(messages, False, *self._conversation.extras)
         except UserError as error:
             raise UserError(f"{self._name}: message {i + 1} cannot be located: {error}") from error
 
@@ -172,7 +189,7 @@ class _Rendered:
         if not count:
             return None
         try:
-            return self._tokenizer.chat(self._messages[:count], add_generation_prompt, self._conversation.tools)
+            return self._tokenizer.chat(self._messages[:count], add_generation_prompt, *self._conversation.extras)
         except UserError:
             return None
 
@@ -183,14 +200,21 @@ class _Rendered:
         )
 
 
-def _replaced(message: Message, mark: str) -> dict[str, Any]:
-    """A copy of the message in which every text that a template may render is `mark`."""
+def _json_arguments(message: Message) -> list[str]:
+    """The arguments of tool calls that are objects in JSON, not objects."""
+    calls = [call.get("function", call) for call in message["tool_calls"] if isinstance(call, Mapping)]
+    found = [call.get("arguments") for call in calls if isinstance(call, Mapping)]
+    return [text for text in found if isinstance(text, str) and text.lstrip().startswith("{") and '"' in text]
+
+
+def _replaced(message: Message, mark: str, of_calls: tuple[str, ...] = ("name", "arguments")) -> dict[str, Any]:
+    """A copy of the message in which every text that a template may render is `mark`, in tool calls those below `of_calls`."""
     new = dict(message)
     for key in ("content", "reasoning_content", "thinking", "reasoning"):
         if text := message.get(key):
             new[key] = mark if isinstance(text, str) else _replaced_below(text, ("text",), mark)
     if calls := message.get("tool_calls"):
-        new["tool_calls"] = _replaced_below(calls, ("name", "arguments"), mark)
+        new["tool_calls"] = _replaced_below(calls, of_calls, mark)
     return new if new != message else new | {"content": mark}
 
 

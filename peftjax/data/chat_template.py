@@ -1,6 +1,7 @@
 """The chat template of a tokenizer: conversations to text. transformers renders it."""
 
 import functools
+import inspect
 import pathlib
 import re
 import warnings
@@ -15,6 +16,7 @@ LONGEST = 10_000_000  # characters that a shorter conversation may become
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Tools = Sequence[Any] | None  # JSON schemas of functions that the assistant can call
+Variables = Mapping[str, Any] | None  # of the template, such as {"enable_thinking": False}
 
 
 class ChatTemplate:
@@ -37,25 +39,28 @@ class ChatTemplate:
     def __bool__(self) -> bool:
         return bool(self._templates)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools, variables: Variables = None
+    ) -> str:
         """Render a conversation as text, with the special tokens.
 
         Args:
             messages: The conversation.
             add_generation_prompt: Whether to end with the beginning of an assistant turn.
             tools: The functions that the assistant can call.
+            variables: Other variables of the template.
 
         Raises:
             UserError: There is no template, or it rejects the conversation.
         """
         messages = self._in_its_form(messages)
-        return self._apply(messages, tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return self._apply(messages, tools, variables, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def marks(self, tools: Tools) -> bool:
         """Whether the template marks the assistant's text with {% generation %}."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self._text(tools)) is not None
 
-    def marked(self, messages: Sequence[Message], tools: Tools) -> list[int]:
+    def marked(self, messages: Sequence[Message], tools: Tools, variables: Variables = None) -> list[int]:
         """1 for each token of a rendered conversation that the template marks with {% generation %}, else 0.
 
         Raises:
@@ -63,7 +68,7 @@ class ChatTemplate:
         """
         options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
         messages = self._in_its_form(messages)
-        return self._apply(messages, tools, return_assistant_tokens_mask=True, **options)["assistant_masks"]
+        return self._apply(messages, tools, variables, return_assistant_tokens_mask=True, **options)["assistant_masks"]
 
     @functools.cached_property
     def generation_prompt(self) -> str:
@@ -116,12 +121,14 @@ class ChatTemplate:
             return False
         return "?!" in rendered and not re.search(r"""["']\?!""", rendered)  # not the list as Python or JSON writes it
 
-    def _apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
+    def _apply(self, messages: Sequence[Message], tools: Tools, variables: Variables = None, **options: Any) -> Any:
         from peftjax.data.template_size import LIMIT, largest_constant  # with jinja2, which not every command needs
 
         template, what = self._text(tools), f"the chat template of {self._directory}"
         if tools and not re.search(r"\btools\b", template):
             self.warn(f"{what} does not use the tools of the records, so the model does not see them")
+        if variables and (taken := sorted(self._arguments & variables.keys())):
+            raise UserError(f"chat_template_kwargs: {taken[0]!r} is not a variable of a template; remove it")
         if self._endless:
             raise UserError(self._endless)
         try:
@@ -131,7 +138,11 @@ class ChatTemplate:
                 )
             with time_limit(f"{what} does not end; look for a loop in it"):
                 rendered = self._theirs.apply_chat_template(
-                    [dict(message) for message in messages], tools=tools, chat_template=template, **options
+                    [dict(message) for message in messages],
+                    tools=tools,
+                    chat_template=template,
+                    **(variables or {}),
+                    **options,
                 )
         except UserError as error:
             self._endless = str(error)
@@ -144,6 +155,11 @@ class ChatTemplate:
                 f"{what} renders a conversation of {len(repr(messages)):,} characters to {len(rendered):,}; the limit is {LONGEST:,}"
             )
         return rendered
+
+    @functools.cached_property
+    def _arguments(self) -> set[str]:
+        """The arguments of transformers that are not variables of the template, such as "tokenize"."""
+        return set(inspect.signature(self._theirs.apply_chat_template).parameters) - {"documents"}
 
     def _text(self, tools: Tools) -> str:
         """The template; of several the one for tools if there are tools, or else the default."""

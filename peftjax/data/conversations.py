@@ -31,11 +31,18 @@ class Conversation:
         messages: The messages, without keys that are null.
         tools: JSON schemas of the functions that the assistant can call; None if there are none.
         weights: Whether each message may be trained on: false if the record gives it weight 0.
+        variables: Other variables of the template.
     """
 
     messages: list[Message]
     tools: list[Any] | None
     weights: list[bool]
+    variables: dict[str, Any]
+
+    @property
+    def extras(self) -> tuple[list[Any] | None, dict[str, Any]]:
+        """What the template gets besides the messages: tools and other variables."""
+        return self.tools, self.variables
 
     def answers(self) -> list[int]:
         """The positions of the assistant's messages."""
@@ -53,7 +60,12 @@ def conversation_of(record: Mapping[str, Any], data: DataConfig, name: str) -> C
     weights = [_weight(message.pop("weight", 1), name) for message in messages]
     for message in messages:
         _check_content(message, name)
-    return Conversation(list(messages), _tools(record, name), weights)
+    variables = _without_nulls(record.get("chat_template_kwargs") or {})
+    if not isinstance(variables, dict):
+        raise UserError(
+            f"{name}: field 'chat_template_kwargs' must hold an object with variables of the template, not {str(variables)[:80]!r}"
+        )
+    return Conversation(list(messages), _tools(record, name), weights, variables)
 
 
 def text_of(message: Message) -> str | None:
@@ -76,8 +88,13 @@ def alpaca_fields(record: Mapping[str, Any], name: str) -> tuple[str, str, str]:
 
 
 def _chat(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Message]:
+    parts = [_listed(record.get(field)) for field in (data.prompt_field, data.completion_field)]
+    if data.messages_field not in record and all(map(_are_messages, parts)):  # as in TRL
+        prompt, completion = parts
+        silent = {} if data.train_on == "all" else {"weight": 0}
+        return [{**message, **silent} for message in prompt] + completion
     messages = _listed(field_of(record, data.messages_field, "messages_field", name))
-    if not messages or not all(isinstance(message, Mapping) and message.get("role") for message in messages):
+    if not _are_messages(messages):
         raise UserError(
             f'{name}: the field {data.messages_field!r} must hold a list of messages {{"role": ..., "content": ...}}, '
             f"not {str(record[data.messages_field])[:80]!r}{_other_format(messages)}"
@@ -109,6 +126,10 @@ def _alpaca(record: Mapping[str, Any], data: DataConfig, name: str) -> list[Mess
     instruction, given, output = alpaca_fields(record, name)
     prompt = f"{instruction}\n\n{given}" if given else instruction
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
+
+
+def _are_messages(messages: list[Any]) -> bool:
+    return bool(messages) and all(isinstance(message, Mapping) and message.get("role") for message in messages)
 
 
 def _listed(messages: Any) -> list[Message]:

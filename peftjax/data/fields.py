@@ -114,7 +114,9 @@ def text_field(record: Mapping[str, Any], field: str, setting: str, name: str) -
 def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
     """The value, checked. pandas writes a missing text as NaN."""
     if not isinstance(value, str | int | float):
-        raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}")
+        chat = isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+        hint = '; for lists of messages set config.data.format = "chat"' if chat else ""
+        raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}{hint}")
     if isinstance(value, float) and math.isnan(value):
         raise UserError(
             f"{name}: field {field!r} must hold text or a number, not NaN, which stands for a missing value"

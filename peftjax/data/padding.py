@@ -46,11 +46,21 @@ class Preview(NamedTuple):
       lengths: The length of each batch.
       fill: The fraction of the tokens that are not padding.
       first: Whether they are the first batches of the run.
+      records: Number of records that were read for them.
+      too_long: Number of these records that are longer than max_length.
     """
 
     lengths: list[int]
     fill: float
     first: bool
+    records: int
+    too_long: int
+
+    @property
+    def name(self) -> str:
+        """What to call the batches: "the first 3 batches"."""
+        order, count = "first" if self.first else "next", len(self.lengths)
+        return f"the {order} {count} batches" if count > 1 else f"the {order} batch"
 
 
 class Padding:
@@ -94,8 +104,7 @@ class Padding:
         text = f"batches are padded to {_either(inputs)} tokens{targets}"
         if preview is None:
             return text
-        order, count = "first" if preview.first else "next", len(preview.lengths)
-        which = f"the {order} {count} batches" if count > 1 else f"the {order} batch"
+        which = preview.name
         found = f", {which} to {_either(sorted(set(preview.lengths)))}" if len(inputs) > 1 else ""
         advice = "; data.pack=True would reduce the padding" if self._packs and preview.fill < POOR else ""
         return f"{text}{found}; {preview.fill:.0%} of the tokens in {which} are not padding{advice}"

@@ -9,12 +9,15 @@ Hugging Face PEFT, AdapterHub and transformers ignore this file.
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
+from peftjax.data.chat import render
 from peftjax.data.config import DataConfig
+from peftjax.data.conversations import conversation_of
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
@@ -54,10 +57,12 @@ class PromptFormat:
         """Whether data.prompt_template makes the prompt."""
         return self.task == "seq2seq" or self.format == "completion"
 
-    def describe(self, tokenizer: Tokenizer) -> str:
-        """Say what `encode` does to a prompt; "" if it is continued as it is."""
+    def describe(self, tokenizer: Tokenizer, prompts: Sequence[str] = ()) -> str:
+        """Say what `encode` does to a prompt, or to these prompts; "" if it is continued as it is."""
         if self.has_template:
             return "" if self.template == "{prompt}" else f"the prompt template {self.template!r}"
+        if self.format in _CHATS and prompts and all(map(_conversation_in, prompts)):
+            return "the chat template"
         if self.format in _CHATS or (self.format == "alpaca" and tokenizer.template):
             return "the chat template, with the prompt as a user message"
         return "Alpaca's prompt, with the prompt as the instruction" if self.format == "alpaca" else ""
@@ -67,15 +72,17 @@ class PromptFormat:
 
         Args:
             prompt: The text for the field of the template or for the user message. For a template with several fields, and
-                optionally for Alpaca's, a JSON object with the fields.
+                optionally for Alpaca's, a JSON object with the fields. For a chat optionally as in `encode_chat_prompt`.
             tokenizer: The tokenizer.
             name: What messages call the prompt.
 
         Raises:
             UserError: The prompt lacks a field of the template, or the tokenizer has no chat template.
         """
+        if self.format in _CHATS and not self.has_template:
+            return encode_chat_prompt(prompt, tokenizer, name)
         if not self.has_template and self.format != "alpaca":
-            return tokenizer.encode_prompt(prompt, chat=self.format in _CHATS)
+            return tokenizer.encode_prompt(prompt)
         data = DataConfig(
             format=self.format,
             prompt_template=self.template,
@@ -108,6 +115,39 @@ class PromptFormat:
         return record
 
 
+def encode_conversation(record: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> list[int]:
+    """Convert the messages of a record, and its tools if there are any, to the tokens that an answer continues.
+
+    Raises:
+        UserError: The record does not hold messages, or the chat template rejects them.
+    """
+    conversation = conversation_of(record, DataConfig(format="chat"), name)
+    text = render(tokenizer, conversation, len(conversation.messages), name, add_generation_prompt=True)
+    return tokenizer.encode(text, bos=False, eos=False)
+
+
+def encode_chat_prompt(prompt: str, tokenizer: Tokenizer, name: str) -> list[int]:
+    """Convert a user message to the tokens that an answer continues.
+
+    Args:
+        prompt: The text of the message; or a conversation in JSON, as a list of messages or as a record,
+            {"messages": [...], "tools": [...]}.
+        tokenizer: The tokenizer.
+        name: What messages call the prompt.
+    """
+    if record := _conversation_in(prompt):
+        return encode_conversation(record, tokenizer, name)
+    return tokenizer.encode_prompt(prompt, chat=True)
+
+
+def _conversation_in(prompt: str) -> dict[str, Any]:
+    """The record of a conversation in JSON; empty if the prompt is another text."""
+    value = _json(prompt)
+    if isinstance(value, list) and value and all(isinstance(entry, dict) and "role" in entry for entry in value):
+        return {"messages": value}
+    return value if isinstance(value, dict) and "messages" in value else {}
+
+
 def read_prompt_format(directory: Path) -> PromptFormat | None:
     """Read the format that is kept in a directory; None if there is none.
 
@@ -131,8 +171,13 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
 
 def _object(text: str) -> dict[str, Any]:
     """The JSON object in a text; empty if it is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+    value = _json(text)
     return value if isinstance(value, dict) else {}
+
+
+def _json(text: str) -> Any:
+    """The JSON value in a text; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

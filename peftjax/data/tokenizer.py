@@ -15,7 +15,7 @@ import tokenizers
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
-from peftjax.data.chat_template import ChatTemplate, Message, Tools
+from peftjax.data.chat_template import ChatTemplate, Message, Tools, Variables
 from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, find_model
 from peftjax.io.json_files import read_json_if_any
 
@@ -228,7 +228,13 @@ class Tokenizer:
         """Convert token ids to text, without special tokens."""
         return self._theirs.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Tools = None,
+        variables: Variables = None,
+    ) -> str:
         """Render a conversation with the model's chat template, which also writes the special tokens.
 
         A template may write the current date (`strftime_now`).
@@ -237,11 +243,12 @@ class Tokenizer:
             messages: The conversation, each message {"role": ..., "content": ...}.
             add_generation_prompt: Whether to end with the beginning of an assistant turn.
             tools: JSON schemas of functions that the assistant can call.
+            variables: Other variables of the template, such as {"enable_thinking": False}.
 
         Raises:
             UserError: The model has no chat template, or the template rejects the conversation.
         """
-        return self.template.render(messages, add_generation_prompt, tools)
+        return self.template.render(messages, add_generation_prompt, tools, variables)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:

@@ -242,6 +242,8 @@ class Run:
             yield duration.describe_length(config, self.task, self.batches)
         if padding := self.batches.padding_text():
             yield padding
+        if too_long := self.batches.too_long_text():
+            yield too_long
         if config.start_from and step == 0:
             yield start_from.describe_start(config)
         if step > 0:

@@ -44,6 +44,17 @@ MARKED = (
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 
+ECHOES = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|user|>{{ ns.name }} to=assistant:{{ m.content }}<|end|>{% elif m.tool_calls %}"
+    "{% set ns.name = m.tool_calls[0].function.name %}<|assistant|>{{ m.content if loop.last }}to={{ ns.name }} "
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|end|>{% else %}<|{{ m.role }}|>{{ m.content }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ECHOES = "{% set ns = namespace(name='') %}" + ECHOES
+VARIES_MARKED = MARKED.replace("{{ m.content }}{% endg", "{{ 'please ' if polite }}{{ m.content }}{% endg")
+VARIES = VARIES_MARKED.replace("{% generation %}", "<|assistant|>").replace("{% endgeneration %}", "")
+VARIES += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
 Make = Callable[..., Any]
 
 
@@ -102,6 +113,31 @@ def test_all_completions_or_the_last_one_carry_a_loss_and_weight_0_never(learned
         learned([CHAT[0], CHAT[1] | {"weight": 0.5}])
 
 
+def test_a_prompt_and_a_completion_may_be_lists_of_messages(
+    learned: Callable[..., str], tokenizer: Tokenizer, make_config: Make
+) -> None:
+    """As in TRL: only the completion is learned, not earlier answers in the prompt."""
+    record = {"prompt": CHAT[:3], "completion": CHAT[3:]}
+    assert learned(record) == learned(CHAT, train_on="last") == "17 March<|end|>"
+    assert learned(record, train_on="all") == learned(CHAT, train_on="all")
+    renamed = {"context": CHAT[:1], "chosen": CHAT[1:]}
+    assert learned(renamed, prompt_field="context", completion_field="chosen") == learned(CHAT)
+    assert learned({"prompt": [], "messages": CHAT}) == learned(record | {"messages": CHAT}) == learned(CHAT)
+    prompts = [
+        encode_prompt(each, make_config(format="chat").data, tokenizer, name="a:1")
+        for each in (record, {"messages": CHAT})
+    ]
+    assert prompts[0].tokens == prompts[1].tokens
+    assert prompts[0].expected == "17 March"
+    with pytest.raises(UserError, match=r"a:1: the record has no field 'messages'"):
+        learned(record | {"completion": "17 March"})
+    with pytest.raises(
+        UserError,
+        match=r"'prompt' must hold text .*, not list; for lists of messages set config.data.format = \"chat\"",
+    ):
+        learned(record, format="completion")
+
+
 def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[..., str]) -> None:
     """Arrow gives every struct the keys of all others, with null for a value."""
     tools = [{"type": "function", "function": {"name": "date", "description": None}}]
@@ -130,10 +166,48 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
     for bad in ("[", '{"a": 1}', 3):
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
+    text = {"type": "function", "function": {"name": "date", "arguments": '{"of": "é"}'}}
+    with pytest.warns(UserWarning, match=r"arguments as JSON text, .* quotes once more; convert them to objects"):
+        learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, TOOLS)
+    as_it_is = TOOLS.replace("call.function | tojson", "call.function.arguments")  # no warning, which would be an error
+    assert (
+        learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, as_it_is)
+        == '<call>{"of": "é"}</call><|end|>'
+    )
     with pytest.raises(UserError, match=r"^a:1: the chat template of .* does not render tool calls"):
         learned(record, TOOLS.replace("tool_calls", "calls"))
     with pytest.raises(UserError, match="a:1: a message with the role 'assistant' has neither content nor tool_calls"):
         learned([CHAT[0], {"role": "assistant", "content": None}])
+
+
+def test_the_header_of_a_tool_is_not_learned_if_it_has_the_name_of_the_call(
+    learned: Callable[..., str], tokenizer: Tokenizer
+) -> None:
+    """As in gpt-oss. Its reasoning before a call is only written while there is no answer, so no part is a prefix."""
+    (tokenizer.directory / "generation_config.json").write_text('{"eos_token_id": [2, 6]}')
+    call = {"type": "function", "function": {"name": "date", "arguments": {"of": "today"}}}
+    messages = [
+        CHAT[0],
+        {"role": "assistant", "content": "yes", "tool_calls": [call]},
+        {"role": "tool", "content": "17 March"},
+        CHAT[3],
+    ]
+    assert learned({"messages": messages}, ECHOES) == 'to=date {"of": "today"}<|end|>17 March</s>'
+
+
+def test_variables_of_the_template_are_in_the_record(learned: Callable[..., str]) -> None:
+    """As the column of TRL, for example {"enable_thinking": false} for Qwen3."""
+    for template, end in ((VARIES, "<|end|>"), (VARIES_MARKED, "")):
+        plain = learned({"messages": CHAT, "chat_template_kwargs": None}, template)
+        assert plain == f"yes no{end}17 March{end}"
+        polite = {"messages": CHAT, "chat_template_kwargs": {"polite": True, "end": None}}
+        assert learned(polite, template) == f"please yes no{end}please 17 March{end}"
+    for wrong, message in (
+        ([1], "must hold an object"),
+        ({"tokenize": True}, "'tokenize' is not a variable of a template"),
+    ):
+        with pytest.raises(UserError, match=f"^a:1: .*chat_template_kwargs.*{message}"):
+            learned({"messages": CHAT, "chat_template_kwargs": wrong})
 
 
 def test_parts_of_content_are_rendered_or_joined(learned: Callable[..., str]) -> None:

@@ -118,6 +118,11 @@ def test_the_start_states_the_lengths_and_how_full_the_first_batches_are(file: s
     assert short.padding_text() == (
         f"batches are padded to 30 tokens; {35 / 60:.0%} of the tokens in the first batch are not padding"
     )
+    assert (
+        short.too_long_text()
+        == "1 of 2 records in the first batch are too long and are cut to 30 tokens (data.max_length)"
+    )
+    assert batches.too_long_text() == ""
     next(batches)
     assert f"4 records in 4 rows, 0 dropped, {1 - (75 + 45) / 328:.0%} padding" in batches.summary_text()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peftjax.core.errors import UserError
-from peftjax.data.prompt_format import PromptFormat, read_prompt_format
+from peftjax.data.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.tasks import TaskConfig, make_task
 
@@ -17,6 +17,8 @@ QUESTION = {"question": "hello world", "answer": "yes"}
 TWO = QUESTION | {"context": {"text": ["the fox"]}}
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]}
+SYSTEM = {"role": "system", "content": "be brief"}
+TURNS = {"messages": [SYSTEM, *CHAT["messages"], *CHAT["messages"]]}
 ALPACA = {"instruction": "hello", "output": "yes"}
 
 
@@ -35,6 +37,11 @@ ALPACA = {"instruction": "hello", "output": "yes"}
             "the prompt template '{question} in {context[text][0]}'",
         ),
         ("causal_lm", {"format": "chat"}, CHAT, "hello", "the chat template, with the prompt as a user message"),
+        (
+            "causal_lm", {"format": "chat"}, TURNS, json.dumps(TURNS["messages"][:-1]),
+            "the chat template, with the prompt as a user message",
+        ),
+        ("causal_lm", {"format": "chat"}, {"messages": [{"role": "user", "content": "[1]"}, CHAT["messages"][1]]}, "[1]", "the chat"),
         ("causal_lm", {"format": "sharegpt"}, SHAREGPT, "hello", "the chat template, with the prompt as a user message"),
         ("causal_lm", {"format": "alpaca"}, ALPACA, "hello", "the chat template, with the prompt as a user message"),
         (
@@ -96,3 +103,21 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
             UserError, match=r"peftjax\.json: \"prompt\" must be an object with the texts task, format, "
         ):
             read_prompt_format(tmp_path)
+
+
+def test_tools_and_mistakes_in_a_conversation_as_a_prompt(tokenizer: Tokenizer) -> None:
+    (tokenizer.directory / "chat_template.jinja").write_text(
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer, record = (
+        load_tokenizer(tokenizer.directory),
+        {"messages": CHAT["messages"][:1], "tools": [{"name": "date"}]},
+    )
+    ids = encode_chat_prompt(json.dumps(record), tokenizer, "--prompt")
+    assert tokenizer.decode(ids) == '[{"name": "date"}]hello'
+    chat = PromptFormat("causal_lm", "chat", "{prompt}", "prompt")
+    assert chat.describe(tokenizer, [json.dumps(record)]) == "the chat template"
+    assert chat.describe(tokenizer, [json.dumps(record), "hello"]).endswith("with the prompt as a user message")
+    for wrong in ('[{"role": "user"}]', '{"messages": 3}'):
+        with pytest.raises(UserError, match=r"^--prompt: "):
+            encode_chat_prompt(wrong, tokenizer, "--prompt")
