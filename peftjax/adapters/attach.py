@@ -5,6 +5,7 @@ Each function changes the model it is given and returns it. Base parameters neve
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,11 +17,12 @@ from peftjax.adapters.joint import adapter_parts, parts
 from peftjax.adapters.merge import unmerge
 from peftjax.adapters.method import Kernels, Method
 from peftjax.adapters.registry import ModelT, active, attached, merged, registry_of, require, set_registry, use
-from peftjax.adapters.saved_modules import train_whole
+from peftjax.adapters.saved_modules import replaced, train_whole
 from peftjax.adapters.sites import adapters_named, head_sites, inner_model, sites
 from peftjax.core import variables
 from peftjax.core.errors import UserError, shown
 from peftjax.core.variables import PeftParam
+from peftjax.models.base import Model
 from peftjax.nn.slot import Slot
 
 
@@ -103,7 +105,32 @@ def attach(
         except Exception:  # of any kind: the model is restored
             use(detach(model, name), before)
             raise
+    _warn_of_drawn(model, method, name)
     return model
+
+
+def _warn_of_drawn(model: nnx.Module, method: Method, name: str) -> None:
+    """Warn of a part of the task head that the checkpoint lacks and the adapter does not train, as the pooler of a BERT.
+
+    Its random weights are in no file: not in the checkpoint, and not in that of the adapter.
+    """
+    if method.trains is not PeftParam or not isinstance(model, Model) or not model.origin or not head_sites(model):
+        return
+    trained = replaced(model, name)
+    paths = {path.rpartition(".")[0] for path in model.origin.drawn if path not in trained}
+    names = [site.names[0] for site in sites(model) if site.path in paths]
+    if not names:
+        return
+    given: tuple[str, ...] | None = getattr(method, "modules_to_save", None)
+    if given is None:
+        advice = "save the base with peftjax.save_model and use that checkpoint"
+    else:
+        advice = f"set method.modules_to_save={(*given, *names)!r} to train and save it"
+    warnings.warn(
+        f"the checkpoint has no {', '.join(names)}: random weights take its place, which "
+        f"{method.method} neither trains nor saves in the adapter file; {advice}",
+        stacklevel=3,
+    )
 
 
 def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs) -> ModelT:

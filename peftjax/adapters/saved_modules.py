@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, Override
-from peftjax.adapters.joint import join
+from peftjax.adapters.joint import join, parts
 from peftjax.adapters.selection import Chosen
-from peftjax.adapters.sites import Site, sites
+from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core.errors import UserError
 from peftjax.nn.layer import Layer
 
@@ -58,3 +58,14 @@ def train_whole(chosen: Chosen, name: str) -> None:
             raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
         hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in own}
         join(site, name, Override(own, hf, mask))
+
+
+def replaced(model: nnx.Module, name: str) -> set[str]:
+    """The paths of the base's parameters that adapter `name` replaces with trained copies, without those of stacked layers."""
+    return {
+        f"{site.path}.{leaf}"
+        for site, adapter in adapters_named(model, name)
+        for part in parts(adapter)
+        if isinstance(part, Override) and not site.stack
+        for leaf in part.leaves
+    }

@@ -67,7 +67,7 @@ class _Filled(string.Formatter):
             first, steps = field_name, []
         if not first or (first.isdigit() and first not in self._record):
             raise UserError(f"template {self._template!r}: {{{field_name}}} does not name a field of a record")
-        setting = f"{first}_field" if first in renamed else "prompt_template or completion_template"
+        setting = f"{first}_field" if first in renamed else _setting(self._template, self._data)
         value = field_of(self._record, renamed.get(first, first), setting, self._name)
         for step in steps:
             value = self._entry(value, step, field_name)
@@ -91,6 +91,12 @@ class _Filled(string.Formatter):
         raise UserError(
             f"{self._name}: template {self._template!r}: {{{path}}} has no entry {step!r}; found {there}{size}"
         )
+
+
+def _setting(template: str, data: DataConfig) -> str:
+    """The fields of the config that may hold a template, as in "prompt_template or completion_template"."""
+    names = ("prompt_template", "completion_template", "pair_template")
+    return " or ".join(name for name in names if getattr(data, name) == template) or " or ".join(names[:2])
 
 
 def _steps(path: str) -> tuple[str, list[str]]:
@@ -133,12 +139,14 @@ def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> 
     if field not in record:
         raise UserError(
             f"{name}: the record has no field {field!r} (set by config.data.{setting}).{suggest(field, record)} "
-            f"Its fields: {', '.join(record) or 'none'}{_format_hint(record)}"
+            f"Its fields: {', '.join(record) or 'none'}{_format_hint(record, setting)}"
         )
     return record[field]
 
 
-def _format_hint(record: Mapping[str, Any]) -> str:
-    """The end of a message: the format that the fields of a record suggest; empty if there is none."""
+def _format_hint(record: Mapping[str, Any], setting: str) -> str:
+    """The end of a message: the format that the fields of a record suggest; empty if there is none, or for another task."""
+    if setting in ("label_field", "words_field", "image_field"):
+        return ""
     found = next((name for name, fields in FIELDS.items() if fields <= record.keys()), None)
     return f'. For language modeling, config.data.format="{found}" reads such records' if found else ""

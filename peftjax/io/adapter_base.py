@@ -16,6 +16,7 @@ from flax import nnx
 
 from peftjax.adapters import provenance
 from peftjax.adapters.registry import BaseName, parameters_before, registry_of, set_registry
+from peftjax.adapters.saved_modules import replaced
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.fingerprint import marks
@@ -75,7 +76,8 @@ def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, 
     """
     recorded = _recorded(metadata, FINGERPRINTS, path)
     own = base_fingerprints(model, name)
-    differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf]]
+    unused = replaced(model, name)  # as a new head, whose random weights depend on the seed
+    differ = [leaf for leaf in recorded if leaf in own and own[leaf] != recorded[leaf] and leaf not in unused]
     if differ:
         raise UserError(
             f"{path} was trained on another base: the weights of this model differ in {enumerate_some(differ, 3)}. "

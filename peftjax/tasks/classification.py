@@ -37,7 +37,9 @@ class Classification(TextLabelTask):
             raise UserError(
                 f"{name}: field {self.data.label_field!r} must hold a list of classes (task.multi_label), not {value!r}"
             )
-        if len(value) == len(self.labels) > 2 and all(one in (0, 1) for one in value):
+        flags = len(value) == len(self.labels) and all(one in (0, 1) for one in value)
+        # Of two classes, [0, 1] lists both, but [1, 1] and [True, False] do not.
+        if flags and (len(value) > 2 or len({*value}) < len(value) or any(isinstance(one, bool) for one in value)):
             raise UserError(
                 f"{name}: field {self.data.label_field!r} seems to hold a 0 or 1 for each class, {value!r:.80}; list the numbers "
                 f"or the names of the classes that apply, such as {[i for i, one in enumerate(value) if one]}"

@@ -1,5 +1,6 @@
 """The classes of a task: their names, and the numbers of the classes in records."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,16 +54,25 @@ class Labels:
             if label not in self._numbers:
                 raise UserError(
                     f"{record}: field {self._field!r} has the class {label!r}, which is not in task.labels."
-                    f"{suggest(label, self.names)} Classes: {', '.join(map(repr, self.names[:20]))}"
+                    f"{suggest(label, self.names)} Classes: {', '.join(map(repr, self.names[:20]))}{self._why(label)}"
                 )
             return self._numbers[label]
         if not isinstance(label, int) or not 0 <= label < len(self.names):
-            why = "; records of GLUE's test splits have no labels" if label == -1 else ""
             raise UserError(
                 f"{record}: field {self._field!r} has the class {label!r}; it must be a whole number from 0 to "
-                f"{len(self.names) - 1} or one of the {len(self.names)} names in task.labels{why}"
+                f"{len(self.names) - 1} or one of the {len(self.names)} names in task.labels{self._why(label)}"
             )
         return label
+
+    def _why(self, label: Any) -> str:
+        """The end of a message: where a label that is no class may come from; empty if that is not known."""
+        if label == -1:
+            return "; records of GLUE's test splits have no labels"
+        if isinstance(label, float):
+            return "; pandas turns a column with a missing value into floats: 1 is 1.0, and the missing value is NaN"
+        if isinstance(label, str) and re.fullmatch(r"\d+\.0" if self._numeric else r"\d+(\.0)?", label, re.ASCII):
+            return "; it is text, as all values of a CSV column are if one of them is missing or is not a number"
+        return ""
 
 
 def _stored(config: Mapping[str, Any], architecture: str) -> tuple[str, ...]:

@@ -17,11 +17,13 @@ from peftjax.tasks.base import shapes
 from peftjax.tasks.labelled import TextTask, text_inputs
 from peftjax.tasks.labels import Labels
 
+IGNORED = -100  # the label of a word that is not counted, as in transformers
+
 
 class TokenClassification(TextTask):
     """An encoder predicts the class of each word of a text.
 
-    Rows hold tokens, token_types, mask, labels and loss_weights [T]; the weights are 1 at the first token of a word.
+    Rows hold tokens, token_types, mask, labels and loss_weights [T]; the weights are 1 at the first token of a word with a class.
     """
 
     kind: ClassVar[str] = "token_classification"
@@ -39,10 +41,14 @@ class TokenClassification(TextTask):
         words = field_of(record, self.data.words_field, "words_field", name)
         classes = field_of(record, self.data.label_field, "label_field", name)
         self._check(words, classes, name)
-        numbers = [self._classes.number(label, name) for label in classes]
+        counts = [label != IGNORED for label in classes]
+        numbers = [
+            self._classes.number(label, name) if there else 0 for label, there in zip(classes, counts, strict=True)
+        ]
         encoding, length = self._cut(words)
         owners = encoding.word_ids  # the word of each token; None for special tokens
         first = [owner is not None and owner != before for owner, before in zip(owners, [None, *owners], strict=False)]
+        first = [begins and counts[owner or 0] for owner, begins in zip(owners, first, strict=True)]
         labels = [numbers[owner or 0] if begins else 0 for owner, begins in zip(owners, first, strict=True)]
         arrays = text_inputs(encoding) | {
             "labels": np.asarray(labels, np.int32),

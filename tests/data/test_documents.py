@@ -146,6 +146,13 @@ def test_classes_are_those_of_the_checkpoints_own_head_where_the_config_names_no
         (2, "a:1: field 'label' has the class 2; it must be a whole number from 0 to 1 or one of the 2 names"),
         (-1, "a:1: .* class -1; .* names in task.labels; records of GLUE's test splits have no labels"),
         (1.0, "a:1: field 'label' has the class 1.0"),
+        (1.0, "names in task.labels; pandas turns a column with a missing value into floats"),
+        (
+            "1",
+            "a:1: .* class '1', which is not in .* Classes: 'no', 'yes'; it is text, as all values of a CSV column are if",
+        ),
+        ("1.0", "Classes: 'no', 'yes'; it is text, as all values"),
+        ("", "Classes: 'no', 'yes'$"),
     ],
 )
 def test_a_class_that_there_is_not_is_an_error_that_names_the_record(
@@ -160,7 +167,32 @@ def test_a_number_is_a_name_if_all_names_are_numbers(make_directory: Make) -> No
     task = task_of(make("classification", ("1", "2", "3")), make_directory(as_bert))
     given = [task.document({"text": "x", "label": label}, "a:1").arrays["labels"] for label in (1, "1", 3)]
     assert [int(label) for label in given] == [0, 0, 2]
-    with pytest.raises(ValueError, match=r"a:1: .* class '0', which is not in task\.labels"):
+    with pytest.raises(ValueError, match=r"a:1: .* class '0', which is not in task\.labels\. Classes: '1', '2', '3'$"):
+        task.document({"text": "x", "label": 0}, "a:1")
+
+
+def test_words_with_the_label_that_transformers_ignores_are_not_counted(make_directory: Make) -> None:
+    task = task_of(make("token_classification", ("O", "NAME")), make_directory(as_bert))
+    arrays = task.document({"words": ["a", "b", "c"], "label": ["NAME", -100, 0]}, "a:1").arrays
+    whole = task.document({"words": ["a", "b", "c"], "label": ["NAME", 0, 0]}, "a:1").arrays
+    first = np.flatnonzero(whole["loss_weights"])
+    assert np.flatnonzero(arrays["loss_weights"]).tolist() == [first[0], first[2]]
+    np.testing.assert_array_equal(arrays["labels"], whole["labels"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pair_template": "{other}"}, r"no field 'other' \(set by config\.data\.pair_template\)"),
+        ({"prompt_template": "{other}"}, r"no field 'other' \(set by config\.data\.prompt_template\)"),
+        ({"label_field": "other"}, r"no field 'other' \(set by config\.data\.label_field\)\. Its fields: text, label$"),
+    ],
+)
+def test_a_missing_field_is_an_error_that_names_its_setting(
+    fields: dict[str, str], message: str, make_directory: Make
+) -> None:
+    task = task_of(make("classification", ("no", "yes"), **fields), make_directory(as_bert))
+    with pytest.raises(ValueError, match=message):
         task.document({"text": "x", "label": 0}, "a:1")
 
 

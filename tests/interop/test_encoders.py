@@ -314,7 +314,36 @@ def test_an_adapter_holds_the_pooler_of_a_new_deberta_head(method: str, encoder:
         expected = peer(torch.tensor(np.asarray(given)), attention_mask=torch.ones(given.shape)).logits
     assert_close(np.asarray(model(given)), expected.numpy())
     again = peftjax.load_model(base, head="sequence_classification", labels=3, seed=1)
-    peftjax.load_adapter(again, tmp_path / "ours", any_base=True)  # it replaces the new head
+    peftjax.load_adapter(again, tmp_path / "ours")  # it replaces the new head
+    np.testing.assert_array_equal(again(given), model(given))
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [("BertForTokenClassification", ("bert.pooler.dense",)), ("ModernBertModel", ("head.dense", "head.norm"))],
+)
+def test_a_part_of_the_head_that_the_checkpoint_lacks_is_random_unless_it_is_saved(
+    name: str, lacking: tuple[str, ...], encoder: Callable, tmp_path: Path
+) -> None:
+    base, given = encoder(name), jnp.asarray(inputs(kind_of(name))["tokens"])
+    options: dict[str, Any] = {"head": "sequence_classification", "labels": 5, "new_head": True}
+    model = peftjax.load_model(base, **options)
+    with pytest.warns(
+        UserWarning, match=rf"has no {', '.join(lacking)}: random .* set method\.modules_to_save=\('{lacking[0]}'"
+    ):
+        peftjax.attach(model, peftjax.Lora(rank=2), rngs=nnx.Rngs(0))
+    model = peftjax.load_model(base, **options)
+    method = peftjax.Lora(rank=2, modules_to_save=lacking)
+    peftjax.save_adapter(tiny.randomize(peftjax.attach(model, method, rngs=nnx.Rngs(0))), tmp_path / "ours")
+    head = getattr(transformers, f"{kind_of(name)}ForSequenceClassification")
+    peer = peft.PeftModel.from_pretrained(
+        head.from_pretrained(base, num_labels=5, ignore_mismatched_sizes=True), tmp_path / "ours"
+    ).eval()
+    with torch.no_grad():
+        expected = peer(torch.tensor(np.asarray(given)), attention_mask=torch.ones(given.shape)).logits
+    assert_close(np.asarray(model(given)), expected.numpy())
+    again = peftjax.load_model(base, **options, seed=1)  # with other random weights, all of which the file replaces
+    peftjax.load_adapter(again, tmp_path / "ours")
     np.testing.assert_array_equal(again(given), model(given))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,14 @@ def test_a_zero_or_one_for_each_class_is_not_taken_for_numbers_of_classes(models
         UserError, match=r"r:1: .* seems to hold a 0 or 1 for each class, \[0, 1, 1\]; .* such as \[1, 2\]"
     ):
         task.label([0, 1, 1], "r:1")
+    of_two = make_task(TaskConfig("classification", ("a", "b"), multi_label=True), DataConfig(), models(BERT))
+    assert isinstance(of_two, Classification)
+    assert [of_two.label(given, "r:1").tolist() for given in ([0, 1], [1, 0], [0])] == [[1, 1], [1, 1], [1, 0]]
+    for flags, meant in (([0, 0], []), ([1, 1], [0, 1]), ([False, True], [1])):
+        with pytest.raises(
+            UserError, match=rf"seems to hold a 0 or 1 for each class, .* such as {re.escape(str(meant))}"
+        ):
+            of_two.label(flags, "r:1")
 
 
 @pytest.mark.slow
