@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before these settings"
+# without bytecode on disk, each process that tests start would compile thousands of modules again, for 6 s
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["JAX_PLATFORMS"] = "cpu"
 # 8 devices, and little optimization: the programs run once, on tiny shapes, and compiling them is most of the work.
 # Processes that tests start (tests/runs.py) compile as users do only where a test says so.

@@ -83,6 +83,8 @@ def _run(command: str, arguments: list[str], environment: dict[str, str], output
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.environ |= environment
+    # what is left of a distributed run waits that long for a killed process
+    importlib.import_module("peftjax.core.distributed").HEARTBEAT = 10
     sys.argv = [f"peftjax.{command}", *arguments]
     try:
         importlib.import_module("peftjax.core.cli").run(importlib.import_module(f"peftjax.{command}").main)

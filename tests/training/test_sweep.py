@@ -397,6 +397,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_members_of_different_ranks_and_options_train_as_they_do_alone(
     name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -720,6 +721,7 @@ def test_full_fine_tuning_of_a_bfloat16_checkpoint_has_float32_parameters(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("name", ["randlora", "full"])
 def test_what_a_method_holds_in_its_structure_or_in_the_base_is_not_mixed_up(
     name: str, made: Any, tmp_path: Path

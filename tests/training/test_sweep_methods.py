@@ -22,6 +22,8 @@ from tests.tasks.test_tasks import BERT
 from tests.test_train import config
 from tests.training.test_sweep import assert_same_run, member
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 LAYERS = ("q_proj", "v_proj", "down_proj")
 # Those whose ranks and other options are varied are in test_sweep.py.
 OPTIONS: dict[str, dict[str, Any]] = {
