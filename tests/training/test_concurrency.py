@@ -93,6 +93,16 @@ def test_on_cpus_runs_without_a_shared_base_are_trained_one_at_a_time(
     assert concurrency.concurrent_groups(pair, 2) == [(pair, 2)]
 
 
+@pytest.mark.parametrize(("count", "everyone"), [(2, "both"), (3, "all 3")])
+def test_all_runs_are_trained_together_if_the_memory_is_not_known(
+    count: int, everyone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(concurrency, "common_memory", lambda mesh: None)
+    several = [member(config(tmp_path), tmp_path / "sweep", seed=seed) for seed in range(count)]
+    assert concurrency.concurrent_groups(several) == [(several, count)]
+    assert f": {everyone} runs are trained side by side" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_data_axis_splits_members_even_if_it_does_not_divide_their_batches(tmp_path: Path) -> None:
     made = config(tmp_path, train__batch_size=1, train__accumulate=1)
