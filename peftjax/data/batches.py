@@ -106,6 +106,7 @@ class Batches(Iterator[HostBatch]):
         lengths: list[tuple[str, int]],
     ):
         self._title, self._data, self._unit = title, data, encoder.unit
+        self._two_texts = len(encoder.texts) > 1  # an input and a target, with lengths of their own
         # whether each target is a token of the input
         self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
@@ -215,10 +216,12 @@ class Batches(Iterator[HostBatch]):
         why: list[str] = []
         dropped = c["empty"]
         if c["too_long"] and data.too_long == "drop":
-            why.append(f"{c['too_long']:,} longer than {data.max_length:,} tokens")
+            targets = f" or with a target longer than {data.max_target_length:,}" if self._two_texts else ""
+            why.append(f"{c['too_long']:,} longer than {data.max_length:,} tokens{targets}")
             dropped += c["too_long"]
         elif c["too_long"]:
-            parts.append(f"{c['too_long']:,} cut to {data.max_length:,} tokens")
+            targets = f" (targets to {data.max_target_length:,})" if self._two_texts else ""
+            parts.append(f"{c['too_long']:,} cut to {data.max_length:,} tokens{targets}")
         if c["empty"]:
             why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import processors
 
 from peftjax.core.config import defaults
+from peftjax.data.batches import Batching, train_batches
 from peftjax.tasks import Task, make_task
 from peftjax.training import config as configs
 from peftjax.training.config import Config
@@ -129,6 +130,25 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_completion_after_its
     long = task.document({"prompt": "yes", "completion": "no" * 30}, "a:1")
     assert len(long.arrays["targets"]) == 8
     assert long.too_long.endswith("tokens exceed config.data.max_target_length=8")
+
+
+@pytest.mark.parametrize(
+    ("too_long", "told"),
+    [
+        ("truncate", "2 records in 2 rows, 1 cut to 16 tokens (targets to 8), 0 dropped, "),
+        ("drop", "3 records in 2 rows, 1 dropped (1 longer than 16 tokens or with a target longer than 8), "),
+    ],
+)
+def test_targets_that_are_too_long_are_told_with_their_length(
+    too_long: str, told: str, make_directory: Make, tmp_path: Path
+) -> None:
+    records = [{"prompt": "yes", "completion": "no" * 30}, *[{"prompt": "yes", "completion": "no"}] * 2]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = (str(tmp_path / "a.jsonl"),)
+    config = make("seq2seq", prompt_template="{prompt}", too_long=too_long, train=source, shuffle=False)
+    batches = train_batches(config.data, task_of(config, make_directory(as_bert)), Batching(2), seed=0)
+    next(batches)
+    assert told in batches.summary_text()
 
 
 def test_classes_are_those_of_the_checkpoints_own_head_where_the_config_names_none(make_directory: Make) -> None:
