@@ -196,23 +196,15 @@ class Method:
     ) -> tuple[Self, dict[str, np.ndarray]]:
         """The method and the tensors of its adapter file, changed where they do not fit each other or the model's stacks.
 
-        Args:
-            model: The model.
-            tensors: The tensors by key.
-            key_of: Returns the key of a tensor, "model.layers.0.mlp.up_proj.lora_A.weight"; None if the file lacks it.
+        `key_of` returns the key of the tensor "model.layers.0.mlp.up_proj.lora_A.weight", or None if the file lacks it.
         """
         del model, key_of
         return self, tensors
 
     def weight_update(self, site: Site, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """What an adapter file adds to the weight of a layer that is not stacked, in the file's orientation.
+        """The update of a layer's weight, float32 in torch's orientation, from its tensors in an adapter file by key suffix.
 
-        Args:
-            site: The layer.
-            tensors: Its tensors in the file, by key suffix.
-
-        Returns:
-            The update, float32; None if the adapter is not such an update.
+        None if the adapter is more than an update of the weight. The layer is not stacked.
         """
         del site, tensors
         return None

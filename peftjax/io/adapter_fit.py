@@ -33,9 +33,7 @@ from peftjax.nn.experts import ExpertLinear
 def fitted(
     method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, config: Mapping[str, Any]
 ) -> tuple[Method, dict[str, np.ndarray]]:
-    """Return the method and the tensors of directory `path` in this model's names, without what peft ignores.
-
-    One warning names what is ignored.
+    """Return the method and the tensors of directory `path` in this model's names, without what peft ignores, with warnings.
 
     Raises:
         UserError: The adapter needs a changed base that cannot be computed.
@@ -43,45 +41,33 @@ def fitted(
     older = older_names(model, tensors)
     tensors = with_older_names(tensors, older)
     if isinstance(method, Targeted):
-        method = _with_fitted_options(method, tensors, model, path, config, older)
+        parameters = config.get("target_parameters") or ()
+        options = ("targets", "exclude", *method.tables, *method.selections)
+        with matching(str(path / CONFIG), *(getattr(method, option) for option in options)):
+            method = _with_names(method, model, older)
+            method = _with_joined_experts(method, model)
+            method = _with_named_layers(method, model, config.get("layers_pattern"))
+            method = _with_all_parameters(method, model, parameters)
+            method = _without_parameters(method, model, tensors, parameters)
+            method, inner = _without_nested(method, model)
+            method, removed = _without_unmatched(method, model, tensors)
+        if inner:
+            warnings.warn(
+                f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} also matches modules inside others that are "
+                "trained in full, and is ignored for the inner ones",
+                stacklevel=3,
+            )
+        if removed:
+            warnings.warn(
+                f"{path / CONFIG}: ignoring entries that match nothing in this model: {'; '.join(removed)}",
+                stacklevel=3,
+            )
     try:
         method.check_file(model)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from error
     keys = {bare_key(key): key for key in tensors}
     return method.reconciled(model, tensors, lambda name: keys.get(bare_key(name)))
-
-
-def _with_fitted_options(
-    method: Targeted,
-    tensors: Iterable[str],
-    model: nnx.Module,
-    path: Path,
-    config: Mapping[str, Any],
-    older: Mapping[str, str],
-) -> Targeted:
-    """The method whose options select the layers that they select in peft; `older` are the older names that they use."""
-    parameters = config.get("target_parameters") or ()
-    options = ("targets", "exclude", *method.tables, *method.selections)
-    with matching(str(path / CONFIG), *(getattr(method, option) for option in options)):
-        method = _with_names(method, model, older)
-        method = _with_joined_experts(method, model)
-        method = _with_named_layers(method, model, config.get("layers_pattern"))
-        method = _with_all_parameters(method, model, parameters)
-        method = _without_parameters(method, model, tensors, parameters)
-        method, inner = _without_nested(method, model)
-        method, removed = _without_unmatched(method, model, tensors)
-    if inner:
-        warnings.warn(
-            f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} also matches modules inside others that are "
-            "trained in full, and is ignored for the inner ones",
-            stacklevel=4,
-        )
-    if removed:
-        warnings.warn(
-            f"{path / CONFIG}: ignoring entries that match nothing in this model: {'; '.join(removed)}", stacklevel=4
-        )
-    return method
 
 
 def _with_names(method: Targeted, model: nnx.Module, older: Mapping[str, str]) -> Targeted:
