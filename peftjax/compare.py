@@ -6,12 +6,11 @@ peftjax compare runs/lora runs/dora --output=comparison
 import argparse
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
 from peftjax.core import cli
 from peftjax.core.output import say
-from peftjax.core.terminal import make_console
+from peftjax.core.terminal import make_console, simple_table
 from peftjax.report import comparison
 from peftjax.report.compare_page import write_comparison
 from peftjax.report.compared_tables import ComparedTable, make_tables
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def _printed(compared: ComparedTable) -> Table:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=compared.note or None, caption_justify="left")
+    table = simple_table(caption=compared.note or None)
     table.add_column("run", overflow="fold")
     table.add_column("seeds", justify="right")
     for name in compared.columns[2:]:

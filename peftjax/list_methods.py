@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from peftjax.adapters.adapter import MethodAdapter
 from peftjax.adapters.sites import adapters_named
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from peftjax.core.terminal import make_console
+from peftjax.core.terminal import make_console, simple_table
 from peftjax.core.units import format_bytes
 from peftjax.io.adapter_tensors import adapter_tensors
 from peftjax.io.hf_config import read_fields
@@ -84,7 +83,7 @@ def row(config: ModelConfig, name: str) -> Row:
 
 def methods_table(rows: Sequence[Row]) -> Table:
     """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
-    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = simple_table()
     shown.add_column("method", no_wrap=True)
     for heading in ("trainable", "of base", "file size"):
         shown.add_column(heading, justify="right", no_wrap=True)
@@ -139,7 +138,7 @@ def explain(name: str, console: Console) -> None:
     declaring = cls.__mro__[: cls.__mro__.index(adapters.Method)]  # options are explained where they are declared
     texts = [_documentation(part) for part in (inspect.getmodule(cls), *declaring)]
     console.print("\n\n".join(texts), soft_wrap=True)
-    defaults = Table("option", "default", box=box.SIMPLE)
+    defaults = simple_table("option", "default")
     for field in dataclasses.fields(cls):
         defaults.add_row(field.name, _default(field))
     console.print(defaults)

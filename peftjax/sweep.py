@@ -22,6 +22,7 @@ import jax
 from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
+from peftjax.core.distributed import say
 from peftjax.core.errors import UserError
 from peftjax.core.listing import enumerate_some
 from peftjax.core.preemption import Preemption
@@ -35,7 +36,7 @@ from peftjax.training.alike import separating_fields
 from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.config import Config
 from peftjax.training.halving import Halving, find_rungs
-from peftjax.training.member import Member, say
+from peftjax.training.member import Member
 from peftjax.training.population import train_population
 from peftjax.training.sweep_members import members
 from peftjax.training.sweep_part import SweepPart, parse_part

@@ -38,7 +38,7 @@ class HfLeaf:
         part = part if self.axes is None else part.transpose(self.axes)
         return part if self.shape is None else part.reshape(self.shape)
 
-    def read(self, tensor: Any, into: Any) -> None:
+    def read(self, tensor: np.ndarray, into: Any) -> None:
         """Copy the file's tensor into one layer's array of the leaf.
 
         Raises:
@@ -64,9 +64,11 @@ class MethodAdapter(Adapter):
     Attributes:
         zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, including that of its `LayerMask`.
             The members of a population may then have it in different layers.
+        wraps_experts: Whether peft holds it in a wrapper around the module of all experts, one for each parameter.
     """
 
     zero_is_identity: ClassVar[bool] = False
+    wraps_experts: ClassVar[bool] = False
 
     def forget_layers(self) -> None:
         """Forget which layers have the adapter, and its ranks, on which only the adapter file and the initial values depend."""
@@ -88,6 +90,10 @@ class MethodAdapter(Adapter):
         """Use a trained bias [*stack, out] in place of the layer's own, if the adapter can; returns whether it does."""
         del bias, layers
         return False
+
+    def taken_from_kernel(self) -> jax.Array | None:
+        """What the adapter subtracts from the kernel of its layer, float32 [*stack, in, out]; None: nothing."""
+        return None
 
     def exported(self) -> "MethodAdapter":
         """The adapter that the file describes: this one, or a simpler one that computes the same."""

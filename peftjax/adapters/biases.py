@@ -1,7 +1,7 @@
 """Biases that are trained beside the adapters: those of the targets, or all of the model."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -42,6 +42,10 @@ class WithBiases(Targeted):
         config = super().to_hf(model, name)
         return config | {"bias": f"{self.method}_only"} if self.bias == "targets" else config
 
+    def without_effect(self, model: nnx.Module, has_tensors: Callable[[str], bool]) -> dict[str, Any]:
+        idle = self.bias != "none" and not biased_sites(model, self.bias, self.chosen(model))
+        return {"bias": "none"} if idle else {}
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         bias = config.get("bias")
@@ -64,7 +68,7 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
     if which == "none":
         return
     targeted = {site.path: mask for site, mask in chosen}
-    found = [site for site in sites(model) if "bias" in site.parameters and (which == "all" or site.path in targeted)]
+    found = biased_sites(model, which, chosen)
     if not found:
         raise UserError(f"method.bias={which!r}: no layer that it applies to has a bias; set it to 'none'")
     if experts := [site.names[0] for site in found if isinstance(site.module, ExpertLinear)]:
@@ -79,6 +83,12 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
             bias = TrainedBias(site, mask, others)
             if not (others and others[0].hold_bias(vars(bias)["bias"], bias.layers)):
                 join(site, name, bias)
+
+
+def biased_sites(model: nnx.Module, which: str, chosen: Chosen) -> list[Site]:
+    """The layers whose biases `train_biases` trains with these arguments, unless `which` is "none"."""
+    targeted = {site.path for site, _ in chosen}
+    return [site for site in sites(model) if "bias" in site.parameters and (which == "all" or site.path in targeted)]
 
 
 class TrainedBias(Override):

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from peftjax.adapters.options import check_type, from_file
+from peftjax.adapters.sites import Site
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
 from peftjax.core.variables import PeftParam
@@ -129,6 +130,14 @@ class Method:
         """
         del model
 
+    def check_file(self, model: nnx.Module) -> None:
+        """Reject options from an adapter file that this model, with its weights, cannot have.
+
+        Raises:
+            UserError: The adapter needs a changed base that cannot be computed.
+        """
+        del model
+
     def optimizer(
         self, inner: optax.GradientTransformation, leaves: Mapping[str, nnx.Variable]
     ) -> optax.GradientTransformation:
@@ -183,6 +192,24 @@ class Method:
         values = {option: config.get(hf, default) for option, (hf, default) in cls.hf_fields.items()}
         given = {option: from_file(option, value) for option, value in values.items()}
         return cls(**{option: defaults[option] if v is None else _from_json(v) for option, v in given.items()})
+
+    def reconciled(
+        self, model: nnx.Module, tensors: dict[str, np.ndarray], key_of: Callable[[str], str | None]
+    ) -> tuple[Self, dict[str, np.ndarray]]:
+        """The method and the tensors of its adapter file, changed where they do not fit each other or the model's stacks.
+
+        `key_of` returns the key of the tensor "model.layers.0.mlp.up_proj.lora_A.weight", or None if the file lacks it.
+        """
+        del model, key_of
+        return self, tensors
+
+    def weight_update(self, site: Site, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """The update of a layer's weight, float32 in torch's orientation, from its tensors in an adapter file by key suffix.
+
+        None if the adapter is more than an update of the weight. The layer is not stacked.
+        """
+        del site, tensors
+        return None
 
 
 def no_such_option(cls: type[Method], option: str) -> str:

@@ -43,5 +43,5 @@ class Projected(WithBiases):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        # If the file lacks the projections, they are drawn when its tensors are read (io/adapter_projections.py).
+        # If the file lacks the projections, they are drawn when its tensors are read (io/adapter_load.py).
         return super().from_hf(config | {"save_projection": True})

@@ -29,6 +29,7 @@ class Ranked(Targeted):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
+    tables: ClassVar = ("rank_pattern", "alpha_pattern")
     traced_options: ClassVar[frozenset[str]] = Targeted.traced_options | {"rank", "rank_pattern", "alpha_pattern"}
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = Targeted.hf_fields | {
         "rank": ("r", 8),

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,6 +24,10 @@ from peftjax.nn.linear import Conv1D, Linear
 from peftjax.nn.routing import Router
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
+Rule = Callable[
+    [str, str | tuple[str, ...]], bool
+]  # whether an option of names, or a regular expression, matches a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,9 @@ class Targeted(Method):
     fits: ClassVar[tuple[type[nnx.Module], ...]] = (Linear,)  # kinds of layers that can be targets
     splits_experts: ClassVar[bool] = False  # whether each layer of each expert is a target of its own
     every: ClassVar[str] = "all-linear"  # the word for all targets, `in_every`
+    adapts_parameters: ClassVar[bool] = False  # whether peft also adapts parameters with the method, target_parameters
+    tables: ClassVar[tuple[str, ...]] = ()  # options that are tables by module name, such as rank_pattern
+    selections: ClassVar[Mapping[str, Rule]] = {}  # options that select some of the targets
     traced_options: ClassVar[frozenset[str]] = Method.traced_options | {"targets", "exclude", "layers_to_transform"}
     hf_fields: ClassVar[dict[str, tuple[str, Any]]] = {
         "targets": ("target_modules", None),
@@ -104,6 +111,19 @@ class Targeted(Method):
                 "to a classification head"
             )
         return chosen
+
+    @property
+    def adapts_tokens(self) -> bool:
+        """Whether options other than `targets` and `modules_to_save` train rows of the embedding or tie the head to it."""
+        return False
+
+    def without_effect(self, model: nnx.Module, has_tensors: Callable[[str], bool]) -> dict[str, Any]:
+        """The options from an adapter file that have no effect in a model, with the values that leave them out.
+
+        `has_tensors` returns whether the file has tensors of a module.
+        """
+        del model, has_tensors
+        return {}
 
     def candidates(self, model: nnx.Module) -> list[Site]:
         """The sites that can be targets."""

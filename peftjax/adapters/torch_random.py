@@ -1,9 +1,9 @@
 """Random numbers, as torch draws them on CPUs."""
 
 import math
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 class TorchGenerator:
@@ -16,7 +16,7 @@ class TorchGenerator:
         """Return the next numbers of 32 bits, uint32 [count]."""
         return self._state.randint(0, 2**32, count, np.uint32)
 
-    def uniform(self, shape: tuple[int, ...], low: float, high: float, dtype: Any = np.float32) -> np.ndarray:
+    def uniform(self, shape: tuple[int, ...], low: float, high: float, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
         """Return torch.empty(shape).uniform_(low, high) of dtype float32 or bfloat16."""
         share = (self.bits(math.prod(shape)) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2.0**-24)
         start, end = np.float32(low), np.float32(high)

@@ -10,13 +10,16 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from peftjax.core import output
 from peftjax.core.errors import UserError
+
+T = TypeVar("T")
 
 HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead and the others exit
 
@@ -119,6 +122,12 @@ def meet(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def say(text: str) -> None:
+    """Print a line, from one process."""
+    if jax.process_index() == 0:
+        output.say(text)
+
+
 def gather(value: Any) -> list[Any]:
     """Gather a JSON value of every process, in process order."""
     text = json.dumps(value)
@@ -132,13 +141,13 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def on_first(action: Callable[[], Any]) -> Any:
+def on_first(action: Callable[[], T]) -> T:
     """Run an action in process 0 while the other processes wait. In every process, return its result, a JSON value.
 
     Raises:
         UserError: The action raised one, or an OSError; it is raised in every process.
     """
-    outcome = {"value": None, "problem": ""}
+    outcome: dict[str, Any] = {"value": None, "problem": ""}
     if jax.process_index() == 0:
         try:
             outcome["value"] = action()
@@ -147,7 +156,8 @@ def on_first(action: Callable[[], Any]) -> Any:
     outcome = gather(outcome)[0]
     if outcome["problem"]:
         raise UserError(outcome["problem"])
-    return outcome["value"]
+    value: T = outcome["value"]
+    return value
 
 
 def check_same(what: str, value: Any, differences: Callable[[Any], str]) -> None:

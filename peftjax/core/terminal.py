@@ -10,8 +10,10 @@ import sys
 import unicodedata
 from typing import TextIO
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 100  # columns of tables in files and pipes, unless COLUMNS says otherwise
@@ -35,6 +37,11 @@ def make_console(*, file: TextIO | None = None, soft_wrap: bool = False) -> Cons
         force_terminal=terminal,  # also where FORCE_COLOR is set, as in GitHub's CI
         width=None if terminal or "COLUMNS" in os.environ else PLAIN_WIDTH,
     )
+
+
+def simple_table(*headings: str, caption: str | None = None) -> Table:
+    """Return a table with a line below its headings, and none elsewhere."""
+    return Table(*headings, box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
 
 
 def is_terminal(file: TextIO) -> bool:

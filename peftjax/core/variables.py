@@ -159,7 +159,7 @@ def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
     }
 
 
-def widest(one: Any, other: Any) -> jax.ShapeDtypeStruct:
+def widest(one: jax.Array | jax.ShapeDtypeStruct, other: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of an array to which both can be padded; each axis is as long as the longer one."""
     return jax.ShapeDtypeStruct(tuple(map(max, one.shape, other.shape)), one.dtype)
 

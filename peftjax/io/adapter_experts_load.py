@@ -14,9 +14,9 @@ from peftjax.adapters.sites import Site, sites
 from peftjax.core.errors import UserError
 from peftjax.core.paths import applies, first_match, last_parts, matches
 from peftjax.io.adapter_experts import MAGNITUDE, A, B, Pattern, table_entries
-from peftjax.io.adapter_fit import older_names, stored_names
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import PREFIX
+from peftjax.io.older_names import older_names, stored_names
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model
 from peftjax.nn.experts import ExpertLinear
@@ -41,8 +41,9 @@ def with_all_experts(
         UserError: A tensor is missing, or does not fit the model or its rank in the config; or the file has a DoRA of all
             experts of a layer.
     """
-    dora = isinstance(method, Lora) and method.dora
-    if dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
+    if not isinstance(method, Lora):  # with other methods, single experts have adapters of their own
+        return method, tensors
+    if method.dora and (of_all := next(filter(_KEY_OF_ALL.fullmatch, tensors), None)):
         raise UserError(
             f"adapter file: use_dora=true is not supported for parameters, as in peft, but {of_all} adapts one; save the "
             "adapter again where it was trained, with modules of single experts (peftjax's save_adapter does this)"
@@ -50,11 +51,11 @@ def with_all_experts(
     found: dict[str, dict[Single, dict[str, np.ndarray]]] = {}
     rest: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
-        if (parsed := _KEY.fullmatch(key)) and (dora or parsed[4] != MAGNITUDE):
+        if (parsed := _KEY.fullmatch(key)) and (method.dora or parsed[4] != MAGNITUDE):
             found.setdefault(parsed[1], {}).setdefault((int(parsed[2]), parsed[3]), {})[parsed[4]] = tensor
         else:
             rest[key] = tensor
-    if not found or not isinstance(model, Model) or not any(model.hf_experts.values()) or not isinstance(method, Lora):
+    if not found or not isinstance(model, Model) or not any(model.hf_experts.values()):
         return method, tensors
     layers = {
         bare_key(stored): (site, name)

@@ -19,9 +19,8 @@ from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.paths import applies, last_parts
 from peftjax.io.adapter_experts import MAGNITUDE, A, B, table_entries
-from peftjax.io.adapter_fit import new_to_older, stored_names
-from peftjax.io.adapter_keys import with_older_names
 from peftjax.io.adapter_tensors import PREFIX, tensors_of
+from peftjax.io.older_names import new_to_older, stored_names, with_older_names
 from peftjax.methods.lora.experts import DoraExperts, LoraExperts
 from peftjax.methods.lora.lora import Lora
 from peftjax.models.base import Model

@@ -12,11 +12,9 @@ from flax import nnx
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, head_sites
 from peftjax.core.errors import UserError
-from peftjax.io.adapter_check import base_value
-from peftjax.io.adapter_experts import A, B
+from peftjax.io.adapter_copies import base_value
 from peftjax.io.adapter_keys import bare_key
 from peftjax.io.adapter_tensors import PREFIX
-from peftjax.methods.lora.lora import Lora
 
 OF_WHOLE_MODULES = ("weight", "bias", "modules_to_save", "original_module")  # after the name of a module in a key
 
@@ -38,19 +36,18 @@ def with_whole_head(
         keys = {
             bare_key(key).removeprefix(f"{module}."): key for key in tensors if bare_key(key).startswith(f"{module}.")
         }
-        partial = {A, B} <= keys.keys() and isinstance(method, Lora) and not (method.dora or method.lora_bias)
+        update = method.weight_update(site, {suffix: tensors[key] for suffix, key in keys.items()})
         others = [key for name, key in keys.items() if name.partition(".")[0] not in OF_WHOLE_MODULES]
-        if others and not partial:
+        if others and update is None:
             raise UserError(
                 f"{path} has an adapter of the task head ({module}), which is trained in full here: {others[0]} is not "
                 "supported; load the adapter with peft, call merge_and_unload and save_pretrained, and load that model"
             )
-        if not partial and (set(keys) != {"bias"} or getattr(method, "bias", "none") != "all"):
+        if update is None and (set(keys) != {"bias"} or getattr(method, "bias", "none") != "all"):
             continue
         whole = _parameters(model, site)
-        if partial:
-            assert isinstance(method, Lora)
-            whole["weight"] += _update(method, site, tensors[keys[A]], tensors[keys[B]])
+        if update is not None:
+            whole["weight"] += update
         if bias := keys.get("bias") or keys.get("base_layer.bias"):
             whole["bias"] = tensors[bias]
         found = {key: value for key, value in found.items() if key not in keys.values()}
@@ -73,11 +70,3 @@ def _parameters(model: nnx.Module, site: Site) -> dict[str, np.ndarray]:
     """The base's own parameters of a layer that is not stacked, float32, by their names in files."""
     leaves = {suffix: leaf for leaf, (suffix, _) in site.module.hf_leaves.items() if leaf in site.parameters}
     return {suffix: np.array(base_value(model, site, leaf, None), np.float32) for suffix, leaf in leaves.items()}
-
-
-def _update(method: Lora, site: Site, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """s B A, in the file's orientation."""
-    rank = len(a)
-    scale = float(method.alphas(site)[0]) / (rank**0.5 if method.rslora else rank)
-    update: np.ndarray = scale * (b.astype(np.float32) @ a.astype(np.float32))
-    return update

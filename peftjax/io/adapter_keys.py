@@ -49,17 +49,3 @@ def _by_bare_key(keys: Iterable[str]) -> dict[str, list[str]]:
 def has_single_experts(keys: Iterable[str]) -> bool:
     """Whether these keys of an adapter file belong to modules of single experts."""
     return any(re.search(r"\.experts\.\d+\.", key) for key in keys)
-
-
-def with_older_names(tensors: Mapping[str, T], older: Mapping[str, str]) -> dict[str, T]:
-    """Replace the older names of modules in keys, {older name: name}."""
-
-    def renamed(key: str) -> str:
-        parts = key.split(".")
-        for start in range(len(parts)):
-            for end in range(len(parts), start, -1):
-                if (name := older.get(".".join(parts[start:end]))) is not None:
-                    return ".".join([*parts[:start], name, *parts[end:]])
-        return key
-
-    return {renamed(key): value for key, value in tensors.items()}

@@ -12,47 +12,33 @@ from flax import nnx
 from peftjax.adapters import detach, use
 from peftjax.adapters.attach import attach_unchecked, release_head
 from peftjax.adapters.method import Method
-from peftjax.adapters.provenance import formats, remember_base
+from peftjax.adapters.projected import Projected
+from peftjax.adapters.provenance import remember_base
 from peftjax.adapters.registry import ModelT, active
-from peftjax.adapters.sites import head_sites, tied_pair
+from peftjax.adapters.sites import head_sites
 from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.listing import enumerate_some
-from peftjax.core.paths import matching
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
-from peftjax.io.adapter_check import copies_in, reason, with_new_rows
+from peftjax.io.adapter_copies import copies_in, with_new_rows
 from peftjax.io.adapter_experts_load import with_all_experts
-from peftjax.io.adapter_fit import (
-    older_names,
-    with_all_parameters,
-    with_factors_of,
-    with_full_factors,
-    with_joined_experts,
-    with_named_layers,
-    with_names,
-    without_nested,
-    without_parameters,
-    without_unmatched,
-)
+from peftjax.io.adapter_fit import fitted
 from peftjax.io.adapter_head import with_whole_head
-from peftjax.io.adapter_keys import bare_key, respelled, with_older_names
+from peftjax.io.adapter_keys import bare_key, respelled
 from peftjax.io.adapter_method import check_directory, peft_method_class
-from peftjax.io.adapter_projections import drawn_projections
 from peftjax.io.adapter_save import CLASSIFICATIONS, HEAD_NAMES, task_type
-from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, layout, tensors_of
+from peftjax.io.adapter_tensors import CONFIG, WEIGHTS, AdapterTensor, layout, tensors_of
 from peftjax.io.adapter_variants import as_plain
 from peftjax.io.finite import check_finite
 from peftjax.io.json_files import read_json
-from peftjax.io.parts import in_other_parts, warn_of_adapters
+from peftjax.io.multimodal import in_other_parts, warn_of_adapters
 from peftjax.io.safetensors_files import read_file, read_metadata
-from peftjax.methods.lora.init import RESIDUAL
-from peftjax.methods.lora.lora import Lora
-from peftjax.models.base import LanguageModel
+from peftjax.models.base import LanguageModel, Model
+from peftjax.nn.experts import ExpertLinear
 
 PICKLE = "adapter_model.bin"
-PATTERNS = ("targets", "exclude", "rank_pattern", "alpha_pattern")  # options that match names of layers
 NEWEST_PEFT = (0, 21)  # whose fields `Method.hf_known` lists
 # Fields of adapter_config.json that do not belong to the method.
 GENERAL_FIELDS = {
@@ -135,9 +121,11 @@ def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray],
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
-    method, tensors = _fitted(method, tensors, model, path, config)
+    method, tensors = fitted(method, tensors, model, path, config)
     method = with_new_rows(method, model, tensors, path / WEIGHTS)
-    return method, tensors | drawn_projections(method, model, config), has_head
+    if config.get("save_projection") is False and isinstance(method, Projected):
+        tensors = tensors | _drawn_projections(method, model)
+    return method, tensors, has_head
 
 
 def _read_method(config: Mapping[str, Any], model: nnx.Module, path: Path) -> tuple[Method, bool]:
@@ -186,66 +174,19 @@ def _without_unknown(fields: dict[str, Any], method: type[Method], version: str 
     return {key: value for key, value in fields.items() if key not in unknown}
 
 
-def _fitted(
-    method: Method, tensors: dict[str, np.ndarray], model: nnx.Module, path: Path, config: Mapping[str, Any]
-) -> tuple[Method, dict[str, np.ndarray]]:
-    """The method and the tensors in this model's names, without what peft ignores; one warning names it.
+def _drawn_projections(method: Projected, model: nnx.Module) -> dict[str, np.ndarray]:
+    """The random projections that a file with save_projection=False lacks, by key; peft draws them from the seed.
 
     Raises:
-        UserError: The adapter needs a changed base that cannot be computed.
+        UserError: Their sizes also depend on modules that this model lacks.
     """
-    older, parameters = older_names(model, tensors), config.get("target_parameters") or ()
-    with matching(str(path / CONFIG), *(value for option, value in vars(method).items() if option in PATTERNS)):
-        method = with_joined_experts(with_names(method, model, older), model)
-        method = with_named_layers(method, model, config.get("layers_pattern"))
-        method = with_all_parameters(method, model, parameters)
-        method = without_parameters(method, model, tensors, parameters)
-        method, inner = without_nested(method, model)
-        method, removed = without_unmatched(method, model, with_older_names(tensors, older))
-    if inner:
-        warnings.warn(
-            f"{path / CONFIG}: modules_to_save {', '.join(map(repr, inner))} also matches modules inside others that are "
-            "trained in full, and is ignored for the inner ones",
-            stacklevel=3,
-        )
-    if removed:
-        warnings.warn(
-            f"{path / CONFIG}: ignoring entries that match nothing in this model: {'; '.join(removed)}", stacklevel=3
-        )
-    method, differing = with_factors_of(method, tensors)
-    if differing:
-        warnings.warn(
-            f"{path / CONFIG}: ignoring {differing}, because the tensors have another number of factors", stacklevel=3
-        )
-    _check_residual(method, model, path)
-    return with_full_factors(method, model, with_older_names(tensors, older))
-
-
-def _check_residual(method: Method, model: nnx.Module, path: Path) -> None:
-    """Check that the initial update that is to be subtracted from the base can be computed.
-
-    Raises:
-        UserError: The base is quantized, the rank exceeds a dimension of a layer, or a target is tied to the embedding.
-    """
-    if not isinstance(method, Lora) or not RESIDUAL.fullmatch(method.init):
-        return
-    try:
-        method.check(model)
-    except UserError as error:
-        raise UserError(f"{path / CONFIG}: init_lora_weights={method.init!r}: {error}") from error
-    head = pair[1] if (pair := tied_pair(model)) else None
-    if head and any(site.path == head.path for site, _ in method.chosen(model)):
+    chosen = method.chosen(model)
+    if (isinstance(model, Model) and model.hf_part) or any(isinstance(site.module, ExpertLinear) for site, _ in chosen):
         raise UserError(
-            f"{path / CONFIG}: init_lora_weights={method.init!r} has {head.names[0]} as a target, which is tied to the embedding: peft "
-            "subtracts the initial update from both, which is not supported; train the adapter without this target, or with "
-            "another initialization"
+            f"{CONFIG}: save_projection=False: the file lacks its random projections, and their sizes depend on modules of "
+            "other parts of this model. Save it again from peft with save_projection=True"
         )
-    if kinds := set(formats(model).values()):
-        raise UserError(
-            f"{path / CONFIG}: init_lora_weights={method.init!r} subtracts the initial update from the base, and the update cannot be "
-            f"recomputed from {', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and "
-            "save_adapter, and load that plain LoRA on the quantized base"
-        )
+    return method.peft_projections(chosen)
 
 
 def _check_files(path: Path) -> None:
@@ -294,6 +235,27 @@ def _fill(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], path:
         try:
             tensor.leaf.read(tensors[tensor.key], tensor.of_layer(buffers[id(tensor.variable)]))
         except UserError as error:
-            raise UserError(f"{path / keys.weights}: {tensor.key} {error}{reason(tensor, tensors)}") from None
+            raise UserError(
+                f"{path / keys.weights}: {tensor.key} {error}{_reason(tensor, tensors[tensor.key])}"
+            ) from None
     for variable, buffer in zip(variables.values(), buffers.values(), strict=True):
         variable.set_value(host_arrays.placed(buffer, variable.get_value().sharding))
+
+
+def _reason(tensor: AdapterTensor, stored: np.ndarray) -> str:
+    """Why the shape of a stored tensor differs from the model's, for the end of a message; empty if that is not certain."""
+    leaf = tensor.leaf
+    if leaf.shape is not None or (leaf.axes is None and stored.ndim != 1):
+        return ""
+    names = [axis for axis in tensor.variable.axes if axis != "layers"]
+    needed = leaf.write(tensor.of_layer(np.broadcast_to(np.zeros(()), tensor.variable.shape))).shape
+    names = names if leaf.axes is None else [names[axis] for axis in leaf.axes]
+    if len(needed) != stored.ndim:
+        return ""
+    differ = {name for name, one, other in zip(names, needed, stored.shape, strict=True) if one != other}
+    of_base = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
+    if differ == {"rank"}:
+        return f"; {CONFIG} gives a different rank"
+    if differ == {"vocab"}:
+        return "; the adapter was made for a vocabulary of a different size: resize the embedding of the base first"
+    return "; the adapter was made for another base" if differ and differ <= of_base else ""

@@ -25,7 +25,7 @@ from peftjax.core.home import expand
 from peftjax.core.paths import unmatched
 from peftjax.io import adapter_hub
 from peftjax.io.adapter_base import base_fingerprints, base_record
-from peftjax.io.adapter_check import TOKENS
+from peftjax.io.adapter_copies import TOKENS
 from peftjax.io.adapter_experts_save import requires_single_experts, with_single_experts
 from peftjax.io.adapter_tensors import CONFIG, PREFIX, WEIGHTS, adapter_tensors
 from peftjax.io.model_card import CARD, TrainingSummary, make_card, may_replace, with_mark

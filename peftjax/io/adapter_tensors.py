@@ -15,7 +15,6 @@ from peftjax.adapters.sites import head_sites
 from peftjax.adapters.soft_prompt import SoftPrompt
 from peftjax.io import adapter_hub
 from peftjax.methods.bottleneck import Bottleneck
-from peftjax.methods.lora.experts import LoraExperts
 from peftjax.models.base import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,7 +113,7 @@ def _modules(model: nnx.Module, name: str) -> dict[str, str]:
         if isinstance(adapter, SingleExperts):
             of_layers = zip(site.layers, site.names, strict=True)
             found |= {hf: hf.rpartition(".")[0] for layer, hf in of_layers if adapter.hf_leaves(layer)}
-        elif isinstance(adapter, LoraExperts):
+        elif adapter.wraps_experts:
             names |= {hf for layer, hf in zip(site.layers, site.names, strict=True) if adapter.hf_leaves(layer)}
     for hf in names:
         container, _, last = hf.rpartition(".")

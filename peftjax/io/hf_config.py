@@ -7,7 +7,7 @@ from peftjax import models
 from peftjax.core.errors import UserError
 from peftjax.io import bitsandbytes, mxfp4
 from peftjax.io.json_files import read_json
-from peftjax.io.parts import text_tensors
+from peftjax.io.multimodal import text_tensors
 from peftjax.io.safetensors_files import DTYPES, read_tensors
 from peftjax.io.save import MARK
 from peftjax.io.sentence import read_pooling

@@ -20,7 +20,7 @@ from peftjax.io.formats import Encode, encoders, unpackers
 from peftjax.io.hf_config import read_config, read_fields
 from peftjax.io.hf_files import find_model
 from peftjax.io.match import match, tied_as_stored
-from peftjax.io.parts import text_tensors, warn_of_the_rest
+from peftjax.io.multimodal import text_tensors, warn_of_the_rest
 from peftjax.io.place import ordered, read_parameter
 from peftjax.io.random_model import make, one_device
 from peftjax.io.resize import with_rows, with_stored_rows

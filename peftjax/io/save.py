@@ -19,8 +19,8 @@ from peftjax.io.entries import entries, is_linear
 from peftjax.io.experts import single_names
 from peftjax.io.hf_files import INDEX, PROMPT_FORMAT, SIDE_FILES, TEMPLATES, find_model
 from peftjax.io.json_files import read_json
+from peftjax.io.multimodal import Surroundings
 from peftjax.io.packed_experts import can_split
-from peftjax.io.parts import Surroundings
 from peftjax.io.sentence import MODULES, POOLING, write_pooling
 from peftjax.io.shards import write_weights
 from peftjax.models.base import Model

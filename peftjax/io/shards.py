@@ -17,8 +17,8 @@ from peftjax.io import bitsandbytes
 from peftjax.io.entries import Entry, entries
 from peftjax.io.experts import single_names, split_experts
 from peftjax.io.hf_files import INDEX, WEIGHTS
+from peftjax.io.multimodal import Surroundings
 from peftjax.io.packed_experts import split_kernels
-from peftjax.io.parts import Surroundings
 from peftjax.models.base import Model
 from peftjax.quant.base import Quantized
 from peftjax.quant.nf4 import Nf4

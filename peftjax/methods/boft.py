@@ -6,7 +6,9 @@ At initialization every R_i is the identity and s is 1. Without its CUDA extensi
 """
 
 import dataclasses
-from typing import ClassVar
+import warnings
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,24 @@ class Boft(WithBiases):
                 f"of {2 ** (self.factors - 1)}; {name} has {inputs // size} blocks of {size}"
             )
         return BoftLinear(site, mask, self.factors, size, self.dropout)
+
+    def reconciled(
+        self, model: nnx.Module, tensors: dict[str, np.ndarray], key_of: Callable[[str], str | None]
+    ) -> tuple[Self, dict[str, np.ndarray]]:
+        """The method with as many factors as its tensors have.
+
+        Without its CUDA extension peft trains with one factor but saves the configured number.
+        """
+        del model, key_of
+        stored = {len(tensor) for key, tensor in tensors.items() if key.endswith(".boft_R") and tensor.ndim == 4}
+        if len(stored) != 1 or stored == {self.factors}:
+            return self, tensors
+        warnings.warn(
+            f"adapter_config.json: ignoring boft_n_butterfly_factor={self.factors}, because the tensors have another number of "
+            "factors",
+            stacklevel=2,
+        )
+        return dataclasses.replace(self, factors=stored.pop()), tensors
 
 
 class BoftLinear(WeightAdapter):

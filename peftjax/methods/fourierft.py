@@ -51,6 +51,7 @@ class FourierFT(WithBiases):
 
     method: ClassVar[str] = "fourierft"
     peft_type: ClassVar[str] = "FOURIERFT"
+    tables: ClassVar = ("n_frequency_pattern",)
     hf_fields: ClassVar = WithBiases.hf_fields | {
         "n_frequency": ("n_frequency", 1000),
         "scaling": ("scaling", 150.0),

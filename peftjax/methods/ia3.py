@@ -31,6 +31,11 @@ from peftjax.nn.slot import Base
 from peftjax.quant.matmul import Kernel
 
 
+def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
+    """Whether the option `feedforward` matches a layer, by the rule of peft's feedforward_modules."""
+    return re.fullmatch(feedforward, name) is not None if isinstance(feedforward, str) else name.endswith(feedforward)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ia3(Targeted):
     """Options of (IA)3. Targets can be Linear layers and layers of experts.
@@ -46,6 +51,7 @@ class Ia3(Targeted):
     peft_type: ClassVar[str] = "IA3"
     fits: ClassVar = (Linear, ExpertLinear)
     splits_experts: ClassVar = True
+    selections: ClassVar = {"feedforward": is_feedforward}
     hf_fields: ClassVar = {key: Targeted.hf_fields[key] for key in ("targets", "exclude", "modules_to_save")} | {
         "feedforward": ("feedforward_modules", None)
     }
@@ -106,11 +112,6 @@ class Ia3(Targeted):
                 "names of the targets whose input is scaled ([] if there are none)"
             )
         return super().from_hf(config)
-
-
-def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
-    """Whether the option `feedforward` matches a layer, by the rule of peft's feedforward_modules."""
-    return re.fullmatch(feedforward, name) is not None if isinstance(feedforward, str) else name.endswith(feedforward)
 
 
 class Ia3Linear(MethodAdapter):

@@ -12,7 +12,8 @@ zero at initialization.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,33 @@ class LoKr(Lycoris):
         ranks = self.ranks(site, mask)[mask]
         return {(bool(not self.decompose_both or rank >= max(m, p) / 2), bool(rank >= max(n, q) / 2)) for rank in ranks}
 
-    def full_rank(self, site: Site) -> int:
+    def reconciled(
+        self, model: nnx.Module, tensors: dict[str, np.ndarray], key_of: Callable[[str], str | None]
+    ) -> tuple[Self, dict[str, np.ndarray]]:
+        """Multiply the factors of C and D in layers of a stack whose other layers are not factored.
+
+        The products get the rank of a full matrix, and an alpha that keeps the scale.
+        """
+        found, ranks, alphas = dict(tensors), [], []
+        for site, mask in self.chosen(model):
+            if len(self.forms(site, mask)) == 1:
+                continue
+            full = self._full_rank(site)
+            layers = zip(site.names, mask, self.ranks(site, mask), self.alphas(site), strict=True)
+            for name, used, rank, alpha in layers:
+                if not used or rank >= full:
+                    continue
+                ranks.append((name, full))
+                alphas.append((name, float(alpha * full / rank)))
+                for matrix in ("lokr_w1", "lokr_w2"):
+                    a, b = (key_of(f"{name}.{matrix}_{factor}") for factor in "ab")
+                    if a is not None and b is not None:
+                        product = found.pop(a).astype(np.float32) @ found.pop(b).astype(np.float32)
+                        found[a.removesuffix("_a")] = product
+        rank_pattern, alpha_pattern = (*ranks, *self.rank_pattern), (*alphas, *self.alpha_pattern)
+        return dataclasses.replace(self, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern), found
+
+    def _full_rank(self, site: Site) -> int:
         """The smallest rank with which C and D of a site are full."""
         rows, columns = self.sizes(site)
         return -(-max(*rows, *columns) // 2)

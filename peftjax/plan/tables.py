@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftjax import sharding
 from peftjax.core.errors import UserError
+from peftjax.core.terminal import simple_table
 from peftjax.core.units import format_bytes
 from peftjax.plan import devices
 from peftjax.plan.advice import more_devices
@@ -178,7 +178,7 @@ def _fits(plan: Plan) -> Text:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = simple_table(first)
     for heading in others[:-1]:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(others[-1])

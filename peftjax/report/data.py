@@ -65,7 +65,6 @@ class ReportData:
     because a resumed run no longer has the untrained model, and the other fields when it ends.
 
     Attributes:
-        title: Title of the page; empty for the name of the workdir.
         parts: The model's parameters by part.
         optimizer_bytes: Size of the optimizer state.
         adapter_file_bytes: Size of the adapter file.
@@ -82,7 +81,6 @@ class ReportData:
         default_config: The defaults of the fields in config.json.
     """
 
-    title: str = ""
     parts: tuple[Part, ...] = ()
     optimizer_bytes: int = 0
     adapter_file_bytes: int = 0
@@ -112,6 +110,7 @@ class ReportData:
         """
         path = workdir / DATA
         values = read_recorded_object(path) if path.exists() else {}
+        values.pop("title", None)  # of earlier versions, where it was always empty
         try:
             for name, kind in (("parts", Part), ("before", Sample), ("after", Sample)):
                 values[name] = tuple(kind(**fields) for fields in values.get(name, ()))

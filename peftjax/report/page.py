@@ -52,7 +52,7 @@ def _render(workdir: Path) -> str:
     evaluations = [line for line in lines if line["kind"] == "eval"]
     return render_page(
         "run.html.j2",
-        title=data.title or workdir.resolve().name,
+        title=workdir.resolve().name,
         data=data,
         config=config,
         changed=_changed(config, flat(data.default_config)),

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import distributed
+from peftjax.core.distributed import say
 from peftjax.core.memory import free_memory
 from peftjax.core.units import format_bytes
 from peftjax.models.base import Model
@@ -18,7 +19,7 @@ from peftjax.training.abstract import StepArguments, abstract_step, bytes_per_de
 from peftjax.training.abstract_population import abstract_population, largest_step
 from peftjax.training.alike import group_runs
 from peftjax.training.config import Config
-from peftjax.training.member import Member, say
+from peftjax.training.member import Member
 from peftjax.training.memory import rejected_bytes, rough_bytes
 from peftjax.training.population_step import own_leaves, shared_leaves
 from peftjax.training.setup import abstract_run

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from peftjax.core import output
+from peftjax.core.distributed import say
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.variables import FlatTree
 from peftjax.io.checkpoint import Checkpoints
@@ -117,9 +117,3 @@ class Training:
 def without_failed(members: Sequence[Training]) -> list[Training]:
     """The members that have not failed."""
     return [one for one in members if not one.member.failed]
-
-
-def say(text: str) -> None:
-    """Print a line, from one process."""
-    if jax.process_index() == 0:
-        output.say(text)

@@ -13,6 +13,7 @@ import numpy as np
 
 from peftjax import sharding
 from peftjax.core import distributed, variables
+from peftjax.core.distributed import say
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.core.progress import EVALUATING, Progress
@@ -25,7 +26,7 @@ from peftjax.training.abstract import abstract_batch
 from peftjax.training.answers import answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.halving import Halving
-from peftjax.training.member import Member, Training, say, without_failed
+from peftjax.training.member import Member, Training, without_failed
 from peftjax.training.population_evaluation import evaluate_population
 from peftjax.training.run import Measured
 from peftjax.training.step import TrainState
@@ -293,7 +294,7 @@ def repeated(members: Sequence[Training], size: int) -> list[Training]:
 def stop_worst(members: Sequence[Training], step: int, halving: Halving) -> None:
     """End the members that are not among the best at a step."""
     # The first process has written the metrics. On other hosts, a network file system may not show the last lines yet.
-    losses: list[str] = distributed.on_first(lambda: list(halving.losses(step)))
+    losses = distributed.on_first(lambda: list(halving.losses(step)))
     best = losses[: math.ceil(len(losses) / halving.reduction)]
     for one in members:
         if one.member.name not in best:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from rich import box
 from rich.table import Table
 
 from peftjax.core import debug_log
 from peftjax.core.errors import UserError
+from peftjax.core.terminal import simple_table
 from peftjax.log import Log
 from peftjax.training.operations import Operation, read_operations, read_times
 from peftjax.training.step import TrainState, mesh_of
@@ -113,7 +113,7 @@ def operations_table(
     total = sum(seconds for _, seconds in times.values())
     ranked = sorted(times, key=lambda name: -times[name][1])
     rest = sum(times[name][1] for name in ranked[rows:])
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = simple_table()
     for heading in ("ms/step", "share", "runs/step"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("operation, its result and origin", overflow="fold")

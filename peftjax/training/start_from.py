@@ -26,7 +26,7 @@ from peftjax.adapters.sites import adapters_named, head_sites
 from peftjax.core import variables
 from peftjax.core.config_values import as_tuples
 from peftjax.core.errors import UserError
-from peftjax.core.files import sync_directory, sync_files
+from peftjax.core.files import scratch_beside, sync_directory, sync_files
 from peftjax.core.home import expand
 from peftjax.core.variables import DropoutKey
 from peftjax.io.adapter_keys import has_single_experts
@@ -104,17 +104,16 @@ def describe_start(config: Config) -> str:
 
 def keep(config: Config, workdir: Path) -> None:
     """Copy the adapter of method.start_from into the workdir. One process calls this, before the first step."""
-    source, kept, partial = expand(config.start_from), workdir / KEPT, workdir / f"{KEPT}.partial"
+    source, kept = expand(config.start_from), workdir / KEPT
     if source.resolve() == kept.resolve():
         return
-    for left in (partial, kept):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir()
-    for file in source.iterdir():  # the directory may hold more, such as the checkpoints of a trainer
-        if file.is_file() and file.suffix in (".json", ".safetensors"):
-            shutil.copyfile(file, partial / file.name)
-    sync_files(partial)
-    partial.rename(kept)
+    with scratch_beside(kept) as scratch:
+        for file in source.iterdir():  # the directory may hold more, such as the checkpoints of a trainer
+            if file.is_file() and file.suffix in (".json", ".safetensors"):
+                shutil.copyfile(file, scratch / file.name)
+        sync_files(scratch)
+        shutil.rmtree(kept, ignore_errors=True)
+        scratch.rename(kept)
     sync_directory(workdir)
 
 

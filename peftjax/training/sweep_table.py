@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from peftjax.core.terminal import simple_table
 from peftjax.report.comparison import compared_scores
 from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.text import format_spread, short_name, value_text
@@ -29,7 +29,7 @@ def make_table(found: Sequence[Outcome]) -> Table:
     several = any(len(group) > 1 for group in groups.values())
     halved = any("stopped" in one for one in found)
     caption = "mean ± standard deviation over the seeds" if several else None
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table = simple_table(caption=caption)
     for name in [*(short_name(field, fields) for field in varied), *["seeds"] * several]:
         table.add_column(name, justify="right", overflow="fold")
     for name in scores:

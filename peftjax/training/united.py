@@ -42,17 +42,16 @@ class SharedBase:
 
     def __init__(self, model: Model, seed: int, task: Task, varied: Varied, mesh: Mesh) -> None:
         self.model, self.task, self.varied, self.mesh = model, task, varied, mesh
-        self._of_seeds = {seed: (model, base_fingerprint(model))}
+        self._seed, self._of_seeds = seed, {seed: (model, base_fingerprint(model))}
 
     def of(self, seed: int) -> tuple[Model, str]:
         """A copy of the base of a run with a seed, and its fingerprint."""
+        if not (self.model.origin and self.model.origin.drawn):
+            seed = self._seed  # all runs have the same base
         if seed not in self._of_seeds:
-            ((model, fingerprint), *_) = self._of_seeds.values()
-            if self.model.origin and self.model.origin.drawn:
-                model = nnx.clone(self.model)
-                draw_again(model, self.mesh, seed)
-                fingerprint = base_fingerprint(model)
-            self._of_seeds[seed] = model, fingerprint
+            model = nnx.clone(self.model)
+            draw_again(model, self.mesh, seed)
+            self._of_seeds[seed] = model, base_fingerprint(model)
         model, fingerprint = self._of_seeds[seed]
         return nnx.clone(model), fingerprint
 

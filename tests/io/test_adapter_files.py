@@ -20,7 +20,7 @@ from peftjax.adapters.registry import active
 from peftjax.core import host_arrays, variables
 from peftjax.core.fingerprint import fingerprint
 from peftjax.io import adapter_save
-from peftjax.io.adapter_check import copies_in
+from peftjax.io.adapter_copies import copies_in
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.io.model_card import CARD, without_mark

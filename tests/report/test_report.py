@@ -41,7 +41,6 @@ CONFIG = {
     "train": {"steps": 30},
 }
 DATA = ReportData(
-    title="Dates",
     parts=(
         Part("embed", 1000, 4000, adapter=False, trained=False),
         Part("blocks.attention", 3000, 12000, adapter=False, trained=False),
@@ -214,10 +213,10 @@ def test_nasty_text_is_escaped_wherever_it_can_stand(tmp_path: Path) -> None:
     classes = Classes(1, scores, ((0, 0, 1), (1, 0, 1)), (Prediction(*[NASTY] * 4, True, 0.5, NASTY.replace(":", "")),))
     origin = {NASTY: NASTY}
     data = ReportData(
-        title=NASTY, versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),),
+        versions={NASTY: NASTY}, timings={NASTY: 1.0}, parts=(Part(NASTY, 1, 1, False, False),),
         classes=classes, origin=origin,
     )  # fmt: skip
-    text = page(write_workdir(tmp_path, config, None, data))
+    text = page(write_workdir(tmp_path / "<script>alert(1)", config, None, data))  # its title
     assert text.count("&lt;script&gt;") >= 21
     assert "Warning: the model predicts &#39;&lt;script&gt;" in text
     assert "<script" not in text
@@ -249,7 +248,7 @@ def test_without_an_evaluation_before_training_there_is_no_before(tmp_path: Path
     assert "Before" not in seen
 
 
-def test_the_title_is_the_name_of_the_workdir_if_none_is_given(tmp_path: Path) -> None:
+def test_the_title_is_the_name_of_the_workdir(tmp_path: Path) -> None:
     assert "<title>my-run · peftjax</title>" in page(write_workdir(tmp_path / "my-run", CONFIG))
 
 
@@ -436,6 +435,9 @@ def test_report_data_comes_back_equal(tmp_path: Path) -> None:
     DATA.save(tmp_path)
     assert ReportData.load(tmp_path) == DATA
     assert ReportData.load(tmp_path / "elsewhere") == ReportData()
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"title": "", **json.loads(path.read_text())}))  # as earlier versions wrote it
+    assert ReportData.load(tmp_path) == DATA
 
 
 def test_a_probability_that_is_not_finite_stays_json_and_comes_back(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class LoraExperts(LoraLinear):
         b: [*stack, E, R, out].
     """
 
+    wraps_experts: ClassVar = True
     names: ClassVar = {"lora_A.weight": HfLeaf("a", axes=(0, 2, 1)), "lora_B.weight": HfLeaf("b", axes=(2, 1, 0))}
 
     def apply(self, base: Base, x: jax.Array, groups: Groups) -> jax.Array:  # type: ignore[override]

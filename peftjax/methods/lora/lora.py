@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from peftjax.adapters.biases import train_biases
+from peftjax.adapters.biases import biased_sites, train_biases
 from peftjax.adapters.joint import adapter_parts
 from peftjax.adapters.method import Kernels
 from peftjax.adapters.options import one_of, pattern, positive, positive_integer
@@ -28,6 +28,7 @@ from peftjax.adapters.provenance import formats
 from peftjax.adapters.ranks import Ranked, within
 from peftjax.adapters.selection import Chosen, by_expert, chosen_names, last_names
 from peftjax.adapters.sites import Site, tied_pair
+from peftjax.adapters.targeted import Targeted
 from peftjax.core.errors import UserError
 from peftjax.core.paths import last_parts, matches
 from peftjax.core.variables import PeftConstant, PeftParam
@@ -94,6 +95,7 @@ class Lora(Ranked):
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     fits: ClassVar = (Linear, Embedding, PatchEmbedding, ExpertLinear)
+    adapts_parameters: ClassVar = True
     hf_fields: ClassVar = Ranked.hf_fields | {
         "alpha": ("lora_alpha", 8),
         "dropout": ("lora_dropout", 0.0),
@@ -149,6 +151,27 @@ class Lora(Ranked):
                 "model.quantize, or choose another init"
             )
 
+    def check_file(self, model: nnx.Module) -> None:
+        if not RESIDUAL.fullmatch(self.init):
+            return
+        field = f"init_lora_weights={self.init!r}"
+        try:
+            self.check(model)
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from error
+        head = pair[1] if (pair := tied_pair(model)) else None
+        if head and any(site.path == head.path for site, _ in self.chosen(model)):
+            raise UserError(
+                f"{field} has {head.names[0]} as a target, which is tied to the embedding: peft subtracts the initial update from "
+                "both, which is not supported; train the adapter without this target, or with another initialization"
+            )
+        if kinds := set(formats(model).values()):
+            raise UserError(
+                f"{field} subtracts the initial update from the base, and the update cannot be recomputed from "
+                f"{', '.join(sorted(kinds))} kernels; load the base without quantize=, call load_adapter and save_adapter, and "
+                "load that plain LoRA on the quantized base"
+            )
+
     # --- Ranks ---
 
     def ranks(self, site: Site, mask: np.ndarray) -> np.ndarray:
@@ -175,6 +198,10 @@ class Lora(Ranked):
 
     def _pair(self, model: nnx.Module) -> tuple[Site, Site] | None:
         return tied_pair(model) if self.ensure_weight_tying else None
+
+    @property
+    def adapts_tokens(self) -> bool:
+        return self.ensure_weight_tying or bool(self.token_indices)
 
     def attach(self, model: nnx.Module, name: str, rngs: nnx.Rngs) -> None:
         super().attach(model, name, rngs)
@@ -347,6 +374,27 @@ class Lora(Ranked):
         if self.targets == self.every and not (self.exclude or self.layers_to_transform):
             modules = last_names(modules)
         return {"target_modules": modules, "target_parameters": sorted(parameters), "lora_dropout": 0.0}
+
+    def without_effect(self, model: nnx.Module, has_tensors: Callable[[str], bool]) -> dict[str, Any]:
+        chosen = Targeted.chosen(self, model)  # with the head itself, where it is tied
+        found: dict[str, Any] = {}
+        if self.bias != "none" and not biased_sites(model, self.bias, chosen):
+            found["bias"] = "none"
+        if pair := self._pair(model):
+            embed, head = pair
+            adapted = {site.path for site, _ in (*chosen, *Targeted.saved(self, model))}
+            if embed.path in adapted and not has_tensors(head.names[0]):  # peft ties only modules of two names
+                found["ensure_weight_tying"] = False
+        return found
+
+    def weight_update(self, site: Site, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """s B A."""
+        a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
+        if a is None or b is None or self.dora or self.lora_bias:
+            return None
+        scale = float(self.alphas(site)[0]) / (len(a) ** 0.5 if self.rslora else len(a))
+        update: np.ndarray = scale * (b.astype(np.float32) @ a.astype(np.float32))
+        return update
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

@@ -31,8 +31,7 @@ class ResidualLora(LoraLinear):
     def update(self, x: jax.Array) -> jax.Array:
         return super().update(x) - self.product(x, self.a0, self.b0)
 
-    def initial_update(self) -> jax.Array:
-        """s A0 B0 of one layer in float32, [in, out]."""
+    def taken_from_kernel(self) -> jax.Array:
         return jnp.matmul(self.scaled(self.a0.get_value().astype(jnp.float32)), self.b0.get_value().astype(jnp.float32))
 
     def factors(self) -> tuple[jax.Array, jax.Array]:

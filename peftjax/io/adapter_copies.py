@@ -1,4 +1,4 @@
-"""Checks of the tensors of an adapter file: values, shapes, and copies of the base."""
+"""Copies of the base's parameters in adapter files, which peft saves beside an adapter of the embedding or the head."""
 
 import dataclasses
 import warnings
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from peftjax.adapters.joint import adapter_parts
 from peftjax.adapters.method import Method
 from peftjax.adapters.sites import Site, sites, tied_kernel
 from peftjax.adapters.targeted import Targeted
@@ -17,9 +18,6 @@ from peftjax.core import host_arrays
 from peftjax.core.errors import UserError
 from peftjax.core.listing import enumerate_some
 from peftjax.io.adapter_keys import bare_key
-from peftjax.io.adapter_tensors import CONFIG, AdapterTensor
-from peftjax.methods.lora.lora import Lora
-from peftjax.methods.lora.residual import ResidualLora
 from peftjax.models.base import LanguageModel
 
 TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
@@ -27,26 +25,6 @@ TOKENS = ".trainable_tokens_delta"  # the end of the key of trained tokens
 # trained tokens.
 COPIES = ("", "base_layer.", "token_adapter.base_layer.")
 ORIGINAL = ".original_module."  # stands before the name of a module in one that is trained in full
-
-
-def reason(tensor: AdapterTensor, tensors: Mapping[str, np.ndarray]) -> str:
-    """Why the shape of a tensor differs from the model's; empty if that is not certain."""
-    stored = tensors[tensor.key]
-    leaf = tensor.leaf
-    if leaf.shape is not None or (leaf.axes is None and stored.ndim != 1):
-        return ""
-    names = [axis for axis in tensor.variable.axes if axis != "layers"]
-    needed = leaf.write(tensor.of_layer(np.broadcast_to(np.zeros(()), tensor.variable.shape))).shape
-    names = names if leaf.axes is None else [names[axis] for axis in leaf.axes]
-    if len(needed) != stored.ndim:
-        return ""
-    differ = {name for name, one, other in zip(names, needed, stored.shape, strict=True) if one != other}
-    of_base = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
-    if differ == {"rank"}:
-        return f"; {CONFIG} gives a different rank"
-    if differ == {"vocab"}:
-        return "; the adapter was made for a vocabulary of a different size: resize the embedding of the base first"
-    return "; the adapter was made for another base" if differ and differ <= of_base else ""
 
 
 def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
@@ -70,8 +48,9 @@ def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], k
         if any(name in others and _same(tensors[key], others[name]) for name in originals):
             copies.add(key)
     unused = {bare.replace(ORIGINAL, "."): key for bare, key in unexplained.items() if ORIGINAL in bare}
+    unstacked = ((site.path, part) for site, part in adapter_parts(model, name) if not site.stack)
+    taken = {path: update for path, part in unstacked if (update := part.taken_from_kernel()) is not None}
     for site in sites(model):
-        adapter = site.module.adapters.adapter(name) if name in site.module.adapters.names() else None
         for leaf, (suffix, _) in site.module.hf_leaves.items():
             for layer, hf in zip(site.layers, site.names, strict=True):
                 found = [unexplained.get(bare_key(f"{hf}.{before}{suffix}")) for before in COPIES]
@@ -85,8 +64,8 @@ def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], k
                             f"{own.shape}. If tokens were added for the adapter, resize the embedding of this model first"
                         )
                     same = _same
-                    if isinstance(adapter, ResidualLora) and leaf == "kernel" and layer is None:
-                        own, same = own - host_arrays.whole(adapter.initial_update()).T, _close
+                    if leaf == "kernel" and site.path in taken:
+                        own, same = own - host_arrays.whole(taken[site.path]).T, _close
                     if not same(tensors[key], own):
                         raise UserError(f"{key} differs from this model's parameter{_where(tensors[key], own)}")
                     copies.add(key)
@@ -99,9 +78,7 @@ def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.nd
     After tokens were added, peft saves the embedding and the head with the adapter, and loads both. Copies in which more than
     half of the rows differ are left to `copies_in`, which rejects them.
     """
-    if not isinstance(method, Targeted) or not isinstance(model, LanguageModel):
-        return method
-    if isinstance(method, Lora) and (method.ensure_weight_tying or method.token_indices):
+    if not isinstance(method, Targeted) or not isinstance(model, LanguageModel) or method.adapts_tokens:
         return method
     if isinstance(model.embed.embedding.get_value(), jax.ShapeDtypeStruct):
         return method
