@@ -21,6 +21,7 @@ from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.listing import enumerate_some
 from peftjax.io import adapter_hub
+from peftjax.io.adapter_as_lora import lora_config, lora_tensors, with_truncated_base
 from peftjax.io.adapter_base import check_base, recorded_name, remember_formats
 from peftjax.io.adapter_copies import copies_in, with_new_rows
 from peftjax.io.adapter_experts_load import with_all_experts
@@ -115,13 +116,15 @@ def method_for(path: Path, model: nnx.Module) -> Method:
 def _read(path: Path, model: nnx.Module) -> tuple[Method, dict[str, np.ndarray], bool]:
     """The method and the tensors of a PEFT directory in the model's names, and whether its file holds the task head."""
     _check_files(path)
-    config = read_json(path / CONFIG)
+    theirs = read_json(path / CONFIG)
+    config = lora_config(theirs)
     method, has_head = _read_method(config, model, path)
-    tensors = as_plain(read_file(path / WEIGHTS), config)
+    tensors = as_plain(lora_tensors(read_file(path / WEIGHTS), theirs, path), config)
     tensors, replaced = with_whole_head(method, tensors, model, path / WEIGHTS)
     has_head = replaced or _holds_head(method, has_head, tensors, model)
     method, tensors = with_all_experts(method, tensors, model)
     method, tensors = fitted(method, tensors, model, path, config)
+    tensors = with_truncated_base(method, model, tensors, theirs, path)
     method = with_new_rows(method, model, tensors, path / WEIGHTS)
     if config.get("save_projection") is False and isinstance(method, Projected):
         tensors = tensors | _drawn_projections(method, model)

@@ -9,6 +9,7 @@ from peftjax.adapters.method import Method
 from peftjax.core.errors import UserError
 from peftjax.core.listing import listing
 from peftjax.io import adapter_hub
+from peftjax.io.adapter_as_lora import CONVERTED, lora_config
 from peftjax.io.adapter_tensors import CONFIG
 from peftjax.io.hf_files import check_files, is_hub_id
 from peftjax.io.json_files import read_json
@@ -28,6 +29,7 @@ def read_method(path: Path) -> Method:
     config = read_json(path / CONFIG)
     if adapter_hub.is_hub(path):
         return from_hub(adapter_hub.options_of(config, path))
+    config = lora_config(config)
     cls = peft_method_class(config, path)
     options = {hf for hf, _ in cls.hf_fields.values()} | cls.hf_training.keys()
     with warnings.catch_warnings():
@@ -67,6 +69,6 @@ def peft_method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
     classes = {cls.peft_type: cls for cls in reversed(METHODS.values()) if cls.peft_type}
     if (kind := config.get("peft_type")) not in classes:
         raise UserError(
-            f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted(classes))}"
+            f"{path / CONFIG}: peft_type {kind!r} is not supported; supported: {', '.join(sorted([*classes, *CONVERTED]))}"
         )
     return classes[kind]

@@ -13,12 +13,14 @@ import pytest
 import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from safetensors.numpy import load_file, save_file
 
 import peftjax
 from peftjax.adapters import count_trainable
+from peftjax.io.adapter_as_lora import CONVERTED, OWN, SHARED
 from peftjax.io.adapter_load import GENERAL_FIELDS
+from peftjax.io.adapter_method import read_method
 from peftjax.methods import METHODS
 from tests.interop.peers import (
     THEIRS,
@@ -76,6 +78,22 @@ def test_the_fields_of_peft_are_known() -> None:
         if method.peft_type:
             theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type])}
             assert theirs - GENERAL_FIELDS <= method.hf_known(), method.peft_type
+    for kind in CONVERTED:
+        theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+        assert theirs <= OWN[kind].keys() | SHARED, kind
+
+
+def test_every_method_of_peft_is_read_or_refused_as_the_documentation_says(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    refused = set(re.findall(r"`(\w+Config)`", text.split("Not supported: ")[1].split("\n\n")[0]))
+    read = {method.peft_type for method in METHODS.values()} | set(CONVERTED)
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        assert f"`{config.__name__}`" in text, kind
+        assert (kind.value in read) != (config.__name__ in refused), kind
+        (tmp_path / CONFIG).write_text(json.dumps({"peft_type": kind.value}))
+        if kind.value not in read:
+            with pytest.raises(ValueError, match=f"peft_type '{kind.value}' is not supported; supported: "):
+                read_method(tmp_path)
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -197,6 +215,38 @@ VARIANTS: dict[str, tuple[str, Callable[[], peft.PeftConfig], str | None]] = {
         "untied",
         lambda: lora(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)),
         "block-diagonal matrices become whole ones",
+    ),
+    "kasa": ("untied", lambda: lora(kasa_config=KasaConfig()), "removes the smallest singular values"),
+    "kasa with patterns": (
+        "biased",
+        lambda: lora(
+            kasa_config=KasaConfig(), use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 2}, bias="lora_only",
+            alpha_pattern={"v_proj": 3}, layers_to_transform=[1, 2], lora_bias=True, modules_to_save=["norm"],
+        ),
+        "removes the smallest singular values",
+    ),
+    "kasa of the head": (
+        "untied",
+        lambda: lora(kasa_config=KasaConfig(), target_modules=["down_proj", "lm_head"]),
+        "removes the smallest singular values",
+    ),
+    "gralora": ("untied", lambda: peft.GraloraConfig(r=4, alpha=6, target_modules=["q_proj", "down_proj"]), "a LoRA .*of rank 8"),
+    "gralora with a plain part": (
+        "biased",
+        lambda: peft.GraloraConfig(
+            r=8, hybrid_r=3, gralora_k=4, target_modules=["v_proj", "up_proj"], bias="gralora_only", layers_to_transform=[0, 2],
+            modules_to_save=["norm"],
+        ),
+        "a LoRA .*of rank 35",
+    ),
+    "delora": ("untied", lambda: peft.DeloraConfig(r=4, delora_lambda=3, target_modules=QV), "a LoRA with the same outputs"),
+    "delora with patterns": (
+        "biased",
+        lambda: peft.DeloraConfig(
+            r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.*q_proj": 2}, lambda_pattern={"down_proj": 2},
+            bias="all", exclude_modules=["layers.0.self_attn.q_proj"], module_dropout=0.1,
+        ),
+        "a LoRA with the same outputs",
     ),
     "lora-ga": ("untied", lambda: lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()), "lora_ga"),
     "tied and dora": (

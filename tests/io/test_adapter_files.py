@@ -555,7 +555,6 @@ def test_an_adapter_saved_while_it_is_merged_is_still_one_for_the_base_beneath(t
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("kasa_config", {"beta": 1.0}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),
@@ -569,6 +568,88 @@ def test_a_field_that_is_not_supported_is_named_with_its_value(field: str, value
     path = write(tmp_path / "a", random_tensors(), **{field: value})
     with pytest.raises(ValueError, match=rf"adapter_config.json: {field}=.* not supported"):
         load_adapter(tiny.model(), path)
+
+
+def of_kasa(tensors: Tensors) -> Tensors:
+    diagonals = {
+        key.replace("lora_A.weight", "lora_diag"): np.ones(8, np.float32) for key in tensors if "lora_A" in key
+    }
+    return tensors | diagonals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, r"kasa_config=.* is not supported for LORA"),
+        ({"init_lora_weights": "pissa"}, r"kasa_config=.* is not supported for LORA"),
+        ({"r": 8.5}, r"r must be a number of ranks or blocks, got 8.5"),
+        ({"lora_alpha": 0}, r"with rank 8 and scale 0 is not supported for model.layers.0.self_attn.q_proj"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "k_proj"]},
+            r"kasa_config needs .*k_proj.lora_A.weight, which is missing",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(singular values|subtracts the initial update)")
+def test_a_kasa_that_cannot_be_recomputed_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """tests/interop/test_adapter_files.py compares those that are read with peft."""
+    path = write(tmp_path / "a", of_kasa(random_tensors()), **{"kasa_config": {"beta": 1.0}} | fields)
+    assert_refused(path, message)
+
+
+@pytest.mark.filterwarnings("ignore:.*singular values")
+def test_a_kasa_needs_the_kernels_that_it_was_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", of_kasa(random_tensors()), kasa_config={})
+    load_adapter(tiny.model(), path)
+    with pytest.raises(ValueError, match="cannot be recomputed from nf4 kernels; load the base without quantize="):
+        load_adapter(tiny.quantized(tiny.model()), path)
+
+
+@pytest.mark.filterwarnings("ignore:.*singular values")
+def test_a_kasa_of_a_tied_head_is_refused(tmp_path: Path) -> None:
+    tensors = {
+        f"{PREFIX}lm_head.lora_{factor}.weight": np.ones(shape, np.float32)
+        for factor, shape in (("A", (8, E)), ("B", (V, 8)))
+    }
+    path = write(tmp_path / "a", of_kasa(tensors), kasa_config={}, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="not supported for lm_head, whose kernel is tied to the embedding"):
+        load_adapter(tiny.model(tie_word_embeddings=True), path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "fields", "message"),
+    [
+        ("GRALORA", {"gralora_A": (2, 16, 5), "gralora_B": (2, 5, 16)}, {}, r"are not those of GRALORA"),
+        ("GRALORA", {"gralora_A": (2, 16, 4)}, {}, r"the tensors of .*q_proj, .*, are not those of GRALORA"),
+        (
+            "GRALORA",
+            {"gralora_A": (2, 16, 4), "gralora_B": (2, 4, 16)},
+            {"gralora_k": "2"},
+            r"gralora_k must be a number of ranks or blocks, got '2'",
+        ),
+        (
+            "GRALORA",
+            {"gralora_A": (2, 16, 4), "gralora_B": (2, 4, 16)},
+            {"use_dora": True},
+            r"use_dora=True is not supported",
+        ),
+        (
+            "GRALORA",
+            {"gralora_A": (2, 16, 4), "gralora_B": (2, 4, 16)},
+            {"r": 6},
+            r"needs \(12, 32\); .* a different rank",
+        ),
+        ("DELORA", {"delora_A": (8, 32), "delora_B": (32, 8), "delora_lambda": (1,)}, {}, r"are not those of DELORA"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is read as a LoRA")
+def test_tensors_that_are_no_lora_are_refused(
+    kind: str, tensors: dict[str, tuple[int, ...]], fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module = f"{LAYER.format(0)}self_attn.q_proj"
+    arrays = {f"{module}.{name}": np.ones(shape, np.float32) for name, shape in tensors.items()}
+    options = {"peft_type": kind, "r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    assert_refused(write(tmp_path / "a", arrays, **options | fields), message)
 
 
 def test_target_parameters_that_match_nothing_are_ignored_with_a_warning(tmp_path: Path) -> None:
