@@ -140,13 +140,13 @@ def type_bytes(kind: str, *, anywhere: bool = False) -> int:
 
 def group_size(collective: Instruction) -> int:
     """Return the number of devices that take part in a collective, from its replica_groups: {{0,1},{2,3}},
-    [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'}."""
+    [2,2]<=[4], mesh['a'=2,'b'=2] {'a'} or mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}; 'b':(1)2 is a part of an axis."""
     attributes = collective.attributes
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)) is not None:
         return listed[1].count(",") + 1
     if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)) is not None:
         return int(iota[1])
-    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)) is not None:
+    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)) is not None:
         sizes: Mapping[str, str] = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]))
     return 1

@@ -136,6 +136,22 @@ def test_a_compilers_text_is_read_with_its_channels_memories_and_loops() -> None
     assert once.memory == added + gathered + scattered + compared
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_1'}", 2),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+    ],
+)
+def test_the_devices_of_a_collective_are_read_in_every_notation(groups: str, devices: int) -> None:
+    text = TEXT.replace("mesh['a'=2,'b'=3] {'a'}", groups)
+    sent = 4 * 4 * 64 * devices * (devices - 1) // devices
+    assert hlo_cost.traffic(text).collectives["reduce-scatter"] == (8, 8 * sent)
+
+
 # One expert's codes, read out of a stack inside of a fusion of the TPU compiler, which first names the stack anew.
 SLICED = """
 %named (p: s4[128,64,64]) -> s4[128,64,64] {
