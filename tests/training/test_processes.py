@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from peftjax.core.workdir import MARK
 from tests.runs import (
+    USERS,
     assert_same_run,
     ended,
     finish,
@@ -25,6 +26,7 @@ from tests.runs import (
     logged,
     make_world,
     metrics,
+    start,
     start_together,
     wait_until,
 )
@@ -43,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(world: Path) -> Path:
     """The workdir of a run of one process on one device."""
-    finish(fork(world, world / "alone", *SHORT))
+    finish(start(world, world / "alone", *SHORT, flags=USERS))
     return world / "alone"
 
 
