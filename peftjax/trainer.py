@@ -59,7 +59,8 @@ def train(
         on_metrics: Called with each line of metrics.jsonl, a dict with "step", "kind" ("train" or "eval") and the metrics;
             in a run of several processes, by process 0 only.
         on_evaluate: Called with the model and the number of completed steps at each evaluation, on every process.
-            The scores that it returns are logged and reported with the others.
+            The scores that it returns, in a run of several processes those of process 0, are logged and reported with the
+            others.
 
     Returns:
         The trained model with its adapter, its scores, and the directory of the adapter.

@@ -25,9 +25,7 @@ from peftjax.nn.routing import Router
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
-Rule = Callable[
-    [str, str | tuple[str, ...]], bool
-]  # whether an option of names, or a regular expression, matches a name
+Rule = Callable[[str, str | tuple[str, ...]], bool]  # whether an option of names or a regular expression matches a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

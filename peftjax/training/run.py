@@ -312,7 +312,7 @@ class Run:
             scores, shown, reported = self._held_out(state, log, measured) if self.config.data.eval else ({}, [], {})
             if self.hooks.on_evaluate:
                 self.sync(state)
-                scores |= self.hooks.scores(self.model, step, scores)
+                scores |= distributed.gather(self.hooks.scores(self.model, step, scores))[0]
             self.timings["evaluation"] += time.perf_counter() - started
             self._check_best_score(scores)
             if not scores:
