@@ -121,10 +121,7 @@ def generate(
         )
     if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise UserError(f"generate: batch_size={batch_size!r} must be an integer of at least 1, or None")
-
-    answer = partial(
-        _generate, model, batch_size, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
-    )  # of token ids
+    answer = partial(_generate, model, batch_size, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
     if not isinstance(prompts, Tokenizer):
         if callable(prompts):  # a tokenizer of transformers
             raise UserError(
