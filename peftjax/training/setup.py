@@ -162,11 +162,11 @@ def check_same_data(name: str, sources: Sequence[Sequence[Any]], counts: Mapping
     """
 
     def differences(there: Mapping[str, Any]) -> str:
-        pairs = zip(sources, there["sources"], strict=True)  # as many, since the configs are the same
+        ours, theirs = dict(sources), dict(there["sources"])
         found = [
-            f"{source}: {count:,} records here, {other:,} there"
-            for (source, count), (_, other) in pairs
-            if count != other
+            f"{source}: {ours.get(source, 0):,} records here, {theirs.get(source, 0):,} there"
+            for source in ours | theirs
+            if ours.get(source) != theirs.get(source)
         ]
         return "; ".join(found) or ("the first batches have other records" if counts != there["counts"] else "")
 
