@@ -162,7 +162,7 @@ def check_same_data(name: str, sources: Sequence[Sequence[Any]], counts: Mapping
     """
 
     def differences(there: Mapping[str, Any]) -> str:
-        ours, theirs = dict(sources), dict(there["sources"])
+        ours, theirs = (dict(map(tuple, each)) for each in (sources, there["sources"]))
         found = [
             f"{source}: {ours.get(source, 0):,} records here, {theirs.get(source, 0):,} there"
             for source in ours | theirs
