@@ -424,7 +424,9 @@ class Run:
                 if best["step"] < step:
                     state = self._restore(best["step"], state, checkpoints)
                 name = config.checkpoint.best_score
-                log.message(f"best {name}: {best[name]:.4g}, after step {best['step']}, whose weights are the result")
+                log.message(
+                    f"the result has the weights of step {best['step']}, with the best {name}: {best[name]:.4g}"
+                )
             result = self.write_result(state)
             log.sync()
             size = sum(file.stat().st_size for file in result.glob("*.safetensors"))

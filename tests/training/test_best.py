@@ -90,7 +90,7 @@ def test_a_run_stops_without_progress_and_its_result_is_the_best_checkpoint(stop
     assert "2 steps of 4 sequences" in card
     page = (stopped / "report.html").read_text()
     assert "Stopped after step 4 of 6: no better quality in 2 evaluations." in page
-    assert "The result has the weights of step 2, the best by quality." in page
+    assert "The result has the weights of step 2, with the best quality." in page
     assert "Not finished" not in page
     assert result_of(peftjax.training.trained.run_config(stopped), stopped) == stopped / "adapter"  # without a warning
 
@@ -105,7 +105,7 @@ def test_the_same_call_again_trains_no_further_and_writes_the_same_result(
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (stopped / WEIGHTS).read_bytes()
     printed = capsys.readouterr().out
     assert "stopped after step 4 of 6: no better quality in 2 evaluations in a row (train.patience)" in printed
-    assert "best quality: 0.5, after step 2, whose weights are the result" in printed
+    assert "the result has the weights of step 2, with the best quality: 0.5" in printed
 
 
 def test_a_higher_patience_continues_a_stopped_run_and_last_exports_its_end(stopped: Path, tmp_path: Path) -> None:
