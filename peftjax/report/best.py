@@ -1,4 +1,4 @@
-"""The best evaluation of a run, and whether later ones have stopped to improve on it, from the lines of metrics.jsonl."""
+"""The best evaluation of a run, and whether later ones still improve on it, from the lines of metrics.jsonl."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,10 +30,12 @@ def of_result(lines: Sequence[Line], score: str, export: str) -> Sequence[Line]:
 
 def out_of_patience(lines: Iterable[Line], score: str, patience: int) -> bool:
     """Whether the last `patience` evaluations were no better than an earlier one. Never if `patience` is 0."""
+    if patience == 0:
+        return False
     found = _trained(lines)
     best = best_evaluation(found, score)
     since = [line for line in found if best is None or line["step"] > best["step"]]
-    return 0 < patience <= len(since)
+    return len(since) >= patience
 
 
 def _trained(lines: Iterable[Line]) -> Sequence[Line]:

@@ -10,6 +10,7 @@ from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, SPEEDS, read_metrics
+from peftjax.report.best import lower_is_better
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
 from peftjax.report.sweep_figures import SEED, varied_fields
@@ -137,11 +138,11 @@ def last_score(run: RecordedRun, name: str) -> float | None:
 
 
 def best_score(run: RecordedRun, name: str) -> float | None:
-    """The lowest finite loss, or the highest finite value of any other score, or None."""
+    """The best finite value of a score, or None."""
     values = [value for value in _values(run, name) if math.isfinite(value)]
     if not values:
         return None
-    return min(values) if name.endswith("loss") else max(values)
+    return min(values) if lower_is_better(name) else max(values)
 
 
 def _values(run: RecordedRun, name: str) -> list[float]:

@@ -18,32 +18,26 @@ from peftjax.report.best import best_evaluation, of_result, out_of_patience
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training.trained import result_of
+from tests import test_trainer as trainer
 from tests.io.test_checkpoint import damage
 from tests.runs import metrics
 from tests.test_train import config
 from tests.training.test_sweep import member
 
-RECORDS = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(24)]
-FIELDS: dict[str, Any] = {
-    "data.format": "completion",
-    "data.max_length": 32,
+FIELDS = trainer.FIELDS | {
     "train.steps": 6,
-    "train.batch_size": 4,
     "train.log_every": 1,
     "train.eval_every": 1,
-    "optim.learning_rate": 1e-2,
-    "optim.schedule": "constant",
     "checkpoint.best_score": "quality",
 }
 BEST = FIELDS | {"checkpoint.export": "best", "train.patience": 2}
-LORA = peftjax.Lora(rank=2, targets=("q_proj", "v_proj"))
 QUALITY = (9.0, 0.1, 0.5, math.nan, 0.5, 0.7, 0.2)  # by step; that of the untrained model does not count
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 def run(workdir: Path, fields: dict[str, Any] = FIELDS, quality: Any = QUALITY, **given: Any) -> Any:
     return peftjax.train(
-        "embedded", LORA, RECORDS, workdir=workdir, config=fields,
+        "embedded", trainer.LORA, trainer.RECORDS, workdir=workdir, config=fields,
         on_evaluate=lambda model, step: {"quality": quality[step]}, **given,
     )  # fmt: skip
 
@@ -174,7 +168,7 @@ def test_full_fine_tuning_exports_the_best_model(tmp_path: Path) -> None:
     fields = BEST | {"optim.learning_rate": 1e-3, "train.steps": 4}
     best, two = (
         peftjax.train(
-            "embedded", peftjax.Full(), RECORDS, workdir=tmp_path / str(steps), config=fields | {"train.steps": steps},
+            "embedded", peftjax.Full(), trainer.RECORDS, workdir=tmp_path / str(steps), config=fields | {"train.steps": steps},
             on_evaluate=lambda model, step: {"quality": QUALITY[step]},
         )
         for steps in (4, 2)
