@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from peftjax.core.progress import COMPILING, Progress
+from peftjax.training.step import abstract_like
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -41,7 +42,7 @@ class CompileAhead:
         distinct = {_shapes(batch): batch for batch in batches}
         # On GPUs, XLA times the kernels that it chooses from, and a step that runs at the same time would disturb this.
         if len(distinct) > 1 and mesh.devices.flat[0].platform != "gpu":
-            abstract = jax.tree.map(_abstract, others)
+            abstract = abstract_like(others)
             for shapes, batch in distinct.items():
                 self._programs[shapes] = self._thread.submit(_compile, step, mesh, (*abstract, batch))
 
@@ -68,10 +69,6 @@ class CompileAhead:
 def _compile(step: Any, mesh: Mesh, arguments: tuple[Any, ...]) -> None:
     with jax.set_mesh(mesh):  # each thread has its own
         step.lower(*arguments).compile()
-
-
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def _shapes(batch: Any) -> Shapes:

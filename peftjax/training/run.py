@@ -55,7 +55,7 @@ from peftjax.training.hooks import Hooks
 from peftjax.training.sections import CheckpointConfig
 from peftjax.training.setup import batching, raise_if_different
 from peftjax.training.split import Parts
-from peftjax.training.step import TrainState, abstract_state, flatten, init_state, shapes, unflatten
+from peftjax.training.step import TrainState, abstract_like, abstract_state, flatten, init_state, unflatten
 from peftjax.training.window import Window
 
 
@@ -450,7 +450,7 @@ class Run:
 
     def _restore(self, step: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """The state of the checkpoint of a step. The memory of the given state, which was saved, is freed for it."""
-        abstract = shapes(state)
+        abstract = abstract_like(state)
         for leaf in jax.tree.leaves(state):
             leaf.delete()
         return unflatten(abstract, checkpoints.restore_step(step, flatten(abstract)).state)

@@ -7,7 +7,7 @@ Only trainable leaves have a gradient, a moment or an update. Inside a step ther
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
 from peftjax.training.integer_stacks import with_integer_stacks
 
+T = TypeVar("T")
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", variables.FlatTree, Batch], tuple["TrainState", Metrics]]
 
@@ -182,9 +183,9 @@ def shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def shapes(state: TrainState) -> TrainState:
-    """The shape, dtype and sharding of every leaf."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+def abstract_like(tree: T) -> T:
+    """The shape, dtype and sharding of every array of a tree, such as a state."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
