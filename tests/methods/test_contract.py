@@ -409,7 +409,7 @@ def trained(name: str, dtype: str = "float32") -> Trained:
 
 NF4 = [name for name in GROUPED if name not in ("full", "lora-everything", "prefix-projection")]
 IN_EACH = [
-    *marked([*OF_EACH, *GROUPS], "float32", quick=("full", *QUICKEST)),
+    *marked(GROUPED, "float32", quick=("full", *QUICKEST)),
     *marked(GROUPED, "bfloat16", quick=QUICKEST),
     *marked(NF4, "nf4", quick=("lora",)),
 ]
