@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from peftjax.io.checkpoint import Checkpoints
-from peftjax.log import MEASURED, read_metrics
+from peftjax.log import is_measured, read_metrics
 from tests import tiny
 from tests.forks import Fork
 
@@ -191,7 +191,7 @@ def checkpoints(workdir: Path) -> set[str]:
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     lines = read_metrics(workdir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    return [{name: value for name, value in line.items() if not is_measured(name)} for line in lines]
 
 
 def files(directory: Path) -> dict[str, bytes]:
