@@ -48,7 +48,7 @@ class Log:
 
     A run that starts at step 0 overwrites the log of an earlier run. A run that resumes at step s keeps the lines up to s
     and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals that of
-    an uninterrupted run, except for the fields of `is_measured`.
+    an uninterrupted run, except for the seconds, speeds and memory; all other fields are bit-identical.
 
     On a terminal, the latest training metrics are shown below a progress bar, and each evaluation prints one line.
     Otherwise, as in CI or with redirected output, every logged step prints one plain line.
@@ -196,22 +196,14 @@ def is_amount(name: str) -> bool:
 
 
 def is_speed(name: str) -> bool:
-    """Whether a field of a line is a speed."""
+    """Whether a field of a line is a speed of training."""
     return name.endswith("_per_second")
 
 
-def is_measured(name: str) -> bool:
-    """Whether a field differs between two runs of the same config. All others are bit-identical, also after a resume."""
-    return name in ("seconds", "peak_memory_bytes") or is_speed(name)
-
-
-def speeds(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+def speeds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """The values of each speed in some lines, by its name."""
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        for name in filter(is_speed, line):
-            found.setdefault(name, []).append(line[name])
-    return found
+    names = dict.fromkeys(name for line in lines for name in line if is_speed(name))
+    return {name: [line[name] for line in lines if name in line] for name in names}
 
 
 def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.memory import peak_memory
 from peftjax.core.units import format_bytes, format_clock
-from peftjax.log import METRICS, Log, is_measured, read_metrics
+from peftjax.log import METRICS, Log, read_metrics
+from tests.runs import is_measured
 
 
 def run(workdir: Path, start: int, stop: int, **options: Any) -> None:

@@ -17,12 +17,13 @@ from safetensors.numpy import load_file
 import peftjax
 from peftjax import evaluate, methods
 from peftjax.core.config import defaults
-from peftjax.log import is_measured, read_metrics
+from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.report.data import ReportData
 from peftjax.train import train
 from peftjax.training import config as configs
 from tests import tiny
+from tests.runs import is_measured
 
 COLORS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 

@@ -1,6 +1,5 @@
 """Runs side by side: grouped by their configs, and the numbers of each run."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -165,8 +164,8 @@ def total_seconds(run: RecordedRun) -> float:
 
 def median_speed(run: RecordedRun) -> float | None:
     """The median of the logged speed of training."""
-    found = list(itertools.chain(*speeds(line for line in run.lines if line["kind"] == "train").values()))
-    return statistics.median(found) if found else None
+    found = speeds([line for line in run.lines if line["kind"] == "train"]).values()
+    return statistics.median([speed for values in found for speed in values]) if found else None
 
 
 def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:

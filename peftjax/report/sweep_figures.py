@@ -53,7 +53,7 @@ def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
     """The tokens, or images, that the finished runs were trained on, and the time of the longest run."""
     cards = []
     if ended := [run for run in runs if run.counts]:
-        speed = next(iter(speeds(line for run in ended for line in run.lines)), "tokens_per_second")
+        speed = next(iter(speeds([line for run in ended for line in run.lines])), "tokens_per_second")
         title = f"{speed.removesuffix('_per_second').capitalize()} trained"
         note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
         cards.append(Card(title, f"{sum(run.counts.get('tokens', 0) for run in ended):,}", note))
