@@ -25,7 +25,6 @@ from peftjax.core.errors import UserError
 from peftjax.core.output import say
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import printable
-from peftjax.data.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import generate_ids
@@ -38,6 +37,7 @@ from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
 from peftjax.sampling import Sampling
+from peftjax.tasks.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
 
 

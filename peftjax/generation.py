@@ -9,12 +9,12 @@ from flax import nnx
 
 from peftjax.core.errors import UserError
 from peftjax.data.chat_template import Message
-from peftjax.data.prompt_format import encode_conversation
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_ids
 from peftjax.models.base import Model
 from peftjax.sampling import GREEDY, Sampling
+from peftjax.tasks.prompt_format import encode_conversation
 
 # A list of messages, or a record with "messages" and optionally "tools".
 Conversation = Sequence[Message] | Mapping[str, Any]

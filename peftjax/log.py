@@ -30,10 +30,6 @@ from peftjax.trackers.base import Status, Tracking
 from peftjax.trackers.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
-SPEEDS = ("tokens_per_second", "images_per_second")
-
-# Fields that differ between two runs of the same config. All others are bit-identical, also after a resume.
-MEASURED = ("seconds", *SPEEDS, "peak_memory_bytes")
 
 # The fields of a line that are not metrics: when it was written, and on how much data the metrics were measured.
 PLACE = ("step", "kind", "seconds")
@@ -41,7 +37,6 @@ AMOUNTS = ("tokens", "labels", "examples", "prompts")
 
 _SHORT = {
     "tokens_per_second": "tok/s",
-    "images_per_second": "images/s",
     "learning_rate": "lr",
     "grad_norm": "grad",
     "eval_loss": "loss",
@@ -53,7 +48,7 @@ class Log:
 
     A run that starts at step 0 overwrites the log of an earlier run. A run that resumes at step s keeps the lines up to s
     and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals that of
-    an uninterrupted run, except for the fields in `MEASURED`.
+    an uninterrupted run, except for the seconds, speeds and memory; all other fields are bit-identical.
 
     On a terminal, the latest training metrics are shown below a progress bar, and each evaluation prints one line.
     Otherwise, as in CI or with redirected output, every logged step prints one plain line.
@@ -135,7 +130,7 @@ class Log:
             self.progress.advance(step)
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the training metrics after a step: loss, learning_rate, one of `SPEEDS`, grad_norm and any others."""
+        """Log the training metrics after a step: loss, learning_rate, the speed, grad_norm and any others."""
         if not self._enabled:
             return
         now, memory = time.perf_counter(), peak_memory()
@@ -144,7 +139,7 @@ class Log:
             self.progress.computed(step)
         if self._quiet:
             return
-        shown = [*_shown(numbers, ("loss", "learning_rate", *SPEEDS)), format_bytes(memory)]
+        shown = [*_shown(numbers, ("loss", "learning_rate", *filter(is_speed, numbers))), format_bytes(memory)]
         clock = format_clocks(now - self._began, self.progress.left.after(step) or None)
         self.progress.report("  ".join(shown), "  ".join([self._place(step), *shown, clock]))
 
@@ -200,6 +195,17 @@ def is_amount(name: str) -> bool:
     return name.removeprefix("eval_") in AMOUNTS
 
 
+def is_speed(name: str) -> bool:
+    """Whether a field of a line is a speed of training."""
+    return name.endswith("_per_second")
+
+
+def speeds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The values of each speed in some lines, by its name."""
+    names = dict.fromkeys(name for line in lines for name in line if is_speed(name))
+    return {name: [line[name] for line in lines if name in line] for name in names}
+
+
 def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
     """Read a metrics.jsonl file: one dictionary per line up to the step `last`, with non-finite numbers as floats.
 
@@ -242,8 +248,8 @@ def _shown(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 
 def _short(name: str, value: float) -> str:
-    label = _SHORT.get(name, name.removeprefix("eval_").replace("_", " "))
-    if name in SPEEDS:
+    label = _SHORT.get(name, name.removeprefix("eval_").replace("_per_second", "/s").replace("_", " "))
+    if is_speed(name):
         return f"{value:,.0f} {label}"
     if name in ("token_accuracy", "exact_match"):
         return f"{label} {value:.1%}"

@@ -132,10 +132,11 @@ def next_token_loss(model: DecoderLike, batch: Batch, chunk: int) -> Totals:
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
 
 
-def balanced_next_token_loss(model: MixtureDecoderLike, batch: Batch, chunk: int, coefficient: float) -> Totals:
-    """`next_token_loss`, and the load-balancing loss of the tokens in the batch's mask, bool [B, T], or in its documents."""
+def balanced_next_token_loss(
+    model: MixtureDecoderLike, batch: Batch, counted: jax.Array, chunk: int, coefficient: float
+) -> Totals:
+    """`next_token_loss`, and the load-balancing loss of the tokens `counted`, bool [B, T]."""
     inputs = {name: batch[name] for name in ("positions", "segments") if name in batch}
-    counted = batch["mask"] if "mask" in batch else batch["segments"] > 0
     hidden, balance = model.hidden_and_balance(batch["tokens"], counted, **inputs)
     totals = chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["loss_weights"], chunk)
     return totals._replace(balance=coefficient * balance * totals.tokens)

@@ -16,7 +16,8 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.memory import peak_memory
 from peftjax.core.units import format_bytes, format_clock
-from peftjax.log import MEASURED, METRICS, Log, read_metrics
+from peftjax.log import METRICS, Log, read_metrics
+from tests.runs import is_measured
 
 
 def run(workdir: Path, start: int, stop: int, **options: Any) -> None:
@@ -34,7 +35,7 @@ def run(workdir: Path, start: int, stop: int, **options: Any) -> None:
 def repeatable(workdir: Path) -> list[list[tuple[str, Any]]]:
     """The lines without what two equal runs may differ in; pairs, so that the order of the fields counts."""
     return [
-        [(name, value) for name, value in line.items() if name not in MEASURED]
+        [(name, value) for name, value in line.items() if not is_measured(name)]
         for line in read_metrics(workdir / METRICS)
     ]
 

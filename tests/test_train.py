@@ -20,12 +20,12 @@ from peftjax import evaluate, methods, sharding
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.core.workdir import claim
-from peftjax.data.prompt_format import PromptFormat, read_prompt_format
 from peftjax.generate import ModelSource, make_parser, stop_ids
 from peftjax.io.load import load_model
 from peftjax.log import read_metrics
 from peftjax.models import from_hf_config
 from peftjax.tasks import model as model_section
+from peftjax.tasks.prompt_format import PromptFormat, read_prompt_format
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training import run as run_module

@@ -105,10 +105,7 @@ class Batches(Iterator[HostBatch]):
         documents: grain.IterDataset,
         lengths: list[tuple[str, int]],
     ):
-        self._title, self._data, self._unit = title, data, encoder.unit
-        self._two_texts = len(encoder.texts) > 1  # an input and a target, with lengths of their own
-        # whether each target is a token of the input
-        self._own_targets = bool(encoder.texts) and "loss_weights" in encoder.texts[0].names
+        self._title, self._data, self._unit, self._texts = title, data, encoder.unit, encoder.texts
         self._padding = Padding(encoder, fixed=data.pack, multiple=batching.multiple)
         self._preview: Preview | None = None
         self.ahead: list[Row] = []
@@ -197,9 +194,9 @@ class Batches(Iterator[HostBatch]):
         return dict(self._counts)
 
     def padding(self) -> float | None:
-        """The fraction of the positions in the rows that hold padding; None for images, or before the first batch."""
+        """The fraction of the positions in the rows that hold padding; None without texts, or before the first batch."""
         positions = self._counts["positions"]
-        return 1 - self._counts["tokens"] / positions if positions and self._unit == "tokens" else None
+        return 1 - self._counts["tokens"] / positions if positions and self._texts else None
 
     @property
     def incomplete(self) -> bool:
@@ -209,24 +206,25 @@ class Batches(Iterator[HostBatch]):
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
         c, data = self._counts, self._data
-        if self._unit != "tokens":
+        if not self._texts:
             return f"{self._title}: {c['records']:,} {self._unit} read"
         records, rows = (f"{c[name]:,} {name[:-1] if c[name] == 1 else name}" for name in ("records", "rows"))
         parts = [f"{self._title}: {records} in {rows}"]
         why: list[str] = []
+        two_texts = len(self._texts) > 1  # an input and a target, with lengths of their own
         dropped = c["empty"]
         if c["too_long"] and data.too_long == "drop":
-            targets = f" or with a target longer than {data.max_target_length:,}" if self._two_texts else ""
+            targets = f" or with a target longer than {data.max_target_length:,}" if two_texts else ""
             why.append(f"{c['too_long']:,} longer than {data.max_length:,} tokens{targets}")
             dropped += c["too_long"]
         elif c["too_long"]:
-            targets = f" (targets to {data.max_target_length:,})" if self._two_texts else ""
+            targets = f" (targets to {data.max_target_length:,})" if two_texts else ""
             parts.append(f"{c['too_long']:,} cut to {data.max_length:,} tokens{targets}")
         if c["empty"]:
             why.append(f"{c['empty']:,} without a loss")
         parts.append(f"{dropped:,} dropped" + (f" ({', '.join(why)})" if why else ""))
         counted = f"loss on {c['loss_tokens']:,} of {c['tokens']:,} tokens"
-        if not self._own_targets:  # the targets are labels, or the tokens of another text
+        if "loss_weights" not in self._texts[0].names:  # the targets are labels, or the tokens of another text
             counted = f"{c['tokens']:,} input tokens, loss on {c['loss_tokens']:,} targets"
         parts += [f"{self.padding() or 0.0:.0%} padding", counted]
         return ", ".join(parts)

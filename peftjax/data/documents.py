@@ -45,7 +45,7 @@ class RecordEncoder(Protocol):
     """Turns records into documents. A task is one.
 
     Attributes:
-      unit: What a document consists of, such as "tokens" or "images".
+      unit: What a document consists of, such as "tokens"; what it is, such as "images", if it has no texts.
       packs: Whether several documents may share a row.
       texts: The texts of a document, which may have any length up to that of a row; the first one is its main input.
     """

@@ -29,7 +29,7 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     Raises:
       UserError: A record cannot be read.
     """
-    if not data.pack and (data.too_long != "drop" or encoder.unit != "tokens"):
+    if not data.pack and (data.too_long != "drop" or not encoder.texts):
         return len(source), True
     probe = Sample(source, PROBED)
     size = sum(len(str(probe[index])) for index in range(len(probe))) / len(probe)

@@ -134,7 +134,7 @@ def _attention(config: Config, step: TracedStep, mesh: Mesh) -> str:
     """The implementation of attention in the step."""
     length = step.task.positions(step.model) + step.model.virtual
     with jax.set_mesh(mesh):
-        return kernel_of(step.model, length, packed=config.data.pack, padded="mask" in step.task.row_shapes())
+        return kernel_of(step.model, length, packed=config.data.pack, padded=step.task.pads)
 
 
 def _base(model: Model) -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from peftjax.core.units import format_bytes
-from peftjax.log import SPEEDS
+from peftjax.log import speeds
 from peftjax.report.charts import Lines, main_scores
 from peftjax.report.data import ReportData, count_trained
 from peftjax.report.text import field_title, format_duration, format_number, format_percent
@@ -69,6 +69,5 @@ def _speed_cards(train: Lines, evaluations: Lines) -> Iterator[Card]:
     if train:
         time = format_duration(max(line["seconds"] for line in [*train, *evaluations]))
         yield Card("Wall time", time, f"{train[-1]['step']:,} steps, including evaluation")
-    for name in SPEEDS:
-        if speeds := [line[name] for line in train if name in line]:
-            yield Card(field_title(name), f"{statistics.median(speeds):,.0f}", "median over the run")
+    for name, values in speeds(train).items():
+        yield Card(field_title(name), f"{statistics.median(values):,.0f}", "median over the run")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peftjax.log import SPEEDS
+from peftjax.log import speeds
 from peftjax.report.points import curve_points
 from peftjax.report.svg import MANY, NARROW, WIDE, Bounds, Curve, Drawing, draw_chart, is_log
 from peftjax.report.text import field_title, format_number, format_percent
@@ -77,7 +77,7 @@ def make_charts(train: Lines, evaluations: Lines, loss_unit: str) -> list[Chart]
         _chart("Learning rate", rate, last_step),
         _chart("Gradient norm", norm, last_step, "before clipping", log=True),
     ]
-    for name in SPEEDS:
+    for name in speeds(train):
         speed = _curves("running mean", train, name, smooth=True)
         charts.append(_chart(field_title(name), speed, last_step, form="count"))
     return [chart for chart in charts if chart]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
-from peftjax.log import METRICS, SPEEDS, read_metrics
-from peftjax.report.best import lower_is_better
+from peftjax.log import METRICS, read_metrics, speeds
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
 from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.sweep_page import RESULTS
+from peftjax.tasks.best import sort_key
 from peftjax.tasks.metrics import OF_ANSWERS
 
 
@@ -140,9 +140,7 @@ def last_score(run: RecordedRun, name: str) -> float | None:
 def best_score(run: RecordedRun, name: str) -> float | None:
     """The best finite value of a score, or None."""
     values = [value for value in _values(run, name) if math.isfinite(value)]
-    if not values:
-        return None
-    return min(values) if lower_is_better(name) else max(values)
+    return max(values, key=lambda value: sort_key(name, value), default=None)
 
 
 def _values(run: RecordedRun, name: str) -> list[float]:
@@ -165,9 +163,9 @@ def total_seconds(run: RecordedRun) -> float:
 
 
 def median_speed(run: RecordedRun) -> float | None:
-    """The median of the logged tokens or images per second."""
-    speeds = [value for name in SPEEDS for value in _values(run, name)]
-    return statistics.median(speeds) if speeds else None
+    """The median of the logged speed of training."""
+    found = speeds([line for line in run.lines if line["kind"] == "train"]).values()
+    return statistics.median([speed for values in found for speed in values]) if found else None
 
 
 def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:

@@ -13,13 +13,13 @@ from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
-from peftjax.report.best import of_result, out_of_patience
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
 from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_recorded_object
 from peftjax.report.html import render_page
 from peftjax.report.outcome import concerns
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
+from peftjax.tasks.best import of_result, out_of_patience
 
 _CONFIG = "config.json"
 

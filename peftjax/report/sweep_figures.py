@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftjax.log import is_amount
+from peftjax.log import is_amount, speeds
 from peftjax.report import run_plots
 from peftjax.report.cards import Card
 from peftjax.report.charts import finite_points
@@ -50,13 +50,13 @@ def varied_fields(values: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
-    """The tokens or images that the finished runs were trained on, and the time of the longest run."""
+    """The tokens, or images, that the finished runs were trained on, and the time of the longest run."""
     cards = []
     if ended := [run for run in runs if run.counts]:
-        images = any("images_per_second" in line for run in ended for line in run.lines)
-        title, count = ("Images trained", "records") if images else ("Tokens trained", "tokens")
+        speed = next(iter(speeds([line for run in ended for line in run.lines])), "tokens_per_second")
+        title = f"{speed.removesuffix('_per_second').capitalize()} trained"
         note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
-        cards.append(Card(title, f"{sum(run.counts.get(count, 0) for run in ended):,}", note))
+        cards.append(Card(title, f"{sum(run.counts.get('tokens', 0) for run in ended):,}", note))
     if times := [max(line["seconds"] for line in run.lines) for run in runs if run.lines]:
         cards.append(
             Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together")

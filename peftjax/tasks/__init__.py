@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftjax.core.config import field
+from peftjax.core.errors import UserError
 from peftjax.data.config import DataConfig
 from peftjax.tasks.base import Task
 from peftjax.tasks.causal_lm import CausalLM
@@ -47,6 +48,15 @@ class TaskConfig:
         low=0.0,
     )
 
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            readers = [kind for kind, task in TASKS.items() if each.name in task.options]
+            if readers and self.kind not in readers and (value := getattr(self, each.name)) != each.default:
+                raise UserError(
+                    f"task.{each.name}={value!r} requires task.kind={' or '.join(map(repr, readers))}, not {self.kind!r}; "
+                    f"set it to {each.default}"
+                )
+
 
 def make_task(
     config: TaskConfig,
@@ -56,12 +66,6 @@ def make_task(
     hf_config: Mapping[str, Any] | None = None,
 ) -> Task:
     """The task of a configuration, for the model in a directory; see `Task` for the arguments."""
-    return TASKS[config.kind](
-        data,
-        directory,
-        labels=config.labels,
-        multi_label=config.multi_label,
-        router_aux_loss_coef=config.router_aux_loss_coef,
-        loss_chunk=loss_chunk,
-        hf_config=hf_config,
-    )
+    task = TASKS[config.kind]
+    options = {name: getattr(config, name) for name in task.options}
+    return task(data, directory, labels=config.labels, loss_chunk=loss_chunk, hf_config=hf_config, **options)

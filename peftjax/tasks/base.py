@@ -52,15 +52,18 @@ class Task:
       head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
       problem_type: transformers' name for what the head predicts.
       card_task: PEFT's task_type for it, used in model cards.
-      unit: What the training speed counts.
+      options: The fields of `TaskConfig` that only some tasks have and this one reads, as keyword arguments of `__init__`.
+      unit: What the training speed counts. Without `texts`, one row is one of it.
       loss_unit: The unit of the mean loss in the report.
-      texts: The arrays of a row whose length is that of a text; without packing they are as short as a batch allows.
+      texts: The arrays of a row whose length is that of a text; without packing they are as short as a batch allows. Empty if
+        data.max_length does not apply.
+      pads: Whether the model gets a mask that hides padding from its attention.
       generates: Whether the model answers prompts in text.
+      fills_template: Whether data.prompt_template makes the prompt with every data.format.
       packs: Whether several records may share a row.
-      multi: Whether task.multi_label applies.
-      balances: Whether task.router_aux_loss_coef applies.
+      balanced: Whether the loss has a load-balancing part, `Totals.balance`.
       labels: The class names; empty where there are no classes.
-      rows: Rows of the embedding table of the loaded model; None before a model is loaded, or if it reads no tokens.
+      embedding_rows: `Model.embedding_rows` of the loaded model; None before a model is loaded.
     """
 
     registry: ClassVar[Mapping[str, type["Task"]]]  # all tasks by kind, for messages
@@ -69,15 +72,17 @@ class Task:
     head: ClassVar[str | None] = None
     problem_type: str | None = None
     card_task: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
     unit: str = "tokens"
     loss_unit: ClassVar[str] = "mean over labels"
     texts: tuple[Text, ...] = ()
+    pads: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    fills_template: ClassVar[bool] = False
     packs: bool = False
-    multi: ClassVar[bool] = False
-    balances: ClassVar[bool] = False
+    balanced: bool = False
     labels: tuple[str, ...] = ()
-    rows: int | None = None
+    embedding_rows: int | None = None
 
     def __init__(
         self,
@@ -85,8 +90,6 @@ class Task:
         directory: Path,
         *,
         labels: tuple[str, ...] = (),
-        multi_label: bool = False,
-        router_aux_loss_coef: float = 0.0,
         loss_chunk: int = 128,
         hf_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -96,8 +99,6 @@ class Task:
           data: The section `data` of the configuration.
           directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
           labels: Class names in the order of their indices; empty for those of the checkpoint.
-          multi_label: Whether an example may have several classes.
-          router_aux_loss_coef: Coefficient of the load-balancing loss in training.
           loss_chunk: Positions whose logits are computed at a time.
           hf_config: The fields of config.json; None: read from the directory.
 
@@ -108,15 +109,7 @@ class Task:
             raise UserError(
                 f"data.pack=True packs texts for task.kind='causal_lm' only, not for {self.kind!r}; set it to False"
             )
-        if multi_label and not self.multi:
-            raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
-        if router_aux_loss_coef and not self.balances:
-            raise UserError(
-                f"task.router_aux_loss_coef={router_aux_loss_coef} requires task.kind='causal_lm', not {self.kind!r}; set it to 0"
-            )
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.data, self.directory, self.loss_chunk = data, directory, loss_chunk
-        self.given_labels, self.multi_label = labels, multi_label
+        self.data, self.directory, self.loss_chunk, self.given_labels = data, directory, loss_chunk, labels
         self.hf_config = read_json_if_any(directory / "config.json") if hf_config is None else hf_config
 
     # --- Data ---
@@ -138,7 +131,7 @@ class Task:
         """Raises a UserError if a token has no row in the embedding of the loaded model."""
         for tokens in TOKENS:
             if tokens in arrays:
-                check_token_rows(arrays[tokens], self.rows, self.tokenizer, name)
+                check_token_rows(arrays[tokens], self.embedding_rows, self.tokenizer, name)
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the longest row, without the batch dimension."""
@@ -188,8 +181,8 @@ class Task:
           UserError: The model does not learn this kind of task, or has no row for the padding token.
         """
         self.require(model, path)
-        self.rows = model.embedding_rows
-        if self.rows is not None:
+        self.embedding_rows = model.embedding_rows
+        if self.embedding_rows is not None:
             self.check(self.empty_row(), f"{self.directory}: padding")
 
     def require(self, model: Model, path: str) -> None:
@@ -247,7 +240,7 @@ class Task:
         return Outputs(self.loss(model, batch), None)
 
     def metrics(self, totals: Totals, logits: np.ndarray | None, labels: np.ndarray | None) -> dict[str, float]:
-        """The metrics of all held-out data.
+        """The metrics of all held-out data, eval_loss among them, and on how much they were measured (`peftjax.log.AMOUNTS`).
 
         Args:
           totals: The sums of the loss.

@@ -28,12 +28,13 @@ class CausalLM(GenerationTask):
     kind: ClassVar[str] = "causal_lm"
     card_task: ClassVar[str] = "CAUSAL_LM"
     model_class: ClassVar[type[Model]] = Decoder
+    options: ClassVar[tuple[str, ...]] = ("router_aux_loss_coef",)
     packs: bool = True
-    balances: ClassVar[bool] = True
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, router_aux_loss_coef: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.masked = self.router_aux_loss_coef > 0 and not self.data.pack
+        self.router_aux_loss_coef, self.balanced = router_aux_loss_coef, router_aux_loss_coef > 0
+        self.masked = self.balanced and not self.data.pack
         names = ("tokens", "targets", "loss_weights")
         self.texts: tuple[Text, ...] = (Text((*names, "mask") if self.masked else names),)
 
@@ -56,16 +57,17 @@ class CausalLM(GenerationTask):
 
     def require(self, model: Model, path: str) -> None:
         super().require(model, path)
-        if self.router_aux_loss_coef and not (isinstance(model, MoeLlama) and model.balanced):
+        if self.balanced and not (isinstance(model, MoeLlama) and model.balanced):
             raise UserError(
                 f"task.router_aux_loss_coef={self.router_aux_loss_coef}: model.path={path!r} is a {type(model).__name__}, for "
                 "which no load-balancing loss is defined; set it to 0"
             )
 
     def loss(self, model: Model, batch: Batch) -> Totals:
-        if self.router_aux_loss_coef:
+        if self.balanced:
             assert isinstance(model, MoeLlama)
-            return balanced_next_token_loss(model, batch, self.loss_chunk, self.router_aux_loss_coef)
+            counted = batch["mask"] if self.masked else batch["segments"] > 0
+            return balanced_next_token_loss(model, batch, counted, self.loss_chunk, self.router_aux_loss_coef)
         assert isinstance(model, Decoder)
         return next_token_loss(model, batch, self.loss_chunk)
 

@@ -22,11 +22,12 @@ class Classification(TextLabelTask):
 
     kind: ClassVar[str] = "classification"
     card_task: ClassVar[str] = "SEQ_CLS"
-    multi: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("multi_label",)
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, multi_label: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.problem_type = "multi_label_classification" if self.multi_label else "single_label_classification"
+        self.multi_label = multi_label
+        self.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
         self._classes = Labels(self, "ForSequenceClassification")
         self.labels = self._classes.names
 

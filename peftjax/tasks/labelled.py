@@ -55,6 +55,7 @@ class TextTask(LabelledTask):
     """
 
     model_class: ClassVar[type[Model]] = TextEncoder
+    pads: ClassVar[bool] = True
     words: ClassVar[bool] = False
 
     @functools.cached_property

@@ -27,6 +27,8 @@ class Seq2Seq(GenerationTask):
     kind: ClassVar[str] = "seq2seq"
     card_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     model_class: ClassVar[type[Model]] = EncoderDecoder
+    pads: ClassVar[bool] = True
+    fills_template: ClassVar[bool] = True
     # Every pair of lengths is a separate program, so targets have half as many lengths.
     texts: tuple[Text, ...] = (
         Text(("tokens", "mask")),

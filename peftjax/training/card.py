@@ -28,9 +28,7 @@ def training_summary(config: Config, task: Task, workdir: Path, step: int, parts
 
 def _facts(config: Config, task: Task, step: int) -> dict[str, str]:
     optim, model, data = config.optim, config.model, config.data
-    rows, size = (
-        ("sequences", f", at most {data.max_length:,} tokens each") if task.unit == "tokens" else (task.unit, "")
-    )
+    rows, size = ("sequences", f", at most {data.max_length:,} tokens each") if task.texts else (task.unit, "")
     custom = optim.name == CUSTOM  # an optax transformation, which the section does not describe
     schedule = f"{optim.schedule} schedule" + (
         f", {optim.warmup_steps:,} warmup step{'s' * (optim.warmup_steps > 1)}" if optim.warmup_steps else ""

@@ -97,9 +97,9 @@ def rejected_bytes(message: str) -> int | None:
 
 
 def _describe(config: Config, task: Task) -> str:
-    length = f" and data.max_length={config.data.max_length}" if task.unit == "tokens" else ""
+    length = f" and data.max_length={config.data.max_length}" if task.texts else ""
     return f"train.batch_size={config.train.batch_size}{length}"
 
 
 def _smaller(task: Task) -> str:
-    return "train.batch_size or data.max_length" if task.unit == "tokens" else "train.batch_size"
+    return "train.batch_size or data.max_length" if task.texts else "train.batch_size"

@@ -26,7 +26,6 @@ from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
-from peftjax.data.prompt_format import PromptFormat
 from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
@@ -35,13 +34,14 @@ from peftjax.log import METRICS, PLACE, Log, is_amount, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
 from peftjax.quant.base import Quantized
-from peftjax.report.best import best_evaluation, out_of_patience
 from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concerns
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
+from peftjax.tasks.best import best_evaluation, out_of_patience
+from peftjax.tasks.prompt_format import PromptFormat
 from peftjax.trackers.base import Tracking
 from peftjax.training import answers, card, duration, moved, optim, predictions, start_from
 from peftjax.training import config as configs
@@ -234,8 +234,7 @@ class Run:
         if config.model.attention == "auto" and self.model.chooses_attention:
             length = self.task.positions(self.model) + self.model.virtual
             with jax.set_mesh(self.mesh):
-                padded = "mask" in self.task.row_shapes()
-                kernel = kernel_of(self.model, length, packed=config.data.pack, padded=padded)
+                kernel = kernel_of(self.model, length, packed=config.data.pack, padded=self.task.pads)
             yield f"attention: {kernel} for {length:,} positions (model.attention='auto')"
         yield from self._describe_mesh(leaves)
         if log.prints:  # with packing, this tokenizes records

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from peftjax.core.config import field
 from peftjax.core.errors import UserError
-from peftjax.report.best import lower_is_better
+from peftjax.tasks.best import sort_key
 from peftjax.tasks.metrics import check_answer_metrics
 
 DEFAULT_STEPS = 1000
@@ -107,6 +107,4 @@ class CheckpointConfig:
 
     def score(self, scores: Mapping[str, float]) -> float | None:
         """What ranks a checkpoint with these scores, higher for a better one; None without an evaluation."""
-        if self.best_score not in scores:
-            return None
-        return -scores[self.best_score] if lower_is_better(self.best_score) else scores[self.best_score]
+        return sort_key(self.best_score, scores[self.best_score]) if self.best_score in scores else None

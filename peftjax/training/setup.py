@@ -240,7 +240,7 @@ def check_held_out(config: Config, task: Task, mesh: Mesh) -> None:
         check_same_data("data.eval", batches.sources, batches.summary())
     if count := config.eval.exact_match or config.eval.samples:
         for prompt in held_out.prompts(count):
-            check_token_rows(prompt.tokens, task.rows, task.tokenizer, prompt.record)
+            check_token_rows(prompt.tokens, task.embedding_rows, task.tokenizer, prompt.record)
 
 
 def batching(config: Config, mesh: Mesh) -> Batching:

@@ -50,9 +50,7 @@ def split(
     given = optim.in_float32(optimizer) if optimizer else None
     tx = method.optimizer(given or optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    return Parts(
-        Objective(graph, task.loss, method.penalty, keys, task.router_aux_loss_coef > 0), tx, trainable, frozen
-    )
+    return Parts(Objective(graph, task.loss, method.penalty, keys, task.balanced), tx, trainable, frozen)
 
 
 def _platform(leaves: Mapping[str, nnx.Variable]) -> str:

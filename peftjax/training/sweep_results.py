@@ -12,9 +12,9 @@ from peftjax.core import workdir as workdirs
 from peftjax.core.files import write_atomically
 from peftjax.core.json_numbers import to_json
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
-from peftjax.report.best import of_result
 from peftjax.report.data import read_recorded
 from peftjax.report.sweep_page import RESULTS, write_sweep_page
+from peftjax.tasks.best import of_result
 from peftjax.training.member import Member
 
 

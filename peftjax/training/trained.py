@@ -22,8 +22,8 @@ from peftjax.io.json_files import read_json_if_any
 from peftjax.log import METRICS, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
-from peftjax.report.best import out_of_patience
 from peftjax.tasks import Task, make_task
+from peftjax.tasks.best import out_of_patience
 from peftjax.training import config as configs
 from peftjax.training import moved, precision
 from peftjax.training.config import Config

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from peftjax.core.errors import UserError
-from peftjax.data.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.tasks import TaskConfig, make_task
+from peftjax.tasks.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
 
 TEMPLATE = {"format": "completion", "completion_template": "{answer}"}
 QUESTION = {"question": "hello world", "answer": "yes"}

@@ -24,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
-from peftjax.data.prompt_format import PromptFormat
 from peftjax.io import hf_files, place, safetensors_files, shards
 from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_model
@@ -34,6 +33,7 @@ from peftjax.models import from_hf_config
 from peftjax.nn.slot import Adapter
 from peftjax.quant.nf4 import Nf4
 from peftjax.report.data import tree_bytes
+from peftjax.tasks.prompt_format import PromptFormat
 from peftjax.training import config as configs
 from tests import tiny
 

@@ -346,16 +346,16 @@ def test_packed_documents_have_the_load_balancing_loss_of_padded_ones() -> None:
         "segments": jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]]),
     }
     padded = {name: jnp.concatenate([value, jnp.zeros_like(value)]) for name, value in zeros.items()} | {
-        "tokens": jnp.concatenate([wide(first), wide(second)]),
-        "mask": jnp.arange(9)[None] < jnp.array([[5], [3]]),
+        "tokens": jnp.concatenate([wide(first), wide(second)])
     }
-    loss = jax.jit(lambda batch: balanced_next_token_loss(model, batch, 4, 0.1))
-    found, expected = loss(packed), loss(padded)
+    kept = jnp.arange(9)[None] < jnp.array([[5], [3]])
+    loss = jax.jit(lambda batch, counted: balanced_next_token_loss(model, batch, counted, 4, 0.1))
+    found, expected = loss(packed, packed["segments"] > 0), loss(padded, kept)
     np.testing.assert_allclose(found.balance, expected.balance, rtol=1e-5)
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
-    everything = loss(padded | {"mask": jnp.ones((2, 9), bool)})
+    everything = loss(padded, jnp.ones((2, 9), bool))
     assert abs(everything.balance - expected.balance) > 1e-3 * expected.balance
-    assert loss(padded | {"mask": jnp.zeros((2, 9), bool)}).balance == 0
+    assert loss(padded, jnp.zeros((2, 9), bool)).balance == 0
 
 
 def test_variables_of_experts_are_sharded_by_expert() -> None:

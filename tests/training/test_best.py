@@ -14,7 +14,7 @@ import peftjax
 from peftjax import sweep
 from peftjax.core.errors import UserError
 from peftjax.log import read_metrics
-from peftjax.report.best import best_evaluation, of_result, out_of_patience
+from peftjax.tasks.best import best_evaluation, of_result, out_of_patience
 from peftjax.train import train
 from peftjax.training import config as configs
 from peftjax.training.trained import result_of

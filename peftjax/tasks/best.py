@@ -7,9 +7,9 @@ from typing import Any
 Line = Mapping[str, Any]
 
 
-def lower_is_better(score: str) -> bool:
-    """Whether a lower value of a score is better: of losses and of the perplexity. Of all others, a higher one is."""
-    return score.endswith("loss") or score == "perplexity"
+def sort_key(score: str, value: float) -> float:
+    """What ranks the values of a score, higher for a better one. Of losses and the perplexity, a lower value is better."""
+    return -value if score.endswith("loss") or score == "perplexity" else value
 
 
 def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:
@@ -17,9 +17,8 @@ def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:
 
     The evaluation before the first step does not count.
     """
-    sign = 1 if lower_is_better(score) else -1
     found = [line for line in _trained(lines) if math.isfinite(line.get(score, math.nan))]
-    return min(found, key=lambda line: sign * line[score], default=None)
+    return max(found, key=lambda line: sort_key(score, line[score]), default=None)
 
 
 def of_result(lines: Sequence[Line], score: str, export: str) -> Sequence[Line]:

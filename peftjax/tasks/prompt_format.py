@@ -23,8 +23,10 @@ from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.io.hf_files import PROMPT_FORMAT
 from peftjax.io.json_files import read_json_if_any
+from peftjax.tasks import TASKS
 
 _CHATS = ("chat", "sharegpt")
+_TEMPLATE_TASKS = [kind for kind, task in TASKS.items() if task.fills_template]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class PromptFormat:
     """How a record became a prompt in training.
 
     Attributes:
-        task: The task type, "causal_lm" or "seq2seq".
-        format: The value of data.format. For seq2seq, the template is used with every format.
+        task: The task type.
+        format: The value of data.format. With `Task.fills_template`, the template is used with every format.
         template: The value of data.prompt_template.
         prompt_field: The value of data.prompt_field: the field that {prompt} stands for.
     """
@@ -55,7 +57,7 @@ class PromptFormat:
     @property
     def has_template(self) -> bool:
         """Whether data.prompt_template makes the prompt."""
-        return self.task == "seq2seq" or self.format == "completion"
+        return self.task in _TEMPLATE_TASKS or self.format == "completion"
 
     def describe(self, tokenizer: Tokenizer, prompts: Sequence[str] = ()) -> str:
         """Say what `encode` does to a prompt, or to these prompts; "" if it is continued as it is."""
@@ -90,7 +92,7 @@ class PromptFormat:
             completion_template="",
         )
         record = self._record(prompt, name)
-        if self.task == "seq2seq":
+        if self.task in _TEMPLATE_TASKS:
             return tokenizer.encode(fill(self.template, record, data, name))
         return encode_prompt(record, data, tokenizer, name=name).tokens
 
