@@ -195,7 +195,7 @@ def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
 def _line(record: Any, name: str) -> str:
     """A record as a line of JSON."""
     if not isinstance(record, Mapping):
-        raise UserError(f"train: {name} is {record!r}; a record is a dict, or give the names of files")
+        raise UserError(f"train: {name} must be a dict, not {record!r}; or pass file names")
     try:
         return json.dumps(dict(record)) + "\n"
     except (TypeError, ValueError) as error:

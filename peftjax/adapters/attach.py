@@ -161,11 +161,10 @@ def _require_new(model: nnx.Module, name: str) -> None:
 
 
 def _require_outermost(model: nnx.Module) -> None:
-    """Refuse a module around a model of peftjax, whose names, stacks and tied layers only the model itself knows."""
+    """Refuse a module around a peftjax model, whose names, stacks and tied layers only the model itself knows."""
     if path := inner_model(model):
         raise UserError(
-            f"{path} is a model of peftjax inside a {type(model).__name__}; adapters attach to it, not to the module around it: "
-            f"pass model.{path}"
+            f"{path} is a peftjax model inside a {type(model).__name__}; attach to that model: pass model.{path}"
         )
 
 

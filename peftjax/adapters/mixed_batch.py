@@ -132,7 +132,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
     """
     if not isinstance(model, Model):
         raise UserError(
-            f"rows: {type(model).__name__} is not a decoder or encoder of peftjax; adopted networks are not supported"
+            f"rows: {type(model).__name__} is not a peftjax decoder or encoder; adopted networks are not supported"
         )
     if not model.mixes_adapters:
         raise UserError(

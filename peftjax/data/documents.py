@@ -69,4 +69,4 @@ class RecordEncoder(Protocol):
 
 def over(length: int, limit: int, field: str = "max_length") -> str:
     """`Document.too_long` of a text with that many tokens."""
-    return f"{length} tokens exceed config.data.{field}={limit}" if length > limit else ""
+    return f"{length} tokens exceed data.{field}={limit}" if length > limit else ""

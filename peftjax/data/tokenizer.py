@@ -217,7 +217,7 @@ class Tokenizer:
             added = whole.num_special_tokens_to_add(pair is not None)
             if added >= max_length:  # the library would not truncate at all
                 raise UserError(
-                    f"config.data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
+                    f"data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
                     f"{added} special tokens; use at least {added + 1}"
                 )
             return cutting.encode(text, pair, is_pretokenized=words), length

@@ -419,7 +419,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> T5Config:
     )
     if result.activation not in ACTIVATIONS:
         raise UserError(
-            f"config.json: feed_forward_proj {projection!r} is not known; supported, also after 'gated-': "
+            f"config.json: unknown feed_forward_proj {projection!r}; supported, also after 'gated-': "
             f"{', '.join(sorted(ACTIVATIONS))}"
         )
     if result.buckets < 4 or result.max_distance <= result.buckets // 2:

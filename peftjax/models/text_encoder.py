@@ -199,7 +199,7 @@ class TextEncoder(Encoder):
     def _all_states(
         self, tokens: jax.Array, mask: jax.Array | None, token_types: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The last hidden states [B, P + T, D], those of a soft prompt included, and which are of real tokens."""
+        """The last hidden states [B, P + T, D], soft-prompt positions included, and a mask of real tokens."""
         x = sharding.constrain(self.embedded(tokens, token_types), "batch", "length", None)
         valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         valid = jnp.pad(valid, ((0, 0), (self.embed.adapters.virtual, 0)), constant_values=True)

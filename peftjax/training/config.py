@@ -58,8 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if methods.METHODS.get(name := self.method.method) is not (kind := type(self.method)):
             raise UserError(
-                f"method.name={name!r} does not stand for {kind.__name__}; give {kind.__name__}.method a name of its own, and "
-                f"register the class: peftjax.methods.METHODS[{kind.__name__}.method] = {kind.__name__}"
+                f"method.name={name!r} is registered for another class than {kind.__name__}; give {kind.__name__}.method its "
+                f"own name, and register the class: peftjax.methods.METHODS[{kind.__name__}.method] = {kind.__name__}"
             )
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise UserError(

@@ -167,7 +167,9 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
     text = {"type": "function", "function": {"name": "date", "arguments": '{"of": "é"}'}}
-    with pytest.warns(UserWarning, match=r"arguments as JSON text, .* quotes once more; convert them to objects"):
+    with pytest.warns(
+        UserWarning, match=r"arguments as JSON text, .* would encode as JSON a second time; convert them to objects"
+    ):
         learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, TOOLS)
     as_it_is = TOOLS.replace("call.function | tojson", "call.function.arguments")  # no warning, which would be an error
     assert (
