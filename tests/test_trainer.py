@@ -184,7 +184,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
         peftjax.load_model("embedded", quantize=True)  # type: ignore[arg-type]
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
-    assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])
+    assert "train record 0 must be a dict, not 3; or pass file names" in refused(tmp_path, "embedded", LORA, [3])
     frame = type("DataFrame", (list,), {})(["text", "label"])  # iterates over its columns, like those of pandas
     assert "the train data is a DataFrame; give its records" in refused(tmp_path, "embedded", LORA, frame)
     for data in ({"text": ["a", "b"]}, 7):

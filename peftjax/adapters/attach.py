@@ -112,7 +112,7 @@ def attach(
 def _warn_of_drawn(model: nnx.Module, method: Method, name: str) -> None:
     """Warn of a part of the task head that the checkpoint lacks and the adapter does not train, as the pooler of a BERT.
 
-    Its random weights are in no file: not in the checkpoint, and not in that of the adapter.
+    Its random weights are in no file: neither in the checkpoint nor in the adapter's file.
     """
     if method.trains is not PeftParam or not isinstance(model, Model) or not model.origin or not head_sites(model):
         return

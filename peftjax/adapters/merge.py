@@ -151,7 +151,7 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
         if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
             placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
             options = sharding.compiler_options(where.mesh.devices.flat)
-    # one function for all layers: those of the same shapes share a program
+    # one function for all layers: layers of the same shapes share a program
     change = jax.jit(_merged, static_argnums=0, out_shardings=placed, compiler_options=options)
     return change(graph, adapter, own)
 

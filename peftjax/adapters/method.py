@@ -145,7 +145,7 @@ class Method:
 
         Args:
             inner: The optimizer of the config.
-            leaves: The variables of the adapter by path, or those of the whole model if it has only this one.
+            leaves: The adapter's variables by path, or the whole model's if it has only this adapter.
         """
         del leaves
         return inner

@@ -89,7 +89,7 @@ class Site:
 class SingleSite(Site):
     """One layer of one expert, such as `experts.7.gate_proj`, in all layers of a stack.
 
-    Its path and module are those of all experts, and the names of all experts select it, too.
+    It shares its path and module with all experts, and their names select it, too.
 
     Attributes:
         experts: All experts.

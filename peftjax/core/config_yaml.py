@@ -24,7 +24,7 @@ _SCALARS = (  # (tag, pattern, the characters that a value begins with); the fir
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # not those of SafeLoader
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # not SafeLoader's
 
 
 for _tag, _pattern, _first in _SCALARS:

@@ -59,7 +59,7 @@ def peak_memory() -> int:
 
 
 def _peak_resident() -> int:
-    if peak := _read_field("self/status", "VmHWM", 0):  # getrusage would include that of the parent process at the fork
+    if peak := _read_field("self/status", "VmHWM", 0):  # getrusage would include the parent process's at the fork
         return peak
     import resource
 

@@ -47,7 +47,7 @@ class RecordEncoder(Protocol):
     Attributes:
       unit: What a document consists of, such as "tokens" or "images".
       packs: Whether several documents may share a row.
-      texts: The texts of a document, which may have any length up to that of a row; the first one is its main input.
+      texts: The texts of a document, which may have any length up to the row's; the first one is its main input.
     """
 
     unit: str

@@ -32,8 +32,8 @@ def in_other_parts(keys: Iterable[str]) -> list[str]:
 def warn_of_adapters(keys: Iterable[str], file: Path) -> None:
     """Warn that these tensors of an adapter file are not loaded, and name their parts."""
     warnings.warn(
-        f"{file}: loading the adapters of the text model only, without those of {_parts(map(bare_key, keys))}; save_adapter does not "
-        "write these",
+        f"{file}: loading the adapters of the text model only, not of {_parts(map(bare_key, keys))}; save_adapter does not write "
+        "these",
         stacklevel=4,
     )
 

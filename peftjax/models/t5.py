@@ -36,7 +36,7 @@ UNLIMITED = 2**31 - 1  # relative positions have no maximum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(EncoderDecoderConfig):
-    """Adds what distinguishes the T5s. `init_stddev` is that of the embedding, of which the others are multiples.
+    """Adds what distinguishes the T5s. `init_stddev` is the embedding's; the others are multiples of it.
 
     Attributes:
         buckets: Number of relative position buckets.
@@ -232,7 +232,7 @@ class T5(EncoderDecoder):
         return self._decode(decoder_tokens, states, mask, None)[0]
 
     def encode(self, tokens: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """Return the encoder's hidden states [B, P + S, D], those of a soft prompt first, and their mask [B, P + S]."""
+        """Return the encoder's hidden states [B, P + S, D], soft-prompt positions first, and their mask [B, P + S]."""
         x = self.embed(tokens)
         if soft := self.embed.adapters.virtual:
             x = jnp.concatenate([self.embed.prompt(len(x)), x], axis=1)

@@ -156,7 +156,7 @@ class MixtureOfExperts(nnx.Module):
         router: [D, E].
         experts: The routed experts, f.
         shared: A feed-forward layer for all tokens, or None.
-        shared_gate: [D, 1], or None; the sigmoid of its output multiplies that of `shared`.
+        shared_gate: [D, 1], or None; the sigmoid of its output multiplies the output of `shared`.
 
     Args:
         experts: Number of experts.

@@ -1,4 +1,4 @@
-"""The whole configuration: its sections, loading it from a file, and comparing it with that of an earlier run.
+"""The whole configuration: its sections, loading it from a file, and comparing it with an earlier run's.
 
 A config file is Python with `get_config() -> ConfigDict`, usually `peftjax.core.config.defaults()` and a few changes; or
 YAML or JSON with the fields that differ from the defaults. `load` reads it, applies `--config.a.b=value` overrides, and
@@ -58,7 +58,7 @@ class Config:
     def __post_init__(self) -> None:
         if methods.METHODS.get(name := self.method.method) is not (kind := type(self.method)):
             raise UserError(
-                f"method.name={name!r} is registered for another class than {kind.__name__}; give {kind.__name__}.method its "
+                f"method.name={name!r} is not registered for {kind.__name__}; give {kind.__name__}.method its "
                 f"own name, and register the class: peftjax.methods.METHODS[{kind.__name__}.method] = {kind.__name__}"
             )
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
@@ -166,7 +166,7 @@ def to_json(config: Config) -> str:
 def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
     """One line for every field in which a config and the stored values of another differ.
 
-    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be those of an older version, which
+    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be from an older version, which
     did what the defaults of newer fields do.
     """
     a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
