@@ -80,11 +80,11 @@ class Experts(nnx.Module):
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
-        rows, weights = self.rows(flat(x), flat(weights), groups)
+        rows, weights = self.weighted_rows(flat(x), flat(weights), groups)
         y = self.down(self.hidden(self.gate_up(rows, groups)), groups)
         return groups.combine(y, weights).reshape(x.shape)
 
-    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    def weighted_rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         """Return the inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K]; x is [N, D]."""
         return groups.spread(x), weights
 
@@ -99,7 +99,7 @@ class InputWeightedExperts(Experts):
 
     linear: ClassVar = UntransposedExpertLinear
 
-    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    def weighted_rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         return groups.spread(x) * groups.spread_weights(weights).astype(x.dtype), jnp.ones_like(weights)
 
 
