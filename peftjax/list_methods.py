@@ -82,7 +82,7 @@ def summarize(config: ModelConfig, name: str) -> MethodSummary:
 
 
 def methods_table(summaries: Sequence[MethodSummary]) -> Table:
-    """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
+    """Return the table of some methods. Methods that do not fit the model refer to a note, numbered in their order."""
     shown = simple_table()
     shown.add_column("method", no_wrap=True)
     for heading in ("trainable", "of base", "file size"):

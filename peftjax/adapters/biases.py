@@ -1,4 +1,4 @@
-"""Biases that are trained beside the adapters: of the targets, or of the whole model."""
+"""Biases that are trained alongside the adapters: of the targets, or of the whole model."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

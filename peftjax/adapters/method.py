@@ -163,7 +163,7 @@ class Method:
 
     @classmethod
     def hf_known(cls) -> frozenset[str]:
-        """All fields that peft has for the method in adapter_config.json, apart from those that all methods have."""
+        """All fields that peft has for the method in adapter_config.json, except the fields of all methods."""
         read = {hf for hf, _ in cls.hf_fields.values()}
         return frozenset(read | cls.hf_constants.keys() | cls.hf_ignored | cls.hf_unsupported | cls.hf_training.keys())
 

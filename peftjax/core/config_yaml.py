@@ -66,7 +66,7 @@ def _lines(root: yaml.Node, path: Path) -> dict[str, int]:
 
 
 def _mappings(name: str, value: yaml.Node) -> list[tuple[str, yaml.Node]]:
-    """A mapping, or those in a list, each with its name."""
+    """A mapping, or the mappings in a list, each with its name."""
     several = isinstance(value, yaml.SequenceNode)
     nodes = [(f"{name}.{index}", node) for index, node in enumerate(value.value)] if several else [(name, value)]
     return [(place, node) for place, node in nodes if isinstance(node, yaml.MappingNode)]

@@ -25,7 +25,7 @@ def warn_of_the_rest(tensors: Mapping[str, StoredTensor], directory: Path) -> No
 
 
 def in_other_parts(keys: Iterable[str]) -> list[str]:
-    """Return the keys of an adapter file that belong to the parts of a multimodal model beside its text model."""
+    """Return the keys of an adapter file that belong to the parts of a multimodal model other than its text model."""
     return sorted(key for key in keys if bare_key(key).split(".")[0] in OTHERS)
 
 

@@ -197,7 +197,7 @@ def _method_values(method: Method, start_from: str) -> dict[str, Any]:
 def _make(values: Mapping[str, Any], source: str, where: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The Config with complete values.
 
-    A message names the places `where` its fields were set, or `source` if that is not known.
+    A message names the places `where` its fields were set, or `source` if these are unknown.
     """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

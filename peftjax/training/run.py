@@ -86,7 +86,7 @@ class Run:
       window: The steps since the last line of the log.
       planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
       evaluations: The evaluations so far, as lines of metrics.jsonl.
-      report: The data of the report beside the config and the metrics.
+      report: The report's data other than the config and the metrics.
       timings: Seconds by activity.
     """
 

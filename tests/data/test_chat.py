@@ -133,7 +133,7 @@ def test_a_prompt_and_a_completion_may_be_lists_of_messages(
         learned(record | {"completion": "17 March"})
     with pytest.raises(
         UserError,
-        match=r"'prompt' must hold text .*, not list; for lists of messages set config.data.format = \"chat\"",
+        match=r"'prompt' must hold text .*, not list; for lists of messages set data.format=\"chat\"",
     ):
         learned(record, format="completion")
 
@@ -238,7 +238,7 @@ def test_sharegpt_and_alpaca_are_named_as_formats(
     assert system == learned([{"role": "system", "content": "be brief"}, *CHAT], train_on="all")
     with pytest.raises(UserError, match=r"a:1: 'bing' in \"from\" is not a ShareGPT role"):
         learned({"conversations": [{"from": "bing", "value": "x"}]}, format="sharegpt")
-    with pytest.raises(UserError, match=r'must hold a list of messages .* set config.data.format = "sharegpt"'):
+    with pytest.raises(UserError, match=r'must hold a list of messages .* set data.format="sharegpt"'):
         learned(turns)
 
     record = {"instruction": "Say yes.", "input": "now", "output": "yes"}

@@ -203,9 +203,9 @@ def test_words_with_the_label_that_transformers_ignores_are_not_counted(make_dir
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pair_template": "{other}"}, r"no field 'other' \(set by config\.data\.pair_template\)"),
-        ({"prompt_template": "{other}"}, r"no field 'other' \(set by config\.data\.prompt_template\)"),
-        ({"label_field": "other"}, r"no field 'other' \(set by config\.data\.label_field\)\. Its fields: text, label$"),
+        ({"pair_template": "{other}"}, r"no field 'other' \(set by data\.pair_template\)"),
+        ({"prompt_template": "{other}"}, r"no field 'other' \(set by data\.prompt_template\)"),
+        ({"label_field": "other"}, r"no field 'other' \(set by data\.label_field\)\. Its fields: text, label$"),
     ],
 )
 def test_a_missing_field_is_an_error_that_names_its_setting(
